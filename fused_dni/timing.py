@@ -1,0 +1,441 @@
+"""Side-by-side measuring: interleaved candidates, medians with intervals, honest comparisons.
+
+Two timings taken one after the other on a machine that also does other things differ for reasons
+that have nothing to do with the code. So candidates are measured *together*: each round gives every
+candidate one block of samples, in an order permuted anew for each round by a fixed seed, and two
+candidates are compared by the ratios within rounds, which the drift of the machine leaves alone.
+
+::
+
+    timings = compare({"ours": ours, "theirs": theirs}, seconds=2.0)
+    print(timings["ours"].median, timings["ours"].interval)
+    print(differs(timings["ours"], timings["theirs"]))  # "faster", "slower" or "inconclusive"
+
+Candidates are called without arguments; what they return is dropped. A candidate that trains goes
+on training while it is timed: give each its own model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import os
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+Candidate = Callable[[], object]
+
+#: Shortest sample, in seconds: well above the clock's resolution and the cost of reading it.
+MIN_SAMPLE = 200e-6
+#: Samples that a candidate gives in one round; a call before them, not timed, warms its caches.
+BLOCK = 3
+#: Fewest rounds of a run limited by ``seconds``: the least that gives a 95 % interval is six.
+MIN_ROUNDS = 8
+#: Differences below one per cent are reported as none: code placement alone makes them.
+MARGIN = 0.01
+
+
+@lru_cache(maxsize=1024)
+def _rank(n: int, confidence: float) -> int | None:
+    """Largest rank r (from 0) with P(x_(r) <= median <= x_(n-1-r)) >= confidence, None if none."""
+    allowed = (1.0 - confidence) / 2.0
+    if n > 1000:  # the normal approximation is exact to a rank there
+        z = statistics.NormalDist().inv_cdf(1.0 - allowed)
+        return max(0, math.floor((n - z * math.sqrt(n)) / 2.0) - 1)
+    below, rank = 0, None
+    for r in range(n // 2):
+        below += math.comb(n, r)
+        if below / 2**n > allowed:
+            break
+        rank = r
+    return rank
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the median by order statistics: no assumption on the distribution.
+
+    Returns ``(-inf, inf)`` if there are too few values for this confidence (below six for 95 %).
+    """
+    rank = _rank(len(values), confidence)
+    if rank is None:
+        return (-math.inf, math.inf)
+    ordered = sorted(values)
+    return (ordered[rank], ordered[len(ordered) - 1 - rank])
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one candidate.
+
+    Attributes:
+        name: the candidate's name in :func:`compare`.
+        samples: every sample, seconds per call, in the order taken.
+        rounds: the median sample of each round; what :func:`differs` pairs.
+        repeats: calls in one sample.
+    """
+
+    name: str
+    samples: tuple[float, ...]
+    rounds: tuple[float, ...]
+    repeats: int
+
+    @property
+    def n(self) -> int:
+        """How many samples were taken."""
+        return len(self.samples)
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def p10(self) -> float:
+        """10th percentile of the samples."""
+        return _quantile(self.samples, 0.10)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile of the samples."""
+        return _quantile(self.samples, 0.90)
+
+    @property
+    def iqr(self) -> float:
+        """Distance between the quartiles of the samples."""
+        return _quantile(self.samples, 0.75) - _quantile(self.samples, 0.25)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the median (order statistics over the rounds)."""
+        return median_interval(self.rounds)
+
+    def to_json(self, *, samples: bool = False) -> dict[str, Any]:
+        """Plain numbers, seconds; with ``samples`` also every round's median."""
+        low, high = self.interval
+        report: dict[str, Any] = {
+            "median": self.median,
+            "p10": self.p10,
+            "p90": self.p90,
+            "iqr": self.iqr,
+            "interval": [low, high] if math.isfinite(low) else None,
+            "n": self.n,
+            "rounds": len(self.rounds),
+            "repeats": self.repeats,
+        }
+        if samples:
+            report["samples"] = list(self.rounds)
+        return report
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of ``a`` over time of ``b``: the median of the rounds' ratios and its interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float = MARGIN) -> str:
+        """``faster``, ``slower`` (``a`` against ``b``), or ``inconclusive``: the interval reaches
+        within ``margin`` of one, or there were too few rounds for an interval."""
+        if self.high < 1.0 - margin:
+            return "faster"
+        if self.low > 1.0 + margin:
+            return "slower"
+        return "inconclusive"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        known = math.isfinite(self.high)
+        return {"median": self.median, "interval": [self.low, self.high] if known else None}
+
+
+def ratio(a: Timing, b: Timing, confidence: float = 0.99) -> Ratio:
+    """Ratio of ``a`` to ``b``, paired round by round; both from the same :func:`compare`.
+
+    Raises:
+        ValueError: the two have different numbers of rounds, so they were not measured together.
+    """
+    if len(a.rounds) != len(b.rounds):
+        raise ValueError(
+            f"{a.name!r} has {len(a.rounds)} rounds and {b.name!r} has {len(b.rounds)}: "
+            "only timings from one compare() can be paired"
+        )
+    ratios = [x / y for x, y in zip(a.rounds, b.rounds, strict=True)]
+    low, high = median_interval(ratios, confidence)
+    return Ratio(statistics.median(ratios), max(low, 0.0), high)
+
+
+def differs(a: Timing, b: Timing, *, confidence: float = 0.99, margin: float = MARGIN) -> str:
+    """Whether ``a`` is ``"faster"`` or ``"slower"`` than ``b``, or the data are ``"inconclusive"``.
+
+    The verdict is that of the confidence interval of the median of paired ratios, and asks for a
+    difference of at least ``margin``. The interval is at 99 %, not 95: a table makes many
+    comparisons.
+    """
+    return ratio(a, b, confidence).verdict(margin)
+
+
+def combine(name: str, parts: Sequence[tuple[float, Timing]]) -> Timing:
+    """Weighted sum of candidates of one :func:`compare`, round by round: ``sum(w * t)``.
+
+    For the average of a cycle whose steps were timed apart. Spread and pairing stay those of the
+    rounds; ``samples`` are the rounds, since single samples of two candidates do not belong
+    together.
+    """
+    rounds = tuple(
+        sum(w * v for (w, _), v in zip(parts, values, strict=True))
+        for values in zip(*(t.rounds for _, t in parts), strict=True)
+    )
+    return Timing(name, rounds, rounds, max(t.repeats for _, t in parts))
+
+
+def _host_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
+    clock, taken = time.perf_counter, []
+    for _ in range(samples):
+        start = clock()
+        for _ in range(repeats):
+            call()
+        taken.append((clock() - start) / repeats)
+    return taken
+
+
+def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
+    marks = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(samples + 1)
+    ]
+    marks[0].record()
+    for mark in marks[1:]:
+        for _ in range(repeats):
+            call()
+        mark.record()
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / 1e3 / repeats for a, b in itertools.pairwise(marks)]
+
+
+def _calibrate(
+    call: Candidate, clock: Callable[[Candidate, int, int], list[float]], min_sample: float
+) -> int:
+    """Calls that make a sample of ``min_sample``: a first guess overestimates what a short call
+    takes, since reading the clock is part of it, so guess again from a longer sample."""
+    count = 1
+    while True:
+        once = max(min(clock(call, count, 3)), 1e-9)
+        wanted = max(1, math.ceil(min_sample / once))
+        if wanted <= 2 * count:
+            return wanted
+        count = wanted
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside a sample: it would be charged to whoever is being timed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def compare(
+    candidates: Mapping[str, Candidate],
+    *,
+    seconds: float | None = None,
+    rounds: int | None = None,
+    warmup: int = 3,
+    min_sample: float = MIN_SAMPLE,
+    block: int = BLOCK,
+    min_rounds: int = MIN_ROUNDS,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Timing]:
+    """Measure all candidates together.
+
+    Args:
+        candidates: name -> callable without arguments.
+        seconds: budget for the timed rounds of all candidates together; at least ``min_rounds``
+            rounds are made whatever they take. Two seconds if neither limit is given.
+        rounds: exact number of rounds, instead of ``seconds``.
+        warmup: calls of each candidate before anything is timed; at least one.
+        min_sample: a sample repeats the call until it lasts about this long.
+        block: samples that a candidate gives in each round.
+        min_rounds: fewest rounds under ``seconds``.
+        seed: of the order in which the candidates take their turns, permuted for every round.
+        device: where the work runs; on ``cuda`` the samples are taken by events.
+        progress: called after every round with the fraction done, 0 to 1.
+
+    Returns:
+        One :class:`Timing` a candidate, in the order given.
+
+    Raises:
+        ValueError: no candidates, both limits, or a limit that is not positive.
+    """
+    if not candidates:
+        raise ValueError("compare() needs at least one candidate")
+    if seconds is not None and rounds is not None:
+        raise ValueError("give compare() seconds or rounds, not both")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if seconds is None:
+        seconds = 2.0
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    clock = _cuda_clock if torch.device(device).type == "cuda" else _host_clock
+
+    repeats: dict[str, int] = {}
+    for name, call in candidates.items():
+        for _ in range(max(1, warmup)):
+            call()
+        with _no_collection():
+            repeats[name] = _calibrate(call, clock, min_sample)
+
+    order = list(candidates)
+    shuffle = random.Random(seed).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    medians: dict[str, list[float]] = {name: [] for name in order}
+    start = time.perf_counter()
+    done = 0
+    while True:
+        shuffle(order)
+        gc.collect(0)
+        with _no_collection():
+            for name in order:
+                call = candidates[name]
+                call()
+                taken = clock(call, repeats[name], block)
+                samples[name] += taken
+                medians[name].append(statistics.median(taken))
+        done += 1
+        spent = time.perf_counter() - start
+        if rounds is not None:
+            fraction, over = done / rounds, done >= rounds
+        else:
+            fraction = min(spent / seconds, done / min_rounds, 1.0)
+            over = spent >= seconds and done >= min_rounds
+        if progress is not None:
+            progress(1.0 if over else fraction)
+        if over:
+            break
+    return {
+        name: Timing(name, tuple(samples[name]), tuple(medians[name]), repeats[name])
+        for name in candidates
+    }
+
+
+def gemm_floor(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Candidate:
+    """The matrix products that no training step of these layers can avoid, alone.
+
+    For each ``(rows, in_features, out_features)``: the forward product ``[N, I] @ [I, O]`` and the
+    weight gradient's ``[O, N] @ [N, I]``, by ``torch.mm(out=)`` on contiguous operands of their
+    own. Put it in the same :func:`compare` as the steps it is the floor of.
+    """
+    products = []
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    for rows, inputs, outputs in shapes:
+        products.append((make(rows, inputs), make(inputs, outputs), make(rows, outputs)))
+        products.append((make(outputs, rows), make(rows, inputs), make(outputs, inputs)))
+
+    def floor() -> None:
+        with torch.no_grad():
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+
+    return floor
+
+
+#: What :func:`peak_memory` measures, for reports.
+PEAK_MEMORY_CPU = (
+    "peak bytes held from torch's CPU allocator during a step, above parameters, optimizer state "
+    "and inputs (torch.profiler memory events; scratch that a backend keeps for itself is not seen)"
+)
+PEAK_MEMORY_CUDA = (
+    "peak bytes held from torch's CUDA allocator during a step, above what was held before it"
+)
+
+
+def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
+    """Peak bytes that ``step`` holds above what outlives it: activations, gradients, scratch.
+
+    Measured, not computed. CPU: the allocation and release events of torch's allocator, recorded
+    by ``torch.profiler`` over two consecutive steps after a warm one; the second step's peak
+    counts, in which the release of everything the first one left (gradients, say) is known too.
+    What lives from before both steps (parameters, moments, inputs) is not counted. CUDA:
+    ``torch.cuda.max_memory_allocated``.
+    """
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+
+    from torch.profiler import ProfilerActivity, profile
+
+    with _quiet_stderr(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step()
+            middle = time.time_ns()
+            step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    held = peak = 0
+    for when, size in events:
+        if when >= middle:
+            peak = max(peak, held)
+        held += size
+    return max(peak, held)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's native notices go to file descriptor 2, past ``sys.stderr``; drop them."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
