@@ -1,0 +1,79 @@
+"""The network of Jaderberg et al. 2016 (section 3.1): hidden layers of Linear, BatchNorm, ReLU.
+
+:func:`plain` builds it from stock modules; :func:`fused` takes such a network, weights included, to
+our layers. The linear maps have no bias: batch normalisation would subtract it again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import fused_dni as fd
+from fused_dni.rules import Rule
+
+
+def plain(features: int, hidden: int, depth: int, classes: int, *, seed: int = 0) -> nn.Sequential:
+    """``depth`` hidden layers of ``hidden`` units and a linear head, initialised from ``seed``.
+
+    The global random generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules: list[nn.Module] = []
+        for i in range(depth):
+            modules.append(nn.Linear(features if i == 0 else hidden, hidden, bias=False))
+            modules += [nn.BatchNorm1d(hidden), nn.ReLU()]
+        modules.append(nn.Linear(hidden if depth else features, classes))
+    return nn.Sequential(*modules)
+
+
+def fused(
+    network: nn.Sequential,
+    *,
+    synthetic: bool,
+    update: Rule,
+    synthesizer_update: Rule | None = None,
+    rank: int | None = 16,
+    context_features: int = 0,
+    backend: str | None = None,
+    seed: int = 0,
+) -> nn.Sequential:
+    """The same network on fused layers, which update themselves by ``update``.
+
+    With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense);
+    without, and for the head in any case, the gradient is exact and applied in the backward.
+    """
+    network = copy.deepcopy(network)
+    children = list(network)
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        for i in range(0, len(children) - 1, 3):
+            linear, norm = children[i], children[i + 1]
+            assert isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
+            size = linear.out_features
+            synthesizer = None
+            if synthetic:
+                low = None if rank is None else min(rank, size)
+                synthesizer = fd.LinearSynthesizer(size, low, context_features)
+            layers.append(
+                fd.FusedDNILinear.from_linear(
+                    linear,
+                    norm,
+                    "relu",
+                    synthesizer=synthesizer,
+                    context_features=context_features if synthetic else 0,
+                    update=update,
+                    synthesizer_update=synthesizer_update if synthetic else None,
+                    backend=backend,
+                )
+            )
+        head = children[-1]
+        assert isinstance(head, nn.Linear)
+        layers.append(
+            fd.FusedDNILinear.from_linear(head, synthesizer=None, update=update, backend=backend)
+        )
+    return nn.Sequential(*layers)
