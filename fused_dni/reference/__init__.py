@@ -1,0 +1,61 @@
+"""The reference backend: plain PyTorch on any device, written to be read.
+
+It is the specification of every op and the oracle (in float64) that the other backends are tested
+against. One function a formula; no autograd inside; checks synchronise with the device freely.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_dni.reference.linear import (
+    linear_backward,
+    linear_forward,
+    linear_step_,
+    linear_update_,
+)
+from fused_dni.reference.precision import LOW_PRECISION
+from fused_dni.reference.synthesizer import (
+    synthesizer_gradients,
+    synthesizer_predict,
+    synthesizer_update_,
+)
+
+
+class ReferenceBackend:
+    """:class:`fused_dni.backends.base.Backend` in plain PyTorch."""
+
+    name = "reference"
+
+    def available(self) -> str | None:
+        """None: it runs wherever torch does."""
+        return None
+
+    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
+        """None, or why these tensors cannot be served.
+
+        Served: floating x and weight of one dtype, or a bfloat16 or float16 x with a float32 or
+        float64 weight, on one device.
+        """
+        if not (x.is_floating_point() and weight.is_floating_point()):
+            return f"needs floating-point tensors, got x {x.dtype} and weight {weight.dtype}"
+        if x.device != weight.device:
+            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
+        mixed = x.dtype in LOW_PRECISION and weight.dtype not in LOW_PRECISION
+        if x.dtype != weight.dtype and not mixed:
+            return (
+                "needs x and weight of one dtype, or a bfloat16 or float16 x with float32 "
+                f"parameters, got x {x.dtype} and weight {weight.dtype}"
+            )
+        return None
+
+    linear_forward = staticmethod(linear_forward)
+    linear_backward = staticmethod(linear_backward)
+    linear_update_ = staticmethod(linear_update_)
+    linear_step_ = staticmethod(linear_step_)
+    synthesizer_predict = staticmethod(synthesizer_predict)
+    synthesizer_gradients = staticmethod(synthesizer_gradients)
+    synthesizer_update_ = staticmethod(synthesizer_update_)
+
+
+__all__ = ["ReferenceBackend"]

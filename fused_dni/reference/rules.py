@@ -1,0 +1,187 @@
+"""Update rules: the formulas of ``torch.optim``, and the one place that writes parameters.
+
+Write p for a parameter, g for its gradient, t for the number of steps including this one.
+
+SGD (``torch.optim.SGD``, dampening 0), momentum mu, L2 penalty w::
+
+    g <- g + w p;    m <- mu m + g;    p <- p - lr m          (Nesterov: p <- p - lr (g + mu m))
+
+Adam (Kingma & Ba 2014, arXiv 1412.6980; ``torch.optim.Adam``)::
+
+    g <- g + w p;    m <- b1 m + (1 - b1) g;    v <- b2 v + (1 - b2) g^2
+    p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101; ``torch.optim.AdamW``): as Adam, but with
+``p <- (1 - lr w) p`` first in place of the term in g.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_dni.backends.base import (
+    BETA1,
+    BETA2,
+    EPS,
+    LR,
+    SKIPPED,
+    STEP,
+    WEIGHT_DECAY,
+    RuleTensors,
+)
+from fused_dni.reference.precision import LOW_PRECISION
+
+
+class New(NamedTuple):
+    """Values of a slot after a step, all of the parameter's shape."""
+
+    parameter: Tensor
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+def sgd(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> New:
+    """One step of SGD on one slot; ``m`` is None for plain SGD. Nothing is mutated."""
+    g = g + weight_decay * p if weight_decay else g
+    if m is None:
+        return New(p - lr * g)
+    m = momentum * m + g
+    return New(p - lr * (g + momentum * m if nesterov else m), m)
+
+
+def adam(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: float,
+) -> New:
+    """One step of Adam (AdamW if ``decoupled``) on one slot. Nothing is mutated."""
+    if weight_decay:
+        if decoupled:
+            p = p * (1 - lr * weight_decay)
+        else:
+            g = g + weight_decay * p
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * (g * g)
+    denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
+    return New(p - (lr / (1 - beta1**step)) * (m / denominator), m, v)
+
+
+def require_masters(parameters: Sequence[Tensor | None]) -> None:
+    """Refuse to update parameters that would lose the update to rounding.
+
+    Raises:
+        TypeError: a parameter is bfloat16 or float16; a plain cast of the updated value would
+            drop most updates, so float32 masters are needed.
+    """
+    for p in parameters:
+        if p is not None and p.dtype in LOW_PRECISION:
+            raise TypeError(
+                f"a fused update needs float32 or float64 parameters, got {p.dtype}: keep float32 "
+                "masters and give the layer low-precision inputs instead"
+            )
+
+
+def finite(gradients: Sequence[Tensor | None], rule: RuleTensors) -> bool:
+    """Whether the gradients of all trainable slots are finite (synchronises with the device)."""
+    return all(
+        bool(torch.isfinite(g).all())
+        for g, trainable in zip(gradients, rule.trainable, strict=True)
+        if g is not None and trainable
+    )
+
+
+@torch.no_grad()
+def skip_(rule: RuleTensors) -> None:
+    """Count an update that was not made. Mutates ``rule.hyper[SKIPPED]``."""
+    rule.hyper[SKIPPED] += 1
+
+
+@torch.no_grad()
+def apply_(
+    parameters: Sequence[Tensor | None], gradients: Sequence[Tensor | None], rule: RuleTensors
+) -> None:
+    """Apply ``rule`` to every trainable slot.
+
+    All new values are computed before the first is written. Mutates the trainable parameters,
+    the rule's buffers and ``hyper[STEP]``; with a gradient that is not finite, ``hyper[SKIPPED]``
+    alone. Every written tensor's version counter moves.
+
+    Args:
+        parameters: slots, None where the layer has none.
+        gradients: slot by slot; None only where the slot is absent or frozen.
+        rule: the rule's tensors over the same slots.
+
+    Raises:
+        TypeError: bfloat16 or float16 parameters.
+        ValueError: unknown rule, or no gradient for a trainable slot.
+    """
+    require_masters(parameters)
+    if not finite(gradients, rule):
+        skip_(rule)
+        return
+    hyper = rule.hyper.tolist()
+    step = hyper[STEP] + 1
+    writes: list[tuple[Tensor, Tensor]] = []
+    for i, p in enumerate(parameters):
+        if p is None or not rule.trainable[i]:
+            continue
+        g, m, v = gradients[i], rule.first[i], rule.second[i]
+        if g is None:
+            raise ValueError(f"no gradient for the trainable slot {i}")
+        if rule.kind == "sgd":
+            new = sgd(
+                p,
+                g,
+                m,
+                lr=hyper[LR],
+                momentum=hyper[BETA1],
+                weight_decay=hyper[WEIGHT_DECAY],
+                nesterov=rule.nesterov,
+            )
+        elif rule.kind in ("adam", "adamw"):
+            if m is None or v is None:
+                raise ValueError(f"{rule.kind} has no moments for the trainable slot {i}")
+            new = adam(
+                p,
+                g,
+                m,
+                v,
+                lr=hyper[LR],
+                beta1=hyper[BETA1],
+                beta2=hyper[BETA2],
+                eps=hyper[EPS],
+                weight_decay=hyper[WEIGHT_DECAY],
+                decoupled=rule.kind == "adamw",
+                step=step,
+            )
+        else:
+            raise ValueError(f"unknown update rule {rule.kind!r}")
+        for old, value in zip((p, m, v), new, strict=True):
+            if old is not None and value is not None:
+                writes.append((old, value))
+    for old, value in writes:
+        old.copy_(value)
+    rule.hyper[STEP] = step

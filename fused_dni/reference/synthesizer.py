@@ -1,0 +1,229 @@
+"""The synthesizer M: prediction, regression and statistics.
+
+Jaderberg et al. 2016 (arXiv 1608.05343), section 2; the linear form and what it assumes:
+Czarnecki et al. 2017 (arXiv 1703.00522). With h [N, O], a context (class indices [N] or vectors
+[N, K]) and the target scale kappa::
+
+    dense      M(h) = h A^T + C[context] + c               A [O, O], C [O, K], c [O]
+    low rank   M(h) = (h U^T) V^T + C[context] + c         U [R, O], V [O, R]
+    diagonal   M(h) = a * h + C[context] + c               a [O]
+    loss       L = 1/N * sum (M(h) - kappa g)^2            g = dL/dh as it arrived
+    e          = dL/dM = 2/N (M(h) - kappa g)              [N, O]
+    dA = e^T h,  dV = e^T (h U^T),  dU = (e V)^T h,  da = sum_N e * h,
+    dC = e^T onehot (or e^T context),  dc = sum_N e
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_dni.backends.base import (
+    G_DOT_G,
+    ROWS,
+    S_DOT_G,
+    S_DOT_S,
+    SQUARED_ERROR,
+    Prediction,
+    RuleTensors,
+    SynthesizerTensors,
+)
+from fused_dni.reference.precision import accumulator, product
+from fused_dni.reference.rules import apply_, finite, require_masters, skip_
+
+
+def is_label(context: Tensor) -> bool:
+    """Whether a context is class indices (any integer dtype) and not conditioning vectors."""
+    return not context.is_floating_point()
+
+
+def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
+    """Refuse a context that does not go with the synthesizer (synchronises with the device).
+
+    Raises:
+        ValueError: context given to an unconditional synthesizer, or missing from a conditional.
+        IndexError: a class index outside ``[0, K)``.
+    """
+    if (context is None) != (synthesizer.context_weight is None):
+        raise ValueError(
+            "this synthesizer takes a context, got none"
+            if context is None
+            else "this synthesizer takes no context, got one"
+        )
+    if context is None or synthesizer.context_weight is None or not is_label(context):
+        return
+    classes = synthesizer.context_weight.shape[1]
+    low, high = (int(v) for v in torch.aminmax(context))
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise IndexError(f"label {wrong} is out of range: the synthesizer knows {classes} classes")
+
+
+def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
+    """``C[:, label]`` or ``context C^T``, [N, O]."""
+    weight = synthesizer.context_weight
+    assert weight is not None
+    dtype = accumulator(weight)
+    if is_label(context):
+        return weight.t()[context.long()].to(dtype)  # [K, O] -> [N, O]
+    return product(context, weight.t(), h.dtype, dtype)  # [N, K] @ [K, O] -> [N, O]
+
+
+def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Tensor:
+    """``dC = e^T onehot(label)`` or ``e^T context``, [O, K]."""
+    if is_label(context):
+        by_class = e.new_zeros(classes, e.shape[1])  # [K, O]
+        return by_class.index_add_(0, context.long(), e).t().contiguous()  # [O, K]
+    return product(e.t(), context, h.dtype, e.dtype)  # [O, N] @ [N, K] -> [O, K]
+
+
+@torch.no_grad()
+def synthesizer_predict(
+    h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
+) -> Prediction:
+    """``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], in the accumulator's dtype.
+
+    Raises:
+        ValueError: unknown kind, or a context that does not go with the synthesizer.
+        IndexError: a class index outside ``[0, K)``.
+    """
+    check_context(synthesizer, context)
+    kind, weight, down, _, bias = synthesizer
+    dtype = accumulator(weight)
+    reduced = None
+    if kind == "dense":
+        scaled = product(h, weight.t(), h.dtype, dtype)  # [N, O] @ [O, O] -> [N, O]
+    elif kind == "lowrank":
+        assert down is not None
+        reduced = product(h, down.t(), h.dtype, dtype)  # [N, O] @ [O, R] -> [N, R]
+        scaled = product(reduced, weight.t(), h.dtype, dtype)  # [N, R] @ [R, O] -> [N, O]
+    elif kind == "diagonal":
+        scaled = h.to(dtype) * weight.to(dtype)  # [N, O] * [O] -> [N, O]
+    else:
+        raise ValueError(f"unknown synthesizer {kind!r}")
+    if context is not None:
+        scaled = scaled + context_term(h, synthesizer, context)
+    if bias is not None:
+        scaled = scaled + bias.to(dtype)
+    return Prediction(scaled, reduced)
+
+
+def synthetic_gradient(prediction: Prediction, target_scale: float, max_norm: float) -> Tensor:
+    """``M(h) / kappa`` [N, O], scaled down to a Frobenius norm of ``max_norm`` if that is positive
+    and exceeded. The norm is summed in float64, so that finite elements have a finite norm."""
+    synthetic = prediction.scaled / target_scale
+    if max_norm > 0:
+        norm = float(torch.linalg.vector_norm(synthetic, dtype=torch.float64))
+        if norm > max_norm:
+            synthetic = synthetic * (max_norm / norm)
+    return synthetic
+
+
+def _gradients(
+    h: Tensor,
+    prediction: Prediction,
+    target: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The formulas of the module's head; ``target`` is ``kappa g`` [N, O]."""
+    kind, weight, down, context_weight, bias = synthesizer
+    dtype = accumulator(weight)
+    e = (2.0 / h.shape[0]) * (prediction.scaled.to(dtype) - target)  # [N, O]
+    d_down = None
+    if kind == "dense":
+        d_weight = product(e.t(), h, h.dtype, dtype)  # [O, N] @ [N, O] -> [O, O]
+    elif kind == "lowrank":
+        assert down is not None and prediction.reduced is not None
+        d_weight = product(e.t(), prediction.reduced, h.dtype, dtype)  # [O, N] @ [N, R] -> [O, R]
+        back = product(e, weight, h.dtype, dtype)  # [N, O] @ [O, R] -> [N, R]
+        d_down = product(back.t(), h, h.dtype, dtype)  # [R, N] @ [N, O] -> [R, O]
+    elif kind == "diagonal":
+        d_weight = (e * h.to(dtype)).sum(0)  # [N, O] -> [O]
+    else:
+        raise ValueError(f"unknown synthesizer {kind!r}")
+    d_context = None
+    if context is not None and context_weight is not None:
+        d_context = context_gradient(e, h, context, context_weight.shape[1])  # [O, K]
+    d_bias = e.sum(0) if bias is not None else None  # [N, O] -> [O]
+    return (d_weight, d_down, d_context, d_bias)
+
+
+def _target(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    target_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``kappa g`` [N, O] in the accumulator's dtype, and what is to be added to the statistics."""
+    check_context(synthesizer, context)
+    target = target_scale * grad_h.to(accumulator(synthesizer.weight))
+    s, g = prediction.scaled.double(), target.double()
+    sums = torch.zeros(5, dtype=torch.float64, device=h.device)
+    sums[S_DOT_G] = (s * g).sum()
+    sums[S_DOT_S] = (s * s).sum()
+    sums[G_DOT_G] = (g * g).sum()
+    sums[SQUARED_ERROR] = ((s - g) ** 2).sum()
+    sums[ROWS] = h.shape[0]
+    return target, sums
+
+
+@torch.no_grad()
+def synthesizer_gradients(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    target_scale: float,
+    statistics: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``sum((M(h) - kappa grad_h)^2) / N`` by slot, each of its parameter's dtype.
+
+    Mutates ``statistics`` (adds to it), unless one of the sums is not finite.
+
+    Raises:
+        ValueError: unknown kind, or a context that does not go with the synthesizer.
+        IndexError: a class index outside ``[0, K)``.
+    """
+    target, sums = _target(h, prediction, grad_h, synthesizer, context, target_scale)
+    gradients = _gradients(h, prediction, target, synthesizer, context)
+    if bool(torch.isfinite(sums).all()):
+        statistics += sums
+    return tuple(
+        None if g is None or p is None else g.to(p.dtype)
+        for g, p in zip(gradients, synthesizer.parameters(), strict=True)
+    )
+
+
+@torch.no_grad()
+def synthesizer_update_(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    target_scale: float,
+    statistics: Tensor,
+    rule: RuleTensors,
+) -> None:
+    """:func:`synthesizer_gradients`, applied by ``rule``.
+
+    Mutates ``statistics``, the trainable parameters, the rule's buffers and counters; if the
+    target, the prediction or a gradient is not finite, ``rule.hyper[SKIPPED]`` alone.
+
+    Raises:
+        TypeError: bfloat16 or float16 parameters.
+        ValueError: unknown kind, or a context that does not go with the synthesizer.
+        IndexError: a class index outside ``[0, K)``; raised before anything is changed.
+    """
+    require_masters(synthesizer.parameters())
+    target, sums = _target(h, prediction, grad_h, synthesizer, context, target_scale)
+    gradients = _gradients(h, prediction, target, synthesizer, context)
+    if not (bool(torch.isfinite(sums).all()) and finite(gradients, rule)):
+        skip_(rule)
+        return
+    statistics += sums
+    apply_(synthesizer.parameters(), gradients, rule)
