@@ -46,10 +46,9 @@ class Progress:
                 auto_refresh=False,
             )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> None:
         if self._bars is not None:
             self._bars.start()
-        return self
 
     def __exit__(
         self,

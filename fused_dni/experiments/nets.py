@@ -65,7 +65,6 @@ def fused(
                     norm,
                     "relu",
                     synthesizer=synthesizer,
-                    context_features=context_features if synthetic else 0,
                     update=update,
                     synthesizer_update=synthesizer_update if synthetic else None,
                     backend=backend,

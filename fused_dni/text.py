@@ -1,0 +1,63 @@
+"""Small things that every report prints: tables, times, sizes, suggestions for typos."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+
+def seconds(value: float | None, digits: int = 3) -> str:
+    """A time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if size >= scale:
+            return f"{significant(value / scale, digits)} {unit}"
+    return f"{significant(value / 1e-6, digits)} µs"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` to so many significant digits, without an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes as ``812 B``, ``1.46 MB`` (powers of ten)."""
+    if value is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{significant(value / scale)} {unit}"
+    return f"{value:.0f} B"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
+    """Columns aligned, the first to the left and the others to the right; or Markdown."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def render(cells: Sequence[str], pad: str = " ") -> list[str]:
+        return [
+            cell.ljust(width, pad) if i == 0 else cell.rjust(width, pad)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+
+    if markdown:
+        rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" if w > 1 else "-:" for w in widths[1:]]
+        body = [render(lines[0]), rule, *(render(line) for line in lines[1:])]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in body)
+    body = [render(lines[0]), ["-" * w for w in widths], *(render(line) for line in lines[1:])]
+    return "\n".join("  ".join(cells).rstrip() for cells in body)
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """``unknown activation 'rleu', did you mean 'relu'? Allowed: ...``."""
+    names = list(allowed)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {given!r}{hint} Allowed: {', '.join(names)}"
