@@ -25,7 +25,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
-CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
 

@@ -1,0 +1,104 @@
+"""One Linear-BatchNorm-ReLU layer: forward only, and a training step from the gradient at its
+output, with and without the gradient at its input. Beside each group its floor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import workloads as w
+from torch import nn
+
+import fused_dni as fd
+
+SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
+BACKENDS = pytest.mark.parametrize("backend", w.backends())
+
+
+def products(shape: w.Shape, dx: bool, forward_only: bool = False):
+    """The products that cannot be avoided: forward, weight gradient, and dx if asked for."""
+    n, i, o = shape
+    x, wt, h = torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)
+    d, dt, dw = torch.randn(n, o), torch.randn(o, n), torch.empty(o, i)
+    weight, gx = torch.randn(o, i), torch.empty(n, i)
+
+    def floor() -> None:
+        torch.mm(x, wt, out=h)
+        if not forward_only:
+            torch.mm(dt, x, out=dw)
+            if dx:
+                torch.mm(d, weight, out=gx)
+
+    return floor
+
+
+@SHAPES
+def bench_forward_floor(timed, shape):
+    timed(f"forward {shape}", lambda: products(shape, False, forward_only=True))
+
+
+@SHAPES
+def bench_forward_stock(timed, shape):
+    linear, norm = w._layer_parts(shape, torch.float32)
+    layer = nn.Sequential(linear, norm, nn.ReLU()).eval()
+    x = w.layer_data(shape)[0]
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    timed(f"forward {shape}", lambda: forward)
+
+
+@SHAPES
+@BACKENDS
+def bench_forward_ours(timed, shape, backend):
+    linear, norm = w._layer_parts(shape, torch.float32)
+    layer = fd.FusedDNILinear.from_linear(linear, norm, "relu", backend=backend).eval()
+    x = w.layer_data(shape)[0]
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def check() -> None:
+        with torch.no_grad():
+            expected = nn.Sequential(linear, norm, nn.ReLU()).eval()(x)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+    timed(f"forward {shape}", lambda: forward, check)
+
+
+def step_group(shape: w.Shape, dx: bool) -> str:
+    return f"layer step {shape}, {'with' if dx else 'without'} dx"
+
+
+DX = pytest.mark.parametrize("dx", [False, True], ids=["no_dx", "dx"])
+
+
+@SHAPES
+@DX
+def bench_layer_floor(timed, shape, dx):
+    timed(step_group(shape, dx), lambda: products(shape, dx))
+
+
+@SHAPES
+@DX
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def bench_layer_stock(timed, shape, dx, kind):
+    timed(
+        step_group(shape, dx),
+        lambda: w.Layer(shape, kind, dx).step,
+        lambda: w.check_layer(shape, kind, dx),
+    )
+
+
+@SHAPES
+@DX
+@pytest.mark.parametrize("kind", ["ours", "dni"])
+@BACKENDS
+def bench_layer_ours(timed, shape, dx, kind, backend):
+    timed(
+        step_group(shape, dx),
+        lambda: w.Layer(shape, kind, dx, backend=backend).step,
+        lambda: w.check_layer(shape, kind, dx, backend),
+    )

@@ -1,0 +1,35 @@
+"""A training step of the whole network: four hidden layers, batch norm, ReLU, a linear head.
+
+One group a batch size, width and rule; the time printed is that of a cycle of four steps, the floor's
+too. The committed table of the same candidates is measured interleaved (``bench/tables.py``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import workloads as w
+
+from fused_dni import timing
+
+
+def group(case: w.Case, rule: str) -> str:
+    return f"step {case} {rule}, {w.CYCLE} steps"
+
+
+@pytest.mark.parametrize("rule", w.RULES)
+@pytest.mark.parametrize("case", w.CASES, ids=str)
+def bench_floor(timed, case, rule):
+    floor = timing.gemm_floor([(case.batch, case.hidden, case.hidden)] * w.DEPTH * w.CYCLE)
+    timed(group(case, rule), lambda: floor, steps=w.CYCLE)
+
+
+@pytest.mark.parametrize("method", w.METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("rule", w.RULES)
+@pytest.mark.parametrize("case", w.CASES, ids=str)
+def bench_step(timed, case, rule, method):
+    timed(
+        group(case, rule),
+        lambda: w.stepper(w.Training(case, rule, method, lr=w.LEARNING_RATES[rule] / 100)),
+        lambda: w.check_step(case, rule, method),
+        steps=w.CYCLE,
+    )

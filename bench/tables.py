@@ -1,0 +1,587 @@
+"""Committed results and the tables made from them.
+
+    python bench/tables.py measure [--suite step ...] [--only 64/256]   interleaved timings
+    python bench/tables.py errors --data DIR [--only 64/256]            the same rows' test errors
+    python bench/tables.py render [--check]                             rewrite the documents' tables
+
+``measure`` takes every group of candidates *together* (``fused_dni.timing.compare``), checks each
+candidate first (``workloads.check_*``) and merges what it measured into
+``bench/results/<device>-cpu.json``, so that single groups can be measured again. A candidate that
+fails its check, or that cannot run, stands in the table with that reason and no figure. Measure on
+an otherwise idle machine: two thread pools on the same cores cost each other factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+SUITES = ("step", "linear", "synthesizer", "memory")
+FLOOR = "floor: 8 products by torch"
+FLOOR_BF16 = "floor: 8 products by torch, bf16"
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def device_facts() -> dict[str, Any]:
+    """What the figures hold for: machine, versions, threads, commit, date."""
+    from fused_dni import environment
+
+    report = environment.report()
+    package = report["package"]
+    facts = {
+        "cpu": report["processor"]["model"],
+        "flags": report["processor"]["flags"],
+        "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),
+        "threads": report["threads"]["torch"],
+        "python": report["python"]["version"],
+        "torch": package["torch"],
+        "fused_dni": package["fused_dni"],
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    facts |= {key: value for key, value in package.items() if key in ("C++ isa", "C++ compiler")}
+    facts["commit"] = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", "csrc", "fused_dni", "kernels", "bench/*.py")
+    if changed:
+        facts["commit"] = f"{facts['commit']} with changes"
+    return facts
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def slug(text: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def result_path(facts: dict[str, Any]) -> Path:
+    """Where this machine's results are kept."""
+    return RESULTS / f"{slug(facts['cpu'])}-cpu.json"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Results so far; an empty set where there is no file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Written whole and moved into place: an interrupted run keeps the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rounded(results), indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six significant digits: more would be noise in the history."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return value
+
+
+def compared(
+    candidates: dict[str, Callable[[], object]],
+    failures: dict[str, str],
+    *,
+    floor: str,
+    seconds: float,
+    steps: int = 1,
+    against: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Measure one group; per candidate seconds a step and the paired ratio to the floor."""
+    from fused_dni import timing
+
+    timings = timing.compare(candidates, seconds=seconds)
+    rows: dict[str, Any] = {}
+    for name, taken in timings.items():
+        row = taken.to_json()
+        for key in ("median", "p10", "p90", "iqr"):
+            row[key] /= steps
+        if row["interval"]:
+            row["interval"] = [bound / steps for bound in row["interval"]]
+        row["per_floor"] = timing.ratio(taken, timings[floor]).to_json()
+        rows[name] = row
+    for name, reason in failures.items():
+        rows[name] = {"failed": reason}
+    group: dict[str, Any] = {"floor": floor, "rows": rows, "order": [*candidates, *failures]}
+    group["ratios"] = {
+        label: timing.ratio(timings[top], timings[bottom]).to_json()
+        for label, (top, _, bottom) in {
+            label: pair.partition(" / ") for label, pair in (against or {}).items()
+        }.items()
+        if top in timings and bottom in timings
+    }
+    return group
+
+
+def gather(
+    makers: dict[str, Callable[[], Callable[[], object]]],
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Check and build candidates; those that fail are kept as reasons."""
+    candidates, failures = {}, {}
+    for name, make in makers.items():
+        try:
+            candidates[name] = make()
+        except (AssertionError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"  no figure for {name}: {failures[name]}", file=sys.stderr)
+    return candidates, failures
+
+
+def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The table of the whole network, a group a case and rule."""
+    import torch
+    import workloads as w
+
+    from fused_dni import timing
+
+    for case in w.CASES:
+        for rule in w.RULES:
+            key = f"{case} {rule}"
+            if only and only not in key:
+                continue
+            products = [(case.batch, case.hidden, case.hidden)] * w.DEPTH * w.CYCLE
+            makers: dict[str, Callable[[], Callable[[], object]]] = {
+                FLOOR: lambda p=products: timing.gemm_floor(p),
+                FLOOR_BF16: lambda p=products: timing.gemm_floor(p, torch.bfloat16),
+            }
+            for method in w.METHODS:
+                makers[method.name] = lambda c=case, r=rule, m=method: w.stepper(
+                    w.prepared(c, r, m)
+                )
+            torch._dynamo.reset()
+            candidates, failures = gather(makers)
+            yield (
+                key,
+                compared(
+                    candidates,
+                    failures,
+                    floor=FLOOR,
+                    seconds=seconds,
+                    steps=w.CYCLE,
+                    against={
+                        "DNI k=4 / backprop on our kernels": f"{w.DNI_4.name} / {w.OURS.name}",
+                        "DNI k=4 / stock eager": f"{w.DNI_4.name} / {w.STOCK.name}",
+                        "DNI k=1 / stock eager": f"{w.DNI_1.name} / {w.STOCK.name}",
+                        "DNI k=1 / stock compiled": f"{w.DNI_1.name} / {w.COMPILED.name}",
+                    },
+                ),
+            )
+
+
+def measure_linear(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One layer's step, with and without dx."""
+    import torch
+    import workloads as w
+    from bench_linear import products
+
+    for shape in w.SHAPES:
+        for dx in (False, True):
+            key = f"{shape} {'with' if dx else 'without'} dx"
+            if only and only not in key:
+                continue
+            floor = f"floor: {3 if dx else 2} products by torch"
+            makers: dict[str, Callable[[], Callable[[], object]]] = {
+                floor: lambda s=shape, d=dx: products(s, d)
+            }
+
+            def checked(shape: Any, kind: str, dx: bool, backend: str | None = None) -> Any:
+                w.check_layer(shape, kind, dx, backend)
+                return w.Layer(shape, kind, dx, backend=backend).step
+
+            for kind in ("eager", "compiled"):
+                makers[f"stock {kind}"] = lambda s=shape, k=kind, d=dx: checked(s, k, d)
+            for backend in w.backends():
+                for kind, label in (("ours", "backprop"), ("dni", "DNI")):
+                    makers[f"{label}, {backend}"] = lambda s=shape, k=kind, d=dx, b=backend: (
+                        checked(s, k, d, b)
+                    )
+            torch._dynamo.reset()
+            candidates, failures = gather(makers)
+            yield key, compared(candidates, failures, floor=floor, seconds=seconds)
+
+
+def measure_synthesizer(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prediction and update of each kind of synthesizer; the floor is the dense product."""
+    import workloads as w
+    from bench_linear import products
+
+    for case in w.CASES:
+        for what in ("predict", "update"):
+            key = f"{case} {what}"
+            if only and only not in key:
+                continue
+            floor = "floor of dense: 1 product by torch"
+            shape = w.Shape(case.batch, case.hidden, case.hidden)
+            makers: dict[str, Callable[[], Callable[[], object]]] = {
+                floor: lambda s=shape: products(s, False, forward_only=True)
+            }
+
+            def checked(kind: str, case: Any, backend: str, what: str) -> Callable[[], object]:
+                w.check_synthesizer(kind, case, backend)
+                step = w.SynthesizerStep(kind, case, backend)
+                if what == "predict":
+                    return step.predict
+                prediction = step.predict()
+                return lambda: step.update(prediction)
+
+            for backend in w.backends():
+                for kind in w.KINDS:
+                    makers[f"{kind}, {backend}"] = lambda k=kind, c=case, b=backend, t=what: (
+                        checked(k, c, b, t)
+                    )
+            candidates, failures = gather(makers)
+            yield key, compared(candidates, failures, floor=floor, seconds=seconds)
+
+
+def measure_memory(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Peak memory of a step by depth, measured, in bytes."""
+    import workloads as w
+
+    from fused_dni import timing
+
+    curves: dict[str, Any] = {
+        "what": timing.PEAK_MEMORY_CPU,
+        "batch": w.MEMORY_CASE.batch,
+        "hidden": w.MEMORY_CASE.hidden,
+        "depths": list(w.MEMORY_DEPTHS),
+    }
+    for method in ("stock", "deferred", "immediate"):
+        curves[method] = [timing.peak_memory(w.memory_step(method, d)) for d in w.MEMORY_DEPTHS]
+    yield "curve", curves
+
+
+def measure(suites: list[str], only: str | None, seconds: float, path: Path | None) -> None:
+    """Measure and merge into the machine's file."""
+    facts = device_facts()
+    path = path or result_path(facts)
+    for suite in suites:
+        for key, group in globals()[f"measure_{suite}"](seconds, only):
+            results = load(path)
+            results["device"] = facts
+            group["commit"], group["date"] = facts["commit"], facts["date"]
+            group["threads"] = facts["threads"]
+            results.setdefault(suite, {})[key] = group
+            save(path, results)
+            print(f"{suite} {key}", flush=True)
+            for name, row in group.get("rows", {}).items():
+                if "median" in row:
+                    ratio = row["per_floor"]["median"]
+                    print(f"  {name:45} {row['median'] * 1e3:9.3f} ms {ratio:6.2f} x the floor")
+    print(f"wrote {path}")
+
+
+def errors(
+    folder: str | None, only: str | None, epochs: int, seeds: int, path: Path | None, keep: bool
+) -> None:
+    """Train every row of the step table and keep its final test error."""
+    import workloads as w
+    from rich.progress import Progress
+
+    from fused_dni.experiments import data as loading
+
+    facts = device_facts()
+    path = path or result_path(facts)
+    data = loading.load("mnist" if folder else "digits", folder=folder)
+    rows = [
+        (case, rule, method)
+        for case in w.CASES
+        for rule in w.RULES
+        for method in w.METHODS
+        if not only or only in f"{case} {rule} {method.name}"
+    ]
+    done = load(path).get("errors", {}).get("rows", {})
+    with Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("test errors", total=len(rows) * seeds * epochs)
+        for case, rule, method in rows:
+            key = f"{case} {rule}"
+            if keep and "errors" in done.get(key, {}).get(method.name, {}):
+                progress.advance(task, seeds * epochs)
+                continue
+            entry: dict[str, Any]
+            try:
+                finals = []
+                for seed in range(seeds):
+                    last = math.nan
+                    for last in w.train_error(data, case, rule, method, epochs=epochs, seed=seed):
+                        progress.advance(task)
+                    finals.append(last)
+                entry = {"errors": finals, "mean": sum(finals) / len(finals)}
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                entry = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            results = load(path)
+            section = results.setdefault("errors", {})
+            section |= {
+                "data": data.name,
+                "epochs": epochs,
+                "learning_rates": w.LEARNING_RATES,
+                "synthesizer_rate": w.SYNTHESIZER_RATE,
+                "date": facts["date"],
+                "commit": facts["commit"],
+            }
+            section.setdefault("rows", {}).setdefault(key, {})[method.name] = entry
+            save(path, results)
+            print(f"{key:16} {method.name:45} {entry.get('mean', entry.get('failed'))}", flush=True)
+    print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------ rendering
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column after the first to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
+    """One line: machine, threads, versions, when and at which commit."""
+    device = results["device"]
+    dates = sorted({group["date"] for group in groups.values()})
+    commits = sorted({str(group["commit"]) for group in groups.values()})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    threads = sorted({group["threads"] for group in groups.values()})
+    return (
+        f"{device['cpu']}, {' or '.join(map(str, threads))} threads, torch {device['torch']}, "
+        f"{span}, commit {', '.join(commits)}."
+    )
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """Median with its 95 % interval."""
+    text = f"{row['median'] * 1e3:.3g}"
+    if row.get("interval"):
+        low, high = (f"{bound * 1e3:.3g}" for bound in row["interval"])
+        text += f" ({low}–{high})"
+    return text
+
+
+def error_of(results: dict[str, Any], key: str, name: str) -> str:
+    """Test error of a row, mean over its seeds."""
+    entry = results.get("errors", {}).get("rows", {}).get(key, {}).get(name)
+    if entry is None:
+        return "–" if name.startswith("floor") else "not measured"
+    return f"{entry['mean']:.2f}" if "mean" in entry else "failed"
+
+
+def render_step(results: dict[str, Any]) -> str:
+    """The step table: a table a rule and size, errors beside the speeds, then the ratios."""
+    groups = results.get("step", {})
+    if not groups:
+        return "Not measured yet."
+    found = results.get("errors", {})
+    parts = [provenance(results, groups)]
+    if found:
+        seeds = max(
+            (len(e.get("errors", ())) for rows in found["rows"].values() for e in rows.values()),
+            default=0,
+        )
+        parts[0] += (
+            f" Test error: {found['data']}, {found['epochs']} epochs, "
+            f"{seeds} seed{'s' if seeds != 1 else ''}, images resampled to the width of the network."
+        )
+    parts.append(
+        "Milliseconds a step: median of interleaved rounds (95 % interval). "
+        "The floor is the forward and the weight-gradient product of the four hidden layers, "
+        "`torch.mm(out=)`, measured in the same run."
+    )
+    for key in ordered(groups):
+        group = groups[key]
+        case, _, rule = key.partition(" ")
+        batch, _, hidden = case.partition("/")
+        rows = []
+        for name in group["order"]:
+            row = group["rows"][name]
+            if "failed" in row:
+                rows.append([name, "–", "–", error_of(results, key, name)])
+                continue
+            ratio = f"{row['per_floor']['median']:.2f}"
+            rows.append([name, milliseconds(row), ratio, error_of(results, key, name)])
+        title = f"**B={batch}, H={hidden}, {rule.upper() if rule == 'sgd' else rule.title()}**"
+        parts.append(
+            title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows)
+        )
+        failed = [
+            f"{name}: {row['failed']}" for name, row in group["rows"].items() if "failed" in row
+        ]
+        if failed:
+            parts.append("No figure: " + "; ".join(failed) + ".")
+    parts.append(render_ratios(groups))
+    return "\n\n".join(parts)
+
+
+def render_ratios(groups: dict[str, Any]) -> str:
+    """Paired ratios of times, one column a ratio."""
+    keys = ordered(groups)
+    labels = list(dict.fromkeys(label for key in keys for label in groups[key]["ratios"]))
+    rows = []
+    for key in keys:
+        cells = [key]
+        for label in labels:
+            ratio = groups[key]["ratios"].get(label)
+            cells.append("–" if ratio is None else interval(ratio))
+        rows.append(cells)
+    return "Ratios of times (99 % interval), below one is faster:\n\n" + table(
+        ["B/H, rule", *labels], rows
+    )
+
+
+def interval(ratio: dict[str, Any]) -> str:
+    """A ratio with its interval."""
+    text = f"{ratio['median']:.2f}"
+    if ratio["interval"]:
+        text += " ({:.2f}–{:.2f})".format(*ratio["interval"])
+    return text
+
+
+def ordered(groups: dict[str, Any]) -> list[str]:
+    """Group names by the numbers in them, then by the rest."""
+    return sorted(groups, key=lambda key: ([int(n) for n in re.findall(r"\d+", key)], key))
+
+
+def render_groups(results: dict[str, Any], suite: str) -> str:
+    """Groups of one suite as tables of time and ratio to the floor."""
+    groups = results.get(suite, {})
+    if not groups:
+        return "Not measured yet."
+    parts = [provenance(results, groups)]
+    for key in ordered(groups):
+        rows = []
+        for name in groups[key]["order"]:
+            row = groups[key]["rows"][name]
+            if "failed" in row:
+                rows.append([name, "–", "–"])
+                continue
+            microseconds = f"{row['median'] * 1e6:.3g}"
+            rows.append([name, microseconds, f"{row['per_floor']['median']:.2f}"])
+        parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
+    return "\n\n".join(parts)
+
+
+def render_memory(results: dict[str, Any]) -> str:
+    """The curve of peak memory over depth."""
+    groups = results.get("memory", {})
+    if not groups:
+        return "Not measured yet."
+    curve = groups["curve"]
+    names = {
+        "stock": "stock backprop",
+        "deferred": "DNI, nn.Sequential (deferred)",
+        "immediate": "DNI, DecoupledSequential (immediate)",
+    }
+    rows = [
+        [label, *(f"{size / 2**20:.2f}" for size in curve[method])]
+        for method, label in names.items()
+    ]
+    text = (
+        f"MiB at the peak of a training step, layers {curve['hidden']} wide, batch "
+        f"{curve['batch']}, by depth. Measured: {curve['what']}."
+    )
+    header = ["depth", *map(str, curve["depths"])]
+    return "\n\n".join([provenance(results, groups), text, table(header, rows)])
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": render_step,
+    "linear": lambda results: render_groups(results, "linear"),
+    "synthesizer": lambda results: render_groups(results, "synthesizer"),
+    "memory": render_memory,
+}
+
+
+def render_document(text: str, results: list[dict[str, Any]]) -> str:
+    """``text`` with everything between its markers made anew, one part a device.
+
+    Raises:
+        ValueError: a marker without its end, or of a table that does not exist.
+    """
+    opening = re.compile(r"<!-- table: (\S+) -->\n")
+    closing = "<!-- end of table -->"
+    done, position = [], 0
+    for match in opening.finditer(text):
+        end = text.find(closing, match.end())
+        if end < 0:
+            raise ValueError(f"table {match[1]!r} has no end marker")
+        if match[1] not in RENDERERS:
+            raise ValueError(f"unknown table {match[1]!r}; there are {', '.join(RENDERERS)}")
+        bodies = [RENDERERS[match[1]](found) for found in results] or ["Not measured yet."]
+        done += [text[position : match.end()], "\n", "\n\n".join(bodies), "\n\n"]
+        position = end
+    return "".join([*done, text[position:]])
+
+
+def render(check: bool) -> int:
+    """Rewrite the documents, or with ``check`` say which of them differ."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-cpu.json"))]
+    stale = 0
+    for path in DOCUMENTS:
+        old = path.read_text()
+        new = render_document(old, results)
+        if new == old:
+            continue
+        stale += 1
+        name = path.relative_to(ROOT)
+        if check:
+            print(f"{name} differs from the results: run python bench/tables.py render")
+        else:
+            path.write_text(new)
+            print(f"rewrote {name}")
+    return 1 if check and stale else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("measure", help="time everything, or --suite and --only of it")
+    sub.add_argument("--suite", action="append", choices=SUITES)
+    sub.add_argument("--only", help="only groups whose name contains this")
+    sub.add_argument("--seconds", type=float, default=10.0, help="timed seconds a group")
+    sub.add_argument("--out", type=Path)
+    sub = commands.add_parser("errors", help="train every row of the step table")
+    sub.add_argument("--data", metavar="DIR", help="folder of the MNIST files; digits without")
+    sub.add_argument("--only", help="only rows whose name contains this")
+    sub.add_argument("--epochs", type=int, default=5)
+    sub.add_argument("--seeds", type=int, default=1)
+    sub.add_argument("--keep", action="store_true", help="leave rows that already have errors")
+    sub.add_argument("--out", type=Path)
+    sub = commands.add_parser("render", help="rewrite the tables of the documents")
+    sub.add_argument("--check", action="store_true", help="change nothing, fail if they differ")
+    given = parser.parse_args(arguments)
+    if given.command == "measure":
+        measure(given.suite or list(SUITES), given.only, given.seconds, given.out)
+        return 0
+    if given.command == "errors":
+        errors(given.data, given.only, given.epochs, given.seeds, given.out, given.keep)
+        return 0
+    return render(given.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
