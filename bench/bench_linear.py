@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import workloads as w
 from torch import nn
 
 import fused_dni as fd
+import workloads as w
 
 SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
 BACKENDS = pytest.mark.parametrize("backend", w.backends())

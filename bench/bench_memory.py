@@ -6,8 +6,8 @@ Time is measured too, since memory that is bought with time should show its pric
 from __future__ import annotations
 
 import pytest
-import workloads as w
 
+import workloads as w
 from fused_dni import timing
 
 

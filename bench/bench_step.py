@@ -1,14 +1,15 @@
 """A training step of the whole network: four hidden layers, batch norm, ReLU, a linear head.
 
-One group a batch size, width and rule; the time printed is that of a cycle of four steps, the floor's
-too. The committed table of the same candidates is measured interleaved (``bench/tables.py``).
+One group a batch size, width and rule; the time printed is that of a cycle of four steps, also for
+the floor. The committed table of the same candidates is measured interleaved
+(``bench/tables.py``).
 """
 
 from __future__ import annotations
 
 import pytest
-import workloads as w
 
+import workloads as w
 from fused_dni import timing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import workloads as w
 
 CASES = pytest.mark.parametrize("case", w.CASES, ids=str)

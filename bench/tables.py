@@ -1,8 +1,8 @@
 """Committed results and the tables made from them.
 
     python bench/tables.py measure [--suite step ...] [--only 64/256]   interleaved timings
-    python bench/tables.py errors --data DIR [--only 64/256]            the same rows' test errors
-    python bench/tables.py render [--check]                             rewrite the documents' tables
+    python bench/tables.py errors --data DIR [--only 64/256]            test errors of the same rows
+    python bench/tables.py render [--check]                             rewrite the tables
 
 ``measure`` takes every group of candidates *together* (``fused_dni.timing.compare``), checks each
 candidate first (``workloads.check_*``) and merges what it measured into
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import re
 import subprocess
 import sys
@@ -155,8 +154,8 @@ def gather(
 def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The table of the whole network, a group a case and rule."""
     import torch
-    import workloads as w
 
+    import workloads as w
     from fused_dni import timing
 
     for case in w.CASES:
@@ -196,6 +195,7 @@ def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
 def measure_linear(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """One layer's step, with and without dx."""
     import torch
+
     import workloads as w
     from bench_linear import products
 
@@ -261,7 +261,6 @@ def measure_synthesizer(seconds: float, only: str | None) -> Iterator[tuple[str,
 def measure_memory(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Peak memory of a step by depth, measured, in bytes."""
     import workloads as w
-
     from fused_dni import timing
 
     curves: dict[str, Any] = {
@@ -299,9 +298,9 @@ def errors(
     folder: str | None, only: str | None, epochs: int, seeds: int, path: Path | None, keep: bool
 ) -> None:
     """Train every row of the step table and keep its final test error."""
-    import workloads as w
     from rich.progress import Progress
 
+    import workloads as w
     from fused_dni.experiments import data as loading
 
     facts = device_facts()
@@ -326,10 +325,11 @@ def errors(
             try:
                 finals = []
                 for seed in range(seeds):
-                    last = math.nan
-                    for last in w.train_error(data, case, rule, method, epochs=epochs, seed=seed):
+                    by_epoch = []
+                    for error in w.train_error(data, case, rule, method, epochs=epochs, seed=seed):
+                        by_epoch.append(error)
                         progress.advance(task)
-                    finals.append(last)
+                    finals.append(by_epoch[-1])
                 entry = {"errors": finals, "mean": sum(finals) / len(finals)}
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                 entry = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -402,7 +402,7 @@ def render_step(results: dict[str, Any]) -> str:
         )
         parts[0] += (
             f" Test error: {found['data']}, {found['epochs']} epochs, "
-            f"{seeds} seed{'s' if seeds != 1 else ''}, images resampled to the width of the network."
+            f"{seeds} seed{'s' if seeds != 1 else ''}, images resampled to the network's width."
         )
     parts.append(
         "Milliseconds a step: median of interleaved rounds (95 % interval). "
@@ -422,9 +422,7 @@ def render_step(results: dict[str, Any]) -> str:
             ratio = f"{row['per_floor']['median']:.2f}"
             rows.append([name, milliseconds(row), ratio, error_of(results, key, name)])
         title = f"**B={batch}, H={hidden}, {rule.upper() if rule == 'sgd' else rule.title()}**"
-        parts.append(
-            title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows)
-        )
+        parts.append(title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows))
         failed = [
             f"{name}: {row['failed']}" for name, row in group["rows"].items() if "failed" in row
         ]

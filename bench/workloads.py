@@ -564,9 +564,7 @@ def check_synthesizer(kind: str, case: Case, backend: str) -> None:
     if not error <= 1e-5:
         raise Disagreement(f"{kind} on {backend}, {case}: prediction is off by {error:.2e}")
     start = synthesizer(kind, case.hidden, torch.float64).fused().parameters()
-    slots = zip(
-        candidate.tensors.parameters(), twin.tensors.parameters(), start, strict=True
-    )
+    slots = zip(candidate.tensors.parameters(), twin.tensors.parameters(), start, strict=True)
     for slot, (got, want, old) in enumerate(slots):
         if got is None or want is None or old is None:
             continue
@@ -644,8 +642,6 @@ def train_error(
         with torch.no_grad():
             wrong = sum(
                 int((training.model(x).argmax(1) != y).sum())
-                for x, y in zip(
-                    test.images.split(1000), test.labels.split(1000), strict=True
-                )
+                for x, y in zip(test.images.split(1000), test.labels.split(1000), strict=True)
             )
         yield 100.0 * wrong / len(test.labels)

@@ -6,6 +6,7 @@ nothing here raises because a tool, a library or a file is missing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -227,10 +228,8 @@ def _threads() -> dict[str, Any]:
         facts["torch interop"] = torch.get_num_interop_threads()
     except ImportError:
         facts["torch"] = None
-    try:
+    with contextlib.suppress(ImportError):  # so that its OpenMP runtime, if any, is counted
         importlib.import_module("fused_dni._cpu")
-    except ImportError:
-        pass
     libraries = openmp_libraries()
     facts["OpenMP runtimes"] = libraries
     facts["one OpenMP pool"] = len(libraries) <= 1
@@ -292,7 +291,7 @@ def _gpu() -> dict[str, Any]:
         return facts
     facts["torch sees CUDA"] = torch.cuda.is_available()
     if torch.cuda.is_available():
-        facts["cuDNN"] = torch.backends.cudnn.version()
+        facts["cuDNN"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             facts[f"cuda:{index}"] = {

@@ -116,8 +116,9 @@ def test_wheel_installs_the_command(installed):
 
 
 def test_editable_install_is_what_runs():
-    import fused_dni
     import fused_dni.kernels
+
+    import fused_dni
 
     assert Path(fused_dni.__file__).parent == ROOT / "fused_dni"
     assert Path(fused_dni.kernels.__file__).parent == ROOT / "kernels"

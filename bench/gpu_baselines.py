@@ -1,0 +1,405 @@
+"""What a GPU does without us: bandwidth, products, launch gaps, cuDNN's LSTM, stock backprop.
+
+    python bench/gpu_baselines.py OUT/baselines.json [--seconds 280]
+    python bench/gpu_baselines.py --summary OUT/baselines.json
+
+Imports nothing of fused_dni, so that it runs where our build failed. Every part is on its own: one
+that raises, or for which no time is left, is recorded with its reason and the rest go on; the file
+is rewritten after every part. ``--device cpu --tiny`` runs the same code on sizes that only show
+that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Where(NamedTuple):
+    """Where to run, how large, and until when."""
+
+    device: str
+    tiny: bool
+    deadline: float
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    def sizes(self, full: list[Any], tiny: list[Any]) -> list[Any]:
+        return tiny if self.tiny else full
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+class NoTimeLeftError(RuntimeError):
+    """The budget is spent; what was measured so far is kept."""
+
+
+def seconds_a_call(call: Callable[[], object], where: Where, budget: float = 0.2) -> float:
+    """Median over blocks of calls, after a warm-up; by CUDA events on a GPU."""
+    if where.late():
+        raise NoTimeLeftError("no time left")
+    for _ in range(3):
+        call()
+    synchronize(where)
+    start = time.perf_counter()
+    call()
+    synchronize(where)
+    once = max(time.perf_counter() - start, 1e-7)
+    blocks = 11
+    repeats = max(1, min(2000, int((0.01 if where.tiny else budget) / once / blocks)))
+    taken = []
+    for _ in range(blocks):
+        if where.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end) / 1e3 / repeats)
+        else:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            taken.append((time.perf_counter() - start) / repeats)
+    return statistics.median(taken)
+
+
+def synchronize(where: Where) -> None:
+    if where.cuda:
+        torch.cuda.synchronize()
+
+
+def graphed(step: Callable[[], object]) -> Callable[[], None]:
+    """``step`` as the replay of a CUDA graph (after a warm-up on a side stream, as documented)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def device(where: Where) -> dict[str, Any]:
+    """Names, versions and clocks."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = None
+    if where.cuda:
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": properties.total_memory / 2**30,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            facts["nvidia-smi"] = done.stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            facts["nvidia-smi"] = f"not available: {error}"
+    else:
+        facts["name"] = platform.machine()
+    return facts
+
+
+def bandwidth(where: Where) -> dict[str, Any]:
+    """Copy of a large tensor; bytes read and written over time."""
+    rates = {}
+    for megabytes in where.sizes([64, 512, 2048], [1]):
+        source = torch.empty(megabytes * 2**18, device=where.device)
+        target = torch.empty_like(source)
+        taken = seconds_a_call(lambda s=source, t=target: t.copy_(s), where)
+        rates[f"{megabytes} MiB"] = 2 * megabytes * 2**20 / taken / 1e9
+    return {"gb_per_s": rates}
+
+
+def gemm(where: Where) -> dict[str, Any]:
+    """TFLOP/s of ``torch.mm(out=)`` in bf16, tf32 and fp32."""
+    full = [(128, 1024, 1024), (1024,) * 3, (4096,) * 3, (8192,) * 3]
+    rates: dict[str, dict[str, float]] = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, dtype, precision in (
+            ("bf16", torch.bfloat16, "highest"),
+            ("tf32", torch.float32, "high"),
+            ("fp32", torch.float32, "highest"),
+        ):
+            torch.set_float32_matmul_precision(precision)
+            rates[name] = {}
+            for m, k, n in where.sizes(full, [(32, 32, 32)]):
+                a = torch.randn(m, k, device=where.device, dtype=dtype)
+                b = torch.randn(k, n, device=where.device, dtype=dtype)
+                out = torch.empty(m, n, device=where.device, dtype=dtype)
+                taken = seconds_a_call(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), where)
+                rates[name][f"{m}x{k}x{n}"] = 2 * m * k * n / taken / 1e12
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return {"tflop_per_s": rates}
+
+
+def gaps(where: Where) -> dict[str, Any]:
+    """Microseconds a kernel that does nothing much: launched eagerly, and inside a graph."""
+    x = torch.zeros(32, device=where.device)
+    count = 100
+
+    def many() -> None:
+        for _ in range(count):
+            x.add_(1.0)
+
+    result = {"eager_us": seconds_a_call(many, where) / count * 1e6}
+    if where.cuda:
+        result["graph_us"] = seconds_a_call(graphed(many), where) / count * 1e6
+        result["graph_of_one_us"] = seconds_a_call(graphed(lambda: x.add_(1.0)), where) * 1e6
+    return result
+
+
+def layer(where: Where) -> dict[str, Any]:
+    """One Linear-BatchNorm-ReLU: forward, backward from a given g without dx, fused SGD; bf16
+    under autocast with fp32 weights. Beside it the two products that it cannot avoid."""
+    rows = {}
+    for batch, hidden in where.sizes([(128, 1024), (1024, 2048), (4096, 4096)], [(8, 16)]):
+        x = torch.randn(batch, hidden, device=where.device)
+        g = torch.randn(batch, hidden, device=where.device) / batch
+        half = [t.bfloat16() for t in (x, g)]
+        weight = torch.randn(hidden, hidden, device=where.device, dtype=torch.bfloat16)
+        h, dw = torch.empty_like(half[0]), torch.empty_like(weight)
+
+        def floor(half: list[Tensor] = half, w: Tensor = weight, h: Tensor = h, d: Tensor = dw):
+            torch.mm(half[0], w, out=h)
+            torch.mm(half[1].t(), half[0], out=d)
+
+        entry: dict[str, Any] = {"two products": seconds_a_call(floor, where) * 1e6}
+        rows[f"{batch}/{hidden}"] = entry
+        for name, how in layer_variants(where).items():
+            attempt(entry, name, lambda n=how, x=x, g=g: layer_time(n, x, g, where))
+    return {"us": rows}
+
+
+def layer_variants(where: Where) -> dict[str, str]:
+    variants = {"eager": "eager"}
+    if not where.tiny:
+        variants["compiled"] = "default"
+    if where.cuda:
+        variants |= {"graph": "graph", "compiled max-autotune": "max-autotune"}
+    return variants
+
+
+def layer_time(how: str, x: Tensor, g: Tensor, where: Where) -> float:
+    hidden = x.shape[1]
+    module = nn.Sequential(
+        nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
+    ).to(where.device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, fused=True)
+    torch._dynamo.reset()
+    forward = module if how in ("eager", "graph") else torch.compile(module, mode=how)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(where.device, torch.bfloat16):
+            h = forward(x)
+        h.backward(g.to(h.dtype))
+        optimizer.step()
+
+    return seconds_a_call(graphed(step) if how == "graph" else step, where) * 1e6
+
+
+def network(where: Where) -> dict[str, Any]:
+    """The step of the CPU tables: four hidden layers, batch norm, ReLU, head, cross-entropy."""
+    rows = {}
+    for batch, hidden in where.sizes([(64, 256), (128, 512), (128, 1024)], [(8, 16)]):
+        for rule in ("sgd", "adam"):
+            entry: dict[str, Any] = {}
+            rows[f"{batch}/{hidden} {rule}"] = entry
+            for name, how in layer_variants(where).items():
+                if how == "max-autotune":
+                    continue
+                attempt(
+                    entry,
+                    name,
+                    lambda b=batch, h=hidden, r=rule, n=how: network_time(b, h, r, n, where),
+                )
+    return {"us": rows}
+
+
+def network_time(batch: int, hidden: int, rule: str, how: str, where: Where) -> float:
+    modules: list[nn.Module] = []
+    for _ in range(4):
+        modules += [nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+    module = nn.Sequential(*modules, nn.Linear(hidden, 10)).to(where.device)
+    options: dict[str, Any] = {"lr": 1e-4, "fused": True}
+    kind: Any = torch.optim.SGD
+    if rule == "adam":
+        kind = torch.optim.Adam
+        options["capturable"] = where.cuda
+    optimizer = kind(module.parameters(), **options)
+    x = torch.randn(batch, hidden, device=where.device)
+    y = torch.randint(0, 10, (batch,), device=where.device)
+    torch._dynamo.reset()
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(module(x), y)
+
+    forward = torch.compile(loss_of) if how == "default" else loss_of
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward(x, y).backward()
+        optimizer.step()
+
+    return seconds_a_call(graphed(step) if how == "graph" else step, where) * 1e6
+
+
+def lstm(where: Where) -> dict[str, Any]:
+    """``nn.LSTM`` (cuDNN on a GPU): milliseconds forward, and forward with backward."""
+    rows = {}
+    points = [
+        (b, h, t, dtype)
+        for dtype in ("bf16", "fp32")
+        for b in (16, 64)
+        for h in (256, 512, 1024)
+        for t in (16, 128)
+    ] + [(16, 768, 1024, "bf16")]
+    for batch, hidden, steps, name in where.sizes(points, [(2, 8, 3, "fp32")]):
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        module = nn.LSTM(hidden, hidden, batch_first=True).to(where.device, dtype)
+        x = torch.randn(batch, steps, hidden, device=where.device, dtype=dtype)
+        g = torch.randn_like(x)
+
+        def forward(module: nn.LSTM = module, x: Tensor = x) -> None:
+            with torch.no_grad():
+                module(x)
+
+        def both(module: nn.LSTM = module, x: Tensor = x, g: Tensor = g) -> None:
+            module.zero_grad()
+            module(x)[0].backward(g)
+
+        entry: dict[str, Any] = {}
+        rows[f"B{batch} H{hidden} T{steps} {name}"] = entry
+        attempt(entry, "forward_ms", lambda f=forward: seconds_a_call(f, where, 0.1) * 1e3)
+        attempt(entry, "both_ms", lambda f=both: seconds_a_call(f, where, 0.1) * 1e3)
+    return {"ms": rows}
+
+
+PARTS = (device, bandwidth, gemm, gaps, layer, lstm, network)
+
+
+def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> None:
+    """One figure, or the reason why there is none. Running out of time ends the part."""
+    try:
+        entry[name] = measure()
+    except NoTimeLeftError:
+        entry[name] = "no time left"
+    except Exception as error:
+        entry[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+
+
+def measure(out: Path, where: Where) -> int:
+    """All parts; returns how many failed."""
+    results: dict[str, Any] = {}
+    failed = 0
+    for part in PARTS:
+        name = part.__name__
+        start = time.monotonic()
+        try:
+            results[name] = part(where)
+        except Exception as error:
+            failed += 1
+            traceback.print_exc()
+            results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        results.setdefault("part_seconds", {})[name] = time.monotonic() - start
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+    return failed
+
+
+# -------------------------------------------------------------------------------------- summary
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The figures as text, the ones that decide most at the end."""
+    lines = []
+    for part in ("device", "network", "lstm", "gemm", "bandwidth", "gaps", "layer"):
+        facts = results.get(part)
+        if facts is None:
+            lines.append(f"{part}: not reached")
+            continue
+        if "failed" in facts:
+            lines.append(f"{part}: FAILED: {facts['failed']}")
+            continue
+        lines.append(part)
+        units = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "us": "us", "ms": ""}
+        for key, value in facts.items():
+            if isinstance(value, dict):
+                for row, cells in value.items():
+                    lines.append(f"  {row:24} {cell(cells)} {units.get(key, key)}".rstrip())
+            else:
+                lines.append(f"  {key:24} {cell(value)}")
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {cell(item)}" for key, item in value.items())
+    return str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help="JSON to write, or to print with --summary")
+    parser.add_argument("--summary", action="store_true", help="print a file that exists")
+    parser.add_argument("--seconds", type=float, default=280.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
+    given = parser.parse_args(arguments)
+    if given.summary:
+        print(summary(json.loads(given.file.read_text())))
+        return 0
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
+        return 3
+    where = Where(given.device, given.tiny, time.monotonic() + given.seconds)
+    return 1 if measure(given.file, where) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
