@@ -142,7 +142,6 @@ def our_network(
             )
             options = {
                 "synthesizer": synthesizer.to(linear.weight.dtype),
-                "context_features": CLASSES,
                 "synthesizer_update": fd.Adam(SYNTHESIZER_RATE),
             }
         layers.append(
@@ -425,7 +424,7 @@ class Layer:
                     torch.manual_seed(1)
                     for p in (synthesizer.weight, synthesizer.context_weight):
                         p.copy_(torch.randn(p.shape) * 0.1)
-                options = {"synthesizer": synthesizer, "context_features": CLASSES}
+                options = {"synthesizer": synthesizer}
             self.layer = fd.FusedDNILinear.from_linear(
                 linear, norm, "relu", update=fd.SGD(lr), backend=backend, **options
             )
