@@ -113,9 +113,8 @@ def synthetic_gradient(prediction: Prediction, target_scale: float, max_norm: fl
     and exceeded. The norm is summed in float64, so that finite elements have a finite norm."""
     synthetic = prediction.scaled / target_scale
     if max_norm > 0:
-        norm = float(torch.linalg.vector_norm(synthetic, dtype=torch.float64))
-        if norm > max_norm:
-            synthetic = synthetic * (max_norm / norm)
+        norm = torch.linalg.vector_norm(synthetic, dtype=torch.float64)
+        synthetic = synthetic * (max_norm / norm).clamp(max=1.0).to(synthetic.dtype)
     return synthetic
 
 

@@ -1,0 +1,43 @@
+"""fused_dni: decoupled neural interfaces on fused kernels, and whether they pay.
+
+Layers that predict their own gradient (Jaderberg et al. 2016, arXiv 1608.05343) and update in the
+forward, drop-in for PyTorch's; and the measurements that say what it buys.
+"""
+
+from fused_dni import functional
+from fused_dni.context import condition_on
+from fused_dni.convert import convert, revert
+from fused_dni.diagnostics import diagnostics
+from fused_dni.modules import Decoupled, DecoupledSequential, FusedDNILinear
+from fused_dni.optim import FusedOptimizer, ordinary_parameters
+from fused_dni.rules import SGD, Adam, AdamW
+from fused_dni.schedule import Schedule
+from fused_dni.synthesizers import (
+    ConvSynthesizer,
+    DiagonalSynthesizer,
+    LinearSynthesizer,
+    MLPSynthesizer,
+    Synthesizer,
+)
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "ConvSynthesizer",
+    "Decoupled",
+    "DecoupledSequential",
+    "DiagonalSynthesizer",
+    "FusedDNILinear",
+    "FusedOptimizer",
+    "LinearSynthesizer",
+    "MLPSynthesizer",
+    "Schedule",
+    "Synthesizer",
+    "condition_on",
+    "convert",
+    "diagnostics",
+    "functional",
+    "ordinary_parameters",
+    "revert",
+]

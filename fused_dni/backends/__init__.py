@@ -1,0 +1,1 @@
+"""Backends: one op, several implementations."""

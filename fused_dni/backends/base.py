@@ -1,0 +1,272 @@
+"""The one signature that every backend implements.
+
+A backend is stateless: it gets tensors in, gives tensors out, and mutates only what an op's
+docstring names. It knows nothing of autograd, modules, schedules or phases. Shapes are
+two-dimensional here (callers fold leading dimensions into rows):
+
+====  =========================================================
+N     rows of the batch
+I, O  input and output features of the layer
+R     rank of a low-rank synthesizer
+K     context features (classes, or width of a conditioning vector)
+====  =========================================================
+
+Throughout, the loss is taken to be a mean over rows; ``target_scale`` (kappa) is the number by
+which it divides, so that the synthesizer regresses ``kappa * dL/dh``, whose size does not depend
+on N (Jaderberg et al. 2016, arXiv 1608.05343, section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "mish",
+)
+NORMALIZATIONS = (None, "batch", "layer")
+SYNTHESIZERS = ("dense", "lowrank", "diagonal")
+RULES = ("sgd", "adam", "adamw")
+
+# Indices into ``RuleTensors.hyper``.
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, STEP, SKIPPED = range(7)
+HYPER_SIZE = 7
+
+# Indices into the ``statistics`` tensor that ``synthesizer_update_`` adds to.
+S_DOT_G, S_DOT_S, G_DOT_G, SQUARED_ERROR, ROWS = range(5)
+STATISTICS_SIZE = 5
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """What of a layer is not a tensor: ``h = activation(normalization(x @ weight.T + bias))``."""
+
+    normalization: str | None = None
+    activation: str = "identity"
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+
+class LinearTensors(NamedTuple):
+    """Parameters and buffers of a linear layer, all of one dtype and device, contiguous."""
+
+    weight: Tensor  # [O, I]
+    bias: Tensor | None = None  # [O]
+    norm_weight: Tensor | None = None  # [O]
+    norm_bias: Tensor | None = None  # [O]
+    running_mean: Tensor | None = None  # [O], batch normalisation only
+    running_var: Tensor | None = None  # [O], batch normalisation only
+
+
+class SynthesizerTensors(NamedTuple):
+    """Parameters of a synthesizer that backends know how to fuse.
+
+    dense     ``M(h) = h @ weight.T + context + bias``            weight [O, O]
+    lowrank   ``M(h) = (h @ down.T) @ weight.T + context + bias`` weight [O, R], down [R, O]
+    diagonal  ``M(h) = weight * h + context + bias``              weight [O]
+
+    ``context`` is ``context_weight[:, label]`` for class indices, ``c @ context_weight.T`` for a
+    conditioning vector ``c``.
+    """
+
+    kind: str
+    weight: Tensor
+    down: Tensor | None = None
+    context_weight: Tensor | None = None  # [O, K]
+    bias: Tensor | None = None  # [O]
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The four slots in the order that rules and gradients use."""
+        return (self.weight, self.down, self.context_weight, self.bias)
+
+
+class RuleTensors(NamedTuple):
+    """An update rule and its state over a fixed list of parameter slots.
+
+    ``hyper`` is float64 ``[HYPER_SIZE]``: lr, momentum or beta1, beta2, eps, weight decay, and two
+    counters that the update itself advances: steps taken, and steps skipped because a gradient
+    was not finite. A skipped step changes nothing but the second counter.
+
+    ``first`` and ``second`` hold, a slot each, momentum (or Adam's first moment) and Adam's second
+    moment; None where the rule keeps none or the slot is empty or frozen. ``trainable`` says which
+    slots may be written. Slots of a linear layer: weight, bias, norm_weight, norm_bias; of a
+    synthesizer: :meth:`SynthesizerTensors.parameters`.
+
+    Formulas are those of ``torch.optim.SGD`` (dampening 0), ``Adam`` and ``AdamW``.
+    """
+
+    kind: str
+    nesterov: bool
+    hyper: Tensor
+    first: tuple[Tensor | None, ...]
+    second: tuple[Tensor | None, ...]
+    trainable: tuple[bool, ...]
+
+
+class Saved(NamedTuple):
+    """What a backward needs beside x, h and the parameters.
+
+    ``normalized`` [N, O] is the input of scale-and-shift (batch, layer) or of the activation
+    (no normalisation); None where the derivative can be taken from h alone (no normalisation with
+    identity, relu, tanh or sigmoid). ``rstd`` is [O] (batch) or [N] (layer).
+    """
+
+    normalized: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+class LinearGradients(NamedTuple):
+    """Gradients of one use of a layer. ``delta`` [N, O] is the gradient at ``x @ weight.T``."""
+
+    delta: Tensor
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """A synthesizer's output ``scaled = M(h)`` [N, O] (that is kappa times the synthetic gradient)
+    and, for a low-rank one, ``reduced = h @ down.T`` [N, R], both kept for its training."""
+
+    scaled: Tensor
+    reduced: Tensor | None = None
+
+
+class Step(NamedTuple):
+    """Result of a fused decoupled step."""
+
+    h: Tensor  # [N, O]
+    prediction: Prediction | None = None
+    dx: Tensor | None = None  # [N, I]
+
+
+class Backend(Protocol):
+    """The ops. Inputs are checked by the caller (shapes, dtypes, devices); a backend states in
+    :meth:`why_not` what it cannot serve and may then rely on it."""
+
+    name: str
+
+    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
+        """None if this backend serves these tensors (dtype, device), or the reason why not, as the
+        end of a sentence that begins with the backend's name."""
+        ...
+
+    def available(self) -> str | None:
+        """None if the backend can run on this machine at all, or the reason why not."""
+        ...
+
+    def linear_forward(
+        self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
+    ) -> tuple[Tensor, Saved]:
+        """Return h [N, O] and, with ``save``, what the backward needs.
+
+        With ``training`` batch normalisation uses the batch's statistics and moves the running
+        ones (mutated; unbiased variance, as PyTorch); otherwise it uses the running ones.
+        """
+        ...
+
+    def linear_backward(
+        self,
+        grad_h: Tensor,
+        x: Tensor,
+        h: Tensor,
+        saved: Saved,
+        layer: LinearTensors,
+        config: LinearConfig,
+        training: bool,
+        need_dx: bool,
+        need_weight: bool,
+    ) -> LinearGradients:
+        """Take ``grad_h`` [N, O] back through activation and normalisation.
+
+        Returns delta always; dx [N, I] and the weight's gradient [O, I] on demand; the three
+        vectors' gradients wherever the parameter exists. In front of a batch normalisation in
+        training the bias's gradient is exactly zero.
+        """
+        ...
+
+    def linear_update_(
+        self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
+    ) -> None:
+        """Apply ``rule`` to weight, bias, norm_weight and norm_bias.
+
+        ``gradients.weight`` is not read: ``delta.T @ x`` is formed where it is applied. Mutates
+        the trainable parameters, the rule's buffers and counters; nothing but the skip counter
+        if a gradient is not finite.
+        """
+        ...
+
+    def linear_step_(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        max_norm: float,
+        rule: RuleTensors,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        """Forward, synthetic gradient and update in one launch (design: a decoupled step).
+
+        The synthetic gradient is ``M(h) / target_scale``, scaled down to a Frobenius
+        norm of ``max_norm`` if that is positive and exceeded. ``dx`` is taken with the weights as
+        they were before the update. Mutates what :meth:`linear_forward` in training and
+        :meth:`linear_update_` mutate; if the gradient is not finite, only the skip counter (the
+        running statistics too stay as they were).
+
+        Raises:
+            IndexError: a class index outside ``[0, K)``; raised before anything is changed.
+        """
+        ...
+
+    def synthesizer_predict(
+        self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
+    ) -> Prediction: ...
+
+    def synthesizer_gradients(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients, slot by slot, of ``sum((M(h) - target_scale * grad_h) ** 2) / N``.
+
+        Adds to ``statistics`` (float64 ``[STATISTICS_SIZE]``) the sums over all elements of
+        ``s*g``, ``s*s``, ``g*g``, ``(s-g)**2`` with s = M(h) and g = target_scale * grad_h, and
+        the N rows; leaves it untouched if one of the sums is not finite.
+        """
+        ...
+
+    def synthesizer_update_(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+        rule: RuleTensors,
+    ) -> None:
+        """As :meth:`synthesizer_gradients`, applied by ``rule`` where they are made. A target that
+        is not finite changes nothing but the rule's skip counter."""
+        ...

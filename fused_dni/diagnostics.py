@@ -1,0 +1,117 @@
+"""How good the synthetic gradients are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_dni.backends.base import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
+from fused_dni.modules.base import DecoupledModule, Forecast, Phase
+
+
+def diagnostics(
+    model: nn.Module, closure: Callable[[], Tensor] | None = None, *, reset: bool = False
+) -> dict[str, dict[str, float]]:
+    """What the synthesizers of a model were trained on, and how well they predicted it.
+
+    Args:
+        model: a model with decoupled layers.
+        closure: runs a forward in training mode and returns the loss. If given, it is run once
+            with exact gradients everywhere, nothing being updated and no buffer left changed, and
+            each prediction is compared with the *true* gradient of the whole net besides.
+        reset: start the running sums anew afterwards.
+
+    Returns:
+        By layer name: ``cosine`` and ``norm_ratio`` (|s|/|g|) of the synthetic gradient s against
+        the gradient g that arrived (which may be bootstrapped), over all elements since the last
+        reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
+        ``targets``, the rows trained on; ``skipped_updates`` and ``skipped_synthesizer_updates``;
+        with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where there is nothing yet.
+    """
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, DecoupledModule) and m.synthesizer is not None
+    }
+    if not layers:
+        raise ValueError("model has no decoupled layers with a synthesizer")
+    out = {name: _sums(layer) for name, layer in layers.items()}
+    if closure is not None:
+        for name, found in _against_truth(model, layers, closure).items():
+            out[name].update(found)
+    if reset:
+        for layer in layers.values():
+            layer.statistics.zero_()
+    return out
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("nan")
+
+
+def _sums(layer: DecoupledModule) -> dict[str, float]:
+    s = layer.statistics.tolist()
+    rows = s[ROWS]
+    return {
+        "cosine": _ratio(s[S_DOT_G], (s[S_DOT_S] * s[G_DOT_G]) ** 0.5),
+        "norm_ratio": _ratio(s[S_DOT_S] ** 0.5, s[G_DOT_G] ** 0.5),
+        "synthesizer_loss": _ratio(s[SQUARED_ERROR], rows),
+        "targets": rows,
+        "skipped_updates": float(layer.skipped_updates),
+        "skipped_synthesizer_updates": float(
+            layer.synthesizer_update.skipped if layer.synthesizer_update is not None else 0
+        ),
+    }
+
+
+def _against_truth(
+    model: nn.Module, layers: dict[str, DecoupledModule], closure: Callable[[], Tensor]
+) -> dict[str, dict[str, float]]:
+    """Run ``closure`` with exact gradients and hold each prediction against its true gradient."""
+    everyone = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    grads = [(p, p.grad) for p in model.parameters()]
+    recorded: dict[str, Any] = {}
+    before = [(m, m.phase) for m in everyone]
+
+    def record(name: str) -> Callable[[Tensor, Forecast | None, float], None]:
+        def probe(h: Tensor, forecast: Forecast | None, scale: float) -> None:
+            assert forecast is not None
+            h.retain_grad()
+            recorded[name] = (h, forecast.scaled, scale)
+
+        return probe
+
+    try:
+        for module in everyone:
+            module.phase = Phase(probe=_ignore)
+        for name, layer in layers.items():
+            layer.phase = Phase(probe=record(name))
+        for p, _ in grads:
+            p.grad = None
+        closure().backward()
+    finally:
+        for module, phase in before:
+            module.phase = phase
+        for p, grad in grads:
+            p.grad = grad
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+    out = {}
+    for name, (h, scaled, scale) in recorded.items():
+        if h.grad is None:
+            continue
+        s, g = (t.double().flatten() for t in (scaled / scale, h.grad))
+        out[name] = {
+            "true_cosine": _ratio(float(s @ g), float(s.norm() * g.norm())),
+            "true_norm_ratio": _ratio(float(s.norm()), float(g.norm())),
+        }
+    return out
+
+
+def _ignore(h: Tensor, forecast: Forecast | None, scale: float) -> None:
+    """The probe of layers without a synthesizer."""

@@ -1,0 +1,317 @@
+"""The fused linear layer as differentiable function: exact, or with a synthetic gradient.
+
+Nothing here changes a parameter. Gradients are returned by the node, so hooks, accumulation,
+clipping, DDP and any ``torch.optim`` optimizer see them as they see those of ``F.linear``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import (
+    Backend,
+    LinearConfig,
+    LinearTensors,
+    Prediction,
+    RuleTensors,
+    Saved,
+    Step,
+    SynthesizerTensors,
+)
+from fused_dni.functional import check, ops
+from fused_dni.reference.synthesizer import synthetic_gradient
+
+TWICE = (
+    "a decoupled layer's node was run backward a second time: its local gradient would be "
+    "delivered twice; run the forward again (retain_graph=True does not help here)"
+)
+
+
+class Locality(NamedTuple):
+    """How a decoupled layer's gradient is made in this call.
+
+    Attributes:
+        kind: the synthesizer's kind.
+        true_share: share of the arriving gradient in the gradient used: 0 is plain DNI, 1 warm-up,
+            between them mixing.
+        target: train the synthesizer on what arrives.
+        target_scale: kappa.
+        max_norm: bound of the synthetic gradient's Frobenius norm; 0 for none.
+        loss_scale: factor on the loss, as of a ``GradScaler``.
+    """
+
+    kind: str
+    true_share: float
+    target: bool
+    target_scale: float
+    max_norm: float
+    loss_scale: float
+
+
+def mixed_gradient(
+    arrived: Tensor | None, scaled: Tensor | None, how: Locality, dtype: torch.dtype
+) -> Tensor | None:
+    """``share * arrived + (1 - share) * synthetic``; None if that has no defined part."""
+    share = how.true_share
+    if share == 1.0 or scaled is None:
+        return arrived
+    synthetic = synthetic_gradient(Prediction(scaled), how.target_scale, how.max_norm)
+    if share == 0.0:
+        return synthetic
+    if arrived is None:
+        return (1.0 - share) * synthetic
+    return share * arrived.to(dtype) + (1.0 - share) * synthetic
+
+
+class _Linear(torch.autograd.Function):
+    """Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        synthesizer_weight: Tensor | None,
+        down: Tensor | None,
+        context_weight: Tensor | None,
+        synthesizer_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        context: Tensor | None,
+        statistics: Tensor | None,
+        config: LinearConfig,
+        training: bool,
+        backend: Backend,
+        how: Locality | None,
+        need_dx: bool,
+    ) -> Tensor:
+        layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
+        h, saved = ops.linear_forward(backend, x, layer, config, training, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x,
+            h,
+            *saved,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            synthesizer_weight,
+            down,
+            context_weight,
+            synthesizer_bias,
+            context,
+        )
+        ctx.statistics = statistics
+        ctx.how = how
+        ctx.need_dx = need_dx
+        ctx.call = (config, training, backend)
+        ctx.spent = False
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        config, training, backend = ctx.call
+        how: Locality | None = ctx.how
+        none: tuple[Tensor | None, ...] = (None,) * 18
+        if how is None and arrived is None:
+            return none
+        (x, h, normalized, rstd, weight, bias, norm_weight, norm_bias, *slots, context) = (
+            ctx.saved_tensors
+        )
+        scale = 1.0
+        prediction: Prediction | None = None
+        gradient = arrived
+        trained: tuple[Tensor | None, ...] = (None,) * 4
+        if how is not None:
+            if not torch.compiler.is_compiling():
+                if ctx.spent:
+                    raise RuntimeError(TWICE)
+                ctx.spent = True
+            scale = how.loss_scale
+            if scale != 1.0 and arrived is not None:
+                arrived = arrived / scale
+            learns = how.target and arrived is not None
+            tensors = SynthesizerTensors(how.kind, *slots)
+            if learns or how.true_share < 1.0:
+                prediction = ops.synthesizer_predict(backend, h, tensors, context)
+            gradient = mixed_gradient(
+                arrived, None if prediction is None else prediction.scaled, how, weight.dtype
+            )
+            if learns and prediction is not None and arrived is not None:
+                trained = ops.synthesizer_gradients(
+                    backend,
+                    h,
+                    prediction,
+                    arrived.contiguous(),
+                    tensors,
+                    context,
+                    how.target_scale,
+                    ctx.statistics,
+                )
+            if gradient is None:
+                return none
+        assert gradient is not None
+        made = ops.linear_backward(
+            backend,
+            gradient.contiguous(),
+            x,
+            h,
+            Saved(normalized, rstd),
+            LinearTensors(weight, bias, norm_weight, norm_bias),
+            config,
+            training,
+            ctx.need_dx and ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+        )
+        out = (made.x, made.weight, made.bias, made.norm_weight, made.norm_bias, *trained)
+        wanted = [t if want else None for t, want in zip(out, ctx.needs_input_grad, strict=False)]
+        if scale != 1.0:
+            wanted = [None if t is None else t * scale for t in wanted]
+        return (*wanted, *none[len(wanted) :])
+
+
+def linear_tensors(
+    x: Tensor,
+    layer: LinearTensors,
+    config: LinearConfig,
+    training: bool,
+    backend: Backend,
+    synthesizer: SynthesizerTensors | None = None,
+    context: Tensor | None = None,
+    statistics: Tensor | None = None,
+    how: Locality | None = None,
+    need_dx: bool = True,
+) -> Tensor:
+    """:class:`_Linear` on checked two-dimensional tensors (what the modules call).
+
+    ``need_dx=False`` says that the producer of x wants no gradient though x asks for one.
+    """
+    slots = (None, None, None, None) if synthesizer is None else synthesizer.parameters()
+    h: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        x,
+        *layer[:4],
+        *slots,
+        *layer[4:],
+        context,
+        statistics,
+        config,
+        training,
+        backend,
+        how,
+        need_dx,
+    )
+    return h
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    normalization: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    activation: str = "identity",
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(normalization(input @ weight.T + bias))`` with its exact gradient, fused.
+
+    Args:
+        input: [..., I], floating point.
+        weight: [O, I]. bias: [O] or None.
+        normalization: None, "batch" (over all leading dimensions) or "layer".
+        norm_weight, norm_bias: [O] or None, scale and shift of the normalisation.
+        running_mean, running_var: [O]; needed by "batch", which moves them in training (mutated).
+        training: batch statistics (and moving the running ones) instead of the running ones.
+        eps, momentum: as in ``nn.BatchNorm1d`` / ``nn.LayerNorm``.
+        activation: one of ``fused_dni.backends.base.ACTIVATIONS``.
+        backend: force one by name.
+
+    Returns:
+        [..., O].
+
+    Raises:
+        ValueError: an unknown name, or batch statistics over a single row.
+        RuntimeError: a shape, dtype or device that does not fit, or a backend that cannot serve.
+    """
+    check.options(normalization, activation)
+    layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
+    config = LinearConfig(normalization, activation, eps, momentum)
+    x = check.rows(input, weight, "input")
+    check.batch(x, config, training)
+    check.layer(layer, config)
+    h = linear_tensors(x, layer, config, training, registry.resolve(backend, x, weight))
+    return h.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def linear_step_(
+    input: Tensor,
+    layer: LinearTensors,
+    config: LinearConfig,
+    synthesizer: SynthesizerTensors,
+    rule: RuleTensors,
+    *,
+    context: Tensor | None = None,
+    target_scale: float | None = None,
+    max_norm: float | None = None,
+    need_dx: bool = False,
+    need_prediction: bool = True,
+    backend: str | None = None,
+) -> Step:
+    """Forward, synthetic gradient and update of a decoupled linear layer, in one launch.
+
+    Args:
+        input: [N, I].
+        layer, rule: the layer's parameters and the rule that updates them; mutated.
+        config: normalisation and activation.
+        synthesizer: predicts the gradient; only read.
+        context: int64 [N] or floating point [N, K], if the synthesizer has a context weight.
+        target_scale: kappa; None for N.
+        max_norm: bound of the synthetic gradient's Frobenius norm; None for none.
+        need_dx: return dL/dinput, taken with the weights as they were.
+        need_prediction: return what :func:`synthesizer_update_` needs.
+        backend: force one by name.
+
+    Returns:
+        h [N, O], and prediction and dx [N, I] on demand. None of them carries a graph.
+
+    Raises:
+        IndexError: a class index outside ``[0, K)``; nothing has been changed then.
+        RuntimeError, ValueError: as :func:`linear`.
+
+    A gradient that is not finite changes nothing but the rule's skip counter.
+    """
+    check.options(config.normalization, config.activation)
+    x = check.rows(input, layer.weight, "input")
+    check.batch(x, config, True)
+    check.layer(layer, config)
+    found = registry.resolve(backend, x, layer.weight)
+    scale = float(x.shape[0]) if target_scale is None else target_scale
+    return ops.linear_step_(
+        found,
+        x,
+        layer,
+        config,
+        synthesizer,
+        context,
+        scale,
+        max_norm or 0.0,
+        rule,
+        need_dx,
+        need_prediction,
+    )

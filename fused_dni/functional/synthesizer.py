@@ -1,0 +1,66 @@
+"""Synthesizer prediction and training as functions, on the fused kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import STATISTICS_SIZE, Prediction, RuleTensors, SynthesizerTensors
+from fused_dni.functional import ops
+
+
+def synthesizer_predict(
+    h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Prediction:
+    """``M(h)`` [N, O] and, for low rank, ``h @ down.T`` [N, R]; nothing is mutated.
+
+    Args:
+        h: [N, O].
+        synthesizer: its tensors.
+        context: int64 [N] or floating point [N, K], if there is a context weight.
+        backend: force one by name.
+
+    Raises:
+        IndexError: a class index outside ``[0, K)``.
+        RuntimeError: the named backend cannot serve.
+    """
+    found = registry.resolve(backend, h, synthesizer.weight)
+    return ops.synthesizer_predict(found, h, synthesizer, context)
+
+
+def synthesizer_update_(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    rule: RuleTensors,
+    *,
+    context: Tensor | None = None,
+    target_scale: float | None = None,
+    statistics: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """One step of regression of ``M(h)`` on ``target_scale * grad_h``, in one launch.
+
+    Args:
+        h: [N, O], and ``prediction`` made from it.
+        grad_h: [N, O], what arrived.
+        synthesizer, rule: mutated.
+        context: as in :func:`synthesizer_predict`.
+        target_scale: kappa; None for N.
+        statistics: float64 [5] sums to add to, see ``fused_dni.backends.base``; mutated.
+        backend: force one by name.
+
+    A target that is not finite changes nothing but the rule's skip counter.
+    """
+    found = registry.resolve(backend, h, synthesizer.weight)
+    if statistics is None:
+        statistics = rule.hyper.new_zeros(STATISTICS_SIZE)
+    scale = float(h.shape[0]) if target_scale is None else target_scale
+    ops.synthesizer_update_(
+        found, h, prediction, grad_h, synthesizer, context, scale, statistics, rule
+    )

@@ -1,0 +1,639 @@
+"""What all decoupled modules share: the synthesizer's side, the rules, the phase, the nodes.
+
+A decoupled module's forward ends in one of four ways:
+
+=============================  ================================================================
+eval, or gradients disabled    the plain module
+no rule                        a node that returns local gradients (each module has its own)
+rule, synthetic gradient       :class:`_Stepped`: updated in the forward, dx delivered later
+rule, true gradient needed     :class:`_Deferred`: backprop, warm-up, mixing; updated at the end of
+                               the backward
+=============================  ================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_dni.backends.base import (
+    STATISTICS_SIZE,
+    Backend,
+    Prediction,
+    RuleTensors,
+    SynthesizerTensors,
+)
+from fused_dni.context import current_context
+from fused_dni.functional import ops
+from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
+from fused_dni.pending import at_end_of_backward, inside_backward
+from fused_dni.reference.rules import apply_
+from fused_dni.reference.synthesizer import synthetic_gradient
+from fused_dni.rules import Rule, RuleState
+from fused_dni.synthesizers import Synthesizer
+
+# Set on the output of a decoupled module whose synthesizer is not trained in this step. A decoupled
+# consumer that sees it computes no gradient for its input.
+NO_TARGET = "_fused_dni_no_target"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a model-level schedule tells its layers for the next training step.
+
+    Attributes:
+        warmup: update from the true gradient while the synthesizer learns from it.
+        target: the synthesizer is trained on what arrives.
+        mix: share of the true gradient on steps with targets.
+        loss_scale: factor on the loss; None if there is none.
+        probe: called as ``probe(h, forecast, kappa)`` in a forward that is run with exact gradients
+            and without updates, to compare them with predictions (see ``diagnostics``).
+    """
+
+    warmup: bool = False
+    target: bool = True
+    mix: float = 0.0
+    loss_scale: float | None = None
+    probe: Callable[[Tensor, Forecast | None, float], None] | None = None
+
+    @property
+    def true_share(self) -> float:
+        """Share of the true gradient in the gradient that updates the layer."""
+        if self.warmup:
+            return 1.0
+        return self.mix if self.target else 0.0
+
+
+class Forecast(NamedTuple):
+    """A prediction on its way to be trained: ``scaled`` = M(h), by fused kernels (``prediction``)
+    or by a module under autograd (``graph``: M(h) with its graph, None if it will not learn)."""
+
+    scaled: Tensor
+    prediction: Prediction | None
+    graph: Tensor | None
+
+
+class Lesson(NamedTuple):
+    """What a synthesizer learns from: its output at h and the gradient that arrived there."""
+
+    h: Tensor
+    forecast: Forecast
+    context: Tensor | None
+    arrived: Tensor
+    target_scale: float
+
+
+class LocalStep(NamedTuple):
+    """Result of a module's update from its own prediction."""
+
+    h: Tensor
+    dx: tuple[Tensor | None, ...]
+    forecast: Forecast | None
+    # Where there is no rule: the local gradients, in the order of `local_parameters()`.
+    gradients: tuple[Tensor | None, ...] = ()
+
+
+class Delivery:
+    """Immediate delivery: one call of a module that updates at once and hands its dx back.
+
+    :class:`fused_dni.DecoupledSequential` sets it on the module around the call, so that forward
+    hooks run as ever. ``dx`` and ``gradients`` (without a rule) are there after :meth:`run`.
+    """
+
+    def __init__(self, module: DecoupledModule, need_dx: bool, learns: bool) -> None:
+        self.module = module
+        self.need_dx = need_dx
+        self.learns = learns
+        self.dx: Tensor | None = None
+        self.gradients: tuple[Tensor | None, ...] = ()
+        self._waiting: tuple[Tensor, Forecast, Tensor | None] | None = None
+
+    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Call the module; its output is sealed: a backward through it is an error."""
+        self.module.delivery = self
+        try:
+            h: Tensor = self.module(x, context=context)
+        finally:
+            self.module.delivery = None
+        return h
+
+    def take(self, step: LocalStep, context: Tensor | None) -> None:
+        """The module's side of :meth:`run`."""
+        self.dx = step.dx[0]
+        self.gradients = step.gradients
+        if step.forecast is not None:
+            self._waiting = (step.h, step.forecast, context)
+
+    def lesson(self, arrived: Tensor) -> Lesson:
+        """What the synthesizer learns from a gradient that arrived at the output."""
+        assert self._waiting is not None
+        h, forecast, context = self._waiting
+        return Lesson(h, forecast, context, arrived.reshape(h.shape), self.module.scale_of(h))
+
+
+class _Sealed(torch.autograd.Function):
+    """An activation inside a container: its gradient is taken there and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, _anchor: Tensor) -> Tensor:  # type: ignore[override]
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "immediate delivery: an activation inside a DecoupledSequential has one consumer, the "
+            "next module; a backward came through a second one (for deferred delivery put the "
+            "modules into nn.Sequential)"
+        )
+
+
+class DecoupledModule(nn.Module):
+    """Base of :class:`FusedDNILinear` and :class:`Decoupled`.
+
+    Args:
+        update: rule for the module's own parameters, None to leave gradients to an optimizer.
+        synthesizer_update: rule for the synthesizer; as ``update`` if None.
+        target_scale: kappa, the number by which the loss divides; None for the number of rows.
+        max_norm: bound of the synthetic gradient's Frobenius norm, per layer; None for none.
+    """
+
+    synthesizer: nn.Module | None
+
+    def __init__(
+        self,
+        update: Rule | None,
+        synthesizer_update: Rule | None,
+        target_scale: float | None,
+        max_norm: float | None,
+    ) -> None:
+        super().__init__()
+        for name, rule in (("update", update), ("synthesizer_update", synthesizer_update)):
+            if rule is not None and not isinstance(rule, Rule):
+                raise TypeError(
+                    f"{name} must be None or a fused_dni rule (SGD, Adam, AdamW), got "
+                    f"{type(rule).__name__}"
+                )
+        if synthesizer_update is not None and update is None:
+            raise ValueError(
+                "synthesizer_update needs update: without a fused rule the synthesizer is trained "
+                "by the same optimizer as the layer"
+            )
+        for name, value in (("target_scale", target_scale), ("max_norm", max_norm)):
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ValueError(f"{name} must be None or positive and finite, got {value!r}")
+        self.target_scale = target_scale
+        self.max_norm = max_norm
+        self.phase = Phase()
+        self.delivery: Delivery | None = None
+        self.update = None if update is None else RuleState(update)
+        self.synthesizer_update: RuleState | None = None
+        # Sums over what the synthesizer was trained on (see backends.base.STATISTICS_SIZE).
+        self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+
+    def attach(self, synthesizer: nn.Module | None, rule: Rule | None) -> None:
+        """Register the synthesizer, behind the subclass's own parameters in the state dict, and
+        the rule that trains it."""
+        if synthesizer is not None and not isinstance(synthesizer, nn.Module):
+            raise TypeError(
+                "synthesizer must be None or an nn.Module called as synthesizer(h, context), got "
+                f"{synthesizer!r}"
+            )
+        self.synthesizer = synthesizer
+        if rule is not None and synthesizer is not None:
+            self.synthesizer_update = RuleState(rule)
+
+    # -- what subclasses give ------------------------------------------------------------------
+
+    def local_parameters(self) -> tuple[Tensor | None, ...]:
+        """The slots that ``update`` works on."""
+        raise NotImplementedError
+
+    def step_locally(
+        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+    ) -> LocalStep:
+        """Forward, prediction and, with a rule, the update; gradients in the result without."""
+        raise NotImplementedError
+
+    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+        """Forward only; h and what :meth:`close` needs."""
+        raise NotImplementedError
+
+    def close(
+        self, trace: Any, gradient: Tensor, need_dx: bool
+    ) -> tuple[tuple[Tensor | None, ...], Any]:
+        """Backward of :meth:`open`: gradients of the inputs, and a contribution to an update."""
+        raise NotImplementedError
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        """Apply ``update`` to the sum of contributions."""
+        raise NotImplementedError
+
+    # -- the synthesizer's side ----------------------------------------------------------------
+
+    def fused_synthesizer(self, h: Tensor) -> SynthesizerTensors | None:
+        """The synthesizer's tensors if the kernels can run it on h, else None."""
+        if isinstance(self.synthesizer, Synthesizer) and h.dim() == 2:
+            return self.synthesizer.fused()
+        return None
+
+    def synthesizer_parameters(self) -> tuple[Tensor | None, ...]:
+        """The slots that ``synthesizer_update`` works on."""
+        if self.synthesizer is None:
+            return ()
+        if isinstance(self.synthesizer, Synthesizer):
+            fused = self.synthesizer.fused()
+            if fused is not None:
+                return fused.parameters()
+        return tuple(self.synthesizer.parameters())
+
+    def synthesizer_backend(self, h: Tensor) -> Backend:
+        """The backend that runs fused synthesizers on h."""
+        raise NotImplementedError
+
+    def scale_of(self, h: Tensor) -> float:
+        """kappa for a batch with h's rows."""
+        return float(h.shape[0]) if self.target_scale is None else self.target_scale
+
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+        """Run the synthesizer on (detached) h; keep what its training needs if it learns."""
+        fused = self.fused_synthesizer(h)
+        if fused is not None:
+            prediction = ops.synthesizer_predict(self.synthesizer_backend(h), h, fused, context)
+            return Forecast(prediction.scaled, prediction, None)
+        assert self.synthesizer is not None
+        with torch.set_grad_enabled(learns):
+            out: Tensor = self.synthesizer(h.detach(), context)
+        if out.shape != h.shape:
+            raise RuntimeError(
+                f"synthesizer must return the shape of h, {list(h.shape)}, got {list(out.shape)}"
+            )
+        return Forecast(out.detach(), None, out if learns and out.requires_grad else None)
+
+    def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
+        """The synthetic gradient, clipped to ``max_norm``."""
+        return synthetic_gradient(
+            Prediction(forecast.scaled), self.scale_of(h), self.max_norm or 0.0
+        )
+
+    def locality(self, h_rows: int, fused: SynthesizerTensors) -> Locality:
+        """This step's way of making a gradient, for the functional layer."""
+        phase = self.phase
+        return Locality(
+            fused.kind,
+            phase.true_share,
+            phase.target or phase.warmup,
+            float(h_rows) if self.target_scale is None else self.target_scale,
+            self.max_norm or 0.0,
+            phase.loss_scale or 1.0,
+        )
+
+    def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
+        """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
+        h, forecast, context, arrived, scale = lesson
+        if self.statistics.device != h.device:
+            self.statistics = self.statistics.to(h.device)
+        if forecast.prediction is not None:
+            fused = self.fused_synthesizer(h)
+            assert fused is not None
+            return ops.synthesizer_gradients(
+                self.synthesizer_backend(h),
+                h,
+                forecast.prediction,
+                arrived.contiguous(),
+                fused,
+                context,
+                scale,
+                self.statistics,
+            )
+        slots = self.synthesizer_parameters()
+        if forecast.graph is None:
+            return (None,) * len(slots)
+        target = arrived * scale
+        error = forecast.scaled - target
+        s, g, e = (t.double().flatten() for t in (forecast.scaled, target, error))
+        sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(float(h.shape[0]))])
+        if bool(torch.isfinite(sums).all()):
+            self.statistics += sums
+        wanted = [p for p in slots if p is not None and p.requires_grad]
+        made = iter(
+            torch.autograd.grad(
+                forecast.graph, wanted, error * (2.0 / h.shape[0]), allow_unused=True
+            )
+        )
+        return tuple(next(made) if p is not None and p.requires_grad else None for p in slots)
+
+    def learn(self, lessons: list[Lesson]) -> None:
+        """Train the synthesizer by its rule on the sum of lessons."""
+        assert self.synthesizer_update is not None
+        first = lessons[0]
+        fused = self.fused_synthesizer(first.h)
+        rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
+        if len(lessons) == 1 and fused is not None and first.forecast.prediction is not None:
+            if self.statistics.device != first.h.device:
+                self.statistics = self.statistics.to(first.h.device)
+            ops.synthesizer_update_(
+                self.synthesizer_backend(first.h),
+                first.h,
+                first.forecast.prediction,
+                first.arrived.contiguous(),
+                fused,
+                first.context,
+                first.target_scale,
+                self.statistics,
+                rule,
+            )
+            return
+        made = [self.lesson_gradients(lesson) for lesson in lessons]
+        apply_given(self.synthesizer_parameters(), sum_slots(made), rule)
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def given_context(self, context: Tensor | None) -> Tensor | None:
+        """The context of this call: the argument, else the surrounding ``condition_on``."""
+        features = getattr(self.synthesizer, "context_features", None)
+        if features == 0:
+            if context is not None:
+                raise ValueError("context is unexpected: the synthesizer has context_features=0")
+            return None
+        return current_context() if context is None else context
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of the module's parameters skipped because a gradient was not finite."""
+        return 0 if self.update is None else self.update.skipped
+
+    def probed(self, h: Tensor, rows: Tensor, context: Tensor | None) -> Tensor:
+        """End of a forward in a probing phase: h is exact, ``rows`` is it as synthesizers see it."""
+        assert self.phase.probe is not None
+        forecast = None
+        if self.synthesizer is not None:
+            forecast = self.predict(rows.detach(), context, False)
+        self.phase.probe(h, forecast, self.scale_of(rows))
+        return h
+
+    def refuse_fused_rule(self) -> None:
+        """Raise where an update inside the forward would silently be wrong."""
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(
+                "a fused rule (update=...) under DistributedDataParallel is refused: each replica "
+                "would update from its own batch and they would diverge; use update=None"
+            )
+        if inside_backward() or _inside_checkpoint():
+            raise RuntimeError(
+                "a fused rule (update=...) under activation checkpointing is refused: the forward "
+                "is run again and would update twice; use update=None"
+            )
+
+    def refuse_untold_scale(self, device: str) -> None:
+        """Raise under float16 autocast, which implies a loss scale, if none was told."""
+        if (
+            self.phase.loss_scale is None
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == torch.float16
+        ):
+            raise RuntimeError(
+                "float16 autocast goes with a loss scale, which decoupled layers must know: use "
+                "fused_dni.Schedule(model, loss_scale=scaler), or bfloat16"
+            )
+
+    def ruled_forward(
+        self,
+        inputs: tuple[Any, ...],
+        asked: tuple[Tensor, ...],
+        context: Tensor | None,
+        need_dx: bool,
+    ) -> Tensor:
+        """Forward with a fused rule in training.
+
+        Args:
+            inputs: what the module is called with; asked: its tensors that can ask for gradients.
+            need_dx: whether any producer wants one.
+        """
+        self.refuse_fused_rule()
+        phase = self.phase
+        if self.synthesizer is None or phase.true_share > 0.0:
+            anchor = _anchor(self.local_parameters()) if self.synthesizer is None else None
+            if anchor is None and self.synthesizer is not None:
+                anchor = _anchor((*self.local_parameters(), *self.synthesizer.parameters()))
+            h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)  # type: ignore[no-untyped-call]
+            return h
+        learns = phase.target
+        if not learns and not any(t.requires_grad for t in asked):
+            with torch.no_grad():
+                return self.step_locally(inputs, context, False, False).h
+        anchor = _anchor(self.synthesizer.parameters()) if learns else None
+        h = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)  # type: ignore[no-untyped-call]
+        return h
+
+    def deliver(self, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
+        """Forward inside a :class:`Delivery`."""
+        assert self.delivery is not None
+        if self.update is not None:
+            self.refuse_fused_rule()
+        with torch.no_grad():
+            step = self.step_locally(inputs, context, self.delivery.need_dx, self.delivery.learns)
+        self.delivery.take(step, context)
+        with torch.enable_grad():
+            h: Tensor = _Sealed.apply(step.h, torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+        return h
+
+    def unruled_forward(
+        self,
+        inputs: tuple[Any, ...],
+        asked: tuple[Tensor, ...],
+        context: Tensor | None,
+        need_dx: bool,
+    ) -> Tensor:
+        """Forward without a rule in training: the node returns all gradients. Arguments as in
+        :meth:`ruled_forward`."""
+        assert self.synthesizer is not None
+        parameters = self.local_parameters()
+        learners = self.synthesizer_parameters()
+        h: Tensor = _Returned.apply(  # type: ignore[no-untyped-call]
+            self, inputs, context, need_dx, len(asked), *asked, *parameters, *learners
+        )
+        return h
+
+
+class _Returned(torch.autograd.Function):
+    """No rule: gradients of inputs, parameters and synthesizer are returned by the node."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        module: DecoupledModule,
+        inputs: tuple[Any, ...],
+        context: Tensor | None,
+        need_dx: bool,
+        asked: int,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        h, ctx.trace = module.open(inputs, need_dx)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
+        ctx.phase = module.phase
+        # Parameters are saved so that autograd sees a change between forward and backward.
+        ctx.save_for_backward(h, *tensors[asked:])
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.spent:
+            raise RuntimeError(TWICE)
+        ctx.spent = True
+        module: DecoupledModule = ctx.module
+        phase: Phase = ctx.phase
+        h = ctx.saved_tensors[0]
+        scale = phase.loss_scale
+        if scale is not None and arrived is not None:
+            arrived = arrived / scale
+        learns = arrived is not None and (phase.target or phase.warmup)
+        kappa = module.scale_of(h)
+        forecast = module.predict(h, ctx.context, learns)
+        how = Locality("", phase.true_share, learns, kappa, module.max_norm or 0.0, 1.0)
+        gradient = mixed_gradient(arrived, forecast.scaled, how, forecast.scaled.dtype)
+        trained: tuple[Tensor | None, ...] = (None,) * len(module.synthesizer_parameters())
+        if learns and arrived is not None:
+            trained = module.lesson_gradients(Lesson(h, forecast, ctx.context, arrived, kappa))
+        if gradient is None:  # warm-up, and nothing arrived
+            return (None,) * len(ctx.needs_input_grad)
+        dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
+        ctx.trace = None
+        out = (*dx, *made, *trained)
+        if scale is not None:
+            out = tuple(None if t is None else t * scale for t in out)
+        wanted = ctx.needs_input_grad[5:]
+        return (None,) * 5 + tuple(t if w else None for t, w in zip(out, wanted, strict=True))
+
+
+class _Stepped(torch.autograd.Function):
+    """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        module: DecoupledModule,
+        inputs: tuple[Any, ...],
+        context: Tensor | None,
+        need_dx: bool,
+        learns: bool,
+        anchor: Tensor | None,
+        *asked: Tensor,
+    ) -> Tensor:
+        step = module.step_locally(inputs, context, need_dx, learns)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.context, ctx.spent = module, context, False
+        ctx.dx, ctx.forecast = step.dx, step.forecast
+        ctx.loss_scale = module.phase.loss_scale
+        ctx.save_for_backward(step.h)
+        return step.h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.spent:
+            raise RuntimeError(TWICE)
+        ctx.spent = True
+        module: DecoupledModule = ctx.module
+        dx = ctx.dx
+        scale = ctx.loss_scale
+        if ctx.forecast is not None and arrived is not None:
+            (h,) = ctx.saved_tensors
+            if scale is not None:
+                arrived = arrived / scale
+            lesson = Lesson(h, ctx.forecast, ctx.context, arrived, module.scale_of(h))
+            at_end_of_backward((id(module), "learn"), module.learn, lesson)
+        if scale is not None:
+            dx = tuple(None if t is None else t * scale for t in dx)
+        ctx.dx = ctx.forecast = None
+        return (None,) * 6 + dx
+
+
+class _Deferred(torch.autograd.Function):
+    """Backprop, warm-up and mixing with a rule: the update waits for the end of the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        module: DecoupledModule,
+        inputs: tuple[Any, ...],
+        context: Tensor | None,
+        need_dx: bool,
+        anchor: Tensor | None,
+        *asked: Tensor,
+    ) -> Tensor:
+        h, ctx.trace = module.open(inputs, need_dx)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
+        ctx.phase, ctx.asked = module.phase, len(asked)
+        ctx.save_for_backward(h)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.spent:
+            raise RuntimeError(TWICE)
+        ctx.spent = True
+        module: DecoupledModule = ctx.module
+        phase: Phase = ctx.phase
+        none: tuple[Tensor | None, ...] = (None,) * (5 + ctx.asked)
+        if arrived is None:
+            return none
+        (h,) = ctx.saved_tensors
+        scale = phase.loss_scale
+        if scale is not None:
+            arrived = arrived / scale
+        gradient: Tensor | None = arrived
+        if module.synthesizer is not None:
+            forecast = module.predict(h, ctx.context, learns=True)
+            how = Locality(
+                "", phase.true_share, True, module.scale_of(h), module.max_norm or 0.0, 1.0
+            )
+            gradient = mixed_gradient(arrived, forecast.scaled, how, forecast.scaled.dtype)
+            lesson = Lesson(h, forecast, ctx.context, arrived, module.scale_of(h))
+            at_end_of_backward((id(module), "learn"), module.learn, lesson)
+        assert gradient is not None
+        dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)
+        ctx.trace = None
+        at_end_of_backward((id(module), "update"), module.apply_update, contribution)
+        if scale is not None:
+            dx = tuple(None if t is None else t * scale for t in dx)
+        return none[:5] + dx
+
+
+def sum_slots(made: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """Slot-wise sum of gradients, None where nothing contributed."""
+    out: list[Tensor | None] = []
+    for slot in zip(*made, strict=True):
+        there = [t for t in slot if t is not None]
+        out.append(
+            None if not there else there[0] if len(there) == 1 else torch.stack(there).sum(0)
+        )
+    return tuple(out)
+
+
+def apply_given(
+    parameters: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...], rule: RuleTensors
+) -> None:
+    """Apply ``rule`` to the slots that have a gradient, as ``torch.optim`` does."""
+    given = tuple(t and g is not None for t, g in zip(rule.trainable, gradients, strict=True))
+    if any(given):
+        apply_(parameters, gradients, rule._replace(trainable=given))
+
+
+def _anchor(parameters: Any) -> Tensor | None:
+    """A parameter that makes a node's output require a gradient though none is returned for it."""
+    return next((p for p in parameters if p is not None and p.requires_grad), None)
+
+
+def _inside_checkpoint() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

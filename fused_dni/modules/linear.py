@@ -1,0 +1,503 @@
+"""``FusedDNILinear``: ``nn.Linear`` with normalisation, activation and its own gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import (
+    Backend,
+    LinearConfig,
+    LinearGradients,
+    LinearTensors,
+    RuleTensors,
+)
+from fused_dni.context import fold_context
+from fused_dni.functional import check, ops
+from fused_dni.functional.linear import linear_tensors
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, LocalStep
+from fused_dni.rules import Rule
+from fused_dni.synthesizers import LinearSynthesizer
+
+DEFAULT_RANK = 16
+
+_ACTIVATION_MODULES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "relu": (nn.ReLU, {}),
+    "gelu": (nn.GELU, {}),
+    "gelu_tanh": (nn.GELU, {"approximate": "tanh"}),
+    "silu": (nn.SiLU, {}),
+    "tanh": (nn.Tanh, {}),
+    "sigmoid": (nn.Sigmoid, {}),
+    "softplus": (nn.Softplus, {}),
+    "mish": (nn.Mish, {}),
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Name of the fused activation that equals ``module``, or None if there is none."""
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if isinstance(module, nn.Softplus) and (module.beta != 1 or module.threshold != 20):
+        return None
+    for name, (cls, _) in _ACTIVATION_MODULES.items():
+        if type(module) is cls:
+            return name
+    return "identity" if type(module) is nn.Identity else None
+
+
+class FusedDNILinear(DecoupledModule):
+    """A linear layer, with optional normalisation and activation, that predicts its own gradient.
+
+    ``h = activation(normalization(x @ weight.T + bias))``. In training a synthesizer predicts
+    dL/dh from h; the layer's gradient is taken from the prediction, and the synthesizer is
+    trained by regression on the gradient that arrives at h in the backward (Jaderberg et al. 2016,
+    arXiv 1608.05343). In ``eval()`` and under ``no_grad()`` it is exactly the plain layer.
+
+    With ``update=None`` it is a drop-in for ``nn.Linear``: gradients land in ``.grad`` and any
+    optimizer and training loop work. With a rule the layer updates itself inside its forward, in
+    the same kernel launch (or, where the true gradient is needed, at the end of the backward).
+
+    Args:
+        in_features: I. out_features: O.
+        bias: whether there is an additive bias. In front of batch normalisation its gradient is
+            exactly zero.
+        normalization: None, "batch" (as ``nn.BatchNorm1d``) or "layer" (as ``nn.LayerNorm``).
+        activation: "identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus"
+            or "mish".
+        synthesizer: "default" for ``LinearSynthesizer(O, rank=min(16, O), context_features)``;
+            None for backprop on the same kernels; or a module (see
+            :mod:`fused_dni.synthesizers` for the protocol).
+        context_features: K of the default synthesizer: number of classes or size of the
+            conditioning vector; 0 for none.
+        update: rule (``SGD``, ``Adam``, ``AdamW``) for the layer's own parameters, or None.
+        synthesizer_update: rule for the synthesizer; None for the same as ``update``.
+        target_scale: kappa, the number by which the loss divides. None for the number of rows,
+            right for a loss that is a mean over rows; to be given for summed or masked losses.
+        max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
+        eps, momentum: of the normalisation.
+        backend: force a backend by name.
+        device, dtype: of the parameters.
+
+    Shape:
+        input [..., I] to output [..., O]; leading dimensions are rows of one batch.
+
+    Attributes:
+        weight: [O, I]. bias: [O] or None. norm: ``nn.BatchNorm1d``, ``nn.LayerNorm`` or None, the
+        holder of scale, shift and running statistics. Initialised as PyTorch's layers.
+
+    Raises:
+        ValueError: an unknown name, a rate or size out of range, context missing or unexpected,
+            one row under batch normalisation in training.
+        RuntimeError: a shape, dtype or device that does not fit, an empty batch in training, a use
+            in which a fused rule would be silently wrong (DDP, checkpointing, an untold loss
+            scale, replaced or tied parameters), a second backward through one forward.
+        IndexError: a class index outside ``[0, K)``.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    norm: nn.BatchNorm1d | nn.LayerNorm | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        normalization: str | None = None,
+        activation: str = "identity",
+        synthesizer: nn.Module | str | None = "default",
+        context_features: int = 0,
+        update: Rule | None = None,
+        synthesizer_update: Rule | None = None,
+        target_scale: float | None = None,
+        max_norm: float | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check.options(normalization, activation)
+        if backend is not None and backend not in registry.names():
+            raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
+        if isinstance(synthesizer, str):
+            if synthesizer != "default":
+                raise ValueError(
+                    f"synthesizer must be 'default', None or a module, got {synthesizer!r}"
+                )
+            synthesizer = LinearSynthesizer(
+                out_features,
+                min(DEFAULT_RANK, out_features),
+                context_features,
+                device=device,
+                dtype=dtype,
+            )
+        elif context_features:
+            raise ValueError(
+                "context_features belongs to the default synthesizer; give it to the synthesizer "
+                f"itself, got context_features={context_features} with {synthesizer!r}"
+            )
+        features = getattr(synthesizer, "features", out_features)
+        if features != out_features:
+            raise ValueError(
+                f"synthesizer has features={features}, the layer out_features={out_features}"
+            )
+        super().__init__(update, synthesizer_update, target_scale, max_norm)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_features = in_features
+        self.out_features = out_features
+        self.backend = backend
+        self.config = LinearConfig(normalization, activation, eps, momentum)
+        plain = nn.Linear(in_features, out_features, bias, **factory)
+        self.weight = plain.weight
+        self.register_parameter("bias", plain.bias)
+        if normalization == "batch":
+            self.norm = nn.BatchNorm1d(out_features, eps, momentum, **factory)
+        elif normalization == "layer":
+            self.norm = nn.LayerNorm(out_features, eps, **factory)
+        else:
+            self.norm = None
+        self.attach(synthesizer, synthesizer_update or update)
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        """Run the layer; see the class.
+
+        Args:
+            input: [..., I].
+            context: class indices int64 [...] or conditioning vectors [..., K]; None to take it
+                from :func:`fused_dni.condition_on`.
+
+        Returns:
+            [..., O].
+        """
+        layer = self._layer()
+        config = self.config
+        x = check.rows(input, layer.weight, "input")
+        training = self.training
+        grad = torch.is_grad_enabled()
+        h: Tensor
+        if training:
+            check.batch(x, config, True)
+        elif x.shape[0] == 0:
+            return x.new_empty(*input.shape[:-1], self.out_features)
+        backend = registry.resolve(self.backend, x, layer.weight)
+        decoupled = training and grad and self.synthesizer is not None
+        rows = self._rows(input, x, context) if decoupled or context is not None else None
+        silent = False
+        if training and config.normalization == "batch":
+            self._count_batch()
+        if not grad:
+            h, _ = ops.linear_forward(backend, x, layer, config, training, False)
+        else:
+            tracing = torch.compiler.is_compiling()
+            need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
+            if training:
+                self.refuse_untold_scale(x.device.type)
+            if training and self.phase.probe is not None:
+                h = linear_tensors(x, layer, config, training, backend)
+                return self.probed(h.reshape(*input.shape[:-1], self.out_features), h, rows)
+            if decoupled and self.delivery is not None:
+                h = self.deliver((x,), rows)
+            elif training and self.update is not None:
+                if decoupled:
+                    silent = not (self.phase.target or self.phase.warmup)
+                h = self._ruled(x, rows, need_dx)
+            elif decoupled:
+                h, silent = self._local(x, layer, backend, rows, need_dx)
+            else:
+                h = linear_tensors(x, layer, config, training, backend, need_dx=need_dx)
+        if input.dim() != 2:
+            h = h.reshape(*input.shape[:-1], self.out_features)
+        if silent and not torch.compiler.is_compiling():
+            setattr(h, NO_TARGET, True)
+        return h
+
+    def _rows(self, input: Tensor, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context of this call, a row each."""
+        context = self.given_context(context)
+        features = getattr(self.synthesizer, "context_features", None)
+        if features is None or features == 0:
+            return context
+        return fold_context(context, input.shape[:-1], features, self.weight)
+
+    @torch.compiler.disable
+    def _ruled(self, x: Tensor, context: Tensor | None, need_dx: bool) -> Tensor:
+        return self.ruled_forward((x,), (x,), context, need_dx)
+
+    def _local(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        backend: Backend,
+        context: Tensor | None,
+        need_dx: bool,
+    ) -> tuple[Tensor, bool]:
+        """Without a rule: local gradients are returned by the node. Also whether h is silent."""
+        fused = self.fused_synthesizer(x)
+        phase = self.phase
+        silent = not (phase.target or phase.warmup)
+        if fused is None:
+            h: Tensor = self.unruled_forward((x,), (x,), context, need_dx)
+            return h, silent
+        if self.statistics.device != x.device:
+            self.statistics = self.statistics.to(x.device)
+        how = self.locality(x.shape[0], fused)
+        h = linear_tensors(
+            x,
+            layer,
+            self.config,
+            True,
+            backend,
+            fused,
+            context,
+            self.statistics,
+            how,
+            need_dx,
+        )
+        return h, silent
+
+    # -- what the base class asks for ----------------------------------------------------------
+
+    def _layer(self) -> LinearTensors:
+        norm = self.norm
+        if norm is None:
+            return LinearTensors(self.weight, self.bias)
+        if isinstance(norm, nn.LayerNorm):
+            return LinearTensors(self.weight, self.bias, norm.weight, norm.bias)
+        return LinearTensors(
+            self.weight, self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+        )
+
+    def _count_batch(self) -> None:
+        norm = self.norm
+        if isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+
+    def local_parameters(self) -> tuple[Tensor | None, ...]:
+        return self._layer()[:4]
+
+    def synthesizer_backend(self, h: Tensor) -> Backend:
+        return registry.resolve(self.backend, h, self.weight)
+
+    def _rule(self) -> RuleTensors:
+        assert self.update is not None
+        return self.update.tensors(self.local_parameters())
+
+    def step_locally(
+        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+    ) -> LocalStep:
+        (x,) = inputs
+        layer, config = self._layer(), self.config
+        backend = registry.resolve(self.backend, x, layer.weight)
+        fused = self.fused_synthesizer(x)
+        if self.update is not None and fused is not None:
+            step = ops.linear_step_(
+                backend,
+                x,
+                layer,
+                config,
+                fused,
+                context,
+                self.scale_of(x),
+                self.max_norm or 0.0,
+                self._rule(),
+                need_dx,
+                learns,
+            )
+            p = step.prediction
+            forecast = None if p is None else Forecast(p.scaled, p, None)
+            return LocalStep(step.h, (step.dx,), forecast)
+        h, saved = ops.linear_forward(backend, x, layer, config, True, True)
+        forecast = self.predict(h, context, learns)
+        made = ops.linear_backward(
+            backend,
+            self.synthetic(forecast, h),
+            x,
+            h,
+            saved,
+            layer,
+            config,
+            True,
+            need_dx,
+            self.update is None,
+        )
+        if self.update is not None:
+            ops.linear_update_(backend, x, made, layer, self._rule())
+        return LocalStep(h, (made.x,), forecast if learns else None, self._gradients(made))
+
+    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+        (x,) = inputs
+        layer = self._layer()
+        backend = registry.resolve(self.backend, x, layer.weight)
+        h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
+        return h, (x, h.detach(), saved)
+
+    def close(
+        self, trace: Any, gradient: Tensor, need_dx: bool
+    ) -> tuple[tuple[Tensor | None, ...], Any]:
+        x, h, saved = trace
+        layer = self._layer()
+        backend = registry.resolve(self.backend, x, layer.weight)
+        made = ops.linear_backward(
+            backend,
+            gradient.contiguous(),
+            x,
+            h,
+            saved,
+            layer,
+            self.config,
+            True,
+            need_dx,
+            self.update is None,
+        )
+        if self.update is None:
+            return (made.x,), self._gradients(made)
+        return (made.x,), (x, made._replace(x=None))
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        x, made = contributions[0]
+        if len(contributions) > 1:  # used several times: sums over uses are sums over rows
+            x = torch.cat([c[0] for c in contributions])
+            uses: list[LinearGradients] = [c[1] for c in contributions]
+            made = LinearGradients(
+                torch.cat([u.delta for u in uses]),
+                None,
+                None,
+                *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
+            )
+        layer = self._layer()
+        backend = registry.resolve(self.backend, x, layer.weight)
+        ops.linear_update_(backend, x, made, layer, self._rule())
+
+    @staticmethod
+    def _gradients(made: LinearGradients) -> tuple[Tensor | None, ...]:
+        return made[2:]
+
+    # -- conversion ----------------------------------------------------------------------------
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        norm: nn.BatchNorm1d | nn.LayerNorm | None = None,
+        activation: nn.Module | str | None = None,
+        **kwargs: Any,
+    ) -> FusedDNILinear:
+        """Take over a linear layer, the normalisation behind it and the activation behind that.
+
+        The new layer holds the very same parameters and buffers (nothing is copied).
+
+        Args:
+            linear: an ``nn.Linear``.
+            norm: ``nn.BatchNorm1d`` (affine or not, with running statistics) or ``nn.LayerNorm``
+                over the last dimension, or None.
+            activation: a module or a name; None for none.
+            **kwargs: further arguments of the constructor.
+
+        Raises:
+            ValueError: a module that has no fused form; the message says which and why.
+        """
+        reason = why_not_fusable(linear, norm)
+        if reason is not None:
+            raise ValueError(reason)
+        name = activation if isinstance(activation, str) else "identity"
+        if isinstance(activation, nn.Module):
+            found = activation_name(activation)
+            if found is None:
+                raise ValueError(f"activation {activation!r} has no fused form")
+            name = found
+        kind = {nn.BatchNorm1d: "batch", nn.LayerNorm: "layer"}.get(type(norm))  # type: ignore[arg-type]
+        extra: dict[str, Any] = {}
+        if norm is not None:
+            extra["eps"] = norm.eps
+        if isinstance(norm, nn.BatchNorm1d):
+            extra["momentum"] = norm.momentum
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            normalization=kind,
+            activation=name,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+            **extra,
+            **kwargs,
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer.norm = norm
+        layer.train(linear.training)
+        return layer
+
+    def to_linear(self) -> nn.Module:
+        """The plain module: ``nn.Linear``, or an ``nn.Sequential`` of it with what was fused.
+
+        Holds the very same parameters and buffers (nothing is copied).
+        """
+        parts = self.plain_parts()
+        return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+
+    def plain_parts(self) -> list[nn.Module]:
+        """Linear, then normalisation and activation where there are any."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = self.weight
+        linear.bias = self.bias  # type: ignore[assignment]
+        parts: list[nn.Module] = [linear]
+        if self.norm is not None:
+            parts.append(self.norm)
+        if self.config.activation != "identity":
+            made, arguments = _ACTIVATION_MODULES[self.config.activation]
+            parts.append(made(**arguments))
+        for part in parts:
+            part.train(self.training)
+        return parts
+
+    def extra_repr(self) -> str:
+        """Sizes, what is fused, and the rule."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+        if self.config.activation != "identity":
+            text += f", activation={self.config.activation!r}"
+        if self.update is not None:
+            text += f", update={self.update.rule}"
+        return text
+
+
+def why_not_fusable(linear: nn.Module, norm: nn.Module | None = None) -> str | None:
+    """None if :meth:`FusedDNILinear.from_linear` takes these modules, else the reason."""
+    if type(linear) is not nn.Linear:
+        return f"only nn.Linear itself can be taken over, got {type(linear).__name__}"
+    if norm is None:
+        return None
+    if type(norm) is nn.BatchNorm1d:
+        if not norm.track_running_stats:
+            return "nn.BatchNorm1d without running statistics has no fused form"
+        if norm.momentum is None:
+            return "nn.BatchNorm1d with momentum=None (cumulative average) has no fused form"
+        size = norm.num_features
+    elif type(norm) is nn.LayerNorm:
+        if len(norm.normalized_shape) != 1:
+            return f"nn.LayerNorm over {len(norm.normalized_shape)} dimensions has no fused form"
+        size = norm.normalized_shape[0]
+    else:
+        return f"norm must be nn.BatchNorm1d or nn.LayerNorm, got {type(norm).__name__}"
+    if size != linear.out_features:
+        return f"norm has {size} features, the linear layer {linear.out_features}"
+    return None
+
+
+def _sum(parts: list[Any]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack(parts).sum(0)

@@ -1,0 +1,200 @@
+"""``DecoupledSequential``: targets delivered during the forward, memory that does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fused_dni.functional.linear import TWICE
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson
+from fused_dni.pending import at_end_of_backward
+
+
+class DecoupledSequential(nn.Sequential):
+    """``nn.Sequential`` with immediate delivery between its decoupled modules.
+
+    The gradient that a decoupled module makes for its input goes down at once, through whatever
+    ordinary modules lie between, and trains the synthesizer of the decoupled module below; after
+    that nothing of the lower module is kept. So the activation memory of a training step does not
+    grow with depth. Gradients of ordinary modules in between, and of decoupled modules without a
+    rule, land in ``.grad`` during the backward. What lies behind the last decoupled module (a head,
+    say) runs as it always does; what precedes the container gets its gradient in the backward.
+
+    Phases in which the true gradient is needed (warm-up, mixing), ``eval()`` and ``no_grad()`` run
+    as ``nn.Sequential``. The forward is not traceable by ``torch.compile``.
+
+    Each h between two modules has one consumer, the next module; running a backward through
+    another (taken with a forward hook, say) is an error.
+
+    Args:
+        *modules: as ``nn.Sequential``. Decoupled modules without synthesizer count as ordinary.
+    """
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        """Run the modules in turn.
+
+        Args:
+            input: what the first module takes.
+            context: given to every decoupled module; None to take it from
+                :func:`fused_dni.condition_on`.
+
+        Returns:
+            What the last module returns.
+        """
+        modules = list(self)
+        interfaces = [i for i, m in enumerate(modules) if _decouples(m)]
+        if not self.training or not torch.is_grad_enabled() or not interfaces:
+            return _plain(modules, input, context)
+        split = interfaces[-1] + 1
+        body = modules[:split]
+        phases = [m.phase for m in body if _decouples(m)]
+        if any(p.true_share > 0.0 or p.probe is not None for p in phases):
+            return _plain(modules, input, context)
+        target = phases[-1].target
+        h: Tensor = _Delivered.apply(body, context, target, input, *_owed(body, target))  # type: ignore[no-untyped-call]
+        if not target:
+            setattr(h, NO_TARGET, True)
+        return _plain(modules[split:], h, context)
+
+
+def _decouples(module: nn.Module) -> bool:
+    return isinstance(module, DecoupledModule) and module.synthesizer is not None
+
+
+def _plain(modules: list[nn.Module], x: Tensor, context: Tensor | None) -> Tensor:
+    for module in modules:
+        takes = context is not None and _decouples(module)
+        x = module(x, context=context) if takes else module(x)
+    return x
+
+
+def _owed(body: list[nn.Module], target: bool) -> list[nn.Parameter]:
+    """Parameters whose gradients the container's node returns: those that no rule updates, and, to
+    make the node require a gradient on steps with targets, the last synthesizer's."""
+    owed: dict[int, nn.Parameter] = {}
+    for module in body:
+        ruled = isinstance(module, DecoupledModule) and module.update is not None
+        owed.update((id(p), p) for p in (() if ruled else module.parameters()))
+    last = body[-1]
+    assert isinstance(last, DecoupledModule) and last.synthesizer is not None
+    if target:
+        owed.update((id(p), p) for p in last.synthesizer.parameters())
+    return [p for p in owed.values() if p.requires_grad]
+
+
+class _Gradients:
+    """Gradients of parameters that no rule updates, by the parameter's identity."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Tensor] = {}
+
+    def add(self, parameters: Sequence[Tensor | None], made: Sequence[Tensor | None]) -> None:
+        """Add ``made`` (possibly nothing at all) to the gradients of ``parameters``."""
+        for p, g in zip(parameters, made, strict=bool(made)):
+            if p is not None and g is not None:
+                known = self.of.get(id(p))
+                self.of[id(p)] = g if known is None else known + g
+
+
+def _take_down(
+    x: Tensor,
+    h: Tensor,
+    wants: bool,
+    trained: list[nn.Parameter],
+    gradient: Tensor | None,
+    grads: _Gradients,
+) -> Tensor | None:
+    """Take the gradient at x through the ordinary modules between h and x; the gradient at h if
+    it is wanted there."""
+    if gradient is None:
+        return None
+    gradient = gradient.reshape(x.shape)
+    if x is h:
+        return gradient if wants else None
+    wanted: list[Tensor] = [h, *trained] if wants else list(trained)
+    if not wanted or not x.requires_grad:
+        return None
+    made = torch.autograd.grad(x, wanted, gradient, allow_unused=True)
+    grads.add(trained, made[len(wanted) - len(trained) :])
+    return made[0] if wants else None
+
+
+def _teach(module: DecoupledModule, lesson: Lesson, grads: _Gradients) -> None:
+    """Train the synthesizer at once by its rule, or add its gradients to what is owed."""
+    if module.synthesizer_update is not None:
+        module.learn([lesson])
+        return
+    grads.add(module.synthesizer_parameters(), module.lesson_gradients(lesson))
+
+
+class _Delivered(torch.autograd.Function):
+    """The whole container up to its last decoupled module, as one node."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        body: list[nn.Module],
+        context: Tensor | None,
+        target: bool,
+        input: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        grads = _Gradients()
+        wants = input.requires_grad and not hasattr(input, NO_TARGET)
+        bottom = input.detach().requires_grad_(wants)
+        h = bottom  # what the modules above the last interface read
+        below: Delivery | None = None  # that interface, whose lesson waits for a gradient at h
+        between: list[nn.Module] = []
+        dx: Tensor | None = None
+        for module in body:
+            if not _decouples(module):
+                between.append(module)
+                continue
+            assert isinstance(module, DecoupledModule)
+            with torch.enable_grad():
+                x = _plain(between, h, context)
+                trained = [p for m in between for p in m.parameters() if p.requires_grad]
+                delivery = Delivery(module, wants or bool(trained), target)
+                above = delivery.run(x.detach(), context)
+            grads.add(module.local_parameters(), delivery.gradients)
+            arrived = _take_down(x, h, wants, trained, delivery.dx, grads)
+            if below is None:
+                dx = arrived
+            elif arrived is not None:
+                _teach(below.module, below.lesson(arrived), grads)
+            h, below, between, wants = above, delivery, [], target
+        assert below is not None
+        ctx.set_materialize_grads(False)
+        ctx.last, ctx.dx, ctx.grads, ctx.spent = below, dx, grads, False
+        ctx.parameters = [id(p) for p in parameters]
+        ctx.loss_scale = below.module.phase.loss_scale
+        out = h.detach()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.spent:
+            raise RuntimeError(TWICE)
+        ctx.spent = True
+        _ = ctx.saved_tensors  # raises if the output was changed in place
+        last: Delivery = ctx.last
+        scale = ctx.loss_scale
+        if arrived is not None and last.learns:
+            lesson = last.lesson(arrived if scale is None else arrived / scale)
+            module = last.module
+            if module.synthesizer_update is not None:
+                at_end_of_backward((id(module), "learn"), module.learn, lesson)
+            else:
+                _teach(module, lesson, ctx.grads)
+        out = (ctx.dx, *(ctx.grads.of.get(i) for i in ctx.parameters))
+        if scale is not None:
+            out = tuple(None if t is None else t * scale for t in out)
+        ctx.last = ctx.dx = ctx.grads = None
+        return (None,) * 3 + out

@@ -1,0 +1,55 @@
+"""Updates that wait for the end of the backward.
+
+A rule whose gradient is made *in* a backward (exact backprop, warm-up, mixing, the training of a
+synthesizer on what arrived) is applied once, when the whole backward has succeeded: a layer used
+twice adds up first, the weights stay as they are for whoever still needs them, and a backward that
+raises changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch.autograd import Variable
+
+
+class _Batch:
+    """What one backward has collected, by (owner, role), in order of arrival."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[Hashable, tuple[Callable[[list[Any]], None], list[Any]]] = {}
+
+    def flush(self) -> None:
+        jobs, self.jobs = self.jobs, {}
+        for apply, contributions in jobs.values():
+            apply(contributions)
+
+
+# By graph task. The engine alone holds a batch (through its callback): when a backward raises, its
+# callbacks are dropped and the batch with them.
+_batches: WeakValueDictionary[int, _Batch] = WeakValueDictionary()
+
+
+def inside_backward() -> bool:
+    """Whether this thread is executing a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def at_end_of_backward(
+    key: Hashable, apply: Callable[[list[Any]], None], contribution: Any
+) -> None:
+    """Call ``apply([contribution, ...])`` once at the end of the running backward, with every
+    contribution given under ``key``. Must be called inside a backward."""
+    task = torch._C._current_graph_task_id()
+    batch = _batches.get(task)
+    if batch is None:
+        batch = _batches[task] = _Batch()
+        Variable._execution_engine.queue_callback(batch.flush)  # type: ignore[attr-defined]
+    job = batch.jobs.get(key)
+    if job is None:
+        batch.jobs[key] = (apply, [contribution])
+    else:
+        job[1].append(contribution)

@@ -1,0 +1,271 @@
+"""Update rules that a layer applies to itself where its gradient is made.
+
+A rule (``SGD``, ``Adam``, ``AdamW``) is an immutable description. Each layer turns it into a
+:class:`RuleState` of its own: the live hyper-parameters, the moments and the step count. Formulas
+and defaults are those of ``torch.optim``; :class:`fused_dni.FusedOptimizer` shows all states of a
+model as one ``torch.optim.Optimizer``.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fused_dni.backends.base import HYPER_SIZE, SKIPPED, STEP, RuleTensors
+
+
+def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a rate outside ``[low, high)``, NaN included."""
+    if not low <= value < high:
+        bound = f"in [{low:g}, {high:g})" if high < math.inf else f"finite and at least {low:g}"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of the update rules."""
+
+    kind: ClassVar[str]
+
+    def defaults(self) -> dict[str, Any]:
+        """Hyper-parameters under the names that ``torch.optim`` gives them in a param group."""
+        return asdict(self)
+
+    def moments(self) -> int:
+        """How many state tensors of a parameter's shape the rule keeps (0, 1 or 2)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """Stochastic gradient descent, as ``torch.optim.SGD`` with ``dampening=0``.
+
+    Args:
+        lr: learning rate.
+        momentum: momentum factor in [0, 1).
+        weight_decay: L2 penalty.
+        nesterov: Nesterov momentum; needs ``momentum > 0``.
+
+    Raises:
+        ValueError: a rate is negative or not finite, or ``nesterov`` without momentum.
+    """
+
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    kind: ClassVar[str] = "sgd"
+
+    def __post_init__(self) -> None:
+        _check("lr", self.lr, 0.0)
+        _check("momentum", self.momentum, 0.0, 1.0)
+        _check("weight_decay", self.weight_decay, 0.0)
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov=True needs momentum > 0, got momentum=0.0")
+
+    def moments(self) -> int:
+        return 1 if self.momentum else 0
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam with L2 penalty, as ``torch.optim.Adam`` (Kingma & Ba 2014, arXiv 1412.6980).
+
+    Args:
+        lr: learning rate.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: L2 penalty, added to the gradient.
+
+    Raises:
+        ValueError: a rate is negative or not finite, or a beta outside [0, 1).
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    kind: ClassVar[str] = "adam"
+
+    def __post_init__(self) -> None:
+        _check("lr", self.lr, 0.0)
+        _check("betas[0]", self.betas[0], 0.0, 1.0)
+        _check("betas[1]", self.betas[1], 0.0, 1.0)
+        _check("eps", self.eps, 0.0)
+        _check("weight_decay", self.weight_decay, 0.0)
+
+    def moments(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as ``torch.optim.AdamW`` (arXiv 1711.05101).
+
+    Arguments and errors as :class:`Adam`; ``weight_decay`` is 0.01 by default.
+    """
+
+    weight_decay: float = 1e-2
+    kind: ClassVar[str] = "adamw"
+
+
+class RuleState:
+    """A rule at work on a fixed list of parameter slots.
+
+    ``group`` holds the live hyper-parameters in ``torch.optim``'s names; whoever changes it (a
+    learning-rate scheduler, through :class:`fused_dni.FusedOptimizer`) is obeyed by the next
+    update. The moments are allocated at the first :meth:`tensors` call, so that a layer may be
+    moved to another device or dtype before training.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.group: dict[str, Any] = rule.defaults()
+        self._names = tuple(self.group)
+        self.hyper = torch.zeros(HYPER_SIZE, dtype=torch.float64)
+        self._wanted = rule.moments()
+        self._written: tuple[Any, ...] = ()
+        self._slots: tuple[Any, ...] = ()
+        self._tensors: RuleTensors | None = None
+        # First and second moments by slot, those of slots that are frozen now among them.
+        self._held: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]] = ((), ())
+
+    @property
+    def steps(self) -> int:
+        """Updates applied so far (synchronises with the device)."""
+        return int(self.hyper[STEP].item())
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped because a gradient was not finite (synchronises with the device)."""
+        return int(self.hyper[SKIPPED].item())
+
+    def tensors(self, slots: Sequence[Tensor | None]) -> RuleTensors:
+        """The rule over ``slots``, with ``group`` written to the device where it changed.
+
+        Moments follow their parameter: they are made anew (zero) only for a slot whose shape
+        changed or that has none yet, moved along with its dtype and device, and kept while it is
+        frozen.
+        """
+        group = self.group
+        written = tuple([group[name] for name in self._names])
+        if written != self._written:
+            self._write(group)
+            # A rate may be a tensor that is filled in place: remember its value, not itself.
+            self._written = tuple([float(v) if isinstance(v, Tensor) else v for v in written])
+        key = tuple(
+            [None if p is None else (p.data_ptr(), p.dtype, p.requires_grad) for p in slots]
+        )
+        if key != self._slots or self._tensors is None:
+            self._tensors = self._bind(slots)
+            self._slots = key
+        return self._tensors
+
+    def moments(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """First and second moments by slot; empty tuples before the first update."""
+        return self._held
+
+    def load(
+        self,
+        steps: int,
+        skipped: int,
+        first: Sequence[Tensor | None],
+        second: Sequence[Tensor | None],
+    ) -> None:
+        """Continue from saved moments (copied) and counts."""
+        self.reset()
+        self.hyper[STEP] = steps
+        self.hyper[SKIPPED] = skipped
+        self._tensors = RuleTensors(
+            self.rule.kind,
+            bool(self.group.get("nesterov", False)),
+            self.hyper,
+            tuple(None if t is None else t.clone() for t in first),
+            tuple(None if t is None else t.clone() for t in second),
+            tuple(t is not None for t in first),
+        )
+
+    def reset(self) -> None:
+        """Forget moments and counts."""
+        self.hyper.zero_()
+        self._written = ()
+        self._slots = ()
+        self._tensors = None
+
+    def _write(self, group: dict[str, Any]) -> None:
+        allowed = self.rule.defaults()
+        now = type(self.rule)(**{k: v for k, v in group.items() if k in allowed})  # checks
+        if now.moments() > self._wanted:  # momentum raised from zero
+            self._wanted = now.moments()
+            self._slots = ()
+        beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
+        values = (group["lr"], beta1, beta2, group.get("eps", 0.0), group["weight_decay"])
+        self.hyper[: len(values)] = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self._tensors is not None:
+            self._tensors = self._tensors._replace(nesterov=bool(group.get("nesterov", False)))
+
+    def _bind(self, slots: Sequence[Tensor | None]) -> RuleTensors:
+        for i, p in enumerate(slots):
+            if p is not None and p.requires_grad:
+                self._own(i, p)
+        device = next((p.device for p in slots if p is not None), self.hyper.device)
+        if self.hyper.device != device:
+            self.hyper = self.hyper.to(device)
+
+        def moment(previous: tuple[Tensor | None, ...], order: int) -> tuple[Tensor | None, ...]:
+            made: list[Tensor | None] = []
+            for i, p in enumerate(slots):
+                kept = previous[i] if i < len(previous) else None
+                if p is None or order > self._wanted:
+                    made.append(None)
+                elif kept is not None and kept.shape == p.shape:
+                    made.append(kept.to(device=p.device, dtype=p.dtype))
+                elif p.requires_grad:
+                    made.append(torch.zeros_like(p, memory_format=torch.contiguous_format))
+                else:
+                    made.append(None)
+            return tuple(made)
+
+        with torch.no_grad():
+            self._held = (moment(self._held[0], 1), moment(self._held[1], 2))
+        trainable = tuple(p is not None and p.requires_grad for p in slots)
+        first, second = (
+            tuple(t if on else None for t, on in zip(held, trainable, strict=True))
+            for held in self._held
+        )
+        return RuleTensors(
+            self.rule.kind,
+            bool(self.group.get("nesterov", False)),
+            self.hyper,
+            first,
+            second,
+            trainable,
+        )
+
+    def _own(self, slot: int, p: Tensor) -> None:
+        """Refuse a tensor that cannot be updated in place by this rule alone."""
+        if type(p) is not nn.Parameter:
+            raise RuntimeError(
+                f"a fused rule (update=...) updates parameters in place; slot {slot} holds a "
+                f"{type(p).__name__} that is no plain nn.Parameter (a parametrization, "
+                "functional_call or sharding replaced it); use update=None"
+            )
+        owner = _owners.get(p)
+        other = None if owner is None else owner()
+        if other is not None and other is not self:
+            raise RuntimeError(
+                "a parameter is tied between two layers with fused rules: each would update it "
+                "with moments of its own; use update=None on both"
+            )
+        _owners[p] = weakref.ref(self)
+
+
+# Which rule updates a parameter.
+_owners: Any = WeakIdKeyDictionary()

@@ -1,0 +1,94 @@
+"""``Schedule``: the one place where the phases of decoupled training live."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from fused_dni.modules.base import DecoupledModule, Phase
+
+
+class LossScaler(Protocol):
+    """What is needed of a ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float: ...
+
+
+class Schedule:
+    """Tells every decoupled layer of a model what to do in the next training step.
+
+    Step it once per training step, after the backward, like a learning-rate scheduler. It sets
+    flags on the layers; it never counts forward calls, so layers may be used twice, recomputed or
+    accumulated over.
+
+    Args:
+        model: a model with decoupled layers in it.
+        warmup_steps: steps of plain backprop in which synthesizers learn from true gradients.
+        target_every: k: synthesizers are trained on every k-th step (the first of them right after
+            the warm-up); on the others no gradients between decoupled layers are made at all.
+            None for never.
+        mix: share of the true gradient in the gradient used, on steps with targets; in [0, 1].
+        loss_scale: the factor on the loss, if there is one: a number or a ``GradScaler``, read at
+            every :meth:`step`.
+
+    Raises:
+        ValueError: an argument out of range, or a model without decoupled layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        warmup_steps: int = 0,
+        target_every: int | None = 1,
+        mix: float = 0.0,
+        loss_scale: float | LossScaler | None = None,
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        if target_every is not None and target_every < 1:
+            raise ValueError(f"target_every must be at least 1 or None, got {target_every}")
+        if not 0.0 <= mix <= 1.0:
+            raise ValueError(f"mix must be in [0, 1], got {mix}")
+        self._layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+        if not self._layers:
+            raise ValueError("model has no decoupled layers (see fused_dni.convert)")
+        self.warmup_steps = warmup_steps
+        self.target_every = target_every
+        self.mix = mix
+        self.loss_scale = loss_scale
+        self.steps = 0
+        self._tell()
+
+    def step(self) -> None:
+        """One training step is over: set the layers' flags for the next."""
+        self.steps += 1
+        self._tell()
+
+    def phase(self) -> Phase:
+        """What the layers are told for the coming step."""
+        past = self.steps - self.warmup_steps
+        scale = self.loss_scale
+        if scale is not None and not isinstance(scale, (int, float)):
+            scale = scale.get_scale()
+        return Phase(
+            warmup=past < 0,
+            target=self.target_every is not None and past % self.target_every == 0,
+            mix=self.mix,
+            loss_scale=scale,
+        )
+
+    def _tell(self) -> None:
+        phase = self.phase()
+        if self._layers[0].phase != phase:
+            for layer in self._layers:
+                layer.phase = phase
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count; the arguments are the constructor's."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.steps = int(state["steps"])
+        self._tell()

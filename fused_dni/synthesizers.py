@@ -1,0 +1,322 @@
+"""Synthesizers: small models that predict a layer's gradient from its output.
+
+**Protocol.** A synthesizer is an ``nn.Module`` called as ``synthesizer(h, context)`` with the
+detached output h of the layer, rows first, and the context (None without one). It returns a tensor
+of h's shape: the prediction of ``kappa * dL/dh``, where kappa is the layer's target scale (the
+batch size, for a mean loss). It is trained by regression on that. Its last layer should start at
+zero, so that an untrained synthesizer does nothing (Jaderberg et al. 2016, arXiv 1608.05343,
+appendix). Subclasses of :class:`Synthesizer` that return their parameters from :meth:`fused` run
+inside the fused kernels; all others run as they are, under autograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_dni.backends.base import SynthesizerTensors
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class Synthesizer(nn.Module):
+    """Base of the synthesizers shipped here.
+
+    Args:
+        features: size O of the layer's output.
+        context_features: K, number of classes or size of the conditioning vector; 0 for none.
+    """
+
+    def __init__(self, features: int, context_features: int = 0) -> None:
+        super().__init__()
+        _positive("features", features)
+        if context_features < 0:
+            raise ValueError(f"context_features must be at least 0, got {context_features}")
+        self.features = features
+        self.context_features = context_features
+
+    def fused(self) -> SynthesizerTensors | None:
+        """The parameters in the form that kernels take, or None if there is no such form."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, context_features={self.context_features}"
+
+
+class _Affine(Synthesizer):
+    """Synthesizers of the form ``f(h) + context + bias`` with fused kernels."""
+
+    kind: str
+    weight: nn.Parameter
+    down: nn.Parameter | None
+    context_weight: nn.Parameter | None
+    bias: nn.Parameter
+
+    def _shared(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        features, k = self.features, self.context_features
+        self.context_weight = (
+            nn.Parameter(torch.empty(features, k, device=device, dtype=dtype)) if k else None
+        )
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Zero what forms the output; draw what reduces the input."""
+        with torch.no_grad():
+            if self.down is not None:
+                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+            for p in (self.weight, self.context_weight, self.bias):
+                if p is not None:
+                    p.zero_()
+
+    def fused(self) -> SynthesizerTensors:
+        p = self._parameters
+        return SynthesizerTensors(
+            self.kind,
+            p["weight"],  # type: ignore[arg-type]
+            p["down"],
+            p["context_weight"],
+            p["bias"],
+        )
+
+    def _predict(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh``.
+
+        Args:
+            h: [N, O].
+            context: int64 [N] or floating point [N, K] if ``context_features`` > 0, else None.
+
+        Returns:
+            [N, O].
+        """
+        out = self._predict(h) + self.bias
+        if self.context_weight is not None:
+            if context is None:
+                raise ValueError("context is missing: context_features is not 0")
+            if context.dtype == torch.int64:
+                out = out + F.embedding(context, self.context_weight.t())
+            else:
+                out = out + F.linear(context, self.context_weight)
+        return out
+
+
+class LinearSynthesizer(_Affine):
+    """``M(h) = h A.T + C[context] + c``, with A dense or of low rank ``A = weight @ down``.
+
+    A linear synthesizer is exact for losses quadratic in h (Czarnecki et al. 2017,
+    arXiv 1703.00522).
+
+    Args:
+        features: O.
+        rank: R of the low-rank form; None for dense.
+        context_features: K, 0 for an unconditional synthesizer.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: [O, O], or [O, R] for low rank; starts at zero.
+        down: [R, O] for low rank, else None; starts random (Kaiming uniform, as ``nn.Linear``).
+        context_weight: [O, K] or None; starts at zero.
+        bias: [O]; starts at zero.
+
+    Raises:
+        ValueError: a size below 1, or a rank above ``features``.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        rank: int | None = None,
+        context_features: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        if rank is not None and not 1 <= rank <= features:
+            raise ValueError(f"rank must be in [1, features={features}] or None, got {rank}")
+        self.rank = rank
+        self.kind = "dense" if rank is None else "lowrank"
+        inner = features if rank is None else rank
+        self.weight = nn.Parameter(torch.empty(features, inner, device=device, dtype=dtype))
+        self.down = (
+            None
+            if rank is None
+            else nn.Parameter(torch.empty(rank, features, device=device, dtype=dtype))
+        )
+        self._shared(device, dtype)
+        self.reset_parameters()
+
+    def _predict(self, h: Tensor) -> Tensor:
+        if self.down is not None:
+            h = F.linear(h, self.down)  # [N, R]
+        return F.linear(h, self.weight)  # [N, O]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class DiagonalSynthesizer(_Affine):
+    """``M(h) = a * h + C[context] + c``: no matrix product at all.
+
+    Args:
+        features: O.
+        context_features: K, 0 for none.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: a, [O]; context_weight: [O, K] or None; bias: [O]. All start at zero.
+    """
+
+    kind = "diagonal"
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.down = None
+        self._shared(device, dtype)
+        self.reset_parameters()
+
+    def _predict(self, h: Tensor) -> Tensor:
+        return h * self.weight
+
+
+def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
+    """The context as dense rows [N, K]."""
+    if context is None:
+        raise ValueError("context is missing: context_features is not 0")
+    if context.dtype == torch.int64:
+        return F.one_hot(context, features).to(like.dtype)
+    return context.to(like.dtype)
+
+
+class MLPSynthesizer(Synthesizer):
+    """Hidden layers of Linear-BatchNorm-ReLU on [h, context], then a linear layer from zero.
+
+    The paper's unconditional synthesizer is ``hidden=1024, layers=2``. Runs under autograd, not
+    inside the fused kernels.
+
+    Args:
+        features: O.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers, at least 1.
+        context_features: K, 0 for none.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int = 1024,
+        layers: int = 1,
+        context_features: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        _positive("hidden", hidden)
+        _positive("layers", layers)
+        stack: list[nn.Module] = []
+        width = features + context_features
+        for _ in range(layers):
+            stack += [
+                nn.Linear(width, hidden, bias=False, device=device, dtype=dtype),
+                nn.BatchNorm1d(hidden, device=device, dtype=dtype),
+                nn.ReLU(),
+            ]
+            width = hidden
+        last = nn.Linear(width, features, device=device, dtype=dtype)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*stack, last)
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O] from h [N, O] and the context."""
+        if self.context_features:
+            h = torch.cat([h, _one_hot(context, self.context_features, h)], dim=1)  # [N, O + K]
+        out: Tensor = self.layers(h)
+        return out
+
+
+class ConvSynthesizer(Synthesizer):
+    """Convolutional synthesizer for maps [N, C, *spatial]; the last convolution starts at zero.
+
+    The context is laid out as K constant channels beside h.
+
+    Args:
+        features: C, channels of h.
+        hidden: channels in between.
+        layers: convolutions before the last one, at least 1.
+        kernel_size: odd; "same" padding.
+        context_features: K, 0 for none.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int = 64,
+        layers: int = 1,
+        kernel_size: int = 5,
+        context_features: int = 0,
+        *,
+        dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        _positive("hidden", hidden)
+        _positive("layers", layers)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        half = kernel_size // 2
+        stack: list[nn.Module] = []
+        width = features + context_features
+        for _ in range(layers):
+            stack += [
+                conv(
+                    width, hidden, kernel_size, padding=half, bias=False, device=device, dtype=dtype
+                ),
+                norm(hidden, device=device, dtype=dtype),
+                nn.ReLU(),
+            ]
+            width = hidden
+        last = conv(width, features, kernel_size, padding=half, device=device, dtype=dtype)
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+        self.dims = dims
+        self.layers = nn.Sequential(*stack, last)
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, C, *spatial] from h of that shape and the context."""
+        if h.dim() != self.dims + 2:
+            raise RuntimeError(
+                f"h must have {self.dims + 2} dimensions [N, C, *spatial], got {list(h.shape)}"
+            )
+        if self.context_features:
+            rows = _one_hot(context, self.context_features, h)  # [N, K]
+            maps = rows.reshape(*rows.shape, *(1 for _ in h.shape[2:]))
+            h = torch.cat([h, maps.expand(*rows.shape, *h.shape[2:])], dim=1)  # [N, C + K, ...]
+        out: Tensor = self.layers(h)
+        return out
