@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_dni import text
+from fused_dni.baseline import facts
 from fused_dni.experiments.train import Outcome
 
 PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")
@@ -19,50 +20,6 @@ COLOURS = ("#1b6ca8", "#6fa8dc", "#2e9e5b", "#d1495b", "#edae49", "#8d6a9f", "#5
 
 class ReportError(ValueError):
     """The report cannot be written; the message says why."""
-
-
-def facts(command: str | None = None) -> dict[str, Any]:
-    """What a reader needs to place the numbers: device, versions, commit, command, time."""
-    import platform
-    import subprocess
-    import time
-
-    import torch
-
-    import fused_dni
-
-    processor = platform.processor() or platform.machine()
-    try:
-        for row in Path("/proc/cpuinfo").read_text().splitlines():
-            if row.startswith("model name"):
-                processor = row.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    commit = None
-    try:
-        here = Path(__file__).resolve().parent
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        commit = found.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return {
-        "device": processor,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fused_dni": getattr(fused_dni, "__version__", None),
-        "commit": commit,
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
@@ -107,7 +64,7 @@ def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
 
 def split_table(split: dict[str, Any], *, markdown: bool = False) -> str:
     """Where a step's time goes, a row a method."""
-    keys = ("forward", "sg", "backward and update", "targets", "rest", "total")
+    keys = ("forward", "sg", "update", "targets", "rest", "total")
     names = ("forward", "SG", "update", "targets", "rest", "total")
     lines = [
         [name, *(text.seconds(parts[key]) for key in keys)]
@@ -161,12 +118,12 @@ def _markdown(
         ),
         (
             f"Batch {settings.batch_size}, {settings.epochs} epochs of {outcome.steps_per_epoch} "
-            f"steps, {settings.update} at {settings.lr:g} (synthesizers {settings.sg_lr:g}), cosine to "
-            f"zero, {settings.warmup_steps} warm-up steps on true gradients, synthesizers of "
-            f"{f'rank {settings.rank}' if settings.rank else 'full rank'}, {seeds} "
+            f"steps, {settings.update} at {settings.lr:g} (synthesizers {settings.sg_lr:g}), "
+            f"cosine to zero, {settings.warmup_steps} warm-up steps on true gradients, synthesizers "
+            f"of {f'rank {settings.rank}' if settings.rank else 'full rank'}, {seeds} "
             f"seed{'s' if seeds > 1 else ''}. Errors are of the last epoch on the "
-            f"{report['evaluated_on']}. Times are of training steps alone; methods took turns epoch by "
-            "epoch. Time to an accuracy is counted at epoch ends, so to within one epoch.\n"
+            f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
+            "epoch by epoch. Time to an accuracy counts whole epochs.\n"
         ),
         "## Accuracy and time\n",
         summary_table(outcome, markdown=True) + "\n",

@@ -1,4 +1,4 @@
-"""The training run behind ``fused-dni train``: the paper's network by several methods, side by side.
+"""The training run behind ``fused-dni train``: the paper's network by several methods at once.
 
 Methods take turns epoch by epoch in one process, so that a machine that slows down slows all of
 them down; what is timed is the training step with the picking of its batch, and nothing else (no
@@ -32,12 +32,13 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni import text, timing
+from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
 from fused_dni.progress import Progress
 from fused_dni.rules import SGD, Adam, AdamW, Rule
 
 METHODS = ("backprop", "compiled", "fused", "cdni", "dni")
-UPDATES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+UPDATES: dict[str, Callable[..., Rule]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 #: Steps between two looks at the clock, the bars and the stop flag.
 CHUNK = 20
 CHECKPOINT = "train.pt"
@@ -218,12 +219,6 @@ def _cosine(
     optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.CosineAnnealingLR:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
-
-
-def stock_optimizer(model: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    """``torch.optim`` with ``fused=True``, by the same formulas as ``rule``."""
-    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[rule.kind](model.parameters(), fused=True, **rule.defaults())  # type: ignore[arg-type]
 
 
 class StockTrainer(Trainer):
@@ -590,10 +585,10 @@ def train(
                                 kept = keep((s, epoch, turn, position))
                                 if stop.asked:
                                     raise Interrupted(kept)
-                        progress.update(
-                            _label(trainer.name, settings, seed),
-                            (epoch + position / per_epoch) / settings.epochs,
-                        )
+                            progress.update(
+                                _label(trainer.name, settings, seed),
+                                (epoch + position / per_epoch) / settings.epochs,
+                            )
                     _evaluate(trainer, epoch, dataset, settings, progress)
                     if folder is not None or stop.asked:
                         kept = keep((s, epoch, turn + 1, 0))
@@ -660,10 +655,10 @@ SPLIT_METHOD = (
     "SG (the synthesizers' predictions as products of their own), rest (head, loss and its "
     "backward, optimizer and schedule bookkeeping, picking the batch). By difference of whole "
     "steps: targets = a step with targets less one without (dx, synthesizer update, their "
-    "autograd); update = a step without targets less forward, SG and rest. Inside one fused step "
-    "the pieces share launches and caches, so an update can come out below what it costs alone. "
-    "Backprop: backward = forward and backward less forward; update = the whole step less those "
-    "and rest (fused backprop updates in its backward: the two are not apart there)."
+    "autograd); update = the rest of a step (of one without targets, for cDNI): the backward "
+    "through activation and normalisation, the weight gradient and the rule, for backprop the "
+    "whole backward. Inside one fused step the pieces share launches and caches, so a difference "
+    "can come out below what the piece would cost alone."
 )
 
 
@@ -683,9 +678,10 @@ def split_time(
     for every in ("1", "never"):
         trainers[f"cdni {every}"] = build(f"cdni k={every}", 0, slow, dataset)
     stock, ours = trainers["backprop"], build("cdni k=never", 0, slow, dataset)
-    hidden_stock = nn.Sequential(*list(stock.model)[:-1])  # type: ignore[arg-type]
-    hidden = nn.Sequential(*list(ours.model)[:-1])  # type: ignore[arg-type]
-    head_only = FusedTrainer("head", 0, list(build("fused", 0, slow, dataset).model)[-1], 1_000_000)  # type: ignore[arg-type]
+    hidden_stock = nn.Sequential(*list(stock.model.children())[:-1])
+    hidden = nn.Sequential(*list(ours.model.children())[:-1])
+    head = list(build("fused", 0, slow, dataset).model.children())[-1]
+    head_only = FusedTrainer("head", 0, head, 1_000_000)
     stock_head = StockTrainer(
         "head",
         0,
@@ -714,10 +710,6 @@ def split_time(
             for layer, output in zip(hidden, outputs, strict=True):
                 predict_with(layer, output, y)
 
-    def backward() -> None:
-        stock.optimizer.zero_grad()
-        F.cross_entropy(stock.model(x), y).backward()
-
     timings = timing.compare(
         {
             **{name: _stepper(trainer, x, y) for name, trainer in trainers.items()},
@@ -725,7 +717,6 @@ def split_time(
             "sg": predict,
             "head": _stepper(head_only, top, y),
             "stock forward": forward(hidden_stock),
-            "stock backward": backward,
             "stock head": _stepper(stock_head, top, y),
             "pick": lambda: data.pick(dataset.train, rows),
         },
@@ -738,14 +729,14 @@ def split_time(
         "backprop": {
             "forward": t["stock forward"],
             "sg": 0.0,
-            "backward and update": t["backprop"] - t["stock forward"] - t["stock head"],
+            "update": t["backprop"] - t["stock forward"] - t["stock head"],
             "targets": 0.0,
             "rest": stock_rest,
         },
         "fused": {
             "forward": t["forward"],
             "sg": 0.0,
-            "backward and update": t["fused"] - t["forward"] - t["head"],
+            "update": t["fused"] - t["forward"] - t["head"],
             "targets": 0.0,
             "rest": rest,
         },
@@ -753,7 +744,7 @@ def split_time(
     never = {
         "forward": t["forward"],
         "sg": t["sg"],
-        "backward and update": t["cdni never"] - t["forward"] - t["sg"] - t["head"],
+        "update": t["cdni never"] - t["forward"] - t["sg"] - t["head"],
         "rest": rest,
     }
     targets = t["cdni 1"] - t["cdni never"]

@@ -1,0 +1,73 @@
+"""What measurements are compared with and stated beside: stock optimizers, facts of the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_dni.rules import Rule
+
+
+def stock_optimizer(model: nn.Module, rule: Rule) -> torch.optim.Optimizer:
+    """``torch.optim`` with ``fused=True``, by the same formulas as ``rule``."""
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    return kinds[rule.kind](model.parameters(), fused=True, **rule.defaults())
+
+
+def facts(command: str | None = None) -> dict[str, Any]:
+    """What a reader needs to place the numbers: device, versions, commit, command, time."""
+    import fused_dni
+
+    processor = platform.processor() or platform.machine()
+    try:
+        for row in Path("/proc/cpuinfo").read_text().splitlines():
+            if row.startswith("model name"):
+                processor = row.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    commit = _git("describe", "--always", "--dirty", "--abbrev=12")
+    return {
+        "device": processor,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_dni": getattr(fused_dni, "__version__", None),
+        "commit": commit,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the checkout that this file belongs to; None if it belongs to none (an
+    installed package may lie inside somebody else's repository)."""
+    here = Path(__file__).resolve().parent
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *command],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        if Path(run("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return None
+        return run(*arguments) or None
+    except (OSError, subprocess.SubprocessError):
+        return None
