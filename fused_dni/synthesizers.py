@@ -79,8 +79,8 @@ class _Affine(Synthesizer):
         return SynthesizerTensors(
             self.kind,
             p["weight"],  # type: ignore[arg-type]
-            p["down"],
-            p["context_weight"],
+            p.get("down"),
+            p.get("context_weight"),
             p["bias"],
         )
 
