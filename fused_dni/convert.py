@@ -125,15 +125,15 @@ def _places(model: nn.Module) -> list[_Place]:
             if not isinstance(child, nn.Linear) or not _plain(child):
                 continue
             norm = activation = None
-            if isinstance(parent, nn.Sequential):
-                behind = [m for _, m in children[i + 1 : i + 3] if _plain(m)]
-                if behind and isinstance(behind[0], (nn.BatchNorm1d, nn.LayerNorm)):
-                    if why_not_fusable(child, behind[0]) is None:
-                        norm = behind.pop(0)
-                if behind and behind[0] is (children[i + 1 + (norm is not None)][1]):
-                    name_of = activation_name(behind[0])
-                    if name_of is not None and name_of != "identity":
-                        activation = behind[0]
+            behind = [m for _, m in children[i + 1 :]] if isinstance(parent, nn.Sequential) else []
+            if behind and _plain(behind[0]) and why_not_fusable(child, behind[0]) is None:
+                norm = behind.pop(0)
+            if (
+                behind
+                and _plain(behind[0])
+                and activation_name(behind[0]) not in (None, "identity")
+            ):
+                activation = behind[0]
             found.append((parent, name, child, norm, activation))
     return found
 

@@ -74,7 +74,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply nothing (the layers have updated themselves); evaluate ``closure`` if given.
 
         Raises:
@@ -110,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[p] = entry
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; hyper-parameters, moments and counts are taken over.
 
         Raises:

@@ -47,7 +47,7 @@ def at_end_of_backward(
     batch = _batches.get(task)
     if batch is None:
         batch = _batches[task] = _Batch()
-        Variable._execution_engine.queue_callback(batch.flush)  # type: ignore[attr-defined]
+        Variable._execution_engine.queue_callback(batch.flush)
     job = batch.jobs.get(key)
     if job is None:
         batch.jobs[key] = (apply, [contribution])

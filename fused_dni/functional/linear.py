@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
     """Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         config, training, backend = ctx.call
         how: Locality | None = ctx.how
         none: tuple[Tensor | None, ...] = (None,) * 18
@@ -197,7 +197,7 @@ def linear_tensors(
     ``need_dx=False`` says that the producer of x wants no gradient though x asks for one.
     """
     slots = (None, None, None, None) if synthesizer is None else synthesizer.parameters()
-    h: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+    h: Tensor = _Linear.apply(
         x,
         *layer[:4],
         *slots,

@@ -92,7 +92,7 @@ _DERIVATIVE_FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 
 
 @_linear_forward.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
@@ -107,7 +107,7 @@ def _(
     training,
     save,
     backend,
-):  # type: ignore[no-untyped-def]
+):
     n, o = x.shape[0], weight.shape[0]
     h = x.new_empty(n, o)
     empty = weight.new_empty(0)
@@ -189,7 +189,7 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     grad_h,
     x,
     h,
@@ -209,7 +209,7 @@ def _(
     need_dx,
     need_weight,
     backend,
-):  # type: ignore[no-untyped-def]
+):
     def like(p: Tensor | None) -> Tensor:
         return weight.new_empty(0) if p is None else torch.empty_like(p)
 
@@ -322,7 +322,7 @@ def _linear_step_(
 
 
 @_linear_step_.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
@@ -351,7 +351,7 @@ def _(
     need_dx,
     need_prediction,
     backend,
-):  # type: ignore[no-untyped-def]
+):
     n, o = x.shape[0], weight.shape[0]
     lowrank = need_prediction and down is not None
     return (
@@ -549,7 +549,7 @@ def _synthesizer_gradients(
 
 
 @_synthesizer_gradients.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     h,
     scaled,
     reduced,
@@ -563,7 +563,7 @@ def _(
     target_scale,
     statistics,
     backend,
-):  # type: ignore[no-untyped-def]
+):
     return tuple(
         weight.new_empty(0) if p is None else torch.empty_like(p)
         for p in (weight, down, context_weight, bias)

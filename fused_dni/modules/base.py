@@ -141,11 +141,11 @@ class _Sealed(torch.autograd.Function):
     """An activation inside a container: its gradient is taken there and goes no further."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, _anchor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, _anchor: Tensor) -> Tensor:
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "immediate delivery: an activation inside a DecoupledSequential has one consumer, the "
             "next module; a backward came through a second one (for deferred delivery put the "
@@ -369,7 +369,7 @@ class DecoupledModule(nn.Module):
         return 0 if self.update is None else self.update.skipped
 
     def probed(self, h: Tensor, rows: Tensor, context: Tensor | None) -> Tensor:
-        """End of a forward in a probing phase: h is exact, ``rows`` is it as synthesizers see it."""
+        """End of a forward in a probing phase; ``rows`` is h as the synthesizer sees it."""
         assert self.phase.probe is not None
         forecast = None
         if self.synthesizer is not None:
@@ -421,15 +421,15 @@ class DecoupledModule(nn.Module):
             anchor = _anchor(self.local_parameters()) if self.synthesizer is None else None
             if anchor is None and self.synthesizer is not None:
                 anchor = _anchor((*self.local_parameters(), *self.synthesizer.parameters()))
-            h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)  # type: ignore[no-untyped-call]
+            h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)
             return h
         learns = phase.target
         if not learns and not any(t.requires_grad for t in asked):
             with torch.no_grad():
                 return self.step_locally(inputs, context, False, False).h
         anchor = _anchor(self.synthesizer.parameters()) if learns else None
-        h = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)  # type: ignore[no-untyped-call]
-        return h
+        stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
+        return stepped
 
     def deliver(self, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
         """Forward inside a :class:`Delivery`."""
@@ -440,7 +440,7 @@ class DecoupledModule(nn.Module):
             step = self.step_locally(inputs, context, self.delivery.need_dx, self.delivery.learns)
         self.delivery.take(step, context)
         with torch.enable_grad():
-            h: Tensor = _Sealed.apply(step.h, torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+            h: Tensor = _Sealed.apply(step.h, torch.empty(0, requires_grad=True))
         return h
 
     def unruled_forward(
@@ -455,7 +455,7 @@ class DecoupledModule(nn.Module):
         assert self.synthesizer is not None
         parameters = self.local_parameters()
         learners = self.synthesizer_parameters()
-        h: Tensor = _Returned.apply(  # type: ignore[no-untyped-call]
+        h: Tensor = _Returned.apply(
             self, inputs, context, need_dx, len(asked), *asked, *parameters, *learners
         )
         return h
@@ -465,7 +465,7 @@ class _Returned(torch.autograd.Function):
     """No rule: gradients of inputs, parameters and synthesizer are returned by the node."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         module: DecoupledModule,
         inputs: tuple[Any, ...],
@@ -484,7 +484,7 @@ class _Returned(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(TWICE)
         ctx.spent = True
@@ -517,7 +517,7 @@ class _Stepped(torch.autograd.Function):
     """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         module: DecoupledModule,
         inputs: tuple[Any, ...],
@@ -537,7 +537,7 @@ class _Stepped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(TWICE)
         ctx.spent = True
@@ -553,14 +553,14 @@ class _Stepped(torch.autograd.Function):
         if scale is not None:
             dx = tuple(None if t is None else t * scale for t in dx)
         ctx.dx = ctx.forecast = None
-        return (None,) * 6 + dx
+        return (None, None, None, None, None, None, *dx)
 
 
 class _Deferred(torch.autograd.Function):
     """Backprop, warm-up and mixing with a rule: the update waits for the end of the backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         module: DecoupledModule,
         inputs: tuple[Any, ...],
@@ -578,7 +578,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(TWICE)
         ctx.spent = True

@@ -163,7 +163,8 @@ class Decoupled(DecoupledModule):
     def close(
         self, trace: Any, gradient: Tensor, need_dx: bool
     ) -> tuple[tuple[Tensor | None, ...], Any]:
-        return self._differentiate(*trace, gradient)
+        inner, leaves = trace
+        return self._differentiate(inner, leaves, gradient)
 
     def apply_update(self, contributions: list[Any]) -> None:
         assert self.update is not None

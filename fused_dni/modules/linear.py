@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,8 @@ class FusedDNILinear(DecoupledModule):
         self.backend = backend
         self.config = LinearConfig(normalization, activation, eps, momentum)
         plain = nn.Linear(in_features, out_features, bias, **factory)
-        self.weight = plain.weight
-        self.register_parameter("bias", plain.bias)
+        self.weight = cast(nn.Parameter, plain.weight)
+        self.bias = cast("nn.Parameter | None", plain.bias)
         if normalization == "batch":
             self.norm = nn.BatchNorm1d(out_features, eps, momentum, **factory)
         elif normalization == "layer":
@@ -415,7 +415,7 @@ class FusedDNILinear(DecoupledModule):
             if found is None:
                 raise ValueError(f"activation {activation!r} has no fused form")
             name = found
-        kind = {nn.BatchNorm1d: "batch", nn.LayerNorm: "layer"}.get(type(norm))  # type: ignore[arg-type]
+        kind = {nn.BatchNorm1d: "batch", nn.LayerNorm: "layer"}.get(type(norm))
         extra: dict[str, Any] = {}
         if norm is not None:
             extra["eps"] = norm.eps
@@ -432,8 +432,8 @@ class FusedDNILinear(DecoupledModule):
             **extra,
             **kwargs,
         )
-        layer.weight = linear.weight
-        layer.bias = linear.bias
+        layer.weight = cast(nn.Parameter, linear.weight)
+        layer.bias = cast("nn.Parameter | None", linear.bias)
         layer.norm = norm
         layer.train(linear.training)
         return layer
@@ -452,7 +452,7 @@ class FusedDNILinear(DecoupledModule):
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
         linear.weight = self.weight
-        linear.bias = self.bias  # type: ignore[assignment]
+        linear.register_parameter("bias", self.bias)
         parts: list[nn.Module] = [linear]
         if self.norm is not None:
             parts.append(self.norm)

@@ -52,11 +52,11 @@ class DecoupledSequential(nn.Sequential):
             return _plain(modules, input, context)
         split = interfaces[-1] + 1
         body = modules[:split]
-        phases = [m.phase for m in body if _decouples(m)]
+        phases = [m.phase for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
             return _plain(modules, input, context)
         target = phases[-1].target
-        h: Tensor = _Delivered.apply(body, context, target, input, *_owed(body, target))  # type: ignore[no-untyped-call]
+        h: Tensor = _Delivered.apply(body, context, target, input, *_owed(body, target))
         if not target:
             setattr(h, NO_TARGET, True)
         return _plain(modules[split:], h, context)
@@ -136,7 +136,7 @@ class _Delivered(torch.autograd.Function):
     """The whole container up to its last decoupled module, as one node."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         body: list[nn.Module],
         context: Tensor | None,
@@ -179,7 +179,7 @@ class _Delivered(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(TWICE)
         ctx.spent = True
