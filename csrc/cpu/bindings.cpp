@@ -1,0 +1,241 @@
+// Python bindings. Tensors come as addresses (0: not there) that fused_dni/backends/cpu.py has
+// checked; arguments come as tuples in the order of ops.hpp's structs, because reading a tuple
+// costs a tenth of what pybind11 takes to convert as many arguments.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.hpp"
+#include "ops.hpp"
+
+namespace py = pybind11;
+
+namespace fused_dni {
+namespace {
+
+// Reads the items of a tuple one after another; all of them must be read.
+class Reader {
+ public:
+  explicit Reader(const py::tuple& items)
+      : items_(items.ptr()), size_(PyTuple_GET_SIZE(items_)) {}
+
+  std::int64_t integer() { return checked(PyLong_AsLongLong(next())); }
+  double real() { return checked(PyFloat_AsDouble(next())); }
+  bool flag() { return checked(PyObject_IsTrue(next())) != 0; }
+  template <class T = void>
+  T* pointer() {
+    return static_cast<T*>(checked(PyLong_AsVoidPtr(next())));
+  }
+  void finish() const {
+    if (at_ != size_) throw py::type_error("too many items in an argument tuple");
+  }
+
+ private:
+  PyObject* next() {
+    if (at_ == size_) throw py::type_error("too few items in an argument tuple");
+    return PyTuple_GET_ITEM(items_, at_++);
+  }
+  template <class T>
+  static T checked(T value) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  PyObject* items_;
+  Py_ssize_t size_, at_ = 0;
+};
+
+LayerArguments read_layer(const py::tuple& items) {
+  Reader read(items);
+  LayerArguments a;
+  a.rows = read.integer();
+  a.in = read.integer();
+  a.out = read.integer();
+  a.threads = static_cast<int>(read.integer());
+  a.normalization = static_cast<int>(read.integer());
+  a.activation = static_cast<int>(read.integer());
+  a.eps = read.real();
+  a.momentum = read.real();
+  a.training = read.flag();
+  a.weight = read.pointer();
+  a.bias = read.pointer();
+  a.norm_weight = read.pointer();
+  a.norm_bias = read.pointer();
+  a.running_mean = read.pointer();
+  a.running_var = read.pointer();
+  read.finish();
+  return a;
+}
+
+// Class indices are addresses too: they are looked at here, before anything is changed.
+SynthesizerArguments read_synthesizer(const py::tuple& items, std::int64_t rows) {
+  Reader read(items);
+  SynthesizerArguments a;
+  a.kind = static_cast<int>(read.integer());
+  a.rank = read.integer();
+  a.classes = read.integer();
+  a.weight = read.pointer();
+  a.down = read.pointer();
+  a.context_weight = read.pointer();
+  a.bias = read.pointer();
+  a.labels = read.pointer<const std::int64_t>();
+  a.vectors = read.pointer<const void>();
+  read.finish();
+  for (std::int64_t n = 0; a.labels && n < rows; ++n)
+    if (a.labels[n] < 0 || a.labels[n] >= a.classes)
+      throw py::index_error("class index " + std::to_string(a.labels[n]) + " (row " +
+                            std::to_string(n) + ") is outside [0, " + std::to_string(a.classes) +
+                            ")");
+  return a;
+}
+
+RuleArguments read_rule(const py::tuple& items) {
+  Reader read(items);
+  RuleArguments a;
+  a.kind = static_cast<int>(read.integer());
+  a.nesterov = read.flag();
+  a.hyper = read.pointer<double>();
+  for (void*& moment : a.first) moment = read.pointer();
+  for (void*& moment : a.second) moment = read.pointer();
+  for (bool& trainable : a.trainable) trainable = read.flag();
+  read.finish();
+  return a;
+}
+
+template <class Arguments>
+void call(void (*const (&function)[2])(const Arguments&), bool wide, const Arguments& arguments) {
+  py::gil_scoped_release release;
+  function[wide ? 1 : 0](arguments);
+}
+
+void linear_forward(bool wide, const py::tuple& layer, const py::tuple& tensors) {
+  Reader read(tensors);
+  LinearForward a;
+  a.layer = read_layer(layer);
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.normalized = read.pointer();
+  a.rstd = read.pointer();
+  read.finish();
+  call(kernels().linear_forward, wide, a);
+}
+
+void linear_backward(bool wide, const py::tuple& layer, const py::tuple& tensors) {
+  Reader read(tensors);
+  LinearBackward a;
+  a.layer = read_layer(layer);
+  a.grad_h = read.pointer();
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.normalized = read.pointer();
+  a.rstd = read.pointer();
+  a.delta = read.pointer();
+  a.grad_x = read.pointer();
+  a.grad_weight = read.pointer();
+  a.grad_bias = read.pointer();
+  a.grad_norm_weight = read.pointer();
+  a.grad_norm_bias = read.pointer();
+  read.finish();
+  call(kernels().linear_backward, wide, a);
+}
+
+void linear_update(bool wide, const py::tuple& layer, const py::tuple& rule,
+                   const py::tuple& tensors) {
+  Reader read(tensors);
+  LinearUpdate a;
+  a.layer = read_layer(layer);
+  a.rule = read_rule(rule);
+  a.x = read.pointer();
+  a.delta = read.pointer();
+  a.grad_bias = read.pointer();
+  a.grad_norm_weight = read.pointer();
+  a.grad_norm_bias = read.pointer();
+  read.finish();
+  call(kernels().linear_update, wide, a);
+}
+
+void linear_step(bool wide, const py::tuple& layer, const py::tuple& synthesizer,
+                 const py::tuple& rule, const py::tuple& tensors) {
+  Reader read(tensors);
+  LinearStep a;
+  a.layer = read_layer(layer);
+  a.synthesizer = read_synthesizer(synthesizer, a.layer.rows);
+  a.rule = read_rule(rule);
+  a.target_scale = read.real();
+  a.max_norm = read.real();
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.scaled = read.pointer();
+  a.reduced = read.pointer();
+  a.grad_x = read.pointer();
+  read.finish();
+  call(kernels().linear_step, wide, a);
+}
+
+void synthesizer_predict(bool wide, const py::tuple& synthesizer, const py::tuple& tensors) {
+  Reader read(tensors);
+  SynthesizerPredict a;
+  a.rows = read.integer();
+  a.features = read.integer();
+  a.threads = static_cast<int>(read.integer());
+  a.h = read.pointer();
+  a.scaled = read.pointer();
+  a.reduced = read.pointer();
+  read.finish();
+  a.synthesizer = read_synthesizer(synthesizer, a.rows);
+  call(kernels().synthesizer_predict, wide, a);
+}
+
+// With a rule, an update; with an empty tuple, four addresses of gradients end `tensors`.
+void synthesizer_train(bool wide, const py::tuple& synthesizer, const py::tuple& rule,
+                       const py::tuple& tensors) {
+  Reader read(tensors);
+  SynthesizerTrain a{};
+  a.rows = read.integer();
+  a.features = read.integer();
+  a.threads = static_cast<int>(read.integer());
+  a.target_scale = read.real();
+  a.h = read.pointer();
+  a.scaled = read.pointer();
+  a.reduced = read.pointer();
+  a.grad_h = read.pointer();
+  a.statistics = read.pointer<double>();
+  a.update = !rule.empty();
+  if (a.update)
+    a.rule = read_rule(rule);
+  else
+    for (void*& gradient : a.gradients) gradient = read.pointer();
+  read.finish();
+  a.synthesizer = read_synthesizer(synthesizer, a.rows);
+  call(kernels().synthesizer_train, wide, a);
+}
+
+}  // namespace
+}  // namespace fused_dni
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fused_dni;
+  m.doc() = "Kernels for CPUs; fused_dni/backends/cpu.py is their face.";
+  m.attr("compiler") = __VERSION__;
+  m.def("isa", &isa, "The instruction set in use: 'portable', 'avx2' or 'avx512'.");
+  m.def("isas", &isas, "The instruction sets that this machine can run, narrowest first.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (set_isa(name)) return;
+        std::string known;
+        for (const std::string& each : isas()) known += (known.empty() ? "" : ", ") + each;
+        throw py::value_error("instruction set '" + name + "' cannot run here; available: " +
+                              known);
+      },
+      py::arg("name"), "Use another instruction set, for tests and comparisons.");
+  m.def(
+      "max_threads", [] { return omp_get_max_threads(); },
+      "Threads of the OpenMP pool, which is PyTorch's if PyTorch was imported first.");
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_backward", &linear_backward);
+  m.def("linear_update", &linear_update);
+  m.def("linear_step", &linear_step);
+  m.def("synthesizer_predict", &synthesizer_predict);
+  m.def("synthesizer_train", &synthesizer_train);
+}

@@ -1,0 +1,78 @@
+#include "dispatch.hpp"
+
+#include <atomic>
+
+namespace fused_dni {
+
+#define FUSED_DNI_DECLARE(isa)    \
+  namespace isa {                 \
+  void add_linear(Kernels&);      \
+  void add_synthesizer(Kernels&); \
+  }
+FUSED_DNI_DECLARE(portable)
+#if defined(__x86_64__)
+FUSED_DNI_DECLARE(avx2)
+FUSED_DNI_DECLARE(avx512)
+#endif
+#undef FUSED_DNI_DECLARE
+
+namespace {
+
+struct Variant {
+  const char* name;
+  Kernels kernels;
+};
+
+using Add = void (*)(Kernels&);
+
+std::vector<Variant> runnable() {
+  std::vector<Variant> found;
+  const auto add = [&](const char* name, Add linear, Add synthesizer) {
+    found.push_back({name, {}});
+    linear(found.back().kernels);
+    synthesizer(found.back().kernels);
+  };
+  add("portable", portable::add_linear, portable::add_synthesizer);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    add("avx2", avx2::add_linear, avx2::add_synthesizer);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      add("avx512", avx512::add_linear, avx512::add_synthesizer);
+  }
+#endif
+  return found;
+}
+
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> all = runnable();
+  return all;
+}
+
+std::atomic<const Variant*>& chosen() {
+  static std::atomic<const Variant*> variant{&variants().back()};
+  return variant;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return chosen().load(std::memory_order_relaxed)->kernels; }
+
+std::string isa() { return chosen().load(std::memory_order_relaxed)->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Variant& variant : variants()) names.emplace_back(variant.name);
+  return names;
+}
+
+bool set_isa(const std::string& name) {
+  for (const Variant& variant : variants())
+    if (variant.name == name) {
+      chosen().store(&variant, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace fused_dni

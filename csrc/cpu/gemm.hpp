@@ -1,0 +1,192 @@
+// Matrix products: one register tile serves them all.
+//
+//   C[m][n] (+)= sum_k A[m * a_row + k * a_col] * B[k * b_row + n]
+//
+// A is read one element at a time and broadcast, so any strides will do and it is never packed;
+// B is read in vectors along n and must be contiguous there. The three products of a layer are
+// arranged so that the large row-major weight is either A, or a B that is copied panel by panel
+// while it is in use anyway:
+//
+//   forward  zT[o][n] = W[o][i]      xT[i][n]      A = W, as it is
+//   dx       dx[n][i] = deltaT[o][n] W[o][i]       B = a panel of W's columns, copied
+//   dW       dW[o][i] = deltaT[o][n] x[n][i]       B = a panel of x's columns, copied
+#pragma once
+
+#include "simd.hpp"
+
+namespace fused_dni::FUSED_DNI_ISA {
+
+// kTileRows x kTileVectors accumulators leave room for one row of B and a broadcast element:
+// 24 of 32 registers with AVX-512, 12 of 16 otherwise.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
+
+template <class T>
+constexpr Index kPanel = kTileVectors * kLanes<T>;
+
+// Rows of B in use at a time: what stays in the first-level cache (48 KiB on most machines with
+// AVX-512, 32 KiB before) beside the tile's own rows of A and C.
+template <class T>
+constexpr Index kBlockK =
+    (kVectorBytes == 64 ? 32 : 24) * 1024 / (kPanel<T> * static_cast<Index>(sizeof(T)));
+
+// Depth of the blocks that a product of the given depth is done in: as few as possible, all alike.
+template <class T>
+FUSED_DNI_INLINE Index block_depth(Index depth) {
+  return depth <= kBlockK<T> ? larger(depth, 1) : ceil_div(depth, ceil_div(depth, kBlockK<T>));
+}
+
+template <class T, int kRows, int kVectors>
+FUSED_DNI_INLINE void tile(Index depth, const T* a, Index a_row, Index a_col, const T* b,
+                           Index b_row, T* c, Index c_row, bool accumulate) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = load(c + m * c_row + v * L);
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vec<T>{};
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> row[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Vec<T> element = broadcast(a[m * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += element * row[v];
+    }
+    a += a_col;
+    b += b_row;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(c + m * c_row + v * L, sum[m][v]);
+}
+
+// How many rows the next tile takes of `left`: full tiles, and a remainder shared by the last two,
+// because two tiles of four rows keep the multipliers busier than one of six and one of two.
+FUSED_DNI_INLINE Index next_rows(Index left) {
+  if (left >= 2 * kTileRows || left == kTileRows) return kTileRows;
+  return left > kTileRows ? (left + 1) / 2 : left;
+}
+
+template <class T, int kVectors>
+[[gnu::noinline]] void tile_of(Index rows, Index depth, const T* a, Index a_row, Index a_col,
+                               const T* b, Index b_row, T* c, Index c_row, bool accumulate) {
+  static_assert(kTileRows == 6);
+  switch (rows) {
+    case 1: return tile<T, 1, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 2: return tile<T, 2, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 3: return tile<T, 3, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 4: return tile<T, 4, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 5: return tile<T, 5, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    default: return tile<T, 6, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(Index rows, Index depth, const T* a, Index a_row, Index a_col,
+                              const T* b, Index b_row, T* c, Index c_row, bool accumulate);
+
+// The tile function for a panel of `vectors` <= kTileVectors vectors.
+template <class T>
+FUSED_DNI_INLINE TileFunction<T> tile_for(Index vectors) {
+  if constexpr (kTileVectors == 4) {
+    constexpr TileFunction<T> table[] = {tile_of<T, 1>, tile_of<T, 2>, tile_of<T, 3>,
+                                         tile_of<T, 4>};
+    return table[vectors - 1];
+  } else {
+    constexpr TileFunction<T> table[] = {tile_of<T, 1>, tile_of<T, 2>};
+    return table[vectors - 1];
+  }
+}
+
+// Calls body(first column, width in elements, vectors) for panels that cover [begin, end), evenly
+// wide so that no narrow one is left over. `begin` is a multiple of the vector width.
+template <class T, class Body>
+FUSED_DNI_INLINE void for_panels(Index begin, Index end, Body&& body) {
+  constexpr Index L = kLanes<T>;
+  Index vectors = ceil_div(end - begin, L);
+  Index panels = ceil_div(vectors, kTileVectors);
+  for (Index first = begin; panels > 0; --panels) {
+    const Index take = ceil_div(vectors, panels);
+    body(first, smaller(take * L, end - first), take);
+    first += take * L;
+    vectors -= take;
+  }
+}
+
+// C[rows][cols] (+)= A B with B in the transposed layout (or any layout whose rows are padded to
+// whole vectors); C's rows are padded likewise.
+template <class T>
+void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Index a_col,
+              const T* b, Index b_row, T* c, Index c_row, bool accumulate) {
+  const Index block = block_depth<T>(depth);
+  for_panels<T>(0, cols, [&](Index col, Index, Index vectors) {
+    const TileFunction<T> run = tile_for<T>(vectors);
+    for (Index k = 0; k < depth; k += block) {
+      const Index count = smaller(block, depth - k);
+      for (Index m = 0; m < rows;) {
+        const Index take = next_rows(rows - m);
+        run(take, count, a + m * a_row + k * a_col, a_row, a_col, b + k * b_row + col, b_row,
+            c + m * c_row + col, c_row, accumulate || k > 0);
+        m += take;
+      }
+    }
+  });
+}
+
+// Copies rows [0, rows) of a panel `width` wide to packed rows of kPanel elements, zero-padded.
+template <class T>
+void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
+  constexpr Index L = kLanes<T>;
+  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kPanel<T>)
+    for (Index v = 0; v < width; v += L) store(dst + v, load_upto(src + v, width - v));
+}
+
+// Elements of scratch that multiply_packed needs for `rows` rows of output.
+template <class T>
+FUSED_DNI_INLINE Index packed_scratch(Index rows) {
+  return kBlockK<T> * kPanel<T> + rows * kPanel<T>;
+}
+
+// The product of A [rows][depth] with one panel of a row-major B [depth][..], `width` columns
+// from `b`. The panel is copied block by block; partial sums stay in scratch, and
+// body(row, count, const T* sums [count][kPanel]) gets each finished tile while it is in the
+// first-level cache; touch(row, count) is called before the last block of that tile is begun,
+// so that body can have its data fetched meanwhile.
+template <class T, class Touch, class Body>
+FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, const T* a,
+                                      Index a_row, Index a_col, const T* b, Index b_row,
+                                      T* scratch, Touch&& touch, Body&& body) {
+  T* packed = scratch;
+  T* sums = scratch + kBlockK<T> * kPanel<T>;
+  const TileFunction<T> run = tile_for<T>(ceil_div(width, kLanes<T>));
+  const Index block = block_depth<T>(depth);
+  for (Index k = 0; k < depth; k += block) {
+    const Index count = smaller(block, depth - k);
+    const bool last = k + count == depth;
+    // One tile of sums is enough when nothing has to be carried from block to block.
+    const Index sums_row = depth <= block ? 0 : kPanel<T>;
+    pack(b + k * b_row, b_row, count, width, packed);
+    for (Index m = 0; m < rows;) {
+      const Index take = next_rows(rows - m);
+      T* tile_sums = sums + m * sums_row;
+      if (last) touch(m, take);
+      run(take, count, a + m * a_row + k * a_col, a_row, a_col, packed, kPanel<T>, tile_sums,
+          kPanel<T>, k > 0);
+      if (last) body(m, take, static_cast<const T*>(tile_sums));
+      m += take;
+    }
+  }
+}
+
+}  // namespace fused_dni::FUSED_DNI_ISA

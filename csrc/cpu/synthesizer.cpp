@@ -1,0 +1,339 @@
+// Synthesizers: prediction, and training on the gradient that arrived.
+//
+// Training regresses s = M(h) on t = kappa g. With e = (2/N) (s - t), kept transposed:
+//
+//   dense     dA = e^T h
+//   low rank  dV = e^T p,  dU = (e V)^T h       p = h U^T, from the prediction
+//   diagonal  da = sum_n e * h
+//   all       dC = e^T context,  dc = sum_n e
+//
+// Threads own features. All gradients but the dense dA are small: they are made in full, found
+// finite, and then applied; dA is applied tile by tile where it is made, as a layer's weight is.
+#include "synthesizer.hpp"
+
+#include "weight.hpp"
+
+namespace fused_dni::FUSED_DNI_ISA {
+namespace {
+
+template <class T>
+void synthesizer_predict(const SynthesizerPredict& a) {
+  Predictor<T> predictor(a.synthesizer, a.rows, a.features);
+  const Index stride = predictor.stride, features = a.features;
+  const int threads = team_size(
+      a.threads, a.rows * features * (predictor.kind == kDense ? features : predictor.rank + 1));
+  T *h = nullptr, *scaled = nullptr;
+  Scratch::allocate([&](Scratch& scratch) {
+    h = scratch.take<T>(features * stride);
+    scaled = scratch.take<T>(features * stride);
+    predictor.plan(scratch, threads);
+  });
+  parallel(threads, [&](const Team& team) {
+    const Range own = own_features<T>(features, team.rank, team.size);
+    to_transposed(static_cast<const T*>(a.h) + own.begin, features, a.rows, own.size(),
+                  h + own.begin * stride, stride);
+    predictor.transpose_context(team);
+    predictor.reduce(team, own, h);
+    team.sync();
+    predictor.combine(team);
+    predictor.predict(team, own.begin, own.end, h, scaled + own.begin * stride);
+    from_transposed(scaled + own.begin * stride, stride, a.rows, own.size(),
+                    static_cast<T*>(a.scaled) + own.begin, features);
+    if (a.reduced && team.rank == 0)
+      from_transposed(predictor.reduced, stride, a.rows, predictor.rank,
+                      static_cast<T*>(a.reduced), predictor.rank);
+  });
+}
+
+template <class T>
+struct Trainer {
+  const SynthesizerTrain& a;
+  const SynthesizerKind kind;
+  const Index rows, features, rank, classes;  // N, O, R, K
+  const Index stride;                         // of the transposed layout
+  const Index rank_row, class_row;            // R and K rounded up to whole vectors
+  const T factor, kappa;                      // 2 / N, and the target's scale
+  const bool train_dense;                     // the weight's gradient is a large product
+  WeightPhase<T> product;
+
+  T* error = nullptr;     // [O][stride]: s, then e
+  T* other = nullptr;     // [O][stride]: g, then h where a diagonal weight needs it
+  T* reduced = nullptr;   // [N][rank_row]: p
+  T* context = nullptr;   // [N][class_row]: one-hot labels or conditioning vectors
+  T* weight = nullptr;    // [O][rank_row]: V
+  T* back = nullptr;      // [threads][N][rank_row]: parts of e V; their sum in every thread's copy
+  T* back_sum = nullptr;  // [threads][N][rank_row]
+  T* panels = nullptr;    // [threads][..]
+  double* sums = nullptr;      // [threads][8], a line each
+  Report<T>* reports = nullptr;  // [threads]
+
+  T* grad_weight = nullptr;   // [O][rank_row], or [O] for a diagonal one
+  T* grad_down = nullptr;     // [R][O]
+  T* grad_context = nullptr;  // [O][class_row]
+  T* grad_bias = nullptr;     // [O]
+
+  explicit Trainer(const SynthesizerTrain& args)
+      : a(args),
+        kind(static_cast<SynthesizerKind>(a.synthesizer.kind)),
+        rows(a.rows),
+        features(a.features),
+        rank(kind == kLowRank ? a.synthesizer.rank : 0),
+        classes(a.synthesizer.context_weight ? a.synthesizer.classes : 0),
+        stride(transposed_stride<T>(a.rows)),
+        rank_row(round_up(rank, kLanes<T>)),
+        class_row(round_up(classes, kLanes<T>)),
+        factor(T(2.0 / static_cast<double>(a.rows))),
+        kappa(T(a.target_scale)),
+        train_dense(kind == kDense),
+        product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {
+  }
+
+  bool scatters() const { return a.synthesizer.labels && classes > kOneHotClasses; }
+
+  void plan(Scratch& scratch, int threads) {
+    error = scratch.take<T>(features * stride);
+    other = scratch.take<T>(features * stride);
+    reduced = scratch.take<T>(rows * rank_row);
+    context = scratch.take<T>(scatters() ? 0 : rows * class_row);
+    weight = scratch.take<T>(features * rank_row);
+    back = scratch.take<T>(threads * rows * rank_row);
+    back_sum = scratch.take<T>(threads * rows * rank_row);
+    panels = scratch.take<T>(threads * packed_scratch<T>(rank));
+    sums = scratch.take<double>(8 * threads);
+    reports = scratch.take<Report<T>>(threads);
+    grad_weight = scratch.take<T>(kind == kDiagonal ? features : features * rank_row);
+    grad_down = scratch.take<T>(rank * features);
+    grad_context = scratch.take<T>(features * class_row);
+    grad_bias = scratch.take<T>(features);
+    if (train_dense) product.plan(scratch, threads);
+    product.delta = error;
+  }
+
+  // e, its sums, and everything that the other threads will need. A barrier follows.
+  void prepare(const Team& team, Range own, Report<T>& report) const {
+    take(a.scaled, own, error);
+    take(a.grad_h, own, other);
+    Magnitude<T> magnitude;
+    DoubleSum<T> dot, predicted, target, squared;
+    for (Index o = own.begin; o < own.end; ++o) {
+      Vec<T> total{};
+      for (Index n = 0; n < rows; n += kLanes<T>) {  // padding is zero in both
+        const Vec<T> s = load(error + o * stride + n), t = load(other + o * stride + n) * kappa;
+        const Vec<T> d = s - t, e = d * factor;
+        dot.add_product(s, t);
+        predicted.add_product(s, s);
+        target.add_product(t, t);
+        squared.add_product(d, d);
+        store(error + o * stride + n, e);
+        magnitude.add(e);
+        total += e;
+      }
+      grad_bias[o] = sum_lanes<T>(total);
+    }
+    report.delta = magnitude.value();
+    double* mine = sums + 8 * team.rank;
+    mine[0] = dot.value();
+    mine[1] = predicted.value();
+    mine[2] = target.value();
+    mine[3] = squared.value();
+
+    const Range batch = part(rows, 1, team.rank, team.size);
+    if (train_dense)
+      report.x = magnitude_of(product.x + batch.begin * features, batch.size() * features);
+    pad_rows(a.reduced, batch, rank, rank_row, reduced);
+    if (classes > 0 && !scatters()) make_context(batch);
+    if (kind == kLowRank) {
+      pad_rows(a.synthesizer.weight, own, rank, rank_row, weight);
+      multiply(rows, rank_row, own.size(), error + own.begin * stride, 1, stride,
+               weight + own.begin * rank_row, rank_row, back + team.rank * rows * rank_row,
+               rank_row, false);
+    }
+  }
+
+  // The gradients of the thread's features, dense weight excepted.
+  void small_gradients(const Team& team, Range own, Report<T>& report) const {
+    if (kind == kLowRank) {
+      const Index count = rows * rank_row;
+      T* q = back_sum + team.rank * count;
+      for (Index i = 0; i < count; i += kLanes<T>) {
+        Vec<T> v = load(back + i);
+        for (int t = 1; t < team.size; ++t) v += load(back + t * count + i);
+        store(q + i, v);
+      }
+      multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced,
+               rank_row, grad_weight + own.begin * rank_row, rank_row, false);
+      for_panels<T>(own.begin, own.end, [&](Index o, Index width, Index) {
+        multiply_packed(
+            rank, width, rows, q, 1, rank_row, product.x + o, features,
+            panels + team.rank * packed_scratch<T>(rank), [](Index, Index) {},
+            [&](Index r, Index take, const T* tile_sums) {
+              for (Index i = 0; i < take; ++i)
+                for (Index v = 0; v < width; v += kLanes<T>)
+                  store_upto(grad_down + (r + i) * features + o + v,
+                             load(tile_sums + i * kPanel<T> + v), width - v);
+            });
+      });
+      for (Index o = own.begin; o < own.end; ++o)
+        report.include(magnitude_of(grad_weight + o * rank_row, rank));
+      for (Index r = 0; r < rank; ++r)
+        report.include(magnitude_of(grad_down + r * features + own.begin, own.size()));
+    }
+    if (kind == kDiagonal) {
+      take(a.h, own, other);
+      for (Index o = own.begin; o < own.end; ++o) {
+        Vec<T> total{};
+        for (Index n = 0; n < rows; n += kLanes<T>)
+          total += load(error + o * stride + n) * load(other + o * stride + n);
+        grad_weight[o] = sum_lanes<T>(total);
+      }
+      report.include(magnitude_of(grad_weight + own.begin, own.size()));
+    }
+    if (classes > 0) {
+      if (scatters()) {
+        __builtin_memset(grad_context + own.begin * class_row, 0,
+                         sizeof(T) * own.size() * class_row);
+        for (Index o = own.begin; o < own.end; ++o)
+          for (Index n = 0; n < rows; ++n)
+            grad_context[o * class_row + a.synthesizer.labels[n]] += error[o * stride + n];
+      } else {
+        multiply(own.size(), class_row, rows, error + own.begin * stride, stride, 1, context,
+                 class_row, grad_context + own.begin * class_row, class_row, false);
+      }
+      for (Index o = own.begin; o < own.end; ++o)
+        report.include(magnitude_of(grad_context + o * class_row, classes));
+    }
+    report.include(magnitude_of(grad_bias + own.begin, own.size()));
+  }
+
+  // Writes the thread's gradients to where the caller wants them.
+  void give(const Team& team, Range own) const {
+    T* const* out = reinterpret_cast<T* const*>(a.gradients);
+    const auto copy_rows = [&](const T* from, Index row, Index count, T* to) {
+      if (to)
+        for (Index o = own.begin; o < own.end; ++o)
+          __builtin_memcpy(to + o * count, from + o * row, sizeof(T) * count);
+    };
+    if (kind == kLowRank) {
+      copy_rows(grad_weight, rank_row, rank, out[kWeight]);
+      if (out[kDown])
+        for (Index r = 0; r < rank; ++r)
+          __builtin_memcpy(out[kDown] + r * features + own.begin,
+                           grad_down + r * features + own.begin, sizeof(T) * own.size());
+    } else if (kind == kDiagonal) {
+      copy_rows(grad_weight, 1, 1, out[kWeight]);
+    } else if (out[kWeight]) {
+      product.run(
+          team, nullptr, true, [](Index, Index, Index, Index) {},
+          [&](Index o, Index count, Index i, Index width, const T* tile_sums) {
+            for (Index r = 0; r < count; ++r)
+              for (Index v = 0; v < width; v += kLanes<T>)
+                store_upto(out[kWeight] + (o + r) * features + i + v,
+                           load(tile_sums + r * kPanel<T> + v), width - v);
+          });
+    }
+    copy_rows(grad_context, class_row, classes, out[kContext]);
+    copy_rows(grad_bias, 1, 1, out[kBias]);
+  }
+
+  // Applies the thread's gradients.
+  void apply(const Team& team, Range own, const Rule<T>& rule) const {
+    const SynthesizerArguments& s = a.synthesizer;
+    const auto apply_rows = [&](SynthesizerSlot index, void* parameter, const T* g, Index row,
+                                Index count) {
+      const Slot<T> slot = slot_of<T>(a.rule, index, parameter);
+      if (slot.parameter)
+        for (Index o = own.begin; o < own.end; ++o)
+          apply_slot(rule, slot, o * count, (o + 1) * count, g + o * row - o * count);
+    };
+    if (kind == kLowRank) {
+      apply_rows(kWeight, s.weight, grad_weight, rank_row, rank);
+      const Slot<T> down = slot_of<T>(a.rule, kDown, s.down);
+      for (Index r = 0; r < rank; ++r)
+        apply_slot(rule, down, r * features + own.begin, r * features + own.end, grad_down);
+    } else if (kind == kDiagonal) {
+      apply_slot(rule, slot_of<T>(a.rule, kWeight, s.weight), own.begin, own.end, grad_weight);
+    } else {
+      product.update(team, nullptr, rule, slot_of<T>(a.rule, kWeight, s.weight));
+    }
+    apply_rows(kContext, s.context_weight, grad_context, class_row, classes);
+    apply_slot(rule, slot_of<T>(a.rule, kBias, s.bias), own.begin, own.end, grad_bias);
+  }
+
+  // The sums over all threads; false if one is not finite.
+  bool total(const Team& team, double (&totals)[4]) const {
+    bool finite = true;
+    for (int s = 0; s < 4; ++s) {
+      totals[s] = 0.0;
+      for (int t = 0; t < team.size; ++t) totals[s] += sums[8 * t + s];
+      finite = finite && is_finite(totals[s]);
+    }
+    return finite;
+  }
+
+ private:
+  void take(const void* from, Range own, T* to) const {
+    to_transposed(static_cast<const T*>(from) + own.begin, features, rows, own.size(),
+                  to + own.begin * stride, stride);
+  }
+
+  static void pad_rows(const void* from, Range range, Index width, Index row, T* to) {
+    for (Index r = range.begin; r < range.end; ++r)
+      for (Index v = 0; v < width; v += kLanes<T>)
+        store(to + r * row + v, load_upto(static_cast<const T*>(from) + r * width + v, width - v));
+  }
+
+  void make_context(Range batch) const {
+    if (a.synthesizer.vectors) {
+      pad_rows(a.synthesizer.vectors, batch, classes, class_row, context);
+      return;
+    }
+    __builtin_memset(context + batch.begin * class_row, 0, sizeof(T) * batch.size() * class_row);
+    if (a.synthesizer.labels)
+      for (Index n = batch.begin; n < batch.end; ++n)
+        context[n * class_row + a.synthesizer.labels[n]] = T(1);
+  }
+};
+
+template <class T>
+void synthesizer_train(const SynthesizerTrain& a) {
+  Trainer<T> trainer(a);
+  const int threads = team_size(
+      a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
+  Scratch::allocate([&](Scratch& scratch) { trainer.plan(scratch, threads); });
+  bool applied = false;
+  parallel(threads, [&](const Team& team) {
+    const Range own = own_features<T>(a.features, team.rank, team.size);
+    Report<T> report;
+    trainer.prepare(team, own, report);
+    team.sync();
+    double totals[4];
+    bool finite = trainer.total(team, totals);
+    trainer.small_gradients(team, own, report);
+    if (!a.update) {
+      trainer.give(team, own);
+    } else {
+      trainer.reports[team.rank] = report;
+      team.sync();
+      const bool product = trainer.train_dense && a.rule.trainable[kWeight];
+      finite = finite && agree_finite(team, trainer.reports, trainer.product, product);
+      if (finite) trainer.apply(team, own, Rule<T>(a.rule));
+    }
+    if (team.rank > 0) return;
+    applied = finite;
+    if (!finite) return;
+    for (int s = 0; s < 4; ++s) a.statistics[s] += totals[s];
+    a.statistics[4] += static_cast<double>(a.rows);
+  });
+  if (a.update) count_step(a.rule, applied);
+}
+
+}  // namespace
+
+void add_synthesizer(Kernels& kernels) {
+  kernels.synthesizer_predict[0] = synthesizer_predict<float>;
+  kernels.synthesizer_predict[1] = synthesizer_predict<double>;
+  kernels.synthesizer_train[0] = synthesizer_train<float>;
+  kernels.synthesizer_train[1] = synthesizer_train<double>;
+}
+
+}  // namespace fused_dni::FUSED_DNI_ISA

@@ -1,0 +1,367 @@
+"""The C++ backend: ``csrc/cpu`` behind the signature of :mod:`fused_dni.backends.base`.
+
+Tensors go over as addresses, looked up anew on every call; outputs are allocated here. The kernels
+run on PyTorch's own OpenMP threads (torch is imported before the extension, so that both share
+one libgomp) and as many of them as ``torch.get_num_threads()`` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fused_dni import _cpu
+from fused_dni.backends.base import (
+    ACTIVATIONS,
+    NORMALIZATIONS,
+    RULES,
+    SYNTHESIZERS,
+    LinearConfig,
+    LinearGradients,
+    LinearTensors,
+    Prediction,
+    RuleTensors,
+    Saved,
+    Step,
+    SynthesizerTensors,
+)
+
+_NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
+_ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
+_SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
+_RULE = {name: index for index, name in enumerate(RULES)}
+# Activations whose derivative the kernels take from h: without a normalisation nothing is kept.
+_FROM_OUTPUT = frozenset(("identity", "relu", "tanh", "sigmoid"))
+_FLOAT64 = torch.float64
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _layer(
+    x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool
+) -> tuple[int | float | bool, ...]:
+    weight = layer.weight
+    features = weight.shape
+    return (
+        x.shape[0],
+        features[1],
+        features[0],
+        torch.get_num_threads(),
+        _NORMALIZATION[config.normalization],
+        _ACTIVATION[config.activation],
+        config.eps,
+        config.momentum,
+        training,
+        *[0 if t is None else t.data_ptr() for t in layer],
+    )
+
+
+def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
+    return (
+        _RULE[rule.kind],
+        rule.nesterov,
+        rule.hyper.data_ptr(),
+        *[0 if t is None else t.data_ptr() for t in rule.first],
+        *[0 if t is None else t.data_ptr() for t in rule.second],
+        *rule.trainable,
+    )
+
+
+def _synthesizer(
+    synthesizer: SynthesizerTensors, context: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """The argument tuple, and the context as the kernels read it, to be kept alive."""
+    kind, weight, down, context_weight, bias = synthesizer
+    if (context is None) != (context_weight is None):
+        raise ValueError(
+            "this synthesizer takes a context, got none"
+            if context is None
+            else "this synthesizer takes no context, got one"
+        )
+    labels = vectors = 0
+    if context is not None:
+        if context.is_floating_point():
+            context = context.to(dtype).contiguous()
+            vectors = context.data_ptr()
+        else:
+            context = context.to(torch.int64).contiguous()
+            labels = context.data_ptr()
+    arguments = (
+        _SYNTHESIZER[kind],
+        0 if down is None else down.shape[0],
+        0 if context_weight is None else context_weight.shape[1],
+        weight.data_ptr(),
+        0 if down is None else down.data_ptr(),
+        0 if context_weight is None else context_weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        labels,
+        vectors,
+    )
+    return arguments, context
+
+
+def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
+    return layer[:4]
+
+
+def _updated(parameters: tuple[Tensor | None, ...], rule: RuleTensors) -> list[Tensor]:
+    """What an update by ``rule`` may have written."""
+    written = [rule.hyper]
+    for i, trainable in enumerate(rule.trainable):
+        if trainable:
+            for tensor in (parameters[i], rule.first[i], rule.second[i]):
+                if tensor is not None:
+                    written.append(tensor)
+    return written
+
+
+def _moves_running(layer: LinearTensors, config: LinearConfig, training: bool) -> bool:
+    return training and config.normalization == "batch" and layer.running_mean is not None
+
+
+class CpuBackend:
+    """:class:`fused_dni.backends.base.Backend` in C++, for float32 and float64."""
+
+    name = "cpu"
+
+    def available(self) -> str | None:
+        """None: where the extension can be imported, it runs."""
+        return None
+
+    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
+        """None, or why these tensors cannot be served."""
+        if x.device.type != "cpu" or weight.device.type != "cpu":
+            return f"serves tensors on a CPU, got x on {x.device} and weight on {weight.device}"
+        if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
+            return (
+                "serves float32 or float64, x and parameters alike, "
+                f"got x {x.dtype} and weight {weight.dtype}"
+            )
+        return None
+
+    def linear_forward(
+        self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
+    ) -> tuple[Tensor, Saved]:
+        """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
+        x = x.contiguous()
+        rows, features = x.shape[0], layer.weight.shape[0]
+        h = x.new_empty(rows, features)
+        normalized = rstd = None
+        if save:
+            if config.normalization is not None or config.activation not in _FROM_OUTPUT:
+                normalized = torch.empty_like(h)
+            if config.normalization is not None:
+                rstd = h.new_empty(features if config.normalization == "batch" else rows)
+        _cpu.linear_forward(
+            x.dtype is _FLOAT64,
+            _layer(x, layer, config, training),
+            (x.data_ptr(), h.data_ptr(), _address(normalized), _address(rstd)),
+        )
+        if _moves_running(layer, config, training):
+            increment_version([layer.running_mean, layer.running_var])
+        return h, Saved(normalized, rstd)
+
+    def linear_backward(
+        self,
+        grad_h: Tensor,
+        x: Tensor,
+        h: Tensor,
+        saved: Saved,
+        layer: LinearTensors,
+        config: LinearConfig,
+        training: bool,
+        need_dx: bool,
+        need_weight: bool,
+    ) -> LinearGradients:
+        """See :meth:`fused_dni.backends.base.Backend.linear_backward`."""
+        x, h, grad_h = x.contiguous(), h.contiguous(), grad_h.contiguous()
+        weight, bias, norm_weight, norm_bias = _slots(layer)
+        gradients = LinearGradients(
+            torch.empty_like(h),
+            torch.empty_like(x) if need_dx else None,
+            torch.empty_like(weight) if need_weight and weight is not None else None,
+            None if bias is None else torch.empty_like(bias),
+            None if norm_weight is None else torch.empty_like(norm_weight),
+            None if norm_bias is None else torch.empty_like(norm_bias),
+        )
+        _cpu.linear_backward(
+            x.dtype is _FLOAT64,
+            _layer(x, layer, config, training),
+            (
+                grad_h.data_ptr(),
+                x.data_ptr(),
+                h.data_ptr(),
+                *[0 if t is None else t.data_ptr() for t in saved],
+                *[0 if t is None else t.data_ptr() for t in gradients],
+            ),
+        )
+        return gradients
+
+    def linear_update_(
+        self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
+    ) -> None:
+        """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
+        x = x.contiguous()
+        delta = gradients.delta.contiguous()
+        _cpu.linear_update(
+            x.dtype is _FLOAT64,
+            _layer(x, layer, _PLAIN, False),
+            _rule(rule),
+            (
+                x.data_ptr(),
+                delta.data_ptr(),
+                _address(gradients.bias),
+                _address(gradients.norm_weight),
+                _address(gradients.norm_bias),
+            ),
+        )
+        increment_version(_updated(_slots(layer), rule))
+
+    def linear_step_(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        max_norm: float,
+        rule: RuleTensors,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        """See :meth:`fused_dni.backends.base.Backend.linear_step_`."""
+        x = x.contiguous()
+        h = x.new_empty(x.shape[0], layer.weight.shape[0])
+        dx = torch.empty_like(x) if need_dx else None
+        prediction = _empty_prediction(h, synthesizer) if need_prediction else None
+        arguments, context = _synthesizer(synthesizer, context, x.dtype)
+        _cpu.linear_step(
+            x.dtype is _FLOAT64,
+            _layer(x, layer, config, True),
+            arguments,
+            _rule(rule),
+            (
+                target_scale,
+                max_norm,
+                x.data_ptr(),
+                h.data_ptr(),
+                0 if prediction is None else prediction.scaled.data_ptr(),
+                0 if prediction is None else _address(prediction.reduced),
+                _address(dx),
+            ),
+        )
+        written: list[Any] = _updated(_slots(layer), rule)
+        if _moves_running(layer, config, True):
+            written += [layer.running_mean, layer.running_var]
+        increment_version(written)
+        return Step(h, prediction, dx)
+
+    def synthesizer_predict(
+        self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
+    ) -> Prediction:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
+        h = h.contiguous()
+        prediction = _empty_prediction(h, synthesizer)
+        arguments, context = _synthesizer(synthesizer, context, h.dtype)
+        _cpu.synthesizer_predict(
+            h.dtype is _FLOAT64,
+            arguments,
+            (
+                *h.shape,
+                torch.get_num_threads(),
+                h.data_ptr(),
+                prediction.scaled.data_ptr(),
+                _address(prediction.reduced),
+            ),
+        )
+        return prediction
+
+    def synthesizer_gradients(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_gradients`."""
+        gradients = tuple(
+            [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
+        )
+        _train(
+            h, prediction, grad_h, synthesizer, context, target_scale, statistics, (),
+            [0 if g is None else g.data_ptr() for g in gradients],
+        )  # fmt: skip
+        increment_version(statistics)
+        return gradients
+
+    def synthesizer_update_(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+        rule: RuleTensors,
+    ) -> None:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_update_`."""
+        _train(
+            h, prediction, grad_h, synthesizer, context, target_scale, statistics, _rule(rule), []
+        )  # fmt: skip
+        increment_version([statistics, *_updated(synthesizer.parameters(), rule)])
+
+
+# An update reads delta as it is: what made it does not matter.
+_PLAIN = LinearConfig()
+
+
+def _empty_prediction(h: Tensor, synthesizer: SynthesizerTensors) -> Prediction:
+    """Room for a prediction over h [N, O]."""
+    down = synthesizer.down
+    return Prediction(
+        torch.empty_like(h), None if down is None else h.new_empty(h.shape[0], down.shape[0])
+    )
+
+
+def _train(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    target_scale: float,
+    statistics: Tensor,
+    rule: tuple[int | bool, ...],
+    gradients: list[int],
+) -> None:
+    h, grad_h, scaled = h.contiguous(), grad_h.contiguous(), prediction.scaled.contiguous()
+    reduced = prediction.reduced
+    if reduced is not None:
+        reduced = reduced.contiguous()
+    arguments, context = _synthesizer(synthesizer, context, h.dtype)
+    _cpu.synthesizer_train(
+        h.dtype is _FLOAT64,
+        arguments,
+        rule,
+        (
+            *h.shape,
+            torch.get_num_threads(),
+            target_scale,
+            h.data_ptr(),
+            scaled.data_ptr(),
+            _address(reduced),
+            grad_h.data_ptr(),
+            statistics.data_ptr(),
+            *gradients,
+        ),
+    )
