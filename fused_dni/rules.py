@@ -183,13 +183,9 @@ class RuleState:
         self.reset()
         self.hyper[STEP] = steps
         self.hyper[SKIPPED] = skipped
-        self._tensors = RuleTensors(
-            self.rule.kind,
-            bool(self.group.get("nesterov", False)),
-            self.hyper,
+        self._held = (
             tuple(None if t is None else t.clone() for t in first),
             tuple(None if t is None else t.clone() for t in second),
-            tuple(t is not None for t in first),
         )
 
     def reset(self) -> None:
@@ -198,6 +194,7 @@ class RuleState:
         self._written = ()
         self._slots = ()
         self._tensors = None
+        self._held = ((), ())
 
     def _write(self, group: dict[str, Any]) -> None:
         allowed = self.rule.defaults()

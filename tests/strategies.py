@@ -1,0 +1,424 @@
+"""Shapes, option tables, random layers, and tolerances, for the tests of ops.
+
+A tolerance is derived and not chosen, by Monte Carlo arithmetic: the float64 reference is run
+several times while every stage of it is disturbed by what one stage of working-precision
+arithmetic may do, and the spread of its results is what a correct implementation may differ by.
+
+* A product ``c = a @ b`` over K terms is disturbed by ``eps * sqrt(K) * sqrt(a^2 @ b^2)`` times a
+  standard normal number (a random walk of K rounding errors, each ``eps`` of a partial sum), and
+  by ``eps |c|`` for the result's own rounding.
+* Activations, their derivatives, normalised values, reciprocal deviations and predictions are
+  disturbed by ``eps`` relative to themselves; normalised values also by ``eps`` absolutely, which
+  is what a rounding of z does to them after a column's mean has been taken out.
+* So is every input (this covers the vectors' sums, whose terms are disturbed).
+
+How a disturbance grows on its way (a small variance in a normalisation, a small second moment in
+Adam) is in the spread by construction. An element may differ by :data:`SIGMAS` standard
+deviations, its own and its tensor's added, plus ``2 eps`` of its tensor's largest element.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fused_dni.reference.linear as reference_linear
+import fused_dni.reference.synthesizer as reference_synthesizer
+from fused_dni.backends.base import (
+    ACTIVATIONS,
+    STATISTICS_SIZE,
+    SYNTHESIZERS,
+    Backend,
+    LinearConfig,
+    LinearTensors,
+    SynthesizerTensors,
+)
+from fused_dni.reference import ReferenceBackend
+from fused_dni.rules import SGD, Adam, AdamW, Rule, RuleState
+
+SIGMAS = 8.0
+SAMPLES = 8
+
+REFERENCE = ReferenceBackend()
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+RULES: dict[str, Rule] = {
+    "sgd": SGD(lr=0.5),
+    "momentum": SGD(lr=0.3, momentum=0.9, weight_decay=0.01),
+    "nesterov": SGD(lr=0.3, momentum=0.8, nesterov=True),
+    # eps well above rounding: the step is then a smooth function of the gradient
+    "adam": Adam(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.02),
+    "adamw": AdamW(lr=0.05, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.1),
+}
+
+OPTIONS: dict[str, Sequence[Any]] = {
+    "activation": ACTIVATIONS,
+    "rule": tuple(RULES),
+    "normalization": (None, "batch", "layer"),
+    "kind": SYNTHESIZERS,
+    "context": (None, "label", "vector"),
+    "max_norm": (0.0, 0.05),
+    "bias": (True, False),
+    "affine": (True, False),
+    "synthesizer_bias": (True, False),
+    "need_dx": (True, False),
+    "frozen": (None, "weight", "bias"),
+}
+
+
+def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows in which every two options meet in every combination of their values (greedy)."""
+    keys = list(options)
+    missing = {
+        ((a, va), (b, vb))
+        for a, b in itertools.combinations(keys, 2)
+        for va in options[a]
+        for vb in options[b]
+    }
+
+    def gain(row: dict[str, Any], key: str, value: Any) -> int:
+        trial, nothing = {**row, key: value}, object()
+        return sum(
+            trial.get(a, nothing) == va and trial.get(b, nothing) == vb
+            for (a, va), (b, vb) in missing
+        )
+
+    rows = []
+    while missing:
+        row: dict[str, Any] = dict(min(missing, key=repr))
+        for key in keys:
+            if key in row:
+                continue
+            row[key] = max(options[key], key=functools.partial(gain, row, key))
+        rows.append({key: row[key] for key in keys})
+        missing -= {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(keys, 2)}
+    return rows
+
+
+def named(row: dict[str, Any]) -> str:
+    """A test id."""
+    return "-".join(str(v) for v in row.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes
+
+SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33, 48, 61, 64, 67, 97, 127, 129, 150)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, least_rows: int = 1) -> tuple[int, int, int, int, int]:
+    """(N, I, O, R, K): ones, primes, and numbers that no block size divides."""
+    size = st.sampled_from(SIZES)
+    n = draw(st.sampled_from([s for s in SIZES if s >= least_rows]))
+    return (
+        n,
+        draw(size),
+        draw(size),
+        draw(st.sampled_from((1, 3, 16, 19))),
+        draw(st.sampled_from((1, 2, 10, 17))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# A layer with everything that an op takes
+
+
+@dataclass
+class Case:
+    """Inputs of every op. Tensors of ``parameters`` and ``inputs`` are leaves to be cloned."""
+
+    config: LinearConfig
+    kind: str
+    rule: Rule
+    target_scale: float
+    max_norm: float
+    need_dx: bool
+    inputs: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    frozen: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, x: torch.dtype, parameter: torch.dtype) -> Case:
+        """A copy with activations and parameters of these dtypes."""
+        return replace(
+            self,
+            inputs={
+                k: t.to(x, copy=True) if t.is_floating_point() else t.clone()
+                for k, t in self.inputs.items()
+            },
+            parameters={k: t.detach().to(parameter, copy=True) for k, t in self.parameters.items()},
+        )
+
+    def layer(self) -> LinearTensors:
+        p = self.parameters
+        return LinearTensors(**{k: p.get(k) for k in LinearTensors._fields})
+
+    def synthesizer(self) -> SynthesizerTensors:
+        p = self.parameters
+        fields = SynthesizerTensors._fields[1:]
+        return SynthesizerTensors(self.kind, **{k: p.get("synthesizer." + k) for k in fields})
+
+
+def make_case(
+    shape: tuple[int, int, int, int, int],
+    options: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    parameter_dtype: torch.dtype | None = None,
+) -> Case:
+    """A random layer with random options.
+
+    With relu the seed is moved on until no pre-activation lies so near to zero that rounding
+    could carry it to the other side, where the derivative is another.
+    """
+    n, i, o, r, k = shape
+    parameter_dtype = dtype if parameter_dtype is None else parameter_dtype
+    for attempt in range(200):
+        g = torch.Generator().manual_seed(1000 * seed + attempt)
+
+        def randn(*size: int, scale: float = 1.0, g: torch.Generator = g) -> Tensor:
+            return scale * torch.randn(*size, generator=g, dtype=torch.float64)
+
+        p = {"weight": randn(o, i, scale=i**-0.5)}
+        if options["bias"]:
+            p["bias"] = randn(o, scale=0.3)
+        if options["normalization"] and options["affine"]:
+            p["norm_weight"] = 1 + randn(o, scale=0.2)
+            p["norm_bias"] = randn(o, scale=0.2)
+        if options["normalization"] == "batch":
+            p["running_mean"] = randn(o, scale=0.1)
+            p["running_var"] = 0.5 + randn(o).abs()
+        p["synthesizer.weight"] = {
+            "dense": lambda: randn(o, o, scale=o**-0.5),
+            "lowrank": lambda: randn(o, r, scale=r**-0.5),
+            "diagonal": lambda: randn(o),
+        }[options["kind"]]()
+        if options["kind"] == "lowrank":
+            p["synthesizer.down"] = randn(r, o, scale=o**-0.5)
+        if options["context"]:
+            p["synthesizer.context_weight"] = randn(o, k)
+        if options["synthesizer_bias"]:
+            p["synthesizer.bias"] = randn(o)
+        inputs = {"x": randn(n, i) + 0.2, "grad_h": randn(n, o) / n}
+        if options["context"] == "label":
+            inputs["context"] = torch.randint(k, (n,), generator=g)
+        elif options["context"] == "vector":
+            inputs["context"] = randn(n, k)
+        case = Case(
+            LinearConfig(options["normalization"], options["activation"], 1e-5, 0.1),
+            options["kind"],
+            RULES[options["rule"]],
+            float(n),
+            options["max_norm"],
+            options["need_dx"],
+            inputs,
+            p,
+            () if options["frozen"] is None else (options["frozen"],),
+        ).to(dtype, parameter_dtype)
+        if options["activation"] != "relu" or _clear_of_zero(case):
+            return case
+    raise AssertionError("no seed keeps clear of relu's corner")
+
+
+def _clear_of_zero(case: Case) -> bool:
+    wide = case.to(torch.float64, torch.float64)
+    config = replace(wide.config, activation="identity")
+    for training in (True, False):
+        y, _ = REFERENCE.linear_forward(wide.inputs["x"], wide.layer(), config, training, False)
+        if y.abs().min() < 1e-5:
+            return False
+        wide = case.to(torch.float64, torch.float64)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Running ops
+
+
+def bind(case: Case) -> tuple[RuleState, RuleState]:
+    """Rule states of layer and synthesizer, frozen slots marked on the parameters."""
+    for name, p in case.parameters.items():
+        if not name.startswith("running"):
+            case.parameters[name] = torch.nn.Parameter(p.detach(), name not in case.frozen)
+    return RuleState(case.rule), RuleState(case.rule)
+
+
+def slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
+    return (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
+
+
+def _collect(case: Case, states: dict[str, RuleState], out: dict[str, Any]) -> dict[str, Tensor]:
+    for name, p in case.parameters.items():
+        out["after." + name] = p.detach()
+    for name, state in states.items():
+        out[name + ".hyper"] = state.hyper
+        for order, moments in enumerate(state.moments()):
+            for slot, moment in enumerate(moments):
+                out[f"{name}.moment{order}.{slot}"] = moment
+    return {name: t for name, t in out.items() if t is not None}
+
+
+def run_step(backend: Backend, case: Case) -> dict[str, Tensor]:
+    """``linear_step_`` twice, the synthesizer trained after each. Mutates ``case``.
+
+    Only once with relu: :func:`make_case` keeps the first step clear of its corner and no other.
+    """
+    steps = 1 if case.config.activation == "relu" else 2
+    state, synthesizer_state = bind(case)
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    x, grad_h, context = case.inputs["x"], case.inputs["grad_h"], case.inputs.get("context")
+    out: dict[str, Any] = {}
+    for t in range(steps):
+        step = backend.linear_step_(
+            x, case.layer(), case.config, case.synthesizer(), context, case.target_scale,
+            case.max_norm, state.tensors(slots(case.layer())), case.need_dx, True,
+        )  # fmt: skip
+        assert step.prediction is not None
+        assert (step.dx is not None) == case.need_dx
+        backend.synthesizer_update_(
+            step.h, step.prediction, grad_h, case.synthesizer(), context, case.target_scale,
+            statistics, synthesizer_state.tensors(case.synthesizer().parameters()),
+        )  # fmt: skip
+        out |= {f"{t}.h": step.h, f"{t}.dx": step.dx, f"{t}.scaled": step.prediction.scaled}
+        out[f"{t}.reduced"] = step.prediction.reduced
+    out["statistics"] = statistics
+    return _collect(case, {"rule": state, "synthesizer_rule": synthesizer_state}, out)
+
+
+def run_parts(backend: Backend, case: Case, training: bool = True) -> dict[str, Tensor]:
+    """Forward, backward, update, prediction and its gradients, each on its own."""
+    state, _ = bind(case)
+    x, grad_h, context = case.inputs["x"], case.inputs["grad_h"], case.inputs.get("context")
+    layer, synthesizer = case.layer(), case.synthesizer()
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    h, saved = backend.linear_forward(x, layer, case.config, training, True)
+    g = backend.linear_backward(
+        grad_h, x, h, saved, layer, case.config, training, case.need_dx, True
+    )
+    assert (g.x is not None) == case.need_dx
+    prediction = backend.synthesizer_predict(h, synthesizer, context)
+    made = backend.synthesizer_gradients(
+        h, prediction, grad_h, synthesizer, context, case.target_scale, statistics
+    )
+    out: dict[str, Any] = {"h": h, "scaled": prediction.scaled, "reduced": prediction.reduced}
+    out |= {"d." + name: t for name, t in g._asdict().items()}
+    out |= {f"d.synthesizer.{i}": t for i, t in enumerate(made)}
+    out["statistics"] = statistics
+    backend.linear_update_(x, g, layer, state.tensors(slots(layer)))
+    return _collect(case, {"rule": state}, out)
+
+
+Run = Callable[[Backend, Case], dict[str, Tensor]]
+
+# ---------------------------------------------------------------------------------------------
+# Tolerances
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def disturbed(eps: float, generator: torch.Generator) -> Iterator[None]:
+    """The reference, each stage disturbed as the module's head says."""
+
+    def noise(t: Tensor) -> Tensor:
+        return eps * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    def relative(stage: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def staged(*args: Any, **kwargs: Any) -> Tensor:
+            t = stage(*args, **kwargs)
+            return t * (1 + noise(t))
+
+        return staged
+
+    exact = reference_linear.product
+
+    def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:
+        c = exact(a, b, operands, result)
+        walk = (a.shape[1] * ((a * a) @ (b * b))).sqrt()
+        return c + noise(c) * walk + noise(c) * c
+
+    normalized = reference_linear.normalize
+
+    def normalize(z: Tensor, *args: Any) -> Any:
+        n, rstd, moments = normalized(z, *args)
+        if rstd is None:
+            return n, rstd, moments
+        # z is a rounded number: the mean that is taken out of it leaves that rounding behind
+        config: LinearConfig = args[1]
+        shift = z.abs() * (rstd if config.normalization == "batch" else rstd[:, None])
+        return n * (1 + noise(n)) + noise(n) * shift, rstd * (1 + noise(rstd)), moments
+
+    with ExitStack() as stack:
+        for module in (reference_linear, reference_synthesizer):
+            stack.enter_context(mock.patch.object(module, "product", product))
+        stack.enter_context(mock.patch.object(reference_linear, "normalize", normalize))
+        for name in ("activate", "derivative_from_input", "derivative_from_output"):
+            stage = getattr(reference_linear, name)
+            stack.enter_context(mock.patch.object(reference_linear, name, relative(stage)))
+        yield
+
+
+def tolerances(run: Run, case: Case, eps: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The float64 reference's results and, element by element, how far others may be from them.
+
+    On one thread: two that wait for each other on a busy machine take a hundred times longer.
+    """
+    with threads(1):
+        return _tolerances(run, case, eps)
+
+
+def _tolerances(run: Run, case: Case, eps: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    wide = case.to(torch.float64, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    exact = run(REFERENCE, wide)
+    square = {name: torch.zeros_like(t) for name, t in exact.items()}
+    for _ in range(SAMPLES):
+        trial = case.to(torch.float64, torch.float64)
+        for t in (*trial.inputs.values(), *trial.parameters.values()):
+            if t.is_floating_point():
+                t *= 1 + eps * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        with disturbed(eps, generator):
+            for name, t in run(REFERENCE, trial).items():
+                square[name] += (t - exact[name]) ** 2
+    allowed = {}
+    for name, t in exact.items():
+        own = (square[name] / SAMPLES).sqrt()
+        whole = (square[name].mean() / SAMPLES).sqrt()
+        allowed[name] = SIGMAS * (own + whole) + 2 * eps * t.abs().max()
+    return exact, allowed
+
+
+def compare(got: dict[str, Tensor], exact: dict[str, Tensor], allowed: dict[str, Tensor]) -> None:
+    """Assert that the same results exist and that each is within its tolerance."""
+    assert got.keys() == exact.keys(), got.keys() ^ exact.keys()
+    for name, t in got.items():
+        assert t.shape == exact[name].shape, name
+        error = (t.double() - exact[name]).abs()
+        excess = torch.where(torch.isfinite(error), error - allowed[name], torch.inf)
+        worst = int(excess.argmax())
+        assert excess.max() <= 0, (
+            f"{name} {tuple(t.shape)}: element {worst} is {t.flatten()[worst].item()!r}, "
+            f"should be {exact[name].flatten()[worst].item()!r} "
+            f"within {allowed[name].flatten()[worst].item():.2e}"
+        )
