@@ -456,6 +456,7 @@ def _demo(args: argparse.Namespace, command: str) -> int:
             rank=settings.rank,
             seconds=args.seconds,
             compile=not args.no_compile,
+            compile_limit=45.0,
             backend=settings.backend,
             title=f"{settings.depth} hidden layers of {settings.hidden} (Linear, BatchNorm, ReLU) "
             f"at batch {settings.batch_size} with {settings.update.capitalize()}",

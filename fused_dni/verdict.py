@@ -22,8 +22,11 @@ import itertools
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -523,13 +526,19 @@ def _gate(
     report: dict[str, Any] = {"tolerance": share, "checks": []}
 
     def check(name: str, ours: nn.Module) -> None:
-        found = {n: p.detach() for n, p in fd.revert(ours).named_parameters()}
+        learners = {
+            id(p)
+            for part in ours.modules()
+            if isinstance(part, DecoupledModule) and part.synthesizer is not None
+            for p in part.synthesizer.parameters()
+        }
+        found = [p.detach() for p in fd.revert(ours).parameters() if id(p) not in learners]
+        if [p.shape for p in found] != [p.shape for p in before.values()]:
+            raise GateError(f"no verdict: {name} has other parameters than the module")
         worst = 0.0
-        for parameter, move in wanted.items():
-            if parameter not in found:
-                raise GateError(f"{name}: parameter {parameter} is missing after conversion")
+        for (parameter, move), after in zip(wanted.items(), found, strict=True):
             base = before[parameter]
-            wrong = (found[parameter] - base - move).abs().max().item()
+            wrong = (after - base - move).abs().max().item()
             allowed = share * move.abs().max().item() + 4 * eps * base.abs().max().item()
             if not _bias_in_front_of_batch_norm(module, parameter):
                 worst = max(worst, wrong / allowed if allowed else (math.inf if wrong else 0.0))
@@ -559,18 +568,19 @@ def _gate(
             for p in m.local_parameters()
             if p is not None
         }
+        pupils = [
+            (p, p.detach().clone())
+            for m in ours.modules()
+            if isinstance(m, DecoupledModule) and m.synthesizer is not None
+            for p in m.synthesizer.parameters()
+        ]
         torch.manual_seed(0)
         _our_step(ours, probe, 1)()
         for p in ours.parameters():
             if id(p) in kept and not torch.equal(p.detach(), kept[id(p)]):
                 raise GateError("no verdict: a synthesizer at zero moved its layer's parameters")
-        learned = [
-            m.synthesizer.bias
-            for m in ours.modules()
-            if isinstance(m, DecoupledModule) and m.synthesizer is not None
-        ]
         # The topmost does; below it the first target is made of a prediction that was zero.
-        if not any(bool((p != 0).any()) for p in learned if isinstance(p, Tensor)):
+        if all(torch.equal(p.detach(), was) for p, was in pupils):
             raise GateError("no verdict: no synthesizer learned on a step with targets")
         report["checks"].append(
             {"name": "synthesizers at zero: layers stay, synthesizers learn", "exact": True}
@@ -606,6 +616,7 @@ def verdict(
     context_features: int = 0,
     seconds: float = 5.0,
     compile: bool = True,
+    compile_limit: float = 120.0,
     backend: str | None = None,
     title: str | None = None,
     progress: Callable[[str, float], None] | bool = False,
@@ -628,6 +639,7 @@ def verdict(
         seconds: budget of the timed rounds of all candidates together.
         compile: whether to include ``torch.compile``'d backprop; skipped, with the reason among
             the notes, where it does not work.
+        compile_limit: seconds after which compiling is given up (in the main thread).
         backend: force a backend of our kernels.
         title: name in table and sentence.
         progress: called with what is being done and the fraction done; True for bars.
@@ -682,7 +694,7 @@ def verdict(
     compile_seconds = None
     if compile:
         say("compiling", 0.0)
-        compiled, compile_seconds, reason = _compiled(copy.deepcopy(module), problem)
+        compiled, compile_seconds, reason = _compiled(copy.deepcopy(module), problem, compile_limit)
         if compiled is None:
             notes.append(f"compiled backprop was skipped: {reason}")
         else:
@@ -819,18 +831,47 @@ def _pose(
 
 
 def _compiled(
-    module: nn.Module, problem: _Problem
+    module: nn.Module, problem: _Problem, limit: float
 ) -> tuple[Callable[[], None] | None, float | None, str]:
     """The compiled candidate, how long compiling took, and if it failed, why."""
     start = time.perf_counter()
     try:
-        with timing._quiet_stderr():
+        with timing._quiet_stderr(), _deadline(limit):
             step = _stock_step(module, problem, torch.compile(_forward(module, problem)))
             step()
             step()
+    except _Expired:
+        return None, None, f"compiling took more than {limit:g} s"
     except Exception as error:  # whatever a compiler may raise, the verdict goes on without it
         return None, None, _first(error)
     return step, time.perf_counter() - start, ""
+
+
+class _Expired(BaseException):
+    """Time is up. Not an ``Exception``: compilers catch those and go on."""
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise :class:`_Expired` inside the block after so many seconds; in the main thread of a
+    system with interval timers, elsewhere never."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise _Expired
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again and again, should one be lost in a callback that cannot raise.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _spread(module: nn.Module) -> None:

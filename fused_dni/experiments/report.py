@@ -119,8 +119,8 @@ def _markdown(
         (
             f"Batch {settings.batch_size}, {settings.epochs} epochs of {outcome.steps_per_epoch} "
             f"steps, {settings.update} at {settings.lr:g} (synthesizers {settings.sg_lr:g}), "
-            f"cosine to zero, {settings.warmup_steps} warm-up steps on true gradients, synthesizers "
-            f"of {f'rank {settings.rank}' if settings.rank else 'full rank'}, {seeds} "
+            f"cosine to zero, {settings.warmup_steps} warm-up steps on true gradients, "
+            f"synthesizers of {f'rank {settings.rank}' if settings.rank else 'full rank'}, {seeds} "
             f"seed{'s' if seeds > 1 else ''}. Errors are of the last epoch on the "
             f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
             "epoch by epoch. Time to an accuracy counts whole epochs.\n"

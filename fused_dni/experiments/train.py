@@ -87,9 +87,9 @@ class Settings:
     epochs: int = 8
     batch_size: int = 256
     update: str = "adam"
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 0.0
-    sg_lr: float = 3e-3
+    sg_lr: float = 2e-3
     warmup_steps: int = 234
     rank: int = 16
     seeds: tuple[int, ...] = (0,)
