@@ -291,7 +291,7 @@ def _gpu() -> dict[str, Any]:
         return facts
     facts["torch sees CUDA"] = torch.cuda.is_available()
     if torch.cuda.is_available():
-        facts["cuDNN"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        facts["cuDNN"] = torch.backends.cudnn.version()
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             facts[f"cuda:{index}"] = {
