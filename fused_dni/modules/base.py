@@ -204,7 +204,7 @@ class DecoupledModule(nn.Module):
                 "synthesizer must be None or an nn.Module called as synthesizer(h, context), got "
                 f"{synthesizer!r}"
             )
-        self.synthesizer = synthesizer
+        self.register_module("synthesizer", synthesizer)
         if rule is not None and synthesizer is not None:
             self.synthesizer_update = RuleState(rule)
 
@@ -354,9 +354,10 @@ class DecoupledModule(nn.Module):
 
     # -- forward -------------------------------------------------------------------------------
 
-    def given_context(self, context: Tensor | None) -> Tensor | None:
-        """The context of this call: the argument, else the surrounding ``condition_on``."""
-        features = getattr(self.synthesizer, "context_features", None)
+    def given_context(self, context: Tensor | None, features: int | None) -> Tensor | None:
+        """The context of this call: the argument, else the surrounding ``condition_on``.
+
+        ``features`` is the synthesizer's ``context_features``, None if it does not say."""
         if features == 0:
             if context is not None:
                 raise ValueError("context is unexpected: the synthesizer has context_features=0")
@@ -420,14 +421,14 @@ class DecoupledModule(nn.Module):
         if self.synthesizer is None or phase.true_share > 0.0:
             anchor = _anchor(self.local_parameters()) if self.synthesizer is None else None
             if anchor is None and self.synthesizer is not None:
-                anchor = _anchor((*self.local_parameters(), *self.synthesizer.parameters()))
+                anchor = _anchor((*self.local_parameters(), *self.synthesizer_parameters()))
             h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)
             return h
         learns = phase.target
         if not learns and not any(t.requires_grad for t in asked):
             with torch.no_grad():
                 return self.step_locally(inputs, context, False, False).h
-        anchor = _anchor(self.synthesizer.parameters()) if learns else None
+        anchor = _anchor(self.synthesizer_parameters()) if learns else None
         stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
         return stepped
 

@@ -93,8 +93,8 @@ class Decoupled(DecoupledModule):
     def _rows(self, tensors: tuple[Tensor, ...], context: Tensor | None) -> Tensor | None:
         if self.synthesizer is None:
             return None
-        context = self.given_context(context)
         features = getattr(self.synthesizer, "context_features", None)
+        context = self.given_context(context, features)
         if not features:
             return context
         like = next(self.synthesizer.parameters())

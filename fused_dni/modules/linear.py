@@ -13,7 +13,6 @@ from fused_dni.backends.base import (
     LinearConfig,
     LinearGradients,
     LinearTensors,
-    RuleTensors,
 )
 from fused_dni.context import fold_context
 from fused_dni.functional import check, ops
@@ -163,7 +162,7 @@ class FusedDNILinear(DecoupledModule):
         elif normalization == "layer":
             self.norm = nn.LayerNorm(out_features, eps, **factory)
         else:
-            self.norm = None
+            self.register_module("norm", None)
         self.attach(synthesizer, synthesizer_update or update)
 
     # -- forward -------------------------------------------------------------------------------
@@ -182,76 +181,73 @@ class FusedDNILinear(DecoupledModule):
         layer = self._layer()
         config = self.config
         x = check.rows(input, layer.weight, "input")
-        training = self.training
-        grad = torch.is_grad_enabled()
-        h: Tensor
+        training, grad = self.training, torch.is_grad_enabled()
         if training:
             check.batch(x, config, True)
         elif x.shape[0] == 0:
             return x.new_empty(*input.shape[:-1], self.out_features)
         backend = registry.resolve(self.backend, x, layer.weight)
-        decoupled = training and grad and self.synthesizer is not None
-        rows = self._rows(input, x, context) if decoupled or context is not None else None
-        silent = False
+        decoupled = training and grad and self._modules["synthesizer"] is not None
+        rows = self._rows(input, context) if decoupled or context is not None else None
         if training and config.normalization == "batch":
             self._count_batch()
         if not grad:
             h, _ = ops.linear_forward(backend, x, layer, config, training, False)
+            return self._unfold(h, input)
+        tracing = torch.compiler.is_compiling()
+        need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
+        if not training:
+            h = linear_tensors(x, layer, config, False, backend, need_dx=need_dx)
+            return self._unfold(h, input)
+        self.refuse_untold_scale(x.device.type)
+        phase = self.phase
+        if phase.probe is not None:
+            h = linear_tensors(x, layer, config, True, backend)
+            return self.probed(self._unfold(h, input), h, rows)
+        inputs = (x, layer, backend)
+        if decoupled and self.delivery is not None:
+            h = self.deliver(inputs, rows)
+        elif self.update is not None:
+            run = _untraced(self.ruled_forward) if tracing else self.ruled_forward
+            h = run(inputs, (x,), rows, need_dx)
+        elif decoupled:
+            h = self._local(inputs, rows, need_dx)
         else:
-            tracing = torch.compiler.is_compiling()
-            need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
-            if training:
-                self.refuse_untold_scale(x.device.type)
-            if training and self.phase.probe is not None:
-                h = linear_tensors(x, layer, config, training, backend)
-                return self.probed(h.reshape(*input.shape[:-1], self.out_features), h, rows)
-            if decoupled and self.delivery is not None:
-                h = self.deliver((x,), rows)
-            elif training and self.update is not None:
-                if decoupled:
-                    silent = not (self.phase.target or self.phase.warmup)
-                h = self._ruled(x, rows, need_dx)
-            elif decoupled:
-                h, silent = self._local(x, layer, backend, rows, need_dx)
-            else:
-                h = linear_tensors(x, layer, config, training, backend, need_dx=need_dx)
-        if input.dim() != 2:
-            h = h.reshape(*input.shape[:-1], self.out_features)
-        if silent and not torch.compiler.is_compiling():
+            h = linear_tensors(x, layer, config, True, backend, need_dx=need_dx)
+        h = self._unfold(h, input)
+        if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, True)
         return h
 
-    def _rows(self, input: Tensor, x: Tensor, context: Tensor | None) -> Tensor | None:
-        """The context of this call, a row each."""
-        context = self.given_context(context)
-        features = getattr(self.synthesizer, "context_features", None)
-        if features is None or features == 0:
-            return context
-        return fold_context(context, input.shape[:-1], features, self.weight)
+    def _unfold(self, h: Tensor, input: Tensor) -> Tensor:
+        """Rows [N, O] to the leading dimensions of the input."""
+        if input.dim() == 2:
+            return h
+        return h.reshape(*input.shape[:-1], self.out_features)
 
-    @torch.compiler.disable
-    def _ruled(self, x: Tensor, context: Tensor | None, need_dx: bool) -> Tensor:
-        return self.ruled_forward((x,), (x,), context, need_dx)
+    def _rows(self, input: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context of this call, a row each."""
+        synthesizer = self._modules["synthesizer"]
+        features = getattr(synthesizer, "context_features", None)
+        context = self.given_context(context, features)
+        if not features:
+            return context
+        return fold_context(context, input.shape[:-1], features, input)
 
     def _local(
         self,
-        x: Tensor,
-        layer: LinearTensors,
-        backend: Backend,
+        inputs: tuple[Tensor, LinearTensors, Backend],
         context: Tensor | None,
         need_dx: bool,
-    ) -> tuple[Tensor, bool]:
-        """Without a rule: local gradients are returned by the node. Also whether h is silent."""
+    ) -> Tensor:
+        """Without a rule: local gradients are returned by the node."""
+        x, layer, backend = inputs
         fused = self.fused_synthesizer(x)
-        phase = self.phase
-        silent = not (phase.target or phase.warmup)
         if fused is None:
-            h: Tensor = self.unruled_forward((x,), (x,), context, need_dx)
-            return h, silent
+            return self.unruled_forward(inputs, (x,), context, need_dx)
         if self.statistics.device != x.device:
             self.statistics = self.statistics.to(x.device)
-        how = self.locality(x.shape[0], fused)
-        h = linear_tensors(
+        return linear_tensors(
             x,
             layer,
             self.config,
@@ -260,27 +256,37 @@ class FusedDNILinear(DecoupledModule):
             fused,
             context,
             self.statistics,
-            how,
+            self.locality(x.shape[0], fused),
             need_dx,
         )
-        return h, silent
 
     # -- what the base class asks for ----------------------------------------------------------
 
     def _layer(self) -> LinearTensors:
-        norm = self.norm
+        # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
+        own = self._parameters
+        weight = own.get("weight")
+        if weight is None:  # a parametrization made it an attribute
+            weight = self.weight
+        bias = own.get("bias")
+        norm = self._modules["norm"]
         if norm is None:
-            return LinearTensors(self.weight, self.bias)
-        if isinstance(norm, nn.LayerNorm):
-            return LinearTensors(self.weight, self.bias, norm.weight, norm.bias)
+            return LinearTensors(weight, bias)
+        own = norm._parameters
+        stats = norm._buffers
         return LinearTensors(
-            self.weight, self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+            weight,
+            bias,
+            own["weight"],
+            own["bias"],
+            stats.get("running_mean"),
+            stats.get("running_var"),
         )
 
     def _count_batch(self) -> None:
-        norm = self.norm
-        if isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+        counter = cast(nn.Module, self._modules["norm"])._buffers["num_batches_tracked"]
+        if counter is not None:
+            counter.add_(1)
 
     def local_parameters(self) -> tuple[Tensor | None, ...]:
         return self._layer()[:4]
@@ -288,16 +294,11 @@ class FusedDNILinear(DecoupledModule):
     def synthesizer_backend(self, h: Tensor) -> Backend:
         return registry.resolve(self.backend, h, self.weight)
 
-    def _rule(self) -> RuleTensors:
-        assert self.update is not None
-        return self.update.tensors(self.local_parameters())
-
     def step_locally(
         self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
-        (x,) = inputs
-        layer, config = self._layer(), self.config
-        backend = registry.resolve(self.backend, x, layer.weight)
+        x, layer, backend = inputs
+        config = self.config
         fused = self.fused_synthesizer(x)
         if self.update is not None and fused is not None:
             step = ops.linear_step_(
@@ -309,7 +310,7 @@ class FusedDNILinear(DecoupledModule):
                 context,
                 self.scale_of(x),
                 self.max_norm or 0.0,
-                self._rule(),
+                self.update.tensors(layer[:4]),
                 need_dx,
                 learns,
             )
@@ -331,22 +332,18 @@ class FusedDNILinear(DecoupledModule):
             self.update is None,
         )
         if self.update is not None:
-            ops.linear_update_(backend, x, made, layer, self._rule())
+            ops.linear_update_(backend, x, made, layer, self.update.tensors(layer[:4]))
         return LocalStep(h, (made.x,), forecast if learns else None, self._gradients(made))
 
     def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
-        (x,) = inputs
-        layer = self._layer()
-        backend = registry.resolve(self.backend, x, layer.weight)
+        x, layer, backend = inputs
         h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
-        return h, (x, h.detach(), saved)
+        return h, (x, h.detach(), saved, layer, backend)
 
     def close(
         self, trace: Any, gradient: Tensor, need_dx: bool
     ) -> tuple[tuple[Tensor | None, ...], Any]:
-        x, h, saved = trace
-        layer = self._layer()
-        backend = registry.resolve(self.backend, x, layer.weight)
+        x, h, saved, layer, backend = trace
         made = ops.linear_backward(
             backend,
             gradient.contiguous(),
@@ -374,9 +371,10 @@ class FusedDNILinear(DecoupledModule):
                 None,
                 *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
             )
+        assert self.update is not None
         layer = self._layer()
         backend = registry.resolve(self.backend, x, layer.weight)
-        ops.linear_update_(backend, x, made, layer, self._rule())
+        ops.linear_update_(backend, x, made, layer, self.update.tensors(layer[:4]))
 
     @staticmethod
     def _gradients(made: LinearGradients) -> tuple[Tensor | None, ...]:
@@ -497,6 +495,11 @@ def why_not_fusable(linear: nn.Module, norm: nn.Module | None = None) -> str | N
     if size != linear.out_features:
         return f"norm has {size} features, the linear layer {linear.out_features}"
     return None
+
+
+# A rule in the forward cannot be traced: a compiled model falls back to eager there, and
+# fullgraph=True says so.
+_untraced = torch.compiler.disable
 
 
 def _sum(parts: list[Any]) -> Tensor | None:
