@@ -754,7 +754,7 @@ def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
         if debug:
             raise
         if isinstance(error, ModuleNotFoundError):
-            message = f"{error.name} is missing: pip install 'fused-dni[experiments]'"
+            message = f"{error.name} is missing: pip install {error.name}"
             say(message, 1)
         elif isinstance(error, MemoryError):
             say("not enough memory", 1)

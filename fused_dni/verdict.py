@@ -220,14 +220,10 @@ class Verdict:
         """Draw the cost of a step over k, with the baselines as lines, into an image file.
 
         Raises:
-            VerdictError: matplotlib is missing, the format unknown, or the file cannot be written.
+            VerdictError: the format is unknown or the file cannot be written.
         """
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise VerdictError(
-                "plots need matplotlib: pip install 'fused-dni[experiments]'"
-            ) from error
+        import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 

@@ -2,9 +2,10 @@
 
 The embedded default is the digits set that scikit-learn ships (1,797 images of 8 x 8 from the UCI
 test set of handwritten digits): real data in a package that most machines of this trade already
-have, no network, and nothing copied into this repository. scikit-learn is an *extra*
-(``experiments``) rather than a dependency, because the layers do not need it; without it the error
-says what to install, and ``--data DIR`` works all the same.
+have, no network, and nothing copied into this repository. scikit-learn comes with the extra
+``test``, which ``make demo`` installs, and is no dependency: for a data file it would bring SciPy
+and joblib to everybody who wants layers. Without it the error says what to install, and
+``--data DIR`` works all the same.
 
 Batches are rows picked from one resident tensor (``index_select`` by a permutation). No
 ``DataLoader``: collating 256 images one by one takes longer than a training step of these networks,
@@ -151,7 +152,7 @@ def _digits() -> tuple[Split, Split]:
     except ImportError as error:
         raise DataError(
             "the embedded digits come with scikit-learn, which is not installed: "
-            "pip install 'fused-dni[experiments]', or give MNIST files with --data DIR"
+            "pip install scikit-learn, or give the folder of the MNIST files with --data DIR"
         ) from error
     found = load_digits()
     images = torch.from_numpy(found.data).float() / 16.0

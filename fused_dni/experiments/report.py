@@ -142,13 +142,8 @@ def _markdown(
 
 
 def _plots(outcome: Outcome, folder: Path) -> list[Path]:
-    try:
-        import matplotlib
-    except ImportError:
-        outcome.notes.append(
-            "no plots: matplotlib is missing (pip install 'fused-dni[experiments]')"
-        )
-        return []
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
