@@ -7,10 +7,11 @@ arithmetic may do, and the spread of its results is what a correct implementatio
 * A product ``c = a @ b`` over K terms is disturbed by ``eps * sqrt(K) * sqrt(a^2 @ b^2)`` times a
   standard normal number (a random walk of K rounding errors, each ``eps`` of a partial sum), and
   by ``eps |c|`` for the result's own rounding.
+* A sum over K rows likewise: by ``eps * sqrt(K * sum of squares)``.
 * Activations, their derivatives, normalised values, reciprocal deviations and predictions are
   disturbed by ``eps`` relative to themselves; normalised values also by ``eps`` absolutely, which
   is what a rounding of z does to them after a column's mean has been taken out.
-* So is every input (this covers the vectors' sums, whose terms are disturbed).
+* So is every input.
 
 How a disturbance grows on its way (a small variance in a normalisation, a small second moment in
 Adam) is in the spread by construction. An element may differ by :data:`SIGMAS` standard
@@ -358,6 +359,10 @@ def disturbed(eps: float, generator: torch.Generator) -> Iterator[None]:
         walk = (a.shape[1] * ((a * a) @ (b * b))).sqrt()
         return c + noise(c) * walk + noise(c) * c
 
+    def sum_rows(a: Tensor) -> Tensor:
+        c = a.sum(0)
+        return c + noise(c) * (a.shape[0] * (a * a).sum(0)).sqrt()
+
     normalized = reference_linear.normalize
 
     def normalize(z: Tensor, *args: Any) -> Any:
@@ -372,6 +377,7 @@ def disturbed(eps: float, generator: torch.Generator) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (reference_linear, reference_synthesizer):
             stack.enter_context(mock.patch.object(module, "product", product))
+            stack.enter_context(mock.patch.object(module, "sum_rows", sum_rows))
         stack.enter_context(mock.patch.object(reference_linear, "normalize", normalize))
         for name in ("activate", "derivative_from_input", "derivative_from_output"):
             stage = getattr(reference_linear, name)

@@ -33,7 +33,14 @@ from strategies import (
 from torch import Tensor
 
 from fused_dni.backends import registry
-from fused_dni.backends.base import ACTIVATIONS, SKIPPED, STATISTICS_SIZE, STEP, Backend
+from fused_dni.backends.base import (
+    ACTIVATIONS,
+    SKIPPED,
+    STATISTICS_SIZE,
+    STEP,
+    SYNTHESIZERS,
+    Backend,
+)
 from fused_dni.reference import linear, rules, synthesizer
 
 SERVED = {
@@ -133,6 +140,43 @@ def test_corner_shapes(
     check(backend, make_case(shape, row, 3, *dtypes), dtypes, run_step)
 
 
+# Large enough to be worth a team of threads, and thin where it is divided among them.
+THIN = [
+    (64, 17, 16, 16, 1),
+    (97, 150, 13, 19, 10),
+    (150, 127, 1, 19, 2),
+    (2, 150, 150, 16, 10),
+    (3, 129, 150, 19, 17),
+    (150, 1, 127, 3, 1),
+]
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["step", "parts"])
+@pytest.mark.parametrize("threads", [2, 4, 7])
+@pytest.mark.parametrize("shape", THIN, ids=str)
+@pytest.mark.parametrize("kind", SYNTHESIZERS)
+def test_more_threads_than_work(
+    backend: Backend,
+    kind: str,
+    shape: tuple[int, int, int, int, int],
+    threads: int,
+    parts: bool,
+    poisoned: None,
+) -> None:
+    """Some thread has nothing to do, and its part of a sum is zero."""
+    if backend.name == "reference":
+        pytest.skip("the reference's threads are torch's affair")
+    dtypes = serve(backend, "float32")
+    torch.set_num_threads(threads)
+    row = {**TABLE[3], **SMOOTH, "activation": "tanh", "kind": kind, "context": "label",
+           "normalization": "layer" if shape[2] > 1 else None, "rule": "momentum",
+           "max_norm": 0.0}  # fmt: skip
+    case = make_case(shape, row, 3, *dtypes)
+    # Twice: the first run leaves something other than zeros in whatever memory is used again.
+    for _ in range(2):
+        check(backend, case, dtypes, run_parts if parts else run_step)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_from_zero(backend: Backend, activation: str, dtype: str) -> None:
@@ -148,7 +192,12 @@ def test_far_from_zero(backend: Backend, activation: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("parts", [False, True], ids=["step", "parts"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@given(shape=shapes(least_rows=2), row=st.sampled_from(TABLE), seed=st.integers(0, 9))
+@given(
+    shape=shapes(least_rows=2),
+    row=st.sampled_from(TABLE),
+    seed=st.integers(0, 9),
+    threads=st.integers(1, 2),
+)
 def test_any_shape(
     backend: Backend,
     dtype: str,
@@ -156,9 +205,11 @@ def test_any_shape(
     shape: tuple[int, int, int, int, int],
     row: dict[str, Any],
     seed: int,
+    threads: int,
 ) -> None:
     dtypes = serve(backend, dtype)
     case = make_case(shape, row, seed, *dtypes)
+    torch.set_num_threads(1 if backend.name == "reference" else threads)
     check(backend, case, dtypes, run_parts if parts else run_step)
 
 

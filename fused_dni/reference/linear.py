@@ -49,7 +49,7 @@ from fused_dni.reference.activation import (
     derivative_from_input,
     derivative_from_output,
 )
-from fused_dni.reference.precision import accumulator, product
+from fused_dni.reference.precision import accumulator, product, sum_rows
 from fused_dni.reference.rules import apply_, finite, require_masters, skip_
 from fused_dni.reference.synthesizer import synthesizer_predict, synthetic_gradient
 
@@ -174,9 +174,9 @@ def linear_backward(
     if normalized:
         assert n is not None and rstd is not None
         if layer.norm_weight is not None:
-            d_norm_weight = (gy * n).sum(0).to(layer.norm_weight.dtype)  # [O]
+            d_norm_weight = sum_rows(gy * n).to(layer.norm_weight.dtype)  # [O]
         if layer.norm_bias is not None:
-            d_norm_bias = gy.sum(0).to(layer.norm_bias.dtype)  # [O]
+            d_norm_bias = sum_rows(gy).to(layer.norm_bias.dtype)  # [O]
     if not normalized:
         delta = gy
     else:
@@ -194,7 +194,7 @@ def linear_backward(
     if layer.bias is not None:
         d_bias = torch.zeros_like(layer.bias)
         if not uses_batch_statistics(layer, config, training):
-            d_bias = delta.sum(0).to(layer.bias.dtype)  # [O]
+            d_bias = sum_rows(delta).to(layer.bias.dtype)  # [O]
     d_weight = d_x = None
     if need_weight:
         d_weight = weight_gradient(delta, x).to(layer.weight.dtype)

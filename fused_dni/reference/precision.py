@@ -34,6 +34,11 @@ def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) ->
     return torch.ldexp(torch.ldexp(c, a_exponent), b_exponent).to(result)
 
 
+def sum_rows(a: Tensor) -> Tensor:
+    """The sum over rows, [n, m] -> [m]."""
+    return a.sum(0)
+
+
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
     """``a`` divided by the least power of two above its largest magnitude, and the exponent."""
     a = a.to(torch.float32)

@@ -28,7 +28,7 @@ from fused_dni.backends.base import (
     RuleTensors,
     SynthesizerTensors,
 )
-from fused_dni.reference.precision import accumulator, product
+from fused_dni.reference.precision import accumulator, product, sum_rows
 from fused_dni.reference.rules import apply_, finite, require_masters, skip_
 
 
@@ -138,13 +138,13 @@ def _gradients(
         back = product(e, weight, h.dtype, dtype)  # [N, O] @ [O, R] -> [N, R]
         d_down = product(back.t(), h, h.dtype, dtype)  # [R, N] @ [N, O] -> [R, O]
     elif kind == "diagonal":
-        d_weight = (e * h.to(dtype)).sum(0)  # [N, O] -> [O]
+        d_weight = sum_rows(e * h.to(dtype))  # [N, O] -> [O]
     else:
         raise ValueError(f"unknown synthesizer {kind!r}")
     d_context = None
     if context is not None and context_weight is not None:
         d_context = context_gradient(e, h, context, context_weight.shape[1])  # [O, K]
-    d_bias = e.sum(0) if bias is not None else None  # [N, O] -> [O]
+    d_bias = sum_rows(e) if bias is not None else None  # [N, O] -> [O]
     return (d_weight, d_down, d_context, d_bias)
 
 
@@ -159,12 +159,12 @@ def _target(
     """``kappa g`` [N, O] in the accumulator's dtype, and what is to be added to the statistics."""
     check_context(synthesizer, context)
     target = target_scale * grad_h.to(accumulator(synthesizer.weight))
-    s, g = prediction.scaled.double(), target.double()
+    s, g = prediction.scaled.double().reshape(-1, 1), target.double().reshape(-1, 1)  # [N * O, 1]
     sums = torch.zeros(5, dtype=torch.float64, device=h.device)
-    sums[S_DOT_G] = (s * g).sum()
-    sums[S_DOT_S] = (s * s).sum()
-    sums[G_DOT_G] = (g * g).sum()
-    sums[SQUARED_ERROR] = ((s - g) ** 2).sum()
+    sums[S_DOT_G] = sum_rows(s * g)[0]
+    sums[S_DOT_S] = sum_rows(s * s)[0]
+    sums[G_DOT_G] = sum_rows(g * g)[0]
+    sums[SQUARED_ERROR] = sum_rows((s - g) ** 2)[0]
     sums[ROWS] = h.shape[0]
     return target, sums
 
