@@ -37,6 +37,8 @@ Candidate = Callable[[], object]
 
 #: Shortest sample, in seconds: well above the clock's resolution and the cost of reading it.
 MIN_SAMPLE = 200e-6
+#: Shorter candidates are repeated to the length of the longest, up to this.
+MAX_SAMPLE = 20e-3
 #: Samples that a candidate gives in one round; a call before them, not timed, warms its caches.
 BLOCK = 3
 #: Fewest rounds of a run limited by ``seconds``: the least that gives a 95 % interval is six.
@@ -234,15 +236,14 @@ def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
 
 def _calibrate(
     call: Candidate, clock: Callable[[Candidate, int, int], list[float]], min_sample: float
-) -> int:
-    """Calls that make a sample of ``min_sample``: a first guess overestimates what a short call
-    takes, since reading the clock is part of it, so guess again from a longer sample."""
+) -> float:
+    """Seconds of a call, from samples long enough that reading the clock is no part of them."""
     count = 1
     while True:
         once = max(min(clock(call, count, 3)), 1e-9)
         wanted = max(1, math.ceil(min_sample / once))
         if wanted <= 2 * count:
-            return wanted
+            return once
         count = wanted
 
 
@@ -279,7 +280,8 @@ def compare(
             rounds are made whatever they take. Two seconds if neither limit is given.
         rounds: exact number of rounds, instead of ``seconds``.
         warmup: calls of each candidate before anything is timed; at least one.
-        min_sample: a sample repeats the call until it lasts about this long.
+        min_sample: a sample lasts at least about this long; all last as long as the longest call
+            (up to 20 ms), by repetition.
         block: samples that a candidate gives in each round.
         min_rounds: fewest rounds under ``seconds``.
         seed: of the order in which the candidates take their turns, permuted for every round.
@@ -304,12 +306,16 @@ def compare(
         raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
     clock = _cuda_clock if torch.device(device).type == "cuda" else _host_clock
 
-    repeats: dict[str, int] = {}
+    calls: dict[str, float] = {}
     for name, call in candidates.items():
         for _ in range(max(1, warmup)):
             call()
         with _no_collection():
-            repeats[name] = _calibrate(call, clock, min_sample)
+            calls[name] = _calibrate(call, clock, min_sample)
+    # Samples of one length for all: where other work interrupts now and then, a long sample is
+    # hit and a short one is not, and a median of short ones would look better than it is.
+    length = max(min_sample, min(max(calls.values()), MAX_SAMPLE))
+    repeats = {name: max(1, round(length / once)) for name, once in calls.items()}
 
     order = list(candidates)
     shuffle = random.Random(seed).shuffle
