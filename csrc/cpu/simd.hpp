@@ -65,7 +65,7 @@ FUSED_DNI_INLINE Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 template <class T>
 FUSED_DNI_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // v - 0 is v, even for -0: a plain broadcast is left of it
 }
 
 template <class T>
