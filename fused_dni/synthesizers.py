@@ -74,7 +74,9 @@ class _Affine(Synthesizer):
                 if p is not None:
                     p.zero_()
 
-    def fused(self) -> SynthesizerTensors:
+    def fused(self) -> SynthesizerTensors | None:
+        if "parametrizations" in self._modules:
+            return None
         p = self._parameters
         return SynthesizerTensors(
             self.kind,

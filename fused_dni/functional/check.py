@@ -58,6 +58,23 @@ def batch(x: Tensor, config: LinearConfig, training: bool) -> None:
         )
 
 
+def labels(context: Tensor | None, classes: int) -> None:
+    """Refuse a class index outside ``[0, classes)``.
+
+    Only on a CPU, where looking at the data costs no synchronisation.
+    """
+    if context is None or context.dtype != torch.int64 or context.device.type != "cpu":
+        return
+    if torch.compiler.is_compiling() or not classes or not context.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(context))
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise IndexError(
+            f"label {wrong} in context is out of range: the synthesizer knows {classes} classes"
+        )
+
+
 def layer(tensors: LinearTensors, config: LinearConfig) -> None:
     """Refuse vectors of another size, dtype or device than the weight's."""
     weight = tensors.weight

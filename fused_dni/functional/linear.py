@@ -111,6 +111,7 @@ class _Linear(torch.autograd.Function):
             context,
         )
         ctx.statistics = statistics
+        ctx.running = (running_mean, running_var)
         ctx.how = how
         ctx.need_dx = need_dx
         ctx.call = (config, training, backend)
@@ -167,7 +168,7 @@ class _Linear(torch.autograd.Function):
             x,
             h,
             Saved(normalized, rstd),
-            LinearTensors(weight, bias, norm_weight, norm_bias),
+            LinearTensors(weight, bias, norm_weight, norm_bias, *ctx.running),
             config,
             training,
             ctx.need_dx and ctx.needs_input_grad[0],

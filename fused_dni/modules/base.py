@@ -30,7 +30,7 @@ from fused_dni.backends.base import (
     SynthesizerTensors,
 )
 from fused_dni.context import current_context
-from fused_dni.functional import ops
+from fused_dni.functional import check, ops
 from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
 from fused_dni.pending import at_end_of_backward, inside_backward
 from fused_dni.reference.rules import apply_
@@ -234,6 +234,10 @@ class DecoupledModule(nn.Module):
         """Apply ``update`` to the sum of contributions."""
         raise NotImplementedError
 
+    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+        """What :meth:`close` reads and no graph watches: a change in place is to be an error."""
+        return ()
+
     # -- the synthesizer's side ----------------------------------------------------------------
 
     def fused_synthesizer(self, h: Tensor) -> SynthesizerTensors | None:
@@ -419,6 +423,7 @@ class DecoupledModule(nn.Module):
         self.refuse_fused_rule()
         phase = self.phase
         if self.synthesizer is None or phase.true_share > 0.0:
+            self.refuse_later(context)
             anchor = _anchor(self.local_parameters()) if self.synthesizer is None else None
             if anchor is None and self.synthesizer is not None:
                 anchor = _anchor((*self.local_parameters(), *self.synthesizer_parameters()))
@@ -431,6 +436,18 @@ class DecoupledModule(nn.Module):
         anchor = _anchor(self.synthesizer_parameters()) if learns else None
         stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
         return stepped
+
+    def refuse_later(self, context: Tensor | None) -> None:
+        """Raise now for what an update at the end of the backward would raise for."""
+        if self.update is not None:
+            self.update.tensors(self.local_parameters())
+        if self.synthesizer_update is not None:
+            self.synthesizer_update.tensors(self.synthesizer_parameters())
+        self.check_labels(context)
+
+    def check_labels(self, context: Tensor | None) -> None:
+        """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
+        check.labels(context, getattr(self.synthesizer, "context_features", None) or 0)
 
     def deliver(self, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
         """Forward inside a :class:`Delivery`."""
@@ -454,6 +471,7 @@ class DecoupledModule(nn.Module):
         """Forward without a rule in training: the node returns all gradients. Arguments as in
         :meth:`ruled_forward`."""
         assert self.synthesizer is not None
+        self.check_labels(context)
         parameters = self.local_parameters()
         learners = self.synthesizer_parameters()
         h: Tensor = _Returned.apply(
@@ -479,8 +497,8 @@ class _Returned(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
         ctx.phase = module.phase
-        # Parameters are saved so that autograd sees a change between forward and backward.
-        ctx.save_for_backward(h, *tensors[asked:])
+        # Saved so that autograd sees a change between forward and backward.
+        ctx.save_for_backward(h, *tensors[asked:], *module.watched(inputs, need_dx))
         return h
 
     @staticmethod
@@ -574,7 +592,7 @@ class _Deferred(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
         ctx.phase, ctx.asked = module.phase, len(asked)
-        ctx.save_for_backward(h)
+        ctx.save_for_backward(h, *module.watched(inputs, need_dx))
         return h
 
     @staticmethod
@@ -588,7 +606,7 @@ class _Deferred(torch.autograd.Function):
         none: tuple[Tensor | None, ...] = (None,) * (5 + ctx.asked)
         if arrived is None:
             return none
-        (h,) = ctx.saved_tensors
+        h = ctx.saved_tensors[0]
         scale = phase.loss_scale
         if scale is not None:
             arrived = arrived / scale

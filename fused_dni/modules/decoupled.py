@@ -147,6 +147,7 @@ class Decoupled(DecoupledModule):
     def step_locally(
         self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
+        self.check_labels(context)
         inner, leaves = self._inner(inputs, need_dx)
         h = inner.detach()
         forecast = self.predict(h, context, learns)

@@ -189,20 +189,21 @@ class FusedDNILinear(DecoupledModule):
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
         rows = self._rows(input, context) if decoupled or context is not None else None
-        if training and config.normalization == "batch":
-            self._count_batch()
         if not grad:
             h, _ = ops.linear_forward(backend, x, layer, config, training, False)
+            self._count_batch()
             return self._unfold(h, input)
         tracing = torch.compiler.is_compiling()
         need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
         if not training:
             h = linear_tensors(x, layer, config, False, backend, need_dx=need_dx)
             return self._unfold(h, input)
-        self.refuse_untold_scale(x.device.type)
         phase = self.phase
+        if decoupled or self.update is not None:
+            self.refuse_untold_scale(x.device.type)
         if phase.probe is not None:
             h = linear_tensors(x, layer, config, True, backend)
+            self._count_batch()
             return self.probed(self._unfold(h, input), h, rows)
         inputs = (x, layer, backend)
         if decoupled and self.delivery is not None:
@@ -214,6 +215,7 @@ class FusedDNILinear(DecoupledModule):
             h = self._local(inputs, rows, need_dx)
         else:
             h = linear_tensors(x, layer, config, True, backend, need_dx=need_dx)
+        self._count_batch()
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, True)
@@ -245,6 +247,7 @@ class FusedDNILinear(DecoupledModule):
         fused = self.fused_synthesizer(x)
         if fused is None:
             return self.unruled_forward(inputs, (x,), context, need_dx)
+        self.check_labels(context)
         if self.statistics.device != x.device:
             self.statistics = self.statistics.to(x.device)
         return linear_tensors(
@@ -265,28 +268,33 @@ class FusedDNILinear(DecoupledModule):
     def _layer(self) -> LinearTensors:
         # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
         own = self._parameters
-        weight = own.get("weight")
-        if weight is None:  # a parametrization made it an attribute
-            weight = self.weight
-        bias = own.get("bias")
         norm = self._modules["norm"]
+        if "weight" in own and "bias" in own:
+            weight, bias = cast(Tensor, own["weight"]), own["bias"]
+        else:  # parametrized
+            weight, bias = self.weight, self.bias
         if norm is None:
             return LinearTensors(weight, bias)
         own = norm._parameters
         stats = norm._buffers
+        if "weight" in own and "bias" in own:
+            scale, shift = own["weight"], own["bias"]
+        else:
+            scale, shift = cast(Any, norm.weight), cast(Any, norm.bias)
         return LinearTensors(
             weight,
             bias,
-            own["weight"],
-            own["bias"],
+            scale,
+            shift,
             stats.get("running_mean"),
             stats.get("running_var"),
         )
 
     def _count_batch(self) -> None:
-        counter = cast(nn.Module, self._modules["norm"])._buffers["num_batches_tracked"]
-        if counter is not None:
-            counter.add_(1)
+        if self.training and self.config.normalization == "batch":
+            counter = cast(nn.Module, self._modules["norm"])._buffers["num_batches_tracked"]
+            if counter is not None:
+                counter.add_(1)
 
     def local_parameters(self) -> tuple[Tensor | None, ...]:
         return self._layer()[:4]
@@ -317,6 +325,7 @@ class FusedDNILinear(DecoupledModule):
             p = step.prediction
             forecast = None if p is None else Forecast(p.scaled, p, None)
             return LocalStep(step.h, (step.dx,), forecast)
+        self.check_labels(context)
         h, saved = ops.linear_forward(backend, x, layer, config, True, True)
         forecast = self.predict(h, context, learns)
         made = ops.linear_backward(
@@ -334,6 +343,11 @@ class FusedDNILinear(DecoupledModule):
         if self.update is not None:
             ops.linear_update_(backend, x, made, layer, self.update.tensors(layer[:4]))
         return LocalStep(h, (made.x,), forecast if learns else None, self._gradients(made))
+
+    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+        x, layer, _ = inputs
+        read = (x, layer.weight if need_dx else None, layer.norm_weight, layer.norm_bias)
+        return tuple(t for t in read if t is not None)
 
     def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
         x, layer, backend = inputs
