@@ -48,3 +48,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(where, name, poison(getattr(where, name)))
+
+
+@pytest.fixture
+def one_thread(_isolated: None) -> None:
+    """Small tensors: two threads that wait for each other on a busy machine take far longer."""
+    torch.set_num_threads(1)
