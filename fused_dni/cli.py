@@ -1,8 +1,8 @@
 """``fused-dni``: the command line.
 
 argparse, because it is in the standard library and does what is needed; a nicer parser would be a
-dependency of a package whose users mostly want layers. Nothing heavy is imported before a command
-runs, so that ``--help`` and typos answer at once.
+dependency of a package whose users mostly want layers. What a command alone needs (scikit-learn,
+matplotlib, rich) is imported when it runs.
 
 Exit codes: 0; 1 something failed; 2 bad input; 130 Ctrl-C.
 """

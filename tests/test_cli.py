@@ -1,0 +1,240 @@
+"""The command line: results where asked for, and one clear line for whatever is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from fused_dni import cli
+
+TINY = ["--epochs", "2", "--hidden", "8", "--depth", "2", "--batch-size", "128", "--seeds", "0"]
+TINY += ["--threads", "1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _fails(capsys, *argv: str) -> tuple[int, str]:
+    """Exit code and the one line on stderr; nothing on stdout."""
+    code = cli.main(list(argv))
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert captured.out == "" and len(lines) == 1, captured
+    assert lines[0].startswith("fused-dni: error: ")
+    assert "Traceback" not in captured.err
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian', did you mean 'train'"),
+        (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),
+        (["train", "--epochs", "none"], "epochs must be a whole number from 1 on, got 'none'"),
+        (["train", "--epochs", "0"], "from 1 on, got '0'"),
+        (["train", "--lr", "-1"], "a rate must be a finite number from 0 on, got '-1'"),
+        (["train", "--lr", "nan"], "got 'nan'"),
+        (["train", "--methods", "cndi"], "unknown method 'cndi', did you mean 'cdni'"),
+        (["train", "--update", "adma"], "unknown value 'adma', did you mean 'adam'"),
+        (["train", "--target-every", "0"], "k must be a whole number from 1 on, or 'never'"),
+        (["train", "--dataset", "mnits"], "did you mean 'mnist'"),
+        (["train", "--data", "/no/such/folder"], "data folder /no/such/folder does not exist"),
+        (["train", "--data", "x", "--dataset", "digits"], "leave --dataset digits out"),
+        (["train", "--resume"], "--resume needs --checkpoint DIR"),
+        (["train", "--backend", "cpuu", *TINY], "backend"),
+        (["train", "--batch-size", "5000"], "batch_size 5000 is larger than the training set"),
+        (["train", "stray"], "unexpected argument 'stray'"),
+        (["demo", "--second", "3"], "did you mean '--seconds'"),
+        (["verdict"], "required: WHAT"),
+        (["verdict", "linaer"], "unknown module 'linaer', did you mean 'linear'"),
+        (["verdict", "linear", "--width", "3"], "--width does not go with linear"),
+        (["verdict", "mlp", "--out", "3"], "--out does not go with mlp"),
+        (["verdict", "linear", "--activation", "rleu"], "did you mean 'relu'"),
+        (["verdict", "linear", "--normalization", "bacth"], "did you mean 'batch'"),
+        (["verdict", "linear", "--dtype", "float23"], "unknown value 'float23'"),
+        (["verdict", "linear", "--batch", "1"], "verdict"),
+        (["verdict", "linear", "--device", "gpu"], "unknown device 'gpu'"),
+        (["verdict", "linear", "--threads", "0"], "threads must be a whole number from 1 on"),
+        (["verdict", "linear", "--seconds", "-2"], "seconds must be a positive, finite number"),
+        (["verdict", "no.such.module:f"], "cannot import 'no.such.module'"),
+        (["verdict", "torch.nn:Lineer", "--sample", "2x2"], "did you mean 'Linear'"),
+        (["verdict", "torch.nn:Linear", "--sample", "2x2"], "callable without arguments"),
+        (["verdict", "torch:get_num_threads", "--sample", "2x2"], "must return a module"),
+        (["verdict", "torch.nn:ReLU", "--sample", "2"], "looks like 64x784, batch first"),
+        (["verdict", "torch.nn:ReLU"], "give --sample, like 64x784"),
+        (["verdict", "torch.nn:ReLU", "--sample", "2x3"], "no trainable parameters"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    if argv[0] in ("train", "verdict") and "--quiet" not in argv:
+        argv = [*argv, "--quiet"]
+    code, line = _fails(capsys, *argv)
+    assert code == 2
+    if argv[:2] != ["verdict", "linear"] or "--batch" not in argv:
+        assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_said(capsys):
+    code, line = _fails(capsys, "verdict", "linear", "--device", "cuda")
+    assert code == 2 and "finds no CUDA device" in line
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_any_work(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    code, line = _fails(capsys, "train", "--out", str(tmp_path / "file" / "x"), *TINY)
+    assert code == 2 and "cannot write to" in line
+
+
+def test_help_and_version_import_no_experiment():
+    script = (
+        "import sys; from fused_dni import cli\n"
+        "code = cli.main(['--version'])\n"
+        "code += cli.main(['verdict', '--help'])\n"
+        "assert not {'sklearn', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "print(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "fused-dni " in done.stdout and "package.module:factory" in done.stdout
+    assert done.stdout.rstrip().endswith("0")
+
+
+def test_no_command_prints_the_commands(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("demo", "verdict", "train", "env"))
+
+
+def test_env(capsys):
+    assert cli.main(["env"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert cli.main(["env", "--json"]) == 0
+    assert "backends" in json.loads(capsys.readouterr().out)
+
+
+def test_train_prints_tables_and_paths(capsys, tmp_path):
+    out = tmp_path / "run"
+    code = cli.main(["train", *TINY, "--out", str(out), "--split-seconds", "0.05"])
+    captured = capsys.readouterr()
+    assert code == 0 and captured.err == ""
+    assert "cdni k=4" in captured.out and "targets" in captured.out
+    for name in ("report.json", "report.md", "accuracy-vs-wall-clock.png"):
+        assert str(out / name) in captured.out and (out / name).exists()
+    command = json.loads((out / "report.json").read_text())["facts"]["command"]
+    assert command.startswith("fused-dni train --epochs 2") and str(tmp_path) not in command
+
+
+def test_json_is_all_of_stdout(capsys, tmp_path):
+    argv = ["train", *TINY, "--methods", "fused", "--no-split", "--json", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [run["name"] for run in report["runs"]] == ["fused"]
+    argv = ["verdict", "linear", "--in", "16", "--batch", "8", "--seconds", "0.02", "--no-compile"]
+    assert cli.main([*argv, "--json", "--quiet", "--threads", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "verdict" and "dni k=16" in report["timings"]
+
+
+def test_verdict_of_a_factory_with_a_plot(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            from torch import nn
+            def pair(): return nn.Linear(8, 8), torch.randn(4, 8)
+            def alone(): return nn.Sequential(nn.Linear(8, 8), nn.GELU())
+            def broken(): raise ZeroDivisionError("planted")
+            """
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    quick = ["--no-compile", "--seconds", "0.02", "--threads", "1", "--target-every", "1", "never"]
+    assert cli.main(["verdict", "mine:pair", *quick, "--plot", "deep/v.png", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "dni k=never" in printed and "deep/v.png" in printed
+    assert (tmp_path / "deep" / "v.png").stat().st_size > 1000
+    assert cli.main(["verdict", "mine:alone", "--sample", "4x8", *quick]) == 0
+    captured = capsys.readouterr()
+    assert "measuring: 100 %" in captured.err and "On 1 CPU thread" in captured.out
+    code, line = _fails(capsys, "verdict", "mine:pair", "--sample", "4x8")
+    assert code == 2 and "brings its own sample" in line
+    code, line = _fails(capsys, "verdict", "mine:alone", "--sample", "4x9", *quick, "--quiet")
+    assert code == 2 and "does not take a sample of shape [4, 9]" in line
+    code, line = _fails(capsys, "verdict", "mine:broken")
+    assert code == 1 and "ZeroDivisionError: planted" in line and "FUSED_DNI_DEBUG" in line
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--traceback", "verdict", "mine:broken"])
+    monkeypatch.setenv("FUSED_DNI_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["verdict", "mine:broken"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_verdict_of_the_named_shapes(capsys, kind, norm):
+    argv = ["verdict", kind, "--in", "12", "--batch", "8", "--normalization", norm, "--quiet"]
+    argv += ["--no-compile", "--seconds", "0.02", "--update", "adam", "--rank", "0"]
+    argv += ["--threads", "1", "--target-every", "1"]
+    argv += ["--out", "6"] if kind == "linear" else ["--width", "6", "--depth", "2"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "floor" in printed and "at batch 8" in printed
+
+
+def test_demo_ends_with_the_verdict_and_the_paths(capsys, tmp_path):
+    argv = ["demo", *TINY, "--out", str(tmp_path), "--no-compile", "--seconds", "0.05"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    sentence, paths = printed.rstrip().split("\n\n")[-2:]
+    assert sentence.startswith("On 1 CPU thread") and "synthetic gradient" in sentence
+    assert str(tmp_path / "report.md") in paths and str(tmp_path / "verdict.png") in paths
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"]["break_even"] and report["split"]["pieces"]
+    assert "## Verdict for these layers" in (tmp_path / "report.md").read_text()
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_resume_finishes(capsys, tmp_path):
+    argv = ["train", *TINY, "--epochs", "3000", "--methods", "fused", "--no-split"]
+    argv += ["--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "kept")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fused_dni.cli", *argv],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 60
+    checkpoint = tmp_path / "kept" / "train.pt"
+    while process.poll() is None and not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and err.strip().count("\n") == 0
+    assert "stopped" in err and "add --resume to continue" in err
+
+
+def test_a_closed_pipe_is_not_an_error():
+    code = "import sys; from fused_dni import cli; sys.exit(cli.main(['env', '--json']))"
+    process = subprocess.run(
+        f'"{sys.executable}" -c "{code}" | head -c 1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr
