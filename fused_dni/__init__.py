@@ -19,6 +19,7 @@ from fused_dni.synthesizers import (
     MLPSynthesizer,
     Synthesizer,
 )
+from fused_dni.verdict import Verdict, verdict
 
 __all__ = [
     "SGD",
@@ -34,10 +35,12 @@ __all__ = [
     "MLPSynthesizer",
     "Schedule",
     "Synthesizer",
+    "Verdict",
     "condition_on",
     "convert",
     "diagnostics",
     "functional",
     "ordinary_parameters",
     "revert",
+    "verdict",
 ]

@@ -221,10 +221,7 @@ def _host_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
 
 
 def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
-    marks = [
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(samples + 1)
-    ]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
     marks[0].record()
     for mark in marks[1:]:
         for _ in range(repeats):

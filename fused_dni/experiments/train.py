@@ -12,7 +12,6 @@ any moment and resumed from its last checkpoint it continues bit by bit as if no
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import signal
 import statistics
@@ -34,6 +33,7 @@ import fused_dni as fd
 from fused_dni import text, timing
 from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
+from fused_dni.modules.base import DecoupledModule
 from fused_dni.progress import Progress
 from fused_dni.rules import SGD, Adam, AdamW, Rule
 
@@ -711,7 +711,8 @@ def split_time(
     def predict() -> None:
         with torch.no_grad():
             for layer, output in zip(hidden, outputs, strict=True):
-                predict_with(layer, output, y)
+                assert isinstance(layer, DecoupledModule)
+                layer.predict(output, y, learns=False)
 
     timings = timing.compare(
         {
@@ -762,18 +763,5 @@ def split_time(
     }
 
 
-def predict_with(layer: nn.Module, output: Tensor, context: Tensor | None) -> Tensor:
-    """The prediction of a layer's synthesizer, through the layer's own backend where it has one."""
-    synthesizer = layer.synthesizer
-    assert isinstance(synthesizer, nn.Module)
-    prediction: Tensor = synthesizer(output, context)
-    return prediction
-
-
 def _stepper(trainer: Trainer, x: Tensor, y: Tensor) -> Callable[[], None]:
     return lambda: trainer.step(x, y)
-
-
-def thresholds_reached(outcome: Outcome) -> float:
-    """Accuracy that the report times; see :data:`THRESHOLD`."""
-    return THRESHOLD.get(outcome.settings.dataset, math.nan)
