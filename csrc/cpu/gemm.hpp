@@ -132,7 +132,7 @@ void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Inde
   const Index block = block_depth<T>(depth);
   for_panels<T>(0, cols, [&](Index col, Index, Index vectors) {
     const TileFunction<T> run = tile_for<T>(vectors);
-    for (Index k = 0; k < depth; k += block) {
+    for (Index k = 0; k == 0 || k < depth; k += block) {  // once even if A has no columns: C is 0
       const Index count = smaller(block, depth - k);
       for (Index m = 0; m < rows;) {
         const Index take = next_rows(rows - m);
