@@ -9,6 +9,7 @@ model as one ``torch.optim.Optimizer``.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -210,7 +211,7 @@ class RuleState:
 
     def _bind(self, slots: Sequence[Tensor | None]) -> RuleTensors:
         for i, p in enumerate(slots):
-            if p is not None and p.requires_grad:
+            if p is not None:
                 self._own(i, p)
         device = next((p.device for p in slots if p is not None), self.hyper.device)
         if self.hyper.device != device:
@@ -254,6 +255,13 @@ class RuleState:
                 f"{type(p).__name__} that is no plain nn.Parameter (a parametrization, "
                 "functional_call or sharding replaced it); use update=None"
             )
+        if _gathered(p):
+            raise RuntimeError(
+                "a fused rule (update=...) under fully_shard (FSDP) is refused: it would update a "
+                "gathered copy that is thrown away; use update=None"
+            )
+        if not p.requires_grad:
+            return
         owner = _owners.get(p)
         other = None if owner is None else owner()
         if other is not None and other is not self:
@@ -262,6 +270,21 @@ class RuleState:
                 "with moments of its own; use update=None on both"
             )
         _owners[p] = weakref.ref(self)
+
+
+def _gathered(p: Tensor) -> bool:
+    """Whether FSDP2 gathered ``p`` from its shards for this forward."""
+    sharding = sys.modules.get("torch.distributed._composable_state")
+    for reference in list(getattr(sharding, "_module_state_mapping", {}).values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before torch 2.12
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for managed in getattr(group, "fsdp_params", ()):
+                if getattr(managed, "_unsharded_param", None) is p:
+                    return True
+    return False
 
 
 # Which rule updates a parameter.

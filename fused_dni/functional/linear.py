@@ -32,6 +32,9 @@ TWICE = (
 )
 
 
+_DERIVATIVE_FROM_H = ("relu", "tanh", "sigmoid")
+
+
 class Locality(NamedTuple):
     """How a decoupled layer's gradient is made in this call.
 
@@ -96,9 +99,11 @@ class _Linear(torch.autograd.Function):
         layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
         h, saved = ops.linear_forward(backend, x, layer, config, training, save=True)
         ctx.set_materialize_grads(False)
+        # An exact layer whose derivative does not need h leaves it to be overwritten behind it.
+        keep = how is not None or config.activation in _DERIVATIVE_FROM_H
         ctx.save_for_backward(
             x,
-            h,
+            h if keep else None,
             *saved,
             weight,
             bias,
@@ -162,11 +167,12 @@ class _Linear(torch.autograd.Function):
             if gradient is None:
                 return none
         assert gradient is not None
+        gradient = gradient.contiguous()
         made = ops.linear_backward(
             backend,
-            gradient.contiguous(),
+            gradient,
             x,
-            h,
+            gradient if h is None else h,  # not read then, but for its shape
             Saved(normalized, rstd),
             LinearTensors(weight, bias, norm_weight, norm_bias, *ctx.running),
             config,

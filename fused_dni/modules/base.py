@@ -14,6 +14,7 @@ rule, true gradient needed     :class:`_Deferred`: backprop, warm-up, mixing; up
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from fused_dni.context import current_context
 from fused_dni.functional import check, ops
 from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
 from fused_dni.pending import at_end_of_backward, inside_backward
+from fused_dni.reference.precision import LOW_PRECISION
 from fused_dni.reference.rules import apply_
 from fused_dni.reference.synthesizer import synthetic_gradient
 from fused_dni.rules import Rule, RuleState
@@ -271,7 +273,7 @@ class DecoupledModule(nn.Module):
             prediction = ops.synthesizer_predict(self.synthesizer_backend(h), h, fused, context)
             return Forecast(prediction.scaled, prediction, None)
         assert self.synthesizer is not None
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns), _autocast_to(h.dtype, h.device, self.synthesizer):
             out: Tensor = self.synthesizer(h.detach(), context)
         if out.shape != h.shape:
             raise RuntimeError(
@@ -626,6 +628,13 @@ class _Deferred(torch.autograd.Function):
         if scale is not None:
             dx = tuple(None if t is None else t * scale for t in dx)
         return none[:5] + dx
+
+
+def _autocast_to(dtype: torch.dtype, device: torch.device, module: nn.Module) -> Any:
+    """Autocast if an output of that dtype came out of it (a backward usually runs outside)."""
+    if dtype in LOW_PRECISION and any(p.dtype != dtype for p in module.parameters()):
+        return torch.autocast(device.type, dtype, cache_enabled=False)
+    return nullcontext()
 
 
 def sum_slots(made: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
