@@ -206,7 +206,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--hidden", type=_whole(1, "hidden"), help="units of a hidden layer (256)")
     what.add_argument("--depth", type=_whole(1, "depth"), help="hidden layers (3)")
-    what.add_argument("--epochs", type=_whole(1, "epochs"), help="(mnist 8, digits 40)")
+    what.add_argument("--epochs", type=_whole(1, "epochs"), help="(mnist 8, digits 25)")
     what.add_argument("--batch-size", type=_whole(2, "batch size"), help="(mnist 256, digits 64)")
     what.add_argument("--update", choices=("sgd", "adam", "adamw"), help="update rule (adam)")
     what.add_argument("--lr", type=_rate, help="learning rate at the start, cosine to zero")
