@@ -48,8 +48,8 @@ endif
 $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."
 	@export PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip $(PIP_ARGS) && \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --build-constraint constraints.txt \
+	$(BIN)/python -m pip install -qq -c constraints.txt --upgrade pip $(PIP_ARGS) && \
+	$(BIN)/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt \
 		$(PIP_ARGS) -e ".[test]"
 	@touch $@
 

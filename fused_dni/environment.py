@@ -229,7 +229,7 @@ def _threads() -> dict[str, Any]:
     except ImportError:
         facts["torch"] = None
     with contextlib.suppress(ImportError):  # so that its OpenMP runtime, if any, is counted
-        importlib.import_module("fused_dni._cpu")
+        facts["our kernels"] = importlib.import_module("fused_dni._cpu").max_threads()
     libraries = openmp_libraries()
     facts["OpenMP runtimes"] = libraries
     facts["one OpenMP pool"] = len(libraries) <= 1

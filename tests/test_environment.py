@@ -113,6 +113,9 @@ a = torch.randn(512, 512)
 (a @ a).sum()
 libraries = environment.openmp_libraries()
 assert len(libraries) == 1, libraries
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    assert fused_dni._cpu.max_threads() == threads
 print("one pool")
 """
     done = subprocess.run(
