@@ -12,6 +12,7 @@ from torch import nn
 from twins import BACKENDS, NORMALIZATIONS, Plain, close, double, kept, linear, present
 
 import fused_dni as fd
+from fused_dni.backends import registry
 from fused_dni.functional import ops
 
 RULES = {
@@ -278,14 +279,23 @@ def model_without_targets(rule, backend):
 def test_no_targets(backend, rule, monkeypatch):
     model, _ = model_without_targets(rule, backend)
     asked = []
-    for name in ("linear_step_", "linear_backward"):
-        op = getattr(ops, name)
+    bound, backward = registry.get(backend).bind_step, ops.linear_backward
 
-        def spy(*args, op=op):
+    def bind(*tensors):
+        step = bound(*tensors)
+
+        def spy(*args):
             asked.append(args[-2])  # need_dx
-            return op(*args)
+            return step(*args)
 
-        monkeypatch.setattr(ops, name, spy)
+        return spy
+
+    def spy(*args):
+        asked.append(args[-2])
+        return backward(*args)
+
+    monkeypatch.setattr(registry.get(backend), "bind_step", bind)
+    monkeypatch.setattr(ops, "linear_backward", spy)
     x = double(6, 4)
     expected = kept(model[1].synthesizer_parameters()) + kept(model[2].synthesizer_parameters())
     dx, _ = local_gradients(

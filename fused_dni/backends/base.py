@@ -152,6 +152,21 @@ class Step(NamedTuple):
     dx: Tensor | None = None  # [N, I]
 
 
+class BoundStep(Protocol):
+    """What :meth:`Backend.bind_step` returns."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        target_scale: float,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        """Take a step on x [N, I]."""
+        ...
+
+
 class Backend(Protocol):
     """The ops. Inputs are checked by the caller (shapes, dtypes, devices); a backend states in
     :meth:`why_not` what it cannot serve and may then rely on it."""
@@ -223,14 +238,29 @@ class Backend(Protocol):
     ) -> Step:
         """Forward, synthetic gradient and update in one launch (design: a decoupled step).
 
-        The synthetic gradient is ``M(h) / target_scale``, scaled down to a Frobenius
-        norm of ``max_norm`` if that is positive and exceeded. ``dx`` is taken with the weights as
-        they were before the update. Mutates what :meth:`linear_forward` in training and
+        The synthetic gradient is ``M(h) / target_scale``, scaled down to a Frobenius norm of
+        ``max_norm`` if that is positive and exceeded. ``dx`` is taken with the weights as they
+        were before the update. Mutates what :meth:`linear_forward` in training and
         :meth:`linear_update_` mutate; if the gradient is not finite, only the skip counter (the
         running statistics too stay as they were).
 
         Raises:
             IndexError: a class index outside ``[0, K)``; raised before anything is changed.
+            ValueError: context missing or unexpected.
+        """
+        ...
+
+    def bind_step(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> BoundStep:
+        """:meth:`linear_step_` with everything given that does not change from batch to batch.
+
+        The result is good for as long as none of the tensors gets another address.
         """
         ...
 

@@ -7,8 +7,6 @@ one libgomp) and as many of them as ``torch.get_num_threads()`` says.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -19,6 +17,7 @@ from fused_dni.backends.base import (
     NORMALIZATIONS,
     RULES,
     SYNTHESIZERS,
+    BoundStep,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -72,26 +71,10 @@ def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
     )
 
 
-def _synthesizer(
-    synthesizer: SynthesizerTensors, context: Tensor | None, dtype: torch.dtype
-) -> tuple[tuple[int, ...], Tensor | None]:
-    """The argument tuple, and the context as the kernels read it, to be kept alive."""
+def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
+    """The argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias = synthesizer
-    if (context is None) != (context_weight is None):
-        raise ValueError(
-            "this synthesizer takes a context, got none"
-            if context is None
-            else "this synthesizer takes no context, got one"
-        )
-    labels = vectors = 0
-    if context is not None:
-        if context.is_floating_point():
-            context = context.to(dtype).contiguous()
-            vectors = context.data_ptr()
-        else:
-            context = context.to(torch.int64).contiguous()
-            labels = context.data_ptr()
-    arguments = (
+    return (
         _SYNTHESIZER[kind],
         0 if down is None else down.shape[0],
         0 if context_weight is None else context_weight.shape[1],
@@ -99,10 +82,26 @@ def _synthesizer(
         0 if down is None else down.data_ptr(),
         0 if context_weight is None else context_weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        labels,
-        vectors,
     )
-    return arguments, context
+
+
+def _context(
+    synthesizer: SynthesizerTensors, context: Tensor | None
+) -> tuple[tuple[int, int], Tensor | None]:
+    """Addresses of labels and vectors, and the context as the kernels read it, to be kept alive."""
+    if (context is None) != (synthesizer.context_weight is None):
+        raise ValueError(
+            "this synthesizer takes a context, got none"
+            if context is None
+            else "this synthesizer takes no context, got one"
+        )
+    if context is None:
+        return (0, 0), None
+    context = context.contiguous()
+    if context.dtype is torch.int64:
+        return (context.data_ptr(), 0), context
+    context = context.to(synthesizer.weight.dtype)
+    return (0, context.data_ptr()), context
 
 
 def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
@@ -120,8 +119,11 @@ def _updated(parameters: tuple[Tensor | None, ...], rule: RuleTensors) -> list[T
     return written
 
 
-def _moves_running(layer: LinearTensors, config: LinearConfig, training: bool) -> bool:
-    return training and config.normalization == "batch" and layer.running_mean is not None
+def _moved_statistics(layer: LinearTensors, config: LinearConfig, training: bool) -> list[Tensor]:
+    """The running statistics, if a forward moves them."""
+    if not training or config.normalization != "batch":
+        return []
+    return [t for t in (layer.running_mean, layer.running_var) if t is not None]
 
 
 class CpuBackend:
@@ -162,8 +164,9 @@ class CpuBackend:
             _layer(x, layer, config, training),
             (x.data_ptr(), h.data_ptr(), _address(normalized), _address(rstd)),
         )
-        if _moves_running(layer, config, training):
-            increment_version([layer.running_mean, layer.running_var])
+        moved = _moved_statistics(layer, config, training)
+        if moved:
+            increment_version(moved)
         return h, Saved(normalized, rstd)
 
     def linear_backward(
@@ -236,31 +239,19 @@ class CpuBackend:
         need_prediction: bool,
     ) -> Step:
         """See :meth:`fused_dni.backends.base.Backend.linear_step_`."""
-        x = x.contiguous()
-        h = x.new_empty(x.shape[0], layer.weight.shape[0])
-        dx = torch.empty_like(x) if need_dx else None
-        prediction = _empty_prediction(h, synthesizer) if need_prediction else None
-        arguments, context = _synthesizer(synthesizer, context, x.dtype)
-        _cpu.linear_step(
-            x.dtype is _FLOAT64,
-            _layer(x, layer, config, True),
-            arguments,
-            _rule(rule),
-            (
-                target_scale,
-                max_norm,
-                x.data_ptr(),
-                h.data_ptr(),
-                0 if prediction is None else prediction.scaled.data_ptr(),
-                0 if prediction is None else _address(prediction.reduced),
-                _address(dx),
-            ),
-        )
-        written: list[Any] = _updated(_slots(layer), rule)
-        if _moves_running(layer, config, True):
-            written += [layer.running_mean, layer.running_var]
-        increment_version(written)
-        return Step(h, prediction, dx)
+        step = self.bind_step(layer, config, synthesizer, max_norm, rule)
+        return step(x, context, target_scale, need_dx, need_prediction)
+
+    def bind_step(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> BoundStep:
+        """See :meth:`fused_dni.backends.base.Backend.bind_step`."""
+        return _Step(layer, config, synthesizer, max_norm, rule)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
@@ -268,10 +259,10 @@ class CpuBackend:
         """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
         h = h.contiguous()
         prediction = _empty_prediction(h, synthesizer)
-        arguments, context = _synthesizer(synthesizer, context, h.dtype)
+        given, context = _context(synthesizer, context)
         _cpu.synthesizer_predict(
             h.dtype is _FLOAT64,
-            arguments,
+            _synthesizer(synthesizer) + given,
             (
                 *h.shape,
                 torch.get_num_threads(),
@@ -321,6 +312,61 @@ class CpuBackend:
         increment_version([statistics, *_updated(synthesizer.parameters(), rule)])
 
 
+class _Step:
+    """A decoupled step with all addresses looked up but those of what changes with every batch."""
+
+    def __init__(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> None:
+        weight = layer.weight
+        self.wide = weight.dtype is _FLOAT64
+        self.features = weight.shape[0]
+        self.layer = _layer(weight, layer, config, True)
+        self.synthesizer = synthesizer
+        self.rule = _rule(rule)
+        self.max_norm = max_norm
+        # Whatever the step may have written; holding the tensors keeps the addresses good.
+        self.written = _updated(_slots(layer), rule) + _moved_statistics(layer, config, True)
+        self.fixed = _synthesizer(synthesizer)
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        target_scale: float,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        x = x.contiguous()
+        rows = x.shape[0]
+        h = x.new_empty(rows, self.features)
+        dx = torch.empty_like(x) if need_dx else None
+        prediction = _empty_prediction(h, self.synthesizer) if need_prediction else None
+        given, context = _context(self.synthesizer, context)
+        _cpu.linear_step(
+            self.wide,
+            (rows, *self.layer[1:3], torch.get_num_threads(), *self.layer[4:]),
+            self.fixed + given,
+            self.rule,
+            (
+                target_scale,
+                self.max_norm,
+                x.data_ptr(),
+                h.data_ptr(),
+                0 if prediction is None else prediction.scaled.data_ptr(),
+                0 if prediction is None else _address(prediction.reduced),
+                0 if dx is None else dx.data_ptr(),
+            ),
+        )
+        increment_version(self.written)
+        return Step(h, prediction, dx)
+
+
 # An update reads delta as it is: what made it does not matter.
 _PLAIN = LinearConfig()
 
@@ -348,10 +394,10 @@ def _train(
     reduced = prediction.reduced
     if reduced is not None:
         reduced = reduced.contiguous()
-    arguments, context = _synthesizer(synthesizer, context, h.dtype)
+    given, context = _context(synthesizer, context)
     _cpu.synthesizer_train(
         h.dtype is _FLOAT64,
-        arguments,
+        _synthesizer(synthesizer) + given,
         rule,
         (
             *h.shape,

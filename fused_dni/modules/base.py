@@ -219,7 +219,9 @@ class DecoupledModule(nn.Module):
     def step_locally(
         self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
-        """Forward, prediction and, with a rule, the update; gradients in the result without."""
+        """Forward, prediction and, with a rule, the update; gradients in the result without.
+
+        Nothing that is returned carries a graph."""
         raise NotImplementedError
 
     def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
@@ -244,19 +246,18 @@ class DecoupledModule(nn.Module):
 
     def fused_synthesizer(self, h: Tensor) -> SynthesizerTensors | None:
         """The synthesizer's tensors if the kernels can run it on h, else None."""
-        if isinstance(self.synthesizer, Synthesizer) and h.dim() == 2:
-            return self.synthesizer.fused()
+        synthesizer = self._modules["synthesizer"]
+        if isinstance(synthesizer, Synthesizer) and h.dim() == 2:
+            return synthesizer.fused()
         return None
 
     def synthesizer_parameters(self) -> tuple[Tensor | None, ...]:
         """The slots that ``synthesizer_update`` works on."""
-        if self.synthesizer is None:
+        synthesizer = self._modules["synthesizer"]
+        if synthesizer is None:
             return ()
-        if isinstance(self.synthesizer, Synthesizer):
-            fused = self.synthesizer.fused()
-            if fused is not None:
-                return fused.parameters()
-        return tuple(self.synthesizer.parameters())
+        fused = synthesizer.fused() if isinstance(synthesizer, Synthesizer) else None
+        return tuple(synthesizer.parameters()) if fused is None else fused.parameters()
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         """The backend that runs fused synthesizers on h."""
@@ -424,17 +425,15 @@ class DecoupledModule(nn.Module):
         """
         self.refuse_fused_rule()
         phase = self.phase
-        if self.synthesizer is None or phase.true_share > 0.0:
+        if self._modules["synthesizer"] is None or phase.true_share > 0.0:
             self.refuse_later(context)
-            anchor = _anchor(self.local_parameters()) if self.synthesizer is None else None
-            if anchor is None and self.synthesizer is not None:
-                anchor = _anchor((*self.local_parameters(), *self.synthesizer_parameters()))
+            anchor = _anchor((*self.local_parameters(), *self.synthesizer_parameters()))
             h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)
             return h
         learns = phase.target
-        if not learns and not any(t.requires_grad for t in asked):
-            with torch.no_grad():
-                return self.step_locally(inputs, context, False, False).h
+        asks = any(t.requires_grad for t in asked)
+        if not learns and not asks:
+            return self.step_locally(inputs, context, False, False).h
         anchor = _anchor(self.synthesizer_parameters()) if learns else None
         stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
         return stepped
@@ -628,6 +627,22 @@ class _Deferred(torch.autograd.Function):
         if scale is not None:
             dx = tuple(None if t is None else t * scale for t in dx)
         return none[:5] + dx
+
+
+def run_apart(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, dict[int, Tensor]]:
+    """Run a module whose parameters' gradients will be taken now and returned by a node later.
+
+    Hooks on the parameters are to see them then and not now.
+
+    Returns:
+        The output and, by the identity of each parameter with hooks, what stood in for it.
+    """
+    parameters = dict(module.named_parameters())
+    aliases = {n: p.detach().requires_grad_() for n, p in parameters.items() if p._backward_hooks}
+    if not aliases:
+        return module(*inputs, **named), {}
+    out = torch.func.functional_call(module, aliases, inputs, named)
+    return out, {id(parameters[n]): alias for n, alias in aliases.items()}
 
 
 def _autocast_to(dtype: torch.dtype, device: torch.device, module: nn.Module) -> Any:

@@ -151,7 +151,7 @@ class Decoupled(DecoupledModule):
         inner, leaves = self._inner(inputs, need_dx)
         h = inner.detach()
         forecast = self.predict(h, context, learns)
-        dx, made = self._differentiate(inner, leaves, self.synthetic(forecast, h))
+        dx, made = self._differentiate(inner, leaves, self.synthetic(forecast, h).detach())
         if self.update is not None:
             self.apply_update([made])
             made = ()

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from fused_dni.backends import registry
 from fused_dni.backends.base import (
     Backend,
+    BoundStep,
     LinearConfig,
     LinearGradients,
     LinearTensors,
+    RuleTensors,
+    SynthesizerTensors,
 )
 from fused_dni.context import fold_context
 from fused_dni.functional import check, ops
@@ -45,6 +48,18 @@ def activation_name(module: nn.Module) -> str | None:
         if type(module) is cls:
             return name
     return "identity" if type(module) is nn.Identity else None
+
+
+class _Binding:
+    """A bound step and what it was bound to; empty again in a copied or unpickled layer."""
+
+    def __init__(self) -> None:
+        self.step: BoundStep | None = None
+        self.rule: RuleTensors | None = None
+        self.key: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_Binding], tuple[()]]:
+        return _Binding, ()
 
 
 class FusedDNILinear(DecoupledModule):
@@ -163,6 +178,7 @@ class FusedDNILinear(DecoupledModule):
             self.norm = nn.LayerNorm(out_features, eps, **factory)
         else:
             self.register_module("norm", None)
+        self._binding = _Binding()
         self.attach(synthesizer, synthesizer_update or update)
 
     # -- forward -------------------------------------------------------------------------------
@@ -199,7 +215,7 @@ class FusedDNILinear(DecoupledModule):
             h = linear_tensors(x, layer, config, False, backend, need_dx=need_dx)
             return self._unfold(h, input)
         phase = self.phase
-        if decoupled or self.update is not None:
+        if x.dtype is torch.float16 and (decoupled or self.update is not None):
             self.refuse_untold_scale(x.device.type)
         if phase.probe is not None:
             h = linear_tensors(x, layer, config, True, backend)
@@ -302,29 +318,52 @@ class FusedDNILinear(DecoupledModule):
     def synthesizer_backend(self, h: Tensor) -> Backend:
         return registry.resolve(self.backend, h, self.weight)
 
+    def _bound(
+        self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
+    ) -> BoundStep:
+        """The decoupled step over these tensors, bound anew when one of them has moved."""
+        assert self.update is not None
+        rule = self.update.tensors(layer[:4])
+        tensors = (*layer, *synthesizer.parameters())
+        key = (
+            backend,
+            self.config,
+            self.max_norm,
+            [None if t is None else t.data_ptr() for t in tensors],
+        )
+        bound = self._binding
+        if bound.step is None or bound.rule is not rule or bound.key != key:
+            bound.rule, bound.key = rule, key
+            bound.step = backend.bind_step(
+                layer, self.config, synthesizer, self.max_norm or 0.0, rule
+            )
+        return bound.step
+
     def step_locally(
         self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
         x, layer, backend = inputs
-        config = self.config
         fused = self.fused_synthesizer(x)
         if self.update is not None and fused is not None:
-            step = ops.linear_step_(
-                backend,
-                x,
-                layer,
-                config,
-                fused,
-                context,
-                self.scale_of(x),
-                self.max_norm or 0.0,
-                self.update.tensors(layer[:4]),
-                need_dx,
-                learns,
-            )
+            run = self._bound(layer, backend, fused)
+            step = run(x, context, self.scale_of(x), need_dx, learns)
             p = step.prediction
             forecast = None if p is None else Forecast(p.scaled, p, None)
             return LocalStep(step.h, (step.dx,), forecast)
+        with torch.no_grad():
+            return self._step_composed(x, layer, backend, context, need_dx, learns)
+
+    def _step_composed(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        backend: Backend,
+        context: Tensor | None,
+        need_dx: bool,
+        learns: bool,
+    ) -> LocalStep:
+        """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
+        config = self.config
         self.check_labels(context)
         h, saved = ops.linear_forward(backend, x, layer, config, True, True)
         forecast = self.predict(h, context, learns)

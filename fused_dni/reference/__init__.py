@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_dni.reference.linear import (
+    bind_step,
     linear_backward,
     linear_forward,
     linear_step_,
@@ -53,6 +54,7 @@ class ReferenceBackend:
     linear_backward = staticmethod(linear_backward)
     linear_update_ = staticmethod(linear_update_)
     linear_step_ = staticmethod(linear_step_)
+    bind_step = staticmethod(bind_step)
     synthesizer_predict = staticmethod(synthesizer_predict)
     synthesizer_gradients = staticmethod(synthesizer_gradients)
     synthesizer_update_ = staticmethod(synthesizer_update_)

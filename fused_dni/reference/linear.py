@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.backends.base import (
+    BoundStep,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -279,3 +280,31 @@ def linear_step_(
     else:
         skip_(rule)
     return Step(h, prediction if need_prediction else None, gradients.x)
+
+
+def bind_step(
+    layer: LinearTensors,
+    config: LinearConfig,
+    synthesizer: SynthesizerTensors,
+    max_norm: float,
+    rule: RuleTensors,
+) -> BoundStep:
+    """:func:`linear_step_` with what does not change from batch to batch."""
+
+    def step(
+        x: Tensor, context: Tensor | None, target_scale: float, need_dx: bool, need_prediction: bool
+    ) -> Step:
+        return linear_step_(
+            x,
+            layer,
+            config,
+            synthesizer,
+            context,
+            target_scale,
+            max_norm,
+            rule,
+            need_dx,
+            need_prediction,
+        )
+
+    return step
