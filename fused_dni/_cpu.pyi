@@ -1,4 +1,4 @@
-"""Types of the C++ extension; its definitions are in csrc/cpu/bindings.cpp."""
+# Types of the C++ extension; its definitions are in csrc/cpu/bindings.cpp.
 
 from typing import Any
 
