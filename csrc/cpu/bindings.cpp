@@ -16,8 +16,7 @@ namespace {
 // Reads the items of a tuple one after another; all of them must be read.
 class Reader {
  public:
-  explicit Reader(const py::tuple& items)
-      : items_(items.ptr()), size_(PyTuple_GET_SIZE(items_)) {}
+  explicit Reader(const py::tuple& items) : items_(items.ptr()), size_(PyTuple_GET_SIZE(items_)) {}
 
   std::int64_t integer() { return checked(PyLong_AsLongLong(next())); }
   double real() { return checked(PyFloat_AsDouble(next())); }
@@ -225,8 +224,8 @@ PYBIND11_MODULE(_cpu, m) {
         if (set_isa(name)) return;
         std::string known;
         for (const std::string& each : isas()) known += (known.empty() ? "" : ", ") + each;
-        throw py::value_error("instruction set '" + name + "' cannot run here; available: " +
-                              known);
+        throw py::value_error("instruction set '" + name +
+                              "' cannot run here; available: " + known);
       },
       py::arg("name"), "Use another instruction set, for tests and comparisons.");
   m.def(

@@ -127,8 +127,8 @@ FUSED_DNI_INLINE void for_panels(Index begin, Index end, Body&& body) {
 // C[rows][cols] (+)= A B with B in the transposed layout (or any layout whose rows are padded to
 // whole vectors); C's rows are padded likewise.
 template <class T>
-void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Index a_col,
-              const T* b, Index b_row, T* c, Index c_row, bool accumulate) {
+void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Index a_col, const T* b,
+              Index b_row, T* c, Index c_row, bool accumulate) {
   const Index block = block_depth<T>(depth);
   for_panels<T>(0, cols, [&](Index col, Index, Index vectors) {
     const TileFunction<T> run = tile_for<T>(vectors);
@@ -164,9 +164,9 @@ FUSED_DNI_INLINE Index packed_scratch(Index rows) {
 // first-level cache; touch(row, count) is called before the last block of that tile is begun,
 // so that body can have its data fetched meanwhile.
 template <class T, class Touch, class Body>
-FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, const T* a,
-                                      Index a_row, Index a_col, const T* b, Index b_row,
-                                      T* scratch, Touch&& touch, Body&& body) {
+FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, const T* a, Index a_row,
+                                      Index a_col, const T* b, Index b_row, T* scratch,
+                                      Touch&& touch, Body&& body) {
   T* packed = scratch;
   T* sums = scratch + kBlockK<T> * kPanel<T>;
   const TileFunction<T> run = tile_for<T>(ceil_div(width, kLanes<T>));

@@ -72,13 +72,13 @@ struct Forward {
   const T* x = nullptr;  // [N, I]
 
   T* x_transposed = nullptr;  // [I][stride]
-  T* z = nullptr;             // [O][stride]: x W^T, then the input of scale-and-shift or of the activation
-  T* h = nullptr;             // [O][stride]
-  T* rstd = nullptr;          // [O] batch, [threads][stride] layer: a copy a thread
-  T* batch_mean = nullptr;    // [O]
-  T* batch_var = nullptr;     // [O], unbiased
-  T* parts = nullptr;         // [threads][2][stride]: mean and squared deviations over a thread's features
-  T* column_mean = nullptr;   // [threads][stride]: over all features, a copy a thread
+  T* z = nullptr;     // [O][stride]: x W^T, then the input of scale-and-shift or of the activation
+  T* h = nullptr;     // [O][stride]
+  T* rstd = nullptr;  // [O] batch, [threads][stride] layer: a copy a thread
+  T* batch_mean = nullptr;  // [O]
+  T* batch_var = nullptr;   // [O], unbiased
+  T* parts = nullptr;  // [threads][2][stride]: mean and squared deviations over a thread's features
+  T* column_mean = nullptr;  // [threads][stride]: over all features, a copy a thread
 
   void plan(Scratch& scratch, int threads) {
     const bool batch = layer.normalization == kBatch, columns = layer.normalization == kLayer;
@@ -198,7 +198,8 @@ struct Forward {
     for (Index n = 0; n < layer.rows; n += kLanes<T>) {
       Vec<T> mean{}, squares{};
       for (int t = 0; t < team.size; ++t)
-        mean += load(parts + 2 * t * stride + n) * T(own_features<T>(layer.out, t, team.size).size());
+        mean +=
+            load(parts + 2 * t * stride + n) * T(own_features<T>(layer.out, t, team.size).size());
       mean /= T(layer.out);
       for (int t = 0; t < team.size; ++t) {
         const Vec<T> d = load(parts + 2 * t * stride + n) - mean;
@@ -206,8 +207,7 @@ struct Forward {
                    d * d * T(own_features<T>(layer.out, t, team.size).size());
       }
       store(column_mean + team.rank * stride + n, mean);
-      store(rstd + team.rank * stride + n,
-            T(1) / square_root(squares / T(layer.out) + layer.eps));
+      store(rstd + team.rank * stride + n, T(1) / square_root(squares / T(layer.out) + layer.eps));
     }
   }
 };
@@ -260,8 +260,7 @@ struct Backward {
   }
 
   // Behind run() for all of the thread's features: what mixes features, if anything does.
-  void finish(const Team& team, Range own, const T* rstd_of_column,
-              Magnitude<T>& magnitude) const {
+  void finish(const Team& team, Range own, const T* rstd_of_column, Magnitude<T>& magnitude) const {
     if (layer.normalization != kLayer) return;
     const Index rows = layer.rows, stride = layer.stride;
     T* sum = columns + 2 * team.rank * stride;
@@ -333,8 +332,8 @@ struct Backward {
     const T mean = layer.batch_statistics ? shift / T(rows) : T(0);
     const T gain = layer.scale_of(o) * rstd[o];
     for (Index n = 0; n < rows; n += kLanes<T>) {
-      const Vec<T> d = valid<T>(
-          (load(row + n) - mean - load(normalized + n) * along) * gain, n, rows);
+      const Vec<T> d =
+          valid<T>((load(row + n) - mean - load(normalized + n) * along) * gain, n, rows);
       store(row + n, d);
       bias += d;
       magnitude.add(d);
@@ -435,8 +434,8 @@ void linear_backward(const LinearBackward& a) {
       backward.run(team, first, last, T(1), magnitude);
     });
     backward.finish(team, own, rstd, magnitude);
-    from_transposed(backward.delta + own.begin * layer.stride, layer.stride, layer.rows,
-                    own.size(), static_cast<T*>(a.delta) + own.begin, layer.out);
+    from_transposed(backward.delta + own.begin * layer.stride, layer.stride, layer.rows, own.size(),
+                    static_cast<T*>(a.delta) + own.begin, layer.out);
     const auto give = [&](const T* from, void* to) {
       if (to)
         for (Index o = own.begin; o < own.end; ++o) static_cast<T*>(to)[o] = from[o];
@@ -482,9 +481,8 @@ void linear_update(const LinearUpdate& a) {
                           static_cast<const T*>(a.grad_norm_weight),
                           static_cast<const T*>(a.grad_norm_bias)};
     Report<T> report;
-    report.delta = to_transposed(static_cast<const T*>(a.delta) + own.begin, layer.out,
-                                 layer.rows, own.size(), delta + own.begin * layer.stride,
-                                 layer.stride);
+    report.delta = to_transposed(static_cast<const T*>(a.delta) + own.begin, layer.out, layer.rows,
+                                 own.size(), delta + own.begin * layer.stride, layer.stride);
     report.x = magnitude_of(x + batch.begin * layer.in, batch.size() * layer.in);
     for (int s = 0; s < 3; ++s)
       if (vectors[s] && a.rule.trainable[s + 1])
@@ -552,8 +550,8 @@ void linear_step(const LinearStep& a) {
       T* rows = backward.delta + first * stride;
       predictor.predict(team, first, last, forward.h, rows);
       if (a.scaled)
-        from_transposed(rows, stride, layer.rows, last - first,
-                        static_cast<T*>(a.scaled) + first, layer.out);
+        from_transposed(rows, stride, layer.rows, last - first, static_cast<T*>(a.scaled) + first,
+                        layer.out);
     };
     double factor = 1.0 / a.target_scale;
     if (a.max_norm > 0.0) {  // the norm mixes features: all of them before any goes on

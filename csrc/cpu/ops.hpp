@@ -17,8 +17,8 @@ struct LayerArguments {
   int activation;     // index into ACTIVATIONS
   double eps, momentum;
   bool training;
-  void* weight;        // [O, I]
-  void* bias;          // [O], as all that follow
+  void* weight;  // [O, I]
+  void* bias;    // [O], as all that follow
   void* norm_weight;
   void* norm_bias;
   void* running_mean;

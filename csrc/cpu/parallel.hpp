@@ -74,8 +74,8 @@ class Scratch {
   template <class T>
   T* take(Index count) {
     const std::uintptr_t piece = base_ + used_;
-    used_ += static_cast<std::uintptr_t>(
-        round_up(count * static_cast<Index>(sizeof(T)), kLineBytes));
+    used_ +=
+        static_cast<std::uintptr_t>(round_up(count * static_cast<Index>(sizeof(T)), kLineBytes));
     return reinterpret_cast<T*>(piece);
   }
 

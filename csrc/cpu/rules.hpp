@@ -12,13 +12,13 @@ struct Rule {
   enum Kind { kPlain, kMomentum, kNesterov, kAdam, kAdamW };
 
   Kind kind;
-  T lr;                   // with Adam already divided by 1 - beta1^t
-  T beta1, beta2;         // beta1 is SGD's momentum
-  T new1, new2;           // 1 - beta
+  T lr;            // with Adam already divided by 1 - beta1^t
+  T beta1, beta2;  // beta1 is SGD's momentum
+  T new1, new2;    // 1 - beta
   T eps;
-  T decay;                // L2 penalty
-  T keep;                 // AdamW: what decoupled decay leaves of a parameter
-  T second_scale;         // 1 / sqrt(1 - beta2^t)
+  T decay;         // L2 penalty
+  T keep;          // AdamW: what decoupled decay leaves of a parameter
+  T second_scale;  // 1 / sqrt(1 - beta2^t)
 
   explicit Rule(const RuleArguments& from) {
     const double* hyper = from.hyper;
@@ -80,8 +80,8 @@ FUSED_DNI_INLINE Slot<T> slot_of(const RuleArguments& rule, int index, void* par
 
 // Elements [begin, begin + count) of a slot, with their gradient at g.
 template <class T, typename Rule<T>::Kind kKind>
-FUSED_DNI_INLINE void apply_span(const Rule<T>& rule, const Slot<T>& slot, Index begin,
-                                 Index count, const T* g) {
+FUSED_DNI_INLINE void apply_span(const Rule<T>& rule, const Slot<T>& slot, Index begin, Index count,
+                                 const T* g) {
   constexpr bool kFirst = kKind != Rule<T>::kPlain;
   constexpr bool kSecond = kKind == Rule<T>::kAdam || kKind == Rule<T>::kAdamW;
   Index i = 0;

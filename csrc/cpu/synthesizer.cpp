@@ -40,8 +40,8 @@ void synthesizer_predict(const SynthesizerPredict& a) {
     from_transposed(scaled + own.begin * stride, stride, a.rows, own.size(),
                     static_cast<T*>(a.scaled) + own.begin, features);
     if (a.reduced && team.rank == 0)
-      from_transposed(predictor.reduced, stride, a.rows, predictor.rank,
-                      static_cast<T*>(a.reduced), predictor.rank);
+      from_transposed(predictor.reduced, stride, a.rows, predictor.rank, static_cast<T*>(a.reduced),
+                      predictor.rank);
   });
 }
 
@@ -56,15 +56,15 @@ struct Trainer {
   const bool train_dense;                     // the weight's gradient is a large product
   WeightPhase<T> product;
 
-  T* error = nullptr;     // [O][stride]: s, then e
-  T* other = nullptr;     // [O][stride]: g, then h where a diagonal weight needs it
-  T* reduced = nullptr;   // [N][rank_row]: p
-  T* context = nullptr;   // [N][class_row]: one-hot labels or conditioning vectors
-  T* weight = nullptr;    // [O][rank_row]: V
-  T* back = nullptr;      // [threads][N][rank_row]: parts of e V; their sum in every thread's copy
-  T* back_sum = nullptr;  // [threads][N][rank_row]
-  T* panels = nullptr;    // [threads][..]
-  double* sums = nullptr;      // [threads][8], a line each
+  T* error = nullptr;      // [O][stride]: s, then e
+  T* other = nullptr;      // [O][stride]: g, then h where a diagonal weight needs it
+  T* reduced = nullptr;    // [N][rank_row]: p
+  T* context = nullptr;    // [N][class_row]: one-hot labels or conditioning vectors
+  T* weight = nullptr;     // [O][rank_row]: V
+  T* back = nullptr;       // [threads][N][rank_row]: parts of e V; their sum in every thread's copy
+  T* back_sum = nullptr;   // [threads][N][rank_row]
+  T* panels = nullptr;     // [threads][..]
+  double* sums = nullptr;  // [threads][8], a line each
   Report<T>* reports = nullptr;  // [threads]
 
   T* grad_weight = nullptr;   // [O][rank_row], or [O] for a diagonal one
@@ -85,8 +85,7 @@ struct Trainer {
         factor(T(2.0 / static_cast<double>(a.rows))),
         kappa(T(a.target_scale)),
         train_dense(kind == kDense),
-        product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {
-  }
+        product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {}
 
   bool scatters() const { return a.synthesizer.labels && classes > kOneHotClasses; }
 
@@ -160,8 +159,8 @@ struct Trainer {
         for (int t = 1; t < team.size; ++t) v += load(back + t * count + i);
         store(q + i, v);
       }
-      multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced,
-               rank_row, grad_weight + own.begin * rank_row, rank_row, false);
+      multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced, rank_row,
+               grad_weight + own.begin * rank_row, rank_row, false);
       for_panels<T>(own.begin, own.end, [&](Index o, Index width, Index) {
         multiply_packed(
             rank, width, rows, q, 1, rank_row, product.x + o, features,

@@ -52,28 +52,25 @@ struct WeightPhase {
     const Index across = smaller(team.size, ceil_div(in, kPanel<T>));
     const Index down = team.size / across;
     const bool idle = team.rank >= across * down;
-    const Range columns =
-        idle ? Range{0, 0} : part(in, kLanes<T>, team.rank % across, across);
+    const Range columns = idle ? Range{0, 0} : part(in, kLanes<T>, team.rank % across, across);
     const Range batch = part(rows, kTileRows, team.rank / across, down);
     const Range features = part(out, kTileRows, team.rank / across, down);
     T* scratch = packed + team.rank * piece();
 
     const auto multiply_x = [&](Index i, Index width) {
       multiply_packed(
-          batch.size(), width, out, delta + batch.begin, 1, stride, weight + i,
-          in, scratch, [](Index, Index) {},
+          batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, in, scratch,
+          [](Index, Index) {},
           [&](Index n, Index count, const T* sums) {
             for (Index r = 0; r < count; ++r, sums += kPanel<T>)
               for (Index v = 0; v < width; v += kLanes<T>)
-                store_upto(grad_x + (batch.begin + n + r) * in + i + v, load(sums + v),
-                           width - v);
+                store_upto(grad_x + (batch.begin + n + r) * in + i + v, load(sums + v), width - v);
           });
     };
     const auto multiply_weight = [&](Index i, Index width) {
       multiply_packed(
-          features.size(), width, rows, delta + features.begin * stride, stride,
-          1, x + i, in, scratch,
-          [&](Index o, Index count) { touch(features.begin + o, count, i, width); },
+          features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i, in,
+          scratch, [&](Index o, Index count) { touch(features.begin + o, count, i, width); },
           [&](Index o, Index count, const T* sums) {
             body(features.begin + o, count, i, width, sums);
           });
@@ -151,8 +148,7 @@ bool agree_finite(const Team& team, Report<T>* reports, const WeightPhase<T>& pr
   // Finite factors whose product cannot overflow need not be multiplied to know. Halved
   // throughout, so that the bound itself is exact enough and does not overflow.
   const T largest = Simd<T>::kLargest;
-  if (!weight || delta <= largest / T(2) / T(product.rows) / (x > T(1) ? x : T(1)))
-    return true;
+  if (!weight || delta <= largest / T(2) / T(product.rows) / (x > T(1) ? x : T(1))) return true;
   reports[team.rank].product_finite = product.finite(team);
   team.sync();
   for (int t = 0; t < team.size; ++t)
