@@ -44,6 +44,7 @@ TINY = train.Settings(
     warmup_steps=4,
     rank=4,
     lr=1e-2,
+    seeds=(0,),
     sg_lr=1e-2,
 )
 
