@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,19 @@ from fused_dni.modules.base import (
     DecoupledModule,
     LocalStep,
     apply_given,
+    run_apart,
     sum_slots,
 )
 from fused_dni.rules import Rule
+
+
+class _Inner(NamedTuple):
+    """A run of the segment: its output with its graph, and the inputs to differentiate for; by the
+    identity of a parameter, what stood in for it (see :func:`run_apart`)."""
+
+    h: Tensor
+    leaves: list[Tensor | None]
+    aliases: dict[int, Tensor]
 
 
 class Decoupled(DecoupledModule):
@@ -102,7 +112,10 @@ class Decoupled(DecoupledModule):
         return fold_context(context, n, features, like)
 
     def _run(self, inputs: tuple[Any, ...]) -> Tensor:
-        h = self.module(*inputs)
+        return self._checked(self.module(*inputs))
+
+    @staticmethod
+    def _checked(h: Any) -> Tensor:
         if not isinstance(h, Tensor):
             raise TypeError(
                 "the decoupled segment must return one tensor, got "
@@ -119,8 +132,8 @@ class Decoupled(DecoupledModule):
         assert self.synthesizer is not None
         return registry.resolve(None, h, next(self.synthesizer.parameters()))
 
-    def _inner(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the segment in a graph of its own; also the tensors to differentiate for."""
+    def _inner(self, inputs: tuple[Any, ...], need_dx: bool) -> _Inner:
+        """Run the segment in a graph of its own."""
         leaves: list[Tensor | None] = []
         cut: list[Any] = []
         for t in inputs:
@@ -130,12 +143,16 @@ class Decoupled(DecoupledModule):
                 leaves.append(t if wanted else None)
             cut.append(t)
         with torch.enable_grad():
-            return self._run(tuple(cut)), leaves
+            if self.update is not None:  # gradients are used here: hooks see them here
+                return _Inner(self._run(tuple(cut)), leaves, {})
+            h, aliases = run_apart(self.module, *cut)
+            return _Inner(self._checked(h), leaves, aliases)
 
     def _differentiate(
-        self, h: Tensor, leaves: list[Tensor | None], gradient: Tensor
+        self, inner: _Inner, gradient: Tensor
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        slots = [*leaves, *self.local_parameters()]
+        h, leaves, aliases = inner
+        slots = [*leaves, *(aliases.get(id(p), p) for p in self.local_parameters())]
         wanted = [t for t in slots if t is not None and t.requires_grad]
         made: tuple[Tensor | None, ...] = ()
         if wanted and h.requires_grad:
@@ -148,24 +165,23 @@ class Decoupled(DecoupledModule):
         self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
         self.check_labels(context)
-        inner, leaves = self._inner(inputs, need_dx)
-        h = inner.detach()
+        inner = self._inner(inputs, need_dx)
+        h = inner.h.detach()
         forecast = self.predict(h, context, learns)
-        dx, made = self._differentiate(inner, leaves, self.synthetic(forecast, h).detach())
+        dx, made = self._differentiate(inner, self.synthetic(forecast, h).detach())
         if self.update is not None:
             self.apply_update([made])
             made = ()
         return LocalStep(h, dx, forecast if learns else None, made)
 
     def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
-        inner, leaves = self._inner(inputs, need_dx)
-        return inner.detach(), (inner, leaves)
+        inner = self._inner(inputs, need_dx)
+        return inner.h.detach(), inner
 
     def close(
         self, trace: Any, gradient: Tensor, need_dx: bool
     ) -> tuple[tuple[Tensor | None, ...], Any]:
-        inner, leaves = trace
-        return self._differentiate(inner, leaves, gradient)
+        return self._differentiate(trace, gradient)
 
     def apply_update(self, contributions: list[Any]) -> None:
         assert self.update is not None

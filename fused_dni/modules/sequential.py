@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_dni.functional.linear import TWICE
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson, run_apart
 from fused_dni.pending import at_end_of_backward
 
 
@@ -66,6 +66,10 @@ def _decouples(module: nn.Module) -> bool:
     return isinstance(module, DecoupledModule) and module.synthesizer is not None
 
 
+def _ruled(module: nn.Module) -> bool:
+    return isinstance(module, DecoupledModule) and module.update is not None
+
+
 def _plain(modules: list[nn.Module], x: Tensor, context: Tensor | None) -> Tensor:
     for module in modules:
         takes = context is not None and _decouples(module)
@@ -78,8 +82,7 @@ def _owed(body: list[nn.Module], target: bool) -> list[nn.Parameter]:
     make the node require a gradient on steps with targets, the last synthesizer's."""
     owed: dict[int, nn.Parameter] = {}
     for module in body:
-        ruled = isinstance(module, DecoupledModule) and module.update is not None
-        owed.update((id(p), p) for p in (() if ruled else module.parameters()))
+        owed.update((id(p), p) for p in (() if _ruled(module) else module.parameters()))
     last = body[-1]
     assert isinstance(last, DecoupledModule) and last.synthesizer is not None
     if target:
@@ -106,6 +109,7 @@ def _take_down(
     h: Tensor,
     wants: bool,
     trained: list[nn.Parameter],
+    aliases: dict[int, Tensor],
     gradient: Tensor | None,
     grads: _Gradients,
 ) -> Tensor | None:
@@ -116,7 +120,7 @@ def _take_down(
     gradient = gradient.reshape(x.shape)
     if x is h:
         return gradient if wants else None
-    wanted: list[Tensor] = [h, *trained] if wants else list(trained)
+    wanted: list[Tensor] = [*([h] if wants else []), *(aliases.get(id(p), p) for p in trained)]
     if not wanted or not x.requires_grad:
         return None
     made = torch.autograd.grad(x, wanted, gradient, allow_unused=True)
@@ -157,12 +161,19 @@ class _Delivered(torch.autograd.Function):
                 continue
             assert isinstance(module, DecoupledModule)
             with torch.enable_grad():
-                x = _plain(between, h, context)
+                x = h
+                aliases: dict[int, Tensor] = {}
+                for ordinary in between:
+                    if _ruled(ordinary):
+                        x = ordinary(x)
+                        continue
+                    x, made = run_apart(ordinary, x)
+                    aliases.update(made)
                 trained = [p for m in between for p in m.parameters() if p.requires_grad]
                 delivery = Delivery(module, wants or bool(trained), target)
                 above = delivery.run(x.detach(), context)
             grads.add(module.local_parameters(), delivery.gradients)
-            arrived = _take_down(x, h, wants, trained, delivery.dx, grads)
+            arrived = _take_down(x, h, wants, trained, aliases, delivery.dx, grads)
             if below is None:
                 dx = arrived
             elif arrived is not None:
