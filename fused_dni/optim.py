@@ -66,13 +66,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not groups:
             raise ValueError("model has no layer with a fused rule (update=...) to optimize")
         super().__init__(groups, {})
+        # What all rules have, for schedulers that look whether there is a momentum to cycle.
+        common = set.intersection(*(set(rule.rule.defaults()) for rule, _ in self._linked))
+        first = self._linked[0][0].rule.defaults()
+        self.defaults = {name: value for name, value in first.items() if name in common}
         for (rule, _), group in zip(self._linked, self.param_groups, strict=True):
             rule.group = group
 
     # GradScaler then hands its scale to this object instead of refusing to find gradients.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply nothing (the layers have updated themselves); evaluate ``closure`` if given.
@@ -80,7 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: called by a ``GradScaler`` whose scale the layers were not told.
         """
-        if self.grad_scale is not None and any(m.phase.loss_scale is None for m in self._modules):
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None and any(m.phase.loss_scale is None for m in self._modules):
             raise RuntimeError(
                 "the loss was scaled by a GradScaler that decoupled layers were not told about, so "
                 "gradients of different scales were mixed: use "
@@ -117,6 +120,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: groups or parameters that do not fit this model's; nothing is changed.
         """
         _check_shapes(state_dict, self.param_groups)
+        for old, (rule, _) in zip(state_dict["param_groups"], self._linked, strict=True):
+            absent = [name for name in rule.rule.defaults() if name not in old]
+            if absent:
+                raise ValueError(
+                    f"the saved group {old.get('name')!r} has no {absent[0]!r}: it belongs to "
+                    f"another update rule than {rule.rule}"
+                )
         super().load_state_dict(state_dict)
         for (rule, slots), group in zip(self._linked, self.param_groups, strict=True):
             rule.group = group
@@ -128,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             rule.load(
                 int(known["step"]),
-                int(known["skipped"]),
+                int(known.get("skipped", 0)),
                 [e.get(names[0]) for e in entries],
                 [e.get(names[1]) for e in entries],
             )

@@ -30,7 +30,7 @@ class Schedule:
             None for never.
         mix: share of the true gradient in the gradient used, on steps with targets; in [0, 1].
         loss_scale: the factor on the loss, if there is one: a number or a ``GradScaler``, read at
-            every :meth:`step`.
+            every :meth:`step` (which therefore comes after ``scaler.update()``).
 
     Raises:
         ValueError: an argument out of range, or a model without decoupled layers.
@@ -50,6 +50,8 @@ class Schedule:
             raise ValueError(f"target_every must be at least 1 or None, got {target_every}")
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"mix must be in [0, 1], got {mix}")
+        if isinstance(loss_scale, (int, float)) and not 0.0 < loss_scale < float("inf"):
+            raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
         self._layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
         if not self._layers:
             raise ValueError("model has no decoupled layers (see fused_dni.convert)")
@@ -58,6 +60,7 @@ class Schedule:
         self.mix = mix
         self.loss_scale = loss_scale
         self.steps = 0
+        self._told: Phase | None = None
         self._tell()
 
     def step(self) -> None:
@@ -80,7 +83,8 @@ class Schedule:
 
     def _tell(self) -> None:
         phase = self.phase()
-        if self._layers[0].phase != phase:
+        if phase != self._told:
+            self._told = phase
             for layer in self._layers:
                 layer.phase = phase
 
