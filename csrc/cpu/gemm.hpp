@@ -36,22 +36,16 @@ FUSED_DNI_INLINE Index block_depth(Index depth) {
   return depth <= kBlockK<T> ? larger(depth, 1) : ceil_div(depth, ceil_div(depth, kBlockK<T>));
 }
 
+// C = keep * C + gain * A B for one tile; C is not read if keep is 0.
 template <class T, int kRows, int kVectors>
 FUSED_DNI_INLINE void tile(Index depth, const T* a, Index a_row, Index a_col, const T* b,
-                           Index b_row, T* c, Index c_row, bool accumulate) {
+                           Index b_row, T* c, Index c_row, T keep, T gain) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
-  if (accumulate) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = load(c + m * c_row + v * L);
-  } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = Vec<T>{};
-  }
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = Vec<T>{};
   for (Index k = 0; k < depth; ++k) {
     Vec<T> row[kVectors];
 #pragma GCC unroll 8
@@ -65,10 +59,20 @@ FUSED_DNI_INLINE void tile(Index depth, const T* a, Index a_row, Index a_col, co
     a += a_col;
     b += b_row;
   }
+  if (keep == T(0)) {
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(c + m * c_row + v * L, sum[m][v]);
+      for (int v = 0; v < kVectors; ++v) store(c + m * c_row + v * L, gain * sum[m][v]);
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        T* at = c + m * c_row + v * L;
+        store(at, keep * load(at) + gain * sum[m][v]);
+      }
+  }
 }
 
 // How many rows the next tile takes of `left`: full tiles, and a remainder shared by the last two,
@@ -80,21 +84,21 @@ FUSED_DNI_INLINE Index next_rows(Index left) {
 
 template <class T, int kVectors>
 [[gnu::noinline]] void tile_of(Index rows, Index depth, const T* a, Index a_row, Index a_col,
-                               const T* b, Index b_row, T* c, Index c_row, bool accumulate) {
+                               const T* b, Index b_row, T* c, Index c_row, T keep, T gain) {
   static_assert(kTileRows == 6);
   switch (rows) {
-    case 1: return tile<T, 1, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 2: return tile<T, 2, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 3: return tile<T, 3, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 4: return tile<T, 4, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 5: return tile<T, 5, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    default: return tile<T, 6, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 1: return tile<T, 1, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
+    case 2: return tile<T, 2, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
+    case 3: return tile<T, 3, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
+    case 4: return tile<T, 4, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
+    case 5: return tile<T, 5, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
+    default: return tile<T, 6, kVectors>(depth, a, a_row, a_col, b, b_row, c, c_row, keep, gain);
   }
 }
 
 template <class T>
 using TileFunction = void (*)(Index rows, Index depth, const T* a, Index a_row, Index a_col,
-                              const T* b, Index b_row, T* c, Index c_row, bool accumulate);
+                              const T* b, Index b_row, T* c, Index c_row, T keep, T gain);
 
 // The tile function for a panel of `vectors` <= kTileVectors vectors.
 template <class T>
@@ -137,7 +141,7 @@ void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Inde
       for (Index m = 0; m < rows;) {
         const Index take = next_rows(rows - m);
         run(take, count, a + m * a_row + k * a_col, a_row, a_col, b + k * b_row + col, b_row,
-            c + m * c_row + col, c_row, accumulate || k > 0);
+            c + m * c_row + col, c_row, T(accumulate || k > 0 ? 1 : 0), T(1));
         m += take;
       }
     }
@@ -152,14 +156,36 @@ void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
     for (Index v = 0; v < width; v += L) store(dst + v, load_upto(src + v, width - v));
 }
 
+// C[rows][width] = keep * C + gain * A B for one panel of a row-major B [depth][..], copied block
+// by block to `packed` (kBlockK * kPanel elements). `width` must be whole vectors, as C is written
+// where it lies. touch(row, count) is called before a tile is begun that will read C, so that C
+// can be fetched meanwhile.
+template <class T, class Touch>
+FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const T* a, Index a_row,
+                                    Index a_col, const T* b, Index b_row, T* packed, T* c,
+                                    Index c_row, T keep, T gain, Touch&& touch) {
+  const TileFunction<T> run = tile_for<T>(width / kLanes<T>);
+  const Index block = block_depth<T>(depth);
+  for (Index k = 0; k < depth; k += block) {
+    const Index count = smaller(block, depth - k);
+    pack(b + k * b_row, b_row, count, width, packed);
+    for (Index m = 0; m < rows;) {
+      const Index take = next_rows(rows - m);
+      touch(m, take);
+      run(take, count, a + m * a_row + k * a_col, a_row, a_col, packed, kPanel<T>, c + m * c_row,
+          c_row, k > 0 ? T(1) : keep, gain);
+      m += take;
+    }
+  }
+}
+
 // Elements of scratch that multiply_packed needs for `rows` rows of output.
 template <class T>
 FUSED_DNI_INLINE Index packed_scratch(Index rows) {
   return kBlockK<T> * kPanel<T> + rows * kPanel<T>;
 }
 
-// The product of A [rows][depth] with one panel of a row-major B [depth][..], `width` columns
-// from `b`. The panel is copied block by block; partial sums stay in scratch, and
+// The same product where it is not simply to be stored or added: partial sums stay in scratch, and
 // body(row, count, const T* sums [count][kPanel]) gets each finished tile while it is in the
 // first-level cache; touch(row, count) is called before the last block of that tile is begun,
 // so that body can have its data fetched meanwhile.
@@ -182,7 +208,7 @@ FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, cons
       T* tile_sums = sums + m * sums_row;
       if (last) touch(m, take);
       run(take, count, a + m * a_row + k * a_col, a_row, a_col, packed, kPanel<T>, tile_sums,
-          kPanel<T>, k > 0);
+          kPanel<T>, T(k > 0 ? 1 : 0), T(1));
       if (last) body(m, take, static_cast<const T*>(tile_sums));
       m += take;
     }

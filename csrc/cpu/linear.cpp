@@ -445,15 +445,7 @@ void linear_backward(const LinearBackward& a) {
     give(backward.grad_shift, a.grad_norm_bias);
     if (a.grad_x == nullptr && a.grad_weight == nullptr) return;
     team.sync();
-    product.run(
-        team, static_cast<T*>(a.grad_x), a.grad_weight != nullptr,
-        [](Index, Index, Index, Index) {},
-        [&](Index o, Index count, Index i, Index width, const T* sums) {
-          T* to = static_cast<T*>(a.grad_weight) + o * layer.in + i;
-          for (Index r = 0; r < count; ++r, sums += kPanel<T>, to += layer.in)
-            for (Index v = 0; v < width; v += kLanes<T>)
-              store_upto(to + v, load(sums + v), width - v);
-        });
+    product.gradients(team, static_cast<T*>(a.grad_x), static_cast<T*>(a.grad_weight));
   });
 }
 

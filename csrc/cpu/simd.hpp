@@ -258,9 +258,9 @@ template <class T>
 T to_transposed(const T* src, Index src_stride, Index rows, Index cols, T* dst, Index dst_stride) {
   constexpr int L = kLanes<T>;
   Magnitude<T> magnitude;
-  for (Index c = 0; c < cols; c += L) {
-    const Index width = smaller(L, cols - c);
-    for (Index r = 0; r < rows; r += L) {
+  for (Index r = 0; r < rows; r += L) {  // whole rows of src, one page after another
+    for (Index c = 0; c < cols; c += L) {
+      const Index width = smaller(L, cols - c);
       Vec<T> v[L];
       if (width == L && rows - r >= L) {
 #pragma GCC unroll 16
@@ -289,9 +289,9 @@ template <class T>
 void from_transposed(const T* src, Index src_stride, Index rows, Index cols, T* dst,
                      Index dst_stride) {
   constexpr int L = kLanes<T>;
-  for (Index c = 0; c < cols; c += L) {
-    const Index width = smaller(L, cols - c);
-    for (Index r = 0; r < rows; r += L) {
+  for (Index r = 0; r < rows; r += L) {  // whole rows of dst, one page after another
+    for (Index c = 0; c < cols; c += L) {
+      const Index width = smaller(L, cols - c);
       Vec<T> v[L];
       if (width == L && rows - r >= L) {
 #pragma GCC unroll 16

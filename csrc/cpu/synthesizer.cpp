@@ -221,14 +221,7 @@ struct Trainer {
     } else if (kind == kDiagonal) {
       copy_rows(grad_weight, 1, 1, out[kWeight]);
     } else if (out[kWeight]) {
-      product.run(
-          team, nullptr, true, [](Index, Index, Index, Index) {},
-          [&](Index o, Index count, Index i, Index width, const T* tile_sums) {
-            for (Index r = 0; r < count; ++r)
-              for (Index v = 0; v < width; v += kLanes<T>)
-                store_upto(out[kWeight] + (o + r) * features + i + v,
-                           load(tile_sums + r * kPanel<T> + v), width - v);
-          });
+      product.gradients(team, nullptr, out[kWeight]);
     }
     copy_rows(grad_context, class_row, classes, out[kContext]);
     copy_rows(grad_bias, 1, 1, out[kBias]);

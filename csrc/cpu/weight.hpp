@@ -44,10 +44,10 @@ struct WeightPhase {
 
   void plan(Scratch& scratch, int threads) { packed = scratch.take<T>(threads * piece()); }
 
-  // dx = delta W if wanted, then weight(o, rows, i, width, sums) for every tile of delta^T x, with
-  // touch(o, rows, i, width) some time before. The caller has had a barrier behind delta.
-  template <class Touch, class Body>
-  void run(const Team& team, T* grad_x, bool update, Touch&& touch, Body&& body) const {
+  // dx = delta W if wanted, then panel(i, width, features, scratch) for every panel of W's columns
+  // and the rows of W that this thread owns of it. The caller has had a barrier behind delta.
+  template <class Panel>
+  void run(const Team& team, T* grad_x, bool wanted, Panel&& panel) const {
     // Threads share the columns of W; where there are fewer panels than threads, its rows too.
     const Index across = smaller(team.size, ceil_div(in, kPanel<T>));
     const Index down = team.size / across;
@@ -57,54 +57,35 @@ struct WeightPhase {
     const Range features = part(out, kTileRows, team.rank / across, down);
     T* scratch = packed + team.rank * piece();
 
-    const auto multiply_x = [&](Index i, Index width) {
-      multiply_packed(
-          batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, in, scratch,
-          [](Index, Index) {},
-          [&](Index n, Index count, const T* sums) {
-            for (Index r = 0; r < count; ++r, sums += kPanel<T>)
-              for (Index v = 0; v < width; v += kLanes<T>)
-                store_upto(grad_x + (batch.begin + n + r) * in + i + v, load(sums + v), width - v);
-          });
-    };
-    const auto multiply_weight = [&](Index i, Index width) {
-      multiply_packed(
-          features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i, in,
-          scratch, [&](Index o, Index count) { touch(features.begin + o, count, i, width); },
-          [&](Index o, Index count, const T* sums) {
-            body(features.begin + o, count, i, width, sums);
-          });
-    };
-
     if (grad_x != nullptr && down > 1) {  // others update rows that this thread's dx reads
-      for_panels<T>(columns.begin, columns.end,
-                    [&](Index i, Index width, Index) { multiply_x(i, width); });
+      for_panels<T>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+        write(batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, scratch,
+              grad_x + batch.begin * in + i);
+      });
       team.sync();
     }
     for_panels<T>(columns.begin, columns.end, [&](Index i, Index width, Index) {
-      if (grad_x != nullptr && down == 1) multiply_x(i, width);
-      if (update) multiply_weight(i, width);
+      if (grad_x != nullptr && down == 1)
+        write(rows, width, out, delta, 1, stride, weight + i, scratch, grad_x + i);
+      if (wanted) panel(i, width, features, scratch);
     });
   }
 
-  // Applies a rule to the weight, tile by tile.
+  // dx and the weight's gradient, each if wanted.
+  void gradients(const Team& team, T* grad_x, T* grad_weight) const {
+    run(team, grad_x, grad_weight != nullptr,
+        [&](Index i, Index width, Range features, T* scratch) {
+          write(features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i,
+                scratch, grad_weight + features.begin * in + i);
+        });
+  }
+
+  // dx if wanted, and a rule applied to the weight.
   void update(const Team& team, T* grad_x, const Rule<T>& rule, const Slot<T>& slot) const {
     with_rule(rule, [&](auto kind) {
-      run(
-          team, grad_x, slot.parameter != nullptr,
-          [&](Index o, Index count, Index i, Index width) {
-            for (Index r = o; r < o + count; ++r)
-              for (Index c = i; c < i + width; c += kLineBytes / Index(sizeof(T))) {
-                const Index at = r * in + c;
-                __builtin_prefetch(slot.parameter + at, 1);
-                if (slot.first) __builtin_prefetch(slot.first + at, 1);
-                if (slot.second) __builtin_prefetch(slot.second + at, 1);
-              }
-          },
-          [&](Index o, Index count, Index i, Index width, const T* sums) {
-            for (Index r = 0; r < count; ++r)
-              apply_span<T, decltype(kind)::value>(rule, slot, (o + r) * in + i, width,
-                                                   sums + r * kPanel<T>);
+      run(team, grad_x, slot.parameter != nullptr,
+          [&](Index i, Index width, Range features, T* scratch) {
+            update_panel<decltype(kind)::value>(rule, slot, i, width, features, scratch);
           });
     });
   }
@@ -112,18 +93,67 @@ struct WeightPhase {
   // Whether all of delta^T x is finite, for the thread's part of it.
   bool finite(const Team& team) const {
     Magnitude<T> magnitude;
-    run(
-        team, nullptr, true, [](Index, Index, Index, Index) {},
-        [&](Index, Index count, Index, Index width, const T* sums) {
-          for (Index r = 0; r < count; ++r)
-            for (Index v = 0; v < width; v += kLanes<T>)
-              magnitude.add(load(sums + r * kPanel<T> + v));
-        });
+    run(team, nullptr, true, [&](Index i, Index width, Range features, T* scratch) {
+      multiply_packed(
+          features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i, in,
+          scratch, [](Index, Index) {},
+          [&](Index, Index count, const T* sums) {
+            for (Index r = 0; r < count; ++r)
+              for (Index v = 0; v < width; v += kLanes<T>)
+                magnitude.add(load(sums + r * kPanel<T> + v));
+          });
+    });
     return is_finite(magnitude.value());
   }
 
  private:
   Index piece() const { return packed_scratch<T>(larger(rows, out)); }
+
+  // A panel of a product with B's and C's rows `in` apart, stored at c.
+  void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
+             const T* b, T* scratch, T* c) const {
+    if (width % kLanes<T> == 0) {
+      multiply_into(count, width, depth, a, a_row, a_col, b, in, scratch, c, in, T(0), T(1),
+                    [](Index, Index) {});
+      return;
+    }
+    multiply_packed(
+        count, width, depth, a, a_row, a_col, b, in, scratch, [](Index, Index) {},
+        [&](Index m, Index take, const T* sums) {
+          for (Index r = m; r < m + take; ++r, sums += kPanel<T>)
+            for (Index v = 0; v < width; v += kLanes<T>)
+              store_upto(c + r * in + v, load(sums + v), width - v);
+        });
+  }
+
+  template <typename Rule<T>::Kind kKind>
+  void update_panel(const Rule<T>& rule, const Slot<T>& slot, Index i, Index width,
+                    Range features, T* scratch) const {
+    const T* a = delta + features.begin * stride;
+    const Index first = features.begin * in + i;
+    const auto fetch = [&](Index o, Index count) {
+      for (Index r = o; r < o + count; ++r)
+        for (Index c = 0; c < width; c += kLineBytes / static_cast<Index>(sizeof(T))) {
+          const Index at = first + r * in + c;
+          __builtin_prefetch(slot.parameter + at, 1);
+          if (slot.first) __builtin_prefetch(slot.first + at, 1);
+          if (slot.second) __builtin_prefetch(slot.second + at, 1);
+        }
+    };
+    // w - lr (g + decay w) is keep w - lr g: the product's own tile can do that in registers. Not
+    // block by block of a deep product, as every pass over w would round it once more.
+    if (kKind == Rule<T>::kPlain && width % kLanes<T> == 0 && rows <= kBlockK<T>) {
+      multiply_into(features.size(), width, rows, a, stride, 1, x + i, in, scratch,
+                    slot.parameter + first, in, rule.keep, -rule.lr, fetch);
+      return;
+    }
+    multiply_packed(features.size(), width, rows, a, stride, 1, x + i, in, scratch, fetch,
+                    [&](Index o, Index count, const T* sums) {
+                      for (Index r = 0; r < count; ++r)
+                        apply_span<T, kKind>(rule, slot, first + (o + r) * in, width,
+                                             sums + r * kPanel<T>);
+                    });
+  }
 };
 
 template <class T>
