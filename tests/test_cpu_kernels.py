@@ -133,7 +133,7 @@ def run_step(
 ) -> None:
     """A fused step and the synthesizer's update against autograd and torch.optim."""
     problem = Problem(shape, norm, activation)
-    n, i, o = shape
+    n = shape[0]
     kappa = float(n)
     depth = max(shape)
 
@@ -178,7 +178,7 @@ def run_step(
         if got is not None:
             close(got, exact, depth, "running")
     for name, got, exact in zip(
-        "weight down context bias".split(), synthesizer[1:], m, strict=True
+        ["weight", "down", "context", "bias"], synthesizer[1:], m, strict=True
     ):
         assert isinstance(got, Tensor)
         close(got.detach(), exact.detach(), depth, "synthesizer " + name)
@@ -329,7 +329,7 @@ def test_instruction_sets_by_name() -> None:
 def test_more_threads_than_cores_and_callers() -> None:
     """Barriers among threads that have to wait for a core, in several calls at a time."""
     problem = Problem((33, 65, 70), "layer", "tanh")
-    layer, synthesizer = problem.tensors(torch.float32)
+    layer, _ = problem.tensors(torch.float32)
     exact, _ = BACKEND.linear_forward(problem.x.float(), layer, problem.config, True, False)
     failures: list[str] = []
 

@@ -127,8 +127,8 @@ struct WeightPhase {
   }
 
   template <typename Rule<T>::Kind kKind>
-  void update_panel(const Rule<T>& rule, const Slot<T>& slot, Index i, Index width,
-                    Range features, T* scratch) const {
+  void update_panel(const Rule<T>& rule, const Slot<T>& slot, Index i, Index width, Range features,
+                    T* scratch) const {
     const T* a = delta + features.begin * stride;
     const Index first = features.begin * in + i;
     const auto fetch = [&](Index o, Index count) {
