@@ -89,10 +89,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "gradients of different scales were mixed: use "
                 "fused_dni.Schedule(model, loss_scale=scaler)"
             )
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (closure,), {})
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (closure,), {})
+        return loss
+
+    # PyTorch wraps every optimizer's step for its profiler, which takes longer than all there is to
+    # do here; this tells it that the hooks are run already.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``, with the rules' present state (references)."""

@@ -612,7 +612,7 @@ class _Deferred(torch.autograd.Function):
         if scale is not None:
             arrived = arrived / scale
         gradient: Tensor | None = arrived
-        if module.synthesizer is not None:
+        if module._modules["synthesizer"] is not None:
             forecast = module.predict(h, ctx.context, learns=True)
             how = Locality(
                 "", phase.true_share, True, module.scale_of(h), module.max_norm or 0.0, 1.0
