@@ -113,7 +113,8 @@ _Place = tuple[nn.Module, str, nn.Linear, Any, Any]
 
 
 def _places(model: nn.Module) -> list[_Place]:
-    """Where convertible linear layers stand: parent, name, linear, norm behind it, activation."""
+    """Where convertible linear layers stand, in the order of ``model.modules()``: parent, name,
+    linear, norm behind it, activation."""
     if isinstance(model, nn.Linear):
         return [(model, "", model, None, None)] if _plain(model) else []
     found: list[_Place] = []
@@ -135,7 +136,8 @@ def _places(model: nn.Module) -> list[_Place]:
             ):
                 activation = behind[0]
             found.append((parent, name, child, norm, activation))
-    return found
+    order = {id(m): i for i, m in enumerate(model.modules())}
+    return sorted(found, key=lambda place: order[id(place[2])])
 
 
 def _plain(module: nn.Module) -> bool:

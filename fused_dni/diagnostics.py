@@ -74,14 +74,14 @@ def _against_truth(
     everyone = [m for m in model.modules() if isinstance(m, DecoupledModule)]
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     grads = [(p, p.grad) for p in model.parameters()]
-    recorded: dict[str, Any] = {}
+    recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
     before = [(m, m.phase) for m in everyone]
 
     def record(name: str) -> Callable[[Tensor, Forecast | None, float], None]:
         def probe(h: Tensor, forecast: Forecast | None, scale: float) -> None:
             assert forecast is not None
             h.retain_grad()
-            recorded[name] = (h, forecast.scaled, scale)
+            recorded.setdefault(name, []).append((h, forecast.scaled / scale))
 
         return probe
 
@@ -92,7 +92,8 @@ def _against_truth(
             layer.phase = Phase(probe=record(name))
         for p, _ in grads:
             p.grad = None
-        closure().backward()
+        with torch.random.fork_rng():
+            closure().backward()
     finally:
         for module, phase in before:
             module.phase = phase
@@ -102,10 +103,11 @@ def _against_truth(
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
     out = {}
-    for name, (h, scaled, scale) in recorded.items():
-        if h.grad is None:
+    for name, uses in recorded.items():
+        pairs = [(s, h.grad) for h, s in uses if h.grad is not None]
+        if not pairs:
             continue
-        s, g = (t.double().flatten() for t in (scaled / scale, h.grad))
+        s, g = (torch.cat([t.double().flatten() for t in ts]) for ts in zip(*pairs, strict=True))
         out[name] = {
             "true_cosine": _ratio(float(s @ g), float(s.norm() * g.norm())),
             "true_norm_ratio": _ratio(float(s.norm()), float(g.norm())),

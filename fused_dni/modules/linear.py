@@ -179,6 +179,7 @@ class FusedDNILinear(DecoupledModule):
         else:
             self.register_module("norm", None)
         self._binding = _Binding()
+        self._flat = False  # whether input must be [N, I]: see from_linear
         self.attach(synthesizer, synthesizer_update or update)
 
     # -- forward -------------------------------------------------------------------------------
@@ -197,6 +198,11 @@ class FusedDNILinear(DecoupledModule):
         layer = self._layer()
         config = self.config
         x = check.rows(input, layer.weight, "input")
+        if self._flat and input.dim() != 2:
+            raise RuntimeError(
+                "input must be [N, I] in front of a batch normalisation taken over from "
+                f"nn.BatchNorm1d, got {list(input.shape)}"
+            )
         training, grad = self.training, torch.is_grad_enabled()
         if training:
             check.batch(x, config, True)
@@ -450,7 +456,8 @@ class FusedDNILinear(DecoupledModule):
         Args:
             linear: an ``nn.Linear``.
             norm: ``nn.BatchNorm1d`` (affine or not, with running statistics) or ``nn.LayerNorm``
-                over the last dimension, or None.
+                over the last dimension, or None. With the former the layer takes [N, I] alone:
+                behind more dimensions ``nn.BatchNorm1d`` normalises another one than the last.
             activation: a module or a name; None for none.
             **kwargs: further arguments of the constructor.
 
@@ -486,6 +493,7 @@ class FusedDNILinear(DecoupledModule):
         layer.weight = cast(nn.Parameter, linear.weight)
         layer.bias = cast("nn.Parameter | None", linear.bias)
         layer.norm = norm
+        layer._flat = isinstance(norm, nn.BatchNorm1d)
         layer.train(linear.training)
         return layer
 
@@ -495,7 +503,7 @@ class FusedDNILinear(DecoupledModule):
         Holds the very same parameters and buffers (nothing is copied).
         """
         parts = self.plain_parts()
-        return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        return parts[0] if len(parts) == 1 else nn.Sequential(*parts).train(self.training)
 
     def plain_parts(self) -> list[nn.Module]:
         """Linear, then normalisation and activation where there are any."""
