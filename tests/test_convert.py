@@ -1,0 +1,318 @@
+"""``convert`` and ``revert``: whole models there and back, without loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import twins
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from twins import close
+
+import fused_dni as fd
+from fused_dni.convert import Absorbed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Attention(nn.Module):
+    """A small transformer block with projections as attributes, not in a Sequential."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.up, self.act, self.down = nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width)
+        self.heads = heads
+
+    def forward(self, x):
+        n, t, w = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, w))
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, tie=True):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([Attention(8, 2) for _ in range(2)])
+        self.head = nn.Linear(8, 11, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Linear(8, 7), nn.LayerNorm(7), nn.SiLU(),
+        nn.Sequential(nn.Linear(7, 7), nn.Tanh()),
+        nn.Linear(7, 7), nn.Softplus(beta=2),
+        nn.Linear(7, 5), nn.LeakyReLU(),
+        nn.Linear(5, 3),
+    )  # fmt: skip
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+MODELS = {
+    "mlp": (mlp, lambda: torch.randn(5, 2, 3)),
+    "transformer": (Transformer, lambda: torch.randint(11, (3, 4))),
+    "untied": (lambda: Transformer(tie=False), lambda: torch.randint(11, (3, 4))),
+    "nn.TransformerEncoder": (encoder, lambda: torch.randn(3, 4, 8)),
+}
+
+
+def used(model):
+    """Running statistics that are not the initial ones."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rule", [None, fd.Adam(1e-3)], ids=["returned", "fused"])
+@pytest.mark.parametrize("synthesizer", ["default", None])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name, synthesizer, rule):
+    make, sample = MODELS[name]
+    plain = used(make())
+    model = copy.deepcopy(plain)
+    x = sample()
+    expected = plain(x)
+    held = {id(p) for p in model.parameters()}
+    assert fd.convert(model, synthesizer=synthesizer, update=rule) is model
+    layers = [m for m in model.modules() if isinstance(m, fd.FusedDNILinear)]
+    assert layers and all(not layer.training for layer in layers)
+    assert held <= {id(p) for p in model.parameters()}, "the same parameters, not copies"
+    torch.testing.assert_close(model(x), expected)
+    assert fd.revert(model) is model
+    assert not any(isinstance(m, (fd.FusedDNILinear, Absorbed)) for m in model.modules())
+    assert held == {id(p) for p in model.parameters()}
+    state, original = model.state_dict(), plain.state_dict()
+    assert list(state) == list(original)
+    close(dict(state), dict(original), 0)
+    close(model(x), expected, 0)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_each_layer_gets_a_copy_of_a_synthesizer():
+    given = fd.DiagonalSynthesizer(4)
+    model = fd.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)),
+                       synthesizer=given, update=fd.SGD(0.1))  # fmt: skip
+    made = [layer.synthesizer for layer in model]
+    assert made[2] is None and len({id(m) for m in (given, *made)}) == 4
+    with pytest.raises(ValueError, match="synthesizer has features=4, the layer out_features=2"):
+        fd.convert(nn.Linear(4, 2), synthesizer=given, head="decoupled")
+
+
+def test_what_is_taken_along():
+    model = fd.convert(mlp())
+    fused = [(n, m) for n, m in model.named_modules() if isinstance(m, fd.FusedDNILinear)]
+    found = [(n, m.config.normalization, m.config.activation) for n, m in fused]
+    assert found == [
+        ("1", "batch", "relu"),
+        ("5", "layer", "silu"),
+        ("8.0", None, "tanh"),
+        ("9", None, "identity"),  # softplus with another beta has no fused form
+        ("11", None, "identity"),
+        ("13", None, "identity"),
+    ]
+    assert [isinstance(m, Absorbed) for m in model].count(True) == 4
+
+
+def test_head():
+    exact, decoupled = fd.convert(mlp()), fd.convert(mlp(), head="decoupled", context_features=3)
+    assert exact[13].synthesizer is None and exact[11].synthesizer is not None
+    assert decoupled[13].synthesizer.context_features == 3
+    with pytest.raises(ValueError, match="head must be 'exact' or 'decoupled', got 'none'"):
+        fd.convert(mlp(), head="none")
+
+
+def test_tied_weights_are_left_alone_by_a_rule():
+    ruled, returned = Transformer(), Transformer()
+    fd.convert(ruled, update=fd.SGD(0.1))
+    fd.convert(returned)
+    assert type(ruled.head) is nn.Linear and isinstance(returned.head, fd.FusedDNILinear)
+    assert returned.head.weight is returned.embed.weight
+    tokens = torch.randint(11, (3, 4))
+    for model in (ruled, returned):
+        model(tokens).square().mean().backward()
+        assert model.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rule", [None, fd.Adam(1e-2)], ids=["returned", "fused"])
+def test_converted_models_train(name, rule):
+    make, sample = MODELS[name]
+    model = fd.convert(make(), update=rule).train()
+    ordinary = list(fd.ordinary_parameters(model))
+    optimizer = torch.optim.Adam(ordinary, 1e-2) if ordinary else None
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    x = sample()
+    for _ in range(6):
+        if optimizer is not None:
+            optimizer.zero_grad()
+        out = model(x)
+        F.mse_loss(out, torch.ones_like(out)).backward()
+        if optimizer is not None:
+            optimizer.step()
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    for n, m in model.named_modules():
+        if isinstance(m, fd.FusedDNILinear):
+            assert m.weight is getattr(model, "embed", m).weight or f"{n}.weight" in moved
+
+
+def test_what_cannot_be_taken_over_is_left():
+    hooked, parametrized = nn.Linear(3, 3), weight_norm(nn.Linear(3, 3))
+    hooked.register_forward_hook(lambda *a: None)
+
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(hooked, parametrized, Own(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[4].register_forward_hook(lambda *a: None)
+    kinds = [type(m) for m in model]
+    fd.convert(model, head="decoupled")
+    assert [type(m) for m in model] == [*kinds[:3], fd.FusedDNILinear, nn.BatchNorm1d]
+    with pytest.raises(ValueError, match=r"no nn.Linear that can be converted"):
+        fd.convert(nn.Sequential(nn.ReLU(), Own(3, 3)))
+
+
+@pytest.mark.parametrize("shared", ["linear", "norm", "activation"])
+def test_shared_modules(shared):
+    """One module in two places stays one module."""
+    linear, norm, activation = nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()
+    parts = [
+        [linear, norm, activation],
+        [
+            linear if shared == "linear" else nn.Linear(4, 4),
+            norm if shared == "norm" else nn.LayerNorm(4),
+            activation if shared == "activation" else nn.Tanh(),
+        ],
+    ]
+    model = nn.Sequential(*(nn.Sequential(*p) for p in parts)).eval()
+    x = torch.randn(3, 4)
+    expected, keys = model(x), list(model.state_dict())
+    fd.convert(model, head="decoupled")
+    torch.testing.assert_close(model(x), expected)
+    fd.revert(model)
+    torch.testing.assert_close(model(x), expected)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_linear_layer_itself():
+    plain = nn.Linear(3, 4)
+    layer = fd.convert(plain, head="decoupled")
+    assert isinstance(layer, fd.FusedDNILinear) and layer.weight is plain.weight
+    back = fd.revert(layer)
+    assert type(back) is nn.Linear and back.weight is plain.weight and back.bias is plain.bias
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm1d, nn.LayerNorm])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, nn.GELU(approximate="tanh"), nn.Mish(), "relu"])
+def test_from_and_to_linear(norm, bias, activation):
+    linear = nn.Linear(3, 4, bias).double()
+    behind = norm and norm(4, eps=1e-3).double()
+    if isinstance(behind, nn.BatchNorm1d):
+        behind.momentum = 0.3
+    layer = fd.FusedDNILinear.from_linear(linear, behind, activation, update=fd.SGD(0.1))
+    named = nn.ReLU() if activation == "relu" else activation
+    parts = [m for m in (linear, behind, named) if m is not None]
+    plain = nn.Sequential(*copy.deepcopy(parts))
+    x = twins.double(6, 3)
+    with torch.no_grad():
+        close(layer(x), plain(x))  # in training: running statistics move alike
+    layer.eval()
+    plain.eval()
+    close(layer(x), plain(x))
+    back = layer.to_linear()
+    close(back(x), plain(x))
+    if len(parts) == 1:
+        assert type(back) is nn.Linear
+    else:
+        assert [type(m) for m in back] == [type(m) for m in parts]
+    assert {id(p) for p in back.parameters()} == {id(p) for m in parts for p in m.parameters()}
+    assert not any(m.training for m in back.modules())
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (nn.BatchNorm1d(4, track_running_stats=False), "without running statistics"),
+        (nn.BatchNorm1d(4, momentum=None), "momentum=None"),
+        (nn.BatchNorm1d(5), "norm has 5 features, the linear layer 4"),
+        (nn.LayerNorm((2, 4)), "over 2 dimensions"),
+        (nn.GroupNorm(2, 4), "norm must be nn.BatchNorm1d or nn.LayerNorm, got GroupNorm"),
+    ],
+)
+def test_from_linear_refuses(norm, message):
+    linear = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=message):
+        fd.FusedDNILinear.from_linear(linear, norm)
+    model = fd.convert(nn.Sequential(linear, norm))  # left behind the fused layer
+    assert model[1] is norm
+
+
+def test_from_linear_refuses_activations_it_does_not_know():
+    with pytest.raises(ValueError, match="has no fused form"):
+        fd.FusedDNILinear.from_linear(nn.Linear(3, 4), None, nn.LeakyReLU())
+
+
+def test_affine_free_norms():
+    for norm in (nn.BatchNorm1d(4, affine=False), nn.LayerNorm(4, elementwise_affine=False)):
+        linear = nn.Linear(3, 4)
+        layer = fd.FusedDNILinear.from_linear(linear, norm, update=fd.SGD(0.1)).eval()
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(layer(x), norm.eval()(linear(x)))
+        layer.train()(x).sum().backward()
+
+
+def test_batchnorm_over_sequences_is_not_taken_along():
+    """On [N, C, L] ``nn.BatchNorm1d`` normalises channels, not the last dimension."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(5, 4, 3)
+    model[1].running_mean.normal_()
+    expected = model(x)
+    fd.convert(model, head="decoupled")
+    with pytest.raises(RuntimeError, match=r"input must be \[N, I\] in front of a batch norm"):
+        model(x)
+    fd.revert(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_converted_twice_is_converted_once():
+    model = fd.convert(mlp())
+    with pytest.raises(ValueError, match="no nn.Linear that can be converted"):
+        fd.convert(model)
+    assert fd.revert(fd.revert(model)) is model
+
+
+def test_a_checkpoint_of_the_plain_model_loads():
+    plain = mlp()
+    model = fd.convert(mlp())
+    state = {}
+    for key, value in plain.state_dict().items():
+        place, _, leaf = key.rpartition(".")
+        state[{"2": "1.norm", "6": "5.norm"}.get(place, place) + "." + leaf] = value
+    found = model.load_state_dict(state, strict=False)
+    assert not found.unexpected_keys
+    assert all(".synthesizer." in k for k in found.missing_keys)
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
