@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import subprocess
 import time
@@ -27,8 +28,6 @@ def stock_optimizer(model: nn.Module, rule: Rule) -> torch.optim.Optimizer:
 
 def facts(command: str | None = None) -> dict[str, Any]:
     """What a reader needs to place the numbers: device, versions, commit, command, time."""
-    import fused_dni
-
     processor = platform.processor() or platform.machine()
     try:
         for row in Path("/proc/cpuinfo").read_text().splitlines():
@@ -44,7 +43,7 @@ def facts(command: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fused_dni": getattr(fused_dni, "__version__", None),
+        "fused_dni": _version(),
         "commit": commit,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -70,4 +69,11 @@ def _git(*arguments: str) -> str | None:
             return None
         return run(*arguments) or None
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("fused-dni")
+    except importlib.metadata.PackageNotFoundError:
         return None
