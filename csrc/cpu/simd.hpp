@@ -117,13 +117,15 @@ FUSED_DNI_INLINE Vec<T> keep_first(Vec<T> v, Index count) {
   return lane < static_cast<typename Simd<T>::Int>(count) ? v : Vec<T>{};
 }
 
-template <class T>
+template <class T, int kStep = kLanes<T> / 2>
 FUSED_DNI_INLINE T sum_lanes(Vec<T> v) {
-  alignas(kVectorBytes) T lane[kLanes<T>];
-  store(lane, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    Mask<T> other;
+    for (int i = 0; i < kLanes<T>; ++i) other[i] = i ^ kStep;
+    return sum_lanes<T, kStep / 2>(v + __builtin_shuffle(v, other));
+  }
 }
 
 // (The masked form, because GCC 12 warns of the undefined vector in the plain one.)
