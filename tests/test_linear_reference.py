@@ -329,8 +329,8 @@ def test_the_gradient_of_the_weight_is_formed_where_it_is_applied() -> None:
     """``gradients.weight`` is not read."""
     a, b = make_case(SHAPE, PLAIN), make_case(SHAPE, PLAIN)
     for case, lie in ((a, False), (b, True)):
-        x, layer = case.inputs["x"], case.layer()
         state = bind(case)[0]
+        x, layer = case.inputs["x"], case.layer()
         h, saved = REFERENCE.linear_forward(x, layer, case.config, True, True)
         g = REFERENCE.linear_backward(
             case.inputs["grad_h"], x, h, saved, layer, case.config, True, False, True
