@@ -5,6 +5,7 @@ Label conditioning (cDNI) is what makes deep decoupling train (Jaderberg et al. 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,13 +16,22 @@ from torch import Tensor
 _current: ContextVar[Tensor | None] = ContextVar("fused_dni_context", default=None)
 
 
+class _OfThread(threading.local):
+    """The same once more, for ``torch.compile``, which reads no ``ContextVar``."""
+
+    context: Tensor | None = None
+
+
+_traced = _OfThread()
+
+
 @contextmanager
 def condition_on(context: Tensor) -> Iterator[None]:
     """Give ``context`` to every decoupled layer whose forward runs inside.
 
     The context is captured by the layers in their forward, so the backward may run outside. It is
     local to the thread or asyncio task and may be nested (the innermost counts). Layers built with
-    ``context_features=0`` ignore it.
+    ``context_features=0`` ignore it. Around a compiled model it is local to the thread alone.
 
     Args:
         context: class indices, int64 of shape [...], or a dense vector, floating point of shape
@@ -33,15 +43,19 @@ def condition_on(context: Tensor) -> Iterator[None]:
     """
     if not isinstance(context, Tensor):
         raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
-    token = _current.set(context)
+    token, outer = _current.set(context), _traced.context
+    _traced.context = context
     try:
         yield
     finally:
         _current.reset(token)
+        _traced.context = outer
 
 
 def current_context() -> Tensor | None:
     """The innermost :func:`condition_on`'s context, or None outside of one."""
+    if torch.compiler.is_compiling():
+        return _traced.context
     return _current.get()
 
 
