@@ -26,6 +26,23 @@ struct alignas(kLineBytes) Report {
   }
 };
 
+// Threads arranged to share a matrix: its rows (or columns) first, `units` of them at most, the
+// other side if threads are left over.
+struct Grid {
+  Index majors, minors, major, minor;
+
+  Grid(const Team& team, Index units)
+      : majors(smaller(team.size, units)),
+        minors(team.size / majors),
+        major(team.rank % majors),
+        minor(team.rank / majors) {}
+
+  // This thread's part of the side that is shared first; nothing for a thread too many.
+  Range major_part(Index count, Index unit) const {
+    return minor < minors ? part(count, unit, major, majors) : Range{0, 0};
+  }
+};
+
 template <class T>
 struct WeightPhase {
   Index rows, in, out, stride;
@@ -48,27 +65,25 @@ struct WeightPhase {
   // and the rows of W that this thread owns of it. The caller has had a barrier behind delta.
   template <class Panel>
   void run(const Team& team, T* grad_x, bool wanted, Panel&& panel) const {
-    // Threads share the columns of W; where there are fewer panels than threads, its rows too.
-    const Index across = smaller(team.size, ceil_div(in, kPanel<T>));
-    const Index down = team.size / across;
-    const bool idle = team.rank >= across * down;
-    const Range columns = idle ? Range{0, 0} : part(in, kLanes<T>, team.rank % across, across);
-    const Range batch = part(rows, kTileRows, team.rank / across, down);
-    const Range features = part(out, kTileRows, team.rank / across, down);
     T* scratch = packed + team.rank * piece();
-
-    if (grad_x != nullptr && down > 1) {  // others update rows that this thread's dx reads
+    if (grad_x != nullptr) {  // threads share the columns of dx; if those are few, its rows too
+      const Grid grid(team, ceil_div(in, kPanel<T>));
+      const Range batch = part(rows, kTileRows, grid.minor, grid.minors);
+      const Range columns = grid.major_part(in, kLanes<T>);
       for_panels<T>(columns.begin, columns.end, [&](Index i, Index width, Index) {
         write(batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, scratch,
               grad_x + batch.begin * in + i);
       });
-      team.sync();
+      if (wanted) team.sync();
     }
-    for_panels<T>(columns.begin, columns.end, [&](Index i, Index width, Index) {
-      if (grad_x != nullptr && down == 1)
-        write(rows, width, out, delta, 1, stride, weight + i, scratch, grad_x + i);
-      if (wanted) panel(i, width, features, scratch);
-    });
+    if (!wanted) return;
+    // Threads share W's rows, as they do in the forward: what a thread writes here, it reads
+    // there, out of its own cache. Only if the rows are few they share its columns too.
+    const Grid grid(team, ceil_div(out, kLanes<T>));
+    const Range features = grid.major_part(out, kLanes<T>);
+    const Range columns = part(in, kLanes<T>, grid.minor, grid.minors);
+    for_panels<T>(columns.begin, columns.end,
+                  [&](Index i, Index width, Index) { panel(i, width, features, scratch); });
   }
 
   // dx and the weight's gradient, each if wanted.
