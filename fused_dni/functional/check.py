@@ -7,7 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_dni.backends.base import ACTIVATIONS, NORMALIZATIONS, LinearConfig, LinearTensors
+from fused_dni.backends.base import (
+    ACTIVATIONS,
+    NORMALIZATIONS,
+    LinearConfig,
+    LinearTensors,
+    SynthesizerTensors,
+)
 
 
 def options(normalization: str | None, activation: str) -> None:
@@ -76,21 +82,42 @@ def labels(context: Tensor | None, classes: int) -> None:
 
 
 def layer(tensors: LinearTensors, config: LinearConfig) -> None:
-    """Refuse vectors of another size, dtype or device than the weight's."""
+    """Refuse vectors of another size, dtype or device than the weight's, and what has gaps."""
     weight = tensors.weight
     if weight.dim() != 2 or not weight.is_floating_point():
         raise RuntimeError(
             f"weight must be floating point [O, I], got {weight.dtype} {list(weight.shape)}"
         )
+    if not weight.is_contiguous():
+        raise RuntimeError(
+            f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
+        )
     for name, t in zip(tensors._fields[1:], tensors[1:], strict=True):
         if t is None:
             continue
-        if t.shape != weight.shape[:1] or t.dtype != weight.dtype or t.device != weight.device:
+        if (
+            t.shape != weight.shape[:1]
+            or t.dtype != weight.dtype
+            or t.device != weight.device
+            or not t.is_contiguous()
+        ):
             raise RuntimeError(
-                f"{name} must be {weight.dtype} [{weight.shape[0]}] on {weight.device}, got "
-                f"{t.dtype} {list(t.shape)} on {t.device}"
+                f"{name} must be {weight.dtype} [{weight.shape[0]}] on {weight.device}, "
+                f"contiguous, got {t.dtype} {list(t.shape)} on {t.device}"
             )
     if config.normalization == "batch" and (
         tensors.running_mean is None or tensors.running_var is None
     ):
         raise ValueError("normalization='batch' needs running_mean and running_var")
+
+
+def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
+    """Refuse a synthesizer of another dtype or device than the layer's weight."""
+    for name, t in zip(tensors._fields[1:], tensors.parameters(), strict=True):
+        if t is None:
+            continue
+        if t.dtype != weight.dtype or t.device != weight.device or not t.is_contiguous():
+            raise RuntimeError(
+                f"the synthesizer's {name} must be {weight.dtype} on {weight.device}, contiguous, "
+                f"as the layer's, got {t.dtype} on {t.device}"
+            )

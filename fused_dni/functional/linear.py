@@ -259,9 +259,9 @@ def linear(
     check.options(normalization, activation)
     layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
     config = LinearConfig(normalization, activation, eps, momentum)
+    check.layer(layer, config)
     x = check.rows(input, weight, "input")
     check.batch(x, config, training)
-    check.layer(layer, config)
     h = linear_tensors(x, layer, config, training, registry.resolve(backend, x, weight))
     return h.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -304,9 +304,10 @@ def linear_step_(
     A gradient that is not finite changes nothing but the rule's skip counter.
     """
     check.options(config.normalization, config.activation)
+    check.layer(layer, config)
+    check.synthesizer(synthesizer, layer.weight)
     x = check.rows(input, layer.weight, "input")
     check.batch(x, config, True)
-    check.layer(layer, config)
     found = registry.resolve(backend, x, layer.weight)
     scale = float(x.shape[0]) if target_scale is None else target_scale
     return ops.linear_step_(

@@ -83,6 +83,8 @@ class Decoupled(DecoupledModule):
         if plain or (self.synthesizer is None and self.update is None):
             return self._run(inputs)
         tensors = tuple(t for t in inputs if isinstance(t, Tensor))
+        if any(t.dim() and t.shape[0] == 0 for t in tensors):
+            raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
         rows = self._rows(tensors, context)
         if self.phase.probe is not None:
             h = self._run(inputs)

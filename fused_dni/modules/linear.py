@@ -57,6 +57,7 @@ class _Binding:
         self.step: BoundStep | None = None
         self.rule: RuleTensors | None = None
         self.key: tuple[Any, ...] = ()
+        self.fits: list[int | None] = []  # addresses that have been checked
 
     def __reduce__(self) -> tuple[type[_Binding], tuple[()]]:
         return _Binding, ()
@@ -139,6 +140,10 @@ class FusedDNILinear(DecoupledModule):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         check.options(normalization, activation)
+        if not 0.0 <= eps < float("inf"):
+            raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
         if backend is not None and backend not in registry.names():
             raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
         if isinstance(synthesizer, str):
@@ -206,24 +211,33 @@ class FusedDNILinear(DecoupledModule):
         training, grad = self.training, torch.is_grad_enabled()
         if training:
             check.batch(x, config, True)
+            if config.normalization == "batch" and not cast(nn.Module, self.norm).training:
+                raise RuntimeError(
+                    "norm is in eval mode but its layer is training: batch statistics are part of "
+                    "the fused layer; put the whole layer into eval mode, or keep the "
+                    "normalisation outside of it"
+                )
         elif x.shape[0] == 0:
             return x.new_empty(*input.shape[:-1], self.out_features)
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
         rows = self._rows(input, context) if decoupled or context is not None else None
         if not grad:
+            self._fit(layer)
             h, _ = ops.linear_forward(backend, x, layer, config, training, False)
             self._count_batch()
             return self._unfold(h, input)
         tracing = torch.compiler.is_compiling()
         need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
         if not training:
+            self._fit(layer)
             h = linear_tensors(x, layer, config, False, backend, need_dx=need_dx)
             return self._unfold(h, input)
         phase = self.phase
         if x.dtype is torch.float16 and (decoupled or self.update is not None):
             self.refuse_untold_scale(x.device.type)
         if phase.probe is not None:
+            self._fit(layer, self.fused_synthesizer(x))
             h = linear_tensors(x, layer, config, True, backend)
             self._count_batch()
             return self.probed(self._unfold(h, input), h, rows)
@@ -236,6 +250,7 @@ class FusedDNILinear(DecoupledModule):
         elif decoupled:
             h = self._local(inputs, rows, need_dx)
         else:
+            self._fit(layer)
             h = linear_tensors(x, layer, config, True, backend, need_dx=need_dx)
         self._count_batch()
         h = self._unfold(h, input)
@@ -269,6 +284,7 @@ class FusedDNILinear(DecoupledModule):
         fused = self.fused_synthesizer(x)
         if fused is None:
             return self.unruled_forward(inputs, (x,), context, need_dx)
+        self._fit(layer, fused)
         self.check_labels(context)
         if self.statistics.device != x.device:
             self.statistics = self.statistics.to(x.device)
@@ -324,6 +340,20 @@ class FusedDNILinear(DecoupledModule):
     def synthesizer_backend(self, h: Tensor) -> Backend:
         return registry.resolve(self.backend, h, self.weight)
 
+    def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
+        """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not tracing:  # what is traced or transformed has no addresses
+            learned = () if synthesizer is None else synthesizer.parameters()
+            fits = [None if t is None else t.data_ptr() for t in (*layer, *learned)]
+            if fits == self._binding.fits:
+                return
+        check.layer(layer, self.config)
+        if synthesizer is not None:
+            check.synthesizer(synthesizer, layer.weight)
+        if not tracing:
+            self._binding.fits = fits
+
     def _bound(
         self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
     ) -> BoundStep:
@@ -339,6 +369,8 @@ class FusedDNILinear(DecoupledModule):
         )
         bound = self._binding
         if bound.step is None or bound.rule is not rule or bound.key != key:
+            check.layer(layer, self.config)
+            check.synthesizer(synthesizer, layer.weight)
             bound.rule, bound.key = rule, key
             bound.step = backend.bind_step(
                 layer, self.config, synthesizer, self.max_norm or 0.0, rule
@@ -370,6 +402,7 @@ class FusedDNILinear(DecoupledModule):
     ) -> LocalStep:
         """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
         config = self.config
+        self._fit(layer, self.fused_synthesizer(x))
         self.check_labels(context)
         h, saved = ops.linear_forward(backend, x, layer, config, True, True)
         forecast = self.predict(h, context, learns)
@@ -396,6 +429,7 @@ class FusedDNILinear(DecoupledModule):
 
     def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
         x, layer, backend = inputs
+        self._fit(layer, self.fused_synthesizer(x))
         h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
         return h, (x, h.detach(), saved, layer, backend)
 
