@@ -297,7 +297,10 @@ def measure(suites: list[str], only: str | None, seconds: float, path: Path | No
 def errors(
     folder: str | None, only: str | None, epochs: int, seeds: int, path: Path | None, keep: bool
 ) -> None:
-    """Train every row of the step table and keep its final test error."""
+    """Train every row of the step table and keep its final test error.
+
+    Compiled rows are left out: they are their eager rows' arithmetic.
+    """
     from rich.progress import Progress
 
     import workloads as w
@@ -311,7 +314,7 @@ def errors(
         for case in w.CASES
         for rule in w.RULES
         for method in w.METHODS
-        if not only or only in f"{case} {rule} {method.name}"
+        if not method.compiled and (not only or only in f"{case} {rule} {method.name}")
     ]
     done = load(path).get("errors", {}).get("rows", {})
     with Progress(disable=not sys.stderr.isatty()) as progress:
@@ -381,8 +384,9 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 
 def error_of(results: dict[str, Any], key: str, name: str) -> str:
-    """Test error of a row, mean over its seeds."""
-    entry = results.get("errors", {}).get("rows", {}).get(key, {}).get(name)
+    """Test error of a row, mean over its seeds; of a compiled row, that of the eager one."""
+    trained = name.replace("compiled", "eager")
+    entry = results.get("errors", {}).get("rows", {}).get(key, {}).get(trained)
     if entry is None:
         return "–" if name.startswith("floor") else "not measured"
     return f"{entry['mean']:.2f}" if "mean" in entry else "failed"
