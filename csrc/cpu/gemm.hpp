@@ -148,6 +148,37 @@ void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Inde
   });
 }
 
+// Few enough rows of the batch that the product is one pass over W, whatever is done: vectors then
+// run along W's rows, as they would be mostly padding in the transposed layout.
+constexpr Index kDotRows = 3;
+
+// C[outputs][batch rows] = W[outputs][depth] x[batch rows][depth]^T, C in the transposed layout.
+template <class T, int kBatch>
+void multiply_dots(Index outputs, Index depth, const T* w, const T* x, T* c, Index c_row) {
+  constexpr Index L = kLanes<T>;
+  constexpr int kOutputs = 4;
+  for (Index o = 0; o < outputs; o += kOutputs) {
+    Vec<T> sum[kOutputs][kBatch] = {};
+    const T* rows[kOutputs];  // the last group may be short: its last row stands in for the others
+    for (int j = 0; j < kOutputs; ++j) rows[j] = w + smaller(o + j, outputs - 1) * depth;
+    for (Index i = 0; i < depth; i += L) {
+      Vec<T> part[kBatch];
+      for (int n = 0; n < kBatch; ++n) part[n] = load_upto(x + n * depth + i, depth - i);
+#pragma GCC unroll 4
+      for (int j = 0; j < kOutputs; ++j) {
+        const Vec<T> row = load_upto(rows[j] + i, depth - i);
+#pragma GCC unroll 4
+        for (int n = 0; n < kBatch; ++n) sum[j][n] += row * part[n];
+      }
+    }
+    for (int j = 0; j < smaller(kOutputs, outputs - o); ++j) {
+      T* to = c + (o + j) * c_row;
+      for (Index n = 0; n < kBatch; n += L) store(to + n, Vec<T>{});
+      for (int n = 0; n < kBatch; ++n) to[n] = sum_lanes<T>(sum[j][n]);
+    }
+  }
+}
+
 // Copies rows [0, rows) of a panel `width` wide to packed rows of kPanel elements, zero-padded.
 template <class T>
 void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
@@ -166,13 +197,16 @@ FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const 
                                     Index c_row, T keep, T gain, Touch&& touch) {
   const TileFunction<T> run = tile_for<T>(width / kLanes<T>);
   const Index block = block_depth<T>(depth);
+  const bool copy = rows > kTileRows;  // what is read once is read where it lies
+  const Index panel_row = copy ? kPanel<T> : b_row;
   for (Index k = 0; k < depth; k += block) {
     const Index count = smaller(block, depth - k);
-    pack(b + k * b_row, b_row, count, width, packed);
+    const T* panel = copy ? packed : b + k * b_row;
+    if (copy) pack(b + k * b_row, b_row, count, width, packed);
     for (Index m = 0; m < rows;) {
       const Index take = next_rows(rows - m);
       touch(m, take);
-      run(take, count, a + m * a_row + k * a_col, a_row, a_col, packed, kPanel<T>, c + m * c_row,
+      run(take, count, a + m * a_row + k * a_col, a_row, a_col, panel, panel_row, c + m * c_row,
           c_row, k > 0 ? T(1) : keep, gain);
       m += take;
     }

@@ -105,8 +105,7 @@ struct Forward {
 
   // z and h for the thread's own features.
   void run(const Team& team, Range own) const {
-    multiply(own.size(), layer.rows, layer.in, layer.weight + own.begin * layer.in, layer.in, 1,
-             x_transposed, layer.stride, z + own.begin * layer.stride, layer.stride, false);
+    product(own);
     if (layer.normalization == kLayer) column_statistics(team, own);
     const T* mean_of = column_mean + team.rank * layer.stride;
     const T* rstd_of_column = rstd_of(team);
@@ -150,6 +149,21 @@ struct Forward {
   }
 
  private:
+  // z = x W^T, without the bias.
+  void product(Range own) const {
+    const T* w = layer.weight + own.begin * layer.in;
+    T* to = z + own.begin * layer.stride;
+    if (layer.rows > kDotRows)
+      multiply(own.size(), layer.rows, layer.in, w, layer.in, 1, x_transposed, layer.stride, to,
+               layer.stride, false);
+    else if (layer.rows == 1)
+      multiply_dots<T, 1>(own.size(), layer.in, w, x, to, layer.stride);
+    else if (layer.rows == 2)
+      multiply_dots<T, 2>(own.size(), layer.in, w, x, to, layer.stride);
+    else
+      multiply_dots<T, 3>(own.size(), layer.in, w, x, to, layer.stride);
+  }
+
   // Batch norm: returns what is to be subtracted from row o of z, and sets rstd[o]. The bias is
   // not in z: the batch's own mean would take it away again, the running one does not.
   T row_statistics(Index o, const T* row) const {
