@@ -26,7 +26,7 @@ from fused_dni.rules import RuleState
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh"),
     # Warnings of the compiler about itself, which "error" would turn into failures of it.
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
 ]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -10,7 +10,9 @@ import copy
 import functools
 import io
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +291,23 @@ def test_autocast(dtype, rule, synthesizer):
         torch.testing.assert_close(got, expected, rtol=16 * eps, atol=room + 1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalization", twins.NORMALIZATIONS)
+def test_parameters_in_low_precision(dtype, normalization):
+    layer = fd.FusedDNILinear(4, 5, normalization=normalization, activation="gelu", dtype=dtype)
+    twins.disturb(layer.synthesizer)
+    wide = copy.deepcopy(layer).float()
+    x, g = torch.randn(8, 4, dtype=dtype), torch.randn(8, 5, dtype=dtype)
+    layer(x).backward(g)
+    wide(x.float()).backward(g.float())
+    for p, q in zip(layer.parameters(), wide.parameters(), strict=True):
+        assert p.grad.dtype == dtype
+        room = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            p.grad.float(), q.grad, rtol=room, atol=room * float(q.grad.abs().max()) + 1e-6
+        )
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("synthesizer", ["default", "mlp"])
 def test_checkpointing_without_a_rule(reentrant, synthesizer):
@@ -403,12 +422,14 @@ def _ddp(rank, file, out):
         model = network()
         x, y = data(16)
         parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+        schedule = fd.Schedule(parallel, target_every=2)
         optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
         half = slice(8 * rank, 8 * rank + 8)
         for _ in range(2):
             optimizer.zero_grad()
             loss_of(parallel, x[half], y[half]).backward()
             optimizer.step()
+            schedule.step()
         found["ddp"] = {n: p.detach().clone() for n, p in parallel.module.named_parameters()}
         ruled = nn.parallel.DistributedDataParallel(network(RULE))
         for name, wrapped in (("rule", ruled), ("exact rule", network(RULE)[2])):
@@ -426,11 +447,13 @@ def _ddp(rank, file, out):
         for layer in sharded:
             fully_shard(layer)
         fully_shard(sharded)
+        schedule = fd.Schedule(sharded, target_every=2)
         optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
         for _ in range(2):
             optimizer.zero_grad()
             loss_of(sharded, x[half], y[half]).backward()
             optimizer.step()
+            schedule.step()
         found["fsdp"] = {n: p.full_tensor().detach() for n, p in sharded.named_parameters()}
         for name, each in (("fsdp rule", True), ("fsdp root rule", False)):
             ruled = network(RULE)
@@ -461,12 +484,16 @@ def expected_of_two_replicas():
     model = network()
     x, y = data(16)
     replicas = [copy.deepcopy(model) for _ in range(2)]
+    schedules = [fd.Schedule(replica, target_every=2) for replica in replicas]
     for _ in range(2):
         for r, replica in enumerate(replicas):
             replica.zero_grad()
             half = slice(8 * r, 8 * r + 8)
             loss_of(replica, x[half], y[half]).backward()
+            schedules[r].step()
         for a, b in zip(*(r.parameters() for r in replicas), strict=True):
+            if a.grad is None:  # synthesizers, on the step without targets
+                continue
             step = 0.1 * (a.grad + b.grad) / 2
             with torch.no_grad():
                 a -= step
@@ -514,3 +541,23 @@ def test_inplace_activation_behind_a_prediction_is_an_error():
     h = F.relu(linear(4, 5)(double(6, 4)), inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         h.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------
+# The documentation
+
+
+def test_every_test_that_the_documentation_names_exists():
+    folder = Path(__file__).parent
+    text = (folder.parent / "docs" / "semantics.md").read_text()
+    named, where = 0, ""
+    for line in text.splitlines():
+        file = "test_dropin.py" if line.count("|") == 5 else ""
+        for name in re.findall(r"`((?:test_\w+\.py)?(?:::)?(?:test_\w+)?)`", line):
+            path, _, test = name.partition("::") if "." in name or ":" in name else ("", "", name)
+            where = path or (where if "::" in name else file)
+            assert (folder / where).exists(), name
+            if test:
+                assert f"def {test}(" in (folder / where).read_text(), f"{where}::{test}"
+            named += 1
+    assert named > 60

@@ -286,3 +286,15 @@ def test_an_overflow_is_skipped_and_counted(backend):
     close(kept(model[2].parameters()), before, 0)
     assert model[2].skipped_updates == 1
     assert fd.diagnostics(model)["1"]["skipped_synthesizer_updates"] == 1
+
+
+def test_a_scaler_that_has_no_gradients_to_check_says_so():
+    """All parameters have fused rules: a fixed ``loss_scale`` is the way."""
+    model = linear(4, 3, update=SGD)
+    scaler = torch.amp.GradScaler("cpu")
+    fd.Schedule(model, loss_scale=scaler)
+    optimizer = fd.FusedOptimizer(model)
+    scaler.scale(model(double(6, 4)).sum()).backward()
+    scaler.step(optimizer)
+    with pytest.raises(AssertionError, match="No inf checks were recorded"):
+        scaler.update()
