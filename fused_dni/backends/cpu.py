@@ -3,6 +3,9 @@
 Tensors go over as addresses, looked up anew on every call; outputs are allocated here. The kernels
 run on PyTorch's own OpenMP threads (torch is imported before the extension, so that both share
 one libgomp) and as many of them as ``torch.get_num_threads()`` says.
+
+bfloat16 inputs go with float32 parameters. They are widened (exactly), the kernels compute in
+float32, and h and dx are rounded: no less precise than products of bfloat16 operands.
 """
 
 from __future__ import annotations
@@ -35,6 +38,17 @@ _RULE = {name: index for index, name in enumerate(RULES)}
 # Activations whose derivative the kernels take from h: without a normalisation nothing is kept.
 _FROM_OUTPUT = frozenset(("identity", "relu", "tanh", "sigmoid"))
 _FLOAT64 = torch.float64
+# Dtypes of x and of the parameters.
+_SERVED = (
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of this dtype."""
+    return (tensor if tensor.dtype is dtype else tensor.to(dtype)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -127,7 +141,8 @@ def _moved_statistics(layer: LinearTensors, config: LinearConfig, training: bool
 
 
 class CpuBackend:
-    """:class:`fused_dni.backends.base.Backend` in C++, for float32 and float64."""
+    """:class:`fused_dni.backends.base.Backend` in C++, for float32, float64 and
+    bfloat16 with float32 parameters."""
 
     name = "cpu"
 
@@ -139,10 +154,10 @@ class CpuBackend:
         """None, or why these tensors cannot be served."""
         if x.device.type != "cpu" or weight.device.type != "cpu":
             return f"serves tensors on a CPU, got x on {x.device} and weight on {weight.device}"
-        if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
+        if (x.dtype, weight.dtype) not in _SERVED:
             return (
-                "serves float32 or float64, x and parameters alike, "
-                f"got x {x.dtype} and weight {weight.dtype}"
+                "serves float32 or float64, x and parameters alike, or a bfloat16 x with float32 "
+                f"parameters, got x {x.dtype} and weight {weight.dtype}"
             )
         return None
 
@@ -150,7 +165,8 @@ class CpuBackend:
         self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
     ) -> tuple[Tensor, Saved]:
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
-        x = x.contiguous()
+        given, dtype = x.dtype, layer.weight.dtype
+        x = _as(x, dtype)
         rows, features = x.shape[0], layer.weight.shape[0]
         h = x.new_empty(rows, features)
         normalized = rstd = None
@@ -167,7 +183,7 @@ class CpuBackend:
         moved = _moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
-        return h, Saved(normalized, rstd)
+        return h if dtype is given else h.to(given), Saved(normalized, rstd)
 
     def linear_backward(
         self,
@@ -182,7 +198,8 @@ class CpuBackend:
         need_weight: bool,
     ) -> LinearGradients:
         """See :meth:`fused_dni.backends.base.Backend.linear_backward`."""
-        x, h, grad_h = x.contiguous(), h.contiguous(), grad_h.contiguous()
+        given, dtype = x.dtype, layer.weight.dtype
+        x, h, grad_h = _as(x, dtype), _as(h, dtype), _as(grad_h, dtype)
         weight, bias, norm_weight, norm_bias = _slots(layer)
         gradients = LinearGradients(
             torch.empty_like(h),
@@ -203,14 +220,15 @@ class CpuBackend:
                 *[0 if t is None else t.data_ptr() for t in gradients],
             ),
         )
+        if dtype is not given and gradients.x is not None:
+            return gradients._replace(x=gradients.x.to(given))
         return gradients
 
     def linear_update_(
         self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
     ) -> None:
         """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
-        x = x.contiguous()
-        delta = gradients.delta.contiguous()
+        x, delta = _as(x, layer.weight.dtype), gradients.delta.contiguous()
         _cpu.linear_update(
             x.dtype is _FLOAT64,
             _layer(x, layer, _PLAIN, False),
@@ -257,7 +275,7 @@ class CpuBackend:
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
     ) -> Prediction:
         """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
-        h = h.contiguous()
+        h = _as(h, synthesizer.weight.dtype)
         prediction = _empty_prediction(h, synthesizer)
         given, context = _context(synthesizer, context)
         _cpu.synthesizer_predict(
@@ -324,7 +342,7 @@ class _Step:
         rule: RuleTensors,
     ) -> None:
         weight = layer.weight
-        self.wide = weight.dtype is _FLOAT64
+        self.dtype = weight.dtype
         self.features = weight.shape[0]
         self.layer = _layer(weight, layer, config, True)
         self.synthesizer = synthesizer
@@ -342,16 +360,17 @@ class _Step:
         need_dx: bool,
         need_prediction: bool,
     ) -> Step:
-        x = x.contiguous()
+        given = x.dtype
+        x = _as(x, self.dtype)
         rows = x.shape[0]
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
         prediction = _empty_prediction(h, self.synthesizer) if need_prediction else None
-        given, context = _context(self.synthesizer, context)
+        conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
-            self.wide,
+            self.dtype is _FLOAT64,
             (rows, *self.layer[1:3], torch.get_num_threads(), *self.layer[4:]),
-            self.fixed + given,
+            self.fixed + conditions,
             self.rule,
             (
                 target_scale,
@@ -364,6 +383,8 @@ class _Step:
             ),
         )
         increment_version(self.written)
+        if given is not self.dtype:
+            h, dx = h.to(given), None if dx is None else dx.to(given)
         return Step(h, prediction, dx)
 
 
@@ -390,7 +411,8 @@ def _train(
     rule: tuple[int | bool, ...],
     gradients: list[int],
 ) -> None:
-    h, grad_h, scaled = h.contiguous(), grad_h.contiguous(), prediction.scaled.contiguous()
+    dtype = synthesizer.weight.dtype
+    h, grad_h, scaled = _as(h, dtype), _as(grad_h, dtype), prediction.scaled.contiguous()
     reduced = prediction.reduced
     if reduced is not None:
         reduced = reduced.contiguous()
