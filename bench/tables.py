@@ -507,16 +507,85 @@ def render_memory(results: dict[str, Any]) -> str:
     return "\n\n".join([provenance(results, groups), text, table(header, rows)])
 
 
-RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "step": render_step,
-    "linear": lambda results: render_groups(results, "linear"),
-    "synthesizer": lambda results: render_groups(results, "synthesizer"),
-    "memory": render_memory,
+def render_training(report: dict[str, Any]) -> str:
+    """Errors and wall-clock of one ``fused-dni train`` run."""
+    facts, settings = report["facts"], report["settings"]
+    stock = report["summary"][0]["seconds_per_epoch"]
+    rows = [
+        [
+            row["name"],
+            f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})",
+            f"{row['seconds_per_epoch'] * 1e3:.0f}",
+            f"{row['seconds_per_epoch'] / stock:.2f}",
+            f"{row['seconds_to_threshold']:.2f} s"
+            if row["seconds_to_threshold"]
+            else "not reached",
+        ]
+        for row in report["summary"]
+    ]
+    header = ["", f"error, {report['evaluated_on']}", "epoch, ms", "÷ first row"]
+    header.append(f"to {report['summary'][0]['threshold']:.0%}")
+    text = (
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}: `{facts['command']}`. {settings['depth']} hidden layers of "
+        f"{settings['hidden']}, batch {settings['batch_size']}, {settings['epochs']} epochs, "
+        f"{len(settings['seeds'])} seeds (mean, range), {settings['update']} at "
+        f"{settings['lr']:g}, synthesizers of rank {settings['rank'] or 'O (dense)'} at "
+        f"{settings['sg_lr']:g}, {settings['warmup_steps']} steps of warm-up."
+    )
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def render_ranks(reports: list[dict[str, Any]]) -> str:
+    """Error by rank of the synthesizer, one ``fused-dni train --held-out --rank`` run each."""
+    if not reports:
+        return "Not measured yet."
+    reports = sorted(reports, key=lambda report: report["settings"]["rank"] or 10**9)
+    names = [row["name"] for row in reports[0]["summary"]]
+    rows = [
+        [
+            str(report["settings"]["rank"] or "dense"),
+            *(
+                f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})"
+                for row in report["summary"]
+            ),
+        ]
+        for report in reports
+    ]
+    facts = reports[0]["facts"]
+    text = (
+        f"Error, {reports[0]['evaluated_on']}, mean and range of "
+        f"{len(reports[0]['settings']['seeds'])} seeds. {facts['device']}, {facts['date']}, commit "
+        f"{facts['commit']}: `{facts['command']}`."
+    )
+    return f"{text}\n\n{table(['rank', *names], rows)}"
+
+
+def each(
+    renderer: Callable[[dict[str, Any]], str],
+) -> Callable[[list[dict[str, Any]]], str]:
+    """A renderer of several results: one part a device."""
+    return lambda results: "\n\n".join(map(renderer, results)) or "Not measured yet."
+
+
+# By name of the table: which results it is made from, and how.
+RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "step": ("*-cpu.json", each(render_step)),
+    "linear": ("*-cpu.json", each(lambda results: render_groups(results, "linear"))),
+    "synthesizer": ("*-cpu.json", each(lambda results: render_groups(results, "synthesizer"))),
+    "memory": ("*-cpu.json", each(render_memory)),
+    "mnist": ("*-mnist.json", each(render_training)),
+    "ranks": ("*-mnist-rank-*.json", render_ranks),
 }
 
 
-def render_document(text: str, results: list[dict[str, Any]]) -> str:
-    """``text`` with everything between its markers made anew, one part a device.
+def committed(pattern: str) -> list[dict[str, Any]]:
+    """The results whose file name fits."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def render_document(text: str, results: Callable[[str], list[dict[str, Any]]] = committed) -> str:
+    """``text`` with everything between its markers made anew from ``results(pattern)``.
 
     Raises:
         ValueError: a marker without its end, or of a table that does not exist.
@@ -530,19 +599,18 @@ def render_document(text: str, results: list[dict[str, Any]]) -> str:
             raise ValueError(f"table {match[1]!r} has no end marker")
         if match[1] not in RENDERERS:
             raise ValueError(f"unknown table {match[1]!r}; there are {', '.join(RENDERERS)}")
-        bodies = [RENDERERS[match[1]](found) for found in results] or ["Not measured yet."]
-        done += [text[position : match.end()], "\n", "\n\n".join(bodies), "\n\n"]
+        pattern, renderer = RENDERERS[match[1]]
+        done += [text[position : match.end()], "\n", renderer(results(pattern)), "\n\n"]
         position = end
     return "".join([*done, text[position:]])
 
 
 def render(check: bool) -> int:
     """Rewrite the documents, or with ``check`` say which of them differ."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-cpu.json"))]
     stale = 0
     for path in DOCUMENTS:
         old = path.read_text()
-        new = render_document(old, results)
+        new = render_document(old)
         if new == old:
             continue
         stale += 1
