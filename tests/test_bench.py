@@ -237,7 +237,7 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     assert found["step"]["16/32 sgd"]["ratios"]["DNI k=4 / stock eager"]["median"] > 0
     assert found["linear"]["16x24x32 without dx"]["rows"]["stock compiled"]["failed"]
     for suite in tables.SUITES:
-        assert "| " in tables.RENDERERS[suite](found)
+        assert "| " in tables.RENDERERS[suite][1]([found])
     assert "x the floor" in capsys.readouterr().out
 
 
