@@ -304,3 +304,13 @@ def test_decoupled_segments():
         layer(double(0, 4))
     twins.unchanged(before, twins.snapshot(layer))
     assert present(layer.local_parameters())
+
+
+def test_a_weight_transposed_in_place_is_refused():
+    """Its address and shape stay as they were."""
+    layer = fd.FusedDNILinear(6, 6, update=fd.SGD(0.1))
+    x = torch.randn(4, 6)
+    layer(x)
+    layer.weight.data = layer.weight.data.t()
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
+        layer(x)

@@ -207,7 +207,9 @@ def test_committed_results_name_machine_versions_and_commit():
     for path in tables.RESULTS.glob("*.json"):
         found = json.loads(path.read_text())
         if found.get("kind") == "train":
-            assert {"device", "torch", "threads", "date", "commit", "command"} <= set(found["facts"])
+            assert {"device", "torch", "threads", "date", "commit", "command"} <= set(
+                found["facts"]
+            )
             continue
         assert {"cpu", "torch", "threads", "date", "commit"} <= set(found["device"])
         for suite in tables.SUITES:

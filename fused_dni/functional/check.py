@@ -33,6 +33,10 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
+    if not weight.is_contiguous():
+        raise RuntimeError(
+            f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
+        )
     features = weight.shape[1]
     if input.dim() == 0 or input.shape[-1] != features:
         raise RuntimeError(
@@ -87,10 +91,6 @@ def layer(tensors: LinearTensors, config: LinearConfig) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise RuntimeError(
             f"weight must be floating point [O, I], got {weight.dtype} {list(weight.shape)}"
-        )
-    if not weight.is_contiguous():
-        raise RuntimeError(
-            f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
         )
     for name, t in zip(tensors._fields[1:], tensors[1:], strict=True):
         if t is None:
