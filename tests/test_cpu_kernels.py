@@ -113,14 +113,19 @@ class Problem:
         return h @ p[1].t() @ p[0].t() + p[2].t()[self.label] + p[3]
 
 
-def close(got: Tensor, exact: Tensor, reduction: int, name: str) -> None:
+def close(
+    got: Tensor, exact: Tensor, reduction: int, name: str, step: tuple[Tensor, float] | None = None
+) -> None:
     """Rounding errors of a chain of a few sums of ``reduction`` terms: each sum a random walk of
     that length, 6 standard deviations, of the tensor's own scale. Conditioning of the chain (norm,
-    products with matrices of norm about 2) is within the factor of 20."""
+    products with matrices of norm about 2) is within the factor of 20. ``step`` is the gradient
+    behind an updated parameter and how much of the gradient's error the rule passes on."""
     assert got.shape == exact.shape
+    scale = float(exact.abs().max())
+    if step is not None:
+        scale += step[1] * float(step[0].abs().max())
     eps = torch.finfo(got.dtype).eps
-    scale = exact.abs().max().clamp(min=exact.square().mean().sqrt(), max=None)
-    error = (got.double() - exact).abs().max()
+    error = float((got.double() - exact).abs().max())
     assert error <= 20 * 6 * eps * max(reduction, 16) ** 0.5 * scale + eps, (name, error, scale)
 
 
@@ -165,6 +170,9 @@ def run_step(
             statistics, other.tensors(synthesizer.parameters()),
         )  # fmt: skip
     assert (state.steps, state.skipped, other.steps, other.skipped) == (1, 0, 1, 0)
+    # Adam's step is lr g / (|g| + eps): steepest at zero.
+    hyper = RULES[rule].defaults()
+    passed = hyper["lr"] / hyper.get("eps", 1.0)
     close(step.h, h.detach(), depth, "h")
     assert x.grad is not None
     close(step.dx, x.grad, depth, "dx")
@@ -172,16 +180,16 @@ def run_step(
     assert step.prediction.reduced is not None
     close(step.prediction.reduced, h.detach() @ problem.synthesizer[1].t(), depth, "reduced")
     for name, got, exact in zip(LinearTensors._fields, layer[: len(own)], own, strict=False):
-        assert got is not None
-        close(got.detach(), exact.detach(), depth, name)
+        assert got is not None and exact.grad is not None
+        close(got.detach(), exact.detach(), depth, name, (exact.grad, passed))
     for got, exact in zip(layer[4:], running, strict=False):
         if got is not None:
             close(got, exact, depth, "running")
     for name, got, exact in zip(
         ["weight", "down", "context", "bias"], synthesizer[1:], m, strict=True
     ):
-        assert isinstance(got, Tensor)
-        close(got.detach(), exact.detach(), depth, "synthesizer " + name)
+        assert isinstance(got, Tensor) and exact.grad is not None
+        close(got.detach(), exact.detach(), depth, "synthesizer " + name, (exact.grad, passed))
     s, g = scaled.detach(), target
     sums = torch.stack([(s * g).sum(), (s * s).sum(), (g * g).sum(), (s - g).square().sum()])
     close(statistics[:4].to(dtype), sums, depth, "statistics")
