@@ -57,18 +57,22 @@ class Locality(NamedTuple):
 
 
 def mixed_gradient(
-    arrived: Tensor | None, scaled: Tensor | None, how: Locality, dtype: torch.dtype
+    arrived: Tensor | None,
+    scaled: Tensor | None,
+    share: float,
+    target_scale: float,
+    max_norm: float,
 ) -> Tensor | None:
-    """``share * arrived + (1 - share) * synthetic``; None if that has no defined part."""
-    share = how.true_share
+    """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from ``scaled`` =
+    M(h); None if that has no defined part."""
     if share == 1.0 or scaled is None:
         return arrived
-    synthetic = synthetic_gradient(Prediction(scaled), how.target_scale, how.max_norm)
+    synthetic = synthetic_gradient(Prediction(scaled), target_scale, max_norm)
     if share == 0.0:
         return synthetic
     if arrived is None:
         return (1.0 - share) * synthetic
-    return share * arrived.to(dtype) + (1.0 - share) * synthetic
+    return share * arrived.to(synthetic.dtype) + (1.0 - share) * synthetic
 
 
 class _Linear(torch.autograd.Function):
@@ -151,7 +155,11 @@ class _Linear(torch.autograd.Function):
             if learns or how.true_share < 1.0:
                 prediction = ops.synthesizer_predict(backend, h, tensors, context)
             gradient = mixed_gradient(
-                arrived, None if prediction is None else prediction.scaled, how, weight.dtype
+                arrived,
+                None if prediction is None else prediction.scaled,
+                how.true_share,
+                how.target_scale,
+                how.max_norm,
             )
             if learns and prediction is not None and arrived is not None:
                 trained = ops.synthesizer_gradients(

@@ -300,11 +300,16 @@ class DecoupledModule(nn.Module):
             phase.loss_scale or 1.0,
         )
 
+    def statistics_on(self, device: torch.device) -> Tensor:
+        """The sums that training adds to, moved along with the module."""
+        if self.statistics.device != device:
+            self.statistics = self.statistics.to(device)
+        return self.statistics
+
     def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
         h, forecast, context, arrived, scale = lesson
-        if self.statistics.device != h.device:
-            self.statistics = self.statistics.to(h.device)
+        statistics = self.statistics_on(h.device)
         if forecast.prediction is not None:
             fused = self.fused_synthesizer(h)
             assert fused is not None
@@ -316,7 +321,7 @@ class DecoupledModule(nn.Module):
                 fused,
                 context,
                 scale,
-                self.statistics,
+                statistics,
             )
         slots = self.synthesizer_parameters()
         if forecast.graph is None:
@@ -326,7 +331,7 @@ class DecoupledModule(nn.Module):
         s, g, e = (t.double().flatten() for t in (forecast.scaled, target, error))
         sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(float(h.shape[0]))])
         if bool(torch.isfinite(sums).all()):
-            self.statistics += sums
+            statistics += sums
         wanted = [p for p in slots if p is not None and p.requires_grad]
         made = iter(
             torch.autograd.grad(
@@ -342,8 +347,6 @@ class DecoupledModule(nn.Module):
         fused = self.fused_synthesizer(first.h)
         rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
         if len(lessons) == 1 and fused is not None and first.forecast.prediction is not None:
-            if self.statistics.device != first.h.device:
-                self.statistics = self.statistics.to(first.h.device)
             ops.synthesizer_update_(
                 self.synthesizer_backend(first.h),
                 first.h,
@@ -352,7 +355,7 @@ class DecoupledModule(nn.Module):
                 fused,
                 first.context,
                 first.target_scale,
-                self.statistics,
+                self.statistics_on(first.h.device),
                 rule,
             )
             return
@@ -517,8 +520,8 @@ class _Returned(torch.autograd.Function):
         learns = arrived is not None and (phase.target or phase.warmup)
         kappa = module.scale_of(h)
         forecast = module.predict(h, ctx.context, learns)
-        how = Locality("", phase.true_share, learns, kappa, module.max_norm or 0.0, 1.0)
-        gradient = mixed_gradient(arrived, forecast.scaled, how, forecast.scaled.dtype)
+        share, limit = phase.true_share, module.max_norm or 0.0
+        gradient = mixed_gradient(arrived, forecast.scaled, share, kappa, limit)
         trained: tuple[Tensor | None, ...] = (None,) * len(module.synthesizer_parameters())
         if learns and arrived is not None:
             trained = module.lesson_gradients(Lesson(h, forecast, ctx.context, arrived, kappa))
@@ -614,11 +617,9 @@ class _Deferred(torch.autograd.Function):
         gradient: Tensor | None = arrived
         if module._modules["synthesizer"] is not None:
             forecast = module.predict(h, ctx.context, learns=True)
-            how = Locality(
-                "", phase.true_share, True, module.scale_of(h), module.max_norm or 0.0, 1.0
-            )
-            gradient = mixed_gradient(arrived, forecast.scaled, how, forecast.scaled.dtype)
-            lesson = Lesson(h, forecast, ctx.context, arrived, module.scale_of(h))
+            kappa, limit = module.scale_of(h), module.max_norm or 0.0
+            gradient = mixed_gradient(arrived, forecast.scaled, phase.true_share, kappa, limit)
+            lesson = Lesson(h, forecast, ctx.context, arrived, kappa)
             at_end_of_backward((id(module), "learn"), module.learn, lesson)
         assert gradient is not None
         dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)

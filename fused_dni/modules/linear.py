@@ -286,8 +286,6 @@ class FusedDNILinear(DecoupledModule):
             return self.unruled_forward(inputs, (x,), context, need_dx)
         self._fit(layer, fused)
         self.check_labels(context)
-        if self.statistics.device != x.device:
-            self.statistics = self.statistics.to(x.device)
         return linear_tensors(
             x,
             layer,
@@ -296,7 +294,7 @@ class FusedDNILinear(DecoupledModule):
             backend,
             fused,
             context,
-            self.statistics,
+            self.statistics_on(x.device),
             self.locality(x.shape[0], fused),
             need_dx,
         )
