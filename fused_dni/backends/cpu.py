@@ -114,6 +114,8 @@ def _context(
     context = context.contiguous()
     if context.dtype is torch.int64:
         return (context.data_ptr(), 0), context
+    if not context.is_floating_point():
+        raise TypeError(f"class indices must be torch.int64, got {context.dtype}")
     context = context.to(synthesizer.weight.dtype)
     return (0, context.data_ptr()), context
 
