@@ -25,6 +25,7 @@ CPU = ROOT / "csrc" / "cpu"
 
 COMMON = ["dispatch.cpp", "scratch.cpp", "bindings.cpp"]
 KERNELS = ["linear.cpp", "synthesizer.cpp"]
+BF16_KERNELS = ["linear_bf16.cpp"]
 
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden",
@@ -32,10 +33,12 @@ FLAGS = [
 ]  # fmt: skip
 # Square roots need no errno, and a * b + c may be one instruction wherever there is one.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
 ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -76,7 +79,7 @@ class NinjaBuild(build_ext):
             if wider and not x86:
                 continue
             flags = [*KERNEL_FLAGS, *wider, f"-DFUSED_DNI_ISA={isa}"]
-            for name in KERNELS:
+            for name in BF16_KERNELS if isa == "avx512bf16" else KERNELS:
                 objects += build.build(
                     f"{name}.{isa}.o", "compile", str(CPU / name), variables={"isa": flags}
                 )
@@ -95,7 +98,9 @@ setup(
     package_data={"fused_dni": ["py.typed"]},
     ext_modules=[
         Extension(
-            "fused_dni._cpu", [f"csrc/cpu/{name}" for name in [*COMMON, *KERNELS]], language="c++"
+            "fused_dni._cpu",
+            [f"csrc/cpu/{name}" for name in [*COMMON, *KERNELS, *BF16_KERNELS]],
+            language="c++",
         )
     ],
     cmdclass={"build_ext": NinjaBuild},

@@ -101,13 +101,17 @@ RuleArguments read_rule(const py::tuple& items) {
   return a;
 }
 
-template <class Arguments>
-void call(void (*const (&function)[2])(const Arguments&), bool wide, const Arguments& arguments) {
+// `type` is an index into the tables of ops.hpp's Kernels.
+template <class Arguments, std::size_t kTypes>
+void call(void (*const (&function)[kTypes])(const Arguments&), std::size_t type,
+          const Arguments& arguments) {
+  if (type >= kTypes || function[type] == nullptr)
+    throw py::type_error("no kernel for elements of type " + std::to_string(type));
   py::gil_scoped_release release;
-  function[wide ? 1 : 0](arguments);
+  function[type](arguments);
 }
 
-void linear_forward(bool wide, const py::tuple& layer, const py::tuple& tensors) {
+void linear_forward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
   Reader read(tensors);
   LinearForward a;
   a.layer = read_layer(layer);
@@ -116,10 +120,10 @@ void linear_forward(bool wide, const py::tuple& layer, const py::tuple& tensors)
   a.normalized = read.pointer();
   a.rstd = read.pointer();
   read.finish();
-  call(kernels().linear_forward, wide, a);
+  call(kernels().linear_forward, type, a);
 }
 
-void linear_backward(bool wide, const py::tuple& layer, const py::tuple& tensors) {
+void linear_backward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
   Reader read(tensors);
   LinearBackward a;
   a.layer = read_layer(layer);
@@ -135,10 +139,10 @@ void linear_backward(bool wide, const py::tuple& layer, const py::tuple& tensors
   a.grad_norm_weight = read.pointer();
   a.grad_norm_bias = read.pointer();
   read.finish();
-  call(kernels().linear_backward, wide, a);
+  call(kernels().linear_backward, type, a);
 }
 
-void linear_update(bool wide, const py::tuple& layer, const py::tuple& rule,
+void linear_update(std::size_t type, const py::tuple& layer, const py::tuple& rule,
                    const py::tuple& tensors) {
   Reader read(tensors);
   LinearUpdate a;
@@ -150,10 +154,10 @@ void linear_update(bool wide, const py::tuple& layer, const py::tuple& rule,
   a.grad_norm_weight = read.pointer();
   a.grad_norm_bias = read.pointer();
   read.finish();
-  call(kernels().linear_update, wide, a);
+  call(kernels().linear_update, type, a);
 }
 
-void linear_step(bool wide, const py::tuple& layer, const py::tuple& synthesizer,
+void linear_step(std::size_t type, const py::tuple& layer, const py::tuple& synthesizer,
                  const py::tuple& rule, const py::tuple& tensors) {
   Reader read(tensors);
   LinearStep a;
@@ -168,10 +172,10 @@ void linear_step(bool wide, const py::tuple& layer, const py::tuple& synthesizer
   a.reduced = read.pointer();
   a.grad_x = read.pointer();
   read.finish();
-  call(kernels().linear_step, wide, a);
+  call(kernels().linear_step, type, a);
 }
 
-void synthesizer_predict(bool wide, const py::tuple& synthesizer, const py::tuple& tensors) {
+void synthesizer_predict(std::size_t type, const py::tuple& synthesizer, const py::tuple& tensors) {
   Reader read(tensors);
   SynthesizerPredict a;
   a.rows = read.integer();
@@ -182,11 +186,11 @@ void synthesizer_predict(bool wide, const py::tuple& synthesizer, const py::tupl
   a.reduced = read.pointer();
   read.finish();
   a.synthesizer = read_synthesizer(synthesizer, a.rows);
-  call(kernels().synthesizer_predict, wide, a);
+  call(kernels().synthesizer_predict, type, a);
 }
 
 // With a rule, an update; with an empty tuple, four addresses of gradients end `tensors`.
-void synthesizer_train(bool wide, const py::tuple& synthesizer, const py::tuple& rule,
+void synthesizer_train(std::size_t type, const py::tuple& synthesizer, const py::tuple& rule,
                        const py::tuple& tensors) {
   Reader read(tensors);
   SynthesizerTrain a{};
@@ -206,7 +210,7 @@ void synthesizer_train(bool wide, const py::tuple& synthesizer, const py::tuple&
     for (void*& gradient : a.gradients) gradient = read.pointer();
   read.finish();
   a.synthesizer = read_synthesizer(synthesizer, a.rows);
-  call(kernels().synthesizer_train, wide, a);
+  call(kernels().synthesizer_train, type, a);
 }
 
 }  // namespace
@@ -231,6 +235,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "max_threads", [] { return omp_get_max_threads(); },
       "Threads of the OpenMP pool, which is PyTorch's if PyTorch was imported first.");
+  m.def(
+      "bf16", [] { return kernels().linear_step[2] != nullptr; },
+      "Whether the linear layer's kernels multiply bfloat16 operands.");
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   m.def("linear_update", &linear_update);

@@ -13,6 +13,9 @@ FUSED_DNI_DECLARE(portable)
 #if defined(__x86_64__)
 FUSED_DNI_DECLARE(avx2)
 FUSED_DNI_DECLARE(avx512)
+namespace avx512bf16 {
+void add_linear_bf16(Kernels&);
+}
 #endif
 #undef FUSED_DNI_DECLARE
 
@@ -37,8 +40,10 @@ std::vector<Variant> runnable() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     add("avx2", avx2::add_linear, avx2::add_synthesizer);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       add("avx512", avx512::add_linear, avx512::add_synthesizer);
+      if (__builtin_cpu_supports("avx512bf16")) avx512bf16::add_linear_bf16(found.back().kernels);
+    }
   }
 #endif
   return found;

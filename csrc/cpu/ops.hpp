@@ -117,12 +117,13 @@ struct SynthesizerTrain {
   void* gradients[kSlots];
 };
 
-// One set a instruction set; [0] for float, [1] for double.
+// One set an instruction set; [0] for float, [1] for double, [2] for x, h and dx in bfloat16 and
+// everything else in float (null where the machine has no instructions for that).
 struct Kernels {
-  void (*linear_forward[2])(const LinearForward&);
-  void (*linear_backward[2])(const LinearBackward&);
-  void (*linear_update[2])(const LinearUpdate&);
-  void (*linear_step[2])(const LinearStep&);
+  void (*linear_forward[3])(const LinearForward&);
+  void (*linear_backward[3])(const LinearBackward&);
+  void (*linear_update[3])(const LinearUpdate&);
+  void (*linear_step[3])(const LinearStep&);
   void (*synthesizer_predict[2])(const SynthesizerPredict&);
   void (*synthesizer_train[2])(const SynthesizerTrain&);
 };

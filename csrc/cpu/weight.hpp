@@ -61,10 +61,14 @@ struct WeightPhase {
 
   void plan(Scratch& scratch, int threads) { packed = scratch.take<T>(threads * piece()); }
 
+  // Makes of the thread's features of delta what the products need of it; a barrier follows.
+  void prepare(Range, bool) const {}
+
   // dx = delta W if wanted, then panel(i, width, features, scratch) for every panel of W's columns
   // and the rows of W that this thread owns of it. The caller has had a barrier behind delta.
   template <class Panel>
-  void run(const Team& team, T* grad_x, bool wanted, Panel&& panel) const {
+  void run(const Team& team, void* to, bool wanted, Panel&& panel) const {
+    T* grad_x = static_cast<T*>(to);
     T* scratch = packed + team.rank * piece();
     if (grad_x != nullptr) {  // threads share the columns of dx; if those are few, its rows too
       const Grid grid(team, ceil_div(in, kPanel<T>));
@@ -87,7 +91,7 @@ struct WeightPhase {
   }
 
   // dx and the weight's gradient, each if wanted.
-  void gradients(const Team& team, T* grad_x, T* grad_weight) const {
+  void gradients(const Team& team, void* grad_x, T* grad_weight) const {
     run(team, grad_x, grad_weight != nullptr,
         [&](Index i, Index width, Range features, T* scratch) {
           write(features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i,
@@ -96,7 +100,7 @@ struct WeightPhase {
   }
 
   // dx if wanted, and a rule applied to the weight.
-  void update(const Team& team, T* grad_x, const Rule<T>& rule, const Slot<T>& slot) const {
+  void update(const Team& team, void* grad_x, const Rule<T>& rule, const Slot<T>& slot) const {
     with_rule(rule, [&](auto kind) {
       run(team, grad_x, slot.parameter != nullptr,
           [&](Index i, Index width, Range features, T* scratch) {
@@ -180,9 +184,8 @@ T magnitude_of(const T* values, Index count) {
 
 // Whether the gradient is finite, agreed on by all threads: nothing has been changed yet. The
 // caller has had a barrier behind the reports.
-template <class T>
-bool agree_finite(const Team& team, Report<T>* reports, const WeightPhase<T>& product,
-                  bool weight) {
+template <class T, class Product>
+bool agree_finite(const Team& team, Report<T>* reports, const Product& product, bool weight) {
   T delta = 0, x = 0;
   for (int t = 0; t < team.size; ++t) {
     const Report<T>& r = reports[t];

@@ -4,8 +4,9 @@ Tensors go over as addresses, looked up anew on every call; outputs are allocate
 run on PyTorch's own OpenMP threads (torch is imported before the extension, so that both share
 one libgomp) and as many of them as ``torch.get_num_threads()`` says.
 
-bfloat16 inputs go with float32 parameters. They are widened (exactly), the kernels compute in
-float32, and h and dx are rounded: no less precise than products of bfloat16 operands.
+bfloat16 inputs go with float32 parameters. Where the machine has AVX512_BF16 the layer's products
+are of bfloat16 operands, the weight rounded as it is read. Elsewhere x is widened (exactly), the
+kernels compute in float32, and h and dx are rounded. Synthesizers compute in float32 either way.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ _SERVED = (
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous and of this dtype."""
     return (tensor if tensor.dtype is dtype else tensor.to(dtype)).contiguous()
+
+
+def _input(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """x as the kernels for parameters of this dtype read it, and which of the kernels."""
+    if x.dtype is dtype:
+        return x.contiguous(), 1 if dtype is _FLOAT64 else 0
+    if _cpu.bf16():
+        return x.contiguous(), 2
+    return x.to(dtype).contiguous(), 0
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -168,24 +178,25 @@ class CpuBackend:
     ) -> tuple[Tensor, Saved]:
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
         given, dtype = x.dtype, layer.weight.dtype
-        x = _as(x, dtype)
+        x, kernel = _input(x, dtype)
         rows, features = x.shape[0], layer.weight.shape[0]
         h = x.new_empty(rows, features)
         normalized = rstd = None
         if save:
             if config.normalization is not None or config.activation not in _FROM_OUTPUT:
-                normalized = torch.empty_like(h)
+                normalized = torch.empty_like(h, dtype=dtype)
             if config.normalization is not None:
-                rstd = h.new_empty(features if config.normalization == "batch" else rows)
+                size = features if config.normalization == "batch" else rows
+                rstd = h.new_empty(size, dtype=dtype)
         _cpu.linear_forward(
-            x.dtype is _FLOAT64,
+            kernel,
             _layer(x, layer, config, training),
             (x.data_ptr(), h.data_ptr(), _address(normalized), _address(rstd)),
         )
         moved = _moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
-        return h if dtype is given else h.to(given), Saved(normalized, rstd)
+        return h if h.dtype is given else h.to(given), Saved(normalized, rstd)
 
     def linear_backward(
         self,
@@ -201,10 +212,11 @@ class CpuBackend:
     ) -> LinearGradients:
         """See :meth:`fused_dni.backends.base.Backend.linear_backward`."""
         given, dtype = x.dtype, layer.weight.dtype
-        x, h, grad_h = _as(x, dtype), _as(h, dtype), _as(grad_h, dtype)
+        x, kernel = _input(x, dtype)
+        h, grad_h = _as(h, x.dtype), _as(grad_h, dtype)
         weight, bias, norm_weight, norm_bias = _slots(layer)
         gradients = LinearGradients(
-            torch.empty_like(h),
+            torch.empty_like(grad_h),
             torch.empty_like(x) if need_dx else None,
             torch.empty_like(weight) if need_weight and weight is not None else None,
             None if bias is None else torch.empty_like(bias),
@@ -212,7 +224,7 @@ class CpuBackend:
             None if norm_bias is None else torch.empty_like(norm_bias),
         )
         _cpu.linear_backward(
-            x.dtype is _FLOAT64,
+            kernel,
             _layer(x, layer, config, training),
             (
                 grad_h.data_ptr(),
@@ -222,7 +234,7 @@ class CpuBackend:
                 *[0 if t is None else t.data_ptr() for t in gradients],
             ),
         )
-        if dtype is not given and gradients.x is not None:
+        if x.dtype is not given and gradients.x is not None:
             return gradients._replace(x=gradients.x.to(given))
         return gradients
 
@@ -230,9 +242,10 @@ class CpuBackend:
         self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
     ) -> None:
         """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
-        x, delta = _as(x, layer.weight.dtype), gradients.delta.contiguous()
+        x, kernel = _input(x, layer.weight.dtype)
+        delta = gradients.delta.contiguous()
         _cpu.linear_update(
-            x.dtype is _FLOAT64,
+            kernel,
             _layer(x, layer, _PLAIN, False),
             _rule(rule),
             (
@@ -363,14 +376,14 @@ class _Step:
         need_prediction: bool,
     ) -> Step:
         given = x.dtype
-        x = _as(x, self.dtype)
+        x, kernel = _input(x, self.dtype)
         rows = x.shape[0]
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
         prediction = _empty_prediction(h, self.synthesizer) if need_prediction else None
         conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
-            self.dtype is _FLOAT64,
+            kernel,
             (rows, *self.layer[1:3], torch.get_num_threads(), *self.layer[4:]),
             self.fixed + conditions,
             self.rule,
@@ -385,7 +398,7 @@ class _Step:
             ),
         )
         increment_version(self.written)
-        if given is not self.dtype:
+        if h.dtype is not given:
             h, dx = h.to(given), None if dx is None else dx.to(given)
         return Step(h, prediction, dx)
 
@@ -396,9 +409,10 @@ _PLAIN = LinearConfig()
 
 def _empty_prediction(h: Tensor, synthesizer: SynthesizerTensors) -> Prediction:
     """Room for a prediction over h [N, O]."""
-    down = synthesizer.down
+    weight, down = synthesizer.weight, synthesizer.down
     return Prediction(
-        torch.empty_like(h), None if down is None else h.new_empty(h.shape[0], down.shape[0])
+        weight.new_empty(h.shape),
+        None if down is None else weight.new_empty(h.shape[0], down.shape[0]),
     )
 
 
