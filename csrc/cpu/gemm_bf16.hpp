@@ -123,25 +123,30 @@ FUSED_DNI_INLINE void round_rows(const float* from, Index stride, Index rows, In
 }
 
 // C[rows][cols] = A B with A [rows][depth] in float32, rounded as it is read, and B in pairs
-// [depth / 2][b_row], rows padded to whole vectors as C's are.
+// [depth / 2][b_row], rows padded to whole vectors as C's are. A tile's rows of A are rounded once
+// for as many panels as the second-level cache holds a block of.
 inline void multiply_rounding(Index rows, Index cols, Index depth, const float* a, Index a_row,
                               const Pair* b, Index b_row, float* c, Index c_row) {
-  alignas(64) Pair rounded_rows[kTileRows * kBlockPairs];
+  constexpr Index kGroup = 4 * kPanel<float>;
+  alignas(64) Pair tile_rows[kTileRows * kBlockPairs];
   const Index pairs = pairs_of(depth), block = round_up(block_depth<float>(pairs), 16);
-  for_panels<float>(0, cols, [&](Index col, Index, Index vectors) {
-    const PairTile run = pair_tile_for(vectors);
+  for (Index first = 0; first < cols; first += kGroup)
     for (Index k = 0; k < pairs; k += block) {
-      const Index count = smaller(block, pairs - k);
+      const Index count = smaller(block, pairs - k), numbers = smaller(2 * count, depth - 2 * k);
       for (Index m = 0; m < rows;) {
         const Index take = next_rows(rows - m);
-        round_rows(a + m * a_row + 2 * k, a_row, take, smaller(2 * count, depth - 2 * k),
-                   rounded_rows, kBlockPairs);
-        run(take, count, rounded_rows, kBlockPairs, b + k * b_row + col, b_row, c + m * c_row + col,
-            c_row, k > 0 ? 1.0f : 0.0f, 1.0f);
+        const float* from = a + m * a_row + 2 * k;
+        for (Index r = take; r < smaller(2 * take, rows - m); ++r)
+          for (Index i = 0; i < numbers; i += 16) __builtin_prefetch(from + r * a_row + i);
+        round_rows(from, a_row, take, numbers, tile_rows, kBlockPairs);
+        for_panels<float>(
+            first, smaller(cols, first + kGroup), [&](Index col, Index, Index vectors) {
+              pair_tile_for(vectors)(take, count, tile_rows, kBlockPairs, b + k * b_row + col,
+                                     b_row, c + m * c_row + col, c_row, k > 0 ? 1.0f : 0.0f, 1.0f);
+            });
         m += take;
       }
     }
-  });
 }
 
 // C[rows][width] = keep * C + gain * A B for one panel of B, made block by block by
