@@ -436,6 +436,45 @@ def render_step(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+# Columns of the summary, by the name of the row they show.
+SUMMARY = {
+    "stock backprop, eager, fused optimizer": "stock eager",
+    "stock backprop, compiled, fused optimizer": "stock compiled",
+    "backprop on our kernels": "backprop, our kernels",
+    "DNI, targets on every step": "DNI k=1",
+    "DNI, targets on every 4th step": "DNI k=4",
+    "DNI, never a target": "DNI, never",
+    "stock backprop, eager, bf16": "stock eager, bf16",
+    "DNI, targets on every 4th step, bf16": "DNI k=4, bf16",
+}
+
+
+def render_summary(results: dict[str, Any]) -> str:
+    """The step table in one: time over the floor and test error, a row a size and rule."""
+    groups = results.get("step", {})
+    if not groups:
+        return "Not measured yet."
+    rows = []
+    for key in ordered(groups):
+        made = groups[key]["rows"]
+        floor = next(row for name, row in made.items() if name.startswith("floor"))
+        cells = [key, f"{floor['median'] * 1e3:.2f}"]
+        for name in SUMMARY:
+            row = made.get(name, {})
+            time = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+            cells.append(f"{time} · {error_of(results, key, name)} %")
+        rows.append(cells)
+    header = ["B/H, rule", "floor, ms", *SUMMARY.values()]
+    what = "Each cell: time of a step over the floor · test error."
+    return "\n\n".join(
+        [
+            f"{provenance(results, groups)} {what}",
+            table(header, rows),
+            render_ratios(groups),
+        ]
+    )
+
+
 def render_ratios(groups: dict[str, Any]) -> str:
     """Paired ratios of times, one column a ratio."""
     keys = ordered(groups)
@@ -511,9 +550,15 @@ def render_training(report: dict[str, Any]) -> str:
     """Errors and wall-clock of one ``fused-dni train`` run."""
     facts, settings = report["facts"], report["settings"]
     stock = report["summary"][0]["seconds_per_epoch"]
+    names = {
+        "backprop": "stock backprop, eager, fused optimizer",
+        "fused": "backprop on our kernels",
+        "cdni k=1": "cDNI, targets on every step",
+        "cdni k=4": "cDNI, targets on every 4th step",
+    }
     rows = [
         [
-            row["name"],
+            names.get(row["name"], row["name"]),
             f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})",
             f"{row['seconds_per_epoch'] * 1e3:.0f}",
             f"{row['seconds_per_epoch'] / stock:.2f}",
@@ -570,6 +615,7 @@ def each(
 
 # By name of the table: which results it is made from, and how.
 RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "summary": ("*-cpu.json", each(render_summary)),
     "step": ("*-cpu.json", each(render_step)),
     "linear": ("*-cpu.json", each(lambda results: render_groups(results, "linear"))),
     "synthesizer": ("*-cpu.json", each(lambda results: render_groups(results, "synthesizer"))),
