@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_dni import cli
+from fused_dni.backends import base
 
 TINY = ["--epochs", "2", "--hidden", "8", "--depth", "2", "--batch-size", "128", "--seeds", "0"]
 TINY += ["--threads", "1", "--quiet"]
@@ -238,3 +239,8 @@ def test_a_closed_pipe_is_not_an_error():
         check=False,
     )
     assert "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr
+
+
+def test_activations_are_those_of_the_layers():
+    """The command line repeats them so that --help does not wait for torch."""
+    assert cli.ACTIVATIONS == base.ACTIVATIONS
