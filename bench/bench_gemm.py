@@ -11,7 +11,7 @@ prints where torch's product would be the faster one (the crossover).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -102,31 +102,23 @@ def bench_product(timed, shape, product, who):
     )
 
 
-def crossover(seconds: float, dtype: torch.dtype) -> None:
-    """Print GFLOP/s of both, shape by shape, and how many times faster ours is."""
-    print(f"GFLOP/s, torch / ours (ratio); {dtype}, {torch.get_num_threads()} threads\n")
-    print("| rows x features | " + " | ".join(PRODUCTS) + " |")
-    print("| --- |" + " --- |" * len(PRODUCTS))
-    slower: list[str] = []
+def crossover(
+    seconds: float, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[int, int, dict[str, tuple[float, float]]]]:
+    """Measure shape by shape: rows, features, and by product GFLOP/s of torch and of ours."""
     for features in FEATURES:
         for rows in ROWS:
-            shape = w.Shape(rows, features, features)
-            products = Products(shape, dtype)
-            cells = []
+            products = Products(w.Shape(rows, features, features), dtype)
+            work = 2e-9 * rows * features * features
+            rates: dict[str, tuple[float, float]] = {}
             for product in PRODUCTS:
                 products.check(product)
                 taken = timing.compare(
                     {"torch": products.torch(product), "ours": products.ours(product)},
                     seconds=seconds,
                 )
-                work = 2e-9 * rows * features * features
-                rate = {name: work / t.median for name, t in taken.items()}
-                ratio = rate["ours"] / rate["torch"]
-                cells.append(f"{rate['torch']:.0f} / {rate['ours']:.0f} ({ratio:.2f})")
-                if ratio < 1:
-                    slower.append(f"{product} {shape}")
-            print(f"| {rows} x {features} | " + " | ".join(cells) + " |", flush=True)
-    print("\ntorch is faster at: " + (", ".join(slower) or "none of these"))
+                rates[product] = (work / taken["torch"].median, work / taken["ours"].median)
+            yield rows, features, rates
 
 
 if __name__ == "__main__":
@@ -134,5 +126,9 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=0.2, help="a product and shape")
     parser.add_argument("--float64", action="store_true")
     options = parser.parse_args()
+    kind = torch.float64 if options.float64 else torch.float32
+    print(f"GFLOP/s, torch / ours (ratio); {kind}, {torch.get_num_threads()} threads")
     with torch.no_grad():
-        crossover(options.seconds, torch.float64 if options.float64 else torch.float32)
+        for rows, features, rates in crossover(options.seconds, kind):
+            cells = [f"{p} {t:.0f} / {o:.0f} ({o / t:.2f})" for p, (t, o) in rates.items()]
+            print(f"{rows:5} x {features:5}:  " + "   ".join(cells), flush=True)

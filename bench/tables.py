@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-SUITES = ("step", "linear", "synthesizer", "memory")
+SUITES = ("step", "linear", "synthesizer", "memory", "gemm")
 FLOOR = "floor: 8 products by torch"
 FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
@@ -272,6 +272,17 @@ def measure_memory(seconds: float, only: str | None) -> Iterator[tuple[str, dict
     for method in ("stock", "deferred", "immediate"):
         curves[method] = [timing.peak_memory(w.memory_step(method, d)) for d in w.MEMORY_DEPTHS]
     yield "curve", curves
+
+
+def measure_gemm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Products of the kernels against torch's over shapes, GFLOP/s; ``seconds`` is for all."""
+    import torch
+
+    from bench_gemm import FEATURES, PRODUCTS, ROWS, crossover
+
+    each_one = seconds / (len(FEATURES) * len(ROWS) * len(PRODUCTS))
+    with torch.no_grad():
+        yield "crossover", {"gflops": [list(row) for row in crossover(max(each_one, 0.1))]}
 
 
 def measure(suites: list[str], only: str | None, seconds: float, path: Path | None) -> None:
@@ -546,6 +557,26 @@ def render_memory(results: dict[str, Any]) -> str:
     return "\n\n".join([provenance(results, groups), text, table(header, rows)])
 
 
+def render_gemm(results: dict[str, Any]) -> str:
+    """Products: torch's rate, ours, and their ratio, by shape."""
+    groups = results.get("gemm", {})
+    if not groups:
+        return "Not measured yet."
+    measured = groups["crossover"]["gflops"]
+    rows, slower = [], []
+    for count, features, rates in measured:
+        cells = [f"{count} × {features}"]
+        for product, (theirs, ours) in rates.items():
+            cells.append(f"{theirs:.0f} / {ours:.0f} ({ours / theirs:.2f})")
+            if ours < theirs:
+                slower.append(f"{product} {count}×{features}")
+        rows.append(cells)
+    text = "GFLOP/s: torch / ours (ratio), float32, one call from Python each."
+    last = "torch is the faster one at: " + (", ".join(slower) or "none of these") + "."
+    header = ["rows × features", *measured[0][2]]
+    return "\n\n".join([provenance(results, groups), text, table(header, rows), last])
+
+
 def render_training(report: dict[str, Any]) -> str:
     """Errors and wall-clock of one ``fused-dni train`` run."""
     facts, settings = report["facts"], report["settings"]
@@ -620,6 +651,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "linear": ("*-cpu.json", each(lambda results: render_groups(results, "linear"))),
     "synthesizer": ("*-cpu.json", each(lambda results: render_groups(results, "synthesizer"))),
     "memory": ("*-cpu.json", each(render_memory)),
+    "gemm": ("*-cpu.json", each(render_gemm)),
     "mnist": ("*-mnist.json", each(render_training)),
     "ranks": ("*-mnist-rank-*.json", render_ranks),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench_gemm
 import gpu_baselines
 import tables
 import workloads as w
@@ -226,6 +227,8 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(w, "SHAPES", (w.Shape(16, 24, 32),))
     monkeypatch.setattr(w, "MEMORY_DEPTHS", (1, 2))
     monkeypatch.setattr(w, "MEMORY_CASE", SMALL)
+    monkeypatch.setattr(bench_gemm, "ROWS", (3,))
+    monkeypatch.setattr(bench_gemm, "FEATURES", (16,))
     real = w.check_layer
 
     def check(shape, kind, dx, backend=None):  # compiling takes longer than the rest
