@@ -34,6 +34,9 @@ ACTIVATIONS = (
     "softplus",
     "mish",
 )
+# Those whose derivative is a function of their output h, so that a layer without normalisation need
+# keep nothing else (see ``Saved``).
+FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 NORMALIZATIONS = (None, "batch", "layer")
 SYNTHESIZERS = ("dense", "lowrank", "diagonal")
 RULES = ("sgd", "adam", "adamw")

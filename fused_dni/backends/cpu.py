@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from fused_dni import _cpu
 from fused_dni.backends.base import (
     ACTIVATIONS,
+    FROM_OUTPUT,
     NORMALIZATIONS,
     RULES,
     SYNTHESIZERS,
@@ -36,8 +37,6 @@ _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
 _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
-# Activations whose derivative the kernels take from h: without a normalisation nothing is kept.
-_FROM_OUTPUT = frozenset(("identity", "relu", "tanh", "sigmoid"))
 _FLOAT64 = torch.float64
 # Dtypes of x and of the parameters.
 _SERVED = (
@@ -183,7 +182,7 @@ class CpuBackend:
         h = x.new_empty(rows, features)
         normalized = rstd = None
         if save:
-            if config.normalization is not None or config.activation not in _FROM_OUTPUT:
+            if config.normalization is not None or config.activation not in FROM_OUTPUT:
                 normalized = torch.empty_like(h, dtype=dtype)
             if config.normalization is not None:
                 size = features if config.normalization == "batch" else rows

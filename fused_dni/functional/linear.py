@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_dni.backends import registry
 from fused_dni.backends.base import (
+    FROM_OUTPUT,
     Backend,
     LinearConfig,
     LinearTensors,
@@ -30,9 +31,6 @@ TWICE = (
     "a decoupled layer's node was run backward a second time: its local gradient would be "
     "delivered twice; run the forward again (retain_graph=True does not help here)"
 )
-
-
-_DERIVATIVE_FROM_H = ("relu", "tanh", "sigmoid")
 
 
 class Locality(NamedTuple):
@@ -104,7 +102,8 @@ class _Linear(torch.autograd.Function):
         h, saved = ops.linear_forward(backend, x, layer, config, training, save=True)
         ctx.set_materialize_grads(False)
         # An exact layer whose derivative does not need h leaves it to be overwritten behind it.
-        keep = how is not None or config.activation in _DERIVATIVE_FROM_H
+        reads_h = config.activation in FROM_OUTPUT and config.activation != "identity"
+        keep = how is not None or reads_h
         ctx.save_for_backward(
             x,
             h if keep else None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_dni.backends import registry
 from fused_dni.backends.base import (
+    FROM_OUTPUT,
     Backend,
     LinearConfig,
     LinearGradients,
@@ -88,9 +89,6 @@ def _linear_forward(
     return h, _empty(saved.normalized, weight), _empty(saved.rstd, weight)
 
 
-_DERIVATIVE_FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
-
-
 @_linear_forward.register_fake
 def _(  # type: ignore[no-untyped-def]
     x,
@@ -111,7 +109,7 @@ def _(  # type: ignore[no-untyped-def]
     n, o = x.shape[0], weight.shape[0]
     h = x.new_empty(n, o)
     empty = weight.new_empty(0)
-    if not save or (normalization is None and activation in _DERIVATIVE_FROM_OUTPUT):
+    if not save or (normalization is None and activation in FROM_OUTPUT):
         return h, empty, empty.clone()
     rstd = {"batch": (o,), "layer": (n,)}.get(normalization, (0,))
     return h, weight.new_empty(n, o), weight.new_empty(rstd)

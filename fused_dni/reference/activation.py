@@ -2,8 +2,9 @@
 
 Write y for the input and h = phi(y) for the output, sigma for the logistic function, Phi and p for
 the normal distribution function and density. The derivatives of the functions in
-:data:`FROM_OUTPUT` are functions of h, so that a layer without normalisation need not keep y.
-Everything here is pointwise, keeps shape and dtype, and mutates nothing.
+:data:`fused_dni.backends.base.FROM_OUTPUT` are functions of h, so that a layer without
+normalisation need not keep y. Everything here is pointwise, keeps shape and dtype, and mutates
+nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-
-FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 
 _INV_SQRT2 = 1.0 / math.sqrt(2.0)
 _INV_SQRT2PI = 1.0 / math.sqrt(2.0 * math.pi)
@@ -55,7 +54,7 @@ def activate(y: Tensor, name: str) -> Tensor:
 
 
 def derivative_from_output(h: Tensor, name: str) -> Tensor:
-    """``phi'`` as a function of h, for the names in :data:`FROM_OUTPUT`."""
+    """``phi'`` as a function of h, for the names in ``FROM_OUTPUT``."""
     if name == "identity":
         return torch.ones_like(h)
     if name == "relu":
@@ -68,7 +67,7 @@ def derivative_from_output(h: Tensor, name: str) -> Tensor:
 
 
 def derivative_from_input(y: Tensor, name: str) -> Tensor:
-    """``phi'(y)``, for the names that are not in :data:`FROM_OUTPUT`."""
+    """``phi'(y)``, for the names that are not in ``FROM_OUTPUT``."""
     if name == "gelu":  # Phi(y) + y p(y)
         density = _INV_SQRT2PI * torch.exp(-0.5 * y * y)
         return 0.5 * (1 + torch.erf(y * _INV_SQRT2)) + y * density

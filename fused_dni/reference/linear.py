@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.backends.base import (
+    FROM_OUTPUT,
     BoundStep,
     LinearConfig,
     LinearGradients,
@@ -45,7 +46,6 @@ from fused_dni.backends.base import (
     SynthesizerTensors,
 )
 from fused_dni.reference.activation import (
-    FROM_OUTPUT,
     activate,
     derivative_from_input,
     derivative_from_output,
