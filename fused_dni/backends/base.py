@@ -155,6 +155,66 @@ class Step(NamedTuple):
     dx: Tensor | None = None  # [N, I]
 
 
+class LSTMLayer(NamedTuple):
+    """Parameters of one LSTM layer, or their gradients; rows in the gate order i, f, g, o."""
+
+    weight_ih: Tensor  # [4H, I]
+    weight_hh: Tensor  # [4H, H]
+    bias_ih: Tensor | None = None  # [4H]
+    bias_hh: Tensor | None = None  # [4H]
+
+
+class LSTMTrace(NamedTuple):
+    """What a window's forward leaves behind: its results, and what the backward needs.
+
+    Steps past a row's length are zero in ``hidden``, and never read elsewhere.
+    """
+
+    hidden: Tensor  # [L, T + 1, B, H]: the state h at the entrance, then after each step
+    h: Tensor  # [L, B, H]: h after each row's last step
+    c: Tensor  # [L, B, H]
+    cells: Tensor | None = None  # [L, T + 1, B, H]: c, as ``hidden``
+    # [L, T, B, 4H]: the gates behind their non-linearities. The order of the last dimension is the
+    # backend's own, the same in all of its LSTM ops.
+    gates: Tensor | None = None
+
+
+class LSTMGradients(NamedTuple):
+    """Gradients of one window."""
+
+    delta: Tensor  # [L, T, B, 4H]: at the gates before their non-linearities, ordered as ``gates``
+    h: Tensor  # [L, B, H]: at the entrance
+    c: Tensor  # [L, B, H]
+    x: Tensor | None = None  # [T, B, I]
+    layers: tuple[LSTMLayer, ...] = ()
+
+
+class LSTMRows(NamedTuple):
+    """What one layer's weight gradients are products of, a row for each step of each sequence."""
+
+    input: Tensor  # [N, I]
+    hidden: Tensor  # [N, H]: h as it was before the step
+    delta: Tensor  # [N, 4H], ordered as ``LSTMTrace.gates``
+
+
+class CellTrace(NamedTuple):
+    """What a cell's forward leaves behind."""
+
+    h: Tensor  # [B, H]
+    c: Tensor  # [B, H]
+    gates: Tensor | None = None  # [B, 4H], as in :class:`LSTMTrace`
+
+
+class CellGradients(NamedTuple):
+    """Gradients of one step of a cell."""
+
+    delta: Tensor  # [B, 4H]
+    h: Tensor  # [B, H]: at the state before the step
+    c: Tensor  # [B, H]
+    x: Tensor | None = None  # [B, I]
+    layer: LSTMLayer | None = None
+
+
 class BoundStep(Protocol):
     """What :meth:`Backend.bind_step` returns."""
 
@@ -302,4 +362,81 @@ class Backend(Protocol):
     ) -> None:
         """As :meth:`synthesizer_gradients`, applied by ``rule`` where they are made. A target that
         is not finite changes nothing but the rule's skip counter."""
+        ...
+
+    # -- LSTM: T steps, B sequences side by side, L layers, H hidden units --------------------------
+
+    def lstm_forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        save: bool,
+    ) -> LSTMTrace:
+        """A window of an LSTM: x [T, B, I] from the state h, c [L, B, H].
+
+        Layer l + 1 reads the hidden states of layer l, times ``dropout[l]`` [T, B, H] where
+        ``dropout`` is not empty (it then has L - 1 masks, zero or 1 / (1 - p)). ``lengths`` [B]
+        (int64, in [1, T]) are the rows' own numbers of steps: behind them a row's state stands
+        still and its hidden states are zero. Without ``save``, cells and gates may be None and
+        ``hidden`` may hold the last layer alone, [1, T + 1, B, H].
+        """
+        ...
+
+    def lstm_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> LSTMGradients:
+        """Back through a window (``trace`` is of a forward with ``save``).
+
+        ``grad_output`` [T, B, H] is the gradient at the last layer's hidden states, what lies past
+        a row's length being ignored; ``grad_h`` and ``grad_c`` [L, B, H] those at the final state;
+        None for zero. Returns delta and the gradients at the entrance always, dx and the weights'
+        (a layer's two biases have the same) on demand.
+        """
+        ...
+
+    def lstm_update_(
+        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    ) -> None:
+        """Apply ``rule`` to all parameters, the weights' gradients being formed where they are
+        applied: ``delta.T @ input`` and ``delta.T @ hidden``.
+
+        ``rule`` has four slots a layer, in the order of :class:`LSTMLayer`. Mutates the trainable
+        parameters, the rule's buffers and counters; nothing but the skip counter if a gradient of
+        any layer is not finite.
+        """
+        ...
+
+    def lstm_cell_forward(
+        self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
+    ) -> CellTrace:
+        """One step: x [B, I] from the state h, c [B, H]."""
+        ...
+
+    def lstm_cell_backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layer: LSTMLayer,
+        trace: CellTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> CellGradients:
+        """Back through one step; h and c are the state before it. None for a zero gradient."""
         ...
