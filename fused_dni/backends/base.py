@@ -364,7 +364,7 @@ class Backend(Protocol):
         is not finite changes nothing but the rule's skip counter."""
         ...
 
-    # -- LSTM: T steps, B sequences side by side, L layers, H hidden units --------------------------
+    # -- LSTM: T steps, B sequences side by side, L layers, H hidden units ------------------------
 
     def lstm_forward(
         self,
