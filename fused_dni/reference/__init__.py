@@ -15,6 +15,13 @@ from fused_dni.reference.linear import (
     linear_step_,
     linear_update_,
 )
+from fused_dni.reference.lstm import (
+    lstm_backward,
+    lstm_cell_backward,
+    lstm_cell_forward,
+    lstm_forward,
+    lstm_update_,
+)
 from fused_dni.reference.precision import LOW_PRECISION
 from fused_dni.reference.synthesizer import (
     synthesizer_gradients,
@@ -58,6 +65,11 @@ class ReferenceBackend:
     synthesizer_predict = staticmethod(synthesizer_predict)
     synthesizer_gradients = staticmethod(synthesizer_gradients)
     synthesizer_update_ = staticmethod(synthesizer_update_)
+    lstm_forward = staticmethod(lstm_forward)
+    lstm_backward = staticmethod(lstm_backward)
+    lstm_update_ = staticmethod(lstm_update_)
+    lstm_cell_forward = staticmethod(lstm_cell_forward)
+    lstm_cell_backward = staticmethod(lstm_cell_backward)
 
 
 __all__ = ["ReferenceBackend"]
