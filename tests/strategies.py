@@ -11,6 +11,7 @@ arithmetic may do, and the spread of its results is what a correct implementatio
 * Activations, their derivatives, normalised values, reciprocal deviations and predictions are
   disturbed by ``eps`` relative to themselves; normalised values also by ``eps`` absolutely, which
   is what a rounding of z does to them after a column's mean has been taken out.
+* The stages of an LSTM's step likewise, by ``eps`` relative to themselves.
 * So is every input.
 
 How a disturbance grows on its way (a small variance in a normalisation, a small second moment in
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_dni.reference.linear as reference_linear
+import fused_dni.reference.lstm as reference_lstm
 import fused_dni.reference.synthesizer as reference_synthesizer
 from fused_dni.backends.base import (
     ACTIVATIONS,
@@ -41,6 +43,8 @@ from fused_dni.backends.base import (
     Backend,
     LinearConfig,
     LinearTensors,
+    LSTMLayer,
+    LSTMRows,
     SynthesizerTensors,
 )
 from fused_dni.reference import ReferenceBackend
@@ -321,7 +325,214 @@ def run_parts(backend: Backend, case: Case, training: bool = True) -> dict[str, 
     return _collect(case, {"rule": state}, out)
 
 
-Run = Callable[[Backend, Case], dict[str, Tensor]]
+# ---------------------------------------------------------------------------------------------
+# The LSTM
+
+LSTM_OPTIONS: dict[str, Sequence[Any]] = {
+    "rule": tuple(RULES),
+    "bias": (True, False),
+    "lengths": (True, False),
+    "dropout": (True, False),
+    "need_dx": (True, False),
+    # which of the gradients at output, h and c there is
+    "arriving": ("output h c", "output", "h", "c"),
+    "frozen": (None, "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"),
+}
+
+LSTM_SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33, 48, 64, 67)
+
+
+@st.composite
+def lstm_shapes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """(T, B, I, H, L): ones, primes, and numbers that no block size divides."""
+    return (
+        draw(st.sampled_from((1, 2, 3, 5, 8))),
+        draw(st.sampled_from((1, 2, 3, 4, 5, 16, 17, 33))),
+        draw(st.sampled_from(LSTM_SIZES)),
+        draw(st.sampled_from(LSTM_SIZES)),
+        draw(st.integers(1, 3)),
+    )
+
+
+@dataclass
+class LSTMCase:
+    """Inputs of the LSTM's ops, as :class:`Case`; of the cell's, where T and L are 1."""
+
+    rule: Rule
+    need_dx: bool
+    layers: int
+    inputs: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    frozen: tuple[str, ...] = ()
+
+    def to(self, x: torch.dtype, parameter: torch.dtype) -> LSTMCase:
+        """A copy with inputs and parameters of these dtypes."""
+        return replace(
+            self,
+            inputs={
+                k: t.to(x, copy=True) if t.is_floating_point() else t.clone()
+                for k, t in self.inputs.items()
+            },
+            parameters={k: t.detach().to(parameter, copy=True) for k, t in self.parameters.items()},
+        )
+
+    def stack(self) -> tuple[LSTMLayer, ...]:
+        p = self.parameters
+        return tuple(
+            LSTMLayer(*(p.get(f"{name}_l{k}") for name in LSTMLayer._fields))
+            for k in range(self.layers)
+        )
+
+    def slots(self) -> tuple[Tensor | None, ...]:
+        return tuple(p for layer in self.stack() for p in layer)
+
+    def dropout(self) -> tuple[Tensor, ...]:
+        return tuple(t for name, t in self.inputs.items() if name.startswith("dropout"))
+
+    def alive(self) -> Tensor:
+        """Whether a step is one of its row's own, [T, B]."""
+        steps, batch = self.inputs["x"].shape[:2]
+        lengths = self.inputs.get("lengths", torch.full((batch,), steps))
+        return torch.arange(steps)[:, None] < lengths
+
+
+def make_lstm(
+    shape: tuple[int, int, int, int, int],
+    options: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    parameter_dtype: torch.dtype | None = None,
+) -> LSTMCase:
+    """A random window. What lies past a row's length is NaN in x and in the arriving gradient."""
+    steps, batch, inputs, hidden, layers = shape
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*size, generator=g, dtype=torch.float64)
+
+    p = {}
+    for k in range(layers):
+        width = inputs if k == 0 else hidden
+        p[f"weight_ih_l{k}"] = randn(4 * hidden, width, scale=width**-0.5)
+        p[f"weight_hh_l{k}"] = randn(4 * hidden, hidden, scale=hidden**-0.5)
+        if options["bias"]:
+            p[f"bias_ih_l{k}"] = randn(4 * hidden, scale=0.3)
+            p[f"bias_hh_l{k}"] = randn(4 * hidden, scale=0.3)
+    given = {
+        "x": randn(steps, batch, inputs),
+        "h": randn(layers, batch, hidden, scale=0.5),
+        "c": randn(layers, batch, hidden),
+    }
+    arriving = {
+        "output": randn(steps, batch, hidden, scale=1 / (steps * batch)),
+        "h": randn(layers, batch, hidden, scale=1 / batch),
+        "c": randn(layers, batch, hidden, scale=1 / batch),
+    }
+    given |= {f"grad_{name}": arriving[name] for name in options["arriving"].split()}
+    if options["dropout"]:
+        for k in range(layers - 1):
+            kept = torch.rand(steps, batch, hidden, generator=g) < 0.75
+            given[f"dropout_{k}"] = kept.double() / 0.75
+    if options["lengths"]:
+        lengths = torch.randint(1, steps + 1, (batch,), generator=g)
+        given["lengths"] = lengths
+        past = torch.arange(steps)[:, None] >= lengths  # [T, B]
+        for name in {"x", "grad_output"} & given.keys():
+            given[name][past] = torch.nan
+    frozen = options["frozen"]
+    return LSTMCase(
+        RULES[options["rule"]],
+        options["need_dx"],
+        layers,
+        given,
+        p,
+        () if frozen is None else (frozen,),
+    ).to(dtype, dtype if parameter_dtype is None else parameter_dtype)
+
+
+def bind_lstm(case: LSTMCase) -> RuleState:
+    """The rule's state, frozen slots marked on the parameters."""
+    for name, p in case.parameters.items():
+        case.parameters[name] = torch.nn.Parameter(p.detach(), name not in case.frozen)
+    return RuleState(case.rule)
+
+
+def _updated(case: LSTMCase, state: RuleState, out: dict[str, Any]) -> dict[str, Tensor]:
+    out |= {f"after.{name}": p.detach() for name, p in case.parameters.items()}
+    out["hyper"] = state.hyper
+    for order, moments in enumerate(state.moments()):
+        out |= {f"moment{order}.{slot}": moment for slot, moment in enumerate(moments)}
+    return {name: t for name, t in out.items() if t is not None}
+
+
+def _gradients(layers: Sequence[LSTMLayer | None]) -> dict[str, Any]:
+    return {
+        f"d.{name}_l{k}": gradient
+        for k, layer in enumerate(layers)
+        if layer is not None
+        for name, gradient in layer._asdict().items()
+    }
+
+
+def lstm_rows(case: LSTMCase, hidden: Tensor, delta: Tensor, alive: Tensor) -> tuple[LSTMRows, ...]:
+    """What the weights' gradients are products of: the steps that are there."""
+    below, made = case.inputs["x"], []
+    for k in range(case.layers):
+        made.append(LSTMRows(below[alive], hidden[k, :-1][alive], delta[k][alive]))
+        below = hidden[k, 1:]
+        if k < len(case.dropout()):
+            below = below * case.dropout()[k]
+    return tuple(made)
+
+
+def run_window(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
+    """Two training steps on a window: forward (also without ``save``), backward, update."""
+    state = bind_lstm(case)
+    given = case.inputs
+    x, h, c, lengths = given["x"], given["h"], given["c"], given.get("lengths")
+    alive = case.alive()
+    out: dict[str, Any] = {}
+    for t in range(2):
+        layers = case.stack()
+        short = backend.lstm_forward(x, h, c, layers, lengths, case.dropout(), False)
+        trace = backend.lstm_forward(x, h, c, layers, lengths, case.dropout(), True)
+        g = backend.lstm_backward(
+            given.get("grad_output"), given.get("grad_h"), given.get("grad_c"), x, layers,
+            lengths, case.dropout(), trace, case.need_dx, True,
+        )  # fmt: skip
+        assert (g.x is not None) == case.need_dx
+        assert not g.delta[:, ~alive].any()
+        out |= {f"{t}.short": short.hidden[-1], f"{t}.short_h": short.h, f"{t}.short_c": short.c}
+        out |= {f"{t}.hidden": trace.hidden, f"{t}.h": trace.h, f"{t}.c": trace.c}
+        out |= {f"{t}.dh": g.h, f"{t}.dc": g.c, f"{t}.dx": g.x}
+        out |= {f"{t}.{name}": made for name, made in _gradients(g.layers).items()}
+        rows = lstm_rows(case, trace.hidden, g.delta, alive)
+        backend.lstm_update_(rows, layers, state.tensors(case.slots()))
+    return _updated(case, state, out)
+
+
+def run_cell(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
+    """Two training steps on one step of a cell; ``grad_output`` is not used."""
+    state = bind_lstm(case)
+    given = case.inputs
+    x, h, c = given["x"][0], given["h"][0], given["c"][0]
+    grad_h, grad_c = (given[k][0] if k in given else None for k in ("grad_h", "grad_c"))
+    out: dict[str, Any] = {}
+    for t in range(2):
+        (layer,) = case.stack()
+        short = backend.lstm_cell_forward(x, h, c, layer, False)
+        trace = backend.lstm_cell_forward(x, h, c, layer, True)
+        g = backend.lstm_cell_backward(grad_h, grad_c, x, h, c, layer, trace, case.need_dx, True)
+        assert (g.x is not None) == case.need_dx
+        out |= {f"{t}.short_h": short.h, f"{t}.short_c": short.c}
+        out |= {f"{t}.h": trace.h, f"{t}.c": trace.c, f"{t}.dh": g.h, f"{t}.dc": g.c}
+        out[f"{t}.dx"] = g.x
+        out |= {f"{t}.{name}": made for name, made in _gradients((g.layer,)).items()}
+        backend.lstm_update_((LSTMRows(x, h, g.delta),), (layer,), state.tensors(case.slots()))
+    return _updated(case, state, out)
+
+
+Run = Callable[[Backend, Any], dict[str, Tensor]]
 
 # ---------------------------------------------------------------------------------------------
 # Tolerances
@@ -375,17 +586,28 @@ def disturbed(eps: float, generator: torch.Generator) -> Iterator[None]:
         return n * (1 + noise(n)) + noise(n) * shift, rstd * (1 + noise(rstd)), moments
 
     with ExitStack() as stack:
-        for module in (reference_linear, reference_synthesizer):
+        for module in (reference_linear, reference_synthesizer, reference_lstm):
             stack.enter_context(mock.patch.object(module, "product", product))
             stack.enter_context(mock.patch.object(module, "sum_rows", sum_rows))
         stack.enter_context(mock.patch.object(reference_linear, "normalize", normalize))
         for name in ("activate", "derivative_from_input", "derivative_from_output"):
             stage = getattr(reference_linear, name)
             stack.enter_context(mock.patch.object(reference_linear, name, relative(stage)))
+        for name in ("squash", "next_cell", "shown", "next_hidden"):
+            stage = getattr(reference_lstm, name)
+            stack.enter_context(mock.patch.object(reference_lstm, name, relative(stage)))
+        stepped = reference_lstm.step_backward
+
+        def step_backward(*args: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t * (1 + noise(t)) for t in stepped(*args))
+
+        stack.enter_context(mock.patch.object(reference_lstm, "step_backward", step_backward))
         yield
 
 
-def tolerances(run: Run, case: Case, eps: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def tolerances(
+    run: Run, case: Case | LSTMCase, eps: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The float64 reference's results and, element by element, how far others may be from them.
 
     On one thread: two that wait for each other on a busy machine take a hundred times longer.
@@ -394,7 +616,9 @@ def tolerances(run: Run, case: Case, eps: float) -> tuple[dict[str, Tensor], dic
         return _tolerances(run, case, eps)
 
 
-def _tolerances(run: Run, case: Case, eps: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _tolerances(
+    run: Run, case: Case | LSTMCase, eps: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     wide = case.to(torch.float64, torch.float64)
     generator = torch.Generator().manual_seed(1)
     exact = run(REFERENCE, wide)

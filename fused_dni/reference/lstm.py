@@ -70,9 +70,14 @@ def next_cell(gates: Tensor, c: Tensor) -> Tensor:
     return f * c + i * g
 
 
+def shown(c: Tensor) -> Tensor:
+    """``tanh(c')`` [B, H], of which the output gate lets a part through."""
+    return c.tanh()
+
+
 def next_hidden(gates: Tensor, c: Tensor) -> Tensor:
     """``h' = o * tanh(c')`` [B, H], of the cell state after the step."""
-    return gates.chunk(4, 1)[3] * c.tanh()
+    return gates.chunk(4, 1)[3] * shown(c)
 
 
 def step_backward(
@@ -80,7 +85,7 @@ def step_backward(
 ) -> tuple[Tensor, Tensor]:
     """``delta`` [B, 4H] and ``dc`` [B, H] of a step from cell state ``before`` to ``after``."""
     i, f, g, o = gates.chunk(4, 1)
-    tanh = after.tanh()
+    tanh = shown(after)
     e = grad_c + grad_h * o * (1 - tanh * tanh)
     delta = (e * g * i * (1 - i), e * before * f * (1 - f), e * i * (1 - g * g),
              grad_h * tanh * o * (1 - o))  # fmt: skip
