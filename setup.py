@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 
 COMMON = ["dispatch.cpp", "scratch.cpp", "bindings.cpp"]
-KERNELS = ["linear.cpp", "synthesizer.cpp"]
+KERNELS = ["linear.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp", "lstm_update.cpp"]
 BF16_KERNELS = ["linear_bf16.cpp"]
 
 FLAGS = [

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "dispatch.hpp"
 #include "ops.hpp"
 
@@ -99,6 +101,61 @@ RuleArguments read_rule(const py::tuple& items) {
   for (bool& trainable : a.trainable) trainable = read.flag();
   read.finish();
   return a;
+}
+
+// The addresses of a tuple, all of them.
+std::vector<const void*> read_pointers(const py::tuple& items) {
+  Reader read(items);
+  std::vector<const void*> pointers(items.size());
+  for (const void*& pointer : pointers) pointer = read.pointer<const void>();
+  return pointers;
+}
+
+LSTMSizes read_sizes(Reader& read) {
+  LSTMSizes a;
+  a.steps = read.integer();
+  a.batch = read.integer();
+  a.in = read.integer();
+  a.hidden = read.integer();
+  a.threads = static_cast<int>(read.integer());
+  return a;
+}
+
+std::vector<LSTMLayerArguments> read_lstm_layers(const py::tuple& items) {
+  Reader read(items);
+  std::vector<LSTMLayerArguments> layers(items.size() / 4);
+  for (LSTMLayerArguments& a : layers) {
+    a.weight_ih = read.pointer();
+    a.weight_hh = read.pointer();
+    a.bias_ih = read.pointer();
+    a.bias_hh = read.pointer();
+  }
+  read.finish();
+  return layers;
+}
+
+LSTMLayerArguments read_lstm_layer(const py::tuple& items) {
+  const std::vector<LSTMLayerArguments> layers = read_lstm_layers(items);
+  if (layers.size() != 1) throw py::type_error("one layer's addresses are wanted");
+  return layers[0];
+}
+
+// One rule over the slots of several layers.
+std::vector<RuleArguments> read_rules(const py::tuple& items, std::size_t layers) {
+  Reader read(items);
+  RuleArguments rule{};
+  rule.kind = static_cast<int>(read.integer());
+  rule.nesterov = read.flag();
+  rule.hyper = read.pointer<double>();
+  std::vector<RuleArguments> rules(layers, rule);
+  for (RuleArguments& a : rules)
+    for (void*& moment : a.first) moment = read.pointer();
+  for (RuleArguments& a : rules)
+    for (void*& moment : a.second) moment = read.pointer();
+  for (RuleArguments& a : rules)
+    for (bool& trainable : a.trainable) trainable = read.flag();
+  read.finish();
+  return rules;
 }
 
 // `type` is an index into the tables of ops.hpp's Kernels.
@@ -213,6 +270,119 @@ void synthesizer_train(std::size_t type, const py::tuple& synthesizer, const py:
   call(kernels().synthesizer_train, type, a);
 }
 
+void lstm_forward(std::size_t type, const py::tuple& layers, const py::tuple& dropout,
+                  const py::tuple& tensors) {
+  Reader read(tensors);
+  const std::vector<LSTMLayerArguments> all = read_lstm_layers(layers);
+  const std::vector<const void*> masks = read_pointers(dropout);
+  LSTMForward a;
+  a.sizes = read_sizes(read);
+  a.depth = static_cast<std::int64_t>(all.size());
+  a.layers = all.data();
+  a.dropout = masks.empty() ? nullptr : masks.data();
+  a.lengths = read.pointer<const std::int64_t>();
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.c = read.pointer();
+  a.hidden = read.pointer();
+  a.last_h = read.pointer();
+  a.last_c = read.pointer();
+  a.cells = read.pointer();
+  a.gates = read.pointer();
+  read.finish();
+  call(kernels().lstm_forward, type, a);
+}
+
+// `gradients` is empty where none are wanted.
+void lstm_backward(std::size_t type, const py::tuple& layers, const py::tuple& gradients,
+                   const py::tuple& dropout, const py::tuple& tensors) {
+  Reader read(tensors);
+  const std::vector<LSTMLayerArguments> all = read_lstm_layers(layers);
+  const std::vector<LSTMLayerArguments> made = read_lstm_layers(gradients);
+  const std::vector<const void*> masks = read_pointers(dropout);
+  LSTMBackward a;
+  a.sizes = read_sizes(read);
+  a.depth = static_cast<std::int64_t>(all.size());
+  a.layers = all.data();
+  a.gradients = made.empty() ? nullptr : made.data();
+  a.dropout = masks.empty() ? nullptr : masks.data();
+  a.lengths = read.pointer<const std::int64_t>();
+  a.grad_output = read.pointer();
+  a.grad_last_h = read.pointer();
+  a.grad_last_c = read.pointer();
+  a.x = read.pointer();
+  a.hidden = read.pointer();
+  a.cells = read.pointer();
+  a.gates = read.pointer();
+  a.delta = read.pointer();
+  a.grad_h = read.pointer();
+  a.grad_c = read.pointer();
+  a.grad_x = read.pointer();
+  read.finish();
+  call(kernels().lstm_backward, type, a);
+}
+
+void lstm_update(std::size_t type, const py::tuple& layers, const py::tuple& rule,
+                 const py::tuple& tensors) {
+  Reader read(tensors);
+  const std::vector<LSTMLayerArguments> all = read_lstm_layers(layers);
+  const std::vector<RuleArguments> rules = read_rules(rule, all.size());
+  std::vector<LSTMRowsArguments> rows(all.size());
+  LSTMUpdate a;
+  a.depth = static_cast<std::int64_t>(all.size());
+  a.hidden = read.integer();
+  a.threads = static_cast<int>(read.integer());
+  for (LSTMRowsArguments& layer : rows) {
+    layer.rows = read.integer();
+    layer.in = read.integer();
+    layer.input = read.pointer();
+    layer.hidden = read.pointer();
+    layer.delta = read.pointer();
+  }
+  read.finish();
+  a.layers = all.data();
+  a.rows = rows.data();
+  a.rules = rules.data();
+  call(kernels().lstm_update, type, a);
+}
+
+void lstm_cell_forward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
+  Reader read(tensors);
+  LSTMCellForward a;
+  a.sizes = read_sizes(read);
+  a.layer = read_lstm_layer(layer);
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.c = read.pointer();
+  a.next_h = read.pointer();
+  a.next_c = read.pointer();
+  a.gates = read.pointer();
+  read.finish();
+  call(kernels().lstm_cell_forward, type, a);
+}
+
+void lstm_cell_backward(std::size_t type, const py::tuple& layer, const py::tuple& gradients,
+                        const py::tuple& tensors) {
+  Reader read(tensors);
+  LSTMCellBackward a;
+  a.sizes = read_sizes(read);
+  a.layer = read_lstm_layer(layer);
+  a.gradients = read_lstm_layer(gradients);
+  a.grad_next_h = read.pointer();
+  a.grad_next_c = read.pointer();
+  a.x = read.pointer();
+  a.h = read.pointer();
+  a.c = read.pointer();
+  a.next_c = read.pointer();
+  a.gates = read.pointer();
+  a.delta = read.pointer();
+  a.grad_h = read.pointer();
+  a.grad_c = read.pointer();
+  a.grad_x = read.pointer();
+  read.finish();
+  call(kernels().lstm_cell_backward, type, a);
+}
+
 }  // namespace
 }  // namespace fused_dni
 
@@ -244,4 +414,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_step", &linear_step);
   m.def("synthesizer_predict", &synthesizer_predict);
   m.def("synthesizer_train", &synthesizer_train);
+  m.def("lstm_forward", &lstm_forward);
+  m.def("lstm_backward", &lstm_backward);
+  m.def("lstm_update", &lstm_update);
+  m.def("lstm_cell_forward", &lstm_cell_forward);
+  m.def("lstm_cell_backward", &lstm_cell_backward);
 }

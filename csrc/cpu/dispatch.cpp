@@ -4,10 +4,21 @@
 
 namespace fused_dni {
 
+// Every file of kernels has a function that enters its own into the table.
 #define FUSED_DNI_DECLARE(isa)    \
   namespace isa {                 \
   void add_linear(Kernels&);      \
   void add_synthesizer(Kernels&); \
+  void add_lstm(Kernels&);        \
+  void add_lstm_cell(Kernels&);   \
+  void add_lstm_update(Kernels&); \
+  inline void add(Kernels& to) {  \
+    add_linear(to);               \
+    add_synthesizer(to);          \
+    add_lstm(to);                 \
+    add_lstm_cell(to);            \
+    add_lstm_update(to);          \
+  }                               \
   }
 FUSED_DNI_DECLARE(portable)
 #if defined(__x86_64__)
@@ -26,22 +37,19 @@ struct Variant {
   Kernels kernels;
 };
 
-using Add = void (*)(Kernels&);
-
 std::vector<Variant> runnable() {
   std::vector<Variant> found;
-  const auto add = [&](const char* name, Add linear, Add synthesizer) {
+  const auto add = [&](const char* name, void (*kernels)(Kernels&)) {
     found.push_back({name, {}});
-    linear(found.back().kernels);
-    synthesizer(found.back().kernels);
+    kernels(found.back().kernels);
   };
-  add("portable", portable::add_linear, portable::add_synthesizer);
+  add("portable", portable::add);
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    add("avx2", avx2::add_linear, avx2::add_synthesizer);
+    add("avx2", avx2::add);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      add("avx512", avx512::add_linear, avx512::add_synthesizer);
+      add("avx512", avx512::add);
       if (__builtin_cpu_supports("avx512bf16")) avx512bf16::add_linear_bf16(found.back().kernels);
     }
   }

@@ -117,6 +117,102 @@ struct SynthesizerTrain {
   void* gradients[kSlots];
 };
 
+// ---- LSTM: T steps, B sequences side by side, L layers of H units --------------------------------
+//
+// Gates and their gradients (delta) are in the private order of lstm_order.hpp.
+
+struct LSTMSizes {
+  std::int64_t steps, batch, in, hidden;  // T, B, I (of the first layer), H
+  int threads;
+};
+
+// One layer's parameters or their gradients; rows in the gate order i, f, g, o.
+struct LSTMLayerArguments {
+  void* weight_ih;  // [4H, I]
+  void* weight_hh;  // [4H, H]
+  void* bias_ih;    // [4H], both biases or none
+  void* bias_hh;    // [4H]
+};
+
+struct LSTMForward {
+  LSTMSizes sizes;
+  std::int64_t depth;                // L
+  const LSTMLayerArguments* layers;  // [L]
+  const void* const* dropout;        // [L - 1], each [T, B, H]; null for none
+  const std::int64_t* lengths;       // [B]
+  const void* x;                     // [T, B, I]
+  const void* h;                     // [L, B, H]
+  const void* c;                     // [L, B, H]
+  void* hidden;                      // [L, T + 1, B, H], or [1, T + 1, B, H] without gates
+  void* last_h;                      // [L, B, H]
+  void* last_c;                      // [L, B, H]
+  void* cells;                       // [L, T + 1, B, H], there if gates are
+  void* gates;                       // [L, T, B, 4H]
+};
+
+struct LSTMBackward {
+  LSTMSizes sizes;
+  std::int64_t depth;                   // L
+  const LSTMLayerArguments* layers;     // [L]
+  const LSTMLayerArguments* gradients;  // [L], null if not wanted
+  const void* const* dropout;           // as LSTMForward
+  const std::int64_t* lengths;          // [B]
+  const void* grad_output;              // [T, B, H]
+  const void* grad_last_h;              // [L, B, H]
+  const void* grad_last_c;              // [L, B, H]
+  const void* x;                        // [T, B, I]
+  const void* hidden;                   // [L, T + 1, B, H]
+  const void* cells;                    // [L, T + 1, B, H]
+  const void* gates;                    // [L, T, B, 4H]
+  void* delta;                          // [L, T, B, 4H]
+  void* grad_h;                         // [L, B, H]
+  void* grad_c;                         // [L, B, H]
+  void* grad_x;                         // [T, B, I]
+};
+
+struct LSTMRowsArguments {
+  std::int64_t rows, in;  // N, I
+  const void* input;      // [N, I]
+  const void* hidden;     // [N, H]
+  const void* delta;      // [N, 4H]
+};
+
+struct LSTMUpdate {
+  std::int64_t depth, hidden;  // L, H
+  int threads;
+  const LSTMLayerArguments* layers;  // [L]
+  const LSTMRowsArguments* rows;     // [L]
+  const RuleArguments* rules;        // [L]: a layer's four slots, and the same rule for all
+};
+
+struct LSTMCellForward {
+  LSTMSizes sizes;  // one step
+  LSTMLayerArguments layer;
+  const void* x;  // [B, I]
+  const void* h;  // [B, H]
+  const void* c;  // [B, H]
+  void* next_h;   // [B, H]
+  void* next_c;   // [B, H]
+  void* gates;    // [B, 4H]
+};
+
+struct LSTMCellBackward {
+  LSTMSizes sizes;  // one step
+  LSTMLayerArguments layer;
+  LSTMLayerArguments gradients;  // null if not wanted
+  const void* grad_next_h;       // [B, H]
+  const void* grad_next_c;       // [B, H]
+  const void* x;                 // [B, I]
+  const void* h;                 // [B, H]
+  const void* c;                 // [B, H]
+  const void* next_c;            // [B, H]
+  const void* gates;             // [B, 4H]
+  void* delta;                   // [B, 4H]
+  void* grad_h;                  // [B, H]
+  void* grad_c;                  // [B, H]
+  void* grad_x;                  // [B, I]
+};
+
 // One set an instruction set; [0] for float, [1] for double, [2] for x, h and dx in bfloat16 and
 // everything else in float (null where the machine has no instructions for that).
 struct Kernels {
@@ -126,6 +222,11 @@ struct Kernels {
   void (*linear_step[3])(const LinearStep&);
   void (*synthesizer_predict[2])(const SynthesizerPredict&);
   void (*synthesizer_train[2])(const SynthesizerTrain&);
+  void (*lstm_forward[2])(const LSTMForward&);
+  void (*lstm_backward[2])(const LSTMBackward&);
+  void (*lstm_update[2])(const LSTMUpdate&);
+  void (*lstm_cell_forward[2])(const LSTMCellForward&);
+  void (*lstm_cell_backward[2])(const LSTMCellBackward&);
 };
 
 // The calling thread's scratch memory: at least `bytes`, aligned to a cache line, contents left

@@ -6,10 +6,14 @@ one libgomp) and as many of them as ``torch.get_num_threads()`` says.
 
 bfloat16 inputs go with float32 parameters. Where the machine has AVX512_BF16 the layer's products
 are of bfloat16 operands, the weight rounded as it is read. Elsewhere x is widened (exactly), the
-kernels compute in float32, and h and dx are rounded. Synthesizers compute in float32 either way.
+kernels compute in float32, and h and dx are rounded. Synthesizers compute in float32 either way,
+and so do the LSTM's ops, whose results are of the parameters' dtype but for dx.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,9 +27,15 @@ from fused_dni.backends.base import (
     RULES,
     SYNTHESIZERS,
     BoundStep,
+    CellGradients,
+    CellTrace,
     LinearConfig,
     LinearGradients,
     LinearTensors,
+    LSTMGradients,
+    LSTMLayer,
+    LSTMRows,
+    LSTMTrace,
     Prediction,
     RuleTensors,
     Saved,
@@ -62,6 +72,10 @@ def _input(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
 def _layer(
@@ -343,6 +357,186 @@ class CpuBackend:
         )  # fmt: skip
         increment_version([statistics, *_updated(synthesizer.parameters(), rule)])
 
+    def lstm_forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        save: bool,
+    ) -> LSTMTrace:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_forward`."""
+        dtype = layers[0].weight_ih.dtype
+        x, h, c = _as(x, dtype), _as(h, dtype), _as(c, dtype)
+        masks = [_as(mask, dtype) for mask in dropout]
+        if lengths is not None:
+            lengths = lengths.contiguous()
+        (steps, batch, features), (depth, _, size) = x.shape, h.shape
+        cells = gates = None
+        if save:
+            hidden = x.new_empty(depth, steps + 1, batch, size)
+            cells = torch.empty_like(hidden)
+            gates = x.new_empty(depth, steps, batch, 4 * size)
+        else:
+            hidden = x.new_empty(1, steps + 1, batch, size)
+        trace = LSTMTrace(hidden, torch.empty_like(h), torch.empty_like(c), cells, gates)
+        _cpu.lstm_forward(
+            dtype is _FLOAT64,
+            _addresses(chain.from_iterable(layers)),
+            _addresses(masks),
+            (
+                steps,
+                batch,
+                features,
+                size,
+                torch.get_num_threads(),
+                *_addresses((lengths, x, h, c)),
+                *_addresses(trace),
+            ),
+        )
+        return trace
+
+    def lstm_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> LSTMGradients:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_backward`."""
+        hidden, last_h, last_c, cells, gates = trace
+        if cells is None or gates is None:
+            raise ValueError("this trace is of a forward without save")
+        dtype = hidden.dtype
+        given, x = x.dtype, _as(x, dtype)
+        arriving = [None if g is None else _as(g, dtype) for g in (grad_output, grad_h, grad_c)]
+        masks = [_as(mask, dtype) for mask in dropout]
+        if lengths is not None:
+            lengths = lengths.contiguous()
+        steps, batch, features = x.shape
+        made = LSTMGradients(
+            torch.empty_like(gates),
+            torch.empty_like(last_h),
+            torch.empty_like(last_c),
+            torch.empty_like(x) if need_dx else None,
+            tuple([_empty_like(layer) for layer in layers]) if need_weights else (),
+        )
+        _cpu.lstm_backward(
+            dtype is _FLOAT64,
+            _addresses(chain.from_iterable(layers)),
+            _addresses(chain.from_iterable(made.layers)),
+            _addresses(masks),
+            (
+                steps,
+                batch,
+                features,
+                last_h.shape[2],
+                torch.get_num_threads(),
+                *_addresses((lengths, *arriving, x, hidden, cells, gates)),
+                *_addresses(made[:4]),
+            ),
+        )
+        if made.x is not None and given is not dtype:
+            return made._replace(x=made.x.to(given))
+        return made
+
+    def lstm_update_(
+        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    ) -> None:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_update_`."""
+        dtype = layers[0].weight_ih.dtype
+        rows = tuple([LSTMRows(*[_as(t, dtype) for t in layer]) for layer in rows])
+        parameters = tuple(chain.from_iterable(layers))
+        _cpu.lstm_update(
+            dtype is _FLOAT64,
+            _addresses(parameters),
+            _rule(rule),
+            (
+                layers[0].weight_hh.shape[1],
+                torch.get_num_threads(),
+                *chain.from_iterable([(*r.input.shape, *_addresses(r)) for r in rows]),
+            ),
+        )
+        increment_version(_updated(parameters, rule))
+
+    def lstm_cell_forward(
+        self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
+    ) -> CellTrace:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_cell_forward`."""
+        dtype = layer.weight_ih.dtype
+        x, h, c = _as(x, dtype), _as(h, dtype), _as(c, dtype)
+        batch, size = h.shape
+        trace = CellTrace(
+            torch.empty_like(h),
+            torch.empty_like(c),
+            h.new_empty(batch, 4 * size) if save else None,
+        )
+        _cpu.lstm_cell_forward(
+            dtype is _FLOAT64,
+            _addresses(layer),
+            (
+                1,
+                batch,
+                x.shape[1],
+                size,
+                torch.get_num_threads(),
+                *_addresses((x, h, c)),
+                *_addresses(trace),
+            ),
+        )
+        return trace
+
+    def lstm_cell_backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layer: LSTMLayer,
+        trace: CellTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> CellGradients:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_cell_backward`."""
+        if trace.gates is None:
+            raise ValueError("this trace is of a forward without save")
+        dtype = trace.gates.dtype
+        given, x = x.dtype, _as(x, dtype)
+        h, c = _as(h, dtype), _as(c, dtype)
+        arriving = [None if g is None else _as(g, dtype) for g in (grad_h, grad_c)]
+        made = CellGradients(
+            torch.empty_like(trace.gates),
+            torch.empty_like(h),
+            torch.empty_like(c),
+            torch.empty_like(x) if need_dx else None,
+            _empty_like(layer) if need_weights else None,
+        )
+        _cpu.lstm_cell_backward(
+            dtype is _FLOAT64,
+            _addresses(layer),
+            _addresses(made.layer or (None,) * 4),
+            (
+                1,
+                *x.shape,
+                h.shape[1],
+                torch.get_num_threads(),
+                *_addresses((*arriving, x, h, c, trace.c, trace.gates)),
+                *_addresses(made[:4]),
+            ),
+        )
+        if made.x is not None and given is not dtype:
+            return made._replace(x=made.x.to(given))
+        return made
+
 
 class _Step:
     """A decoupled step with all addresses looked up but those of what changes with every batch."""
@@ -400,6 +594,16 @@ class _Step:
         if h.dtype is not given:
             h, dx = h.to(given), None if dx is None else dx.to(given)
         return Step(h, prediction, dx)
+
+
+def _empty_like(layer: LSTMLayer) -> LSTMLayer:
+    """Room for a layer's gradients."""
+    weight_ih, weight_hh, *biases = layer
+    return LSTMLayer(
+        torch.empty_like(weight_ih),
+        torch.empty_like(weight_hh),
+        *[None if p is None else torch.empty_like(p) for p in biases],
+    )
 
 
 # An update reads delta as it is: what made it does not matter.
