@@ -8,7 +8,14 @@ from fused_dni import functional
 from fused_dni.context import condition_on
 from fused_dni.convert import convert, revert
 from fused_dni.diagnostics import diagnostics
-from fused_dni.modules import Decoupled, DecoupledSequential, FusedDNILinear
+from fused_dni.modules import (
+    Decoupled,
+    DecoupledSequential,
+    FusedDNILinear,
+    FusedDNILSTM,
+    FusedDNILSTMCell,
+    backward_boundary,
+)
 from fused_dni.optim import FusedOptimizer, ordinary_parameters
 from fused_dni.rules import SGD, Adam, AdamW
 from fused_dni.schedule import Schedule
@@ -29,6 +36,8 @@ __all__ = [
     "Decoupled",
     "DecoupledSequential",
     "DiagonalSynthesizer",
+    "FusedDNILSTM",
+    "FusedDNILSTMCell",
     "FusedDNILinear",
     "FusedOptimizer",
     "LinearSynthesizer",
@@ -36,6 +45,7 @@ __all__ = [
     "Schedule",
     "Synthesizer",
     "Verdict",
+    "backward_boundary",
     "condition_on",
     "convert",
     "diagnostics",

@@ -20,12 +20,9 @@ _Slots = tuple[Tensor | None, ...]
 def _rules(model: nn.Module) -> Iterator[tuple[str, DecoupledModule, RuleState, _Slots]]:
     """Every rule in the model: its name, its module, its state, the slots it works on."""
     for name, module in model.named_modules():
-        if not isinstance(module, DecoupledModule) or module.update is None:
-            continue
-        yield name, module, module.update, module.local_parameters()
-        if module.synthesizer_update is not None:
-            slots = module.synthesizer_parameters()
-            yield f"{name}.synthesizer", module, module.synthesizer_update, slots
+        if isinstance(module, DecoupledModule):
+            for part, rule, slots in module.rules():
+                yield f"{name}.{part}" if part else name, module, rule, slots
 
 
 def ordinary_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -167,7 +167,8 @@ class LSTMLayer(NamedTuple):
 class LSTMTrace(NamedTuple):
     """What a window's forward leaves behind: its results, and what the backward needs.
 
-    Steps past a row's length are zero in ``hidden``, and never read elsewhere.
+    Steps past a row's length are zero in ``hidden``, and never read elsewhere. The tensors share no
+    memory.
     """
 
     hidden: Tensor  # [L, T + 1, B, H]: the state h at the entrance, then after each step

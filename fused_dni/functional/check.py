@@ -12,6 +12,7 @@ from fused_dni.backends.base import (
     NORMALIZATIONS,
     LinearConfig,
     LinearTensors,
+    LSTMLayer,
     SynthesizerTensors,
 )
 
@@ -121,3 +122,115 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
                 f"the synthesizer's {name} must be {weight.dtype} on {weight.device}, contiguous, "
                 f"as the layer's, got {t.dtype} on {t.device}"
             )
+
+
+def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
+    """Input x [..., I] of an LSTM, contiguous; ``given`` is the input as it came.
+
+    Under autocast the input is cast to the parameters' dtype.
+    """
+    if given.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"input must have {weight.shape[1]} features (input_size) in its last dimension, got "
+            f"{list(given.shape)}"
+        )
+    if not all(given.shape):
+        raise RuntimeError(f"input must not be empty, got {list(given.shape)}")
+    if x.device != weight.device:
+        raise RuntimeError(f"input is on {x.device}, the weights on {weight.device}")
+    if x.dtype != weight.dtype:
+        if not torch.is_autocast_enabled(weight.device.type):
+            raise RuntimeError(
+                f"input has dtype {x.dtype}, the weights {weight.dtype}; cast one of them or use "
+                "torch.autocast"
+            )
+        x = x.to(weight.dtype)
+    return x.contiguous()
+
+
+def lengths(given: Tensor | None, steps: int, batch: int, device: torch.device) -> Tensor | None:
+    """The rows' own numbers of steps, int64 [B] on ``device``."""
+    if given is None:
+        return None
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int64, torch.int32):
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"lengths must be an int64 tensor [B], got {what}")
+    if given.shape != (batch,):
+        raise RuntimeError(f"lengths must have shape [{batch}], got {list(given.shape)}")
+    if not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(given))
+        if low < 1 or high > steps:
+            raise RuntimeError(
+                f"lengths must be in [1, {steps}] (the steps of the window), got "
+                f"{low if low < 1 else high}"
+            )
+    return given.to(device=device, dtype=torch.int64).contiguous()
+
+
+def ended(given: Tensor | None, batch: int, device: torch.device) -> None:
+    """Refuse an ``end_of_sequence`` that is no bool [B]."""
+    if given is None:
+        return
+    if not isinstance(given, Tensor) or given.dtype != torch.bool:
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"end_of_sequence must be a bool tensor [B], got {what}")
+    if given.shape != (batch,):
+        raise RuntimeError(f"end_of_sequence must have shape [{batch}], got {list(given.shape)}")
+    if given.device != device:
+        raise RuntimeError(f"end_of_sequence is on {given.device}, the input on {device}")
+
+
+def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A state h, c of the given shape; x is the input it goes with."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError("hx must be a tuple (h, c) of two tensors")
+    out = []
+    for name, t in zip("hc", hx, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} in hx must be a torch.Tensor, got {type(t).__name__}")
+        if t.shape != shape:
+            raise RuntimeError(
+                f"{name} in hx must have shape {list(shape)} for this input, got {list(t.shape)}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"{name} in hx is on {t.device}, the input on {x.device}")
+        if t.dtype != x.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise RuntimeError(f"{name} in hx has dtype {t.dtype}, the input {x.dtype}")
+            t = t.to(x.dtype)
+        out.append(t)
+    return out[0], out[1]
+
+
+def unbatched(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], dim: int) -> tuple[Tensor, Tensor]:
+    """The state of an unbatched input, of the given shape, with a batch dimension at ``dim``."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise TypeError("hx must be a tuple (h, c) of two tensors")
+    for name, t in zip("hc", hx, strict=True):
+        if not isinstance(t, Tensor) or t.shape != shape:
+            raise RuntimeError(
+                f"{name} in hx must have shape {list(shape)} for an unbatched input, got "
+                f"{list(t.shape) if isinstance(t, Tensor) else type(t).__name__}"
+            )
+    return hx[0].unsqueeze(dim), hx[1].unsqueeze(dim)
+
+
+def lstm_layers(layers: tuple[LSTMLayer, ...], inputs: int, hidden: int) -> None:
+    """Refuse parameters of another shape, dtype or device than they should have, and gaps."""
+    first = layers[0].weight_ih
+    for i, tensors in enumerate(layers):
+        wide = inputs if i == 0 else hidden
+        shapes = ((4 * hidden, wide), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+        for name, shape, t in zip(tensors._fields, shapes, tensors, strict=True):
+            if t is None:
+                continue
+            if (
+                t.shape != shape
+                or t.dtype != first.dtype
+                or t.device != first.device
+                or not t.is_contiguous()
+            ):
+                raise RuntimeError(
+                    f"{name} of layer {i} must be {first.dtype} {list(shape)} on {first.device}, "
+                    f"contiguous, got {t.dtype} {list(t.shape)} on {t.device}"
+                )

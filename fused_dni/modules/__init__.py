@@ -2,6 +2,16 @@
 
 from fused_dni.modules.decoupled import Decoupled
 from fused_dni.modules.linear import FusedDNILinear
+from fused_dni.modules.lstm import FusedDNILSTM
+from fused_dni.modules.lstm_cell import FusedDNILSTMCell
+from fused_dni.modules.recurrent import backward_boundary
 from fused_dni.modules.sequential import DecoupledSequential
 
-__all__ = ["Decoupled", "DecoupledSequential", "FusedDNILinear"]
+__all__ = [
+    "Decoupled",
+    "DecoupledSequential",
+    "FusedDNILSTM",
+    "FusedDNILSTMCell",
+    "FusedDNILinear",
+    "backward_boundary",
+]

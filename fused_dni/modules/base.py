@@ -13,7 +13,7 @@ rule, true gradient needed     :class:`_Deferred`: backprop, warm-up, mixing; up
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -209,6 +209,14 @@ class DecoupledModule(nn.Module):
         self.register_module("synthesizer", synthesizer)
         if rule is not None and synthesizer is not None:
             self.synthesizer_update = RuleState(rule)
+
+    def rules(self) -> Iterator[tuple[str, RuleState, tuple[Tensor | None, ...]]]:
+        """The rules at work: the part's name (empty for the module's own parameters), the rule's
+        state, the slots it works on."""
+        if self.update is not None:
+            yield "", self.update, self.local_parameters()
+        if self.synthesizer_update is not None:
+            yield "synthesizer", self.synthesizer_update, self.synthesizer_parameters()
 
     # -- what subclasses give ------------------------------------------------------------------
 

@@ -1,0 +1,311 @@
+"""The LSTM as differentiable function: a window of steps, and a single one.
+
+The nodes here are exact. A decoupled module hands them its :class:`Ends`, through which it adds to
+what a window's backward starts from and learns from what comes out of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_dni.backends.base import (
+    Backend,
+    CellGradients,
+    CellTrace,
+    LSTMGradients,
+    LSTMLayer,
+    LSTMRows,
+    LSTMTrace,
+)
+from fused_dni.functional import lstm_ops as ops
+
+TWICE = (
+    "a window's backward was run a second time (its state or output was used by a later loss): run "
+    "one backward a window; a module without a synthesizer does not cut the state, as nn.LSTM: "
+    "detach it for truncated backpropagation"
+)
+
+
+class Window(NamedTuple):
+    """A window behind its forward."""
+
+    x: Tensor  # [T, B, I]
+    dropout: tuple[Tensor, ...]  # [T, B, H] each
+    trace: LSTMTrace
+
+    def rows(self, made: LSTMGradients) -> tuple[LSTMRows, ...]:
+        """What the weights' gradients are products of, layer by layer."""
+        hidden = self.trace.hidden
+        out = []
+        below = self.x
+        for i, delta in enumerate(made.delta):
+            out.append(
+                LSTMRows(below.flatten(0, 1), hidden[i, :-1].flatten(0, 1), delta.flatten(0, 1))
+            )
+            below = hidden[i, 1:]
+            if self.dropout and i < len(self.dropout):
+                below = below * self.dropout[i]
+        return tuple(out)
+
+
+class Ends(Protocol):
+    """What a module does at the two ends of a window's backward."""
+
+    # Whether the node returns the weights' gradients; otherwise the module applies them.
+    returns_weights: bool
+
+    def arrive(
+        self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients at the final state, h and c [L, B, H], that the backward starts from."""
+        ...
+
+    def leave(self, window: Window, made: LSTMGradients) -> tuple[Tensor | None, ...]:
+        """Called when the backward has reached the entrance: gradients of the learners."""
+        ...
+
+
+class Call(NamedTuple):
+    """What of a call is not a tensor."""
+
+    backend: Backend
+    bias: bool
+    dropout: int  # how many masks come first among the trailing tensors
+    learners: int  # how many parameters of synthesizers come last among them
+    need_dx: bool
+
+
+class _Window(torch.autograd.Function):
+    """Trailing tensors: dropout masks, the layers' parameters, the learners' parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        ends: Ends | None,
+        site: object,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        lengths: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dropout = tensors[: call.dropout]
+        parameters = tensors[call.dropout : len(tensors) - call.learners]
+        layers = ops.layers_of(parameters, call.bias)
+        trace = ops.lstm_forward(call.backend, x, h, c, layers, lengths, dropout, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, lengths, *trace, *dropout, *parameters)
+        ctx.call, ctx.ends, ctx.site, ctx.spent = call, ends, site, False
+        return trace.hidden[-1, 1:], trace.h, trace.c
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        ends: Ends | None = ctx.ends
+        if not torch.compiler.is_compiling():
+            if ctx.spent:
+                raise RuntimeError(TWICE)
+            ctx.spent = True
+        (x, lengths, *rest) = ctx.saved_tensors
+        trace = LSTMTrace(*rest[:5])
+        dropout = tuple(rest[5 : 5 + call.dropout])
+        parameters = rest[5 + call.dropout :]
+        if ends is not None:
+            grad_h, grad_c = ends.arrive(trace.h, trace.c, grad_h, grad_c)
+        wants = ctx.needs_input_grad
+        none: tuple[Tensor | None, ...] = (None,) * len(wants)
+        if grad_output is None and grad_h is None and grad_c is None:
+            return none
+        returns_weights = ends is None or ends.returns_weights
+        first = 7 + call.dropout
+        wanted = wants[first : first + len(parameters)]
+        made = ops.lstm_backward(
+            call.backend,
+            _contiguous(grad_output),
+            _contiguous(grad_h),
+            _contiguous(grad_c),
+            x,
+            ops.layers_of(parameters, call.bias),
+            lengths,
+            dropout,
+            trace,
+            call.need_dx and wants[3],
+            returns_weights and any(wanted),
+        )
+        learned: tuple[Tensor | None, ...] = (None,) * call.learners
+        if ends is not None:
+            learned = ends.leave(Window(x, dropout, trace), made)
+        weights: list[Tensor | None] = list(ops.flat(made.layers)) or [None] * len(parameters)
+        return (
+            *none[:3],
+            made.x,
+            made.h if wants[4] else None,
+            made.c if wants[5] else None,
+            *none[6:first],
+            *(g if want else None for g, want in zip(weights, wanted, strict=True)),
+            *learned,
+        )
+
+
+class CellEnds(Protocol):
+    """What a module does in the backward of one step of its cell."""
+
+    returns_weights: bool
+
+    def arrive(
+        self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients at the state behind the step, h and c [B, H], to start from."""
+        ...
+
+    def leave(self, rows: LSTMRows) -> tuple[Tensor | None, ...]:
+        """Called behind the step's backward: gradients of the learners."""
+        ...
+
+
+class _Cell(torch.autograd.Function):
+    """Trailing tensors: the layer's parameters, the learners' parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        ends: CellEnds | None,
+        site: object,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        parameters = tensors[: len(tensors) - call.learners]
+        layer = LSTMLayer(*parameters)
+        trace = ops.lstm_cell_forward(call.backend, x, h, c, layer, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, c, *trace, *parameters)
+        ctx.call, ctx.ends, ctx.site, ctx.spent = call, ends, site, False
+        return trace.h, trace.c
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        ends: CellEnds | None = ctx.ends
+        if not torch.compiler.is_compiling():
+            if ctx.spent:
+                raise RuntimeError(TWICE)
+            ctx.spent = True
+        (x, h, c, *rest) = ctx.saved_tensors
+        trace = CellTrace(*rest[:3])
+        parameters = rest[3:]
+        if ends is not None:
+            grad_h, grad_c = ends.arrive(trace.h, trace.c, grad_h, grad_c)
+        wants = ctx.needs_input_grad
+        none: tuple[Tensor | None, ...] = (None,) * len(wants)
+        if grad_h is None and grad_c is None:
+            return none
+        returns_weights = ends is None or ends.returns_weights
+        wanted = wants[6 : 6 + len(parameters)]
+        made: CellGradients = ops.lstm_cell_backward(
+            call.backend,
+            _contiguous(grad_h),
+            _contiguous(grad_c),
+            x,
+            h,
+            c,
+            LSTMLayer(*parameters),
+            trace,
+            call.need_dx and wants[3],
+            returns_weights and any(wanted),
+        )
+        learned: tuple[Tensor | None, ...] = (None,) * call.learners
+        if ends is not None:
+            learned = ends.leave(LSTMRows(x, h, made.delta))
+        weights: list[Tensor | None] = [None] * len(parameters)
+        if made.layer is not None:
+            weights = list(ops.flat((made.layer,)))
+        return (
+            *none[:3],
+            made.x,
+            made.h if wants[4] else None,
+            made.c if wants[5] else None,
+            *(g if want else None for g, want in zip(weights, wanted, strict=True)),
+            *learned,
+        )
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def lstm_window(
+    backend: Backend,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    layers: ops.Layers,
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    ends: Ends | None = None,
+    site: object = None,
+    learners: tuple[Tensor, ...] = (),
+    need_dx: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:class:`_Window` on checked tensors: output [T, B, H] and the final h and c [L, B, H].
+
+    ``site`` is remembered on the node: the module to which the states belong. ``learners`` are the
+    parameters whose gradients ``ends.leave`` returns.
+    """
+    bias = layers[0].bias_ih is not None
+    call = Call(backend, bias, len(dropout), len(learners), need_dx)
+    made: tuple[Tensor, Tensor, Tensor] = _Window.apply(
+        call, ends, site, x, h, c, lengths, *dropout, *ops.flat(layers), *learners
+    )
+    return made
+
+
+def lstm_cell(
+    backend: Backend,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    layer: LSTMLayer,
+    ends: CellEnds | None = None,
+    site: object = None,
+    learners: tuple[Tensor, ...] = (),
+    need_dx: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:class:`_Cell` on checked tensors: the next h and c [B, H]; see :func:`lstm_window`."""
+    call = Call(backend, layer.bias_ih is not None, 0, len(learners), need_dx)
+    made: tuple[Tensor, Tensor] = _Cell.apply(
+        call, ends, site, x, h, c, *ops.flat((layer,)), *learners
+    )
+    return made
+
+
+def belongs_to(state: Tensor, site: object) -> bool:
+    """Whether a state was made by ``site``'s windows, directly or through a few ordinary ops.
+
+    Looks at most 32 nodes up the graph, so that whatever lies between, a mask or a permutation, is
+    seen through, but a whole encoder is not walked.
+    """
+    waiting = [state.grad_fn]
+    for _ in range(32):
+        if not waiting:
+            return False
+        node: Any = waiting.pop(0)
+        if node is None:
+            continue
+        if getattr(node, "site", None) is site:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False

@@ -1,0 +1,442 @@
+"""``FusedDNILSTM``: truncated windows that hear of their future."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import LSTMGradients, LSTMLayer
+from fused_dni.functional import check, lstm_ops
+from fused_dni.functional.lstm import Window, lstm_window
+from fused_dni.modules.recurrent import (
+    DEFAULT_SCALE,
+    Entrance,
+    Example,
+    Exit,
+    Recurrent,
+    Slots,
+    State,
+    state_rows,
+    untraced,
+)
+from fused_dni.rules import Rule
+
+
+class _WindowEnds:
+    """Both ends of a whole window: :class:`fused_dni.functional.lstm.Ends`."""
+
+    def __init__(self, exit: Exit, entrance: Entrance | None) -> None:
+        self.exit, self.entrance = exit, entrance
+        self.returns_weights = exit.site.update is None
+
+    def arrive(
+        self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self.exit.inject(h, c, grad_h, grad_c)
+
+    def leave(self, window: Window, made: LSTMGradients) -> Slots:
+        site = self.exit.site
+        if not self.returns_weights:
+            site.defer(window.rows(made), self.exit.loss_scale)
+        lessons = self.exit.examples()
+        heads: list[Example] = []
+        if self.entrance is not None and self.exit.learns:
+            trace = window.trace
+            assert trace.cells is not None
+            rows = state_rows(trace.hidden[:, 0], trace.cells[:, 0])
+            found, heads = self.entrance.examples(rows, state_rows(made.h, made.c))
+            lessons = found + lessons
+        return site.teach(lessons, heads, self.exit.loss_scale)
+
+
+class FusedDNILSTM(Recurrent):
+    """``nn.LSTM`` whose truncated windows receive the gradient of their future.
+
+    In training, a window's backward starts from what its own losses send *plus* the synthetic
+    gradient of everything that comes later, predicted by a synthesizer from the window's final
+    state (Jaderberg et al. 2016, arXiv 1608.05343, section 2.1). The next call cuts the graph at
+    its entrance, and the gradient that its own backward brings there trains the synthesizer. In
+    ``eval()``, under ``no_grad()`` and with ``synthesizer=None`` it is exactly ``nn.LSTM``.
+
+    ::
+
+        for window, target in stream:                       # [T, B, I] each
+            output, state = lstm(window, state)             # no detach() needed, none forbidden
+            loss(output, target).backward()                 # one backward a window
+            optimizer.step(); optimizer.zero_grad()
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout: as in ``nn.LSTM``.
+        bidirectional, proj_size: as in ``nn.LSTM``; only with ``synthesizer=None`` and
+            ``update=None``, and on PyTorch's own kernels.
+        synthesizer: "default" for ``LinearSynthesizer(2 * num_layers * hidden_size, rank=16)``;
+            None for plain backprop: then nothing is cut, and truncation is the user's
+            ``detach()``, as ever; or a module (see :mod:`fused_dni.synthesizers`) that is called
+            with rows [B, 2 L H], each h_0, c_0, h_1, c_1, ... of a sequence, and predicts
+            ``kappa`` times the gradient there.
+        sg_scale: factor on the synthetic gradient.
+        auxiliary: add a head that predicts, from the state at a window's entrance, the synthetic
+            gradient at its exit. Its squared error trains the head and, through the synthesizer's
+            target, the layers.
+        context_features: K of the default synthesizer, 0 for none.
+        update: rule (``SGD``, ``Adam``, ``AdamW``) applied to the layers at the end of the
+            backward; None to leave gradients in ``.grad``.
+        synthesizer_update: rule for synthesizer and auxiliary head; None for the same.
+        target_scale: kappa, the number by which the loss divides. None for the steps times the
+            rows of the window, right for a loss that is a mean over both.
+        max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
+        backend: force a backend by name.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: as in ``nn.LSTM`` (gate order
+        i, f, g, o), initialised alike. synthesizer, auxiliary_head: modules or None.
+
+    Raises:
+        ValueError: an option out of range; an option that has no decoupled form.
+        RuntimeError: a shape, dtype or device that does not fit; a use in which a fused rule would
+            be silently wrong; a second backward through one window.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        synthesizer: nn.Module | str | None = "default",
+        sg_scale: float = DEFAULT_SCALE,
+        auxiliary: bool = False,
+        context_features: int = 0,
+        update: Rule | None = None,
+        synthesizer_update: Rule | None = None,
+        target_scale: float | None = None,
+        max_norm: float | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._plain = bidirectional or proj_size > 0
+        if self._plain:
+            option = "bidirectional=True" if bidirectional else f"proj_size={proj_size}"
+            if synthesizer is not None:
+                reason = (
+                    "a truncated stream has no right-to-left future"
+                    if bidirectional
+                    else "the fused window has no projection"
+                )
+                raise ValueError(f"{option} needs synthesizer=None: {reason}")
+            if update is not None or backend is not None:
+                raise ValueError(
+                    f"{option} runs on PyTorch's own kernels: update and backend must be None"
+                )
+        super().__init__(
+            (input_size, hidden_size, num_layers),
+            sg_scale,
+            update,
+            synthesizer_update,
+            target_scale,
+            max_norm,
+            backend,
+        )
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bidirectional, proj_size
+        plain = nn.LSTM(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            **factory,
+        )
+        for name, parameter in plain.named_parameters():
+            self.register_parameter(name, parameter)
+        self._names = tuple(self._parameters)
+        self._attach_heads(
+            synthesizer, auxiliary, context_features, synthesizer_update or update, factory
+        )
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        end_of_sequence: Tensor | None = None,
+        lengths: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run a window; see the class.
+
+        Args:
+            input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or packed.
+            hx: the state h, c, [L, B, H] each ([L, H] unbatched); None for zeros. In training
+                with a synthesizer it is cut here if an earlier window of this module made it,
+                detached or not; that of another module, or a learned one, gets its gradient.
+            end_of_sequence: bool [B] ([] unbatched): rows whose sequence ends with this window.
+                Nothing is injected there, the synthesizer is trained towards zero, and the next
+                call starts those rows from a zero state.
+            lengths: int64 [B], steps of each row, in [1, T]; not with packed input.
+            context: what the synthesizer is conditioned on, int64 [B] or [B, K]; None to take it
+                from :func:`fused_dni.condition_on`.
+
+        Returns:
+            output, as ``input`` with H in the last place (zero behind a row's length), and the
+            state h_n, c_n [L, B, H]. The state stays in this window's graph.
+        """
+        if self._plain:
+            if end_of_sequence is not None or lengths is not None or context is not None:
+                raise ValueError(
+                    "end_of_sequence, lengths and context have no meaning with bidirectional=True "
+                    "or proj_size"
+                )
+            return self._stock(input, hx)
+        if torch.compiler.is_compiling() and (
+            end_of_sequence is not None or self._returned or self.update is not None
+        ):
+            out: tuple[Tensor | PackedSequence, State] = untraced(self._run)(
+                input, hx, end_of_sequence, lengths, context
+            )
+            return out
+        return self._run(input, hx, end_of_sequence, lengths, context)
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        ended: Tensor | None,
+        lengths: Tensor | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths belongs to the packed input: do not give it again")
+            padded, counts = pad_packed_sequence(input)
+            output, state = self._window(
+                padded, hx, ended, counts.to(padded.device), context, padded
+            )
+            order = input.sorted_indices
+            if order is not None:
+                output, counts = output.index_select(1, order), counts[order.cpu()]
+            data = pack_padded_sequence(output, counts).data
+            return input._replace(data=data), state
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
+            )
+        if input.dim() not in (2, 3):
+            raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
+        if input.dim() == 2:
+            if hx is not None:
+                hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
+            if ended is not None and ended.dim() == 0:
+                ended = ended.unsqueeze(0)
+            output, (h, c) = self._window(input.unsqueeze(1), hx, ended, lengths, context, input)
+            return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        steps_first = input.transpose(0, 1) if self.batch_first else input
+        output, state = self._window(steps_first, hx, ended, lengths, context, input)
+        return (output.transpose(0, 1) if self.batch_first else output), state
+
+    def _window(
+        self,
+        x: Tensor,
+        hx: State | None,
+        ended: Tensor | None,
+        lengths: Tensor | None,
+        context: Tensor | None,
+        given: Tensor,
+    ) -> tuple[Tensor, State]:
+        """The window for x [T, B, I]; ``given`` is the input as it came, for messages."""
+        layers = self._layers()
+        weight = layers[0].weight_ih
+        x = check.step(x, weight, given)
+        steps, batch = x.shape[:2]
+        check.ended(ended, batch, x.device)
+        lengths = check.lengths(lengths, steps, batch, x.device)
+        if lengths is not None:  # what lies behind a row's length may be anything, NaN included
+            behind = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths
+            x = x.masked_fill(behind.unsqueeze(2), 0.0)
+        self._fit(layers)
+        decoupled = self._decoupled(x)
+        if decoupled or context is not None:
+            context = self._context_rows(context, batch, x)
+        h, c, entrance = self._enter(hx, x, decoupled, context)
+        backend = registry.resolve(self.backend, x, weight)
+        masks = self._dropout_masks(steps, batch, x)
+        scale = self._scale(steps, batch)
+        ends = None
+        ruled = self.training and self.update is not None and self.phase.probe is None
+        if torch.is_grad_enabled():
+            if decoupled or ruled:
+                exit = Exit(self, ended, context, scale)
+                if entrance is not None:
+                    entrance.exit = exit
+                ends = _WindowEnds(exit, entrance)
+            learners = () if ends is None else self._learners()
+            output, h, c = lstm_window(
+                backend, x, h, c, layers, lengths, masks, ends, self, learners
+            )
+        else:
+            trace = lstm_ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
+            output, h, c = trace.hidden[-1, 1:], trace.h, trace.c
+        if self.phase.probe is not None and self.training:
+            h, c = self._probe(h, c, context, scale)
+        noted = ended is not None or (context is not None and decoupled)
+        if noted and not torch.compiler.is_compiling():
+            self._returned.note(h, ended, context)
+        return output, (h, c)
+
+    def _enter(
+        self, hx: State | None, x: Tensor, decoupled: bool, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Entrance | None]:
+        """The state that the window starts from and, where it continues one, its entrance."""
+        batch = x.shape[1]
+        if hx is None:
+            zeros = x.new_zeros(self.num_layers, batch, self.hidden_size)
+            return zeros, zeros.clone(), None
+        h, c = check.state(hx, (self.num_layers, batch, self.hidden_size), x)
+        tracing = torch.compiler.is_compiling()
+        known = None if tracing else self._returned.recall(h)
+        continues = decoupled and self._continues(h) and self._continues(c)
+        if continues:
+            h, c = h.detach(), c.detach()
+        if known is not None and known.ended is not None:
+            if known.ended.shape[0] != batch:
+                raise RuntimeError(
+                    f"hx has {batch} rows of a state that was returned with end_of_sequence for "
+                    f"{known.ended.shape[0]}: zero the rows that ended before picking some"
+                )
+            start = known.ended.unsqueeze(1)
+            h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
+        h, c = h.contiguous(), c.contiguous()
+        if not continues:
+            return h, c, None
+        if context is not None and not tracing:
+            # M is asked again at that state: with the context that it had there, or not at all.
+            if known is None or known.context is None:
+                return h, c, None
+            context = known.context
+        return h, c, Entrance(None, context)
+
+    def _dropout_masks(self, steps: int, batch: int, x: Tensor) -> tuple[Tensor, ...]:
+        if not (self.training and self.dropout and self.num_layers > 1):
+            return ()
+        ones = x.new_ones(steps, batch, self.hidden_size)
+        return tuple(nn.functional.dropout(ones, self.dropout) for _ in range(self.num_layers - 1))
+
+    def _layers(self) -> tuple[LSTMLayer, ...]:
+        own = self._parameters
+        values: list[Any] = [
+            own[name] if name in own else getattr(self, name) for name in self._names
+        ]
+        return lstm_ops.layers_of(values, self.bias)
+
+    def _stock(
+        self, input: Tensor | PackedSequence, hx: State | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """``nn.LSTM`` itself on this module's parameters."""
+        plain = self._meta()
+        parameters = {name: getattr(self, name) for name in self._names}
+        out: tuple[Tensor | PackedSequence, State] = torch.func.functional_call(
+            plain, parameters, (input, hx)
+        )
+        return out
+
+    # -- nn.LSTM's other methods -----------------------------------------------------------------
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the kernels pack the weights themselves."""
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters by layer (and direction), as in ``nn.LSTM``."""
+        kinds = 2 + 2 * self.bias + (self.proj_size > 0)
+        named = [getattr(self, name) for name in self._names]
+        return [named[i : i + kinds] for i in range(0, len(named), kinds)]
+
+    def _meta(self) -> nn.LSTM:
+        """``nn.LSTM`` of these options, without parameters of its own."""
+        return nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.bidirectional,
+            self.proj_size,
+            device="meta",
+        ).train(self.training)
+
+    # -- conversion ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_lstm(cls, lstm: nn.LSTM, **kwargs: Any) -> FusedDNILSTM:
+        """Take over an ``nn.LSTM``: the new module holds the very same parameters.
+
+        Args:
+            lstm: an ``nn.LSTM``; bidirectional or with projections only with
+                ``synthesizer=None``.
+            **kwargs: further arguments of the constructor.
+
+        Raises:
+            ValueError: a subclass, or an option that has no decoupled form.
+        """
+        if type(lstm) is not nn.LSTM:
+            raise ValueError(f"only nn.LSTM itself can be taken over, got {type(lstm).__name__}")
+        weight = cast(Tensor, lstm.weight_ih_l0)
+        made = cls(
+            lstm.input_size,
+            lstm.hidden_size,
+            lstm.num_layers,
+            lstm.bias,
+            lstm.batch_first,
+            lstm.dropout,
+            lstm.bidirectional,
+            lstm.proj_size,
+            device=weight.device,
+            dtype=weight.dtype,
+            **kwargs,
+        )
+        for name in made._names:
+            made._parameters[name] = lstm._parameters[name]
+        return made.train(lstm.training)
+
+    def to_lstm(self) -> nn.LSTM:
+        """``nn.LSTM`` holding the very same parameters; the synthesizer is left behind."""
+        plain = self._meta()
+        for name in self._names:
+            setattr(plain, name, getattr(self, name))
+        return plain
+
+    def extra_repr(self) -> str:
+        """As of ``nn.LSTM``, and the rule."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        for name, default in (
+            ("num_layers", 1),
+            ("bias", True),
+            ("batch_first", False),
+            ("dropout", 0.0),
+            ("bidirectional", False),
+            ("proj_size", 0),
+            ("sg_scale", DEFAULT_SCALE),
+        ):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        if self.update is not None:
+            text += f", update={self.update.rule}"
+        return text

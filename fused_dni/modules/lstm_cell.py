@@ -1,0 +1,306 @@
+"""``FusedDNILSTMCell``: one step, with the ends of windows said by the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import LSTMLayer, LSTMRows
+from fused_dni.functional import check, lstm_ops
+from fused_dni.functional.lstm import lstm_cell
+from fused_dni.modules.recurrent import (
+    DEFAULT_SCALE,
+    Entrance,
+    Exit,
+    Recurrent,
+    Slots,
+    State,
+    untraced,
+)
+from fused_dni.rules import Rule
+
+
+class _StepEnds:
+    """A step of a cell: :class:`fused_dni.functional.lstm.CellEnds`. Most steps close nothing."""
+
+    def __init__(self, site: FusedDNILSTMCell, steps: int, entrance: Entrance | None) -> None:
+        self.site = site
+        self.steps = steps  # since the entrance, this one included
+        self.entrance = entrance
+        self.exit: Exit | None = None
+        self.loss_scale = site.phase.loss_scale or 1.0
+        self.returns_weights = site.update is None
+
+    def arrive(
+        self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.exit is None:
+            return grad_h, grad_c
+        made = self.exit.inject(
+            h.unsqueeze(0),
+            c.unsqueeze(0),
+            *(None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c)),
+        )
+        grad_h, grad_c = (None if g is None else g.squeeze(0) for g in made)
+        return grad_h, grad_c
+
+    def leave(self, rows: LSTMRows) -> Slots:
+        if not self.returns_weights:
+            self.site.defer((rows,), self.loss_scale)
+        lessons = [] if self.exit is None else self.exit.examples()
+        return self.site.teach(lessons, [], self.loss_scale)
+
+
+class _Boundary(torch.autograd.Function):
+    """The entrance of a cell's window: the state goes on, its gradient stays here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        site: FusedDNILSTMCell,
+        entrance: Entrance,
+        h: Tensor,
+        c: Tensor,
+        *learners: Tensor,
+    ) -> State:
+        ctx.set_materialize_grads(False)
+        ctx.boundary, ctx.entrance, ctx.learners, ctx.spent = site, entrance, len(learners), False
+        ctx.save_for_backward(h, c)
+        return h.clone(), c.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None) -> Slots:
+        none: Slots = (None,) * (4 + ctx.learners)
+        entrance: Entrance = ctx.entrance
+        if ctx.spent or entrance.exit is None or (grad_h is None and grad_c is None):
+            return none
+        ctx.spent = True
+        h, c = ctx.saved_tensors
+        grads = (torch.zeros_like(h) if g is None else g for g in (grad_h, grad_c))
+        lessons, heads = entrance.examples(torch.cat((h, c), 1), torch.cat(tuple(grads), 1))
+        site: FusedDNILSTMCell = ctx.boundary
+        return none[:4] + site.teach(lessons, heads, entrance.exit.loss_scale)
+
+
+class FusedDNILSTMCell(Recurrent):
+    """``nn.LSTMCell`` whose unrolled windows receive the gradient of their future.
+
+    As :class:`FusedDNILSTM`, with the ends of a window said by the user::
+
+        for t, x in enumerate(stream):                       # [B, I] each
+            state = cell(x, state)
+            ...                                              # losses on state[0]
+            if (t + 1) % T == 0:
+                next_state = cell.boundary(state)
+                loss.backward()                              # or backward_boundary(state)
+                state = next_state
+
+    Args, attributes, errors: as :class:`FusedDNILSTM`; parameters weight_ih, weight_hh, bias_ih,
+    bias_hh. The default ``target_scale`` counts the steps since the last boundary.
+    """
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter | None
+    bias_hh: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        synthesizer: nn.Module | str | None = "default",
+        sg_scale: float = DEFAULT_SCALE,
+        auxiliary: bool = False,
+        context_features: int = 0,
+        update: Rule | None = None,
+        synthesizer_update: Rule | None = None,
+        target_scale: float | None = None,
+        max_norm: float | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            (input_size, hidden_size, 1),
+            sg_scale,
+            update,
+            synthesizer_update,
+            target_scale,
+            max_norm,
+            backend,
+        )
+        self.bias = bias
+        for name, p in nn.LSTMCell(input_size, hidden_size, bias, **factory)._parameters.items():
+            self.register_parameter(name, p)
+        self._attach_heads(
+            synthesizer, auxiliary, context_features, synthesizer_update or update, factory
+        )
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """One step.
+
+        Args:
+            input: [B, I] or [I].
+            hx: h, c, [B, H] each ([H] unbatched); None for zeros.
+
+        Returns:
+            The next h and c.
+        """
+        if torch.compiler.is_compiling() and self.update is not None:
+            stepped: State = untraced(self._run)(input, hx)
+            return stepped
+        return self._run(input, hx)
+
+    def _run(self, input: Tensor, hx: State | None) -> State:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise RuntimeError(f"input must have 1 or 2 dimensions, got {list(input.shape)}")
+        (layer,) = self._layers()
+        alone = input.dim() == 1
+        x = check.step(input.unsqueeze(0) if alone else input, layer.weight_ih, input)
+        batch = x.shape[0]
+        if hx is None:
+            h = x.new_zeros(batch, self.hidden_size)
+            c = h.clone()
+        else:
+            if alone:
+                hx = check.unbatched(hx, (self.hidden_size,), 0)
+            h, c = check.state(hx, (batch, self.hidden_size), x)
+        self._fit((layer,))
+        decoupled = self._decoupled(x)
+        backend = registry.resolve(self.backend, x, layer.weight_ih)
+        if not torch.is_grad_enabled():
+            trace = lstm_ops.lstm_cell_forward(
+                backend, x, h.contiguous(), c.contiguous(), layer, False
+            )
+            h, c = trace.h, trace.c
+        else:
+            ends = None
+            if decoupled or (self.training and self.update is not None and not self.phase.probe):
+                ends = self._ends(h)
+            learners = () if ends is None else self._learners()
+            h, c = lstm_cell(
+                backend, x, h.contiguous(), c.contiguous(), layer, ends, self, learners
+            )
+        return (h.squeeze(0), c.squeeze(0)) if alone else (h, c)
+
+    def _ends(self, h: Tensor) -> _StepEnds:
+        """This step's place in its window, told from the node that made h."""
+        if not torch.compiler.is_compiling():
+            node: Any = h.grad_fn
+            if getattr(node, "boundary", None) is self:
+                return _StepEnds(self, 1, node.entrance)
+            before = getattr(node, "ends", None)
+            if isinstance(before, _StepEnds) and before.site is self:
+                return _StepEnds(self, before.steps + 1, before.entrance)
+        return _StepEnds(self, 1, None)
+
+    @torch.compiler.disable
+    def boundary(
+        self,
+        state: State,
+        end_of_sequence: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> State:
+        """Close a window: call it with the state of its last step, before the backward.
+
+        The backward of the window then starts from the synthetic gradient at ``state``. What is
+        returned is where the next window starts: it carries no gradient back, and what arrives
+        there trains the synthesizer.
+
+        Args:
+            state: h, c, as the cell returned them.
+            end_of_sequence: bool [B]: rows that end here. Nothing is injected there, the
+                synthesizer is trained towards zero, and the rows start anew from zero.
+            context: what the synthesizer is conditioned on at this state, int64 [B] or [B, K].
+
+        Returns:
+            The state for the next step; in ``eval()``, under ``no_grad()`` and without a
+            synthesizer the same state, but for the rows that end.
+
+        Raises:
+            RuntimeError: a state that this cell's last step did not make.
+        """
+        h, c = state
+        batch = 1 if h.dim() == 1 else h.shape[0]
+        if end_of_sequence is not None and end_of_sequence.dim() == 0:
+            end_of_sequence = end_of_sequence.unsqueeze(0)
+        check.ended(end_of_sequence, batch, h.device)
+        start = None if end_of_sequence is None else end_of_sequence.unsqueeze(1)
+        decoupled = self.training and torch.is_grad_enabled()
+        if self._modules["synthesizer"] is None or self.phase.probe is not None or not decoupled:
+            return (
+                state if start is None else (h.masked_fill(start, 0.0), c.masked_fill(start, 0.0))
+            )
+        if h.dim() == 1:
+            raise RuntimeError("boundary needs a batch: call the cell with [B, I]")
+        ends = getattr(h.grad_fn, "ends", None)
+        if not isinstance(ends, _StepEnds) or ends.site is not self:
+            raise RuntimeError(
+                "boundary: state was not made by this cell's last step (the synthetic gradient is "
+                "injected into that step's backward): give it as it was returned, not detached"
+            )
+        context = self._context_rows(context, batch, h)
+        exit = Exit(self, end_of_sequence, context, self._scale(ends.steps, batch))
+        ends.exit = exit
+        if ends.entrance is not None:
+            ends.entrance.exit = exit
+        h, c = h.detach(), c.detach()
+        if start is not None:
+            h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
+        anchors = self._learners() or tuple(
+            p for p in self.synthesizer_parameters() if p is not None
+        )
+        made: State = _Boundary.apply(self, Entrance(None, context), h, c, *anchors)
+        return made
+
+    def _layers(self) -> tuple[LSTMLayer, ...]:
+        return (LSTMLayer(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh),)
+
+    @classmethod
+    def from_lstm_cell(cls, cell: nn.LSTMCell, **kwargs: Any) -> FusedDNILSTMCell:
+        """Take over an ``nn.LSTMCell``: the new module holds the very same parameters.
+
+        Raises:
+            ValueError: a subclass of ``nn.LSTMCell``.
+        """
+        if type(cell) is not nn.LSTMCell:
+            raise ValueError(
+                f"only nn.LSTMCell itself can be taken over, got {type(cell).__name__}"
+            )
+        made = cls(
+            cell.input_size,
+            cell.hidden_size,
+            cell.bias,
+            device=cell.weight_ih.device,
+            dtype=cell.weight_ih.dtype,
+            **kwargs,
+        )
+        for name in cell._parameters:
+            made._parameters[name] = cell._parameters[name]
+        return made.train(cell.training)
+
+    def to_lstm_cell(self) -> nn.LSTMCell:
+        """``nn.LSTMCell`` holding the very same parameters; the synthesizer is left behind."""
+        plain = nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device="meta")
+        for name in plain._parameters:
+            plain._parameters[name] = self._parameters[name]
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """As of ``nn.LSTMCell``, and the rule."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        if not self.bias:
+            text += ", bias=False"
+        if self.update is not None:
+            text += f", update={self.update.rule}"
+        return text

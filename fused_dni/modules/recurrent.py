@@ -1,0 +1,538 @@
+"""What the LSTM and its cell share: the two ends of a window.
+
+Backward through a window starts from the synthetic gradient of everything that comes after it
+(Jaderberg et al. 2016, arXiv 1608.05343, section 2.1): :class:`Exit` adds the prediction. The
+gradient that reaches the window's start trains the synthesizer there: :class:`Entrance`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fused_dni.backends import registry
+from fused_dni.backends.base import (
+    STATISTICS_SIZE,
+    Backend,
+    LSTMLayer,
+    LSTMRows,
+    Prediction,
+    SynthesizerTensors,
+)
+from fused_dni.context import fold_context
+from fused_dni.functional import check, lstm_ops, ops
+from fused_dni.functional.lstm import belongs_to
+from fused_dni.modules.base import DecoupledModule, Forecast, Lesson
+from fused_dni.pending import at_end_of_backward
+from fused_dni.reference.synthesizer import synthetic_gradient
+from fused_dni.rules import Rule, RuleState
+from fused_dni.synthesizers import LinearSynthesizer
+
+State = tuple[Tensor, Tensor]
+Slots = tuple[Tensor | None, ...]
+
+DEFAULT_RANK = 16
+DEFAULT_SCALE = 1.0
+# Weight of the auxiliary head's squared error, in units of the synthesizer's target.
+AUXILIARY_WEIGHT = 0.1
+
+
+def state_rows(h: Tensor, c: Tensor) -> Tensor:
+    """A state h, c [L, B, H] as a synthesizer sees it: [B, 2 L H], h_0, c_0, h_1, c_1, ..."""
+    if h.shape[0] == 1:
+        return torch.cat((h[0], c[0]), 1)
+    return torch.stack((h, c), 1).permute(2, 0, 1, 3).flatten(1)
+
+
+def rows_state(rows: Tensor, layers: int) -> State:
+    """Undo :func:`state_rows`."""
+    h, c = rows.unflatten(1, (layers, 2, -1)).permute(2, 1, 0, 3).unbind()  # [L, B, H] each
+    return h, c
+
+
+class Example(NamedTuple):
+    """What a synthesizer learns from: a gradient for each row of a state."""
+
+    rows: Tensor  # [N, 2 L H]
+    grad: Tensor  # [N, 2 L H]
+    context: Tensor | None  # [N] or [N, K]
+    target_scale: float
+
+    def only(self, which: Tensor) -> Example:
+        """The rows where ``which`` [N] is true."""
+        context = None if self.context is None else self.context[which]
+        return Example(self.rows[which], self.grad[which], context, self.target_scale)
+
+
+def joined(parts: Sequence[Example]) -> Example:
+    """Several examples as one, at the target scale of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    scale = parts[0].target_scale
+    contexts = [p.context for p in parts if p.context is not None]
+    return Example(
+        torch.cat([p.rows for p in parts]),
+        torch.cat([p.grad * (p.target_scale / scale) for p in parts]),
+        torch.cat(contexts) if contexts else None,
+        scale,
+    )
+
+
+class Exit:
+    """The end of a window in one call: what its backward starts from.
+
+    Args:
+        site: the module. ended: bool [B], rows whose sequence ends here, or None.
+        context: the synthesizer's context here.
+        target_scale: kappa of this window.
+    """
+
+    def __init__(
+        self,
+        site: Recurrent,
+        ended: Tensor | None,
+        context: Tensor | None,
+        target_scale: float,
+    ) -> None:
+        phase = site.phase
+        predicts = site._modules["synthesizer"] is not None
+        self.site = site
+        self.ended, self.context = ended, context
+        self.target_scale = target_scale
+        self.strength = site.sg_scale * (1.0 - phase.true_share) if predicts else 0.0
+        self.learns = predicts and (phase.target or phase.warmup)
+        self.loss_scale = phase.loss_scale or 1.0
+        self.scaled: Tensor | None = None  # M's prediction here [B, 2 L H], zero for ended rows
+        self._rows: Tensor | None = None
+
+    def inject(
+        self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the synthetic gradient to what arrived at the final state, h and c [L, B, H]."""
+        site = self.site
+        teaches = self.learns and (self.ended is not None or site.auxiliary_head is not None)
+        if not (self.strength or teaches):
+            return grad_h, grad_c
+        self._rows = state_rows(h, c)
+        self.scaled = site.predict(self._rows, self.context, False).scaled
+        if self.ended is not None:
+            self.scaled = self.scaled.masked_fill(self.ended.unsqueeze(1), 0.0)
+        if not self.strength:
+            return grad_h, grad_c
+        synthetic = synthetic_gradient(
+            Prediction(self.scaled), self.target_scale, site.max_norm or 0.0
+        )
+        more_h, more_c = rows_state(synthetic * (self.strength * self.loss_scale), h.shape[0])
+        return (
+            more_h if grad_h is None else grad_h + more_h,
+            more_c if grad_c is None else grad_c + more_c,
+        )
+
+    def examples(self) -> list[Example]:
+        """Rows that end: nothing comes after them, and M is to say so."""
+        rows = self._rows
+        if rows is None or self.ended is None or not self.learns or not bool(self.ended.any()):
+            return []
+        example = Example(rows, torch.zeros_like(rows), self.context, self.target_scale)
+        return [example.only(self.ended)]
+
+
+class Entrance:
+    """The start of a window that continues a state: what M learns from.
+
+    ``exit`` is where the window ends, set before the backward gets here.
+    """
+
+    def __init__(self, exit: Exit | None, context: Tensor | None) -> None:
+        self.exit = exit
+        self.context = context
+
+    def examples(self, rows: Tensor, grad: Tensor) -> tuple[list[Example], list[Example]]:
+        """Lessons for the synthesizer and the auxiliary head, from the gradient [B, 2 L H] that
+        arrived at ``rows``. A row that is exactly zero starts a sequence: nothing was predicted
+        there, and nothing is learned."""
+        end = self.exit
+        if end is None or not end.learns:
+            return [], []
+        if end.loss_scale != 1.0:
+            grad = grad / end.loss_scale
+        scaled = end.scaled
+        example = Example(rows, grad, self.context, end.target_scale)
+        if not torch.compiler.is_compiling():
+            continued = (rows != 0.0).any(1)
+            if not bool(continued.all()):
+                example = example.only(continued)
+                scaled = None if scaled is None else scaled[continued]
+        if not example.rows.shape[0]:
+            return [], []
+        if end.site.auxiliary_head is None or scaled is None:
+            return [example], []
+        lesson = example._replace(grad=scaled / end.target_scale)
+        more = end.site.auxiliary_gradient(lesson)
+        return [example._replace(grad=example.grad + more)], [lesson]
+
+
+class _Known(NamedTuple):
+    """What a module remembers of a state that it returned."""
+
+    storage: StorageWeakRef
+    ended: Tensor | None
+    context: Tensor | None
+
+
+class _Returned:
+    """What a module knows of the states that it returned, for as long as they live.
+
+    They are recognised by their memory, so that ``detach()`` changes nothing; a copy of the latest
+    state with rows that ended is recognised by its values.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+        self._latest: tuple[Tensor, _Known] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def __reduce__(self) -> tuple[type[_Returned], tuple[()]]:
+        return _Returned, ()
+
+    def note(self, h: Tensor, ended: Tensor | None, context: Tensor | None) -> None:
+        """Remember what belongs to a state that is being returned."""
+        reference = StorageWeakRef(h.untyped_storage())
+        self._known = {k: v for k, v in self._known.items() if not v.storage.expired()}
+        known = self._known[reference.cdata] = _Known(reference, ended, context)
+        if ended is not None:
+            self._latest = (h.detach(), known)
+
+    def recall(self, h: Tensor) -> _Known | None:
+        """What is remembered of a state that is given."""
+        if not self._known:
+            return None
+        found = self._known.get(h.untyped_storage()._cdata)
+        if found is not None and not found.storage.expired():
+            return found
+        if self._latest is not None:
+            values, known = self._latest
+            if values.shape == h.shape and values.dtype == h.dtype and torch.equal(values, h):
+                return known
+        return None
+
+
+class Recurrent(DecoupledModule):
+    """What the LSTM and its cell share: synthesizer, auxiliary head, rules, lessons."""
+
+    auxiliary_head: LinearSynthesizer | None
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        sg_scale: float,
+        update: Rule | None,
+        synthesizer_update: Rule | None,
+        target_scale: float | None,
+        max_norm: float | None,
+        backend: str | None,
+    ) -> None:
+        for name, size in zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0.0 <= sg_scale < math.inf:
+            raise ValueError(f"sg_scale must be finite and at least 0, got {sg_scale!r}")
+        if backend is not None and backend not in registry.names():
+            raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
+        super().__init__(update, synthesizer_update, target_scale, max_norm)
+        self.input_size, self.hidden_size, self.num_layers = sizes
+        self.sg_scale = sg_scale
+        self.backend = backend
+        self.auxiliary_update: RuleState | None = None
+        self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+        self._returned = _Returned()
+        self._fits: list[int] = []
+
+    def _attach_heads(
+        self,
+        synthesizer: nn.Module | str | None,
+        auxiliary: bool,
+        context_features: int,
+        rule: Rule | None,
+        factory: dict[str, Any],
+    ) -> None:
+        """Register synthesizer and auxiliary head behind the layers' own parameters."""
+        features = 2 * self.num_layers * self.hidden_size
+        rank = min(DEFAULT_RANK, features)
+        if isinstance(synthesizer, str):
+            if synthesizer != "default":
+                raise ValueError(
+                    f"synthesizer must be 'default', None or a module, got {synthesizer!r}"
+                )
+            synthesizer = LinearSynthesizer(features, rank, context_features, **factory)
+        elif context_features:
+            raise ValueError(
+                "context_features belongs to the default synthesizer; give it to the synthesizer "
+                f"itself, got context_features={context_features} with {synthesizer!r}"
+            )
+        given = getattr(synthesizer, "features", features)
+        if given != features:
+            raise ValueError(
+                f"synthesizer has features={given}, the state {features} (h and c of all layers)"
+            )
+        if auxiliary and synthesizer is None:
+            raise ValueError("auxiliary=True predicts synthetic gradients: it needs a synthesizer")
+        self.attach(synthesizer, rule)
+        head = None
+        if auxiliary:
+            k = getattr(synthesizer, "context_features", 0)
+            head = LinearSynthesizer(features, rank, k, **factory)
+            self.auxiliary_update = None if rule is None else RuleState(rule)
+        self.register_module("auxiliary_head", head)
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def _layers(self) -> tuple[LSTMLayer, ...]:
+        raise NotImplementedError
+
+    def local_parameters(self) -> Slots:
+        return tuple(p for layer in self._layers() for p in layer)
+
+    def auxiliary_parameters(self) -> Slots:
+        """The slots that ``auxiliary_update`` works on."""
+        head = self._modules["auxiliary_head"]
+        fused = None if head is None else cast(LinearSynthesizer, head).fused()
+        return () if fused is None else fused.parameters()
+
+    def rules(self) -> Iterator[tuple[str, RuleState, Slots]]:
+        yield from super().rules()
+        if self.auxiliary_update is not None:
+            yield "auxiliary_head", self.auxiliary_update, self.auxiliary_parameters()
+
+    def _learners(self) -> tuple[Tensor, ...]:
+        """The parameters whose gradients :meth:`teach` returns."""
+        if self.update is not None:
+            return ()
+        slots = (*self.synthesizer_parameters(), *self.auxiliary_parameters())
+        return tuple(p for p in slots if p is not None)
+
+    def synthesizer_backend(self, h: Tensor) -> Backend:
+        return registry.resolve(self.backend, h, self._layers()[0].weight_ih)
+
+    def _fit(self, layers: tuple[LSTMLayer, ...]) -> None:
+        """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not tracing:  # what is traced or transformed has no addresses
+            fits = [p.data_ptr() for p in lstm_ops.flat(layers)]
+            if fits == self._fits:
+                return
+        check.lstm_layers(layers, self.input_size, self.hidden_size)
+        fused = self.fused_synthesizer(layers[0].weight_ih)
+        if fused is not None:
+            check.synthesizer(fused, layers[0].weight_ih)
+        if not tracing:
+            self._fits = fits
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def teach(self, lessons: list[Example], heads: list[Example], loss_scale: float) -> Slots:
+        """Train synthesizer and auxiliary head, at the end of the backward if there is a rule;
+        otherwise return their parameters' gradients, in the order of :meth:`_learners`."""
+        if self.update is not None:
+            for example in lessons:
+                at_end_of_backward((id(self), "learn"), self._learn_from, example)
+            for example in heads:
+                at_end_of_backward((id(self), "head"), self._head_learns_from, example)
+            return ()
+        slots = self.synthesizer_parameters()
+        made: Slots = (None,) * len(slots)
+        if lessons:
+            made = self.lesson_gradients(self._lesson(joined(lessons)))
+        slots += self.auxiliary_parameters()
+        if heads:
+            made += self._head_gradients(joined(heads))
+        else:
+            made += (None,) * (len(slots) - len(made))
+        if loss_scale != 1.0:
+            made = tuple(None if g is None else g * loss_scale for g in made)
+        return tuple(g for g, p in zip(made, slots, strict=True) if p is not None)
+
+    def _lesson(self, example: Example) -> Lesson:
+        rows, grad, context, scale = example
+        forecast = self.predict(rows, context, True)
+        if torch.compiler.is_compiling():
+            # Traced code leaves no rows out: those that start a sequence get what was predicted.
+            continued = (rows != 0.0).any(1, keepdim=True)
+            grad = torch.where(continued, grad, forecast.scaled / scale)
+        return Lesson(rows, forecast, context, grad, scale)
+
+    def _learn_from(self, examples: list[Example]) -> None:
+        self.learn([self._lesson(joined(examples))])
+
+    def auxiliary_gradient(self, example: Example) -> Tensor:
+        """What the auxiliary head's squared error at an entrance sends to the state there.
+
+        The head predicts kappa times the synthetic gradient at the window's exit. Its error is
+        measured in those units and sent down with the weight ``AUXILIARY_WEIGHT``.
+        """
+        head = cast(LinearSynthesizer, self.auxiliary_head)
+        with torch.no_grad():
+            error = head(example.rows, example.context) - example.grad * example.target_scale
+            back = error @ head.weight
+            if head.down is not None:
+                back = back @ head.down
+        sent: Tensor = back * (AUXILIARY_WEIGHT / example.target_scale)
+        return sent
+
+    def _head_gradients(self, example: Example) -> Slots:
+        rows, grad, context, scale = example
+        backend, fused, prediction = self._head(example)
+        return ops.synthesizer_gradients(
+            backend,
+            rows,
+            prediction,
+            grad,
+            fused,
+            context,
+            scale,
+            self.auxiliary_statistics,
+        )
+
+    def _head_learns_from(self, examples: list[Example]) -> None:
+        assert self.auxiliary_update is not None
+        rows, grad, context, scale = example = joined(examples)
+        backend, fused, prediction = self._head(example)
+        ops.synthesizer_update_(
+            backend,
+            rows,
+            prediction,
+            grad,
+            fused,
+            context,
+            scale,
+            self.auxiliary_statistics,
+            self.auxiliary_update.tensors(self.auxiliary_parameters()),
+        )
+
+    def _head(self, example: Example) -> tuple[Backend, SynthesizerTensors, Prediction]:
+        """The auxiliary head's prediction at the rows of an example."""
+        fused = cast(LinearSynthesizer, self.auxiliary_head).fused()
+        assert fused is not None
+        backend = self.synthesizer_backend(example.rows)
+        if self.auxiliary_statistics.device != example.rows.device:
+            self.auxiliary_statistics = self.auxiliary_statistics.to(example.rows.device)
+        prediction = ops.synthesizer_predict(backend, example.rows, fused, example.context)
+        return backend, fused, prediction
+
+    # -- the layers' own update ----------------------------------------------------------------
+
+    def defer(self, rows: tuple[LSTMRows, ...], loss_scale: float) -> None:
+        """Have the rule applied to the products of these rows at the end of the backward."""
+        if loss_scale != 1.0:
+            rows = tuple(r._replace(delta=r.delta / loss_scale) for r in rows)
+        at_end_of_backward((id(self), "update"), self.apply_update, rows)
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        rows: tuple[LSTMRows, ...] = contributions[0]
+        if len(contributions) > 1:  # sums over uses are sums over rows
+            rows = tuple(
+                LSTMRows(*(torch.cat(parts) for parts in zip(*uses, strict=True)))
+                for uses in zip(*contributions, strict=True)
+            )
+        assert self.update is not None
+        layers = self._layers()
+        backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih)
+        rule = self.update.tensors(self.local_parameters())
+        lstm_ops.lstm_update_(backend, rows, layers, rule)
+
+    # -- what both forwards need -----------------------------------------------------------------
+
+    def _decoupled(self, x: Tensor) -> bool:
+        """Whether this call is decoupled: in training, with gradients, and not being probed.
+
+        Raises what a rule applied later would raise for."""
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        decoupled = self._modules["synthesizer"] is not None and self.phase.probe is None
+        if self.update is not None:
+            self.refuse_fused_rule()
+            self.update.tensors(self.local_parameters())
+            if self.synthesizer_update is not None:
+                self.synthesizer_update.tensors(self.synthesizer_parameters())
+            if self.auxiliary_update is not None:
+                self.auxiliary_update.tensors(self.auxiliary_parameters())
+        if x.dtype is torch.float16 and (decoupled or self.update is not None):
+            self.refuse_untold_scale(x.device.type)
+        return decoupled
+
+    def _continues(self, state: Tensor) -> bool:
+        """Whether a state that asks for a gradient is this module's own and is to be cut; that of
+        another module, or a learned one, gets its gradient as with ``nn.LSTM``."""
+        if not state.requires_grad:
+            return True
+        if torch.compiler.is_compiling():
+            return not state.is_leaf
+        return belongs_to(state, self)
+
+    def _context_rows(self, context: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
+        features = getattr(self._modules["synthesizer"], "context_features", None)
+        context = self.given_context(context, features)
+        if not features:
+            return context
+        rows = fold_context(context, torch.Size((batch,)), features, like)
+        self.check_labels(rows)
+        return rows
+
+    def _scale(self, steps: int, batch: int) -> float:
+        return float(steps * batch) if self.target_scale is None else self.target_scale
+
+    def _probe(self, h: Tensor, c: Tensor, context: Tensor | None, scale: float) -> State:
+        """End of a window in a probing phase: the state goes on through one tensor of rows."""
+        rows = state_rows(h, c)
+        forecast: Forecast | None = None
+        if self.synthesizer is not None:
+            forecast = self.predict(rows.detach(), context, False)
+        assert self.phase.probe is not None
+        if rows.requires_grad:
+            self.phase.probe(rows, forecast, scale)
+        return rows_state(rows, h.shape[0])
+
+
+def backward_boundary(state: Any) -> None:
+    """Close a window that has no loss of its own: run its backward from the prediction alone.
+
+    The input phase of a copy task, say, has no loss, but what was read there matters later: the
+    synthetic gradient at the window's final state is all its backward starts from.
+
+    Args:
+        state: h, c as :class:`FusedDNILSTM` returned them (or, of a cell, as given to its
+            ``boundary``); or a list of such states, of several modules.
+
+    Raises:
+        RuntimeError: a state without a graph (detached, or made under ``no_grad()``).
+    """
+    tensors = list(_tensors(state))
+    if not tensors or not any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "backward_boundary: the state carries no graph; give it as the module returned it in "
+            "training, not detached"
+        )
+    tensors = [t for t in tensors if t.requires_grad]
+    torch.autograd.backward(tensors, [torch.zeros_like(t) for t in tensors])
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (tuple, list)):
+        for part in state:
+            yield from _tensors(part)
+    else:
+        raise TypeError(f"state must be tensors in tuples or lists, got {type(state).__name__}")
+
+
+# What reads what no trace can see: a compiled model falls back to eager there, and fullgraph=True
+# says so.
+untraced = torch.compiler.disable
