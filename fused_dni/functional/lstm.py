@@ -53,18 +53,20 @@ class Window(NamedTuple):
 
 
 class Ends(Protocol):
-    """What a module does at the two ends of a window's backward."""
+    """What a module does at the two ends of a window's backward.
+
+    What ``arrive`` returns last is handed to ``leave``."""
 
     # Whether the node returns the weights' gradients; otherwise the module applies them.
     returns_weights: bool
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
         """The gradients at the final state, h and c [L, B, H], that the backward starts from."""
         ...
 
-    def leave(self, window: Window, made: LSTMGradients) -> tuple[Tensor | None, ...]:
+    def leave(self, window: Window, made: LSTMGradients, arrival: Any) -> tuple[Tensor | None, ...]:
         """Called when the backward has reached the entrance: gradients of the learners."""
         ...
 
@@ -118,8 +120,9 @@ class _Window(torch.autograd.Function):
         trace = LSTMTrace(*rest[:5])
         dropout = tuple(rest[5 : 5 + call.dropout])
         parameters = rest[5 + call.dropout :]
+        arrival = None
         if ends is not None:
-            grad_h, grad_c = ends.arrive(trace.h, trace.c, grad_h, grad_c)
+            grad_h, grad_c, arrival = ends.arrive(trace.h, trace.c, grad_h, grad_c)
         wants = ctx.needs_input_grad
         none: tuple[Tensor | None, ...] = (None,) * len(wants)
         if grad_output is None and grad_h is None and grad_c is None:
@@ -142,7 +145,7 @@ class _Window(torch.autograd.Function):
         )
         learned: tuple[Tensor | None, ...] = (None,) * call.learners
         if ends is not None:
-            learned = ends.leave(Window(x, dropout, trace), made)
+            learned = ends.leave(Window(x, dropout, trace), made, arrival)
         weights: list[Tensor | None] = list(ops.flat(made.layers)) or [None] * len(parameters)
         return (
             *none[:3],
@@ -162,11 +165,11 @@ class CellEnds(Protocol):
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
         """The gradients at the state behind the step, h and c [B, H], to start from."""
         ...
 
-    def leave(self, rows: LSTMRows) -> tuple[Tensor | None, ...]:
+    def leave(self, rows: LSTMRows, arrival: Any) -> tuple[Tensor | None, ...]:
         """Called behind the step's backward: gradients of the learners."""
         ...
 
@@ -207,8 +210,9 @@ class _Cell(torch.autograd.Function):
         (x, h, c, *rest) = ctx.saved_tensors
         trace = CellTrace(*rest[:3])
         parameters = rest[3:]
+        arrival = None
         if ends is not None:
-            grad_h, grad_c = ends.arrive(trace.h, trace.c, grad_h, grad_c)
+            grad_h, grad_c, arrival = ends.arrive(trace.h, trace.c, grad_h, grad_c)
         wants = ctx.needs_input_grad
         none: tuple[Tensor | None, ...] = (None,) * len(wants)
         if grad_h is None and grad_c is None:
@@ -229,7 +233,7 @@ class _Cell(torch.autograd.Function):
         )
         learned: tuple[Tensor | None, ...] = (None,) * call.learners
         if ends is not None:
-            learned = ends.leave(LSTMRows(x, h, made.delta))
+            learned = ends.leave(LSTMRows(x, h, made.delta), arrival)
         weights: list[Tensor | None] = [None] * len(parameters)
         if made.layer is not None:
             weights = list(ops.flat((made.layer,)))

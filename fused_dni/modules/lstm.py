@@ -14,6 +14,7 @@ from fused_dni.functional import check, lstm_ops
 from fused_dni.functional.lstm import Window, lstm_window
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
+    Arrival,
     Entrance,
     Example,
     Exit,
@@ -35,20 +36,20 @@ class _WindowEnds:
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Arrival]:
         return self.exit.inject(h, c, grad_h, grad_c)
 
-    def leave(self, window: Window, made: LSTMGradients) -> Slots:
+    def leave(self, window: Window, made: LSTMGradients, arrival: Arrival) -> Slots:
         site = self.exit.site
         if not self.returns_weights:
             site.defer(window.rows(made), self.exit.loss_scale)
-        lessons = self.exit.examples()
+        lessons = self.exit.examples(arrival)
         heads: list[Example] = []
         if self.entrance is not None and self.exit.learns:
             trace = window.trace
             assert trace.cells is not None
             rows = state_rows(trace.hidden[:, 0], trace.cells[:, 0])
-            found, heads = self.entrance.examples(rows, state_rows(made.h, made.c))
+            found, heads = self.entrance.examples(rows, state_rows(made.h, made.c), arrival)
             lessons = found + lessons
         return site.teach(lessons, heads, self.exit.loss_scale)
 
@@ -330,7 +331,7 @@ class FusedDNILSTM(Recurrent):
             if known is None or known.context is None:
                 return h, c, None
             context = known.context
-        return h, c, Entrance(None, context)
+        return h, c, Entrance(context)
 
     def _dropout_masks(self, steps: int, batch: int, x: Tensor) -> tuple[Tensor, ...]:
         if not (self.training and self.dropout and self.num_layers > 1):

@@ -14,6 +14,7 @@ from fused_dni.functional import check, lstm_ops
 from fused_dni.functional.lstm import lstm_cell
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
+    Arrival,
     Entrance,
     Exit,
     Recurrent,
@@ -37,21 +38,22 @@ class _StepEnds:
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Arrival]:
         if self.exit is None:
-            return grad_h, grad_c
-        made = self.exit.inject(
-            h.unsqueeze(0),
-            c.unsqueeze(0),
-            *(None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c)),
+            return grad_h, grad_c, Arrival()
+        grads = (None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c))
+        grad_h, grad_c, arrival = self.exit.inject(h.unsqueeze(0), c.unsqueeze(0), *grads)
+        self.exit.arrival = arrival  # for the entrance, whose backward comes later
+        return (
+            None if grad_h is None else grad_h.squeeze(0),
+            None if grad_c is None else grad_c.squeeze(0),
+            arrival,
         )
-        grad_h, grad_c = (None if g is None else g.squeeze(0) for g in made)
-        return grad_h, grad_c
 
-    def leave(self, rows: LSTMRows) -> Slots:
+    def leave(self, rows: LSTMRows, arrival: Arrival) -> Slots:
         if not self.returns_weights:
             self.site.defer((rows,), self.loss_scale)
-        lessons = [] if self.exit is None else self.exit.examples()
+        lessons = [] if self.exit is None else self.exit.examples(arrival)
         return self.site.teach(lessons, [], self.loss_scale)
 
 
@@ -82,7 +84,8 @@ class _Boundary(torch.autograd.Function):
         ctx.spent = True
         h, c = ctx.saved_tensors
         grads = (torch.zeros_like(h) if g is None else g for g in (grad_h, grad_c))
-        lessons, heads = entrance.examples(torch.cat((h, c), 1), torch.cat(tuple(grads), 1))
+        rows, grad = torch.cat((h, c), 1), torch.cat(tuple(grads), 1)
+        lessons, heads = entrance.examples(rows, grad, entrance.exit.arrival)
         site: FusedDNILSTMCell = ctx.boundary
         return none[:4] + site.teach(lessons, heads, entrance.exit.loss_scale)
 
@@ -260,7 +263,7 @@ class FusedDNILSTMCell(Recurrent):
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )
-        made: State = _Boundary.apply(self, Entrance(None, context), h, c, *anchors)
+        made: State = _Boundary.apply(self, Entrance(context), h, c, *anchors)
         return made
 
     def _layers(self) -> tuple[LSTMLayer, ...]:

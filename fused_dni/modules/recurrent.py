@@ -83,6 +83,13 @@ def joined(parts: Sequence[Example]) -> Example:
     )
 
 
+class Arrival(NamedTuple):
+    """What a backward found at a window's exit; empty where M was not asked."""
+
+    rows: Tensor | None = None  # [B, 2 L H]: the state
+    scaled: Tensor | None = None  # [B, 2 L H]: M's prediction there, zero for rows that end
+
+
 class Exit:
     """The end of a window in one call: what its backward starts from.
 
@@ -107,35 +114,34 @@ class Exit:
         self.strength = site.sg_scale * (1.0 - phase.true_share) if predicts else 0.0
         self.learns = predicts and (phase.target or phase.warmup)
         self.loss_scale = phase.loss_scale or 1.0
-        self.scaled: Tensor | None = None  # M's prediction here [B, 2 L H], zero for ended rows
-        self._rows: Tensor | None = None
+        self.arrival = Arrival()
 
     def inject(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Arrival]:
         """Add the synthetic gradient to what arrived at the final state, h and c [L, B, H]."""
         site = self.site
         teaches = self.learns and (self.ended is not None or site.auxiliary_head is not None)
         if not (self.strength or teaches):
-            return grad_h, grad_c
-        self._rows = state_rows(h, c)
-        self.scaled = site.predict(self._rows, self.context, False).scaled
+            return grad_h, grad_c, Arrival()
+        rows = state_rows(h, c)
+        scaled = site.predict(rows, self.context, False).scaled
         if self.ended is not None:
-            self.scaled = self.scaled.masked_fill(self.ended.unsqueeze(1), 0.0)
+            scaled = scaled.masked_fill(self.ended.unsqueeze(1), 0.0)
+        arrival = Arrival(rows, scaled)
         if not self.strength:
-            return grad_h, grad_c
-        synthetic = synthetic_gradient(
-            Prediction(self.scaled), self.target_scale, site.max_norm or 0.0
-        )
+            return grad_h, grad_c, arrival
+        synthetic = synthetic_gradient(Prediction(scaled), self.target_scale, site.max_norm or 0.0)
         more_h, more_c = rows_state(synthetic * (self.strength * self.loss_scale), h.shape[0])
         return (
             more_h if grad_h is None else grad_h + more_h,
             more_c if grad_c is None else grad_c + more_c,
+            arrival,
         )
 
-    def examples(self) -> list[Example]:
+    def examples(self, arrival: Arrival) -> list[Example]:
         """Rows that end: nothing comes after them, and M is to say so."""
-        rows = self._rows
+        rows = arrival.rows
         if rows is None or self.ended is None or not self.learns or not bool(self.ended.any()):
             return []
         example = Example(rows, torch.zeros_like(rows), self.context, self.target_scale)
@@ -145,14 +151,17 @@ class Exit:
 class Entrance:
     """The start of a window that continues a state: what M learns from.
 
-    ``exit`` is where the window ends, set before the backward gets here.
+    ``exit`` is where the window ends, set before the backward gets here; ``context`` that of the
+    state here.
     """
 
-    def __init__(self, exit: Exit | None, context: Tensor | None) -> None:
-        self.exit = exit
+    def __init__(self, context: Tensor | None) -> None:
+        self.exit: Exit | None = None
         self.context = context
 
-    def examples(self, rows: Tensor, grad: Tensor) -> tuple[list[Example], list[Example]]:
+    def examples(
+        self, rows: Tensor, grad: Tensor, arrival: Arrival
+    ) -> tuple[list[Example], list[Example]]:
         """Lessons for the synthesizer and the auxiliary head, from the gradient [B, 2 L H] that
         arrived at ``rows``. A row that is exactly zero starts a sequence: nothing was predicted
         there, and nothing is learned."""
@@ -161,7 +170,7 @@ class Entrance:
             return [], []
         if end.loss_scale != 1.0:
             grad = grad / end.loss_scale
-        scaled = end.scaled
+        scaled = arrival.scaled
         example = Example(rows, grad, self.context, end.target_scale)
         if not torch.compiler.is_compiling():
             continued = (rows != 0.0).any(1)
