@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fused_dni.experiments import data, nets, report, train
+from fused_dni.experiments.run import CHECKPOINT
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,7 @@ def _life(folder: str, resume: bool, answer: str) -> None:
         replace(TINY, epochs=2, methods=("backprop", "fused", "cdni")),
         _dataset(),
         checkpoint=folder,
-        resume=resume and (Path(folder) / train.CHECKPOINT).exists(),
+        resume=resume and (Path(folder) / CHECKPOINT).exists(),
         checkpoint_every=3,
     )
     Path(answer).write_text(json.dumps(_fingerprints(outcome)))
@@ -286,7 +287,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     train.train(settings, dataset, checkpoint=tmp_path)
     with pytest.raises(train.CheckpointError, match="another run: hidden 16 there, 8 now"):
         train.train(replace(settings, hidden=8), dataset, checkpoint=tmp_path, resume=True)
-    path = tmp_path / train.CHECKPOINT
+    path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", b"\x80\x04N."):
         path.write_bytes(broken)
@@ -302,4 +303,4 @@ def test_a_finished_run_resumes_to_its_own_result(tmp_path):
     first = train.train(TINY, dataset, checkpoint=tmp_path)
     again = train.train(TINY, dataset, checkpoint=tmp_path, resume=True)
     assert _fingerprints(first) == _fingerprints(again)
-    assert not [p for p in tmp_path.iterdir() if p.name != train.CHECKPOINT]
+    assert not [p for p in tmp_path.iterdir() if p.name != CHECKPOINT]

@@ -11,18 +11,12 @@ any moment and resumed from its last checkpoint it continues bit by bit as if no
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
 import statistics
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +27,17 @@ import fused_dni as fd
 from fused_dni import text, timing
 from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
+from fused_dni.experiments.run import (
+    VERSION,
+    CheckpointError,
+    Interrupted,
+    Stop,
+    fingerprint,
+    plain,
+    read_checkpoint,
+    refuse_divergence,
+    write_checkpoint,
+)
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.progress import Progress
 from fused_dni.rules import SGD, Adam, AdamW, Rule
@@ -41,16 +46,6 @@ METHODS = ("backprop", "compiled", "fused", "cdni", "dni")
 UPDATES: dict[str, Callable[..., Rule]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 #: Steps between two looks at the clock, the bars and the stop flag.
 CHUNK = 20
-CHECKPOINT = "train.pt"
-VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is absent, broken or of another run; the message says which."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and did, at a step's end; the message says what was kept."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +176,6 @@ class Trainer:
                 wrong += int((self.model(x).argmax(1) != y).sum())
         self.model.train()
         return wrong / len(split.labels)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all parameters and buffers: equal only if every bit is."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            if isinstance(value, Tensor):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a continuation needs."""
@@ -326,63 +312,6 @@ def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:
     return steps
 
 
-# ----------------------------------------------------------------------------------- checkpoints
-
-
-def write_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write ``folder/train.pt`` so that a reader sees the old one or the new one, never half."""
-    path = folder / CHECKPOINT
-    partial = folder / f".{CHECKPOINT}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as out:
-            torch.save(state, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
-def read_checkpoint(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Read ``folder/train.pt`` and check that it belongs to these settings.
-
-    Raises:
-        CheckpointError: absent, unreadable, of another version or of other settings.
-    """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: start without --resume")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling makes of arbitrary bytes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise CheckpointError(f"{path} is not a checkpoint of this version ({VERSION})")
-    saved, wanted = state["settings"], _plain(asdict(settings))
-    differing = [
-        f"{name} {saved.get(name)!r} there, {wanted[name]!r} now"
-        for name in wanted
-        if saved.get(name) != wanted[name]
-    ]
-    if differing:
-        raise CheckpointError(f"{path} is of another run: {'; '.join(differing)}")
-    return state
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists, as JSON and ``weights_only`` reading have them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 # ------------------------------------------------------------------------------------------- run
 
 
@@ -460,29 +389,6 @@ class Outcome:
         return rows
 
 
-class _Stop:
-    """Ctrl-C asks; the loop answers between two steps. A second Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def train(
     settings: Settings,
     dataset: data.Dataset,
@@ -531,7 +437,7 @@ def train(
 
     trainers: list[Trainer] = []
     last = time.monotonic()
-    stop = _Stop()
+    stop = Stop()
 
     def keep(position: tuple[int, int, int, int]) -> str:
         nonlocal last
@@ -542,7 +448,7 @@ def train(
             folder,
             {
                 "version": VERSION,
-                "settings": _plain(asdict(settings)),
+                "settings": plain(asdict(settings)),
                 "finished": finished,
                 "position": list(position),
                 "trainers": {t.name: t.state_dict() for t in trainers},
@@ -604,7 +510,7 @@ def train(
                     "name": trainer.name,
                     "seed": seed,
                     "history": trainer.history,
-                    "fingerprint": trainer.fingerprint(),
+                    "fingerprint": fingerprint(trainer.model),
                 }
                 if isinstance(trainer, StockTrainer) and trainer.compile_seconds:
                     run["compile_seconds"] = trainer.compile_seconds
@@ -628,12 +534,7 @@ def _evaluate(
     progress: Progress,
 ) -> None:
     error = trainer.error(dataset.test)
-    for name, value in trainer.model.state_dict().items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise RuntimeError(
-                f"{trainer.name} diverged in epoch {epoch + 1} ({name} is not finite): "
-                "use a smaller --lr or --sg-lr"
-            )
+    refuse_divergence(trainer.model, f"{trainer.name} diverged in epoch {epoch + 1}")
     trainer.history.append(
         {
             "epoch": epoch + 1,

@@ -1,0 +1,850 @@
+"""The recurrent runs behind ``fused-dni train charlm``, ``copy`` and ``repeat-copy``.
+
+An LSTM between an encoding and a linear head, trained in windows of T steps by several arms side by
+side: ``backprop`` (``nn.LSTM``, truncated backprop), ``fused`` (the same on our kernels), ``dni``
+and ``dni+aux``. All arms of a seed start from the same weights, see the same data in the same order
+and the same amount of it. They take turns in one process, so that a machine that slows down slows
+all of them down; what is timed is the training alone.
+
+The loss of a window is the sum over its steps of the mean over rows, divided by T: a step weighs
+the same whether its window is whole or, at the end of a text or an episode, shorter. So the
+gradient at a state is 1 / (T B) of that of the summed loss, and that is the target scale.
+
+A run is a function of its settings and the data: killed at any moment and resumed from its last
+checkpoint it continues bit by bit (same machine, thread count and instruction set).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_dni as fd
+from fused_dni import text, timing
+from fused_dni.experiments import future, sequences
+from fused_dni.experiments.characters import Text, streams
+from fused_dni.experiments.run import (
+    VERSION,
+    CheckpointError,
+    Interrupted,
+    Stop,
+    fingerprint,
+    plain,
+    read_checkpoint,
+    refuse_divergence,
+    write_checkpoint,
+)
+from fused_dni.progress import Progress
+
+TASKS = ("charlm", *sequences.TASKS)
+METHODS = ("backprop", "fused", "dni", "dni+aux")
+SYNTHESIZERS = ("default", "linear", "mlp")
+#: Steps between two looks at the clock, the bars and the stop flag.
+CHUNK = 20
+#: Streams that the validation text is read in, each from a zero state.
+VALIDATION_STREAMS = 16
+#: Steps of the validation text that are read in one call.
+VALIDATION_WINDOW = 256
+#: Length of the episodes on which memory is measured.
+MEMORY_LENGTH = 20
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at a window."""
+
+    method: str
+    window: int
+
+    @property
+    def name(self) -> str:
+        """As it stands in reports."""
+        return f"{self.method} T={self.window}"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it predicts gradients."""
+        return self.method.startswith("dni")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is a function of, besides the text. Defaults are charlm's; see :func:`defaults`.
+
+    Attributes:
+        task: ``charlm``, ``copy`` or ``repeat-copy``.
+        methods: of :data:`METHODS`.
+        windows: T of all methods, one arm each.
+        long: T of truncated backprop alone, to measure the gap by.
+        hidden, layers: of the LSTM.
+        batch_size: rows: parallel streams of the text, or episodes.
+        lr: Adam's rate.
+        sg_lr: rate of synthesizer and auxiliary head.
+        cosine: both rates fall to zero along a cosine; constant otherwise.
+        clip: bound of the norm of the gradient of all parameters but the synthesizer's; 0 for none.
+        synthesizer: ``default`` (the module's), ``linear`` (dense) or ``mlp``.
+        sg_hidden: hidden units of ``mlp``.
+        sg_scale: factor on the synthetic gradient.
+        target_scale: the regression's target is so many times the gradient of the loss summed over
+            steps and rows.
+        amount: what every arm sees: characters (charlm), or batches of episodes.
+        evaluations: points of the curves.
+        seeds: one run of every arm each.
+        probe: compare predictions with true gradients at every evaluation, and measure at the end
+            what truncation leaves out (see :mod:`fused_dni.experiments.future`).
+        backend: force a backend.
+        embedding: charlm: size of the embedding; 0 for one-hot.
+        validation: charlm: share of the text at its end that is validated on.
+        width: copy tasks: bits of a symbol.
+        threshold: copy tasks: running error, in bits per bit, below which a length is solved.
+        smoothing: copy tasks: weight of the newest batch in the running error.
+        offset: copy tasks: the first window of an episode has a random length in 1..T, so that no
+            symbol always falls on the same side of a boundary.
+    """
+
+    task: str = "charlm"
+    methods: tuple[str, ...] = ("fused", "dni", "dni+aux")
+    windows: tuple[int, ...] = (8,)
+    long: tuple[int, ...] = (40,)
+    hidden: int = 256
+    layers: int = 1
+    batch_size: int = 32
+    lr: float = 2e-3
+    sg_lr: float = 1e-3
+    cosine: bool = True
+    clip: float = 1.0
+    synthesizer: str = "default"
+    sg_hidden: int = 256
+    sg_scale: float = 1.0
+    target_scale: float = 1.0
+    amount: int = 10_000_000
+    evaluations: int = 20
+    seeds: tuple[int, ...] = (0,)
+    probe: bool = False
+    backend: str | None = None
+    embedding: int = 64
+    validation: float = 0.05
+    width: int = 8
+    threshold: float = 0.15
+    smoothing: float = 0.1
+    offset: bool = True
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(text.unknown("task", self.task, TASKS))
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(text.unknown("method", method, METHODS))
+        if self.synthesizer not in SYNTHESIZERS:
+            raise ValueError(text.unknown("synthesizer", self.synthesizer, SYNTHESIZERS))
+        if not self.methods or not self.windows or not self.seeds:
+            raise ValueError("at least one method, one window and one seed are needed")
+        sizes = ("hidden", "layers", "batch_size", "sg_hidden", "amount", "evaluations", "width")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for window in (*self.windows, *self.long):
+            if window < 1:
+                raise ValueError(f"a window must have at least 1 step, got {window}")
+        for name in ("lr", "sg_lr", "clip", "sg_scale"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 0.0 < self.target_scale < math.inf:
+            raise ValueError(f"target_scale must be positive, got {self.target_scale}")
+        if self.embedding < 0:
+            raise ValueError(f"embedding must be at least 0, got {self.embedding}")
+        for name in ("threshold", "smoothing"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+
+    def arms(self) -> list[Arm]:
+        """The arms of one seed, in the order of reports; the long windows last."""
+        made = [Arm(method, window) for window in self.windows for method in self.methods]
+        exact = [method for method in self.methods if not method.startswith("dni")] or ["fused"]
+        made += [Arm(method, window) for window in self.long for method in exact]
+        return list(dict.fromkeys(made))
+
+
+#: What the tasks want different from charlm's defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "charlm": {},
+    "copy": {
+        "windows": (4,),
+        "long": (),
+        "hidden": 128,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "sg_lr": 1e-3,
+        "cosine": False,
+        "amount": 10_000,
+        "evaluations": 100,
+        "seeds": (0, 1, 2),
+    },
+}
+PRESETS["repeat-copy"] = PRESETS["copy"]
+
+
+def defaults(task: str, **changes: Any) -> Settings:
+    """Settings of a task, with ``changes`` where they are not None."""
+    if task not in PRESETS:
+        raise ValueError(text.unknown("task", task, PRESETS))
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(Settings(task=task), **{**PRESETS[task], **given})
+
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+class OneHot(nn.Module):
+    """Indices [...] to rows [..., classes]."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.one_hot(index, self.classes).float()
+
+
+class SequenceNet(nn.Module):
+    """Encoding, LSTM, linear head: [T, B, ...] and a state to [T, B, outputs] and the next one."""
+
+    def __init__(self, encode: nn.Module, lstm: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.encode = encode
+        self.lstm = lstm
+        self.head = head
+
+    def forward(
+        self, window: Tensor, state: State | None, ended: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        options = {} if ended is None else {"end_of_sequence": ended}
+        output, state = self.lstm(self.encode(window), state, **options)
+        return self.head(output), state
+
+    def twin(self) -> SequenceNet:
+        """The same on ``nn.LSTM``, sharing the parameters."""
+        lstm = self.lstm.to_lstm() if isinstance(self.lstm, fd.FusedDNILSTM) else self.lstm
+        return SequenceNet(self.encode, lstm, self.head)
+
+
+def plain_net(settings: Settings, classes: int, seed: int) -> SequenceNet:
+    """On ``nn.LSTM``, initialised from ``seed``; the global random generator is left alone.
+
+    Args:
+        classes: number of symbols of the text; 0 for a copy task.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encode: nn.Module = nn.Identity()
+        if classes:
+            outputs, inputs = classes, settings.embedding or classes
+            encode = nn.Embedding(classes, inputs) if settings.embedding else OneHot(classes)
+        else:
+            inputs, outputs = sequences.channels(settings.task, settings.width)
+        lstm = nn.LSTM(inputs, settings.hidden, settings.layers)
+        return SequenceNet(encode, lstm, nn.Linear(settings.hidden, outputs))
+
+
+def build_net(arm: Arm, settings: Settings, classes: int, seed: int) -> SequenceNet:
+    """The network of an arm: the same weights for every arm of a seed."""
+    net = plain_net(settings, classes, seed)
+    if arm.method == "backprop":
+        return net
+    options: dict[str, Any] = {"synthesizer": None, "backend": settings.backend}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        if arm.synthetic:
+            options |= {
+                "synthesizer": _synthesizer(settings),
+                "sg_scale": settings.sg_scale,
+                "auxiliary": arm.method == "dni+aux",
+                "target_scale": settings.target_scale * arm.window * settings.batch_size,
+            }
+        assert isinstance(net.lstm, nn.LSTM)
+        return SequenceNet(net.encode, fd.FusedDNILSTM.from_lstm(net.lstm, **options), net.head)
+
+
+def _synthesizer(settings: Settings) -> nn.Module | str:
+    features = 2 * settings.layers * settings.hidden
+    if settings.synthesizer == "linear":
+        return fd.LinearSynthesizer(features)
+    if settings.synthesizer == "mlp":
+        return fd.MLPSynthesizer(features, settings.sg_hidden)
+    return "default"
+
+
+# ---------------------------------------------------------------------------------------- trainers
+
+
+class Trainer:
+    """One network under one arm. ``position`` counts what ``settings.amount`` limits, by rows."""
+
+    def __init__(self, arm: Arm, seed: int, settings: Settings, net: SequenceNet) -> None:
+        self.arm, self.seed, self.settings = arm, seed, settings
+        self.net = net.train()
+        own = {id(p) for p in net.twin().parameters()}
+        self.trained = [p for p in net.parameters() if id(p) in own]
+        heads = [p for p in net.parameters() if id(p) not in own]
+        groups: list[dict[str, Any]] = [{"params": self.trained, "lr": settings.lr}]
+        if heads:
+            groups.append({"params": heads, "lr": settings.sg_lr})
+        for group in groups:
+            group["initial_lr"] = group["lr"]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.seconds = 0.0
+        self.position = 0
+        self.updates = 0
+        self.history: list[dict[str, float]] = []
+        #: Sum of the training loss in bits and what it was summed over, since the last evaluation.
+        self._bits = self._count = 0.0
+
+    @property
+    def total(self) -> int:
+        """Where ``position`` ends."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """The next piece of training: a window of a text, a batch of episodes."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """What a point of the curve shows, besides time."""
+        raise NotImplementedError
+
+    def probe(self, window: int) -> dict[str, Any] | None:
+        """True gradients at boundaries of windows of ``window`` steps; None where an episode has
+        no boundary. With the prediction beside it if that is the arm's own window."""
+        raise NotImplementedError
+
+    def update(self, loss: Tensor | None, state: State) -> None:
+        """Backward of a window, from its loss and from what is predicted at its end; an update."""
+        if loss is None and not self.arm.synthetic:
+            return  # nothing arrives: there is no gradient
+        self.optimizer.zero_grad()
+        if loss is None:
+            fd.backward_boundary(state)
+        else:
+            loss.backward()
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        if self.settings.cosine:
+            factor = 0.5 * (1.0 + math.cos(math.pi * self.position / self.total))
+            for group in self.optimizer.param_groups:
+                group["lr"] = factor * group["initial_lr"]
+        self.optimizer.step()
+        self.updates += 1
+
+    def note(self, nats: Tensor, count: int) -> None:
+        """Keep a training loss for the curve."""
+        self._bits += float(nats.detach()) / math.log(2.0)
+        self._count += count
+
+    def train_bits(self) -> float:
+        """Mean training loss since the last call, bits."""
+        bits, count = self._bits, self._count
+        self._bits = self._count = 0.0
+        return bits / count if count else math.nan
+
+    def synthesizer(self, window: int) -> nn.Module | None:
+        """What predicts at the boundaries of these windows, if anything."""
+        if not self.arm.synthetic or window != self.arm.window:
+            return None
+        assert isinstance(self.net.lstm, fd.FusedDNILSTM)
+        return self.net.lstm.synthesizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continuation needs."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seconds": self.seconds,
+            "position": self.position,
+            "updates": self.updates,
+            "history": self.history,
+            "sums": [self._bits, self._count],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seconds, self.position = state["seconds"], state["position"]
+        self.updates, self.history = state["updates"], list(state["history"])
+        self._bits, self._count = state["sums"]
+
+
+class CharacterTrainer(Trainer):
+    """Next-character prediction on contiguous streams, the state carried from window to window.
+
+    A pass reads every stream to its end; the next one starts from a zero state.
+    """
+
+    def __init__(self, arm: Arm, seed: int, settings: Settings, source: Text) -> None:
+        super().__init__(arm, seed, settings, build_net(arm, settings, source.classes, seed))
+        self.source = source
+        self.stream = streams(source.train, settings.batch_size)  # [S + 1, B]
+        self.validation = streams(
+            source.validation, min(VALIDATION_STREAMS, len(source.validation) // 2)
+        )
+        self.carried: State | None = None
+
+    @property
+    def total(self) -> int:
+        return max(1, self.settings.amount // self.settings.batch_size)
+
+    def step(self) -> None:
+        span = len(self.stream) - 1
+        start = self.position % span
+        length = min(self.arm.window, span - start, self.total - self.position)
+        last = start + length == span
+        window = self.stream[start : start + length]
+        batch = window.shape[1]
+        ended = None
+        if last and self.arm.synthetic:
+            ended = torch.ones(batch, dtype=torch.bool)
+        logits, state = self.net(window, self.carried, ended)
+        target = self.stream[start + 1 : start + length + 1]
+        nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+        self.update(nats / (self.arm.window * batch), state)
+        self.note(nats, length * batch)
+        self.carried = None if last else (state[0].detach(), state[1].detach())
+        self.position += length
+
+    def evaluate(self) -> dict[str, float]:
+        return {
+            "characters": float(self.position * self.settings.batch_size),
+            "bits": self.validate(),
+            "train_bits": self.train_bits(),
+        }
+
+    def validate(self) -> float:
+        """Bits per character on the validation part, the state carried through each of its streams.
+
+        An unknown character costs the unknown symbol and its naming (see
+        :mod:`fused_dni.experiments.characters`).
+        """
+        self.net.eval()
+        nats, state = 0.0, None
+        unknown = 0
+        inputs, targets = self.validation[:-1], self.validation[1:]
+        with torch.no_grad():
+            for start in range(0, len(inputs), VALIDATION_WINDOW):
+                piece = slice(start, start + VALIDATION_WINDOW)
+                logits, state = self.net(inputs[piece], state)
+                target = targets[piece].flatten()
+                nats += float(F.cross_entropy(logits.flatten(0, 1), target, reduction="sum"))
+                unknown += int((target == len(self.source.symbols)).sum())
+        self.net.train()
+        bits = nats / math.log(2.0) + unknown * self.source.unknown_bits
+        return bits / targets.numel()
+
+    def probe(self, window: int) -> dict[str, Any] | None:
+        span = future.CARRIED + future.REGION + future.HORIZON
+        piece = self.validation[: span + 1]
+        if len(piece) < span + 1:
+            raise ValueError(
+                f"the probe reads {span} characters of each of {piece.shape[1]} validation "
+                f"streams, but they have {len(piece) - 1}: use a longer text or --validation"
+            )
+
+        def losses(logits: Tensor, start: int) -> Tensor:
+            target = piece[future.CARRIED + start + 1 :][: len(logits)]
+            return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+
+        twin = self.net.twin()
+        with torch.no_grad():
+            _, state = twin(piece[: future.CARRIED], None)
+        return future.future_gradient(
+            twin,
+            piece[future.CARRIED : -1],
+            losses,
+            window,
+            state=state,
+            horizon=future.HORIZON,
+            synthesizer=self.synthesizer(window),
+            target_scale=self.settings.target_scale,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        carried = None if self.carried is None else list(self.carried)
+        return {**super().state_dict(), "carried": carried}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        carried = state["carried"]
+        self.carried = None if carried is None else (carried[0], carried[1])
+
+
+class CopyTrainer(Trainer):
+    """Copy and repeat-copy under a curriculum: every step is one batch of episodes, cut into
+    windows. Windows before the output phase have no loss: they are closed at their boundary."""
+
+    def __init__(self, arm: Arm, seed: int, settings: Settings) -> None:
+        super().__init__(arm, seed, settings, build_net(arm, settings, 0, seed))
+        self.curriculum = sequences.Curriculum(
+            settings.task, settings.threshold, settings.smoothing
+        )
+
+    @property
+    def total(self) -> int:
+        return self.settings.amount
+
+    def draw(self, seed: int) -> sequences.Episodes:
+        """Episodes of the curriculum's present shape."""
+        c, s = self.curriculum, self.settings
+        return sequences.draw(s.task, c.length, c.repeats, s.batch_size, s.width, seed)
+
+    def step(self) -> None:
+        seed = self.seed * 1_000_003 + self.position
+        first = self.arm.window
+        if self.settings.offset:
+            generator = torch.Generator().manual_seed(seed)
+            first = int(torch.randint(1, first + 1, (), generator=generator))
+        bits = self.run_episodes(self.draw(seed), first)
+        self.curriculum.update(bits)
+        self.position += 1
+
+    def run_episodes(self, episodes: sequences.Episodes, first: int) -> float:
+        """Train on a batch of episodes and return its mean error, bits per bit."""
+        inputs, targets, counted = episodes
+        length, batch = inputs.shape[:2]
+        cuts = [0, *range(first, length, self.arm.window), length]
+        total = torch.zeros(())
+        state: State | None = None
+        for start, stop in itertools.pairwise(cuts):
+            ended = None
+            if stop == length and self.arm.synthetic:
+                ended = torch.ones(batch, dtype=torch.bool)
+            logits, state = self.net(inputs[start:stop], state, ended)
+            loss = None
+            if stop > counted:
+                begin = max(counted - start, 0)
+                loss = F.binary_cross_entropy_with_logits(
+                    logits[begin:], targets[start + begin : stop], reduction="sum"
+                ) / (batch * targets.shape[2])
+                total += loss.detach()
+                loss = loss / self.arm.window
+            self.update(loss, state)
+            state = (state[0].detach(), state[1].detach())
+        self.note(total, length - counted)
+        return float(total) / ((length - counted) * math.log(2.0))
+
+    def evaluate(self) -> dict[str, float]:
+        return {
+            "steps": float(self.position),
+            "solved": float(self.curriculum.solved()),
+            "length": float(self.curriculum.length),
+            "repeats": float(self.curriculum.repeats),
+            "error": self.curriculum.error,
+            "train_bits": self.train_bits(),
+        }
+
+    def probe(self, window: int) -> dict[str, Any] | None:
+        inputs, targets, counted = self.draw(-1 - self.seed)
+        if window >= len(inputs):
+            return None
+
+        def losses(logits: Tensor, start: int) -> Tensor:
+            begin = min(max(counted - start, 0), len(logits))
+            return F.binary_cross_entropy_with_logits(
+                logits[begin:], targets[start + begin : start + len(logits)], reduction="sum"
+            ) / float(targets.shape[2])
+
+        return future.future_gradient(
+            self.net.twin(),
+            inputs,
+            losses,
+            window,
+            synthesizer=self.synthesizer(window),
+            target_scale=self.settings.target_scale,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "level": self.curriculum.level,
+            "error": self.curriculum.error,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.curriculum.level, self.curriculum.error = state["level"], state["error"]
+
+
+def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Trainer:
+    """The trainer of an arm; ``source`` for charlm alone.
+
+    Raises:
+        ValueError: a text too short for the windows and the batch.
+    """
+    if settings.task != "charlm":
+        return CopyTrainer(arm, seed, settings)
+    if source is None:
+        raise ValueError("charlm needs a text")
+    rows = len(source.train) // settings.batch_size
+    if rows < arm.window + 1:
+        raise ValueError(
+            f"{source.name} has {len(source.train)} characters to train on: too short for "
+            f"{settings.batch_size} streams of at least one window of {arm.window} "
+            f"({settings.batch_size * (arm.window + 1)}); use a smaller --batch-size or window"
+        )
+    if len(source.validation) < 2:
+        raise ValueError(f"{source.name} has {len(source.validation)} characters to validate on")
+    return CharacterTrainer(arm, seed, settings, source)
+
+
+def peak_memory(arm: Arm, settings: Settings, source: Text | None) -> int:
+    """Peak bytes of an arm's training step (see :func:`fused_dni.timing.peak_memory`): a window of
+    the text with its update, or an episode of :data:`MEMORY_LENGTH` symbols in its windows."""
+    trainer = build(arm, settings.seeds[0], settings, source)
+    if isinstance(trainer, CopyTrainer):
+        trainer.curriculum.level = MEMORY_LENGTH - 1
+        episodes = trainer.draw(0)
+        return timing.peak_memory(lambda: float(trainer.run_episodes(episodes, arm.window)))
+    return timing.peak_memory(trainer.step)
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class Outcome:
+    """What a finished run has to report.
+
+    ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
+    (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
+    also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
+    ``memory`` is the peak of a training step by arm, bytes.
+    """
+
+    settings: Settings
+    data: dict[str, Any]
+    runs: list[dict[str, Any]]
+    memory: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """What the task is judged by: a column of the histories."""
+        return "bits" if self.settings.task == "charlm" else "solved"
+
+    @property
+    def axis(self) -> str:
+        """What training is counted in: a column of the histories."""
+        return "characters" if self.settings.task == "charlm" else "steps"
+
+    def names(self) -> list[str]:
+        """The arms in order."""
+        return list(dict.fromkeys(run["name"] for run in self.runs))
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """The runs of an arm, one a seed."""
+        return [run for run in self.runs if run["name"] == name]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row an arm: final values, seconds and peak memory."""
+        rows = []
+        for name in self.names():
+            runs = self.of(name)
+            final = [run["history"][-1][self.key] for run in runs]
+            units = [run["history"][-1]["seconds"] / run["history"][-1][self.axis] for run in runs]
+            rows.append(
+                {
+                    "name": name,
+                    "method": runs[0]["method"],
+                    "window": runs[0]["window"],
+                    f"{self.key}_mean": statistics.fmean(final),
+                    f"{self.key}_min": min(final),
+                    f"{self.key}_max": max(final),
+                    self.key: final,
+                    f"seconds_per_{self.axis[:-1]}": statistics.median(units),
+                    "seconds_total": statistics.median(
+                        [run["history"][-1]["seconds"] for run in runs]
+                    ),
+                    "peak_memory": self.memory.get(name),
+                }
+            )
+        return rows
+
+
+def train(
+    settings: Settings,
+    source: Text | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_every: float = 15.0,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train every arm with every seed.
+
+    Args:
+        settings: what to train.
+        source: the text, for charlm.
+        checkpoint: folder of the checkpoint, written every 15 seconds, at every evaluation and on
+            Ctrl-C; None for none.
+        resume: continue from it.
+        checkpoint_every: seconds between two checkpoints.
+        progress: where to report.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        CheckpointError: the checkpoint cannot be read, is of another run, or cannot be written.
+        ValueError: settings and text do not fit.
+        RuntimeError: a network's parameters are not finite any more.
+    """
+    progress = progress or Progress(enabled=False)
+    folder = None if checkpoint is None else Path(checkpoint)
+    arms = settings.arms()
+    described = _described(source)
+    finished: list[dict[str, Any]] = []
+    first_seed = 0
+    saved: dict[str, Any] = {}
+    if resume:
+        if folder is None:
+            raise CheckpointError("--resume needs --checkpoint DIR")
+        kept = read_checkpoint(folder, settings)
+        if kept["data"] != described:
+            raise CheckpointError(f"the checkpoint in {folder} is of another text: {kept['data']}")
+        finished, first_seed, saved = kept["finished"], kept["seed"], kept["trainers"]
+    trainers: list[Trainer] = []
+    last = time.monotonic()
+    stop = Stop()
+
+    def keep(seed: int) -> str:
+        nonlocal last
+        last = time.monotonic()
+        if folder is None:
+            return "nothing was kept (no --checkpoint DIR)"
+        path = write_checkpoint(
+            folder,
+            {
+                "version": VERSION,
+                "settings": plain(asdict(settings)),
+                "data": described,
+                "finished": finished,
+                "seed": seed,
+                "trainers": {t.arm.name: t.state_dict() for t in trainers},
+            },
+        )
+        return f"{path} was kept; add --resume to continue from it"
+
+    with stop.listening(), progress:
+        for s in range(first_seed, len(settings.seeds)):
+            seed = settings.seeds[s]
+            trainers = [build(arm, seed, settings, source) for arm in arms]
+            for trainer in trainers:
+                if trainer.arm.name in saved:
+                    trainer.load_state_dict(saved[trainer.arm.name])
+            saved = {}
+            for turn in range(settings.evaluations):
+                order = turn % len(trainers)  # another arm goes first in each turn
+                for trainer in trainers[order:] + trainers[:order]:
+                    if len(trainer.history) > turn:
+                        continue
+                    goal = trainer.total * (turn + 1) // settings.evaluations
+                    while trainer.position < goal:
+                        start = time.perf_counter()
+                        for _ in range(CHUNK):
+                            if trainer.position < goal:
+                                trainer.step()
+                        trainer.seconds += time.perf_counter() - start
+                        due = folder is not None and time.monotonic() - last > checkpoint_every
+                        if stop.asked or due:
+                            kept_as = keep(s)
+                            if stop.asked:
+                                raise Interrupted(kept_as)
+                        progress.update(_label(trainer, settings), trainer.position / trainer.total)
+                    _evaluate(trainer, turn, progress)
+                    if folder is not None or stop.asked:
+                        kept_as = keep(s)
+                        if stop.asked:
+                            raise Interrupted(kept_as)
+            finished += [_finish(trainer, settings) for trainer in trainers]
+            trainers = []
+            if folder is not None:
+                keep(s + 1)
+        memory = {}
+        for i, arm in enumerate(arms):
+            progress.update("memory", i / len(arms))
+            memory[arm.name] = peak_memory(arm, settings, source)
+        progress.update("memory", 1.0)
+    order_of = {arm.name: i for i, arm in enumerate(arms)}
+    finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
+    return Outcome(settings, described, finished, memory, _notes(settings, source))
+
+
+def _described(source: Text | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    return {
+        "name": source.name,
+        "train_characters": len(source.train),
+        "validation_characters": len(source.validation),
+        "symbols": len(source.symbols),
+        "unknown": source.unknown,
+    }
+
+
+def _notes(settings: Settings, source: Text | None) -> list[str]:
+    notes = []
+    if source is not None and source.unknown:
+        notes.append(
+            f"{source.unknown} of {len(source.validation)} validation characters do not occur in "
+            f"the training part: each costs the unknown symbol and {source.unknown_bits:.1f} bits "
+            "that name it among the rest of Unicode"
+        )
+    if settings.task != "charlm":
+        notes.append(
+            f"solved: the running error over batches fell below {settings.threshold:g} bits per "
+            "bit to be written (guessing costs 1)"
+        )
+    return notes
+
+
+def _label(trainer: Trainer, settings: Settings) -> str:
+    seed = f" seed {trainer.seed}" if len(settings.seeds) > 1 else ""
+    return f"{trainer.arm.name:<14}{seed}"
+
+
+def _evaluate(trainer: Trainer, turn: int, progress: Progress) -> None:
+    refuse_divergence(trainer.net, f"{trainer.arm.name} diverged before evaluation {turn + 1}")
+    row: dict[str, Any] = trainer.evaluate()
+    row |= {"seconds": trainer.seconds, "updates": trainer.updates}
+    if trainer.settings.probe and trainer.arm.synthetic:
+        row["prediction"] = trainer.probe(trainer.arm.window)
+    trainer.history.append(row)
+    note = f"{row['bits']:.3f} bits" if "bits" in row else f"solved {row['solved']:.0f}"
+    progress.update(
+        _label(trainer, trainer.settings),
+        (turn + 1) / trainer.settings.evaluations,
+        f"{note}, {trainer.seconds:.1f} s",
+    )
+
+
+def _finish(trainer: Trainer, settings: Settings) -> dict[str, Any]:
+    run: dict[str, Any] = {
+        "name": trainer.arm.name,
+        "method": trainer.arm.method,
+        "window": trainer.arm.window,
+        "seed": trainer.seed,
+        "history": trainer.history,
+        "fingerprint": fingerprint(trainer.net),
+    }
+    if settings.probe:
+        found = (trainer.probe(window) for window in future.WINDOWS)
+        run["future"] = [row for row in found if row is not None]
+    return run

@@ -1,0 +1,124 @@
+"""What every training run of these experiments needs: checkpoints, and a stop at a step's end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT = "train.pt"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is absent, broken or of another run; the message says which."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and did, at a step's end; the message says what was kept."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: equal only if every bit is."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_divergence(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError, ``what`` first, if a parameter or buffer is not finite."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise RuntimeError(f"{what} ({name} is not finite): use a smaller --lr or --sg-lr")
+
+
+def write_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Write ``folder/train.pt`` so that a reader sees the old one or the new one, never half."""
+    path = folder / CHECKPOINT
+    partial = folder / f".{CHECKPOINT}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as out:
+            torch.save(state, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def read_checkpoint(folder: Path, settings: Any) -> dict[str, Any]:
+    """Read ``folder/train.pt`` and check that it belongs to these settings (a dataclass).
+
+    Raises:
+        CheckpointError: absent, unreadable, of another version or of other settings.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: start without --resume")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling makes of arbitrary bytes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise CheckpointError(f"{path} is not a checkpoint of this version ({VERSION})")
+    saved, wanted = state["settings"], plain(asdict(settings))
+    differing = [
+        f"{name} {saved.get(name)!r} there, {wanted[name]!r} now"
+        for name in wanted
+        if saved.get(name) != wanted[name]
+    ]
+    if differing:
+        raise CheckpointError(f"{path} is of another run: {'; '.join(differing)}")
+    return state
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists, as JSON and ``weights_only`` reading have them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Stop:
+    """Ctrl-C asks; the loop answers between two steps. A second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take Ctrl-C inside the block, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
