@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 
-COMMON = ["dispatch.cpp", "scratch.cpp", "bindings.cpp"]
+COMMON = ["dispatch.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
 KERNELS = ["linear.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp", "lstm_update.cpp"]
 BF16_KERNELS = ["linear_bf16.cpp"]
 

@@ -293,33 +293,72 @@ void lstm_forward(std::size_t type, const py::tuple& layers, const py::tuple& dr
   call(kernels().lstm_forward, type, a);
 }
 
-// `gradients` is empty where none are wanted.
+// What belongs to an LSTMBackward and has to outlive it.
+struct LSTMBackwardArguments {
+  std::vector<LSTMLayerArguments> layers, gradients;
+  std::vector<const void*> masks;
+  LSTMBackward value;
+
+  // `made` is empty where no gradients of the parameters are wanted.
+  LSTMBackwardArguments(const py::tuple& parameters, const py::tuple& made,
+                        const py::tuple& dropout, const py::tuple& tensors)
+      : layers(read_lstm_layers(parameters)),
+        gradients(read_lstm_layers(made)),
+        masks(read_pointers(dropout)) {
+    Reader read(tensors);
+    LSTMBackward& a = value;
+    a.sizes = read_sizes(read);
+    a.depth = static_cast<std::int64_t>(layers.size());
+    a.layers = layers.data();
+    a.gradients = gradients.empty() ? nullptr : gradients.data();
+    a.dropout = masks.empty() ? nullptr : masks.data();
+    a.lengths = read.pointer<const std::int64_t>();
+    a.grad_output = read.pointer();
+    a.grad_last_h = read.pointer();
+    a.grad_last_c = read.pointer();
+    a.x = read.pointer();
+    a.hidden = read.pointer();
+    a.cells = read.pointer();
+    a.gates = read.pointer();
+    a.delta = read.pointer();
+    a.grad_h = read.pointer();
+    a.grad_c = read.pointer();
+    a.grad_x = read.pointer();
+    read.finish();
+  }
+};
+
 void lstm_backward(std::size_t type, const py::tuple& layers, const py::tuple& gradients,
                    const py::tuple& dropout, const py::tuple& tensors) {
-  Reader read(tensors);
-  const std::vector<LSTMLayerArguments> all = read_lstm_layers(layers);
-  const std::vector<LSTMLayerArguments> made = read_lstm_layers(gradients);
-  const std::vector<const void*> masks = read_pointers(dropout);
-  LSTMBackward a;
-  a.sizes = read_sizes(read);
-  a.depth = static_cast<std::int64_t>(all.size());
-  a.layers = all.data();
-  a.gradients = made.empty() ? nullptr : made.data();
-  a.dropout = masks.empty() ? nullptr : masks.data();
-  a.lengths = read.pointer<const std::int64_t>();
-  a.grad_output = read.pointer();
-  a.grad_last_h = read.pointer();
-  a.grad_last_c = read.pointer();
-  a.x = read.pointer();
-  a.hidden = read.pointer();
-  a.cells = read.pointer();
-  a.gates = read.pointer();
-  a.delta = read.pointer();
-  a.grad_h = read.pointer();
-  a.grad_c = read.pointer();
-  a.grad_x = read.pointer();
+  const LSTMBackwardArguments a(layers, gradients, dropout, tensors);
+  call(kernels().lstm_backward, type, a.value);
+}
+
+// `tensors` as of lstm_backward; `ends` is LSTMBoundary but for the synthesizer.
+std::int64_t lstm_close(std::size_t type, const py::tuple& layers, const py::tuple& gradients,
+                        const py::tuple& dropout, const py::tuple& tensors,
+                        const py::tuple& synthesizer, const py::tuple& ends) {
+  const LSTMBackwardArguments a(layers, gradients, dropout, tensors);
+  LSTMBoundary b;
+  b.synthesizer = read_synthesizer(synthesizer, 0);
+  Reader read(ends);
+  b.target_scale = read.real();
+  b.strength = read.real();
+  b.max_norm = read.real();
+  b.entrance = read.flag();
+  b.ended = read.pointer<const bool>();
+  b.last_h = read.pointer();
+  b.last_c = read.pointer();
+  b.rows = read.pointer();
+  b.grad = read.pointer();
+  b.scaled = read.pointer();
+  b.reduced = read.pointer();
+  b.statistics = read.pointer<double>();
+  for (void*& gradient : b.gradients) gradient = read.pointer();
   read.finish();
-  call(kernels().lstm_backward, type, a);
+  if (type > 1) throw py::type_error("no kernel for elements of type " + std::to_string(type));
+  py::gil_scoped_release release;
+  return lstm_close(type, a.value, b);
 }
 
 void lstm_update(std::size_t type, const py::tuple& layers, const py::tuple& rule,
@@ -416,6 +455,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("synthesizer_train", &synthesizer_train);
   m.def("lstm_forward", &lstm_forward);
   m.def("lstm_backward", &lstm_backward);
+  m.def("lstm_close", static_cast<std::int64_t (*)(
+                          std::size_t, const py::tuple&, const py::tuple&, const py::tuple&,
+                          const py::tuple&, const py::tuple&, const py::tuple&)>(&lstm_close));
   m.def("lstm_update", &lstm_update);
   m.def("lstm_cell_forward", &lstm_cell_forward);
   m.def("lstm_cell_backward", &lstm_cell_backward);

@@ -170,6 +170,23 @@ struct LSTMBackward {
   void* grad_x;                         // [T, B, I]
 };
 
+// The ends of a window. A lesson is a row for each row of the batch at the entrance that continues
+// a sequence, if `entrance`, and one for each that ends at the exit.
+struct LSTMBoundary {
+  SynthesizerArguments synthesizer;  // over rows of 2 L H features, without context
+  double target_scale, strength, max_norm;
+  bool entrance;
+  const bool* ended;   // [B]
+  const void* last_h;  // [L, B, H]
+  const void* last_c;  // [L, B, H]
+  void* rows;          // [up to 2 B, 2 L H], as the three that follow; null for no lesson
+  void* grad;
+  void* scaled;
+  void* reduced;       // [up to 2 B, R]
+  double* statistics;  // [5], null where no gradients are wanted
+  void* gradients[kSlots];
+};
+
 struct LSTMRowsArguments {
   std::int64_t rows, in;  // N, I
   const void* input;      // [N, I]
@@ -228,6 +245,10 @@ struct Kernels {
   void (*lstm_cell_forward[2])(const LSTMCellForward&);
   void (*lstm_cell_backward[2])(const LSTMCellBackward&);
 };
+
+// The backward of a window together with its ends; the number of rows of the lesson. `type` as the
+// index into Kernels.
+std::int64_t lstm_close(std::size_t type, const LSTMBackward& window, const LSTMBoundary& boundary);
 
 // The calling thread's scratch memory: at least `bytes`, aligned to a cache line, contents left
 // from whatever used it last. Valid until the thread's next call. Throws std::bad_alloc.
