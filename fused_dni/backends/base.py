@@ -198,6 +198,39 @@ class LSTMRows(NamedTuple):
     delta: Tensor  # [N, 4H], ordered as ``LSTMTrace.gates``
 
 
+class LSTMBoundary(NamedTuple):
+    """The ends of a window, for a backward that sees to them itself.
+
+    The synthesizer has no context here and runs on *rows* [B, 2 L H], the state of each sequence
+    as h_0, c_0, h_1, c_1, ...
+    """
+
+    synthesizer: SynthesizerTensors
+    ended: Tensor | None  # bool [B]: rows whose sequence ends with the window
+    target_scale: float
+    strength: float  # factor on the synthetic gradient
+    max_norm: float  # bound of its Frobenius norm before that factor; 0 for none
+    learns: bool
+    entrance: bool  # whether the window continues a state, to be learned from
+
+
+class LSTMLesson(NamedTuple):
+    """What a synthesizer learns from in one window: N rows, those of the entrance that continue a
+    sequence and those of the exit that end, with the gradient there (zero where they end)."""
+
+    rows: Tensor  # [N, 2 L H]
+    grad: Tensor  # [N, 2 L H]
+    prediction: Prediction
+
+
+class LSTMClosed(NamedTuple):
+    """Result of :meth:`Backend.lstm_close`."""
+
+    gradients: LSTMGradients
+    lesson: LSTMLesson | None = None
+    synthesizer: tuple[Tensor | None, ...] = ()
+
+
 class CellTrace(NamedTuple):
     """What a cell's forward leaves behind."""
 
@@ -406,6 +439,32 @@ class Backend(Protocol):
         a row's length being ignored; ``grad_h`` and ``grad_c`` [L, B, H] those at the final state;
         None for zero. Returns delta and the gradients at the entrance always, dx and the weights'
         (a layer's two biases have the same) on demand.
+        """
+        ...
+
+    def lstm_close(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+        boundary: LSTMBoundary,
+        statistics: Tensor | None,
+    ) -> LSTMClosed:
+        """:meth:`lstm_backward` between the two ends of a window.
+
+        It starts from what arrives at the final state plus ``strength`` times the synthetic
+        gradient M(h_n, c_n) / target_scale, which is zero for the rows that ended. Where
+        ``boundary.learns``, the result has a lesson, if there are rows to learn from: those whose
+        state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
+        With ``statistics`` it also has the gradients of :meth:`synthesizer_gradients` for that
+        lesson, and ``statistics`` is added to (mutated).
         """
         ...
 

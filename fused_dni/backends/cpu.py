@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,11 @@ from fused_dni.backends.base import (
     LinearConfig,
     LinearGradients,
     LinearTensors,
+    LSTMBoundary,
+    LSTMClosed,
     LSTMGradients,
     LSTMLayer,
+    LSTMLesson,
     LSTMRows,
     LSTMTrace,
     Prediction,
@@ -412,41 +416,78 @@ class CpuBackend:
         need_weights: bool,
     ) -> LSTMGradients:
         """See :meth:`fused_dni.backends.base.Backend.lstm_backward`."""
-        hidden, last_h, last_c, cells, gates = trace
-        if cells is None or gates is None:
-            raise ValueError("this trace is of a forward without save")
-        dtype = hidden.dtype
-        given, x = x.dtype, _as(x, dtype)
-        arriving = [None if g is None else _as(g, dtype) for g in (grad_output, grad_h, grad_c)]
-        masks = [_as(mask, dtype) for mask in dropout]
-        if lengths is not None:
-            lengths = lengths.contiguous()
-        steps, batch, features = x.shape
-        made = LSTMGradients(
-            torch.empty_like(gates),
-            torch.empty_like(last_h),
-            torch.empty_like(last_c),
-            torch.empty_like(x) if need_dx else None,
-            tuple([_empty_like(layer) for layer in layers]) if need_weights else (),
+        made, arguments, _kept = _lstm_backward(
+            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx, need_weights
         )
-        _cpu.lstm_backward(
-            dtype is _FLOAT64,
-            _addresses(chain.from_iterable(layers)),
-            _addresses(chain.from_iterable(made.layers)),
-            _addresses(masks),
+        _cpu.lstm_backward(*arguments)
+        if made.x is not None and made.x.dtype is not x.dtype:
+            return made._replace(x=made.x.to(x.dtype))
+        return made
+
+    def lstm_close(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+        boundary: LSTMBoundary,
+        statistics: Tensor | None,
+    ) -> LSTMClosed:
+        """See :meth:`fused_dni.backends.base.Backend.lstm_close`."""
+        synthesizer, ended, target_scale, strength, max_norm, learns, entrance = boundary
+        made, arguments, _kept = _lstm_backward(
+            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx, need_weights
+        )
+        depth, batch, size = trace.h.shape
+        lesson = None
+        gradients: tuple[Tensor | None, ...] = (None,) * 4
+        if learns and (entrance or ended is not None):
+            rows = made.h.new_empty(batch * (entrance + (ended is not None)), 2 * depth * size)
+            prediction = _empty_prediction(rows, synthesizer)
+            lesson = LSTMLesson(rows, torch.empty_like(rows), prediction)
+            if statistics is not None:
+                gradients = tuple(
+                    [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
+                )
+        if ended is not None:
+            ended = ended.contiguous()
+        count = _cpu.lstm_close(
+            *arguments,
+            (*_synthesizer(synthesizer), 0, 0),
             (
-                steps,
-                batch,
-                features,
-                last_h.shape[2],
-                torch.get_num_threads(),
-                *_addresses((lengths, *arriving, x, hidden, cells, gates)),
-                *_addresses(made[:4]),
+                target_scale,
+                strength,
+                max_norm,
+                entrance,
+                _address(ended),
+                trace.h.data_ptr(),
+                trace.c.data_ptr(),
+                *((0, 0, 0, 0) if lesson is None else _addresses((*lesson[:2], *lesson[2]))),
+                0 if lesson is None else _address(statistics),
+                *_addresses(gradients),
             ),
         )
-        if made.x is not None and given is not dtype:
-            return made._replace(x=made.x.to(given))
-        return made
+        if made.x is not None and made.x.dtype is not x.dtype:
+            made = made._replace(x=made.x.to(x.dtype))
+        if lesson is None or not count:
+            return LSTMClosed(made)
+        if count < lesson.rows.shape[0]:
+            scaled, reduced = lesson.prediction
+            lesson = LSTMLesson(
+                lesson.rows[:count],
+                lesson.grad[:count],
+                Prediction(scaled[:count], None if reduced is None else reduced[:count]),
+            )
+        if statistics is None:
+            return LSTMClosed(made, lesson)
+        increment_version(statistics)
+        return LSTMClosed(made, lesson, gradients)
 
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
@@ -594,6 +635,53 @@ class _Step:
         if h.dtype is not given:
             h, dx = h.to(given), None if dx is None else dx.to(given)
         return Step(h, prediction, dx)
+
+
+def _lstm_backward(
+    arriving: tuple[Tensor | None, ...],
+    x: Tensor,
+    layers: tuple[LSTMLayer, ...],
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    trace: LSTMTrace,
+    need_dx: bool,
+    need_weights: bool,
+) -> tuple[LSTMGradients, tuple[Any, ...], tuple[Any, ...]]:
+    """Room for a window's gradients, the arguments of a backward that fills it, and what must live
+    until that is done."""
+    hidden, last_h, last_c, cells, gates = trace
+    if cells is None or gates is None:
+        raise ValueError("this trace is of a forward without save")
+    dtype = hidden.dtype
+    x = _as(x, dtype)
+    arriving = tuple([None if g is None else _as(g, dtype) for g in arriving])
+    masks = [_as(mask, dtype) for mask in dropout]
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    steps, batch, features = x.shape
+    made = LSTMGradients(
+        torch.empty_like(gates),
+        torch.empty_like(last_h),
+        torch.empty_like(last_c),
+        torch.empty_like(x) if need_dx else None,
+        tuple([_empty_like(layer) for layer in layers]) if need_weights else (),
+    )
+    arguments = (
+        dtype is _FLOAT64,
+        _addresses(chain.from_iterable(layers)),
+        _addresses(chain.from_iterable(made.layers)),
+        _addresses(masks),
+        (
+            steps,
+            batch,
+            features,
+            last_h.shape[2],
+            torch.get_num_threads(),
+            *_addresses((lengths, *arriving, x, hidden, cells, gates)),
+            *_addresses(made[:4]),
+        ),
+    )
+    return made, arguments, (x, arriving, masks, lengths)
 
 
 def _empty_like(layer: LSTMLayer) -> LSTMLayer:

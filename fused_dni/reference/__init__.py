@@ -22,6 +22,7 @@ from fused_dni.reference.lstm import (
     lstm_forward,
     lstm_update_,
 )
+from fused_dni.reference.lstm_close import lstm_close
 from fused_dni.reference.precision import LOW_PRECISION
 from fused_dni.reference.synthesizer import (
     synthesizer_gradients,
@@ -67,6 +68,7 @@ class ReferenceBackend:
     synthesizer_update_ = staticmethod(synthesizer_update_)
     lstm_forward = staticmethod(lstm_forward)
     lstm_backward = staticmethod(lstm_backward)
+    lstm_close = staticmethod(lstm_close)
     lstm_update_ = staticmethod(lstm_update_)
     lstm_cell_forward = staticmethod(lstm_cell_forward)
     lstm_cell_backward = staticmethod(lstm_cell_backward)
