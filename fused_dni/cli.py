@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fused_dni.experiments.characters import Text
     from fused_dni.experiments.train import Outcome
     from fused_dni.rules import Rule
     from fused_dni.verdict import Verdict
@@ -42,6 +43,8 @@ ACTIVATIONS = (
     "mish",
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+#: Commands of two words: ``train copy``.
+RECURRENT = ("charlm", "copy", "repeat-copy")
 
 
 class UsageError(ValueError):
@@ -158,6 +161,8 @@ def parser() -> Parser:
     _add_demo(commands)
     _add_verdict(commands)
     _add_train(commands)
+    for task in RECURRENT:
+        _add_recurrent(commands, task)
     env = commands.add_parser(
         "env",
         help="what a bug report needs: versions, backends, threads, compilers, GPU",
@@ -247,6 +252,7 @@ def _add_train(commands: Any) -> None:
         "BatchNorm, ReLU) by stock backprop, by backprop on our kernels and by cDNI, epoch by "
         "epoch in turn, and write a report: error and wall-clock of each, where a step's time "
         "goes, two plots.",
+        epilog=f"recurrent networks: {', '.join(f'{PROGRAM} train {task}' for task in RECURRENT)}",
     )
     _add_training(train)
     train.add_argument("--out", metavar="DIR", help="report folder (default: runs/DATASET)")
@@ -259,6 +265,115 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--no-split", action="store_true", help="do not measure them")
     _common(train)
     train.set_defaults(run=_train)
+
+
+def _add_recurrent(commands: Any, task: str) -> None:
+    characters = task == "charlm"
+    train = commands.add_parser(
+        f"train {task}",
+        help={
+            "charlm": "an LSTM on the characters of a text: truncated backprop and DNI",
+            "copy": "an LSTM on the copy task: truncated backprop and DNI",
+            "repeat-copy": "likewise, on repeat-copy",
+        }[task],
+        description="Train an LSTM in windows of T steps by truncated backprop and by DNI, with "
+        "and without the auxiliary head, in turn and on the same data, and write a report: "
+        + (
+            "validation bits per character against characters seen and against wall-clock, and "
+            "how much of the gap to a longer window DNI closes at what memory."
+            if characters
+            else "the longest length solved against training steps, under a curriculum."
+        ),
+    )
+    if characters:
+        where = train.add_argument_group("data")
+        where.add_argument(
+            "--data",
+            metavar="PATH",
+            help="a UTF-8 text (.gz too), or a folder of .txt and .txt.gz files",
+        )
+        where.add_argument(
+            "--validation", type=_positive("validation"), help="share kept at the end (0.05)"
+        )
+    what = train.add_argument_group("arms")
+    what.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, dni+aux "
+        "(default: fused dni dni+aux)",
+    )
+    what.add_argument(
+        "--windows",
+        nargs="+",
+        type=_whole(1, "a window"),
+        metavar="T",
+        help=f"windows of all methods ({8 if characters else 4})",
+    )
+    what.add_argument(
+        "--long",
+        nargs="*",
+        type=_whole(1, "a window"),
+        metavar="T",
+        help=f"windows of truncated backprop alone ({40 if characters else 'none'})",
+    )
+    what.add_argument("--seeds", nargs="+", type=_whole(0, "a seed"), metavar="SEED")
+    how = train.add_argument_group("training")
+    how.add_argument("--hidden", type=_whole(1, "hidden"), help="units of the LSTM")
+    how.add_argument("--layers", type=_whole(1, "layers"), help="of the LSTM (1)")
+    how.add_argument("--batch-size", type=_whole(1, "batch size"), help="streams or episodes")
+    if characters:
+        how.add_argument(
+            "--characters", dest="amount", type=_whole(1, "characters"), help="seen by every arm"
+        )
+        how.add_argument(
+            "--update-every",
+            type=_whole(0, "update-every"),
+            metavar="STEPS",
+            help="sum gradients over so many steps of a stream; 0: an update every window",
+        )
+        how.add_argument("--embedding", type=_whole(0, "embedding"), help="its size; 0: one-hot")
+    else:
+        how.add_argument(
+            "--steps", dest="amount", type=_whole(1, "steps"), help="batches of every arm"
+        )
+        how.add_argument("--width", type=_whole(1, "width"), help="bits of a symbol")
+        how.add_argument(
+            "--threshold",
+            type=_positive("threshold"),
+            help="bits of error below which a length is solved (0.15)",
+        )
+    how.add_argument("--lr", type=_rate, help="learning rate")
+    how.add_argument("--sg-lr", type=_rate, help="that of synthesizer and auxiliary head")
+    how.add_argument("--clip", type=_rate, help="bound of the gradient's norm; 0: none")
+    how.add_argument("--sg-scale", type=_rate, help="factor on the synthetic gradient")
+    how.add_argument(
+        "--target-scale", type=_positive("target-scale"), help="factor on the synthesizer's target"
+    )
+    how.add_argument("--synthesizer", choices=("default", "linear", "mlp"))
+    how.add_argument("--sg-hidden", type=_whole(1, "sg-hidden"), help="hidden units of mlp")
+    how.add_argument("--backend", help="force a backend of our kernels")
+    out = train.add_argument_group("output")
+    out.add_argument("--out", metavar="DIR", default=f"runs/{task}", help=f"(runs/{task})")
+    out.add_argument("--evaluations", type=_whole(1, "evaluations"), help="points of the curves")
+    out.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure the true gradient of the future at boundaries, beside the window's own and "
+        "beside what the synthesizer predicts",
+    )
+    out.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure peak memory against window and length of the sequence",
+    )
+    out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    out.add_argument("--quiet", action="store_true", help="no progress")
+    keep = train.add_argument_group("checkpoints")
+    keep.add_argument("--checkpoint", metavar="DIR", help="keep the state of the run in DIR")
+    keep.add_argument("--resume", action="store_true", help="continue from --checkpoint DIR")
+    _common(train)
+    train.set_defaults(run=_train_recurrent, task=task)
 
 
 def _add_demo(commands: Any) -> None:
@@ -434,6 +549,71 @@ def _train(args: argparse.Namespace, command: str) -> int:
     files = report.write(outcome, args.out, command=command)
     _print_training(args, outcome, files, None)
     return 0
+
+
+def _train_recurrent(args: argparse.Namespace, command: str) -> int:
+    from fused_dni.experiments import memory, recurrent, recurrent_report
+    from fused_dni.progress import Progress
+
+    given = {
+        name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name in recurrent.Settings.__dataclass_fields__ and name != "task"
+    }
+    settings = recurrent.defaults(args.task, **given)
+    if args.resume and args.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint DIR")
+    source = _text(args.data, settings.validation) if args.task == "charlm" else None
+    for arm in settings.arms():  # what does not fit shows before anything runs
+        recurrent.build(arm, settings.seeds[0], settings, source)
+    _writable(args.out)
+    _threads(args)
+    progress = Progress(enabled=not args.quiet)
+    if source is not None:
+        progress.line(
+            f"{source.name}: {len(source.train)} characters to train on, "
+            f"{len(source.validation)} to validate on, {len(source.symbols)} symbols"
+        )
+    outcome = recurrent.train(
+        settings, source, checkpoint=args.checkpoint, resume=args.resume, progress=progress
+    )
+    if args.memory:
+        progress = Progress(enabled=not args.quiet)
+        with progress:
+            outcome.memory_curve = memory.memory_curve(
+                batch=settings.batch_size,
+                inputs=settings.hidden,
+                hidden=settings.hidden,
+                layers=settings.layers,
+                backend=settings.backend,
+                progress=lambda fraction: progress.update("memory curve", fraction),
+            )
+    files = recurrent_report.write(outcome, args.out, command=command)
+    if args.json:
+        print(files[0].read_text(), end="")
+        return 0
+    print()
+    print(recurrent_report.summary_table(outcome))
+    if settings.probe:
+        print()
+        print(recurrent_report.future_table(outcome))
+    if outcome.memory_curve:
+        print()
+        print(recurrent_report.memory_table(outcome.memory_curve))
+    print()
+    print(recurrent_report.sentence(outcome))
+    print()
+    for path in files:
+        print(path)
+    return 0
+
+
+def _text(path: str | None, validation: float) -> Text:
+    from fused_dni.experiments import characters
+
+    if path is None:
+        raise UsageError(f"charlm needs a text, --data PATH: {characters.HOW_TO_GET}")
+    return characters.load(path, validation)
 
 
 def _demo(args: argparse.Namespace, command: str) -> int:
@@ -700,7 +880,12 @@ def _version() -> str:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     top = parser()
-    args, extra = top.parse_known_args(list(argv))
+    words = list(argv)
+    for i, word in enumerate(words[:-1]):
+        if word == "train" and words[i + 1] in RECURRENT:
+            words[i : i + 2] = [f"train {words[i + 1]}"]
+            break
+    args, extra = top.parse_known_args(words)
     if extra:
         known: Parser = top
         for action in top._actions:

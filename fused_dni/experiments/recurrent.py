@@ -6,9 +6,9 @@ and ``dni+aux``. All arms of a seed start from the same weights, see the same da
 and the same amount of it. They take turns in one process, so that a machine that slows down slows
 all of them down; what is timed is the training alone.
 
-The loss of a window is the sum over its steps of the mean over rows, divided by T: a step weighs
-the same whether its window is whole or, at the end of a text or an episode, shorter. So the
-gradient at a state is 1 / (T B) of that of the summed loss, and that is the target scale.
+The loss of a window is the sum over its steps and rows, divided by B and by the steps between two
+updates: a step weighs the same whether its window is whole or, at the end of a text or an episode,
+shorter. What the loss divides by is the target scale.
 
 A run is a function of its settings and the data: killed at any moment and resumed from its last
 checkpoint it continues bit by bit (same machine, thread count and instruction set).
@@ -100,6 +100,9 @@ class Settings:
         target_scale: the regression's target is so many times the gradient of the loss summed over
             steps and rows.
         amount: what every arm sees: characters (charlm), or batches of episodes.
+        update_every: charlm: steps of the streams between two updates, gradients being summed over
+            the windows in between; 0 for an update after every window. Without it a long window
+            means few updates, and arms differ in more than their gradients.
         evaluations: points of the curves.
         seeds: one run of every arm each.
         probe: compare predictions with true gradients at every evaluation, and measure at the end
@@ -130,6 +133,7 @@ class Settings:
     sg_scale: float = 1.0
     target_scale: float = 1.0
     amount: int = 10_000_000
+    update_every: int = 0
     evaluations: int = 20
     seeds: tuple[int, ...] = (0,)
     probe: bool = False
@@ -163,11 +167,16 @@ class Settings:
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if not 0.0 < self.target_scale < math.inf:
             raise ValueError(f"target_scale must be positive, got {self.target_scale}")
-        if self.embedding < 0:
-            raise ValueError(f"embedding must be at least 0, got {self.embedding}")
+        for name in ("embedding", "update_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("threshold", "smoothing"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+
+    def divisor(self, arm: Arm) -> int:
+        """What the loss of a window, summed over its steps and rows, is divided by."""
+        return max(arm.window, self.update_every) * self.batch_size
 
     def arms(self) -> list[Arm]:
         """The arms of one seed, in the order of reports; the long windows last."""
@@ -271,7 +280,7 @@ def build_net(arm: Arm, settings: Settings, classes: int, seed: int) -> Sequence
                 "synthesizer": _synthesizer(settings),
                 "sg_scale": settings.sg_scale,
                 "auxiliary": arm.method == "dni+aux",
-                "target_scale": settings.target_scale * arm.window * settings.batch_size,
+                "target_scale": settings.target_scale * settings.divisor(arm),
             }
         assert isinstance(net.lstm, nn.LSTM)
         return SequenceNet(net.encode, fd.FusedDNILSTM.from_lstm(net.lstm, **options), net.head)
@@ -329,15 +338,16 @@ class Trainer:
         no boundary. With the prediction beside it if that is the arm's own window."""
         raise NotImplementedError
 
-    def update(self, loss: Tensor | None, state: State) -> None:
+    def backward(self, loss: Tensor | None, state: State, update: bool = True) -> None:
         """Backward of a window, from its loss and from what is predicted at its end; an update."""
-        if loss is None and not self.arm.synthetic:
-            return  # nothing arrives: there is no gradient
-        self.optimizer.zero_grad()
-        if loss is None:
+        if loss is not None:
+            loss.backward()
+        elif self.arm.synthetic:
             fd.backward_boundary(state)
         else:
-            loss.backward()
+            return  # nothing arrives: there is no gradient
+        if not update:
+            return
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         if self.settings.cosine:
@@ -345,6 +355,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.updates += 1
 
     def note(self, nats: Tensor, count: int) -> None:
@@ -418,10 +429,13 @@ class CharacterTrainer(Trainer):
         logits, state = self.net(window, self.carried, ended)
         target = self.stream[start + 1 : start + length + 1]
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
-        self.update(nats / (self.arm.window * batch), state)
+        done = self.position + length
+        every = self.settings.update_every or 1
+        due = done // every > self.position // every or done == self.total
+        self.backward(nats / self.settings.divisor(self.arm), state, due)
         self.note(nats, length * batch)
         self.carried = None if last else (state[0].detach(), state[1].detach())
-        self.position += length
+        self.position = done
 
     def evaluate(self) -> dict[str, float]:
         return {
@@ -532,15 +546,19 @@ class CopyTrainer(Trainer):
             loss = None
             if stop > counted:
                 begin = max(counted - start, 0)
-                loss = F.binary_cross_entropy_with_logits(
-                    logits[begin:], targets[start + begin : stop], reduction="sum"
-                ) / (batch * targets.shape[2])
+                loss = (
+                    F.binary_cross_entropy_with_logits(
+                        logits[begin:], targets[start + begin : stop], reduction="sum"
+                    )
+                    / targets.shape[2]
+                )
                 total += loss.detach()
-                loss = loss / self.arm.window
-            self.update(loss, state)
+                loss = loss / self.settings.divisor(self.arm)
+            self.backward(loss, state)
             state = (state[0].detach(), state[1].detach())
-        self.note(total, length - counted)
-        return float(total) / ((length - counted) * math.log(2.0))
+        count = (length - counted) * batch
+        self.note(total, count)
+        return float(total) / (count * math.log(2.0))
 
     def evaluate(self) -> dict[str, float]:
         return {
@@ -607,14 +625,20 @@ def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Train
 
 
 def peak_memory(arm: Arm, settings: Settings, source: Text | None) -> int:
-    """Peak bytes of an arm's training step (see :func:`fused_dni.timing.peak_memory`): a window of
-    the text with its update, or an episode of :data:`MEMORY_LENGTH` symbols in its windows."""
+    """Peak bytes of an arm's training step (see :func:`fused_dni.timing.peak_memory`): the windows
+    of a text up to an update, or of an episode of :data:`MEMORY_LENGTH` symbols."""
     trainer = build(arm, settings.seeds[0], settings, source)
     if isinstance(trainer, CopyTrainer):
         trainer.curriculum.level = MEMORY_LENGTH - 1
         episodes = trainer.draw(0)
         return timing.peak_memory(lambda: float(trainer.run_episodes(episodes, arm.window)))
-    return timing.peak_memory(trainer.step)
+
+    def update() -> None:
+        before = trainer.updates
+        while trainer.updates == before:
+            trainer.step()
+
+    return timing.peak_memory(update)
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -627,13 +651,15 @@ class Outcome:
     ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
     (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
     also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
-    ``memory`` is the peak of a training step by arm, bytes.
+    ``memory`` is the peak of a training step by arm, bytes; ``memory_curve``, if it was asked for,
+    what :func:`fused_dni.experiments.memory.memory_curve` gives.
     """
 
     settings: Settings
     data: dict[str, Any]
     runs: list[dict[str, Any]]
     memory: dict[str, int]
+    memory_curve: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -784,7 +810,7 @@ def train(
         progress.update("memory", 1.0)
     order_of = {arm.name: i for i, arm in enumerate(arms)}
     finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
-    return Outcome(settings, described, finished, memory, _notes(settings, source))
+    return Outcome(settings, described, finished, memory, notes=_notes(settings, source))
 
 
 def _described(source: Text | None) -> dict[str, Any]:

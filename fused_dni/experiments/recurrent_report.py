@@ -1,0 +1,402 @@
+"""The report folder of a recurrent run: ``report.json``, ``report.md`` and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fused_dni import text, timing
+from fused_dni.baseline import facts
+from fused_dni.experiments.recurrent import Outcome
+from fused_dni.experiments.report import COLOURS, ReportError
+
+#: What is plotted, by the column of the histories on the horizontal axis.
+CURVES = {
+    "charlm": {
+        "bits-vs-characters.png": "characters",
+        "bits-vs-wall-clock.png": "seconds",
+    },
+    "copy": {
+        "solved-vs-steps.png": "steps",
+        "solved-vs-wall-clock.png": "seconds",
+    },
+}
+CURVES["repeat-copy"] = CURVES["copy"]
+PROBE_PLOTS = ("future-vs-window.png", "prediction-vs-training.png")
+AXES = {
+    "characters": "characters seen",
+    "seconds": "training wall-clock, seconds",
+    "steps": "training steps",
+    "bits": "validation, bits per character",
+}
+
+
+def _judged(outcome: Outcome) -> str:
+    """What the task is judged by, in words."""
+    return {
+        "charlm": "bits per character",
+        "copy": "longest length solved",
+        "repeat-copy": "longest episode solved, steps",
+    }[outcome.settings.task]
+
+
+def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
+    """The whole report as plain data."""
+    return {
+        "kind": f"train {outcome.settings.task}",
+        "facts": facts(command),
+        "settings": asdict(outcome.settings),
+        "data": outcome.data,
+        "memory_method": timing.PEAK_MEMORY_CPU,
+        "summary": outcome.summary(),
+        "sentence": sentence(outcome),
+        "runs": outcome.runs,
+        "memory_curve": outcome.memory_curve,
+        "notes": outcome.notes,
+    }
+
+
+# ----------------------------------------------------------------------------------------- verdict
+
+
+def gap_closed(outcome: Outcome, name: str) -> float | None:
+    """Share of the distance in bits from truncated backprop at an arm's window to truncated
+    backprop at the longest window that the arm covers, by means over seeds; None where there is no
+    such distance: no arm to measure it by, or the longer window is not better."""
+    rows = {row["name"]: row for row in outcome.summary()}
+    arm = rows[name]
+    short, long = _references(outcome, arm)
+    if short is None or long is None or short is arm:
+        return None
+    gap = short["bits_mean"] - long["bits_mean"]
+    return (short["bits_mean"] - arm["bits_mean"]) / gap if gap > 0.0 else None
+
+
+def _references(
+    outcome: Outcome, arm: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Truncated backprop at the arm's window and at the longest: on our kernels, if there."""
+    exact = [row for row in outcome.summary() if not row["method"].startswith("dni")]
+    method = "fused" if any(row["method"] == "fused" for row in exact) else "backprop"
+    exact = [row for row in exact if row["method"] == method]
+    short = next((row for row in exact if row["window"] == arm["window"]), None)
+    longer = [row for row in exact if row["window"] > arm["window"]]
+    return short, max(longer, key=lambda row: int(row["window"]), default=None)
+
+
+def sentence(outcome: Outcome) -> str:
+    """What the numbers say, and no more: a clause for every arm that predicts."""
+    said = []
+    for row in outcome.summary():
+        if not row["method"].startswith("dni"):
+            continue
+        short, long = _references(outcome, row)
+        if short is not None:
+            say = _characters if outcome.settings.task == "charlm" else _copying
+            said.append(say(outcome, row, short, long))
+    if not said:
+        return "No arm with synthetic gradients ran beside truncated backprop at the same window."
+    seeds = len(outcome.settings.seeds)
+    ending = "one seed, so no spread is known" if seeds == 1 else f"means of {seeds} seeds"
+    return " ".join(said) + f" ({ending[0].upper()}{ending[1:]}.)"
+
+
+def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) -> str:
+    """``1.71 (1.70 to 1.72) against 1.75 (...)``."""
+    parts = []
+    for r in (row, other):
+        low, high = r[f"{key}_min"], r[f"{key}_max"]
+        spread = f" ({low:{form}} to {high:{form}})" if len(r[key]) > 1 else ""
+        parts.append(f"{r[f'{key}_mean']:{form}}{spread}")
+    return " against ".join(parts)
+
+
+def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
+    """How sure the order of two arms is, from the ranges of their seeds."""
+    if len(row[key]) == 1:
+        return ""
+    overlap = row[f"{key}_min"] <= other[f"{key}_max"] and other[f"{key}_min"] <= row[f"{key}_max"]
+    return ", and the seeds' ranges overlap" if overlap else ", and the seeds' ranges are apart"
+
+
+def _characters(
+    outcome: Outcome, row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None
+) -> str:
+    name, window = row["method"], row["window"]
+    difference = row["bits_mean"] - short["bits_mean"]
+    if abs(difference) < 5e-4:
+        which = "no difference at the third decimal"
+    else:
+        which = f"{'worse' if difference > 0 else 'better'} by {abs(difference):.3f}"
+    said = (
+        f"{name} at T={window}: {_against(row, short, 'bits', '.3f')} bits per character of "
+        f"truncated backprop at T={window}, {which}{_apart(row, short, 'bits')}"
+    )
+    closed = gap_closed(outcome, row["name"])
+    if long is not None:
+        there = f"truncated backprop at T={long['window']} ({long['bits_mean']:.3f})"
+        if closed is None:
+            said += f"; {there} is no better than at T={window} here, so there is no gap to close"
+        else:
+            gap = short["bits_mean"] - long["bits_mean"]
+            said += f"; of the gap of {gap:.3f} to {there} it closes {100 * closed:.0f} %"
+    return f"{said}. {_costs(row, short, long, 'character')}"
+
+
+def _copying(
+    outcome: Outcome, row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None
+) -> str:
+    name, window, steps = row["method"], row["window"], outcome.settings.amount
+    said = (
+        f"{name} at T={window} after {steps} steps: {_judged(outcome)} "
+        f"{_against(row, short, 'solved', '.3g')} of truncated backprop at T={window}"
+    )
+    if short["solved_mean"] > 0:
+        said += f", {row['solved_mean'] / short['solved_mean']:.2f} times"
+    return f"{said}{_apart(row, short, 'solved')}. {_costs(row, short, long, 'step')}"
+
+
+def _costs(
+    row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None, unit: str
+) -> str:
+    def both(r: dict[str, Any]) -> str:
+        return f"{text.size(r['peak_memory'])} and {text.seconds(r[f'seconds_per_{unit}'])}"
+
+    said = f"Peak memory and time per {unit}: {both(row)}, truncated backprop {both(short)}"
+    if long is not None:
+        said += f", at T={long['window']} {both(long)}"
+    return said + "."
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
+    """A row an arm."""
+    unit = outcome.axis[:-1]
+    characters = outcome.settings.task == "charlm"
+    judged = "bits/char" if characters else "solved"
+    header = ["arm", judged, "range", f"per {unit}", "total", "peak memory"]
+    if characters:
+        header.append("gap closed")
+    form, lines = ".3f" if characters else ".3g", []
+    for row in outcome.summary():
+        low, high = row[f"{outcome.key}_min"], row[f"{outcome.key}_max"]
+        line = [
+            row["name"],
+            f"{row[f'{outcome.key}_mean']:{form}}",
+            f"{low:{form}}-{high:{form}}" if len(row[outcome.key]) > 1 else "-",
+            text.seconds(row[f"seconds_per_{unit}"]),
+            text.seconds(row["seconds_total"]),
+            text.size(row["peak_memory"]),
+        ]
+        if characters:
+            closed = gap_closed(outcome, row["name"])
+            line.append("-" if closed is None else f"{100 * closed:.0f} %")
+        lines.append(line)
+    return text.table(header, lines, markdown=markdown)
+
+
+def future_table(outcome: Outcome, *, markdown: bool = False) -> str:
+    """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
+    found = _future(outcome)
+    windows = sorted({window for rows in found.values() for window in rows})
+    lines = [
+        [name, *(f"{rows[w]:.2g}" if w in rows else "-" for w in windows)]
+        for name, rows in found.items()
+    ]
+    header = ["future / own, trained by", *(f"T={w}" for w in windows)]
+    return text.table(header, lines, markdown=markdown)
+
+
+def _future(outcome: Outcome) -> dict[str, dict[int, float]]:
+    """``parameter_ratio`` by arm and window."""
+    made: dict[str, dict[int, float]] = {}
+    for name in outcome.names():
+        by_window: dict[int, list[float]] = {}
+        for run in outcome.of(name):
+            for row in run.get("future", ()):
+                by_window.setdefault(row["window"], []).append(row["parameter_ratio"])
+        made[name] = {w: statistics.median(values) for w, values in by_window.items()}
+    return made
+
+
+def memory_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
+    """Peak memory, a row a method and window, a column a length of the sequence."""
+    lengths = sorted({row["sequence"] for row in rows})
+    by_arm: dict[str, dict[int, int]] = {}
+    for row in rows:
+        whole = row["window"] == row["sequence"] and row["window"] == max(
+            r["window"] for r in rows if r["sequence"] == row["sequence"]
+        )
+        name = f"{row['method']} {'whole sequence' if whole else 'T=' + str(row['window'])}"
+        by_arm.setdefault(name, {})[row["sequence"]] = row["bytes"]
+    lines = [[name, *(text.size(held.get(s)) for s in lengths)] for name, held in by_arm.items()]
+    return text.table(["peak memory", *(f"S={s}" for s in lengths)], lines, markdown=markdown)
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def write(
+    outcome: Outcome, folder: str | os.PathLike[str], *, command: str | None = None
+) -> list[Path]:
+    """Write the report into ``folder`` (made if needed) and return its files.
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = as_json(outcome, command)
+        files = [folder / "report.json", folder / "report.md"]
+        files[0].write_text(json.dumps(report, indent=1) + "\n")
+        plots = _plots(outcome, folder)
+        files[1].write_text(_markdown(outcome, report, plots))
+        return [*files, *plots]
+    except OSError as error:
+        raise ReportError(
+            f"cannot write the report to {folder}: {error.strerror or error}"
+        ) from error
+
+
+def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> str:
+    s, where = outcome.settings, report["facts"]
+    seeds = len(s.seeds)
+    updates = f"an update every {s.update_every} steps" if s.update_every else "one a window"
+    if s.task == "charlm":
+        d = outcome.data
+        subject = f"{d['name']}: characters, LSTM {s.hidden}"
+        what = (
+            f"{s.amount} characters for every arm, {s.batch_size} streams, {updates}; validated on "
+            f"the last {d['validation_characters']} of {d['name']}'s characters, "
+            f"{d['symbols']} symbols"
+        )
+    else:
+        subject = f"{s.task}: LSTM {s.hidden}"
+        what = (
+            f"{s.amount} batches of {s.batch_size} episodes for every arm, symbols of {s.width} "
+            "bits, an update a window"
+        )
+    parts = [
+        f"# {subject}\n",
+        (
+            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+            f"commit {where['commit'] or 'unknown'}."
+        ),
+        (
+            f"{what}; Adam at {s.lr:g} (synthesizers {s.sg_lr:g}), "
+            f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
+            f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; {seeds} "
+            f"seed{'s' if seeds > 1 else ''}. Times are of training alone; arms took turns. "
+            f"Memory: {timing.PEAK_MEMORY_CPU}.\n"
+        ),
+        sentence(outcome) + "\n",
+        summary_table(outcome, markdown=True) + "\n",
+        *(f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in plots),
+    ]
+    if s.probe:
+        parts += [
+            "## The gradient of the future\n",
+            (
+                "Norm of the future's contribution to the parameter gradient of a window over the "
+                "norm of the window's own, by full backprop after the training "
+                "(`fused_dni.experiments.future`: every term is defined there):\n"
+            ),
+            future_table(outcome, markdown=True) + "\n",
+        ]
+    if outcome.memory_curve:
+        parts += ["## Peak memory\n", memory_table(outcome.memory_curve, markdown=True) + "\n"]
+    parts += [f"- {note}" for note in outcome.notes]
+    return "\n".join(parts) + "\n"
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def _plots(outcome: Outcome, folder: Path) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    title = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
+    made = []
+
+    def finish(figure: Any, axes: Any, name: str) -> None:
+        axes.grid(True, which="both", alpha=0.2)
+        axes.set_title(title)
+        axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(folder / name)
+        plt.close(figure)
+        made.append(folder / name)
+
+    for name, key in CURVES[outcome.settings.task].items():
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+        for i, arm in enumerate(outcome.names()):
+            _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, i, arm)
+        axes.set_xlabel(AXES[key])
+        axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
+        axes.set_xlim(left=0)
+        finish(figure, axes, name)
+    if not outcome.settings.probe:
+        return made
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+    for i, (arm, ratios) in enumerate(_future(outcome).items()):
+        axes.plot(list(ratios), list(ratios.values()), "o-", color=_colour(i), label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.set_xlabel("window T")
+    axes.set_ylabel("gradient of the future / window's own")
+    finish(figure, axes, PROBE_PLOTS[0])
+
+    predicting = [arm for arm in outcome.names() if outcome.of(arm)[0]["method"].startswith("dni")]
+    if predicting:
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+        for i, arm in enumerate(predicting):
+            histories = [
+                [{**row, **row["prediction"]} for row in run["history"] if row["prediction"]]
+                for run in outcome.of(arm)
+            ]
+            if all(histories):
+                _curve(axes, histories, outcome.axis, "prediction_cosine", i, f"{arm}: cosine")
+        axes.axhline(0.0, color="black", linewidth=0.6)
+        axes.set_xlabel(AXES[outcome.axis])
+        axes.set_ylabel("prediction against the true gradient")
+        finish(figure, axes, PROBE_PLOTS[1])
+    return made
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _curve(
+    axes: Any, histories: list[list[dict[str, Any]]], x: str, y: str, i: int, label: str
+) -> None:
+    """The median over seeds, the seeds thin behind it."""
+    for rows in histories if len(histories) > 1 else []:
+        axes.plot(
+            [row[x] for row in rows],
+            [row[y] for row in rows],
+            color=_colour(i),
+            alpha=0.25,
+            linewidth=0.8,
+        )
+    points = min(len(rows) for rows in histories)
+    axes.plot(
+        [statistics.median([rows[e][x] for rows in histories]) for e in range(points)],
+        [statistics.median([rows[e][y] for rows in histories]) for e in range(points)],
+        color=_colour(i),
+        linewidth=1.8,
+        label=label,
+    )
