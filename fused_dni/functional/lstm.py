@@ -16,6 +16,8 @@ from fused_dni.backends.base import (
     Backend,
     CellGradients,
     CellTrace,
+    LSTMBoundary,
+    LSTMClosed,
     LSTMGradients,
     LSTMLayer,
     LSTMRows,
@@ -25,8 +27,8 @@ from fused_dni.functional import lstm_ops as ops
 
 TWICE = (
     "a window's backward was run a second time (its state or output was used by a later loss): run "
-    "one backward a window; a module without a synthesizer does not cut the state, as nn.LSTM: "
-    "detach it for truncated backpropagation"
+    "one backward a window; a module with a rule and no synthesizer does not cut the state, as "
+    "nn.LSTM: detach it for truncated backpropagation"
 )
 
 
@@ -64,6 +66,15 @@ class Ends(Protocol):
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         """The gradients at the final state, h and c [L, B, H], that the backward starts from."""
+        ...
+
+    def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
+        """What :meth:`Backend.lstm_close` needs to see to both ends itself, and the statistics to
+        add to; None to have :meth:`arrive` and :meth:`leave` called instead."""
+        ...
+
+    def closed(self, window: Window, closed: LSTMClosed) -> tuple[Tensor | None, ...]:
+        """Called behind :meth:`Backend.lstm_close`: gradients of the learners."""
         ...
 
     def leave(self, window: Window, made: LSTMGradients, arrival: Any) -> tuple[Tensor | None, ...]:
@@ -112,7 +123,7 @@ class _Window(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         ends: Ends | None = ctx.ends
-        if not torch.compiler.is_compiling():
+        if ends is not None and not torch.compiler.is_compiling():
             if ctx.spent:
                 raise RuntimeError(TWICE)
             ctx.spent = True
@@ -120,18 +131,20 @@ class _Window(torch.autograd.Function):
         trace = LSTMTrace(*rest[:5])
         dropout = tuple(rest[5 : 5 + call.dropout])
         parameters = rest[5 + call.dropout :]
+        boundary = None if ends is None else ends.boundary()
         arrival = None
-        if ends is not None:
+        if ends is not None and boundary is None:
             grad_h, grad_c, arrival = ends.arrive(trace.h, trace.c, grad_h, grad_c)
         wants = ctx.needs_input_grad
         none: tuple[Tensor | None, ...] = (None,) * len(wants)
-        if grad_output is None and grad_h is None and grad_c is None:
+        started = boundary is not None and boundary[0].strength != 0.0
+        if grad_output is None and grad_h is None and grad_c is None and not started:
             return none
         returns_weights = ends is None or ends.returns_weights
         first = 7 + call.dropout
         wanted = wants[first : first + len(parameters)]
-        made = ops.lstm_backward(
-            call.backend,
+        learned: tuple[Tensor | None, ...] = (None,) * call.learners
+        given = (
             _contiguous(grad_output),
             _contiguous(grad_h),
             _contiguous(grad_c),
@@ -143,9 +156,14 @@ class _Window(torch.autograd.Function):
             call.need_dx and wants[3],
             returns_weights and any(wanted),
         )
-        learned: tuple[Tensor | None, ...] = (None,) * call.learners
-        if ends is not None:
-            learned = ends.leave(Window(x, dropout, trace), made, arrival)
+        if ends is not None and boundary is not None:
+            closed = call.backend.lstm_close(*given, *boundary)
+            made = closed.gradients
+            learned = ends.closed(Window(x, dropout, trace), closed)
+        else:
+            made = ops.lstm_backward(call.backend, *given)
+            if ends is not None:
+                learned = ends.leave(Window(x, dropout, trace), made, arrival)
         weights: list[Tensor | None] = list(ops.flat(made.layers)) or [None] * len(parameters)
         return (
             *none[:3],
@@ -203,7 +221,7 @@ class _Cell(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         ends: CellEnds | None = ctx.ends
-        if not torch.compiler.is_compiling():
+        if ends is not None and not torch.compiler.is_compiling():
             if ctx.spent:
                 raise RuntimeError(TWICE)
             ctx.spent = True

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fused_dni.backends import registry
-from fused_dni.backends.base import LSTMGradients, LSTMLayer
+from fused_dni.backends.base import LSTMBoundary, LSTMClosed, LSTMGradients, LSTMLayer
 from fused_dni.functional import check, lstm_ops
 from fused_dni.functional.lstm import Window, lstm_window
+from fused_dni.modules.base import Forecast, Lesson
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     Arrival,
@@ -21,9 +22,9 @@ from fused_dni.modules.recurrent import (
     Recurrent,
     Slots,
     State,
-    state_rows,
     untraced,
 )
+from fused_dni.reference.lstm_close import state_rows
 from fused_dni.rules import Rule
 
 
@@ -33,6 +34,28 @@ class _WindowEnds:
     def __init__(self, exit: Exit, entrance: Entrance | None) -> None:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
+
+    def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
+        site = self.exit.site
+        boundary = self.exit.boundary(self.entrance is not None)
+        if boundary is None:
+            return None
+        fused = boundary.synthesizer
+        return boundary, site.statistics_on(fused.weight.device) if self.returns_weights else None
+
+    def closed(self, window: Window, closed: LSTMClosed) -> Slots:
+        site = self.exit.site
+        if self.returns_weights:
+            if closed.lesson is None:
+                return (None,) * len(site._learners())
+            slots = site.synthesizer_parameters()
+            return tuple(g for g, p in zip(closed.synthesizer, slots, strict=True) if p is not None)
+        site.defer(window.rows(closed.gradients), 1.0)
+        if closed.lesson is not None:
+            rows, grad, prediction = closed.lesson
+            forecast = Forecast(prediction.scaled, prediction, None)
+            site.learn_later(Lesson(rows, forecast, None, grad, self.exit.target_scale))
+        return ()
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None

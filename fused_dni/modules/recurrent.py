@@ -19,6 +19,7 @@ from fused_dni.backends import registry
 from fused_dni.backends.base import (
     STATISTICS_SIZE,
     Backend,
+    LSTMBoundary,
     LSTMLayer,
     LSTMRows,
     Prediction,
@@ -29,9 +30,9 @@ from fused_dni.functional import check, lstm_ops, ops
 from fused_dni.functional.lstm import belongs_to
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson
 from fused_dni.pending import at_end_of_backward
-from fused_dni.reference.synthesizer import synthetic_gradient
+from fused_dni.reference.lstm_close import inject, rows_state, state_rows
 from fused_dni.rules import Rule, RuleState
-from fused_dni.synthesizers import LinearSynthesizer
+from fused_dni.synthesizers import LinearSynthesizer, Synthesizer
 
 State = tuple[Tensor, Tensor]
 Slots = tuple[Tensor | None, ...]
@@ -40,19 +41,6 @@ DEFAULT_RANK = 16
 DEFAULT_SCALE = 1.0
 # Weight of the auxiliary head's squared error, in units of the synthesizer's target.
 AUXILIARY_WEIGHT = 0.1
-
-
-def state_rows(h: Tensor, c: Tensor) -> Tensor:
-    """A state h, c [L, B, H] as a synthesizer sees it: [B, 2 L H], h_0, c_0, h_1, c_1, ..."""
-    if h.shape[0] == 1:
-        return torch.cat((h[0], c[0]), 1)
-    return torch.stack((h, c), 1).permute(2, 0, 1, 3).flatten(1)
-
-
-def rows_state(rows: Tensor, layers: int) -> State:
-    """Undo :func:`state_rows`."""
-    h, c = rows.unflatten(1, (layers, 2, -1)).permute(2, 1, 0, 3).unbind()  # [L, B, H] each
-    return h, c
 
 
 class Example(NamedTuple):
@@ -131,12 +119,35 @@ class Exit:
         arrival = Arrival(rows, scaled)
         if not self.strength:
             return grad_h, grad_c, arrival
-        synthetic = synthetic_gradient(Prediction(scaled), self.target_scale, site.max_norm or 0.0)
-        more_h, more_c = rows_state(synthetic * (self.strength * self.loss_scale), h.shape[0])
-        return (
-            more_h if grad_h is None else grad_h + more_h,
-            more_c if grad_c is None else grad_c + more_c,
-            arrival,
+        started = inject(
+            scaled,
+            grad_h,
+            grad_c,
+            h.shape[0],
+            self.target_scale,
+            site.max_norm or 0.0,
+            self.strength * self.loss_scale,
+        )
+        return (*started, arrival)
+
+    def boundary(self, entrance: bool) -> LSTMBoundary | None:
+        """What a backend needs to see to both ends itself, if it can."""
+        site = self.site
+        if self.context is not None or site.auxiliary_head is not None or self.loss_scale != 1.0:
+            return None
+        if torch.compiler.is_compiling() or site._modules["synthesizer"] is None:
+            return None
+        fused = site.fused_state_synthesizer()
+        if fused is None:
+            return None
+        return LSTMBoundary(
+            fused,
+            self.ended,
+            self.target_scale,
+            self.strength,
+            site.max_norm or 0.0,
+            self.learns,
+            entrance,
         )
 
     def examples(self, arrival: Arrival) -> list[Example]:
@@ -327,6 +338,12 @@ class Recurrent(DecoupledModule):
         slots = (*self.synthesizer_parameters(), *self.auxiliary_parameters())
         return tuple(p for p in slots if p is not None)
 
+    def fused_state_synthesizer(self) -> SynthesizerTensors | None:
+        """The synthesizer's tensors if kernels can run it, without context."""
+        synthesizer = self._modules["synthesizer"]
+        fused = synthesizer.fused() if isinstance(synthesizer, Synthesizer) else None
+        return None if fused is None or fused.context_weight is not None else fused
+
     def synthesizer_backend(self, h: Tensor) -> Backend:
         return registry.resolve(self.backend, h, self._layers()[0].weight_ih)
 
@@ -350,10 +367,10 @@ class Recurrent(DecoupledModule):
         """Train synthesizer and auxiliary head, at the end of the backward if there is a rule;
         otherwise return their parameters' gradients, in the order of :meth:`_learners`."""
         if self.update is not None:
-            for example in lessons:
-                at_end_of_backward((id(self), "learn"), self._learn_from, example)
-            for example in heads:
-                at_end_of_backward((id(self), "head"), self._head_learns_from, example)
+            if lessons:
+                self.learn_later(self._lesson(joined(lessons)))
+            if heads:
+                at_end_of_backward((id(self), "head"), self._head_learns_from, joined(heads))
             return ()
         slots = self.synthesizer_parameters()
         made: Slots = (None,) * len(slots)
@@ -377,8 +394,9 @@ class Recurrent(DecoupledModule):
             grad = torch.where(continued, grad, forecast.scaled / scale)
         return Lesson(rows, forecast, context, grad, scale)
 
-    def _learn_from(self, examples: list[Example]) -> None:
-        self.learn([self._lesson(joined(examples))])
+    def learn_later(self, lesson: Lesson) -> None:
+        """Train the synthesizer by its rule at the end of the backward."""
+        at_end_of_backward((id(self), "learn"), self.learn, lesson)
 
     def auxiliary_gradient(self, example: Example) -> Tensor:
         """What the auxiliary head's squared error at an entrance sends to the state there.
