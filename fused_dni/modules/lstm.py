@@ -19,6 +19,7 @@ from fused_dni.modules.recurrent import (
     Entrance,
     Example,
     Exit,
+    Known,
     Recurrent,
     Slots,
     State,
@@ -334,16 +335,11 @@ class FusedDNILSTM(Recurrent):
             return zeros, zeros.clone(), None
         h, c = check.state(hx, (self.num_layers, batch, self.hidden_size), x)
         tracing = torch.compiler.is_compiling()
-        known = None if tracing else self._returned.recall(h)
+        known = Known() if tracing else self._returned.recall(h)
         continues = decoupled and self._continues(h) and self._continues(c)
         if continues:
             h, c = h.detach(), c.detach()
-        if known is not None and known.ended is not None:
-            if known.ended.shape[0] != batch:
-                raise RuntimeError(
-                    f"hx has {batch} rows of a state that was returned with end_of_sequence for "
-                    f"{known.ended.shape[0]}: zero the rows that ended before picking some"
-                )
+        if known.ended is not None:
             start = known.ended.unsqueeze(1)
             h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
         h, c = h.contiguous(), c.contiguous()
@@ -351,7 +347,7 @@ class FusedDNILSTM(Recurrent):
             return h, c, None
         if context is not None and not tracing:
             # M is asked again at that state: with the context that it had there, or not at all.
-            if known is None or known.context is None:
+            if known.context is None:
                 return h, c, None
             context = known.context
         return h, c, Entrance(context)

@@ -197,24 +197,23 @@ class Entrance:
         return [example._replace(grad=example.grad + more)], [lesson]
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What a module remembers of a state that it returned."""
 
-    storage: StorageWeakRef
-    ended: Tensor | None
-    context: Tensor | None
+    ended: Tensor | None = None
+    context: Tensor | None = None
 
 
 class _Returned:
     """What a module knows of the states that it returned, for as long as they live.
 
-    They are recognised by their memory, so that ``detach()`` changes nothing; a copy of the latest
-    state with rows that ended is recognised by its values.
+    They are recognised by their memory, so that ``detach()`` changes nothing. Rows of the latest
+    are recognised by their values too: in a copy, in another order, or fewer of them.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
-        self._latest: tuple[Tensor, _Known] | None = None
+        self._known: dict[int, tuple[StorageWeakRef, int, Known]] = {}
+        self._latest: tuple[Tensor, Known] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -223,25 +222,29 @@ class _Returned:
         return _Returned, ()
 
     def note(self, h: Tensor, ended: Tensor | None, context: Tensor | None) -> None:
-        """Remember what belongs to a state that is being returned."""
-        reference = StorageWeakRef(h.untyped_storage())
-        self._known = {k: v for k, v in self._known.items() if not v.storage.expired()}
-        known = self._known[reference.cdata] = _Known(reference, ended, context)
-        if ended is not None:
-            self._latest = (h.detach(), known)
+        """Remember what belongs to a state [L, B, H] that is being returned."""
+        reference, known = StorageWeakRef(h.untyped_storage()), Known(ended, context)
+        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
+        self._known[reference.cdata] = (reference, h.shape[1], known)
+        self._latest = (h.detach()[-1], known)
 
-    def recall(self, h: Tensor) -> _Known | None:
-        """What is remembered of a state that is given."""
+    def recall(self, h: Tensor) -> Known:
+        """What is remembered of the rows of a state [L, B, H] that is given."""
         if not self._known:
-            return None
+            return Known()
         found = self._known.get(h.untyped_storage()._cdata)
-        if found is not None and not found.storage.expired():
-            return found
-        if self._latest is not None:
-            values, known = self._latest
-            if values.shape == h.shape and values.dtype == h.dtype and torch.equal(values, h):
-                return known
-        return None
+        if found is not None and not found[0].expired() and found[1] == h.shape[1]:
+            return found[2]
+        assert self._latest is not None
+        values, (ended, context) = self._latest
+        if values.shape[1:] != h.shape[2:] or (values.dtype, values.device) != (h.dtype, h.device):
+            return Known()
+        same = (h[-1].unsqueeze(1) == values).all(2)  # [B, rows of the latest]
+        if ended is not None:
+            ended = (same & ended).any(1)
+        if context is not None:
+            context = context[same.byte().argmax(1)] if bool(same.any(1).all()) else None
+        return Known(ended, context)
 
 
 class Recurrent(DecoupledModule):
