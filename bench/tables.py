@@ -6,9 +6,10 @@
 
 ``measure`` takes every group of candidates *together* (``fused_dni.timing.compare``), checks each
 candidate first (``workloads.check_*``) and merges what it measured into
-``bench/results/<device>-cpu.json``, so that single groups can be measured again. A candidate that
-fails its check, or that cannot run, stands in the table with that reason and no figure. Measure on
-an otherwise idle machine: two thread pools on the same cores cost each other factors.
+``bench/results/<device>-cpu.json`` (``-lstm.json`` for that suite), so that single groups can be
+measured again. A candidate that fails its check, or that cannot run, stands in the table with that
+reason and no figure. Measure on an otherwise idle machine: two thread pools on the same cores cost
+each other factors.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-SUITES = ("step", "linear", "synthesizer", "memory", "gemm")
+SUITES = ("step", "linear", "synthesizer", "memory", "gemm", "lstm")
 FLOOR = "floor: 8 products by torch"
 FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
@@ -73,9 +74,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def result_path(facts: dict[str, Any]) -> Path:
-    """Where this machine's results are kept."""
-    return RESULTS / f"{slug(facts['cpu'])}-cpu.json"
+def result_path(facts: dict[str, Any], suite: str) -> Path:
+    """Where this machine's results of a suite are kept."""
+    return RESULTS / f"{slug(facts['cpu'])}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -106,15 +107,16 @@ def compared(
     candidates: dict[str, Callable[[], object]],
     failures: dict[str, str],
     *,
-    floor: str,
+    floor: str | None,
     seconds: float,
     steps: int = 1,
     against: dict[str, str] | None = None,
+    block: int | None = None,
 ) -> dict[str, Any]:
-    """Measure one group; per candidate seconds a step and the paired ratio to the floor."""
+    """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any."""
     from fused_dni import timing
 
-    timings = timing.compare(candidates, seconds=seconds)
+    timings = timing.compare(candidates, seconds=seconds, block=block or timing.BLOCK)
     rows: dict[str, Any] = {}
     for name, taken in timings.items():
         row = taken.to_json()
@@ -122,7 +124,8 @@ def compared(
             row[key] /= steps
         if row["interval"]:
             row["interval"] = [bound / steps for bound in row["interval"]]
-        row["per_floor"] = timing.ratio(taken, timings[floor]).to_json()
+        if floor is not None:
+            row["per_floor"] = timing.ratio(taken, timings[floor]).to_json()
         rows[name] = row
     for name, reason in failures.items():
         rows[name] = {"failed": reason}
@@ -285,11 +288,106 @@ def measure_gemm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
         yield "crossover", {"gflops": [list(row) for row in crossover(max(each_one, 0.1))]}
 
 
-def measure(suites: list[str], only: str | None, seconds: float, path: Path | None) -> None:
-    """Measure and merge into the machine's file."""
+def measure_lstm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a group, but
+    at least eight rounds."""
+    import torch
+
+    import workloads_lstm as w
+
+    floors = {False: "floor: forward products by torch", True: "floor: products by torch"}
+
+    def group(
+        makers: dict[str, Callable[[], Callable[[], object]]],
+        floor: str | None,
+        against: dict[str, str],
+    ) -> dict[str, Any]:
+        torch._dynamo.reset()
+        candidates, failures = gather(makers)
+        return compared(
+            candidates, failures, floor=floor, seconds=seconds / 10, against=against, block=1
+        )
+
+    def wanted(key: str) -> bool:
+        return only is None or only in key
+
+    for shape in w.cell_shapes():
+        for backward in (False, True):
+            what = "forward+backward" if backward else "forward"
+            key = f"{shape.batch}/{shape.hidden} cell {what}"
+            if not wanted(key):
+                continue
+
+            def cell(ours: bool, s: w.Shape = shape, b: bool = backward) -> Callable[[], object]:
+                made = w.check_cell(s, ours, backward=b)
+                return made.backward if b else made.forward
+
+            floor = floors[backward]
+            makers: dict[str, Callable[[], Callable[[], object]]] = {
+                floor: lambda s=shape, b=backward: w.floor(s, b),
+                "nn.LSTMCell": lambda make=cell: make(False),
+                "ours": lambda make=cell: make(True),
+            }
+            yield key, group(makers, floor, {"nn.LSTMCell / ours": "nn.LSTMCell / ours"})
+
+    for shape in w.SHAPES:
+        for what in ("forward", "forward, for a backward", "forward+backward"):
+            key = f"{shape} {what}"
+            if not wanted(key):
+                continue
+            backward = what == "forward+backward"
+            floor = floors[backward]
+            makers = {floor: lambda s=shape, b=backward: w.floor(s, b)}
+
+            def window(method: w.Method, s: w.Shape = shape, t: str = what) -> Callable[[], object]:
+                made = w.check_window(s, method, backward=t == "forward+backward")
+                return {"forward": made.infer, "forward+backward": made.backward}.get(
+                    t, made.forward
+                )
+
+            for method in w.WINDOW_METHODS:
+                if method.synthesizer and what == "forward":
+                    continue  # nothing is predicted there: it is ours
+                if method.compiled and what != "forward+backward":
+                    continue  # compiling takes longer than all else
+                makers[method.name] = lambda m=method, make=window: make(m)
+            pairs = {
+                f"{other.name} / ours": f"{other.name} / {w.OURS.name}"
+                for other in (w.STOCK, w.NATIVE, w.UNROLLED_LOOP)
+            }
+            yield key, group(makers, floor, pairs)
+        key = f"{shape} training step"
+        if wanted(key):
+            makers = {floors[True]: lambda s=shape: w.floor(s, True)}
+            for method in w.STEP_METHODS:
+                makers[method.name] = lambda m=method, s=shape: w.check_training(s, m).step
+            stock, ours, dni = (m.name for m in (w.STOCK_STEP, w.OURS_STEP, w.DNI_STEP))
+            pairs = {
+                "nn.LSTM / ours": f"{stock} / {ours}",
+                "nn.LSTM / DNI": f"{stock} / {dni}",
+                "DNI / ours": f"{dni} / {ours}",
+            }
+            yield key, group(makers, floors[True], pairs)
+
+    for shape in w.boundary_shapes():
+        key = f"{shape} boundary"
+        if wanted(key):
+            makers = {
+                method.name: lambda m=method, s=shape: w.check_window(s, m, backward=True).backward
+                for method in (w.OURS, w.DNI)
+            }
+            pairs = {"DNI / ours": f"{w.DNI.name} / {w.OURS.name}"}
+            yield key, group(makers, None, pairs)
+
+    if wanted("memory"):
+        yield "memory", w.memory_curves()
+
+
+def measure(suites: list[str], only: str | None, seconds: float, given: Path | None) -> None:
+    """Measure and merge into the machine's files, or into the one that is given."""
     facts = device_facts()
-    path = path or result_path(facts)
     for suite in suites:
+        path = given or result_path(facts, suite)
         for key, group in globals()[f"measure_{suite}"](seconds, only):
             results = load(path)
             results["device"] = facts
@@ -300,9 +398,10 @@ def measure(suites: list[str], only: str | None, seconds: float, path: Path | No
             print(f"{suite} {key}", flush=True)
             for name, row in group.get("rows", {}).items():
                 if "median" in row:
-                    ratio = row["per_floor"]["median"]
-                    print(f"  {name:45} {row['median'] * 1e3:9.3f} ms {ratio:6.2f} x the floor")
-    print(f"wrote {path}")
+                    floor = row.get("per_floor")
+                    ratio = f" {floor['median']:6.2f} x the floor" if floor else ""
+                    print(f"  {name:45} {row['median'] * 1e3:9.3f} ms{ratio}")
+        print(f"wrote {path}")
 
 
 def errors(
@@ -318,7 +417,7 @@ def errors(
     from fused_dni.experiments import data as loading
 
     facts = device_facts()
-    path = path or result_path(facts)
+    path = path or result_path(facts, "errors")
     data = loading.load("mnist" if folder else "digits", folder=folder)
     rows = [
         (case, rule, method)
@@ -577,6 +676,160 @@ def render_gemm(results: dict[str, Any]) -> str:
     return "\n\n".join([provenance(results, groups), text, table(header, rows), last])
 
 
+def render_lstm(results: dict[str, Any]) -> str:
+    """The LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's cost."""
+    groups = results.get("lstm", {})
+    shapes = _lstm_shapes(groups)
+    if not shapes:
+        return "Not measured yet."
+    header = ["B/H/T", "floor, ms", "nn.LSTM", "oneDNN off", "compiled", "ours"]
+    header += ["nn.LSTM / ours, forward+backward", "forward", "training step", "step: DNI / ours"]
+    rows = []
+    for shape in shapes:
+        whole = groups[f"{shape} forward+backward"]
+        made = whole["rows"]
+        cells = [shape, f"{made[whole['floor']]['median'] * 1e3:.3g}"]
+        for name in ("nn.LSTM", "nn.LSTM, oneDNN off", "unrolled steps, compiled", "ours"):
+            row = made.get(name, {})
+            cells.append(f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–")
+        for what in ("forward+backward", "forward", "training step"):
+            cells.append(_lstm_ratio(groups, f"{shape} {what}", "nn.LSTM / ours"))
+        cells.append(_lstm_ratio(groups, f"{shape} training step", "DNI / ours"))
+        rows.append(cells)
+    what = (
+        "Input size H, float32. Columns 3 to 6: time of forward and backward (gradients of weights "
+        "and input) over the floor, the products that cannot be avoided, by `torch.mm(out=)` in "
+        "the same run. Then ratios of times (99 % interval), above one where ours is faster; the "
+        "training step is forward, backward and Adam: nn.LSTM with `Adam(fused=True)` against the "
+        "update inside our backward. Last: the same with the boundary synthesizer, trained, over "
+        "without."
+    )
+    parts = [f"{provenance(results, groups)} {what}", table(header, rows)]
+    boundary = _lstm_boundary(groups)
+    if boundary:
+        parts += [
+            "What the boundary synthesizer adds to the forward and backward of a window of T steps "
+            "(its prediction and its own training included), in per cent of the window without it:",
+            boundary,
+        ]
+    return "\n\n".join(parts)
+
+
+def _lstm_shapes(groups: dict[str, Any]) -> list[str]:
+    ending = " forward+backward"
+    names = [key.removesuffix(ending) for key in ordered(groups) if key.endswith(ending)]
+    return [name for name in names if not name.endswith(" cell")]
+
+
+def _lstm_ratio(groups: dict[str, Any], key: str, label: str) -> str:
+    ratio = groups.get(key, {}).get("ratios", {}).get(label)
+    return "–" if ratio is None else interval(ratio)
+
+
+def _lstm_boundary(groups: dict[str, Any]) -> str:
+    found: dict[str, dict[int, str]] = {}
+    for key in ordered(groups):
+        if not key.endswith(" boundary"):
+            continue
+        size, _, steps = key.removesuffix(" boundary").rpartition("/")
+        ratio = groups[key]["ratios"].get("DNI / ours")
+        cell = "–"
+        if ratio is not None:
+            cell = f"{(ratio['median'] - 1) * 100:.1f}"
+            if ratio["interval"]:
+                low, high = ((bound - 1) * 100 for bound in ratio["interval"])
+                cell += f" ({low:.1f} to {high:.1f})"
+        found.setdefault(size, {})[int(steps)] = cell
+    columns = sorted({steps for cells in found.values() for steps in cells})
+    if not columns:
+        return ""
+    rows = [[size, *(cells.get(t, "–") for t in columns)] for size, cells in found.items()]
+    return table(["B/H", *(f"T={t}" for t in columns)], rows)
+
+
+def render_lstm_details(results: dict[str, Any]) -> str:
+    """All groups of the LSTM: a table a kind of group, a column a shape."""
+    groups = results.get("lstm", {})
+    shapes = _lstm_shapes(groups)
+    if not shapes:
+        return "Not measured yet."
+    cells = [key.removesuffix(" forward") for key in ordered(groups) if " cell forward" in key]
+    cells = [key for key in cells if not key.endswith("+backward")]
+    parts = [
+        f"{provenance(results, groups)} Milliseconds, median (times the floor of the same run)."
+    ]
+    for title, keys in (
+        ("The cell, forward", [f"{c} forward" for c in cells]),
+        ("The cell, forward and backward", [f"{c} forward+backward" for c in cells]),
+        ("Window, forward without gradients", [f"{s} forward" for s in shapes]),
+        (
+            "Window, forward that keeps what a backward needs",
+            [f"{s} forward, for a backward" for s in shapes],
+        ),
+        ("Window, forward and backward", [f"{s} forward+backward" for s in shapes]),
+        ("Training step", [f"{s} training step" for s in shapes]),
+    ):
+        parts.append(f"**{title}**\n\n" + _lstm_columns(groups, keys))
+    return "\n\n".join(parts)
+
+
+def _lstm_columns(groups: dict[str, Any], keys: list[str]) -> str:
+    """Groups beside each other: a row a candidate, a column a group."""
+    keys = [key for key in keys if key in groups]
+    names = list(dict.fromkeys(name for key in keys for name in groups[key]["order"]))
+    rows, reasons = [], []
+    for name in names:
+        cells = [name]
+        for key in keys:
+            row = groups[key]["rows"].get(name, {})
+            if "failed" in row:
+                reasons.append(f"{name} at {key}: {row['failed']}")
+            if "median" not in row:
+                cells.append("–")
+                continue
+            cells.append(f"{row['median'] * 1e3:.3g} ({row['per_floor']['median']:.2f})")
+        rows.append(cells)
+    text = table(["", *(re.match(r"[\d/]+(, \d+ layers)?", key)[0] for key in keys)], rows)
+    return text + (f"\n\nNo figure: {'; '.join(reasons)}." if reasons else "")
+
+
+def render_lstm_memory(results: dict[str, Any]) -> str:
+    """Peak memory of training on a sequence, against the window and against its length."""
+    curves = results.get("lstm", {}).get("memory")
+    if curves is None:
+        return "Not measured yet."
+    names = {"backprop": "truncated backprop, nn.LSTM", "fused": "truncated backprop, our kernels"}
+    names["dni"] = "DNI"
+
+    def mebibytes(sizes: list[int]) -> list[str]:
+        return [f"{size / 2**20:.2f}" for size in sizes]
+
+    windows, lengths = curves["by_window"], curves["by_length"]
+    sequence, window = windows["sequence"], lengths["window"]
+    last = "through the whole sequence"
+    by_window = table(
+        [f"T, sequence of {sequence}", *map(str, windows["windows"]), f"{sequence}: {last}"],
+        [[text, *mebibytes(windows[name])] for name, text in names.items()],
+    )
+    by_length = [[f"{text}, T={window}", *mebibytes(lengths[name])] for name, text in names.items()]
+    by_length += [
+        [f"backprop {last}, {text}", *mebibytes(lengths["through"][name])]
+        for name, text in (("backprop", "nn.LSTM"), ("fused", "our kernels"))
+    ]
+    text = (
+        f"MiB at the peak of training once on a sequence: B={curves['batch']}, "
+        f"H={curves['hidden']}, one layer. Measured: {curves['what']}."
+    )
+    return "\n\n".join(
+        [
+            provenance(results, {"memory": curves}),
+            text,
+            by_window,
+            table(["steps of the sequence", *map(str, lengths["lengths"])], by_length),
+        ]
+    )
+
+
 def render_training(report: dict[str, Any]) -> str:
     """Errors and wall-clock of one ``fused-dni train`` run."""
     facts, settings = report["facts"], report["settings"]
@@ -652,6 +905,9 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "synthesizer": ("*-cpu.json", each(lambda results: render_groups(results, "synthesizer"))),
     "memory": ("*-cpu.json", each(render_memory)),
     "gemm": ("*-cpu.json", each(render_gemm)),
+    "lstm": ("*-lstm.json", each(render_lstm)),
+    "lstm-details": ("*-lstm.json", each(render_lstm_details)),
+    "lstm-memory": ("*-lstm.json", each(render_lstm_memory)),
     "mnist": ("*-mnist.json", each(render_training)),
     "ranks": ("*-mnist-rank-*.json", render_ranks),
 }

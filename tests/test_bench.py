@@ -17,6 +17,7 @@ import bench_gemm
 import gpu_baselines
 import tables
 import workloads as w
+import workloads_lstm as wl
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = w.Case(16, 32)
@@ -65,6 +66,97 @@ def test_gate_closes_on_a_wrong_step(method, monkeypatch):
     monkeypatch.setattr(w.Training, "step", wrong)
     with pytest.raises(w.Disagreement, match=r"1\.weight|float64 has"):
         w.check_step(SMALL, "sgd", method)
+
+
+TINY = wl.Shape(3, 8, 5, 2)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "method", [m for m in wl.WINDOW_METHODS if not m.compiled], ids=lambda m: m.name
+)
+def test_lstm_windows_pass_their_gate(method, backward):
+    wl.check_window(TINY, method, backward=backward)
+
+
+@pytest.mark.parametrize("method", wl.STEP_METHODS, ids=lambda m: m.name)
+def test_lstm_steps_pass_their_gate(method):
+    wl.check_training(TINY, method)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_cells_pass_their_gate(ours, backward):
+    wl.check_cell(wl.Shape(3, 8, 1), ours, backward=backward)
+
+
+def test_unrolled_steps_are_the_lstm():
+    """What is compiled, uncompiled."""
+    window = wl.Window(TINY, wl.STOCK)
+    output, (h, c) = wl.unrolled(window.x, *window.state, window.parameters)
+    expected, (last_h, last_c) = window.forward()
+    for got, want in ((output, expected), (h, last_h), (c, last_c)):
+        torch.testing.assert_close(got, want)
+
+
+def test_too_many_steps_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(wl, "UNROLLED", 4)
+    with pytest.raises(RuntimeError, match="5 unrolled steps take minutes to compile"):
+        wl.check_window(TINY, wl.UNROLLED_LOOP, backward=True)
+
+
+def test_gate_closes_on_a_wrong_window(monkeypatch):
+    """A state's gradient that is off by a thousandth."""
+    right = wl.make
+
+    def wrong(shape, method, dtype=torch.float32, backend=None, lr=wl.RATE):
+        made = right(shape, method, dtype, backend, lr)
+        if dtype == torch.float32:
+            with torch.no_grad():
+                made.weight_hh_l1[0] *= 1.001
+        return made
+
+    monkeypatch.setattr(wl, "make", wrong)
+    with pytest.raises(wl.Disagreement, match="allowed"):
+        wl.check_window(TINY, wl.OURS, backward=True)
+
+
+@pytest.mark.parametrize("method", [wl.DNI, wl.DNI_STEP], ids=lambda m: m.name)
+def test_gate_closes_on_a_boundary_left_out(method, monkeypatch):
+    """A synthesizer that is trained but not used costs nearly as much and is not the method."""
+    right = wl.make
+
+    def wrong(shape, method, dtype=torch.float32, backend=None, lr=wl.RATE):
+        made = right(shape, method, dtype, backend, lr)
+        if dtype == torch.float32:
+            made.sg_scale = 0.0
+        return made
+
+    monkeypatch.setattr(wl, "make", wrong)
+    with pytest.raises(wl.Disagreement, match="is off by"):
+        if method.rule:
+            wl.check_training(TINY, method)
+        else:
+            wl.check_window(TINY, method, backward=True)
+
+
+def test_lstm_floor_is_the_products_of_a_window(monkeypatch):
+    """2 M N K each: two forward (input and recurrent), two more for each of them backward."""
+    done = []
+    real = torch.mm
+
+    def counted(a, b, *, out):
+        done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return real(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    batch, hidden, steps, layers = TINY
+    product = 2 * batch * steps * hidden * 4 * hidden * layers
+    wl.floor(TINY, backward=False)()
+    assert sum(done) == 2 * product
+    done.clear()
+    wl.floor(TINY, backward=True)()
+    assert sum(done) == 6 * product
 
 
 def test_a_candidate_that_fails_has_a_reason_and_no_figure(capsys):
@@ -229,6 +321,12 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(w, "MEMORY_CASE", SMALL)
     monkeypatch.setattr(bench_gemm, "ROWS", (3,))
     monkeypatch.setattr(bench_gemm, "FEATURES", (16,))
+    monkeypatch.setattr(wl, "SHAPES", (TINY._replace(layers=1), TINY))
+    monkeypatch.setattr(wl, "BOUNDARY_STEPS", (2,))
+    monkeypatch.setattr(wl, "UNROLLED", 1)
+    monkeypatch.setattr(wl, "MEMORY_SEQUENCE", 16)
+    monkeypatch.setattr(wl, "MEMORY_WINDOWS", (4,))
+    monkeypatch.setattr(wl, "MEMORY_LENGTHS", (16, 32))
     real = w.check_layer
 
     def check(shape, kind, dx, backend=None):  # compiling takes longer than the rest
@@ -244,9 +342,33 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     assert rows[w.DNI_4.name]["per_floor"]["median"] > 0
     assert found["step"]["16/32 sgd"]["ratios"]["DNI k=4 / stock eager"]["median"] > 0
     assert found["linear"]["16x24x32 without dx"]["rows"]["stock compiled"]["failed"]
-    for suite in tables.SUITES:
+    lstm = found["lstm"]
+    assert lstm["3/8/5 forward+backward"]["rows"]["unrolled steps, compiled"]["failed"]
+    assert lstm["3/8/5, 2 layers training step"]["ratios"]["nn.LSTM / DNI"]["median"] > 0
+    assert lstm["3/8/2 boundary"]["ratios"]["DNI / ours"]["median"] > 0
+    for suite in (*tables.SUITES, "lstm-details", "lstm-memory"):
         assert "| " in tables.RENDERERS[suite][1]([found])
+    details = tables.RENDERERS["lstm-details"][1]([found])
+    assert "compiled at 3/8/5 forward+backward: RuntimeError: 5 unrolled steps" in details
     assert "x the floor" in capsys.readouterr().out
+
+
+def test_memory_of_dni_grows_with_the_window_and_not_with_the_sequence(monkeypatch):
+    """The committed curve's claim, at a small size: a window's worth, whatever the sequence;
+    backprop through the whole sequence holds all of it."""
+    monkeypatch.setattr(wl, "MEMORY_HIDDEN", 16)
+    monkeypatch.setattr(wl, "MEMORY_SEQUENCE", 64)
+    monkeypatch.setattr(wl, "MEMORY_WINDOWS", (8, 16, 32))
+    monkeypatch.setattr(wl, "MEMORY_LENGTHS", (32, 64, 128))
+    curves = wl.memory_curves()
+    lengths, windows = curves["by_length"], curves["by_window"]
+    assert lengths["dni"][0] == lengths["dni"][1] == lengths["dni"][2]
+    through = lengths["through"]["fused"]
+    assert through[2] - through[1] == 2 * (through[1] - through[0]) > 0
+    w8, w16, w32, whole = windows["dni"]
+    assert w8 < w16 < w32 < whole
+    # What a step of the window keeps is the same for every window: gates, states, their gradients.
+    assert w32 - w16 == pytest.approx(2 * (w16 - w8), rel=0.1)
 
 
 def test_errors_are_merged_into_the_results(tmp_path, monkeypatch):

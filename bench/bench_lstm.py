@@ -1,0 +1,67 @@
+"""The LSTM: the cell, a window's forward, its forward and backward, a training step, the boundary.
+
+One group a shape B/H/T; input size H. Beside each group its floor: the products that cannot be
+avoided, alone. The committed table of the same candidates is measured interleaved
+(``bench/tables.py measure --suite lstm``).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import workloads_lstm as w
+
+SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
+CELLS = pytest.mark.parametrize("shape", w.cell_shapes(), ids=lambda s: f"{s.batch}/{s.hidden}")
+BOUNDARIES = pytest.mark.parametrize("shape", w.boundary_shapes(), ids=str)
+BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+
+
+def group(what: str, shape: w.Shape, backward: bool) -> str:
+    return f"{what} {shape} {'forward+backward' if backward else 'forward'}"
+
+
+@CELLS
+@BACKWARD
+def bench_cell_floor(timed, shape, backward):
+    timed(group("cell", shape, backward), lambda: w.floor(shape, backward))
+
+
+@CELLS
+@BACKWARD
+@pytest.mark.parametrize("ours", [False, True], ids=["nn.LSTMCell", "ours"])
+def bench_cell(timed, shape, backward, ours):
+    cell = w.check_cell(shape, ours, backward=backward)
+    timed(group("cell", shape, backward), lambda: cell.backward if backward else cell.forward)
+
+
+@SHAPES
+@BACKWARD
+def bench_window_floor(timed, shape, backward):
+    timed(group("window", shape, backward), lambda: w.floor(shape, backward))
+
+
+@SHAPES
+@BACKWARD
+@pytest.mark.parametrize("method", w.WINDOW_METHODS, ids=lambda m: m.name)
+def bench_window(timed, shape, backward, method):
+    """``forward`` without gradients."""
+    if method.compiled and shape.steps > w.UNROLLED:
+        pytest.skip(f"{shape.steps} unrolled steps take minutes to compile")
+    window = w.check_window(shape, method, backward=backward)
+    timed(group("window", shape, backward), lambda: window.backward if backward else window.infer)
+
+
+@SHAPES
+@pytest.mark.parametrize("method", w.STEP_METHODS, ids=lambda m: m.name)
+def bench_step(timed, shape, method):
+    training = w.check_training(shape, method)
+    timed(f"step {shape}", lambda: training.step)
+
+
+@BOUNDARIES
+@pytest.mark.parametrize("method", [w.OURS_STEP, w.DNI_STEP], ids=lambda m: m.name)
+def bench_boundary(timed, shape, method):
+    """With and without the boundary synthesizer: the difference is what it costs."""
+    training = w.check_training(shape, method)
+    timed(f"boundary {shape}", lambda: training.step)
