@@ -314,8 +314,8 @@ def lstm_cell(
     return made
 
 
-def belongs_to(state: Tensor, site: object) -> bool:
-    """Whether a state was made by ``site``'s windows, directly or through a few ordinary ops.
+def origin(state: Tensor, site: object) -> Any:
+    """The node by which ``site`` made a state, directly or through a few ordinary ops, or None.
 
     Looks at most 32 nodes up the graph, so that whatever lies between, a mask or a permutation, is
     seen through, but a whole encoder is not walked.
@@ -323,11 +323,11 @@ def belongs_to(state: Tensor, site: object) -> bool:
     waiting = [state.grad_fn]
     for _ in range(32):
         if not waiting:
-            return False
+            return None
         node: Any = waiting.pop(0)
         if node is None:
             continue
         if getattr(node, "site", None) is site:
-            return True
+            return node
         waiting += [following for following, _ in node.next_functions]
-    return False
+    return None

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fused_dni.backends import registry
 from fused_dni.backends.base import LSTMLayer, LSTMRows
 from fused_dni.functional import check, lstm_ops
-from fused_dni.functional.lstm import lstm_cell
+from fused_dni.functional.lstm import lstm_cell, origin
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     Arrival,
@@ -53,7 +53,9 @@ class _StepEnds:
     def leave(self, rows: LSTMRows, arrival: Arrival) -> Slots:
         if not self.returns_weights:
             self.site.defer((rows,), self.loss_scale)
-        lessons = [] if self.exit is None else self.exit.examples(arrival)
+        lessons = []
+        if self.exit is not None and self.entrance is None:  # where there is one, it teaches both
+            lessons = self.exit.examples(arrival)
         return self.site.teach(lessons, [], self.loss_scale)
 
 
@@ -70,7 +72,7 @@ class _Boundary(torch.autograd.Function):
         *learners: Tensor,
     ) -> State:
         ctx.set_materialize_grads(False)
-        ctx.boundary, ctx.entrance, ctx.learners, ctx.spent = site, entrance, len(learners), False
+        ctx.site, ctx.entrance, ctx.learners, ctx.spent = site, entrance, len(learners), False
         ctx.save_for_backward(h, c)
         return h.clone(), c.clone()
 
@@ -85,9 +87,10 @@ class _Boundary(torch.autograd.Function):
         h, c = ctx.saved_tensors
         grads = (torch.zeros_like(h) if g is None else g for g in (grad_h, grad_c))
         rows, grad = torch.cat((h, c), 1), torch.cat(tuple(grads), 1)
-        lessons, heads = entrance.examples(rows, grad, entrance.exit.arrival)
-        site: FusedDNILSTMCell = ctx.boundary
-        return none[:4] + site.teach(lessons, heads, entrance.exit.loss_scale)
+        end, site = entrance.exit, ctx.site
+        lessons, heads = entrance.examples(rows, grad, end.arrival)
+        taught: Slots = site.teach(lessons + end.examples(end.arrival), heads, end.loss_scale)
+        return none[:4] + (taught or none[4:])  # with a rule the parameters are anchors alone
 
 
 class FusedDNILSTMCell(Recurrent):
@@ -198,13 +201,12 @@ class FusedDNILSTMCell(Recurrent):
 
     def _ends(self, h: Tensor) -> _StepEnds:
         """This step's place in its window, told from the node that made h."""
-        if not torch.compiler.is_compiling():
-            node: Any = h.grad_fn
-            if getattr(node, "boundary", None) is self:
-                return _StepEnds(self, 1, node.entrance)
-            before = getattr(node, "ends", None)
-            if isinstance(before, _StepEnds) and before.site is self:
-                return _StepEnds(self, before.steps + 1, before.entrance)
+        node = None if torch.compiler.is_compiling() else origin(h, self)
+        entrance, before = getattr(node, "entrance", None), getattr(node, "ends", None)
+        if isinstance(entrance, Entrance):
+            return _StepEnds(self, 1, entrance)
+        if isinstance(before, _StepEnds):
+            return _StepEnds(self, before.steps + 1, before.entrance)
         return _StepEnds(self, 1, None)
 
     @torch.compiler.disable

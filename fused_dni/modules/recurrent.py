@@ -27,7 +27,7 @@ from fused_dni.backends.base import (
 )
 from fused_dni.context import fold_context
 from fused_dni.functional import check, lstm_ops, ops
-from fused_dni.functional.lstm import belongs_to
+from fused_dni.functional.lstm import origin
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson
 from fused_dni.pending import at_end_of_backward
 from fused_dni.reference.lstm_close import inject, rows_state, state_rows
@@ -504,7 +504,7 @@ class Recurrent(DecoupledModule):
             return True
         if torch.compiler.is_compiling():
             return not state.is_leaf
-        return belongs_to(state, self)
+        return origin(state, self) is not None
 
     def _context_rows(self, context: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
         features = getattr(self._modules["synthesizer"], "context_features", None)
