@@ -276,7 +276,7 @@ class Recurrent(DecoupledModule):
         self.auxiliary_update: RuleState | None = None
         self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
         self._returned = _Returned()
-        self._fits: list[int] = []
+        self._fits: list[tuple[int, torch.Size, bool]] = []
 
     def _attach_heads(
         self,
@@ -352,15 +352,23 @@ class Recurrent(DecoupledModule):
 
     def _fit(self, layers: tuple[LSTMLayer, ...]) -> None:
         """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        heads = [
+            module.fused()
+            for module in (self._modules["synthesizer"], self._modules["auxiliary_head"])
+            if isinstance(module, Synthesizer)
+        ]
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not tracing:  # what is traced or transformed has no addresses
-            fits = [p.data_ptr() for p in lstm_ops.flat(layers)]
+            tensors = lstm_ops.flat(layers)
+            for head in heads:
+                tensors += [p for p in (() if head is None else head.parameters()) if p is not None]
+            fits = [(p.data_ptr(), p.shape, p.is_contiguous()) for p in tensors]
             if fits == self._fits:
                 return
         check.lstm_layers(layers, self.input_size, self.hidden_size)
-        fused = self.fused_synthesizer(layers[0].weight_ih)
-        if fused is not None:
-            check.synthesizer(fused, layers[0].weight_ih)
+        for head in heads:
+            if head is not None:
+                check.synthesizer(head, layers[0].weight_ih)
         if not tracing:
             self._fits = fits
 
