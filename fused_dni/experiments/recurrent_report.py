@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -346,29 +347,34 @@ def _plots(outcome: Outcome, folder: Path) -> list[Path]:
         axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
         axes.set_xlim(left=0)
         finish(figure, axes, name)
-    if not outcome.settings.probe:
-        return made
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-    for i, (arm, ratios) in enumerate(_future(outcome).items()):
-        axes.plot(list(ratios), list(ratios.values()), "o-", color=_colour(i), label=arm)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_xlabel("window T")
-    axes.set_ylabel("gradient of the future / window's own")
-    finish(figure, axes, PROBE_PLOTS[0])
-
-    predicting = [arm for arm in outcome.names() if outcome.of(arm)[0]["method"].startswith("dni")]
-    if predicting:
+    # Where windows have no loss of their own at all there is no ratio to draw.
+    ratios = {
+        arm: {window: ratio for window, ratio in rows.items() if 0.0 < ratio < math.inf}
+        for arm, rows in _future(outcome).items()
+    }
+    if any(ratios.values()):
         figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-        for i, arm in enumerate(predicting):
-            histories = [
-                [{**row, **row["prediction"]} for row in run["history"] if row["prediction"]]
-                for run in outcome.of(arm)
-            ]
-            if all(histories):
-                _curve(axes, histories, outcome.axis, "prediction_cosine", i, f"{arm}: cosine")
+        for i, (arm, rows) in enumerate(ratios.items()):
+            axes.plot(list(rows), list(rows.values()), "o-", color=_colour(i), label=arm)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.set_xlabel("window T")
+        axes.set_ylabel("gradient of the future / window's own")
+        finish(figure, axes, PROBE_PLOTS[0])
+
+    predicted = {
+        arm: [
+            [{**row, **row["prediction"]} for row in run["history"] if row.get("prediction")]
+            for run in outcome.of(arm)
+        ]
+        for arm in outcome.names()
+    }
+    predicted = {arm: histories for arm, histories in predicted.items() if all(histories)}
+    if predicted:
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+        for i, (arm, histories) in enumerate(predicted.items()):
+            _curve(axes, histories, outcome.axis, "prediction_cosine", i, f"{arm}: cosine")
         axes.axhline(0.0, color="black", linewidth=0.6)
         axes.set_xlabel(AXES[outcome.axis])
         axes.set_ylabel("prediction against the true gradient")
