@@ -419,7 +419,6 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     for name, value in (("CARRIED", 4), ("REGION", 16), ("HORIZON", 8), ("WINDOWS", (1, 2))):
         monkeypatch.setattr(future, name, value)
     settings, source = (replace(CHARLM, amount=800), SOURCE) if task == "charlm" else (COPY, None)
-    # Easy, so that episodes are soon longer than a window; one of nothing but a length has no
     # Every length counts as solved, so that episodes soon have boundaries behind a loss.
     settings = replace(settings, task=task, probe=True, windows=(2,), threshold=1.0)
     outcome = recurrent.train(settings, source)
