@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import shlex
 import sys
@@ -160,6 +161,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _add_demo(commands)
     _add_verdict(commands)
+    _add_verdict_lstm(commands)
     _add_train(commands)
     for task in RECURRENT:
         _add_recurrent(commands, task)
@@ -357,6 +359,9 @@ def _add_recurrent(commands: Any, task: str) -> None:
     out.add_argument("--out", metavar="DIR", default=f"runs/{task}", help=f"(runs/{task})")
     out.add_argument("--evaluations", type=_whole(1, "evaluations"), help="points of the curves")
     out.add_argument(
+        "--seconds", type=_positive("seconds"), default=4.0, help="time for timing the arms (4)"
+    )
+    out.add_argument(
         "--probe",
         action="store_true",
         help="measure the true gradient of the future at boundaries, beside the window's own and "
@@ -404,11 +409,12 @@ def _add_verdict(commands: Any) -> None:
         f"  {PROGRAM} verdict linear --in 1024 --out 1024 --batch 128 --normalization batch "
         "--activation relu\n"
         f"  {PROGRAM} verdict mlp --width 256 --depth 4 --batch 64 --classes 10\n"
-        f"  {PROGRAM} verdict package.module:factory --sample 64x784\n\n"
+        f"  {PROGRAM} verdict package.module:factory --sample 64x784\n"
+        f"  {PROGRAM} verdict lstm --hidden 256 --batch 32 --window 8 --long 40\n\n"
         "A factory is called without arguments and returns a module, or (module, sample).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verdict.add_argument("what", metavar="WHAT", help="linear, mlp or package.module:factory")
+    verdict.add_argument("what", metavar="WHAT", help="linear, mlp, lstm or package.module:factory")
     shape = verdict.add_argument_group("shape")
     shape.add_argument("--in", dest="inputs", type=_whole(1, "in"), help="input features")
     shape.add_argument("--out", dest="outputs", type=_whole(1, "out"), help="output features")
@@ -446,6 +452,40 @@ def _add_verdict(commands: Any) -> None:
     out.add_argument("--quiet", action="store_true", help="no progress")
     _common(verdict)
     verdict.set_defaults(run=_verdict)
+
+
+def _add_verdict_lstm(commands: Any) -> None:
+    verdict = commands.add_parser(
+        "verdict lstm",
+        help="what an LSTM costs by DNI at a window and by backprop at a longer one",
+        description="Time and peak memory of an LSTM by DNI at window T, by truncated backprop at "
+        "T, and by backprop at the longer window T2 that reaches the same quality: per time step "
+        "of the sequence, interleaved, with the floor beside them. Which T2 that is, "
+        f"`{PROGRAM} train charlm` measures.",
+        epilog=f"example: {PROGRAM} verdict lstm --hidden 256 --batch 32 --window 8 --long 40",
+    )
+    shape = verdict.add_argument_group("shape")
+    shape.add_argument("--input", type=_whole(1, "input"), help="input features (as --hidden)")
+    shape.add_argument("--hidden", type=_whole(1, "hidden"), default=256, help="units (256)")
+    shape.add_argument("--layers", type=_whole(1, "layers"), default=1, help="(1)")
+    shape.add_argument("--batch", type=_whole(1, "batch"), default=32, help="rows (32)")
+    shape.add_argument("--window", type=_whole(1, "window"), default=8, metavar="T", help="(8)")
+    shape.add_argument(
+        "--long", type=_whole(2, "long"), metavar="T2", help="longer window (5 times T)"
+    )
+    shape.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    shape.add_argument("--device", default="cpu", help="cpu or cuda")
+    how = verdict.add_argument_group("method")
+    how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="adam", help="(adam)")
+    how.add_argument("--rank", type=_whole(0, "rank"), help="of the synthesizer; 0: dense (16)")
+    how.add_argument("--auxiliary", action="store_true", help="DNI with the auxiliary head")
+    how.add_argument("--backend", help="force a backend of our kernels")
+    how.add_argument("--seconds", type=_positive("seconds"), default=5.0, help="(5)")
+    out = verdict.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print the verdict as JSON on stdout")
+    out.add_argument("--quiet", action="store_true", help="no progress")
+    _common(verdict)
+    verdict.set_defaults(run=_verdict_lstm)
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -577,9 +617,15 @@ def _train_recurrent(args: argparse.Namespace, command: str) -> int:
     outcome = recurrent.train(
         settings, source, checkpoint=args.checkpoint, resume=args.resume, progress=progress
     )
-    if args.memory:
-        progress = Progress(enabled=not args.quiet)
-        with progress:
+    progress = Progress(enabled=not args.quiet)
+    with progress:
+        outcome.costs = recurrent.costs(
+            settings,
+            source,
+            seconds=args.seconds,
+            progress=lambda fraction: progress.update("costs", fraction),
+        )
+        if args.memory:
             outcome.memory_curve = memory.memory_curve(
                 batch=settings.batch_size,
                 inputs=settings.hidden,
@@ -721,6 +767,52 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
+    import torch
+
+    import fused_dni as fd
+    from fused_dni.progress import Progress
+
+    _threads(args)
+    device = _device(args.device)
+    factory = {"device": device, "dtype": getattr(torch, args.dtype)}
+    inputs = args.input or args.hidden
+    features = 2 * args.layers * args.hidden
+    synthesizer: nn.Module | str = "default"
+    if args.rank is not None:
+        low = min(args.rank, features) or None
+        synthesizer = fd.LinearSynthesizer(features, low, **factory)
+    lstm = fd.FusedDNILSTM(
+        inputs,
+        args.hidden,
+        args.layers,
+        synthesizer=synthesizer,
+        auxiliary=args.auxiliary,
+        backend=args.backend,
+        **factory,
+    )
+    sample = torch.randn(
+        args.window, args.batch, inputs, generator=torch.Generator().manual_seed(0)
+    ).to(**factory)
+    progress = Progress(enabled=not args.quiet)
+    with progress:
+        found = fd.verdict_lstm(
+            lstm,
+            sample,
+            long=args.long,
+            update=_rule(args.update),
+            seconds=args.seconds,
+            progress=progress.update,
+        )
+    if args.json:
+        print(found.to_json())
+    else:
+        print(found.table())
+        print()
+        print(found.sentence())
+    return 0
+
+
 def _rule(name: str) -> Rule:
     from fused_dni.rules import SGD, Adam, AdamW
 
@@ -804,7 +896,7 @@ def _factory(spec: str) -> tuple[nn.Module, torch.Tensor | None]:
 
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
-        kinds = text.unknown("module", spec, ("linear", "mlp"))
+        kinds = text.unknown("module", spec, ("linear", "mlp", "lstm"))
         raise UsageError(f"{kinds}, or package.module:factory")
     sys.path.insert(0, os.getcwd())  # as `python -m` would
     try:
@@ -881,9 +973,9 @@ def _version() -> str:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     top = parser()
     words = list(argv)
-    for i, word in enumerate(words[:-1]):
-        if word == "train" and words[i + 1] in RECURRENT:
-            words[i : i + 2] = [f"train {words[i + 1]}"]
+    for i, (word, following) in enumerate(itertools.pairwise(words)):
+        if (word == "train" and following in RECURRENT) or (word, following) == ("verdict", "lstm"):
+            words[i : i + 2] = [f"{word} {following}"]
             break
     args, extra = top.parse_known_args(words)
     if extra:

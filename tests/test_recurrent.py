@@ -67,8 +67,10 @@ def test_every_arm_of_charlm_learns_and_sees_the_same_amount():
         passes, rest = divmod(2_000, span)
         t = r["window"]
         assert r["history"][-1]["updates"] == passes * -(-span // t) + -(-rest // t)
+    assert all(row["peak_memory"] is None for row in outcome.summary())
+    outcome.costs = recurrent.costs(replace(CHARLM, methods=ALL), SOURCE, seconds=0.05)
     for row in outcome.summary():
-        assert row["peak_memory"] > 0 and row["seconds_per_character"] > 0
+        assert row["peak_memory"] > 0 and 0 < row["seconds_per_character"] < 1
 
 
 def test_truncated_backprop_on_our_kernels_is_that_of_nn_lstm():
@@ -136,11 +138,11 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
     assert found["history"][-1]["length"] == found["history"][-1]["solved"] + 1
     trainer = recurrent.build(recurrent.Arm("dni", 3), 0, COPY, None)
     trainer.curriculum.level = 5  # 13 steps, 6 before the first that counts
-    trainer.run_episodes(trainer.draw(0), 3)
+    trainer.train_on(trainer.draw(0), 3)
     assert trainer.updates == 5
     exact = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
     exact.curriculum.level = 5
-    exact.run_episodes(exact.draw(0), 3)
+    exact.train_on(exact.draw(0), 3)
     assert exact.updates == 3
 
 
@@ -152,7 +154,7 @@ def test_the_error_of_an_episode_is_in_bits_per_bit():
     trainer.settings = replace(COPY, lr=0.0)
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
-    assert trainer.run_episodes(trainer.draw(0), 3) == pytest.approx(1.0, abs=1e-6)
+    assert trainer.train_on(trainer.draw(0), 3) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_validation_bits_charge_for_what_cannot_be_predicted():
@@ -411,7 +413,7 @@ def test_bad_input_of_the_memory_curve(arguments, message):
 # ---------------------------------------------------------------------------------------- reports
 
 KEYS = {"kind", "facts", "settings", "data", "memory_method", "summary", "sentence", "runs"}
-KEYS |= {"memory_curve", "notes"}
+KEYS |= {"costs", "memory_curve", "notes"}
 
 
 @pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy"])
@@ -422,6 +424,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     # Every length counts as solved, so that episodes soon have boundaries behind a loss.
     settings = replace(settings, task=task, probe=True, windows=(2,), threshold=1.0)
     outcome = recurrent.train(settings, source)
+    outcome.costs = recurrent.costs(settings, source, seconds=0.05)
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
     files = recurrent_report.write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
     plots = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
@@ -456,13 +459,20 @@ def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
     for name, values in finals.items():
         method, window = name.rstrip("0123456789"), int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))
         for seed, value in zip(seeds, values, strict=True):
-            row = {key: value, axis: 1000.0, "seconds": 2.0}
+            row = {key: value, axis: 1000.0, "seconds": 3.0}
             label = f"{method} T={window}"
             runs.append({"name": label, "method": method, "window": window, "seed": seed})
             runs[-1]["history"] = [row]
     settings = recurrent.defaults(task, seeds=seeds, amount=1000)
-    memory_of = {r["name"]: 1_000_000 * r["window"] for r in runs}
-    return recurrent_report.sentence(recurrent.Outcome(settings, {}, runs, memory_of))
+    costs = {
+        r["name"]: {
+            "peak_memory": 1_000_000 * r["window"],
+            "timing": {"median": 0.002},
+            "units": 1,
+        }
+        for r in runs
+    }
+    return recurrent_report.sentence(recurrent.Outcome(settings, {}, runs, costs))
 
 
 def test_the_sentence_claims_what_was_measured():
@@ -485,6 +495,7 @@ def test_the_sentence_claims_what_was_measured():
 # ------------------------------------------------------------------------------------ command line
 
 SMALL = ["--hidden", "8", "--batch-size", "4", "--evaluations", "2", "--quiet", "--threads", "1"]
+SMALL += ["--seconds", "0.05"]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ CHUNK = 20
 VALIDATION_STREAMS = 16
 #: Steps of the validation text that are read in one call.
 VALIDATION_WINDOW = 256
-#: Length of the episodes on which memory is measured.
-MEMORY_LENGTH = 20
+#: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
+COST_LEVEL = 19
 
 State = tuple[Tensor, Tensor]
 
@@ -527,12 +528,12 @@ class CopyTrainer(Trainer):
         if self.settings.offset:
             generator = torch.Generator().manual_seed(seed)
             first = int(torch.randint(1, first + 1, (), generator=generator))
-        bits = self.run_episodes(self.draw(seed), first)
-        self.curriculum.update(bits)
+        self.curriculum.update(self.train_on(self.draw(seed), first))
         self.position += 1
 
-    def run_episodes(self, episodes: sequences.Episodes, first: int) -> float:
-        """Train on a batch of episodes and return its mean error, bits per bit."""
+    def train_on(self, episodes: sequences.Episodes, first: int) -> float:
+        """Train on a batch of episodes, whose first window has ``first`` steps; return its mean
+        error, bits per bit."""
         inputs, targets, counted = episodes
         length, batch = inputs.shape[:2]
         cuts = [0, *range(first, length, self.arm.window), length]
@@ -624,21 +625,50 @@ def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Train
     return CharacterTrainer(arm, seed, settings, source)
 
 
-def peak_memory(arm: Arm, settings: Settings, source: Text | None) -> int:
-    """Peak bytes of an arm's training step (see :func:`fused_dni.timing.peak_memory`): the windows
-    of a text up to an update, or of an episode of :data:`MEMORY_LENGTH` symbols."""
+def costs(
+    settings: Settings,
+    source: Text | None = None,
+    *,
+    seconds: float = 4.0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Peak memory and time of a piece of training, by arm, from untrained nets.
+
+    The piece is what lies between two updates, in a text; a batch of episodes at level
+    :data:`COST_LEVEL` of the curriculum, in a copy task. Times are interleaved (see
+    :func:`fused_dni.timing.compare`), so that nothing that happened during the training is in them.
+
+    Returns:
+        By arm ``peak_memory`` (bytes, :func:`fused_dni.timing.peak_memory`), ``timing`` (seconds a
+        piece) and ``units``, the characters or steps of a piece.
+    """
+    endless = replace(settings, amount=1 << 50, lr=1e-6, sg_lr=1e-6)
+    pieces = {arm.name: _piece(arm, endless, source) for arm in settings.arms()}
+    held = {name: timing.peak_memory(piece) for name, piece in pieces.items()}
+    timings = timing.compare(pieces, seconds=seconds, progress=progress)
+    return {
+        arm.name: {
+            "peak_memory": held[arm.name],
+            "timing": timings[arm.name].to_json(),
+            "units": settings.divisor(arm) if settings.task == "charlm" else 1,
+        }
+        for arm in settings.arms()
+    }
+
+
+def _piece(arm: Arm, settings: Settings, source: Text | None) -> timing.Candidate:
     trainer = build(arm, settings.seeds[0], settings, source)
     if isinstance(trainer, CopyTrainer):
-        trainer.curriculum.level = MEMORY_LENGTH - 1
+        trainer.curriculum.level = COST_LEVEL
         episodes = trainer.draw(0)
-        return timing.peak_memory(lambda: float(trainer.run_episodes(episodes, arm.window)))
+        return lambda: trainer.train_on(episodes, arm.window)
 
     def update() -> None:
         before = trainer.updates
         while trainer.updates == before:
             trainer.step()
 
-    return timing.peak_memory(update)
+    return update
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -651,14 +681,14 @@ class Outcome:
     ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
     (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
     also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
-    ``memory`` is the peak of a training step by arm, bytes; ``memory_curve``, if it was asked for,
-    what :func:`fused_dni.experiments.memory.memory_curve` gives.
+    ``costs`` is what :func:`costs` gives, ``memory_curve`` what
+    :func:`fused_dni.experiments.memory.memory_curve` gives, each if it was asked for.
     """
 
     settings: Settings
     data: dict[str, Any]
     runs: list[dict[str, Any]]
-    memory: dict[str, int]
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory_curve: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -681,12 +711,13 @@ class Outcome:
         return [run for run in self.runs if run["name"] == name]
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row an arm: final values, seconds and peak memory."""
+        """A row an arm: final values, seconds of the whole training, and costs where measured."""
         rows = []
         for name in self.names():
             runs = self.of(name)
             final = [run["history"][-1][self.key] for run in runs]
-            units = [run["history"][-1]["seconds"] / run["history"][-1][self.axis] for run in runs]
+            cost = self.costs.get(name)
+            unit = None if cost is None else cost["timing"]["median"] / cost["units"]
             rows.append(
                 {
                     "name": name,
@@ -696,11 +727,11 @@ class Outcome:
                     f"{self.key}_min": min(final),
                     f"{self.key}_max": max(final),
                     self.key: final,
-                    f"seconds_per_{self.axis[:-1]}": statistics.median(units),
+                    f"seconds_per_{self.axis[:-1]}": unit,
                     "seconds_total": statistics.median(
                         [run["history"][-1]["seconds"] for run in runs]
                     ),
-                    "peak_memory": self.memory.get(name),
+                    "peak_memory": None if cost is None else cost["peak_memory"],
                 }
             )
         return rows
@@ -803,14 +834,9 @@ def train(
             trainers = []
             if folder is not None:
                 keep(s + 1)
-        memory = {}
-        for i, arm in enumerate(arms):
-            progress.update("memory", i / len(arms))
-            memory[arm.name] = peak_memory(arm, settings, source)
-        progress.update("memory", 1.0)
     order_of = {arm.name: i for i, arm in enumerate(arms)}
     finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
-    return Outcome(settings, described, finished, memory, notes=_notes(settings, source))
+    return Outcome(settings, described, finished, notes=_notes(settings, source))
 
 
 def _described(source: Text | None) -> dict[str, Any]:

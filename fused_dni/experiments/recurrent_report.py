@@ -13,7 +13,7 @@ from typing import Any
 
 from fused_dni import text, timing
 from fused_dni.baseline import facts
-from fused_dni.experiments.recurrent import Outcome
+from fused_dni.experiments.recurrent import COST_LEVEL, Outcome
 from fused_dni.experiments.report import COLOURS, ReportError
 
 #: What is plotted, by the column of the histories on the horizontal axis.
@@ -56,6 +56,7 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
         "memory_method": timing.PEAK_MEMORY_CPU,
         "summary": outcome.summary(),
         "sentence": sentence(outcome),
+        "costs": outcome.costs,
         "runs": outcome.runs,
         "memory_curve": outcome.memory_curve,
         "notes": outcome.notes,
@@ -146,7 +147,7 @@ def _characters(
         else:
             gap = short["bits_mean"] - long["bits_mean"]
             said += f"; of the gap of {gap:.3f} to {there} it closes {100 * closed:.0f} %"
-    return f"{said}. {_costs(row, short, long, 'character')}"
+    return f"{said}.{_costs(row, short, long, 'character')}"
 
 
 def _copying(
@@ -159,7 +160,7 @@ def _copying(
     )
     if short["solved_mean"] > 0:
         said += f", {row['solved_mean'] / short['solved_mean']:.2f} times"
-    return f"{said}{_apart(row, short, 'solved')}. {_costs(row, short, long, 'step')}"
+    return f"{said}{_apart(row, short, 'solved')}.{_costs(row, short, long, 'step')}"
 
 
 def _costs(
@@ -168,7 +169,9 @@ def _costs(
     def both(r: dict[str, Any]) -> str:
         return f"{text.size(r['peak_memory'])} and {text.seconds(r[f'seconds_per_{unit}'])}"
 
-    said = f"Peak memory and time per {unit}: {both(row)}, truncated backprop {both(short)}"
+    if row["peak_memory"] is None:
+        return ""
+    said = f" Peak memory and time per {unit}: {both(row)}, truncated backprop {both(short)}"
     if long is not None:
         said += f", at T={long['window']} {both(long)}"
     return said + "."
@@ -295,7 +298,10 @@ def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> st
             f"{what}; Adam at {s.lr:g} (synthesizers {s.sg_lr:g}), "
             f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
             f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; {seeds} "
-            f"seed{'s' if seeds > 1 else ''}. Times are of training alone; arms took turns. "
+            f"seed{'s' if seeds > 1 else ''}. Total times are of training alone, arms taking "
+            "turns; "
+            f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
+            f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
             f"Memory: {timing.PEAK_MEMORY_CPU}.\n"
         ),
         sentence(outcome) + "\n",
