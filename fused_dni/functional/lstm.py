@@ -74,11 +74,11 @@ class Ends(Protocol):
         ...
 
     def closed(self, window: Window, closed: LSTMClosed) -> tuple[Tensor | None, ...]:
-        """Called behind :meth:`Backend.lstm_close`: gradients of the learners."""
+        """Called behind :meth:`Backend.lstm_close`: gradients of the learners, or ()."""
         ...
 
     def leave(self, window: Window, made: LSTMGradients, arrival: Any) -> tuple[Tensor | None, ...]:
-        """Called when the backward has reached the entrance: gradients of the learners."""
+        """Called when the backward has reached the entrance: gradients of the learners, or ()."""
         ...
 
 
@@ -159,11 +159,11 @@ class _Window(torch.autograd.Function):
         if ends is not None and boundary is not None:
             closed = call.backend.lstm_close(*given, *boundary)
             made = closed.gradients
-            learned = ends.closed(Window(x, dropout, trace), closed)
+            learned = ends.closed(Window(x, dropout, trace), closed) or learned
         else:
             made = ops.lstm_backward(call.backend, *given)
             if ends is not None:
-                learned = ends.leave(Window(x, dropout, trace), made, arrival)
+                learned = ends.leave(Window(x, dropout, trace), made, arrival) or learned
         weights: list[Tensor | None] = list(ops.flat(made.layers)) or [None] * len(parameters)
         return (
             *none[:3],
@@ -188,7 +188,7 @@ class CellEnds(Protocol):
         ...
 
     def leave(self, rows: LSTMRows, arrival: Any) -> tuple[Tensor | None, ...]:
-        """Called behind the step's backward: gradients of the learners."""
+        """Called behind the step's backward: gradients of the learners, or ()."""
         ...
 
 
@@ -251,7 +251,7 @@ class _Cell(torch.autograd.Function):
         )
         learned: tuple[Tensor | None, ...] = (None,) * call.learners
         if ends is not None:
-            learned = ends.leave(LSTMRows(x, h, made.delta), arrival)
+            learned = ends.leave(LSTMRows(x, h, made.delta), arrival) or learned
         weights: list[Tensor | None] = [None] * len(parameters)
         if made.layer is not None:
             weights = list(ops.flat((made.layer,)))

@@ -297,14 +297,15 @@ class FusedDNILSTM(Recurrent):
             x = x.masked_fill(behind.unsqueeze(2), 0.0)
         self._fit(layers)
         decoupled = self._decoupled(x)
-        if decoupled or context is not None:
+        probing = self.training and self.phase.probe is not None
+        if decoupled or probing or context is not None:
             context = self._context_rows(context, batch, x)
         h, c, entrance = self._enter(hx, x, decoupled, context)
         backend = registry.resolve(self.backend, x, weight)
         masks = self._dropout_masks(steps, batch, x)
         scale = self._scale(steps, batch)
         ends = None
-        ruled = self.training and self.update is not None and self.phase.probe is None
+        ruled = self.training and self.update is not None and not probing
         if torch.is_grad_enabled():
             if decoupled or ruled:
                 exit = Exit(self, ended, context, scale)
@@ -318,8 +319,8 @@ class FusedDNILSTM(Recurrent):
         else:
             trace = lstm_ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
             output, h, c = trace.hidden[-1, 1:], trace.h, trace.c
-        if self.phase.probe is not None and self.training:
-            h, c = self._probe(h, c, context, scale)
+        if probing:
+            h, c = self._probe(h, c, ended, context, scale)
         noted = ended is not None or (context is not None and decoupled)
         if noted and not torch.compiler.is_compiling():
             self._returned.note(h, ended, context)

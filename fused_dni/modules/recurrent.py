@@ -28,7 +28,7 @@ from fused_dni.backends.base import (
 from fused_dni.context import fold_context
 from fused_dni.functional import check, lstm_ops, ops
 from fused_dni.functional.lstm import origin
-from fused_dni.modules.base import DecoupledModule, Forecast, Lesson
+from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.pending import at_end_of_backward
 from fused_dni.reference.lstm_close import inject, rows_state, state_rows
 from fused_dni.rules import Rule, RuleState
@@ -335,11 +335,14 @@ class Recurrent(DecoupledModule):
             yield "auxiliary_head", self.auxiliary_update, self.auxiliary_parameters()
 
     def _learners(self) -> tuple[Tensor, ...]:
-        """The parameters whose gradients :meth:`teach` returns."""
-        if self.update is not None:
-            return ()
+        """The parameters whose gradients :meth:`teach` returns. With a rule it returns none; then
+        one of them, where all layers are frozen, so that there is a backward to learn in."""
         slots = (*self.synthesizer_parameters(), *self.auxiliary_parameters())
-        return tuple(p for p in slots if p is not None)
+        if self.update is None:
+            return tuple(p for p in slots if p is not None)
+        if any(p is not None and p.requires_grad for p in self.local_parameters()):
+            return ()
+        return tuple(p for p in slots if p is not None and p.requires_grad)[:1]
 
     def fused_state_synthesizer(self) -> SynthesizerTensors | None:
         """The synthesizer's tensors if kernels can run it, without context."""
@@ -439,9 +442,15 @@ class Recurrent(DecoupledModule):
         )
 
     def _head_learns_from(self, examples: list[Example]) -> None:
+        """Train the auxiliary head by its rule on the sum of what each window teaches."""
         assert self.auxiliary_update is not None
-        rows, grad, context, scale = example = joined(examples)
-        backend, fused, prediction = self._head(example)
+        rule = self.auxiliary_update.tensors(self.auxiliary_parameters())
+        if len(examples) > 1:
+            made = [self._head_gradients(example) for example in examples]
+            apply_given(self.auxiliary_parameters(), sum_slots(made), rule)
+            return
+        rows, grad, context, scale = examples[0]
+        backend, fused, prediction = self._head(examples[0])
         ops.synthesizer_update_(
             backend,
             rows,
@@ -451,7 +460,7 @@ class Recurrent(DecoupledModule):
             context,
             scale,
             self.auxiliary_statistics,
-            self.auxiliary_update.tensors(self.auxiliary_parameters()),
+            rule,
         )
 
     def _head(self, example: Example) -> tuple[Backend, SynthesizerTensors, Prediction]:
@@ -526,12 +535,17 @@ class Recurrent(DecoupledModule):
     def _scale(self, steps: int, batch: int) -> float:
         return float(steps * batch) if self.target_scale is None else self.target_scale
 
-    def _probe(self, h: Tensor, c: Tensor, context: Tensor | None, scale: float) -> State:
+    def _probe(
+        self, h: Tensor, c: Tensor, ended: Tensor | None, context: Tensor | None, scale: float
+    ) -> State:
         """End of a window in a probing phase: the state goes on through one tensor of rows."""
         rows = state_rows(h, c)
         forecast: Forecast | None = None
         if self.synthesizer is not None:
             forecast = self.predict(rows.detach(), context, False)
+            if ended is not None:
+                scaled = forecast.scaled.masked_fill(ended.unsqueeze(1), 0.0)
+                forecast = forecast._replace(scaled=scaled)
         assert self.phase.probe is not None
         if rows.requires_grad:
             self.phase.probe(rows, forecast, scale)
