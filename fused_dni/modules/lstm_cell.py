@@ -33,8 +33,9 @@ class _StepEnds:
         self.steps = steps  # since the entrance, this one included
         self.entrance = entrance
         self.exit: Exit | None = None
+        self.closes = False  # a boundary follows
         self.loss_scale = site.phase.loss_scale or 1.0
-        self.returns_weights = site.update is None
+        self.returns_weights = site.update is None or site.phase.probe is not None
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
@@ -91,6 +92,11 @@ class _Boundary(torch.autograd.Function):
         lessons, heads = entrance.examples(rows, grad, end.arrival)
         taught: Slots = site.teach(lessons + end.examples(end.arrival), heads, end.loss_scale)
         return none[:4] + (taught or none[4:])  # with a rule the parameters are anchors alone
+
+
+def _reset(h: Tensor, c: Tensor, start: Tensor | None) -> State:
+    """The state with the rows where ``start`` [B, 1] is true set to zero."""
+    return (h, c) if start is None else (h.masked_fill(start, 0.0), c.masked_fill(start, 0.0))
 
 
 class FusedDNILSTMCell(Recurrent):
@@ -191,7 +197,7 @@ class FusedDNILSTMCell(Recurrent):
             h, c = trace.h, trace.c
         else:
             ends = None
-            if decoupled or (self.training and self.update is not None and not self.phase.probe):
+            if decoupled or (self.training and (self.update or self.phase.probe)):
                 ends = self._ends(h)
             learners = () if ends is None else self._learners()
             h, c = lstm_cell(
@@ -206,7 +212,7 @@ class FusedDNILSTMCell(Recurrent):
         if isinstance(entrance, Entrance):
             return _StepEnds(self, 1, entrance)
         if isinstance(before, _StepEnds):
-            return _StepEnds(self, before.steps + 1, before.entrance)
+            return _StepEnds(self, 1 if before.closes else before.steps + 1, before.entrance)
         return _StepEnds(self, 1, None)
 
     @torch.compiler.disable
@@ -242,10 +248,8 @@ class FusedDNILSTMCell(Recurrent):
         check.ended(end_of_sequence, batch, h.device)
         start = None if end_of_sequence is None else end_of_sequence.unsqueeze(1)
         decoupled = self.training and torch.is_grad_enabled()
-        if self._modules["synthesizer"] is None or self.phase.probe is not None or not decoupled:
-            return (
-                state if start is None else (h.masked_fill(start, 0.0), c.masked_fill(start, 0.0))
-            )
+        if self._modules["synthesizer"] is None or not decoupled:
+            return _reset(h, c, start)
         if h.dim() == 1:
             raise RuntimeError("boundary needs a batch: call the cell with [B, I]")
         ends = getattr(h.grad_fn, "ends", None)
@@ -254,14 +258,17 @@ class FusedDNILSTMCell(Recurrent):
                 "boundary: state was not made by this cell's last step (the synthetic gradient is "
                 "injected into that step's backward): give it as it was returned, not detached"
             )
+        ends.closes = True
         context = self._context_rows(context, batch, h)
-        exit = Exit(self, end_of_sequence, context, self._scale(ends.steps, batch))
+        scale = self._scale(ends.steps, batch)
+        if self.phase.probe is not None:
+            probed = self._probe(h.unsqueeze(0), c.unsqueeze(0), end_of_sequence, context, scale)
+            return _reset(probed[0].squeeze(0), probed[1].squeeze(0), start)
+        exit = Exit(self, end_of_sequence, context, scale)
         ends.exit = exit
         if ends.entrance is not None:
             ends.entrance.exit = exit
-        h, c = h.detach(), c.detach()
-        if start is not None:
-            h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
+        h, c = _reset(h.detach(), c.detach(), start)
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )
