@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import twins
 from lstm_twins import (
     BACKENDS,
     as_rows,
@@ -39,19 +40,17 @@ ENDS = torch.tensor([[False, True, False], [False] * 3, [True, True, False], [Tr
 LENGTHS = torch.tensor([[4, 2, 3], [1, 4, 4], [3, 3, 1], [2, 4, 4]])
 
 
-def loss_of(k, output, state):
-    """Different for every window, on the output and on the state."""
+def loss_of(k, output, state, on_state=True):
+    """Different for every window, on the output and, if asked, on the state."""
     generator = torch.Generator().manual_seed(k)
 
     def weight(t):
         return torch.randn(t.shape, dtype=t.dtype, generator=generator)
 
-    return (
-        output.square().sum()
-        + (output * weight(output)).sum()
-        + (state[0] * weight(state[0])).sum()
-        + state[1].square().sum()
-    )
+    loss = output.square().sum() + (output * weight(output)).sum()
+    if on_state:
+        loss = loss + (state[0] * weight(state[0])).sum() + state[1].square().sum()
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def exact_rows():
     return out
 
 
-def through_nn_lstm(plain, x, ends, lengths, state):
+def through_nn_lstm(plain, x, ends, lengths, state, on_state=True):
     """Backprop through the whole stream: losses, and the states that windows hand on, recorded."""
     loss, handed = 0.0, []
     for k, window in enumerate(x):
@@ -109,7 +108,7 @@ def through_nn_lstm(plain, x, ends, lengths, state):
             packed = pack_padded_sequence(window, lengths[k], enforce_sorted=False)
             output, state = plain(packed, state)
             output, _ = pad_packed_sequence(output, total_length=STEPS)
-        loss = loss + loss_of(k, output, state)
+        loss = loss + loss_of(k, output, state, on_state)
         state = recorded(state)
         handed.append(state)
         if ends is not None:
@@ -117,9 +116,8 @@ def through_nn_lstm(plain, x, ends, lengths, state):
     return loss, handed
 
 
-def through_windows(module, form, x, ends, lengths, state, future, treat):
+def through_windows(module, form, x, ends, lengths, state, future, treat, on_state=True):
     """The same window by window, with the future's gradient as context; losses."""
-    losses = []
     for k, window in enumerate(x):
         mask = None if ends is None else ends[k]
         if form == "cell":
@@ -151,10 +149,10 @@ def through_windows(module, form, x, ends, lengths, state, future, treat):
             )  # fmt: skip
             output = output.transpose(0, 1) if form == "batch first" else output
             state = end
-        losses.append(loss_of(k, output, end))
+        loss = loss_of(k, output, end, on_state)
         if form != "cell":
             state = treat(state)
-        yield losses[-1]
+        yield loss
 
 
 TREATMENTS = {
@@ -450,3 +448,410 @@ def test_gradients_by_hand(backend, row):
         ended = ENDS[k] if row["ends"] else torch.zeros(BATCH, dtype=torch.bool)
         expected_start = tuple(t.masked_fill(ended[:, None], 0.0) for t in expected["end"])
         before = False if context is None else context
+
+
+# ---------------------------------------------------------------------------------------------
+# Which states are cut, and where M learns
+
+
+def summed(module, *windows):
+    """Each window's own loss, one backward each."""
+    for k, (output, state) in enumerate(windows):
+        loss_of(k, output, state).backward()
+
+
+@backends
+def test_the_entrance_is_cut(backend):
+    """Nothing of a later window reaches an earlier one; its loss on its own state does."""
+    module = lstm(INPUTS, HIDDEN, 2, backend=backend)
+    plain = plain_of(module)
+    x = double(STEPS, BATCH, INPUTS, grad=True)
+    _, state = module(x)
+    assert all(t.requires_grad and t.grad_fn is not None for t in state), "in the window's graph"
+    later, _ = module(double(STEPS, BATCH, INPUTS), state)
+    later.sum().backward()
+    assert x.grad is None
+    nn.init.zeros_(module.synthesizer.weight), nn.init.zeros_(module.synthesizer.bias)
+    module(x)[1][0].square().sum().backward()
+    y = x.detach().requires_grad_()
+    plain(y)[1][0].square().sum().backward()
+    close(x.grad, y.grad)
+
+
+@backends
+@pytest.mark.parametrize("kind", ["window", "cell"])
+@pytest.mark.parametrize("rule", [None, fd.SGD(RATE)])
+def test_a_state_that_is_never_continued_is_plain_training(backend, kind, rule):
+    """A fresh synthesizer predicts zero, and one that is never asked is never trained."""
+    torch.manual_seed(1)
+    made = fd.FusedDNILSTMCell if kind == "cell" else fd.FusedDNILSTM
+    module = made(INPUTS, HIDDEN, backend=backend, update=rule, dtype=torch.float64)
+    plain = plain_of(module)
+    optimizer = torch.optim.SGD(plain.parameters(), RATE)
+    heads = copy.deepcopy(module.synthesizer.state_dict())
+    for k in range(3):
+        x = double(STEPS, BATCH, INPUTS)
+        for net in (module, plain):
+            net.zero_grad()
+            if kind == "cell":
+                state = None
+                for step in x:
+                    state = net(step, state)
+                output = state[0]
+                if net is module:
+                    net.boundary(state)
+            else:
+                output, state = net(x)
+            loss_of(k, output, state).backward()
+        if rule is None:
+            close(local_gradients(module), local_gradients(plain))
+        else:
+            optimizer.step()
+            own = plain.state_dict()
+            close({n: module.state_dict()[n] for n in own}, dict(own))
+        assert all(g is None for g in grads(module.synthesizer))
+    close(dict(module.synthesizer.state_dict()), dict(heads), 0)
+    assert not module.statistics.any()
+
+
+@backends
+@pytest.mark.parametrize("treat", TREATMENTS)
+@pytest.mark.parametrize("pick", [[2, 0, 1], [1, 2], [1], [0, 2, 1, 1]])
+def test_rows_that_ended_are_reset_wherever_they_go(backend, treat, pick):
+    """Reordered, fewer, repeated; a view of the state too."""
+    module = lstm(INPUTS, HIDDEN, 2, backend=backend)
+    ended = torch.tensor([False, True, False])
+    _, state = module(double(STEPS, BATCH, INPUTS), end_of_sequence=ended)
+    x = double(STEPS, len(pick), INPUTS)
+    expected, _ = plain_of(module)(
+        x, tuple(t.detach()[:, pick] * ~ended[pick, None] for t in state)
+    )
+    output, _ = module(x, TREATMENTS[treat](tuple(t[:, pick] for t in state)))
+    close(output, expected)
+    view = tuple(t[:, 1:] for t in TREATMENTS[treat](state))
+    output, _ = module(x[:, :1].expand(-1, 2, -1), view)
+    close(output[:, :1], plain_of(module)(x[:, :1])[0])
+    module.eval()
+    with torch.no_grad():
+        output, _ = module(x, tuple(t[:, pick] for t in state))
+    close(output, expected)
+
+
+@backends
+def test_rows_that_the_user_reset_himself(backend):
+    """As one does with nn.LSTM: still the module's own state, cut and learned from."""
+    keep = torch.tensor([True, False, True])[:, None]
+    one, two = (m := lstm(INPUTS, HIDDEN, backend=backend)), copy.deepcopy(m)
+    x = double(2, STEPS, BATCH, INPUTS)
+    for module in (one, two):
+        ended = ~keep[:, 0] if module is one else None
+        output, state = module(x[0], end_of_sequence=ended)
+        if module is one:
+            output, _ = module(x[1], state)
+        else:
+            output, _ = module(x[1], tuple(t * keep for t in state))
+        output.square().sum().backward()
+    close(one.weight_hh_l0.grad, two.weight_hh_l0.grad)
+    assert one.statistics[-1] == two.statistics[-1] == 2
+
+
+@backends
+@pytest.mark.parametrize("kind", ["parameter", "nn.LSTM", "FusedDNILSTM"])
+def test_a_state_from_elsewhere_gets_its_gradient(backend, kind):
+    """A learned initial state, an encoder through a linear layer, another module's own state."""
+    decoder = lstm(INPUTS, HIDDEN, 2, backend=backend)
+    nn.init.zeros_(decoder.synthesizer.weight), nn.init.zeros_(decoder.synthesizer.bias)
+    x, y = double(STEPS, BATCH, INPUTS), double(STEPS, BATCH, INPUTS)
+    encoder = nn.LSTM(INPUTS, HIDDEN, 2, dtype=torch.float64)
+    bridge = nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64)
+    learned = nn.Parameter(double(2, 1, HIDDEN))
+    fused = fd.FusedDNILSTM.from_lstm(copy.deepcopy(encoder), backend=backend)
+    found = []
+    for net in (decoder, plain_of(decoder)):
+        for part in (encoder, bridge, fused):
+            part.zero_grad()
+        learned.grad = None
+        if kind == "parameter":
+            state = (learned.expand(-1, BATCH, -1), learned.expand(-1, BATCH, -1))
+        elif kind == "nn.LSTM":
+            state = tuple(bridge(t) for t in encoder(x)[1])
+        else:
+            state = (fused if net is decoder else encoder)(x)[1]
+        output, state = net(y, state)
+        loss_of(0, output, state).backward()
+        mine = fused if kind == "FusedDNILSTM" and net is decoder else encoder
+        found.append([learned.grad, grads(bridge), local_gradients(mine), local_gradients(net)])
+    close(*found)
+    assert all(g is None for g in grads(decoder.synthesizer)), "nothing was predicted there"
+
+
+@backends
+@pytest.mark.parametrize("kind", ["window", "cell"])
+@pytest.mark.parametrize("rule", [None, fd.SGD(RATE)])
+def test_a_second_backward_through_a_window_is_an_error(backend, kind, rule):
+    """A state that was used by a later loss too; nothing is updated by it."""
+    module = (cell if kind == "cell" else lstm)(INPUTS, HIDDEN, update=rule, backend=backend)
+    x = double(STEPS, BATCH, INPUTS)
+    if kind == "cell":
+        state = None
+        for step in x:
+            state = module(step, state)
+        output = state[0]
+    else:
+        output, state = module(x)
+    output.sum().backward(retain_graph=True)
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(RuntimeError, match="backward was run a second time"):
+        state[1].sum().backward()
+    close([p.detach() for p in module.parameters()], before, 0)
+
+
+@backends
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_a_state_used_twice_gives_two_lessons(backend, auxiliary):
+    """Two windows from one state: with a rule one update by the sum of what each would give."""
+    x = double(3, STEPS, BATCH, INPUTS)
+    found = []
+    for which in ((1,), (2,), (1, 2)):
+        for rule in (None, fd.SGD(RATE)):
+            torch.manual_seed(1)
+            module = lstm(INPUTS, HIDDEN, 2, auxiliary=auxiliary, update=rule, backend=backend)
+            before = {n: p.detach().clone() for n, p in module.named_parameters()}
+            with torch.no_grad():
+                _, state = module(x[0])
+            losses = [loss_of(k, *module(x[k], state)) for k in which]
+            torch.stack(losses).sum().backward()
+            found.append(
+                {n: p.grad if rule is None else (before[n] - p.detach()) / RATE
+                 for n, p in module.named_parameters()}
+            )  # fmt: skip
+            if rule is not None:
+                assert [r.steps for _, r, _ in module.rules()] == [1, 1, 1][: 2 + auxiliary]
+    first, first_rule, second, second_rule, both, both_rule = found
+    total = {n: first[n] + second[n] for n in first}
+    close(both, total, 1e-11)
+    close(both_rule, total, 1e-11)
+    close(first_rule, first, 1e-11), close(second_rule, second, 1e-11)
+
+
+@backends
+@pytest.mark.parametrize("kind", ["window", "cell"])
+def test_backward_boundary(backend, kind):
+    """The backward starts from the prediction alone; several modules' states at once."""
+    modules = [(cell if kind == "cell" else lstm)(INPUTS, HIDDEN, backend=backend) for _ in "ab"]
+    x, states, expected = double(STEPS, BATCH, INPUTS), [], []
+    for module in modules:
+        plain = plain_of(module)
+        if kind == "cell":
+            state = theirs = None
+            for step in x:
+                state, theirs = module(step, state), plain(step, theirs)
+            module.boundary(state)
+            theirs = tuple(t.unsqueeze(0) for t in theirs)
+        else:
+            _, state = module(x)
+            _, theirs = plain(x)
+        states.append(state)
+        synthetic = prediction(module, [t.detach() for t in theirs]) / (STEPS * BATCH)
+        (as_rows(theirs) * synthetic).sum().backward()
+        expected.append(local_gradients(plain))
+    fd.backward_boundary(states)
+    close([local_gradients(m) for m in modules], expected)
+
+
+def test_backward_boundary_without_a_graph():
+    module = lstm(INPUTS, HIDDEN)
+    _, state = module(double(STEPS, BATCH, INPUTS))
+    with pytest.raises(RuntimeError, match="the state carries no graph"):
+        fd.backward_boundary(tuple(t.detach() for t in state))
+    with pytest.raises(RuntimeError, match="the state carries no graph"):
+        fd.backward_boundary([])
+    with pytest.raises(TypeError, match="state must be tensors in tuples or lists, got dict"):
+        fd.backward_boundary({"state": state})
+
+
+def test_a_boundary_needs_the_cells_own_state():
+    module = cell(INPUTS, HIDDEN)
+    h, c = module(double(BATCH, INPUTS))
+    for state in ((h.detach(), c), (h * 1, c), (double(BATCH, HIDDEN), c)):
+        with pytest.raises(RuntimeError, match="state was not made by this cell's last step"):
+            module.boundary(state)
+    other = cell(INPUTS, HIDDEN)
+    with pytest.raises(RuntimeError, match="state was not made by this cell's last step"):
+        other.boundary((h, c))
+
+
+@backends
+def test_a_boundary_changes_nothing_without_decoupling(backend):
+    """Eval, no gradients, no synthesizer: the state itself, but for rows that end."""
+    ended = torch.tensor([True, False, False])
+    for module, grad in (
+        (cell(INPUTS, HIDDEN, backend=backend).eval(), True),
+        (cell(INPUTS, HIDDEN, backend=backend), False),
+        (cell(INPUTS, HIDDEN, synthesizer=None, backend=backend), True),
+    ):
+        with torch.set_grad_enabled(grad):
+            state = module(double(BATCH, INPUTS))
+            close([*module.boundary(state)], [*state], 0)
+            h, c = module.boundary(state, ended)
+        assert not h[0].any() and not c[0].any()
+        close([h[1:], c[1:]], [t[1:] for t in state], 0)
+
+
+def test_cell_and_window_agree():
+    """One stream through both: every gradient, M's and the auxiliary head's among them."""
+    window = lstm(INPUTS, HIDDEN, auxiliary=True)
+    single = fd.FusedDNILSTMCell(INPUTS, HIDDEN, auxiliary=True, dtype=torch.float64)
+    own = window.state_dict()
+    single.load_state_dict({n: own[n if "." in n else f"{n}_l0"] for n in single.state_dict()})
+    x = double(len(ENDS), STEPS, BATCH, INPUTS)
+    row = {"ends": True, "form": "window"}
+    for module in (window, single):
+        state = None
+        for k, inputs in enumerate(x):
+            output, end, state = run(module, row, k, inputs, state, None)
+            loss_of(k, output, end).backward()
+        row = {**row, "form": "cell"}
+    theirs = {n.removesuffix("_l0"): p.grad for n, p in window.named_parameters()}
+    close({n: p.grad for n, p in single.named_parameters()}, theirs)
+    close(window.statistics, single.statistics)
+    close(window.auxiliary_statistics, single.auxiliary_statistics)
+
+
+@backends
+@pytest.mark.parametrize("rule", [None, fd.Adam(0.03)])
+def test_heads_really_learn(backend, rule):
+    """Of frozen layers, on a stream that repeats itself: both errors fall. The auxiliary head's,
+    through M, changes what the recurrent weights get."""
+    x, y = double(2, STEPS, BATCH, INPUTS), double(2, STEPS, BATCH, HIDDEN)
+    gradients = []
+    for auxiliary in (True, False):
+        torch.manual_seed(1)
+        module = fd.FusedDNILSTM(
+            INPUTS, HIDDEN, auxiliary=auxiliary, update=rule, backend=backend, dtype=torch.float64
+        )
+        own = [p for n, p in module.named_parameters() if "." not in n]
+        for p in own:
+            p.requires_grad_(False)
+        heads = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(heads, 0.03)
+        errors, state = [], None
+        for _ in range(150):
+            module.statistics.zero_(), module.auxiliary_statistics.zero_()
+            for inputs, target in zip(x, y, strict=True):
+                optimizer.zero_grad()
+                output, state = module(inputs, state)
+                (output - target).square().mean().backward()
+                optimizer.step()
+            sums = (module.statistics, module.auxiliary_statistics)
+            errors.append([float(s[3] / s[2]) for s in sums if s[4]])  # relative to the target
+        assert len(errors[-1]) == 1 + auxiliary
+        assert errors[0][0] > 0.5 and max(errors[-1]) < 0.3, "an untrained head explains nothing"
+        for p in own:
+            p.requires_grad_(True)
+        module.update = None
+        output, _ = module(x[0], state)
+        (output - y[0]).square().mean().backward()
+        gradients.append(module.weight_hh_l0.grad)
+    gap = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert gap > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# Diagnostics
+
+
+@backends
+@pytest.mark.parametrize(("form", "layers"), [("steps first", 1), ("steps first", 2), ("cell", 1)])
+@pytest.mark.parametrize("rule", [None, fd.SGD(RATE)])
+@pytest.mark.parametrize("ends", [None, ENDS])
+def test_true_gradient_of_the_future(backend, form, layers, rule, ends):
+    """Against autograd through nn.LSTM; with what it finds as context, a cosine of one. Nothing is
+    changed by it."""
+    plain = (
+        nn.LSTMCell(INPUTS, HIDDEN, dtype=torch.float64)
+        if form == "cell"
+        else nn.LSTM(INPUTS, HIDDEN, layers, dtype=torch.float64)
+    )
+    module = oracle(copy.deepcopy(plain), update=rule, backend=backend)
+    module.target_scale = None  # by the steps of each window
+    x = double(len(ENDS), STEPS, BATCH, INPUTS)
+    loss, handed = through_nn_lstm(plain, x, ends, None, None, on_state=False)
+    loss.backward()
+    future = [state_grad(state) * STEPS * BATCH for state in handed]
+    off = double(*future[0].shape)
+
+    def closure(error=0.0):
+        context = [g + error * off for g in future]
+        return sum(through_windows(module, form, x, ends, None, None, context, lambda s: s, False))
+
+    before = twins.snapshot(module)
+    found = fd.diagnostics(module, closure)[""]
+    assert found["true_cosine"] == pytest.approx(1.0, abs=1e-12)
+    assert found["true_norm_ratio"] == pytest.approx(1.0, abs=1e-12)
+    found = fd.diagnostics(module, lambda: closure(10.0))[""]
+    s, g = [], []
+    for k in range(len(ENDS) - 1):
+        alive = torch.ones(BATCH, dtype=torch.bool) if ends is None else ~ends[k]
+        s.append(((future[k] + 10.0 * off) * alive[:, None]).flatten())
+        g.append(future[k].flatten())
+    s, g = torch.cat(s), torch.cat(g)
+    cosine = float(s @ g / (s.norm() * g.norm()))
+    assert abs(cosine) < 0.99 and found["true_cosine"] == pytest.approx(cosine, abs=1e-12)
+    assert found["true_norm_ratio"] == pytest.approx(float(s.norm() / g.norm()))
+    twins.unchanged(before, twins.snapshot(module))
+
+
+@backends
+def test_statistics(backend):
+    """Cosine, ratio and loss of what M learned from, by hand."""
+    module = lstm(INPUTS, HIDDEN, backend=backend)
+    plain, x = plain_of(module), double(2, STEPS, BATCH, INPUTS)
+    _, state = module(x[0])
+    start = tuple(t.detach().clone().requires_grad_() for t in state)
+    output, end = plain(x[1], start)
+    kappa = STEPS * BATCH
+    synthetic = prediction(module, [t.detach() for t in end]) / kappa
+    ((as_rows(end) * synthetic).sum() + output.square().sum()).backward()
+    target, s = kappa * state_grad(start), prediction(module, [t.detach() for t in start])
+    output, _ = module(x[1], state)
+    output.square().sum().backward()
+    found = fd.diagnostics(module, reset=True)[""]
+    assert found["targets"] == BATCH
+    assert found["cosine"] == pytest.approx(float((s * target).sum() / s.norm() / target.norm()))
+    assert found["norm_ratio"] == pytest.approx(float(s.norm() / target.norm()))
+    assert found["synthesizer_loss"] == pytest.approx(float((s - target).square().sum() / BATCH))
+    assert fd.diagnostics(module)[""]["targets"] == 0
+
+
+@backends
+def test_context_from_the_surroundings(backend):
+    """``condition_on`` reaches the module in training and in a probe; eval needs none."""
+    module = lstm(INPUTS, HIDDEN, context_features=3, backend=backend)
+    twin = copy.deepcopy(module)
+    x, labels = double(2, STEPS, BATCH, INPUTS), torch.tensor([0, 2, 1])
+
+    def closure(m=module):
+        state, loss = None, 0.0
+        for inputs in x:
+            output, state = m(inputs, state)
+            loss = loss + output.square().sum()
+        return loss
+
+    with fd.condition_on(labels):
+        closure().backward()
+        found = fd.diagnostics(module, closure)[""]
+    state, loss = None, 0.0
+    for inputs in x:
+        output, state = twin(inputs, state, context=labels)
+        loss = loss + output.square().sum()
+    loss.backward()
+    close(dict(grads_of(module)), dict(grads_of(twin)))
+    assert -1.0 <= found["true_cosine"] <= 1.0
+    with pytest.raises(ValueError, match="context is missing"):
+        module(x[0])
+    module.eval()(x[0])
+
+
+def grads_of(module):
+    return {n: p.grad for n, p in module.named_parameters()}

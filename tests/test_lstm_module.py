@@ -117,7 +117,7 @@ def test_equals_nn_lstm(backend, row):
                 "dx": mine.grad,
                 "state": None if start is None else [t.grad for t in start],
                 **local_gradients(net),
-            }  # fmt: skip
+            }
         )
     mine, theirs = found
     assert mine.keys() == theirs.keys()
