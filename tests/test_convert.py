@@ -52,6 +52,23 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
+class Language(nn.Module):
+    """Embedding, LSTM, cell, head: logits [T, B, 11]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(11, 6), nn.LSTM(6, 5, 2, dropout=0.2)
+        self.cell, self.head = nn.LSTMCell(5, 4, bias=False), nn.Linear(4, 11)
+
+    def forward(self, tokens):
+        out, state = self.lstm(self.embed(tokens))[0], None
+        steps = []
+        for step in out:
+            state = self.cell(step, state)
+            steps.append(state[0])
+        return self.head(torch.stack(steps))
+
+
 def mlp():
     return nn.Sequential(
         nn.Flatten(),
@@ -73,6 +90,7 @@ MODELS = {
     "mlp": (mlp, lambda: torch.randn(5, 2, 3)),
     "transformer": (Transformer, lambda: torch.randint(11, (3, 4))),
     "untied": (lambda: Transformer(tie=False), lambda: torch.randint(11, (3, 4))),
+    "language": (Language, lambda: torch.randint(11, (3, 4))),
     "nn.TransformerEncoder": (encoder, lambda: torch.randn(3, 4, 8)),
 }
 
@@ -102,7 +120,8 @@ def test_round_trip(name, synthesizer, rule):
     assert held <= {id(p) for p in model.parameters()}, "the same parameters, not copies"
     torch.testing.assert_close(model(x), expected)
     assert fd.revert(model) is model
-    assert not any(isinstance(m, (fd.FusedDNILinear, Absorbed)) for m in model.modules())
+    ours = (fd.FusedDNILinear, fd.FusedDNILSTM, fd.FusedDNILSTMCell, Absorbed)
+    assert not any(isinstance(m, ours) for m in model.modules())
     assert held == {id(p) for p in model.parameters()}
     state, original = model.state_dict(), plain.state_dict()
     assert list(state) == list(original)
@@ -190,7 +209,7 @@ def test_what_cannot_be_taken_over_is_left():
     kinds = [type(m) for m in model]
     fd.convert(model, head="decoupled")
     assert [type(m) for m in model] == [*kinds[:3], fd.FusedDNILinear, nn.BatchNorm1d]
-    with pytest.raises(ValueError, match=r"no nn.Linear that can be converted"):
+    with pytest.raises(ValueError, match=r"no nn.Linear, nn.LSTM or nn.LSTMCell that can be"):
         fd.convert(nn.Sequential(nn.ReLU(), Own(3, 3)))
 
 
@@ -299,7 +318,7 @@ def test_batchnorm_over_sequences_is_not_taken_along():
 
 def test_converted_twice_is_converted_once():
     model = fd.convert(mlp())
-    with pytest.raises(ValueError, match="no nn.Linear that can be converted"):
+    with pytest.raises(ValueError, match="no nn.Linear, nn.LSTM or nn.LSTMCell that can"):
         fd.convert(model)
     assert fd.revert(fd.revert(model)) is model
 
@@ -316,3 +335,132 @@ def test_a_checkpoint_of_the_plain_model_loads():
     assert all(".synthesizer." in k for k in found.missing_keys)
     x = torch.randn(5, 2, 3)
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# Recurrent modules
+
+
+def test_recurrent_modules():
+    """They take all options; the head behind them stays exact."""
+    options = {"update": fd.SGD(0.1), "synthesizer_update": fd.Adam(0.1), "target_scale": 3.0,
+               "max_norm": 2.0, "backend": "reference", "context_features": 4, "sg_scale": 0.5,
+               "auxiliary": True}  # fmt: skip
+    model = fd.convert(Language(), **options)
+    assert [type(m) for m in model.children()] == [
+        nn.Embedding, fd.FusedDNILSTM, fd.FusedDNILSTMCell, fd.FusedDNILinear
+    ]  # fmt: skip
+    assert model.head.synthesizer is None and model.head.update is not None
+    for module in (model.lstm, model.cell):
+        assert module.synthesizer.context_features == module.auxiliary_head.context_features == 4
+        assert (module.sg_scale, module.max_norm, module.target_scale) == (0.5, 2.0, 3.0)
+        assert module.backend == "reference" and module.synthesizer_update.rule == fd.Adam(0.1)
+    assert (model.lstm.num_layers, model.lstm.dropout, model.cell.bias) == (2, 0.2, False)
+    exact = fd.convert(Language(), **{**options, "synthesizer": None, "synthesizer_update": None})
+    assert exact.lstm.synthesizer is exact.lstm.auxiliary_head is exact.cell.synthesizer is None
+
+
+def test_a_converted_stream_is_decoupled():
+    """The LSTM from the first call on, the cell once its loop calls ``boundary``."""
+    model = fd.convert(Language())
+    tokens, state, learned = torch.randint(11, (2, 3, 4)), None, []
+    for window in tokens:
+        out, state = model.lstm(model.embed(window), state)
+        out.square().mean().backward()
+        learned.append(model.lstm.synthesizer.weight.grad is not None)
+    assert learned == [False, True]
+    model(tokens[0]).sum().backward()
+    assert model.cell.synthesizer.weight.grad is None
+    state = None
+    for window in tokens:
+        for _ in window:
+            state = model.cell(torch.randn(4, 5), state)
+        after = model.cell.boundary(state)
+        state[0].square().mean().backward()
+        state = after
+    assert model.cell.synthesizer.weight.grad is not None
+
+
+def test_recurrent_modules_alone():
+    for plain, kind in ((nn.LSTM(3, 4, 2), fd.FusedDNILSTM), (nn.LSTMCell(3, 4), None)):
+        made = fd.convert(plain)
+        assert type(made) is (kind or fd.FusedDNILSTMCell)
+        assert list(map(id, plain.parameters())) == [
+            id(p) for n, p in made.named_parameters() if "." not in n
+        ]
+        back = fd.revert(made)
+        assert type(back) is type(plain)
+        assert list(map(id, back.parameters())) == list(map(id, plain.parameters()))
+    model = fd.convert(nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.LSTM(4, 4)}))
+    assert all(isinstance(m, fd.FusedDNILSTM) for m in model.values())
+
+
+def test_recurrent_modules_that_are_left():
+    class Own(nn.LSTM):
+        pass
+
+    def model():
+        parts = {
+            "both": nn.LSTM(3, 4, bidirectional=True), "projected": nn.LSTM(3, 4, proj_size=2),
+            "own": Own(3, 4), "hooked": nn.LSTM(3, 4), "parametrized": nn.LSTMCell(3, 4),
+            "gru": nn.GRU(3, 4), "plain": nn.LSTM(3, 4),
+        }  # fmt: skip
+        parts["hooked"].register_forward_hook(lambda *a: None)
+        weight_norm(parts["parametrized"], "weight_hh")
+        return nn.ModuleDict(parts)
+
+    def taken(**options):
+        made = fd.convert(model(), **options)
+        return {n for n, m in made.items() if isinstance(m, fd.FusedDNILSTM)}
+
+    assert taken() == {"plain"}
+    assert taken(synthesizer=None) == {"both", "projected", "plain"}
+    assert taken(synthesizer=None, update=fd.SGD(0.1)) == {"plain"}
+    assert taken(synthesizer=None, backend="reference") == {"plain"}
+    with pytest.raises(ValueError, match="or nn.LSTMCell that can be converted"):
+        fd.convert(nn.LSTM(3, 4, bidirectional=True))
+
+
+def test_tied_recurrent_weights_are_left_alone_by_a_rule():
+    def model():
+        a, b = nn.LSTM(4, 4), nn.LSTM(4, 4)
+        b.weight_hh_l0 = a.weight_hh_l0
+        return nn.ModuleList([a, b, nn.LSTM(4, 4)])
+
+    kinds = [type(m) for m in fd.convert(model(), update=fd.SGD(0.1))]
+    assert kinds == [nn.LSTM, nn.LSTM, fd.FusedDNILSTM]
+    tied = fd.convert(model())
+    assert tied[0].weight_hh_l0 is tied[1].weight_hh_l0
+
+
+def test_a_shared_recurrent_module_stays_one():
+    shared = nn.LSTM(4, 4)
+    model = fd.convert(nn.ModuleList([shared, shared]))
+    assert model[0] is model[1] and isinstance(model[0], fd.FusedDNILSTM)
+    fd.revert(model)
+    assert model[0] is model[1] and type(model[0]) is nn.LSTM
+
+
+def test_each_recurrent_module_gets_a_copy_of_a_synthesizer():
+    given = fd.DiagonalSynthesizer(8)
+    model = fd.convert(nn.ModuleList([nn.LSTM(3, 4), nn.LSTMCell(3, 4)]), synthesizer=given)
+    assert len({id(m) for m in (given, model[0].synthesizer, model[1].synthesizer)}) == 3
+    with pytest.raises(ValueError, match="synthesizer has features=8, the state 16"):
+        fd.convert(nn.LSTM(3, 4, 2), synthesizer=given)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_from_and_to_lstm(bidirectional, proj_size):
+    plain = nn.LSTM(3, 4, 2, False, True, 0.1, bidirectional, proj_size).double().eval()
+    with pytest.raises(ValueError, match="only nn.LSTM itself can be taken over, got GRU"):
+        fd.FusedDNILSTM.from_lstm(nn.GRU(3, 4))
+    with pytest.raises(ValueError, match="only nn.LSTMCell itself can be taken over, got GRUCell"):
+        fd.FusedDNILSTMCell.from_lstm_cell(nn.GRUCell(3, 4))
+    module = fd.FusedDNILSTM.from_lstm(plain, synthesizer=None)
+    back = module.to_lstm()
+    assert repr(back) == repr(plain) and not module.training and not back.training
+    assert list(map(id, back.parameters())) == list(map(id, plain.parameters()))
+    x = twins.double(2, 5, 3)
+    close(back(x)[0], plain(x)[0], 0)
+    close(module(x)[0], plain(x)[0])
