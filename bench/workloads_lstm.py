@@ -448,43 +448,9 @@ def check_cell(shape: Shape, ours: bool, *, backward: bool, backend: str | None 
 
 
 def floor(shape: Shape, backward: bool) -> timing.Candidate:
-    """The products that a window cannot avoid, alone, by ``torch.mm(out=)`` on contiguous operands.
-
-    A layer: the input projection, as one product over the window; T recurrent products, one after
-    the other; backward as many of the gates' gradients with the recurrent weight, and, as one
-    product over the window each, the gradients of both weights and of the layer's input.
-    """
+    """The products that a window cannot avoid, alone."""
     batch, hidden, steps, layers = shape
-    rows, gates = steps * batch, 4 * hidden
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator)
-
-    x, w_in, projected = normal(rows, hidden), normal(hidden, gates), normal(rows, gates)
-    h, w_hh, step = normal(batch, hidden), normal(hidden, gates), normal(batch, gates)
-    w_back, back = normal(gates, hidden), normal(batch, hidden)
-    delta, delta_t, dw, dx = (
-        normal(rows, gates),
-        normal(gates, rows),
-        normal(gates, hidden),
-        normal(rows, hidden),
-    )
-
-    def products() -> None:
-        for _ in range(layers):
-            torch.mm(x, w_in, out=projected)
-            for _ in range(steps):
-                torch.mm(h, w_hh, out=step)
-            if not backward:
-                continue
-            for _ in range(steps):
-                torch.mm(step, w_back, out=back)
-            torch.mm(delta_t, x, out=dw)
-            torch.mm(delta_t, x, out=dw)
-            torch.mm(delta, w_back, out=dx)
-
-    return products
+    return timing.lstm_floor(steps, batch, hidden, hidden, layers, backward=backward)
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -27,6 +27,7 @@ from fused_dni.synthesizers import (
     Synthesizer,
 )
 from fused_dni.verdict import Verdict, verdict
+from fused_dni.verdict_lstm import LSTMVerdict, verdict_lstm
 
 __all__ = [
     "SGD",
@@ -40,6 +41,7 @@ __all__ = [
     "FusedDNILSTMCell",
     "FusedDNILinear",
     "FusedOptimizer",
+    "LSTMVerdict",
     "LinearSynthesizer",
     "MLPSynthesizer",
     "Schedule",
@@ -53,4 +55,5 @@ __all__ = [
     "ordinary_parameters",
     "revert",
     "verdict",
+    "verdict_lstm",
 ]

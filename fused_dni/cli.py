@@ -334,6 +334,9 @@ def _add_recurrent(commands: Any, task: str) -> None:
             metavar="STEPS",
             help="sum gradients over so many steps of a stream; 0: an update every window",
         )
+        how.add_argument(
+            "--warmup", type=_rate, help="share of the run in which synthesizers only learn"
+        )
         how.add_argument("--embedding", type=_whole(0, "embedding"), help="its size; 0: one-hot")
     else:
         how.add_argument(

@@ -376,6 +376,50 @@ def gemm_floor(
     return floor
 
 
+def lstm_floor(
+    steps: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    layers: int = 1,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Candidate:
+    """The matrix products that no window of an LSTM can avoid, alone.
+
+    For each layer: the input projection, as one product over the window, and T recurrent products,
+    one after the other; with ``backward`` T products of the gates' gradients with the recurrent
+    weight, one after the other, and, as one product over the window each, the gradients of both
+    weights and of the layer's input. By ``torch.mm(out=)`` on contiguous operands of their own.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    rows, gates = steps * batch, 4 * hidden
+    # (a, b, out, times) of each layer: the first one reads the inputs, the others a layer.
+    products = []
+    for features in (inputs, *(hidden,) * (layers - 1)):
+        products.append((make(rows, features), make(features, gates), make(rows, gates), 1))
+        products.append((make(batch, hidden), make(hidden, gates), make(batch, gates), steps))
+        if backward:
+            products.append((make(batch, gates), make(gates, hidden), make(batch, hidden), steps))
+            for size in (features, hidden):
+                products.append((make(gates, rows), make(rows, size), make(gates, size), 1))
+            products.append((make(rows, gates), make(gates, features), make(rows, features), 1))
+
+    def floor() -> None:
+        with torch.no_grad():
+            for a, b, out, times in products:
+                for _ in range(times):
+                    torch.mm(a, b, out=out)
+
+    return floor
+
+
 #: What :func:`peak_memory` measures, for reports.
 PEAK_MEMORY_CPU = (
     "peak bytes held from torch's CPU allocator during a step, above parameters, optimizer state "

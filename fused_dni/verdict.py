@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from fused_dni import text, timing
 from fused_dni.baseline import facts, stock_optimizer
 from fused_dni.modules.base import NO_TARGET, DecoupledModule
+from fused_dni.modules.recurrent import Recurrent
 from fused_dni.rules import SGD, Rule
 from fused_dni.timing import Ratio, Timing
 
@@ -284,18 +285,10 @@ class Verdict:
             return "-"
         if name == base:
             return "1"
-        found = self.ratio(name, base)
-        mark = "~" if base != "floor" and found.verdict() == "inconclusive" else ""
-        return f"{mark}{found.median:.2f}"
+        return cell(self.ratio(name, base), marked=base != "floor")
 
     def _versus(self, name: str, base: str) -> str:
-        found = self.ratio(name, base)
-        word = found.verdict()
-        if word == "faster":
-            return f"{1 / found.median:.2f}x faster than"
-        if word == "slower":
-            return f"{found.median:.2f}x slower than"
-        return "not measurably different from"
+        return versus(self.ratio(name, base))
 
     def _against_word(self, name: str) -> str:
         found = self.ratio(name, "compiled")
@@ -303,6 +296,22 @@ class Verdict:
         if word == "inconclusive":
             return "not measurably different"
         return f"{1 / found.median if word == 'faster' else found.median:.2f}x {word}"
+
+
+def versus(found: Ratio) -> str:
+    """What a ratio of times says, in the words of a sentence: ``1.20x faster than``."""
+    word = found.verdict()
+    if word == "faster":
+        return f"{1 / found.median:.2f}x faster than"
+    if word == "slower":
+        return f"{found.median:.2f}x slower than"
+    return "not measurably different from"
+
+
+def cell(found: Ratio, *, marked: bool = True) -> str:
+    """A ratio of times in a table; ``~`` marks one that could not be told from one."""
+    mark = "~" if marked and found.verdict() == "inconclusive" else ""
+    return f"{mark}{found.median:.2f}"
 
 
 _NAMES = {
@@ -783,7 +792,10 @@ def _pose(
             f"the module does not take a sample of shape {list(sample.shape)}: {_first(error)}"
         ) from error
     if not isinstance(output, Tensor):
-        raise VerdictError(f"the module must return one tensor, got {type(output).__name__}")
+        hint = ""
+        if isinstance(module, (nn.LSTM, Recurrent)):
+            hint = ": for an LSTM there is verdict_lstm"
+        raise VerdictError(f"the module must return one tensor, got {type(output).__name__}{hint}")
     generator = torch.Generator().manual_seed(0)
     rows = tuple(output.shape[:-1]) if output.dim() != 4 else (output.shape[0],)
     context = None
