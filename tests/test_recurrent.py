@@ -120,6 +120,23 @@ def test_synthesizers_learn_and_are_asked_for():
     assert float(trainer.net.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
 
 
+def test_nothing_is_injected_during_the_warm_up():
+    """With all of the run a warm-up, a DNI arm is truncated backprop, bit by bit, and M learns."""
+    settings = replace(CHARLM, amount=400, warmup=1.0, backend="reference")
+    trainers = [
+        recurrent.build(recurrent.Arm(method, 4), 0, settings, SOURCE)
+        for method in ("fused", "dni")
+    ]
+    for _ in range(20):
+        for trainer in trainers:
+            trainer.step()
+    for a, b in zip(*(trainer.trained for trainer in trainers), strict=True):
+        assert torch.equal(a, b)
+    assert float(trainers[1].net.lstm.synthesizer.weight.detach().abs().sum()) > 0
+    started = recurrent.build(recurrent.Arm("dni", 4), 0, replace(settings, warmup=0.4), SOURCE)
+    assert started.schedule.warmup_steps == 10  # of 25 windows
+
+
 def test_every_synthesizer_of_the_command_line_runs():
     for name in recurrent.SYNTHESIZERS:
         settings = replace(CHARLM, synthesizer=name, sg_hidden=8, amount=160)
@@ -194,6 +211,8 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
         ({"sg_scale": math.inf}, "sg_scale must be finite"),
         ({"target_scale": 0.0}, "target_scale must be positive"),
         ({"threshold": 2.0}, "threshold must lie in"),
+        ({"warmup": 1.5}, "warmup must lie in"),
+        ({"task": "copy", "warmup": 0.1}, "and be 0 for copy tasks"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
         ({"embedding": -1}, "embedding must be at least 0"),
     ],

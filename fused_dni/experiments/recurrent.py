@@ -98,6 +98,8 @@ class Settings:
         synthesizer: ``default`` (the module's), ``linear`` (dense) or ``mlp``.
         sg_hidden: hidden units of ``mlp``.
         sg_scale: factor on the synthetic gradient.
+        warmup: share of the run, at its start, in which synthesizers learn and nothing is injected.
+            Not for the copy tasks: windows without a loss would teach them that nothing matters.
         target_scale: the regression's target is so many times the gradient of the loss summed over
             steps and rows.
         amount: what every arm sees: characters (charlm), or batches of episodes.
@@ -132,6 +134,7 @@ class Settings:
     synthesizer: str = "default"
     sg_hidden: int = 256
     sg_scale: float = 1.0
+    warmup: float = 0.0
     target_scale: float = 1.0
     amount: int = 10_000_000
     update_every: int = 0
@@ -171,6 +174,10 @@ class Settings:
         for name in ("embedding", "update_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0.0 <= self.warmup <= 1.0 or (self.warmup and self.task != "charlm"):
+            raise ValueError(
+                f"warmup must lie in [0, 1], and be 0 for copy tasks, got {self.warmup}"
+            )
         for name in ("threshold", "smoothing"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
@@ -314,6 +321,10 @@ class Trainer:
         for group in groups:
             group["initial_lr"] = group["lr"]
         self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.schedule: fd.Schedule | None = None
+        if arm.synthetic:
+            windows = -(-self.total // arm.window)
+            self.schedule = fd.Schedule(self.net, warmup_steps=round(settings.warmup * windows))
         self.seconds = 0.0
         self.position = 0
         self.updates = 0
@@ -347,6 +358,8 @@ class Trainer:
             fd.backward_boundary(state)
         else:
             return  # nothing arrives: there is no gradient
+        if self.schedule is not None:
+            self.schedule.step()
         if not update:
             return
         if self.settings.clip:
@@ -382,6 +395,7 @@ class Trainer:
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "seconds": self.seconds,
             "position": self.position,
             "updates": self.updates,
@@ -393,6 +407,8 @@ class Trainer:
         """Continue from :meth:`state_dict`."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self.seconds, self.position = state["seconds"], state["position"]
         self.updates, self.history = state["updates"], list(state["history"])
         self._bits, self._count = state["sums"]
