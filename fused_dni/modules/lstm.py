@@ -323,7 +323,7 @@ class FusedDNILSTM(Recurrent):
             h, c = self._probe(h, c, ended, context, scale)
         noted = ended is not None or (context is not None and decoupled)
         if noted and not torch.compiler.is_compiling():
-            self._returned.note(h, ended, context)
+            self._returned.note(h, Known(ended, context))
         return output, (h, c)
 
     def _enter(

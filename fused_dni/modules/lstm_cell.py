@@ -17,6 +17,7 @@ from fused_dni.modules.recurrent import (
     Arrival,
     Entrance,
     Exit,
+    Known,
     Recurrent,
     Slots,
     State,
@@ -197,6 +198,8 @@ class FusedDNILSTMCell(Recurrent):
             h, c = trace.h, trace.c
         else:
             ends = None
+            if decoupled and hx is not None and not torch.compiler.is_compiling():
+                h, c = self._continued(h, c)
             if decoupled or (self.training and (self.update or self.phase.probe)):
                 ends = self._ends(h)
             learners = () if ends is None else self._learners()
@@ -255,8 +258,9 @@ class FusedDNILSTMCell(Recurrent):
         ends = getattr(h.grad_fn, "ends", None)
         if not isinstance(ends, _StepEnds) or ends.site is not self:
             raise RuntimeError(
-                "boundary: state was not made by this cell's last step (the synthetic gradient is "
-                "injected into that step's backward): give it as it was returned, not detached"
+                "boundary: state was not made by this cell's last step, into whose backward the "
+                "synthetic gradient is injected: give it as it was returned, not detached, by a "
+                "cell that is not compiled"
             )
         ends.closes = True
         context = self._context_rows(context, batch, h)
@@ -269,6 +273,23 @@ class FusedDNILSTMCell(Recurrent):
         if ends.entrance is not None:
             ends.entrance.exit = exit
         h, c = _reset(h.detach(), c.detach(), start)
+        made = self._start(h, c, context)
+        if context is not None:
+            self._returned.note(made[0].unsqueeze(0), Known(None, context))
+        return made
+
+    def _continued(self, h: Tensor, c: Tensor) -> State:
+        """A state that came without a graph, detached or copied behind its boundary, starts a
+        window all the same."""
+        if h.requires_grad or c.requires_grad:
+            return h, c
+        context = self._returned.recall(h.unsqueeze(0)).context
+        if context is None and getattr(self._modules["synthesizer"], "context_features", False):
+            return h, c  # M cannot be asked there
+        return self._start(h, c, context)
+
+    def _start(self, h: Tensor, c: Tensor, context: Tensor | None) -> State:
+        """The entrance of a window at a detached state."""
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )

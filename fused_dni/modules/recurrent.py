@@ -221,9 +221,9 @@ class _Returned:
     def __reduce__(self) -> tuple[type[_Returned], tuple[()]]:
         return _Returned, ()
 
-    def note(self, h: Tensor, ended: Tensor | None, context: Tensor | None) -> None:
+    def note(self, h: Tensor, known: Known) -> None:
         """Remember what belongs to a state [L, B, H] that is being returned."""
-        reference, known = StorageWeakRef(h.untyped_storage()), Known(ended, context)
+        reference = StorageWeakRef(h.untyped_storage())
         self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
         self._known[reference.cdata] = (reference, h.shape[1], known)
         self._latest = (h.detach()[-1], known)
