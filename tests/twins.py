@@ -129,12 +129,14 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, 
     for name, module in model.named_modules():
         if not isinstance(module, DecoupledModule):
             continue
-        for role in ("update", "synthesizer_update"):
-            rule = getattr(module, role)
+        for role in ("update", "synthesizer_update", "auxiliary_update"):
+            rule = getattr(module, role, None)
             if rule is not None:
                 held = (rule.steps, rule.moments())
                 state[f"{name}.{role}"] = _tensors([held[0], *held[1]])
-        state[f"{name}.statistics"] = module.statistics.clone()
+        for sums in ("statistics", "auxiliary_statistics"):
+            if hasattr(module, sums):
+                state[f"{name}.{sums}"] = getattr(module, sums).clone()
     for i, optimizer in enumerate(optimizers):
         state[f"optimizer{i}"] = _tensors(optimizer.state_dict())
     return state
