@@ -167,17 +167,32 @@ def lengths(given: Tensor | None, steps: int, batch: int, device: torch.device) 
     return given.to(device=device, dtype=torch.int64).contiguous()
 
 
-def ended(given: Tensor | None, batch: int, device: torch.device) -> None:
-    """Refuse an ``end_of_sequence`` that is no bool [B]."""
+def ended(
+    given: Tensor | None, batch: int, device: torch.device, alone: bool = False
+) -> Tensor | None:
+    """``end_of_sequence``, bool [B]; [] too if the input is unbatched (``alone``)."""
     if given is None:
-        return
+        return None
     if not isinstance(given, Tensor) or given.dtype != torch.bool:
         what = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"end_of_sequence must be a bool tensor [B], got {what}")
+    if given.dim() == 0 and alone:
+        given = given.unsqueeze(0)
     if given.shape != (batch,):
         raise RuntimeError(f"end_of_sequence must have shape [{batch}], got {list(given.shape)}")
     if given.device != device:
         raise RuntimeError(f"end_of_sequence is on {given.device}, the input on {device}")
+    return given
+
+
+def pair(given: tuple[Tensor, Tensor], name: str) -> None:
+    """Refuse what is no pair of tensors."""
+    if (
+        not isinstance(given, (tuple, list))
+        or len(given) != 2
+        or not all(isinstance(t, Tensor) for t in given)
+    ):
+        raise TypeError(f"{name} must be a tuple (h, c) of two tensors")
 
 
 def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -268,8 +268,6 @@ class FusedDNILSTM(Recurrent):
         if input.dim() == 2:
             if hx is not None:
                 hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
-            if ended is not None and ended.dim() == 0:
-                ended = ended.unsqueeze(0)
             output, (h, c) = self._window(input.unsqueeze(1), hx, ended, lengths, context, input)
             return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
         steps_first = input.transpose(0, 1) if self.batch_first else input
@@ -290,7 +288,7 @@ class FusedDNILSTM(Recurrent):
         weight = layers[0].weight_ih
         x = check.step(x, weight, given)
         steps, batch = x.shape[:2]
-        check.ended(ended, batch, x.device)
+        ended = check.ended(ended, batch, x.device, given.dim() == 2)
         lengths = check.lengths(lengths, steps, batch, x.device)
         if lengths is not None:  # what lies behind a row's length may be anything, NaN included
             behind = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths

@@ -244,11 +244,10 @@ class FusedDNILSTMCell(Recurrent):
         Raises:
             RuntimeError: a state that this cell's last step did not make.
         """
+        check.pair(state, "state")
         h, c = state
         batch = 1 if h.dim() == 1 else h.shape[0]
-        if end_of_sequence is not None and end_of_sequence.dim() == 0:
-            end_of_sequence = end_of_sequence.unsqueeze(0)
-        check.ended(end_of_sequence, batch, h.device)
+        end_of_sequence = check.ended(end_of_sequence, batch, h.device, h.dim() == 1)
         start = None if end_of_sequence is None else end_of_sequence.unsqueeze(1)
         decoupled = self.training and torch.is_grad_enabled()
         if self._modules["synthesizer"] is None or not decoupled:
