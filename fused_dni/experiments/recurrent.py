@@ -128,13 +128,13 @@ class Settings:
     layers: int = 1
     batch_size: int = 32
     lr: float = 2e-3
-    sg_lr: float = 1e-3
+    sg_lr: float = 1e-4
     cosine: bool = True
     clip: float = 1.0
     synthesizer: str = "default"
     sg_hidden: int = 256
-    sg_scale: float = 1.0
-    warmup: float = 0.0
+    sg_scale: float = 0.3
+    warmup: float = 0.3
     target_scale: float = 1.0
     amount: int = 10_000_000
     update_every: int = 0
@@ -204,6 +204,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "lr": 1e-3,
         "sg_lr": 1e-3,
+        "sg_scale": 1.0,
+        "warmup": 0.0,
         "cosine": False,
         "amount": 10_000,
         "evaluations": 100,
@@ -218,7 +220,7 @@ def defaults(task: str, **changes: Any) -> Settings:
     if task not in PRESETS:
         raise ValueError(text.unknown("task", task, PRESETS))
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(Settings(task=task), **{**PRESETS[task], **given})
+    return Settings(task=task, **{**PRESETS[task], **given})
 
 
 # ---------------------------------------------------------------------------------------- networks

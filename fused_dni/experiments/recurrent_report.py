@@ -48,7 +48,7 @@ def _judged(outcome: Outcome) -> str:
 
 def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
     """The whole report as plain data."""
-    return {
+    report = {
         "kind": f"train {outcome.settings.task}",
         "facts": facts(command),
         "settings": asdict(outcome.settings),
@@ -61,6 +61,17 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
         "memory_curve": outcome.memory_curve,
         "notes": outcome.notes,
     }
+    made: dict[str, Any] = _finite(report)
+    return made
+
+
+def _finite(value: Any) -> Any:
+    """Null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ----------------------------------------------------------------------------------------- verdict
@@ -260,7 +271,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         report = as_json(outcome, command)
         files = [folder / "report.json", folder / "report.md"]
-        files[0].write_text(json.dumps(report, indent=1) + "\n")
+        files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         plots = _plots(outcome, folder)
         files[1].write_text(_markdown(outcome, report, plots))
         return [*files, *plots]
@@ -378,13 +389,20 @@ def _plots(outcome: Outcome, folder: Path) -> list[Path]:
     }
     predicted = {arm: histories for arm, histories in predicted.items() if all(histories)}
     if predicted:
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-        for i, (arm, histories) in enumerate(predicted.items()):
-            _curve(axes, histories, outcome.axis, "prediction_cosine", i, f"{arm}: cosine")
-        axes.axhline(0.0, color="black", linewidth=0.6)
-        axes.set_xlabel(AXES[outcome.axis])
-        axes.set_ylabel("prediction against the true gradient")
-        finish(figure, axes, PROBE_PLOTS[1])
+        figure, panels = plt.subplots(2, 1, figsize=(6.4, 6.0), dpi=120, sharex=True)
+        for axes, key, label in zip(
+            panels,
+            ("prediction_cosine", "prediction_norm_ratio"),
+            ("cosine", "norm ratio"),
+            strict=True,
+        ):
+            for i, (arm, histories) in enumerate(predicted.items()):
+                _curve(axes, histories, outcome.axis, key, i, arm)
+            axes.axhline(0.0, color="black", linewidth=0.6)
+            axes.grid(True, alpha=0.2)
+            axes.set_ylabel(f"prediction and true gradient: {label}")
+        panels[1].set_xlabel(AXES[outcome.axis])
+        finish(figure, panels[0], PROBE_PLOTS[1])
     return made
 
 
