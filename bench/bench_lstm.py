@@ -46,8 +46,9 @@ def bench_window_floor(timed, shape, backward):
 @pytest.mark.parametrize("method", w.WINDOW_METHODS, ids=lambda m: m.name)
 def bench_window(timed, shape, backward, method):
     """``forward`` without gradients."""
-    if method.compiled and shape.steps > w.UNROLLED:
-        pytest.skip(f"{shape.steps} unrolled steps take minutes to compile")
+    reason = w.not_compiled(shape) if method.compiled else None
+    if reason is not None:
+        pytest.skip(reason)
     window = w.check_window(shape, method, backward=backward)
     timed(group("window", shape, backward), lambda: window.backward if backward else window.infer)
 

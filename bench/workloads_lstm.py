@@ -25,8 +25,9 @@ from workloads import Disagreement
 RATE = 1e-6
 #: Windows in the check of a training step.
 CHECKED = 3
-#: Longest window that is unrolled for the compiler, and the seconds it is given.
-UNROLLED = 32
+#: What is compiled: so many unrolled steps in all layers together, so wide. Beyond, compiling takes
+#: longer than measuring everything else. And the seconds it is given.
+UNROLLED, WIDEST = 32, 256
 COMPILE_LIMIT = 60.0
 
 State = tuple[Tensor, Tensor]
@@ -320,6 +321,13 @@ def _exact_results(shape: Shape, synthesizer: bool, backward: bool) -> dict[str,
     return _results(Window(shape, method, torch.float64, backend), backward)
 
 
+def not_compiled(shape: Shape) -> str | None:
+    """Why the unrolled steps of a window are not compiled; None if they are."""
+    if shape.steps * shape.layers <= UNROLLED and shape.hidden <= WIDEST:
+        return None
+    return f"compiled only up to {UNROLLED} unrolled steps and H={WIDEST}, for the time it takes"
+
+
 def check_window(
     shape: Shape, method: Method, *, backward: bool, backend: str | None = None
 ) -> Window:
@@ -330,8 +338,9 @@ def check_window(
         RuntimeError: not compiled, for the reason given.
     """
     what = f"{method.name} {shape}"
-    if method.compiled and shape.steps > UNROLLED:
-        raise RuntimeError(f"{shape.steps} unrolled steps take minutes to compile")
+    reason = not_compiled(shape) if method.compiled else None
+    if reason is not None:
+        raise RuntimeError(reason)
     window = Window(shape, method, backend=backend)
     with _within(COMPILE_LIMIT if method.compiled else None):
         found = _results(window, backward)
