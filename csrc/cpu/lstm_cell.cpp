@@ -4,11 +4,8 @@
 // They are read as they lie: forward, as rows of dot products with rows of x and h, which leaves
 // the gates of neighbouring units side by side, as they are wanted; backward, by the linear layer's
 // products with a weight.
-#include "activation.hpp"
-#include "gemm.hpp"
-#include "lstm_order.hpp"
+#include "lstm.hpp"
 #include "lstm_weight.hpp"
-#include "parallel.hpp"
 #include "weight.hpp"
 
 namespace fused_dni::FUSED_DNI_ISA {
@@ -155,13 +152,11 @@ void lstm_cell_forward(const LSTMCellForward& a) {
         const T* from = z;
         for (Index n = begin; n < end; ++n, from += kGroup<T>) {
           const Index at = n * hidden + unit;
-          const Vec<T> gate[kGates] = {sigmoid<T>(load(from) + bias[0]),
-                                       sigmoid<T>(load(from + L) + bias[1]),
-                                       Math<T>::tanh(load(from + 2 * L) + bias[2]),
-                                       sigmoid<T>(load(from + 3 * L) + bias[3])};
-          const Vec<T> cell = gate[1] * load_upto(c + at, width) + gate[0] * gate[2];
+          Vec<T> gate[kGates], cell = load_upto(c + at, width), h;
+          for (int g = 0; g < kGates; ++g) gate[g] = load(from + g * L) + bias[g];
+          cell_forward<T>(gate, cell, h);
           store_upto(next_c + at, cell, width);
-          store_upto(next_h + at, gate[3] * Math<T>::tanh(cell), width);
+          store_upto(next_h + at, h, width);
           if (gates) store_group(gates + kGates * (n * hidden + unit), width, gate);
         }
       }
@@ -198,17 +193,12 @@ void lstm_cell_backward(const LSTMCellBackward& a) {
         Vec<T> gate[kGates];
         load_group(static_cast<const T*>(a.gates) + kGates * n * hidden + p * kGroup<T>, width,
                    gate);
-        const Vec<T> i = gate[0], f = gate[1], g = gate[2], o = gate[3];
         const Vec<T> grad_h = grad_next_h ? load_upto(grad_next_h + at, width) : Vec<T>{};
-        const Vec<T> grad_c = grad_next_c ? load_upto(grad_next_c + at, width) : Vec<T>{};
-        const Vec<T> shown = Math<T>::tanh(load_upto(static_cast<const T*>(a.next_c) + at, width));
-        const Vec<T> before = load_upto(static_cast<const T*>(a.c) + at, width);
-        const Vec<T> e = grad_c + grad_h * o * Tanh<T>::slope(shown);
-        const Vec<T> made[kGates] = {e * g * Sigmoid<T>::slope(i),
-                                     e * before * Sigmoid<T>::slope(f), e * i * Tanh<T>::slope(g),
-                                     grad_h * shown * Sigmoid<T>::slope(o)};
-        store_group(delta + kGates * n * hidden + p * kGroup<T>, width, made);
-        store_upto(static_cast<T*>(a.grad_c) + at, e * f, width);
+        Vec<T> grad_c = grad_next_c ? load_upto(grad_next_c + at, width) : Vec<T>{};
+        cell_backward<T>(gate, load_upto(static_cast<const T*>(a.c) + at, width),
+                         load_upto(static_cast<const T*>(a.next_c) + at, width), grad_h, grad_c);
+        store_group(delta + kGates * n * hidden + p * kGroup<T>, width, gate);
+        store_upto(static_cast<T*>(a.grad_c) + at, grad_c, width);
       }
     }
     delta_features(delta, batch, hidden, groups, features, ih.stride);
