@@ -345,6 +345,7 @@ std::int64_t lstm_close(std::size_t type, const py::tuple& layers, const py::tup
   b.target_scale = read.real();
   b.strength = read.real();
   b.max_norm = read.real();
+  b.max_target_norm = read.real();
   b.entrance = read.flag();
   b.ended = read.pointer<const bool>();
   b.last_h = read.pointer();

@@ -123,6 +123,17 @@ class Closing {
       });
   }
 
+  // Scales a row of the target down to its largest norm. One that is not finite becomes NaN.
+  void clip(T* row) const {
+    if (boundary_.max_target_norm <= 0.0) return;
+    double squares = 0.0;
+    for (Index i = 0; i < features_; ++i)
+      squares += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    const double scale = boundary_.max_target_norm / boundary_.target_scale / std::sqrt(squares);
+    if (scale < 1.0)
+      for (Index i = 0; i < features_; ++i) row[i] *= static_cast<T>(scale);
+  }
+
   // Collects what the synthesizer learns from, predicts there and, if wanted, takes gradients.
   // Returns the number of rows.
   Index lesson() const {
@@ -139,6 +150,7 @@ class Closing {
         if (first.starts(depth_, b)) continue;
         first.gather(depth_, b, rows, count);
         arrived.gather(depth_, b, grad, count);
+        clip(grad + count * features_);
         ++count;
       }
     }

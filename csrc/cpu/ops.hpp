@@ -174,7 +174,7 @@ struct LSTMBackward {
 // a sequence, if `entrance`, and one for each that ends at the exit.
 struct LSTMBoundary {
   SynthesizerArguments synthesizer;  // over rows of 2 L H features, without context
-  double target_scale, strength, max_norm;
+  double target_scale, strength, max_norm, max_target_norm;
   bool entrance;
   const bool* ended;   // [B]
   const void* last_h;  // [L, B, H]

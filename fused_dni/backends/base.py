@@ -210,6 +210,7 @@ class LSTMBoundary(NamedTuple):
     target_scale: float
     strength: float  # factor on the synthetic gradient
     max_norm: float  # bound of its Frobenius norm before that factor; 0 for none
+    max_target_norm: float  # bound of the norm of each row of target_scale * grad; 0 for none
     learns: bool
     entrance: bool  # whether the window continues a state, to be learned from
 
@@ -463,6 +464,7 @@ class Backend(Protocol):
         gradient M(h_n, c_n) / target_scale, which is zero for the rows that ended. Where
         ``boundary.learns``, the result has a lesson, if there are rows to learn from: those whose
         state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
+        Its gradients are scaled down, row by row, where ``max_target_norm`` is exceeded.
         With ``statistics`` it also has the gradients of :meth:`synthesizer_gradients` for that
         lesson, and ``statistics`` is added to (mutated).
         """

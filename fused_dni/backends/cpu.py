@@ -440,7 +440,7 @@ class CpuBackend:
         statistics: Tensor | None,
     ) -> LSTMClosed:
         """See :meth:`fused_dni.backends.base.Backend.lstm_close`."""
-        synthesizer, ended, target_scale, strength, max_norm, learns, entrance = boundary
+        synthesizer, ended, *factors, learns, entrance = boundary
         made, arguments, _kept = _lstm_backward(
             (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx, need_weights
         )
@@ -461,9 +461,7 @@ class CpuBackend:
             *arguments,
             (*_synthesizer(synthesizer), 0, 0),
             (
-                target_scale,
-                strength,
-                max_norm,
+                *factors,
                 entrance,
                 _address(ended),
                 trace.h.data_ptr(),

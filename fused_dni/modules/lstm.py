@@ -114,6 +114,9 @@ class FusedDNILSTM(Recurrent):
         target_scale: kappa, the number by which the loss divides. None for the steps times the
             rows of the window, right for a loss that is a mean over both.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
+        max_target_norm: bound of the norm, row by row, of the synthesizer's target, kappa times the
+            gradient; None for none. A target is made of a prediction in its turn, and where the
+            gradient grows on its way through a window the two drive each other up.
         backend: force a backend by name.
         device, dtype: of the parameters.
 
@@ -146,6 +149,7 @@ class FusedDNILSTM(Recurrent):
         synthesizer_update: Rule | None = None,
         target_scale: float | None = None,
         max_norm: float | None = None,
+        max_target_norm: float | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -172,6 +176,7 @@ class FusedDNILSTM(Recurrent):
             synthesizer_update,
             target_scale,
             max_norm,
+            max_target_norm,
             backend,
         )
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
@@ -233,11 +238,11 @@ class FusedDNILSTM(Recurrent):
         if torch.compiler.is_compiling() and (
             end_of_sequence is not None or self._returned or self.update is not None
         ):
-            out: tuple[Tensor | PackedSequence, State] = untraced(self._run)(
-                input, hx, end_of_sequence, lengths, context
-            )
-            return out
-        return self._run(input, hx, end_of_sequence, lengths, context)
+            run = untraced(self._run)
+        else:
+            run = self._run
+        output, state = run(input, hx, end_of_sequence, lengths, context)
+        return output, self._signed(state)
 
     def _run(
         self,

@@ -136,6 +136,7 @@ class FusedDNILSTMCell(Recurrent):
         synthesizer_update: Rule | None = None,
         target_scale: float | None = None,
         max_norm: float | None = None,
+        max_target_norm: float | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -148,6 +149,7 @@ class FusedDNILSTMCell(Recurrent):
             synthesizer_update,
             target_scale,
             max_norm,
+            max_target_norm,
             backend,
         )
         self.bias = bias

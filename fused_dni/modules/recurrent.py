@@ -30,7 +30,7 @@ from fused_dni.functional import check, lstm_ops, ops
 from fused_dni.functional.lstm import origin
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.pending import at_end_of_backward
-from fused_dni.reference.lstm_close import inject, rows_state, state_rows
+from fused_dni.reference.lstm_close import clip_rows, inject, rows_state, state_rows
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import LinearSynthesizer, Synthesizer
 
@@ -146,6 +146,7 @@ class Exit:
             self.target_scale,
             self.strength,
             site.max_norm or 0.0,
+            site.max_target_norm or 0.0,
             self.learns,
             entrance,
         )
@@ -260,6 +261,7 @@ class Recurrent(DecoupledModule):
         synthesizer_update: Rule | None,
         target_scale: float | None,
         max_norm: float | None,
+        max_target_norm: float | None,
         backend: str | None,
     ) -> None:
         for name, size in zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True):
@@ -269,7 +271,12 @@ class Recurrent(DecoupledModule):
             raise ValueError(f"sg_scale must be finite and at least 0, got {sg_scale!r}")
         if backend is not None and backend not in registry.names():
             raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
+        if max_target_norm is not None and not 0.0 < max_target_norm < math.inf:
+            raise ValueError(
+                f"max_target_norm must be None or positive and finite, got {max_target_norm!r}"
+            )
         super().__init__(update, synthesizer_update, target_scale, max_norm)
+        self.max_target_norm = max_target_norm
         self.input_size, self.hidden_size, self.num_layers = sizes
         self.sg_scale = sg_scale
         self.backend = backend
@@ -401,6 +408,8 @@ class Recurrent(DecoupledModule):
 
     def _lesson(self, example: Example) -> Lesson:
         rows, grad, context, scale = example
+        if self.max_target_norm is not None:
+            grad = clip_rows(grad, self.max_target_norm / scale)
         forecast = self.predict(rows, context, True)
         if torch.compiler.is_compiling():
             # Traced code leaves no rows out: those that start a sequence get what was predicted.
@@ -514,14 +523,23 @@ class Recurrent(DecoupledModule):
             self.refuse_untold_scale(x.device.type)
         return decoupled
 
+    def _signed(self, state: State) -> State:
+        """A state that is being returned, with a sign that traced code can read, too."""
+        h, c = state
+        if not h.requires_grad:
+            return state
+        if torch.compiler.is_compiling():  # no sign can be set there on a node's own output
+            h, c = h.view_as(h), c.view_as(c)
+        h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
+        return h, c
+
     def _continues(self, state: Tensor) -> bool:
         """Whether a state that asks for a gradient is this module's own and is to be cut; that of
-        another module, or a learned one, gets its gradient as with ``nn.LSTM``."""
-        if not state.requires_grad:
+        another module, or a learned one, gets its gradient as with ``nn.LSTM``. Traced code sees
+        no graph: there the module's own is known by its sign, which ops on it do not pass on."""
+        if not state.requires_grad or getattr(state, "_fused_dni_owner", None) == id(self):
             return True
-        if torch.compiler.is_compiling():
-            return not state.is_leaf
-        return origin(state, self) is not None
+        return not torch.compiler.is_compiling() and origin(state, self) is not None
 
     def _context_rows(self, context: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
         features = getattr(self._modules["synthesizer"], "context_features", None)

@@ -63,6 +63,15 @@ def inject(
     return h if grad_h is None else grad_h + h, c if grad_c is None else grad_c + c
 
 
+def clip_rows(grad: Tensor, limit: float) -> Tensor:
+    """``grad`` [N, F] with each row scaled down to a norm of ``limit`` where that is exceeded.
+
+    Norms are summed in float64, so that finite elements have a finite norm."""
+    norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=torch.float64)
+    scale: Tensor = (limit / norm).clamp(max=1.0).to(grad.dtype)
+    return grad * scale
+
+
 @torch.no_grad()
 def lstm_close(
     grad_output: Tensor | None,
@@ -79,7 +88,7 @@ def lstm_close(
     statistics: Tensor | None,
 ) -> LSTMClosed:
     """See :meth:`fused_dni.backends.base.Backend.lstm_close`."""
-    synthesizer, ended, kappa, strength, max_norm, learns, entrance = boundary
+    synthesizer, ended, kappa, strength, max_norm, max_target_norm, learns, entrance = boundary
     last = state_rows(trace.h, trace.c)
     if strength:
         scaled = synthesizer_predict(last, synthesizer, None).scaled
@@ -94,7 +103,10 @@ def lstm_close(
         assert trace.cells is not None
         first = state_rows(trace.hidden[:, 0], trace.cells[:, 0])
         continues = (first != 0.0).any(1)
-        parts.append((first[continues], state_rows(made.h, made.c)[continues]))
+        grad = state_rows(made.h, made.c)[continues]
+        if max_target_norm:
+            grad = clip_rows(grad, max_target_norm / kappa)
+        parts.append((first[continues], grad))
     if learns and ended is not None:
         parts.append((last[ended], torch.zeros_like(last[ended])))
     rows, grad = (torch.cat(t) for t in zip(*parts, strict=True)) if parts else (last[:0],) * 2
