@@ -353,6 +353,9 @@ def _add_recurrent(commands: Any, task: str) -> None:
     how.add_argument("--clip", type=_rate, help="bound of the gradient's norm; 0: none")
     how.add_argument("--sg-scale", type=_rate, help="factor on the synthetic gradient")
     how.add_argument(
+        "--target-clip", type=_rate, help="bound of the synthesizer's target by row; 0: none"
+    )
+    how.add_argument(
         "--target-scale", type=_positive("target-scale"), help="factor on the synthesizer's target"
     )
     how.add_argument("--synthesizer", choices=("default", "linear", "mlp"))

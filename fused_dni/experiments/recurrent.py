@@ -98,6 +98,7 @@ class Settings:
         synthesizer: ``default`` (the module's), ``linear`` (dense) or ``mlp``.
         sg_hidden: hidden units of ``mlp``.
         sg_scale: factor on the synthetic gradient.
+        target_clip: bound of the norm, row by row, of the synthesizer's target; 0 for none.
         warmup: share of the run, at its start, in which synthesizers learn and nothing is injected.
             Not for the copy tasks: windows without a loss would teach them that nothing matters.
         target_scale: the regression's target is so many times the gradient of the loss summed over
@@ -134,6 +135,7 @@ class Settings:
     synthesizer: str = "default"
     sg_hidden: int = 256
     sg_scale: float = 0.3
+    target_clip: float = 0.0
     warmup: float = 0.3
     target_scale: float = 1.0
     amount: int = 10_000_000
@@ -166,7 +168,7 @@ class Settings:
         for window in (*self.windows, *self.long):
             if window < 1:
                 raise ValueError(f"a window must have at least 1 step, got {window}")
-        for name in ("lr", "sg_lr", "clip", "sg_scale"):
+        for name in ("lr", "sg_lr", "clip", "sg_scale", "target_clip"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if not 0.0 < self.target_scale < math.inf:
@@ -203,8 +205,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": 128,
         "batch_size": 32,
         "lr": 1e-3,
-        "sg_lr": 1e-3,
-        "sg_scale": 1.0,
+        "clip": 0.25,
+        "sg_lr": 1e-4,
+        "synthesizer": "linear",
+        "sg_scale": 0.5,
+        "target_clip": 1.0,
         "warmup": 0.0,
         "cosine": False,
         "amount": 10_000,
@@ -289,6 +294,7 @@ def build_net(arm: Arm, settings: Settings, classes: int, seed: int) -> Sequence
             options |= {
                 "synthesizer": _synthesizer(settings),
                 "sg_scale": settings.sg_scale,
+                "max_target_norm": settings.target_clip or None,
                 "auxiliary": arm.method == "dni+aux",
                 "target_scale": settings.target_scale * settings.divisor(arm),
             }
