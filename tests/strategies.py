@@ -43,6 +43,7 @@ from fused_dni.backends.base import (
     Backend,
     LinearConfig,
     LinearTensors,
+    LSTMBoundary,
     LSTMLayer,
     LSTMRows,
     SynthesizerTensors,
@@ -339,6 +340,22 @@ LSTM_OPTIONS: dict[str, Sequence[Any]] = {
     "frozen": (None, "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"),
 }
 
+CLOSE_OPTIONS: dict[str, Sequence[Any]] = {
+    "kind": SYNTHESIZERS,
+    "synthesizer_bias": (True, False),
+    "ended": ("no mask", "none", "some", "all"),
+    "fresh": ("none", "some", "all"),  # rows whose state at the entrance is zero
+    "strength": (0.7, 0.0),
+    "max_norm": (0.0, 0.05),
+    "max_target_norm": (0.0, 2.0),
+    "learns": (True, False),
+    "entrance": (True, False),
+    "statistics": (True, False),
+    "arriving": ("output h c", "output", "h", "c"),
+    "lengths": (True, False),
+    "need_dx": (True, False),
+}
+
 LSTM_SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33, 48, 64, 67)
 
 
@@ -364,6 +381,7 @@ class LSTMCase:
     inputs: dict[str, Tensor]
     parameters: dict[str, Tensor]
     frozen: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)  # of :func:`make_closing`
 
     def to(self, x: torch.dtype, parameter: torch.dtype) -> LSTMCase:
         """A copy with inputs and parameters of these dtypes."""
@@ -450,6 +468,41 @@ def make_lstm(
     ).to(dtype, dtype if parameter_dtype is None else parameter_dtype)
 
 
+def _some(count: int, which: str) -> Tensor:
+    """A mask [count]: none, every third, all."""
+    return torch.arange(count) % 3 == 1 if which == "some" else torch.full((count,), which == "all")
+
+
+def make_closing(
+    shape: tuple[int, int, int, int, int],
+    options: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> LSTMCase:
+    """A random window and the synthesizer at its ends; ``options`` of :data:`CLOSE_OPTIONS`."""
+    plain = {"rule": "sgd", "bias": True, "dropout": False, "frozen": None}
+    case = make_lstm(shape, {**plain, **options}, seed)
+    batch, features = shape[1], 2 * shape[3] * shape[4]
+    g = torch.Generator().manual_seed(seed)
+    sizes = {
+        "dense": {"weight": (features, features)},
+        "lowrank": {"weight": (features, 3), "down": (3, features)},
+        "diagonal": {"weight": (features,)},
+    }[options["kind"]]
+    if options["synthesizer_bias"]:
+        sizes["bias"] = (features,)
+    for name, size in sizes.items():
+        scale = size[-1] ** -0.5
+        p = scale * torch.randn(*size, generator=g, dtype=torch.float64)
+        case.parameters[f"synthesizer.{name}"] = p
+    if options["ended"] != "no mask":
+        case.inputs["ended"] = _some(batch, options["ended"])
+    for name in ("h", "c"):
+        case.inputs[name][:, _some(batch, options["fresh"])] = 0.0
+    case.options = options
+    return case.to(dtype, dtype)
+
+
 def bind_lstm(case: LSTMCase) -> RuleState:
     """The rule's state, frozen slots marked on the parameters."""
     for name, p in case.parameters.items():
@@ -530,6 +583,36 @@ def run_cell(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
         out |= {f"{t}.{name}": made for name, made in _gradients((g.layer,)).items()}
         backend.lstm_update_((LSTMRows(x, h, g.delta),), (layer,), state.tensors(case.slots()))
     return _updated(case, state, out)
+
+
+def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
+    """A window's forward, and its backward between its two ends."""
+    given, options, layers = case.inputs, case.options, case.stack()
+    x, lengths = given["x"], given.get("lengths")
+    trace = backend.lstm_forward(x, given["h"], given["c"], layers, lengths, (), True)
+    fields = SynthesizerTensors._fields[1:]
+    synthesizer = SynthesizerTensors(
+        options["kind"], **{k: case.parameters.get(f"synthesizer.{k}") for k in fields}
+    )
+    boundary = LSTMBoundary(
+        synthesizer,
+        given.get("ended"),
+        float(x.shape[0] * x.shape[1]),
+        **{name: options[name] for name in LSTMBoundary._fields[3:]},
+    )
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    closed = backend.lstm_close(
+        given.get("grad_output"), given.get("grad_h"), given.get("grad_c"), x, layers, lengths,
+        (), trace, case.need_dx, True, boundary, statistics if options["statistics"] else None,
+    )  # fmt: skip
+    g, lesson = closed.gradients, closed.lesson
+    out: dict[str, Any] = {"dh": g.h, "dc": g.c, "dx": g.x, "statistics": statistics}
+    out |= _gradients(g.layers)
+    if lesson is not None:
+        out |= {"rows": lesson.rows, "grad": lesson.grad}
+        out |= {"scaled": lesson.prediction.scaled, "reduced": lesson.prediction.reduced}
+    out |= {f"d.synthesizer.{i}": made for i, made in enumerate(closed.synthesizer)}
+    return {name: t for name, t in out.items() if t is not None}
 
 
 Run = Callable[[Backend, Any], dict[str, Tensor]]

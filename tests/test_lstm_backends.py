@@ -8,6 +8,7 @@ compared only through what is made of them.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    CLOSE_OPTIONS,
     LSTM_OPTIONS,
     REFERENCE,
     LSTMCase,
@@ -25,21 +27,34 @@ from strategies import (
     compare,
     lstm_rows,
     lstm_shapes,
+    make_closing,
     make_lstm,
     named,
     pairwise,
     run_cell,
+    run_close,
     run_window,
     tolerances,
 )
 from torch import Tensor
 
 from fused_dni.backends import registry
-from fused_dni.backends.base import SKIPPED, STEP, Backend, LSTMGradients, LSTMTrace
+from fused_dni.backends.base import (
+    SKIPPED,
+    STEP,
+    SYNTHESIZERS,
+    Backend,
+    LSTMGradients,
+    LSTMTrace,
+)
 from fused_dni.reference import lstm, rules
+
+# The package shows the function of this name.
+lstm_close = importlib.import_module("fused_dni.reference.lstm_close")
 
 SERVED = {"float32": torch.float32, "float64": torch.float64}
 TABLE = pairwise(LSTM_OPTIONS)
+CLOSINGS = pairwise(CLOSE_OPTIONS)
 PLAIN: dict[str, Any] = {
     "rule": "momentum",
     "bias": True,
@@ -111,7 +126,8 @@ def check(backend: Backend, case: LSTMCase, run: Run) -> None:
     versions = {k: t._version for k, t in fresh.inputs.items()}
     got = run(backend, fresh)
     for name, t in got.items():
-        assert t.dtype == (torch.float64 if name == "hyper" else dtype), name
+        wanted = torch.float64 if name in ("hyper", "statistics") else dtype
+        assert t.dtype == wanted, name
     compare(got, exact, allowed)
     for name, t in fresh.inputs.items():
         assert torch.equal(t.nan_to_num(), case.inputs[name].nan_to_num()), name
@@ -166,6 +182,60 @@ def test_any_shape(
     case = make_lstm(shape_for(run, shape), row, seed, serve(backend, dtype))
     torch.set_num_threads(1 if backend.name == "reference" else threads)
     check(backend, case, run)
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("options", CLOSINGS, ids=named)
+def test_closing(backend: Backend, options: dict[str, Any], dtype: str, poisoned: None) -> None:
+    """A window's backward between its two ends."""
+    check(backend, make_closing((4, 7, 9, 13, 2), options, 7, serve(backend, dtype)), run_close)
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+@given(
+    shape=lstm_shapes(),
+    row=st.sampled_from(CLOSINGS),
+    seed=st.integers(0, 9),
+    threads=st.integers(1, 2),
+)
+def test_closing_of_any_shape(
+    backend: Backend,
+    dtype: str,
+    shape: tuple[int, int, int, int, int],
+    row: dict[str, Any],
+    seed: int,
+    threads: int,
+) -> None:
+    case = make_closing(shape, row, seed, serve(backend, dtype))
+    torch.set_num_threads(1 if backend.name == "reference" else threads)
+    check(backend, case, run_close)
+
+
+@pytest.mark.parametrize("what", ["inject", "state_rows"])
+def test_the_tolerance_catches_wrong_ends(what: str) -> None:
+    """As for the formulas of a step, below."""
+    options = {name: values[0] for name, values in CLOSE_OPTIONS.items()}
+    case = make_closing((4, 7, 9, 13, 2), {**options, "lengths": False}, 7, torch.float32)
+    exact, allowed = tolerances(run_close, case, torch.finfo(torch.float32).eps)
+    compare(run_close(REFERENCE, case), exact, allowed)
+    changes = {
+        "inject": lambda arriving: tuple(t * (1 + 2e-5) for t in arriving),
+        "state_rows": lambda rows: rows.roll(1, 1),
+    }
+    with _wrong(what, changes[what], lstm_close)():
+        got = run_close(REFERENCE, case)
+    with pytest.raises(AssertionError, match="should be"):
+        compare(got, exact, allowed)
+
+
+@pytest.mark.parametrize("kind", SYNTHESIZERS)
+def test_a_lesson_that_is_not_finite_is_not_counted(backend: Backend, kind: str) -> None:
+    options = {name: values[0] for name, values in CLOSE_OPTIONS.items()}
+    case = make_closing((4, 7, 9, 13, 2), {**options, "kind": kind, "lengths": False}, 7,
+                        serve(backend, "float32"))  # fmt: skip
+    assert run_close(backend, case)["statistics"].all()
+    case.inputs["grad_output"][-1, -1, -1] = torch.inf
+    assert not run_close(backend, case)["statistics"].any()
 
 
 @pytest.mark.parametrize("dtype", SERVED)

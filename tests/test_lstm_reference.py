@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    CLOSE_OPTIONS,
     LSTM_OPTIONS,
     REFERENCE,
     RULES,
@@ -17,10 +18,12 @@ from strategies import (
     bind_lstm,
     lstm_rows,
     lstm_shapes,
+    make_closing,
     make_lstm,
     named,
     pairwise,
     run_cell,
+    run_close,
     run_window,
 )
 from torch import Tensor, nn
@@ -28,7 +31,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_dni.reference.lstm as lstm
 import fused_dni.reference.rules as rules
-from fused_dni.backends.base import SKIPPED, STEP, LSTMGradients, LSTMTrace
+from fused_dni.backends.base import (
+    ROWS,
+    SKIPPED,
+    SQUARED_ERROR,
+    STEP,
+    LSTMGradients,
+    LSTMTrace,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -300,6 +310,47 @@ def test_what_is_not_asked_for_is_not_made() -> None:
     )  # fmt: skip
     assert less.x is None and less.layers == ()
     assert torch.equal(less.delta, made.delta) and torch.equal(less.h, made.h)
+
+
+@pytest.mark.parametrize("ended", ["no mask", "some"])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_closing_is_autograd(lengths: bool, ended: str) -> None:
+    """The synthetic gradient is that of a linear term in the final state, and the regression is
+    on the gradient at the entrance: both as losses, differentiated by autograd."""
+    strength, options = 0.7, {name: values[0] for name, values in CLOSE_OPTIONS.items()}
+    options |= {"lengths": lengths, "ended": ended, "fresh": "some"}
+    case = make_closing((5, 4, 3, 6, 2), options)
+    weight = case.parameters.pop("synthesizer.weight").requires_grad_()
+    bias = case.parameters.pop("synthesizer.bias").requires_grad_()
+    x, h, c = leaves(case)
+    kappa = float(x.shape[0] * x.shape[1])
+    mask = case.inputs.get("ended", torch.zeros(x.shape[1], dtype=torch.bool))
+    fresh = torch.arange(x.shape[1]) % 3 == 1
+    output, last_h, last_c, p = by_nn_lstm(case, x, h, c)
+
+    def rows(h: Tensor, c: Tensor) -> Tensor:
+        return torch.cat([t for k in range(len(h)) for t in (h[k], c[k])], 1)
+
+    exit_state = rows(last_h, last_c)
+    predicted = exit_state.detach() @ weight.T + bias
+    loss = strength / kappa * (predicted.detach() * exit_state)[~mask].sum()
+    for t, name in ((output, "output"), (last_h, "h"), (last_c, "c")):
+        loss = loss + (t * case.inputs[f"grad_{name}"].nan_to_num()).sum()
+    made = torch.autograd.grad(loss, (x, h, c, p["weight_ih_l0"], p["bias_hh_l1"]))
+    errors = rows(h, c).detach() @ weight.T + bias - kappa * rows(made[1], made[2])
+    count = int((~fresh).sum() + mask.sum())
+    regression = ((errors[~fresh] ** 2).sum() + (predicted[mask] ** 2).sum()) / count
+    wanted = torch.autograd.grad(regression, (weight, bias))
+
+    case.parameters |= {"synthesizer.weight": weight.detach(), "synthesizer.bias": bias.detach()}
+    got = run_close(REFERENCE, case)
+    for name, gradient in zip(("dx", "dh", "dc", "d.weight_ih_l0", "d.bias_hh_l1"), made,
+                              strict=True):  # fmt: skip
+        close(got[name], gradient, name)
+    close(got["d.synthesizer.0"], wanted[0], "weight")
+    close(got["d.synthesizer.3"], wanted[1], "bias")
+    assert got["statistics"][ROWS] == count
+    close(got["statistics"][SQUARED_ERROR] / count, regression, "loss")
 
 
 def planted(name: str, change: Any, module: Any = lstm) -> Any:
