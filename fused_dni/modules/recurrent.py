@@ -533,16 +533,6 @@ class Recurrent(DecoupledModule):
         h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
         return h, c
 
-    def _signed(self, state: State) -> State:
-        """A state that is being returned, with a sign that traced code can read, too."""
-        h, c = state
-        if not h.requires_grad:
-            return state
-        if torch.compiler.is_compiling():  # no sign can be set there on a node's own output
-            h, c = h.view_as(h), c.view_as(c)
-        h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
-        return h, c
-
     def _continues(self, state: Tensor) -> bool:
         """Whether a state that asks for a gradient is this module's own and is to be cut; that of
         another module, or a learned one, gets its gradient as with ``nn.LSTM``. Traced code sees
