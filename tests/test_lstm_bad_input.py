@@ -340,6 +340,7 @@ def test_a_checkpoint_of_another_shape(what):
         ({"synthesizer_update": fd.SGD(0.1)}, ValueError, "synthesizer_update needs update"),
         ({"target_scale": 0.0}, ValueError, "target_scale must be None or positive and finite"),
         ({"max_norm": -1.0}, ValueError, "max_norm must be None or positive and finite"),
+        ({"max_target_norm": 0.0}, ValueError, "max_target_norm must be None or positive and"),
     ],
     ids=str,
 )

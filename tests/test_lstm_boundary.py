@@ -245,6 +245,7 @@ FORMULA = {
     "target_scale": (None, 7.0),
     "sg_scale": (1.0, 0.1),
     "max_norm": (None, 0.05),
+    "max_target_norm": (None, 0.5),
     "phase": ("targets", "no targets", "warmup", "mix", "loss_scale"),
     "start": ("none", "zero rows", "given"),
     "context": (None, "labels", "vector"),
@@ -288,7 +289,8 @@ def module_of(row, backend):
         "diagonal": fd.DiagonalSynthesizer(features, dtype=torch.float64),
         "mlp": Network(features),
     }
-    options = {n: row[n] for n in ("auxiliary", "target_scale", "sg_scale", "max_norm")}
+    names = ("auxiliary", "target_scale", "sg_scale", "max_norm", "max_target_norm")
+    options = {n: row[n] for n in names}
     if row["synthesizer"] == "default":
         options["context_features"] = k
     options |= {"synthesizer": kinds[row["synthesizer"]], "update": row["rule"], "backend": backend}
@@ -352,6 +354,9 @@ def by_hand(module, row, k, x, start, context, before):
             (more,) = torch.autograd.grad(0.5 * error.square().sum(), asked)
             target = target + AUXILIARY_WEIGHT * more
             head = twins_lesson(module.auxiliary_head, first, scaled[continued], given)
+        if row["max_target_norm"] is not None:
+            sizes = target.norm(dim=1, keepdim=True)
+            target = target * (row["max_target_norm"] / sizes).clamp(max=1.0)
         rows.append(first), targets.append(target), contexts.append(given)
     if learns and ended is not None and bool(ended.any()):
         rows.append(last.detach()[ended])
