@@ -59,7 +59,9 @@ def _lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layers = layers_of(parameters, bias)
     trace = registry.get(backend).lstm_forward(x, h, c, layers, lengths, tuple(dropout), save)
-    hidden = trace.hidden if save else trace.hidden[-1:].contiguous()
+    hidden = trace.hidden
+    if not save and hidden.shape[0] > 1:
+        hidden = hidden[-1:].clone()
     cells, gates = (t if save else None for t in (trace.cells, trace.gates))
     return hidden, trace.h, trace.c, _or_empty(cells, x), _or_empty(gates, x)
 
