@@ -236,13 +236,23 @@ class FusedDNILSTM(Recurrent):
                 )
             return self._stock(input, hx)
         if torch.compiler.is_compiling() and (
-            end_of_sequence is not None or self._returned or self.update is not None
+            end_of_sequence is not None
+            or self._returned
+            or self.update is not None
+            or self._asks_untraced(context)
         ):
             run = untraced(self._run)
         else:
             run = self._run
         output, state = run(input, hx, end_of_sequence, lengths, context)
         return output, self._signed(state)
+
+    def _asks_untraced(self, context: Tensor | None) -> bool:
+        """Whether M is a module of its own, or is conditioned: what it was conditioned on at a
+        state is remembered outside of traced code."""
+        if not self.training or self._modules["synthesizer"] is None:
+            return False
+        return context is not None or self.fused_state_synthesizer() is None
 
     def _run(
         self,
@@ -272,7 +282,8 @@ class FusedDNILSTM(Recurrent):
             raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
         if input.dim() == 2:
             if hx is not None:
-                hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
+                batched = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
+                hx = self._signed(batched) if all(map(self._bears_sign, hx)) else batched
             output, (h, c) = self._window(input.unsqueeze(1), hx, ended, lengths, context, input)
             return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
         steps_first = input.transpose(0, 1) if self.batch_first else input

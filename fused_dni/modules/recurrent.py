@@ -411,11 +411,21 @@ class Recurrent(DecoupledModule):
         if self.max_target_norm is not None:
             grad = clip_rows(grad, self.max_target_norm / scale)
         forecast = self.predict(rows, context, True)
-        if torch.compiler.is_compiling():
-            # Traced code leaves no rows out: those that start a sequence get what was predicted.
-            continued = (rows != 0.0).any(1, keepdim=True)
-            grad = torch.where(continued, grad, forecast.scaled / scale)
+        if torch.compiler.is_compiling() and forecast.prediction is not None:
+            prediction, grad = self._without_starts(rows, forecast.prediction, grad)
+            forecast = Forecast(prediction.scaled, prediction, None)
         return Lesson(rows, forecast, context, grad, scale)
+
+    @staticmethod
+    def _without_starts(
+        rows: Tensor, prediction: Prediction, grad: Tensor
+    ) -> tuple[Prediction, Tensor]:
+        """Traced code leaves no rows out: those that start a sequence get no error there, and the
+        others the weight that they have in a mean over themselves alone."""
+        continued = (rows != 0.0).any(1, keepdim=True)
+        weight = rows.shape[0] / continued.sum().clamp(min=1)
+        scaled, grad = (torch.where(continued, t * weight, 0.0) for t in (prediction.scaled, grad))
+        return prediction._replace(scaled=scaled), grad
 
     def learn_later(self, lesson: Lesson) -> None:
         """Train the synthesizer by its rule at the end of the backward."""
@@ -439,6 +449,8 @@ class Recurrent(DecoupledModule):
     def _head_gradients(self, example: Example) -> Slots:
         rows, grad, context, scale = example
         backend, fused, prediction = self._head(example)
+        if torch.compiler.is_compiling():
+            prediction, grad = self._without_starts(rows, prediction, grad)
         return ops.synthesizer_gradients(
             backend,
             rows,
@@ -533,11 +545,14 @@ class Recurrent(DecoupledModule):
         h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
         return h, c
 
+    def _bears_sign(self, t: Tensor) -> bool:
+        return getattr(t, "_fused_dni_owner", None) == id(self)
+
     def _continues(self, state: Tensor) -> bool:
         """Whether a state that asks for a gradient is this module's own and is to be cut; that of
         another module, or a learned one, gets its gradient as with ``nn.LSTM``. Traced code sees
         no graph: there the module's own is known by its sign, which ops on it do not pass on."""
-        if not state.requires_grad or getattr(state, "_fused_dni_owner", None) == id(self):
+        if not state.requires_grad or self._bears_sign(state):
             return True
         return not torch.compiler.is_compiling() and origin(state, self) is not None
 
