@@ -306,7 +306,8 @@ def test_every_registered_op_is_checked():
         for s in torch._C._jit_get_all_schemas()
         if s.name.startswith("fused_dni::")
     }
-    assert registered == set(NAMES)
+    # the LSTM's: test_lstm_compile.py
+    assert {name for name in registered if not name.startswith("lstm_")} == set(NAMES)
 
 
 @backends

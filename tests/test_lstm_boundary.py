@@ -720,9 +720,8 @@ def test_cell_and_window_agree():
     close(window.auxiliary_statistics, single.auxiliary_statistics)
 
 
-@backends
 @pytest.mark.parametrize("rule", [None, fd.Adam(0.03)])
-def test_heads_really_learn(backend, rule):
+def test_heads_really_learn(rule):
     """Of frozen layers, on a stream that repeats itself: both errors fall. The auxiliary head's,
     through M, changes what the recurrent weights get."""
     x, y = double(2, STEPS, BATCH, INPUTS), double(2, STEPS, BATCH, HIDDEN)
@@ -730,7 +729,7 @@ def test_heads_really_learn(backend, rule):
     for auxiliary in (True, False):
         torch.manual_seed(1)
         module = fd.FusedDNILSTM(
-            INPUTS, HIDDEN, auxiliary=auxiliary, update=rule, backend=backend, dtype=torch.float64
+            INPUTS, HIDDEN, auxiliary=auxiliary, update=rule, dtype=torch.float64
         )
         own = [p for n, p in module.named_parameters() if "." not in n]
         for p in own:
