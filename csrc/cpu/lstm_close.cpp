@@ -68,7 +68,16 @@ class Closing {
       window_.grad_last_c = start.get() + depth_ * batch_ * hidden_;
     }
     kernels().lstm_backward[type_](window_);
-    return boundary_.rows == nullptr ? 0 : lesson();
+    if (boundary_.rows != nullptr) return lesson();
+    if (boundary_.statistics == nullptr) return 0;
+    const Index most = batch_ * (boundary_.entrance + (boundary_.ended != nullptr));
+    const std::unique_ptr<T[]> own = memory(3 * most * features_);
+    const std::unique_ptr<T[]> reduced = memory(most * boundary_.synthesizer.rank);
+    boundary_.rows = own.get();
+    boundary_.grad = own.get() + most * features_;
+    boundary_.scaled = own.get() + 2 * most * features_;
+    boundary_.reduced = reduced.get();
+    return lesson();
   }
 
  private:
@@ -184,7 +193,7 @@ class Closing {
   }
 
   LSTMBackward window_;
-  const LSTMBoundary& boundary_;
+  LSTMBoundary boundary_;
   std::size_t type_;
   Index depth_, batch_, hidden_, features_;
 };

@@ -179,7 +179,7 @@ struct LSTMBoundary {
   const bool* ended;   // [B]
   const void* last_h;  // [L, B, H]
   const void* last_c;  // [L, B, H]
-  void* rows;          // [up to 2 B, 2 L H], as the three that follow; null for no lesson
+  void* rows;          // [up to 2 B, 2 L H], as the three that follow; null if not wanted
   void* grad;
   void* scaled;
   void* reduced;       // [up to 2 B, R]

@@ -228,7 +228,7 @@ class LSTMClosed(NamedTuple):
     """Result of :meth:`Backend.lstm_close`."""
 
     gradients: LSTMGradients
-    lesson: LSTMLesson | None = None
+    lesson: LSTMLesson | None = None  # or, instead:
     synthesizer: tuple[Tensor | None, ...] = ()
 
 
@@ -465,8 +465,8 @@ class Backend(Protocol):
         ``boundary.learns``, the result has a lesson, if there are rows to learn from: those whose
         state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
         Its gradients are scaled down, row by row, where ``max_target_norm`` is exceeded.
-        With ``statistics`` it also has the gradients of :meth:`synthesizer_gradients` for that
-        lesson, and ``statistics`` is added to (mutated).
+        With ``statistics`` it has, instead of the lesson, the gradients that
+        :meth:`synthesizer_gradients` makes of it, and ``statistics`` is added to (mutated).
         """
         ...
 

@@ -447,14 +447,18 @@ class CpuBackend:
         depth, batch, size = trace.h.shape
         lesson = None
         gradients: tuple[Tensor | None, ...] = (None,) * 4
-        if learns and (entrance or ended is not None):
-            rows = made.h.new_empty(batch * (entrance + (ended is not None)), 2 * depth * size)
+        teaches = learns and (entrance or ended is not None)
+        if not teaches:
+            statistics = None
+        elif statistics is not None:
+            gradients = tuple(
+                [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
+            )
+        else:
+            most = batch * (entrance + (ended is not None))
+            rows = made.h.new_empty(most, 2 * depth * size)
             prediction = _empty_prediction(rows, synthesizer)
             lesson = LSTMLesson(rows, torch.empty_like(rows), prediction)
-            if statistics is not None:
-                gradients = tuple(
-                    [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
-                )
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -467,14 +471,18 @@ class CpuBackend:
                 trace.h.data_ptr(),
                 trace.c.data_ptr(),
                 *((0, 0, 0, 0) if lesson is None else _addresses((*lesson[:2], *lesson[2]))),
-                0 if lesson is None else _address(statistics),
+                _address(statistics),
                 *_addresses(gradients),
             ),
         )
         if made.x is not None and made.x.dtype is not x.dtype:
             made = made._replace(x=made.x.to(x.dtype))
-        if lesson is None or not count:
+        if not count:
             return LSTMClosed(made)
+        if lesson is None:
+            assert statistics is not None
+            increment_version(statistics)
+            return LSTMClosed(made, None, gradients)
         if count < lesson.rows.shape[0]:
             scaled, reduced = lesson.prediction
             lesson = LSTMLesson(
@@ -482,10 +490,7 @@ class CpuBackend:
                 lesson.grad[:count],
                 Prediction(scaled[:count], None if reduced is None else reduced[:count]),
             )
-        if statistics is None:
-            return LSTMClosed(made, lesson)
-        increment_version(statistics)
-        return LSTMClosed(made, lesson, gradients)
+        return LSTMClosed(made, lesson)
 
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors

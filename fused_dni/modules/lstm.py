@@ -47,10 +47,7 @@ class _WindowEnds:
     def closed(self, window: Window, closed: LSTMClosed) -> Slots:
         site = self.exit.site
         if self.returns_weights:
-            if closed.lesson is None:
-                return (None,) * len(site._learners())
-            slots = site.synthesizer_parameters()
-            return tuple(g for g, p in zip(closed.synthesizer, slots, strict=True) if p is not None)
+            return tuple(g for g in closed.synthesizer if g is not None)
         site.defer(window.rows(closed.gradients), 1.0)
         if closed.lesson is not None:
             rows, grad, prediction = closed.lesson

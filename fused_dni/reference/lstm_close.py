@@ -118,4 +118,4 @@ def lstm_close(
     gradients = synthesizer_gradients(
         rows, lesson.prediction, grad, synthesizer, None, kappa, statistics
     )
-    return LSTMClosed(made, lesson, gradients)
+    return LSTMClosed(made, None, gradients)
