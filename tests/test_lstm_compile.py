@@ -9,7 +9,6 @@ import torch
 from lstm_twins import BACKENDS, cell, close, double, lstm, plain_of, random_state
 from torch import nn
 from torch.library import opcheck
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_dni as fd
 
@@ -329,14 +328,6 @@ def test_what_ops_made_of_a_state_is_not_the_modules_own():
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         output.sum().backward()
     compiled(x, tuple(t.detach() * 0.5 for t in state))[0].sum().backward()
-
-
-def test_packed_input():
-    """Not promised to be traced; right in any case."""
-    module = lstm(INPUTS, HIDDEN)
-    packed = pack_padded_sequence(double(STEPS, BATCH, INPUTS), torch.tensor([4, 2, 1]))
-    compiled = torch.compile(module, backend="aot_eager")
-    close(compiled(packed)[0].data, module(packed)[0].data)
 
 
 # ---------------------------------------------------------------------------------------------
