@@ -349,6 +349,9 @@ def _add_recurrent(commands: Any, task: str) -> None:
             help="bits of error below which a length is solved (0.15)",
         )
     how.add_argument("--lr", type=_rate, help="learning rate")
+    how.add_argument(
+        "--exact-lr", type=_rate, help="that of truncated backprop, if another; 0: the same"
+    )
     how.add_argument("--sg-lr", type=_rate, help="that of synthesizer and auxiliary head")
     how.add_argument("--clip", type=_rate, help="bound of the gradient's norm; 0: none")
     how.add_argument("--sg-scale", type=_rate, help="factor on the synthetic gradient")

@@ -92,6 +92,7 @@ class Settings:
         hidden, layers: of the LSTM.
         batch_size: rows: parallel streams of the text, or episodes.
         lr: Adam's rate.
+        exact_lr: that of the arms without synthetic gradients, if another suits them; 0 for lr.
         sg_lr: rate of synthesizer and auxiliary head.
         cosine: both rates fall to zero along a cosine; constant otherwise.
         clip: bound of the norm of the gradient of all parameters but the synthesizer's; 0 for none.
@@ -129,6 +130,7 @@ class Settings:
     layers: int = 1
     batch_size: int = 32
     lr: float = 2e-3
+    exact_lr: float = 0.0
     sg_lr: float = 1e-4
     cosine: bool = True
     clip: float = 1.0
@@ -168,7 +170,7 @@ class Settings:
         for window in (*self.windows, *self.long):
             if window < 1:
                 raise ValueError(f"a window must have at least 1 step, got {window}")
-        for name in ("lr", "sg_lr", "clip", "sg_scale", "target_clip"):
+        for name in ("lr", "exact_lr", "sg_lr", "clip", "sg_scale", "target_clip"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if not 0.0 < self.target_scale < math.inf:
@@ -205,14 +207,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden": 128,
         "batch_size": 32,
         "lr": 1e-3,
+        "exact_lr": 3e-4,
         "clip": 0.25,
         "sg_lr": 1e-4,
         "synthesizer": "linear",
-        "sg_scale": 0.5,
+        "sg_scale": 1.0,
         "target_clip": 1.0,
         "warmup": 0.0,
         "cosine": False,
-        "amount": 10_000,
+        "amount": 12_000,
+        "width": 1,
         "evaluations": 100,
         "seeds": (0, 1, 2),
     },
@@ -323,7 +327,8 @@ class Trainer:
         own = {id(p) for p in net.twin().parameters()}
         self.trained = [p for p in net.parameters() if id(p) in own]
         heads = [p for p in net.parameters() if id(p) not in own]
-        groups: list[dict[str, Any]] = [{"params": self.trained, "lr": settings.lr}]
+        rate = settings.lr if arm.synthetic else settings.exact_lr or settings.lr
+        groups: list[dict[str, Any]] = [{"params": self.trained, "lr": rate}]
         if heads:
             groups.append({"params": heads, "lr": settings.sg_lr})
         for group in groups:

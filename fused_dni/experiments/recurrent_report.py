@@ -306,7 +306,8 @@ def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> st
             f"commit {where['commit'] or 'unknown'}."
         ),
         (
-            f"{what}; Adam at {s.lr:g} (synthesizers {s.sg_lr:g}), "
+            f"{what}; Adam at {s.lr:g} (truncated backprop {s.exact_lr or s.lr:g}, synthesizers "
+            f"{s.sg_lr:g}), "
             f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
             f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; {seeds} "
             f"seed{'s' if seeds > 1 else ''}. Total times are of training alone, arms taking "
