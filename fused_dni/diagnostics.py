@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_dni.backends.base import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 from fused_dni.modules.base import DecoupledModule, Forecast, Phase
+from fused_dni.modules.recurrent import Recurrent
 
 
 def diagnostics(
@@ -28,7 +29,9 @@ def diagnostics(
         the gradient g that arrived (which may be bootstrapped), over all elements since the last
         reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
         ``targets``, the rows trained on; ``skipped_updates`` and ``skipped_synthesizer_updates``;
-        with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where there is nothing yet.
+        ``auxiliary_cosine`` and ``auxiliary_norm_ratio`` of an auxiliary head against the synthetic
+        gradient that it predicts; with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where
+        there is nothing yet.
     """
     layers = {
         name: m
@@ -44,6 +47,8 @@ def diagnostics(
     if reset:
         for layer in layers.values():
             layer.statistics.zero_()
+            if isinstance(layer, Recurrent):
+                layer.auxiliary_statistics.zero_()
     return out
 
 
@@ -51,12 +56,24 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else float("nan")
 
 
+def _agreement(s: list[float]) -> tuple[float, float]:
+    """Cosine and ratio of norms from the sums."""
+    cosine = _ratio(s[S_DOT_G], (s[S_DOT_S] * s[G_DOT_G]) ** 0.5)
+    return cosine, _ratio(s[S_DOT_S] ** 0.5, s[G_DOT_G] ** 0.5)
+
+
 def _sums(layer: DecoupledModule) -> dict[str, float]:
     s = layer.statistics.tolist()
     rows = s[ROWS]
+    head = {}
+    if isinstance(layer, Recurrent) and layer.auxiliary_head is not None:
+        found = _agreement(layer.auxiliary_statistics.tolist())
+        head = dict(zip(("auxiliary_cosine", "auxiliary_norm_ratio"), found, strict=True))
+    cosine, norm_ratio = _agreement(s)
     return {
-        "cosine": _ratio(s[S_DOT_G], (s[S_DOT_S] * s[G_DOT_G]) ** 0.5),
-        "norm_ratio": _ratio(s[S_DOT_S] ** 0.5, s[G_DOT_G] ** 0.5),
+        "cosine": cosine,
+        "norm_ratio": norm_ratio,
+        **head,
         "synthesizer_loss": _ratio(s[SQUARED_ERROR], rows),
         "targets": rows,
         "skipped_updates": float(layer.skipped_updates),

@@ -4,6 +4,7 @@ sequence; otherwise every gradient equals what the formulas give, by autograd on
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -823,6 +824,26 @@ def test_statistics(backend):
     assert found["norm_ratio"] == pytest.approx(float(s.norm() / target.norm()))
     assert found["synthesizer_loss"] == pytest.approx(float((s - target).square().sum() / BATCH))
     assert fd.diagnostics(module)[""]["targets"] == 0
+
+
+@backends
+def test_statistics_of_the_auxiliary_head(backend):
+    """Its cosine and ratio against the synthetic gradient at the exit, by hand."""
+    module = lstm(INPUTS, HIDDEN, auxiliary=True, backend=backend)
+    with torch.no_grad():
+        for p in (*module.synthesizer.parameters(), *module.auxiliary_head.parameters()):
+            p.normal_()
+    x = double(2, STEPS, BATCH, INPUTS)
+    _, start = module(x[0])
+    output, end = module(x[1], start)
+    made = module.auxiliary_head(as_rows([t.detach() for t in start]), None).detach()
+    target = prediction(module, [t.detach() for t in end])
+    output.square().sum().backward()
+    found = fd.diagnostics(module, reset=True)[""]
+    cosine = float((made * target).sum() / made.norm() / target.norm())
+    assert found["auxiliary_cosine"] == pytest.approx(cosine)
+    assert found["auxiliary_norm_ratio"] == pytest.approx(float(made.norm() / target.norm()))
+    assert math.isnan(fd.diagnostics(module)[""]["auxiliary_cosine"])
 
 
 @backends
