@@ -12,16 +12,63 @@ namespace fused_dni::FUSED_DNI_ISA {
 
 // ---- Elements ----------------------------------------------------------------------------------
 
+// The cell's two non-linearities. Five of them a unit and step are a fifth of a step's time at
+// H = 128, so float has its own: one exponential and one division each, and no second branch.
+template <class T>
+struct Squash {
+  using V = Vec<T>;
+  FUSED_DNI_INLINE static V sigmoid(V x) { return FUSED_DNI_ISA::sigmoid<T>(x); }
+  FUSED_DNI_INLINE static V tanh(V x) { return Math<T>::tanh(x); }
+};
+
+template <>
+struct Squash<float> {
+  using V = Vec<float>;
+  using M = Mask<float>;
+
+  // exp(x) = scale * (1 + rest), scale a power of two, rest = exp(r) - 1 for |r| <= log(2) / 2 by
+  // Cephes' polynomial; NaN in rest if x is one. |x| is small enough for a normal scale.
+  FUSED_DNI_INLINE static V split_exp(V x, V& scale) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
+    const V shifted = x * 1.44269504088896341f + round;
+    const V n = shifted - round;
+    scale = (V)((M)(V{} + 1.0f) + ((M)shifted << 23));  // n is in the lower bits of `shifted`
+    V r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * (r * r) + r;
+  }
+
+  // The smallest value is 4e-38, as a gate, not 0: nothing here is ever subnormal.
+  FUSED_DNI_INLINE static V sigmoid(V x) {
+    V scale;
+    const V rest = split_exp(at_least(at_most(-x, V{} + 86.0f), V{} - 86.0f), scale);
+    return 1.0f / (scale * rest + (scale + 1.0f));
+  }
+
+  // With e = exp(2 x) - 1, which loses nothing near zero: e / (e + 2).
+  FUSED_DNI_INLINE static V tanh(V x) {
+    V scale;
+    const V rest = split_exp(2.0f * at_least(at_most(x, V{} + 10.0f), V{} - 10.0f), scale);
+    const V e = scale * rest + (scale - 1.0f);
+    return e / (e + 2.0f);
+  }
+};
+
 // Of the gates in front of their non-linearities and the cell state: gates behind them, the next
 // cell state and hidden state.
 template <class T>
 FUSED_DNI_INLINE void cell_forward(Vec<T> (&gates)[kGates], Vec<T>& c, Vec<T>& h) {
-  gates[0] = sigmoid<T>(gates[0]);
-  gates[1] = sigmoid<T>(gates[1]);
-  gates[2] = Math<T>::tanh(gates[2]);
-  gates[3] = sigmoid<T>(gates[3]);
+  gates[0] = Squash<T>::sigmoid(gates[0]);
+  gates[1] = Squash<T>::sigmoid(gates[1]);
+  gates[2] = Squash<T>::tanh(gates[2]);
+  gates[3] = Squash<T>::sigmoid(gates[3]);
   c = gates[1] * c + gates[0] * gates[2];
-  h = gates[3] * Math<T>::tanh(c);
+  h = gates[3] * Squash<T>::tanh(c);
 }
 
 // Of the gradients at the step's h and c (beyond what goes through h): those at the gates in front
@@ -30,7 +77,7 @@ template <class T>
 FUSED_DNI_INLINE void cell_backward(Vec<T> (&gates)[kGates], Vec<T> c_before, Vec<T> c,
                                     Vec<T> grad_h, Vec<T>& grad_c) {
   const Vec<T> i = gates[0], f = gates[1], g = gates[2], o = gates[3];
-  const Vec<T> t = Math<T>::tanh(c);
+  const Vec<T> t = Squash<T>::tanh(c);
   const Vec<T> at_c = grad_c + grad_h * o * (T(1) - t * t);
   gates[0] = at_c * g * (i * (T(1) - i));
   gates[1] = at_c * c_before * (f * (T(1) - f));
