@@ -60,24 +60,36 @@ class Closing {
         features_(2 * depth_ * hidden_) {}
 
   Index run() {
+    const bool injects = boundary_.strength != 0.0;
+    const bool teaches = boundary_.rows != nullptr || boundary_.statistics != nullptr;
+    // One prediction serves both ends: the rows of the exit come first, then those of the lesson.
+    const Index first = injects ? batch_ : 0;
+    const Index most = teaches ? batch_ * (boundary_.entrance + (boundary_.ended != nullptr)) : 0;
+    std::unique_ptr<T[]> own;
+    if (boundary_.rows == nullptr) {
+      const Index rank = boundary_.synthesizer.rank;
+      own = memory((first + most) * (2 * features_ + rank) + most * features_);
+      T* piece = own.get();
+      boundary_.rows = piece;
+      boundary_.scaled = piece += (first + most) * features_;
+      boundary_.reduced = piece += (first + most) * features_;
+      boundary_.grad = piece += (first + most) * rank;
+    }
+    T* rows = static_cast<T*>(boundary_.rows);
+    T* scaled = static_cast<T*>(boundary_.scaled);
+    for (Index b = 0; b < first; ++b) last().gather(depth_, b, rows, b);
+    const Index count = teaches ? gather_lesson(rows + first * features_) : 0;
+    if (first + count > 0) predict(first + count);
     std::unique_ptr<T[]> start;  // what the backward starts from: h, then c [L, B, H]
-    if (boundary_.strength != 0.0) {
+    if (injects) {
       start = memory(batch_ * features_);
-      inject(start.get());
+      inject(scaled, start.get());
       window_.grad_last_h = start.get();
       window_.grad_last_c = start.get() + depth_ * batch_ * hidden_;
     }
     kernels().lstm_backward[type_](window_);
-    if (boundary_.rows != nullptr) return lesson();
-    if (boundary_.statistics == nullptr) return 0;
-    const Index most = batch_ * (boundary_.entrance + (boundary_.ended != nullptr));
-    const std::unique_ptr<T[]> own = memory(3 * most * features_);
-    const std::unique_ptr<T[]> reduced = memory(most * boundary_.synthesizer.rank);
-    boundary_.rows = own.get();
-    boundary_.grad = own.get() + most * features_;
-    boundary_.scaled = own.get() + 2 * most * features_;
-    boundary_.reduced = reduced.get();
-    return lesson();
+    if (count > 0) teach(first, count);
+    return count;
   }
 
  private:
@@ -86,27 +98,39 @@ class Closing {
   }
   bool ended(Index row) const { return boundary_.ended != nullptr && boundary_.ended[row]; }
 
-  void predict(Index rows, const T* h, T* scaled, void* reduced) const {
+  State<T> last() const {
+    return {static_cast<const T*>(boundary_.last_h), static_cast<const T*>(boundary_.last_c),
+            batch_ * hidden_, hidden_};
+  }
+  State<T> entrance() const {
+    return {static_cast<const T*>(window_.hidden), static_cast<const T*>(window_.cells),
+            (window_.sizes.steps + 1) * batch_ * hidden_, hidden_};
+  }
+
+  // The rows that the synthesizer learns from; returns their number.
+  Index gather_lesson(T* rows) const {
+    Index count = 0;
+    for (Index b = 0; boundary_.entrance && b < batch_; ++b)
+      if (!entrance().starts(depth_, b)) entrance().gather(depth_, b, rows, count++);
+    for (Index b = 0; b < batch_; ++b)
+      if (ended(b)) last().gather(depth_, b, rows, count++);
+    return count;
+  }
+
+  void predict(Index rows) const {
     SynthesizerPredict a;
     a.synthesizer = boundary_.synthesizer;
     a.rows = rows;
     a.features = features_;
     a.threads = window_.sizes.threads;
-    a.h = h;
-    a.scaled = scaled;
-    a.reduced = reduced;
+    a.h = boundary_.rows;
+    a.scaled = boundary_.scaled;
+    a.reduced = boundary_.reduced;
     kernels().synthesizer_predict[type_](a);
   }
 
   // Adds the synthetic gradient at the final state to what arrived there.
-  void inject(T* start) const {
-    const State<T> last{static_cast<const T*>(boundary_.last_h),
-                        static_cast<const T*>(boundary_.last_c), batch_ * hidden_, hidden_};
-    const std::unique_ptr<T[]> rows = memory(2 * batch_ * features_);
-    T* scaled = rows.get() + batch_ * features_;
-    for (Index b = 0; b < batch_; ++b) last.gather(depth_, b, rows.get(), b);
-    const std::unique_ptr<T[]> reduced = memory(batch_ * boundary_.synthesizer.rank);
-    predict(batch_, rows.get(), scaled, reduced.get());
+  void inject(T* scaled, T* start) const {
     const T kappa = T(boundary_.target_scale);
     double squares = 0.0;
     for (Index b = 0; b < batch_; ++b)
@@ -143,53 +167,35 @@ class Closing {
       for (Index i = 0; i < features_; ++i) row[i] *= static_cast<T>(scale);
   }
 
-  // Collects what the synthesizer learns from, predicts there and, if wanted, takes gradients.
-  // Returns the number of rows.
-  Index lesson() const {
-    T* rows = static_cast<T*>(boundary_.rows);
+  // The gradients that arrived, for the `count` rows behind the first `skip`, and what they teach.
+  void teach(Index skip, Index count) const {
     T* grad = static_cast<T*>(boundary_.grad);
-    Index count = 0;
-    if (boundary_.entrance) {
-      const Index layer = (window_.sizes.steps + 1) * batch_ * hidden_;
-      const State<T> first{static_cast<const T*>(window_.hidden),
-                           static_cast<const T*>(window_.cells), layer, hidden_};
-      const State<T> arrived{static_cast<const T*>(window_.grad_h),
-                             static_cast<const T*>(window_.grad_c), batch_ * hidden_, hidden_};
-      for (Index b = 0; b < batch_; ++b) {
-        if (first.starts(depth_, b)) continue;
-        first.gather(depth_, b, rows, count);
-        arrived.gather(depth_, b, grad, count);
-        clip(grad + count * features_);
-        ++count;
-      }
+    const State<T> arrived{static_cast<const T*>(window_.grad_h),
+                           static_cast<const T*>(window_.grad_c), batch_ * hidden_, hidden_};
+    Index filled = 0;
+    for (Index b = 0; boundary_.entrance && b < batch_; ++b) {
+      if (entrance().starts(depth_, b)) continue;
+      arrived.gather(depth_, b, grad, filled);
+      clip(grad + filled * features_);
+      ++filled;
     }
-    const State<T> last{static_cast<const T*>(boundary_.last_h),
-                        static_cast<const T*>(boundary_.last_c), batch_ * hidden_, hidden_};
-    for (Index b = 0; b < batch_; ++b) {
-      if (!ended(b)) continue;
-      last.gather(depth_, b, rows, count);
-      for (Index i = count * features_; i < (count + 1) * features_; ++i) grad[i] = T(0);
-      ++count;
-    }
-    if (count == 0) return 0;
-    predict(count, rows, static_cast<T*>(boundary_.scaled), boundary_.reduced);
-    if (boundary_.statistics != nullptr) {
-      SynthesizerTrain a{};
-      a.synthesizer = boundary_.synthesizer;
-      a.rows = count;
-      a.features = features_;
-      a.threads = window_.sizes.threads;
-      a.target_scale = boundary_.target_scale;
-      a.h = rows;
-      a.scaled = boundary_.scaled;
-      a.reduced = boundary_.reduced;
-      a.grad_h = grad;
-      a.statistics = boundary_.statistics;
-      a.update = false;
-      for (int i = 0; i < kSlots; ++i) a.gradients[i] = boundary_.gradients[i];
-      kernels().synthesizer_train[type_](a);
-    }
-    return count;
+    for (Index i = filled * features_; i < count * features_; ++i) grad[i] = T(0);
+    if (boundary_.statistics == nullptr) return;
+    SynthesizerTrain a{};
+    a.synthesizer = boundary_.synthesizer;
+    a.rows = count;
+    a.features = features_;
+    a.threads = window_.sizes.threads;
+    a.target_scale = boundary_.target_scale;
+    a.h = static_cast<const T*>(boundary_.rows) + skip * features_;
+    a.scaled = static_cast<const T*>(boundary_.scaled) + skip * features_;
+    if (boundary_.reduced != nullptr)
+      a.reduced = static_cast<const T*>(boundary_.reduced) + skip * boundary_.synthesizer.rank;
+    a.grad_h = grad;
+    a.statistics = boundary_.statistics;
+    a.update = false;
+    for (int i = 0; i < kSlots; ++i) a.gradients[i] = boundary_.gradients[i];
+    kernels().synthesizer_train[type_](a);
   }
 
   LSTMBackward window_;

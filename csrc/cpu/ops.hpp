@@ -171,7 +171,8 @@ struct LSTMBackward {
 };
 
 // The ends of a window. A lesson is a row for each row of the batch at the entrance that continues
-// a sequence, if `entrance`, and one for each that ends at the exit.
+// a sequence, if `entrance`, and one for each that ends at the exit. In `rows`, `scaled` and
+// `reduced` the batch's rows at the exit stand before it if `strength` is not zero.
 struct LSTMBoundary {
   SynthesizerArguments synthesizer;  // over rows of 2 L H features, without context
   double target_scale, strength, max_norm, max_target_norm;
@@ -179,10 +180,10 @@ struct LSTMBoundary {
   const bool* ended;   // [B]
   const void* last_h;  // [L, B, H]
   const void* last_c;  // [L, B, H]
-  void* rows;          // [up to 2 B, 2 L H], as the three that follow; null if not wanted
-  void* grad;
-  void* scaled;
-  void* reduced;       // [up to 2 B, R]
+  void* rows;          // [up to 3 B, 2 L H]; null, with the three that follow, if not wanted
+  void* grad;          // [up to 2 B, 2 L H]: of the lesson alone
+  void* scaled;        // as rows
+  void* reduced;       // [up to 3 B, R]
   double* statistics;  // [5], null where no gradients are wanted
   void* gradients[kSlots];
 };

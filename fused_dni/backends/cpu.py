@@ -447,6 +447,8 @@ class CpuBackend:
         depth, batch, size = trace.h.shape
         lesson = None
         gradients: tuple[Tensor | None, ...] = (None,) * 4
+        # The rows of the exit, for the prediction there, stand before those of the lesson.
+        first = batch if boundary.strength else 0
         teaches = learns and (entrance or ended is not None)
         if not teaches:
             statistics = None
@@ -456,9 +458,9 @@ class CpuBackend:
             )
         else:
             most = batch * (entrance + (ended is not None))
-            rows = made.h.new_empty(most, 2 * depth * size)
-            prediction = _empty_prediction(rows, synthesizer)
-            lesson = LSTMLesson(rows, torch.empty_like(rows), prediction)
+            rows = made.h.new_empty(first + most, 2 * depth * size)
+            grad = rows.new_empty(most, 2 * depth * size)
+            lesson = LSTMLesson(rows, grad, _empty_prediction(rows, synthesizer))
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -483,14 +485,10 @@ class CpuBackend:
             assert statistics is not None
             increment_version(statistics)
             return LSTMClosed(made, None, gradients)
-        if count < lesson.rows.shape[0]:
-            scaled, reduced = lesson.prediction
-            lesson = LSTMLesson(
-                lesson.rows[:count],
-                lesson.grad[:count],
-                Prediction(scaled[:count], None if reduced is None else reduced[:count]),
-            )
-        return LSTMClosed(made, lesson)
+        rows, grad, (scaled, reduced) = lesson
+        of = slice(first, first + count)
+        prediction = Prediction(scaled[of], None if reduced is None else reduced[of])
+        return LSTMClosed(made, LSTMLesson(rows[of], grad[:count], prediction))
 
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
