@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recurrent.md")
 SUITES = ("step", "linear", "synthesizer", "memory", "gemm", "lstm")
 FLOOR = "floor: 8 products by torch"
 FLOOR_BF16 = "floor: 8 products by torch, bf16"
@@ -865,6 +866,60 @@ def render_training(report: dict[str, Any]) -> str:
     return f"{text}\n\n{table(header, rows)}"
 
 
+def _recurrent_outcome(report: dict[str, Any]) -> Any:
+    """The outcome that a report of a recurrent run was written from."""
+    from fused_dni.experiments import recurrent
+
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()}
+    return recurrent.Outcome(
+        recurrent.Settings(**settings),
+        report["data"],
+        report["runs"],
+        report["costs"],
+        report["memory_curve"],
+        report["notes"],
+    )
+
+
+def render_recurrent(report: dict[str, Any]) -> str:
+    """What one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    from fused_dni.experiments import recurrent_report
+
+    outcome, facts = _recurrent_outcome(report), report["facts"]
+    s = outcome.settings
+    said = (
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
+        f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
+    )
+    rows = recurrent_report.summary_table(outcome, markdown=True)
+    return f"{said}\n\n{rows}\n\n{recurrent_report.sentence(outcome)}"
+
+
+def render_future(report: dict[str, Any]) -> str:
+    """The true gradient of the future beside the window's own, and beside what was predicted."""
+    from fused_dni.experiments import recurrent_report
+
+    outcome = _recurrent_outcome(report)
+    left_out = recurrent_report.future_table(outcome, markdown=True)
+    shares = (0.1, 0.25, 0.5, 0.75, 1.0)
+    rows = []
+    for name in outcome.names():
+        runs = [[r for r in run["history"] if r.get("prediction")] for run in outcome.of(name)]
+        if not all(runs) or not any("prediction_cosine" in r["prediction"] for r in runs[0]):
+            continue
+        for key in ("cosine", "norm_ratio"):
+            cells = []
+            for share in shares:
+                at = [run[max(0, round(share * len(run)) - 1)]["prediction"] for run in runs]
+                found = [r[f"prediction_{key}"] for r in at if r[f"prediction_{key}"] is not None]
+                cells.append(f"{statistics.median(found):.3f}" if found else "-")
+            rows.append([f"{name}, {key.replace('_', ' ')}", *cells])
+    header = ["prediction against truth, by share of the training"]
+    predicted = table([*header, *(f"{share:.0%}" for share in shares)], rows)
+    return f"{left_out}\n\n{predicted}"
+
+
 def render_ranks(reports: list[dict[str, Any]]) -> str:
     """Error by rank of the synthesizer, one ``fused-dni train --held-out --rank`` run each."""
     if not reports:
@@ -910,6 +965,10 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "lstm-memory": ("*-lstm.json", each(render_lstm_memory)),
     "mnist": ("*-mnist.json", each(render_training)),
     "ranks": ("*-mnist-rank-*.json", render_ranks),
+    "copy": ("*-copy.json", each(render_recurrent)),
+    "copy-future": ("*-copy.json", each(render_future)),
+    "charlm": ("*-charlm.json", each(render_recurrent)),
+    "charlm-future": ("*-charlm.json", each(render_future)),
 }
 
 
