@@ -96,6 +96,17 @@ def test_arms_start_from_the_same_weights_whatever_their_heads_draw():
     assert trainers[3].net.lstm.auxiliary_head is not None
 
 
+def test_truncated_backprop_may_have_a_rate_of_its_own():
+    for exact, expected in ((0.0, 1e-2), (3e-3, 3e-3)):
+        settings = replace(CHARLM, exact_lr=exact)
+        rates = {
+            method: recurrent.build(recurrent.Arm(method, 4), 0, settings, SOURCE).optimizer
+            for method in ("backprop", "fused", "dni")
+        }
+        lrs = {name: optimizer.param_groups[0]["lr"] for name, optimizer in rates.items()}
+        assert lrs == {"backprop": expected, "fused": expected, "dni": 1e-2}
+
+
 def test_gradients_are_summed_until_an_update_is_due():
     """Two windows of 4 and one of 8 per update of 8: without a future they are the same step."""
     settings = replace(CHARLM, methods=("fused",), update_every=8, amount=8 * 4, clip=0.0)
@@ -148,7 +159,14 @@ def test_every_synthesizer_of_the_command_line_runs():
 
 def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
     settings = replace(
-        COPY, hidden=24, width=1, amount=500, seeds=(0,), methods=("fused",), windows=(8,), lr=1e-2
+        COPY,
+        hidden=24,
+        width=1,
+        amount=500,
+        seeds=(0,),
+        methods=("fused",),
+        windows=(8,),
+        exact_lr=1e-2,
     )
     (found,) = recurrent.train(settings).runs
     assert found["history"][-1]["solved"] >= 1
