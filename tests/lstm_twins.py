@@ -24,13 +24,13 @@ def _ready(module: Recurrent) -> Recurrent:
 
 
 def lstm(*sizes: int, **options: Any) -> fd.FusedDNILSTM:
-    module = fd.FusedDNILSTM(*sizes, dtype=torch.float64, **options)
+    module = fd.FusedDNILSTM(*sizes, dtype=torch.float64, **{"sg_scale": 1.0, **options})
     _ready(module)
     return module
 
 
 def cell(*sizes: int, **options: Any) -> fd.FusedDNILSTMCell:
-    module = fd.FusedDNILSTMCell(*sizes, dtype=torch.float64, **options)
+    module = fd.FusedDNILSTMCell(*sizes, dtype=torch.float64, **{"sg_scale": 1.0, **options})
     _ready(module)
     return module
 

@@ -704,7 +704,7 @@ def test_a_boundary_changes_nothing_without_decoupling(backend):
 def test_cell_and_window_agree():
     """One stream through both: every gradient, M's and the auxiliary head's among them."""
     window = lstm(INPUTS, HIDDEN, auxiliary=True)
-    single = fd.FusedDNILSTMCell(INPUTS, HIDDEN, auxiliary=True, dtype=torch.float64)
+    single = cell(INPUTS, HIDDEN, auxiliary=True)
     own = window.state_dict()
     single.load_state_dict({n: own[n if "." in n else f"{n}_l0"] for n in single.state_dict()})
     x = double(len(ENDS), STEPS, BATCH, INPUTS)

@@ -100,7 +100,8 @@ class FusedDNILSTM(Recurrent):
             ``detach()``, as ever; or a module (see :mod:`fused_dni.synthesizers`) that is called
             with rows [B, 2 L H], each h_0, c_0, h_1, c_1, ... of a sequence, and predicts
             ``kappa`` times the gradient there.
-        sg_scale: factor on the synthetic gradient.
+        sg_scale: factor on the synthetic gradient. 1 trusts the prediction fully; go there with
+            ``max_target_norm``, as targets are made of predictions in their turn.
         auxiliary: add a head that predicts, from the state at a window's entrance, the synthetic
             gradient at its exit. Its squared error trains the head and, through the synthesizer's
             target, the layers.
