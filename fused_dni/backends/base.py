@@ -181,7 +181,7 @@ class LSTMTrace(NamedTuple):
 
 
 class LSTMGradients(NamedTuple):
-    """Gradients of one window."""
+    """Gradients of one window. ``delta`` is exactly zero past a row's length."""
 
     delta: Tensor  # [L, T, B, 4H]: at the gates before their non-linearities, ordered as ``gates``
     h: Tensor  # [L, B, H]: at the entrance

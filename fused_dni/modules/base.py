@@ -156,7 +156,7 @@ class _Sealed(torch.autograd.Function):
 
 
 class DecoupledModule(nn.Module):
-    """Base of :class:`FusedDNILinear` and :class:`Decoupled`.
+    """Base of the drop-in layers.
 
     Args:
         update: rule for the module's own parameters, None to leave gradients to an optimizer.

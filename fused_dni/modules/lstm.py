@@ -91,6 +91,10 @@ class FusedDNILSTM(Recurrent):
             loss(output, target).backward()                 # one backward a window
             optimizer.step(); optimizer.zero_grad()
 
+    Under a :class:`fused_dni.Schedule` nothing is injected during the warm-up, while the
+    synthesizer learns; on steps without targets it does not learn; ``mix`` = m, there being no true
+    gradient of the future to mix with, leaves 1 - m of the synthetic one.
+
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout: as in ``nn.LSTM``.
         bidirectional, proj_size: as in ``nn.LSTM``; only with ``synthesizer=None`` and
