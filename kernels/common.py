@@ -63,8 +63,8 @@ def grid_barrier(state, programs):
     tl.debug_barrier()
     arrival = tl.where(tl.program_id(0) == 0, _TOP - (programs - 1), 1)
     before = tl.atomic_add(state, arrival, sem="acq_rel", scope="gpu")
-    # Adding nothing with an acquire is an acquiring load; its result has to be used, one that nobody
-    # looks at is optimised away.
+    # Adding nothing with an acquire is an acquiring load. Its result has to be used: one that
+    # nobody looks at is optimised away.
     while ((tl.atomic_add(state, 0, sem="acquire", scope="gpu") ^ before) & _TOP) == 0:
         pass
     tl.debug_barrier()
@@ -171,7 +171,7 @@ def rule_factors(hyper, step, KIND: tl.constexpr):
     Made in float64, where ``1 - beta`` and the corrections still have their digits::
 
         sgd     lr, momentum, weight decay
-        adam    lr / (1 - beta1^t), beta1, 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 - beta2^t), eps,
+        adam    lr / (1 - beta1^t), 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 - beta2^t), eps,
                 weight decay (adamw: 1 - lr * weight decay)
     """
     lr, beta1, decay = tl.load(hyper + LR), tl.load(hyper + BETA1), tl.load(hyper + WEIGHT_DECAY)
@@ -185,7 +185,6 @@ def rule_factors(hyper, step, KIND: tl.constexpr):
             decay = 1.0 - lr * decay
         factors = (
             (lr / corrected1).to(tl.float32),
-            beta1.to(tl.float32),
             (1.0 - beta1).to(tl.float32),
             beta2.to(tl.float32),
             (1.0 - beta2).to(tl.float32),
@@ -212,7 +211,7 @@ def apply_rule(
             g = g + momentum * m if NESTEROV else m
         p -= lr * g
     else:
-        lr, beta1, rest1, beta2, rest2, root, eps, decay = factors
+        lr, rest1, beta2, rest2, root, eps, decay = factors
         if KIND == "adam":
             g += decay * p
         else:
