@@ -1,0 +1,288 @@
+"""Which tiles a kernel runs with: forced, measured here, measured by us, or by rule of thumb.
+
+A choice belongs to an op, an architecture, a dtype and a shape. Choices that :func:`tune` measured
+are kept on disk, in ``tiles.json`` under :func:`folder`; ``tuned.json`` beside this file, if there
+is one, holds those that come with the package. Both are read once a process::
+
+    {"format": 1, "choices": {"linear_step/sm_90/bfloat16/128x1024x1024": {"block": 64}}}
+
+A shape that was not measured takes the entry of the shape with every size rounded up to a power of
+two, if that was. So measuring powers of two serves everything, and another shape serves itself.
+Entries whose fields are not exactly those of the op's tiles today are ignored, as is a table of
+another format or one that cannot be read: it is a cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from fused_dni import timing
+
+T = TypeVar("T", bound=NamedTuple)
+
+FORMAT = 1
+_FILE = "tiles.json"
+_SHIPPED = Path(__file__).with_name("tuned.json")
+#: Launches in one sample on a GPU: replayed as one CUDA graph, so that the time of a kernel of a
+#: few microseconds is its own and not that of launching it.
+_LAUNCHES = 20
+
+_Table = dict[str, Any]  # fields of the tiles, by :func:`_entry`
+
+_forced: dict[str, Any] = {}
+_chosen: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Any] = {}
+_tables: list[_Table] | None = None  # that on disk before that of the package, once read
+
+
+def choose(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    default: Callable[[], T],
+) -> T:
+    """The tiles for an op on tensors of this shape: what :func:`using` forces, else what was
+    measured, else ``default()``. Asking again costs a dictionary look-up.
+
+    Args:
+        op: the op's name, by which tables know it.
+        shape: the sizes that its speed depends on.
+        dtype: of the products' operands.
+        device: of the tensors.
+        default: the rule of thumb. Its result also says what an entry of a table has to look like.
+    """
+    forced: T | None = _forced.get(op)
+    if forced is not None:
+        return forced
+    key = (op, shape, dtype, device)
+    found: T | None = _chosen.get(key)
+    if found is None:
+        usual = default()
+        found = _chosen[key] = _measured(op, shape, dtype, device, usual) or usual
+    return found
+
+
+@contextlib.contextmanager
+def using(op: str, tiles: NamedTuple) -> Iterator[None]:
+    """Force the tiles of an op, for the whole process: autograd's threads launch kernels too."""
+    before = _forced.get(op)
+    _forced[op] = tiles
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+def architecture(device: torch.device) -> str:
+    """``sm_90`` and the like; ``interpreter`` for a CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return "interpreter" if device.type == "cpu" else device.type
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def folder() -> Path:
+    """Where measured choices are kept: ``$FUSED_DNI_CACHE``, or ``fused_dni`` under the user's
+    cache."""
+    own = os.environ.get("FUSED_DNI_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_dni"
+
+
+def remember(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, tiles: NamedTuple
+) -> Path:
+    """Choose ``tiles`` from now on, in this process and in later ones; returns the table's path.
+
+    Entries of other processes are kept: the table is read, changed and replaced under a lock.
+
+    Raises:
+        OSError: the table cannot be written. The choice holds in this process all the same.
+    """
+    entry = _entry(op, shape, dtype, device)
+    _read_tables()[0][entry] = tiles._asdict()
+    for key in [key for key in _chosen if key[0] == op]:
+        del _chosen[key]
+
+    path = folder() / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = _read(path)
+        table[entry] = tiles._asdict()
+        text = json.dumps({"format": FORMAT, "choices": table}, indent=1, sort_keys=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(path)  # whoever reads sees the old table or the new one
+    return path
+
+
+def _entry(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    name, sizes = str(dtype).removeprefix("torch."), "x".join(map(str, shape))
+    return f"{op}/{architecture(device)}/{name}/{sizes}"
+
+
+def _measured(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, like: T
+) -> T | None:
+    """The entry for a shape, of the first table that has a usable one."""
+    rounded = tuple([1 << max(size - 1, 0).bit_length() for size in shape])
+    for table in _read_tables():
+        for wanted in (shape, rounded):
+            tiles = _tiles(table.get(_entry(op, wanted, dtype, device)), like)
+            if tiles is not None:
+                return tiles
+    return None
+
+
+def _tiles(fields: Any, like: T) -> T | None:
+    """Fields of a table as the type of ``like``; None if they are others."""
+    usual = like._asdict()
+    if not isinstance(fields, dict) or fields.keys() != usual.keys():
+        return None
+    if any(type(fields[name]) is not type(value) for name, value in usual.items()):
+        return None
+    return like._replace(**fields)
+
+
+def _read_tables() -> list[_Table]:
+    global _tables
+    if _tables is None:
+        _tables = [_read(folder() / _FILE), _read(_SHIPPED)]
+    return _tables
+
+
+def _read(path: Path) -> _Table:
+    """A table's choices; none if it is missing, damaged or of another format."""
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        return {}
+    choices = held.get("choices")
+    return choices if isinstance(choices, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+@dataclass(frozen=True)
+class Trial(Generic[T]):
+    """A candidate and what came of it.
+
+    Attributes:
+        tiles: the candidate.
+        timing: of one call; None if it was skipped.
+        skipped: why it was: it did not compile, or asked for more than the device has.
+    """
+
+    tiles: T
+    timing: timing.Timing | None
+    skipped: str | None = None
+
+
+def tune(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    candidates: Iterable[T],
+    prepare: Callable[[T], Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    report: Callable[[Trial[T]], object] | None = None,
+) -> T:
+    """Measure candidates against each other and :func:`remember` the fastest.
+
+    Args:
+        op, shape, dtype, device: as of :func:`choose`.
+        candidates: the tiles to try.
+        prepare: gives a callable that runs the op with these tiles. It is called many times, so it
+            has to work on copies that nobody needs; nothing else is touched, and the state of
+            torch's random number generators is put back.
+        seconds: budget of the timed calls, of all candidates together; compiling comes on top.
+        report: called with every trial, the fastest first and the skipped ones last. Without it,
+            those that were skipped are logged as warnings.
+
+    Raises:
+        RuntimeError: the current stream is capturing a CUDA graph, or no candidate runs.
+        OSError: the result cannot be written.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "tiles cannot be tuned while a CUDA graph is being captured: tune before the capture"
+        )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trials = _measure(candidates, prepare, device, seconds)
+    for trial in trials:
+        if report is not None:
+            report(trial)
+        elif trial.skipped is not None:
+            logging.getLogger(__name__).warning("%s: %s: %s", op, trial.tiles, trial.skipped)
+    if not trials or trials[0].timing is None:
+        reasons = "; ".join(f"{trial.tiles}: {trial.skipped}" for trial in trials)
+        raise RuntimeError(f"no candidate for {op} runs on {device}: {reasons or 'none was given'}")
+    remember(op, shape, dtype, device, trials[0].tiles)
+    return trials[0].tiles
+
+
+def _measure(
+    candidates: Iterable[T],
+    prepare: Callable[[T], Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+) -> list[Trial[T]]:
+    """A trial each, the fastest first, the skipped ones last."""
+    calls: dict[str, Callable[[], object]] = {}
+    tried: dict[str, T] = {}
+    skipped: list[Trial[T]] = []
+    launches = _LAUNCHES if device.type == "cuda" else 1
+    for tiles in dict.fromkeys(candidates):
+        try:
+            call = prepare(tiles)
+            call()  # compiles
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                call = _graph(call, launches)
+        except Exception as error:  # compilers raise what they like
+            lines = str(error).splitlines() or [""]
+            skipped.append(Trial(tiles, None, f"{type(error).__name__}: {lines[0]}"))
+            continue
+        calls[str(tiles)], tried[str(tiles)] = call, tiles
+    if not calls:
+        return skipped
+    taken = timing.compare(calls, seconds=seconds, device=device)
+    trials = [
+        Trial(tried[name], timing.combine(name, [(1 / launches, each)]))
+        for name, each in taken.items()
+    ]
+    return sorted(trials, key=lambda trial: trial.timing.median) + skipped  # type: ignore[union-attr]
+
+
+def _graph(call: Callable[[], object], launches: int) -> Callable[[], object]:
+    """``launches`` calls as the replay of one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    return graph.replay
