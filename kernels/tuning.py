@@ -119,8 +119,9 @@ def remember(
     """
     entry = _entry(op, shape, dtype, device)
     _read_tables()[0][entry] = tiles._asdict()
-    for key in [key for key in _chosen if key[0] == op]:
-        del _chosen[key]
+    for key in list(_chosen):  # at once: other threads choose meanwhile
+        if key[0] == op:
+            _chosen.pop(key, None)
 
     path = folder() / _FILE
     path.parent.mkdir(parents=True, exist_ok=True)
