@@ -72,6 +72,20 @@ def choose(
     return found
 
 
+class Choice(NamedTuple):
+    """What :func:`choose` was asked for."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def chosen() -> dict[Choice, Any]:
+    """What was chosen in this process so far, forced tiles aside."""
+    return {Choice(*key): tiles for key, tiles in _chosen.copy().items()}
+
+
 @contextlib.contextmanager
 def using(op: str, tiles: NamedTuple) -> Iterator[None]:
     """Force the tiles of an op, for the whole process: autograd's threads launch kernels too."""

@@ -140,6 +140,13 @@ def test_asking_again_is_a_look_up(monkeypatch):
     assert tuning.choose("op", (8, 8), F32, CPU, refuse) == Tiles(64)
 
 
+def test_choices_can_be_looked_at():
+    tuning.choose("op", (8, 8), F32, CPU, usual)
+    with tuning.using("forced", Tiles(1)):
+        tuning.choose("forced", (8, 8), F32, CPU, usual)
+    assert tuning.chosen() == {tuning.Choice("op", (8, 8), F32, CPU): usual()}
+
+
 # --------------------------------------------------------------------------------------- tables
 
 RIGHT = {"block": 64, "path": "one", "split": True}
