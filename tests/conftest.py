@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels are interpreted, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "fused_dni",

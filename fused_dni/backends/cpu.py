@@ -46,6 +46,12 @@ from fused_dni.backends.base import (
     Step,
     SynthesizerTensors,
 )
+from fused_dni.backends.shared import (
+    empty_prediction,
+    moved_statistics,
+    split_context,
+    updated,
+)
 
 _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
@@ -130,43 +136,12 @@ def _context(
     synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> tuple[tuple[int, int], Tensor | None]:
     """Addresses of labels and vectors, and the context as the kernels read it, to be kept alive."""
-    if (context is None) != (synthesizer.context_weight is None):
-        raise ValueError(
-            "this synthesizer takes a context, got none"
-            if context is None
-            else "this synthesizer takes no context, got one"
-        )
-    if context is None:
-        return (0, 0), None
-    context = context.contiguous()
-    if context.dtype is torch.int64:
-        return (context.data_ptr(), 0), context
-    if not context.is_floating_point():
-        raise TypeError(f"class indices must be torch.int64, got {context.dtype}")
-    context = context.to(synthesizer.weight.dtype)
-    return (0, context.data_ptr()), context
+    labels, vectors = split_context(synthesizer, context)
+    return (_address(labels), _address(vectors)), labels if vectors is None else vectors
 
 
 def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return layer[:4]
-
-
-def _updated(parameters: tuple[Tensor | None, ...], rule: RuleTensors) -> list[Tensor]:
-    """What an update by ``rule`` may have written."""
-    written = [rule.hyper]
-    for i, trainable in enumerate(rule.trainable):
-        if trainable:
-            for tensor in (parameters[i], rule.first[i], rule.second[i]):
-                if tensor is not None:
-                    written.append(tensor)
-    return written
-
-
-def _moved_statistics(layer: LinearTensors, config: LinearConfig, training: bool) -> list[Tensor]:
-    """The running statistics, if a forward moves them."""
-    if not training or config.normalization != "batch":
-        return []
-    return [t for t in (layer.running_mean, layer.running_var) if t is not None]
 
 
 class CpuBackend:
@@ -210,7 +185,7 @@ class CpuBackend:
             _layer(x, layer, config, training),
             (x.data_ptr(), h.data_ptr(), _address(normalized), _address(rstd)),
         )
-        moved = _moved_statistics(layer, config, training)
+        moved = moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
         return h if h.dtype is given else h.to(given), Saved(normalized, rstd)
@@ -273,7 +248,7 @@ class CpuBackend:
                 _address(gradients.norm_bias),
             ),
         )
-        increment_version(_updated(_slots(layer), rule))
+        increment_version(updated(_slots(layer), rule))
 
     def linear_step_(
         self,
@@ -308,7 +283,7 @@ class CpuBackend:
     ) -> Prediction:
         """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
         h = _as(h, synthesizer.weight.dtype)
-        prediction = _empty_prediction(h, synthesizer)
+        prediction = empty_prediction(h, synthesizer, synthesizer.weight.dtype)
         given, context = _context(synthesizer, context)
         _cpu.synthesizer_predict(
             h.dtype is _FLOAT64,
@@ -359,7 +334,7 @@ class CpuBackend:
         _train(
             h, prediction, grad_h, synthesizer, context, target_scale, statistics, _rule(rule), []
         )  # fmt: skip
-        increment_version([statistics, *_updated(synthesizer.parameters(), rule)])
+        increment_version([statistics, *updated(synthesizer.parameters(), rule)])
 
     def lstm_forward(
         self,
@@ -460,7 +435,7 @@ class CpuBackend:
             most = batch * (entrance + (ended is not None))
             rows = made.h.new_empty(first + most, 2 * depth * size)
             grad = rows.new_empty(most, 2 * depth * size)
-            lesson = LSTMLesson(rows, grad, _empty_prediction(rows, synthesizer))
+            lesson = LSTMLesson(rows, grad, empty_prediction(rows, synthesizer, rows.dtype))
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -507,7 +482,7 @@ class CpuBackend:
                 *chain.from_iterable([(*r.input.shape, *_addresses(r)) for r in rows]),
             ),
         )
-        increment_version(_updated(parameters, rule))
+        increment_version(updated(parameters, rule))
 
     def lstm_cell_forward(
         self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
@@ -599,7 +574,7 @@ class _Step:
         self.rule = _rule(rule)
         self.max_norm = max_norm
         # Whatever the step may have written; holding the tensors keeps the addresses good.
-        self.written = _updated(_slots(layer), rule) + _moved_statistics(layer, config, True)
+        self.written = updated(_slots(layer), rule) + moved_statistics(layer, config, True)
         self.fixed = _synthesizer(synthesizer)
 
     def __call__(
@@ -615,7 +590,7 @@ class _Step:
         rows = x.shape[0]
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
-        prediction = _empty_prediction(h, self.synthesizer) if need_prediction else None
+        prediction = empty_prediction(h, self.synthesizer, self.dtype) if need_prediction else None
         conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
             kernel,
@@ -697,15 +672,6 @@ def _empty_like(layer: LSTMLayer) -> LSTMLayer:
 
 # An update reads delta as it is: what made it does not matter.
 _PLAIN = LinearConfig()
-
-
-def _empty_prediction(h: Tensor, synthesizer: SynthesizerTensors) -> Prediction:
-    """Room for a prediction over h [N, O]."""
-    weight, down = synthesizer.weight, synthesizer.down
-    return Prediction(
-        weight.new_empty(h.shape),
-        None if down is None else weight.new_empty(h.shape[0], down.shape[0]),
-    )
 
 
 def _train(

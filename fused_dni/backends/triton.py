@@ -1,0 +1,451 @@
+"""The Triton backend: ``fused_dni.kernels`` behind the signature of :mod:`fused_dni.backends.base`.
+
+Serves CUDA tensors and, where ``TRITON_INTERPRET=1`` was set before Triton was first imported,
+tensors on a CPU (slowly: for tests). Launches go to the current stream of the tensors' device,
+read nothing back and allocate with torch, so that they can be captured in a CUDA graph.
+
+x may be float32, or bfloat16 or float16 with float32 parameters or parameters of its own dtype.
+float32 products follow ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic,
+anything else TF32. Operands of the gradients' products are in bfloat16 for a bfloat16 x, and in
+TF32 for a float16 one (its digits, with room for small gradients).
+
+What needs a look at the data, a class index out of range say, is an exception on a CPU. On a GPU
+nothing waits for it: the prediction is NaN there, the update skipped and counted.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from triton import knobs
+
+from fused_dni.backends.base import (
+    FROM_OUTPUT,
+    BoundStep,
+    LinearConfig,
+    LinearGradients,
+    LinearTensors,
+    Prediction,
+    RuleTensors,
+    Saved,
+    Step,
+    SynthesizerTensors,
+)
+from fused_dni.backends.shared import (
+    empty_prediction,
+    moved_statistics,
+    split_context,
+    updated,
+)
+from fused_dni.kernels import linear, tuning
+from fused_dni.kernels import synthesizer as synthesizer_kernels
+from fused_dni.kernels.launch import Launch
+from fused_dni.reference.precision import LOW_PRECISION
+from fused_dni.reference.rules import require_masters
+from fused_dni.reference.synthesizer import check_context
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0 and so on; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def resident(device: torch.device) -> int:
+    """Programs that a cooperative launch may have: one a multiprocessor; in the interpreter, where
+    programs run one after another, one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Run on the tensors' device, whichever is the current one."""
+    on: AbstractContextManager[Any] = nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        on = torch.cuda.device(device)
+    with on:
+        for launch in launches:
+            launch.run()
+
+
+def precision() -> str:
+    """How float32 products are made."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+class TritonBackend:
+    """:class:`fused_dni.backends.base.Backend` in Triton."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        """None if kernels can run here at all, or why not."""
+        if not knobs.runtime.interpret and not torch.cuda.is_available():
+            return (
+                "needs a CUDA device (torch.cuda.is_available() is false), or TRITON_INTERPRET=1 "
+                "in the environment to be interpreted on a CPU"
+            )
+        return None
+
+    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
+        """None, or why these tensors cannot be served."""
+        here = "cpu" if knobs.runtime.interpret else "cuda"
+        if x.device != weight.device:
+            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
+        if x.device.type != here:
+            how = " while it is interpreted (TRITON_INTERPRET=1)" if here == "cpu" else ""
+            return f"serves tensors on {here}{how}, got x on {x.device}"
+        if here == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+            name = torch.cuda.get_device_name(x.device)
+            return f"needs compute capability 8.0 or newer, got {name}"
+        if not (x.dtype == weight.dtype == torch.float32 or x.dtype in LOW_PRECISION) or (
+            x.dtype in LOW_PRECISION and weight.dtype not in (torch.float32, x.dtype)
+        ):
+            return (
+                "serves float32, or a bfloat16 or float16 x with parameters of its dtype or "
+                f"float32, got x {x.dtype} and weight {weight.dtype}"
+            )
+        return None
+
+    def linear_forward(
+        self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
+    ) -> tuple[Tensor, Saved]:
+        """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
+        x = x.contiguous()
+        rows, features = x.shape[0], layer.weight.shape[0]
+        problem = _problem(config, layer, training)
+        tiles = _tiles("linear_forward", x, layer.weight, "none")
+        whole = linear.is_whole(rows, features, problem, tiles)
+        keep = save and (config.normalization is not None or config.activation not in FROM_OUTPUT)
+        normalized = rstd = None
+        if keep or not whole:
+            normalized = x.new_empty(rows, features, dtype=torch.float32)
+        if save and config.normalization is not None:
+            size = features if config.normalization == "batch" else rows
+            rstd = x.new_empty(size, dtype=torch.float32)
+        h = x.new_empty(rows, features)
+        t = linear.Tensors(x, *layer, h=h, normalized=normalized, rstd=rstd)
+        _launch(t, problem, tiles, linear.FORWARD_PHASES)
+        moved = moved_statistics(layer, config, training)
+        if moved:
+            increment_version(moved)
+        return h, Saved(normalized if keep else None, rstd)
+
+    def linear_backward(
+        self,
+        grad_h: Tensor,
+        x: Tensor,
+        h: Tensor,
+        saved: Saved,
+        layer: LinearTensors,
+        config: LinearConfig,
+        training: bool,
+        need_dx: bool,
+        need_weight: bool,
+    ) -> LinearGradients:
+        """See :meth:`fused_dni.backends.base.Backend.linear_backward`."""
+        x, h, grad_h = x.contiguous(), h.contiguous(), grad_h.contiguous()
+        weight, bias, norm_weight, norm_bias = layer[:4]
+        made = LinearGradients(
+            x.new_empty(h.shape, dtype=torch.float32),
+            torch.empty_like(x) if need_dx else None,
+            torch.empty_like(weight) if need_weight else None,
+            *[None if v is None else torch.empty_like(v) for v in (bias, norm_weight, norm_bias)],
+        )
+        trainable = (need_weight, bias is not None, norm_weight is not None, norm_bias is not None)
+        problem = _problem(config, layer, training)._replace(source="given", trainable=trainable)
+        t = linear.Tensors(
+            x, *layer, grad_h=grad_h, h=h, normalized=saved.normalized, rstd=saved.rstd,
+            delta=made.delta, dx=made.x, grad_weight=made.weight, grad_bias=made.bias,
+            grad_norm_weight=made.norm_weight, grad_norm_bias=made.norm_bias,
+        )  # fmt: skip
+        tiles = _tiles("linear_backward", x, weight, "none")
+        _launch(t, problem, tiles, linear.BACKWARD_PHASES)
+        return made
+
+    def linear_update_(
+        self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
+    ) -> None:
+        """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
+        require_masters(layer[:4])
+        x, delta = x.contiguous(), gradients.delta.contiguous()
+        tiles = _tiles("linear_update", x, layer.weight, rule.kind)
+        t = linear.Tensors(
+            x, *layer[:4], delta=delta, grad_bias=gradients.bias,
+            grad_norm_weight=gradients.norm_weight, grad_norm_bias=gradients.norm_bias,
+            **_rule(rule),
+        )  # fmt: skip
+        problem = linear.Problem(
+            rule=rule.kind, nesterov=rule.nesterov, trainable=_four(rule.trainable),
+            precision=precision(),
+        )  # fmt: skip
+        _launch(t, problem, tiles, linear.UPDATE_PHASES)
+        increment_version(updated(layer[:4], rule))
+
+    def linear_step_(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        max_norm: float,
+        rule: RuleTensors,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        """See :meth:`fused_dni.backends.base.Backend.linear_step_`."""
+        step = self.bind_step(layer, config, synthesizer, max_norm, rule)
+        return step(x, context, target_scale, need_dx, need_prediction)
+
+    def bind_step(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> BoundStep:
+        """See :meth:`fused_dni.backends.base.Backend.bind_step`."""
+        return _Step(layer, config, synthesizer, max_norm, rule)
+
+    def synthesizer_predict(
+        self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
+    ) -> Prediction:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
+        h = h.contiguous()
+        made = empty_prediction(h, synthesizer, torch.float32)
+        t = _synthesizer(h, made, synthesizer, context)
+        problem = synthesizer_kernels.Problem(synthesizer.kind, False, precision=precision())
+        _launch_synthesizer("synthesizer_predict", t, problem)
+        return made
+
+    def synthesizer_gradients(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_gradients`."""
+        parameters = synthesizer.parameters()
+        made = tuple([None if p is None else torch.empty_like(p) for p in parameters])
+        t = _synthesizer(h.contiguous(), prediction, synthesizer, context)._replace(
+            grad_h=grad_h.contiguous(), statistics=statistics, grad_weight=made[0],
+            grad_down=made[1], grad_context=made[2], grad_bias=made[3],
+        )  # fmt: skip
+        problem = synthesizer_kernels.Problem(
+            synthesizer.kind, True, target_scale, precision=precision(),
+            trainable=_four([p is not None for p in parameters]),
+        )  # fmt: skip
+        _launch_synthesizer("synthesizer_train", t, problem)
+        increment_version(statistics)
+        return made
+
+    def synthesizer_update_(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+        rule: RuleTensors,
+    ) -> None:
+        """See :meth:`fused_dni.backends.base.Backend.synthesizer_update_`."""
+        parameters = synthesizer.parameters()
+        require_masters(parameters)
+        t = _synthesizer(h.contiguous(), prediction, synthesizer, context)._replace(
+            grad_h=grad_h.contiguous(), statistics=statistics, hyper=rule.hyper,
+            **_moments(rule, ("weight", "down", "context", "bias")),
+        )  # fmt: skip
+        problem = synthesizer_kernels.Problem(
+            synthesizer.kind, True, target_scale, rule.kind, rule.nesterov,
+            _four(rule.trainable), precision(),
+        )  # fmt: skip
+        _launch_synthesizer("synthesizer_train", t, problem)
+        increment_version([statistics, *updated(parameters, rule)])
+
+
+class _Step:
+    """A decoupled step over tensors that stay where they are; keeps its workspace."""
+
+    def __init__(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> None:
+        require_masters(layer[:4])
+        self.synthesizer = synthesizer
+        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
+        self.problem = _problem(config, layer, True)._replace(
+            source=synthesizer.kind, max_norm=max_norm, rule=rule.kind, nesterov=rule.nesterov,
+            trainable=_four(rule.trainable),
+        )  # fmt: skip
+        self.saves = config.normalization is not None or config.activation not in FROM_OUTPUT
+        self.fixed = linear.Tensors(
+            None, *layer, synthesizer_weight=synthesizer.weight, down=synthesizer.down,
+            context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
+            **_rule(rule),
+        )  # fmt: skip
+        # Tensors with their workspace, by what it depends on.
+        self.rooms: dict[Any, linear.Tensors] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        target_scale: float,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        x = x.contiguous()
+        rows, weight = x.shape[0], self.fixed.weight
+        labels, vectors = _context(self.synthesizer, context)
+        problem = self.problem._replace(target_scale=target_scale, precision=precision())
+        tiles = _tiles("linear_step", x, weight, problem.rule)
+        h = x.new_empty(rows, weight.shape[0])
+        dx = torch.empty_like(x) if need_dx else None
+        prediction = None
+        if need_prediction:
+            prediction = empty_prediction(h, self.synthesizer, torch.float32)
+        key = (rows, x.dtype, tiles)
+        room = self.rooms.get(key)
+        if room is None:
+            room = self.rooms[key] = self._room(x, h, problem, tiles)
+        t = room._replace(x=x, h=h, dx=dx, labels=labels, vectors=vectors)
+        if prediction is not None:
+            t = t._replace(scaled=prediction.scaled)
+            if prediction.reduced is not None:
+                t = t._replace(reduced=prediction.reduced)
+        run(linear.plan(t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)),
+            x.device)  # fmt: skip
+        increment_version(self.written)
+        return Step(h, prediction, dx)
+
+    def _room(
+        self, x: Tensor, h: Tensor, problem: linear.Problem, tiles: linear.Tiles
+    ) -> linear.Tensors:
+        """The tensors with a workspace for a batch like x."""
+        rows, features = h.shape
+        t = self.fixed._replace(x=x, h=h)
+        if self.saves or not linear.is_whole(rows, features, problem, tiles):
+            t = t._replace(normalized=x.new_empty(h.shape, dtype=torch.float32))
+        if problem.norm != "none":
+            size = features if problem.norm == "batch" else rows
+            t = t._replace(rstd=x.new_empty(size, dtype=torch.float32))
+        if t.down is not None:
+            reduced = x.new_empty(rows, t.down.shape[0], dtype=torch.float32)
+            t = t._replace(reduced=reduced)
+        low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        t = t._replace(delta=x.new_empty(h.shape, dtype=low))
+        t = linear.workspace(t, problem, tiles, linear.STEP_PHASES)
+        return t._replace(x=None, h=None)
+
+
+def _problem(config: LinearConfig, layer: LinearTensors, training: bool) -> linear.Problem:
+    return linear.Problem(
+        norm=config.normalization or "none",
+        statistics=training or layer.running_mean is None,
+        activation=config.activation,
+        eps=config.eps,
+        momentum=config.momentum,
+        precision=precision(),
+    )
+
+
+def _tiles(op: str, x: Tensor, weight: Tensor, rule: str) -> linear.Tiles:
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+
+    def default() -> linear.Tiles:
+        kind = architecture(x.device)
+        return linear.default_tiles(rows, inputs, outputs, x.dtype, rule, kind)
+
+    return tuning.choose(op, (rows, inputs, outputs), x.dtype, x.device, default)
+
+
+def _sizes(t: linear.Tensors) -> tuple[int, int, int, int, int]:
+    outputs, inputs = t.weight.shape
+    rank = 0 if t.down is None else t.down.shape[0]
+    classes = 0 if t.context_weight is None else t.context_weight.shape[1]
+    return t.x.shape[0], inputs, outputs, rank, classes
+
+
+def _launch(
+    t: linear.Tensors, problem: linear.Problem, tiles: linear.Tiles, phases: tuple[int, int]
+) -> None:
+    t = linear.workspace(t, problem, tiles, phases)
+    device = t.x.device
+    run(linear.plan(t, problem, tiles, phases, _sizes(t), resident(device)), device)
+
+
+def _four(values: Any) -> tuple[bool, bool, bool, bool]:
+    a, b, c, d = values
+    return bool(a), bool(b), bool(c), bool(d)
+
+
+def _moments(rule: RuleTensors, slots: tuple[str, ...]) -> dict[str, Tensor | None]:
+    """Moments by the kernels' names for the slots."""
+    return {
+        f"{order}_{slot}": moment
+        for order, moments in (("first", rule.first), ("second", rule.second))
+        for slot, moment in zip(slots, moments, strict=True)
+    }
+
+
+def _rule(rule: RuleTensors) -> dict[str, Tensor | None]:
+    slots = ("weight", "bias", "norm_weight", "norm_bias")
+    return {"hyper": rule.hyper, **_moments(rule, slots)}
+
+
+def _context(
+    synthesizer: SynthesizerTensors, context: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels and vectors; on a CPU, where looking costs no synchronisation, checked."""
+    if context is not None and context.device.type == "cpu":
+        check_context(synthesizer, context)
+    return split_context(synthesizer, context)
+
+
+def _synthesizer(
+    h: Tensor, prediction: Prediction, synthesizer: SynthesizerTensors, context: Tensor | None
+) -> synthesizer_kernels.Tensors:
+    labels, vectors = _context(synthesizer, context)
+    reduced = prediction.reduced
+    return synthesizer_kernels.Tensors(
+        h, synthesizer.weight, synthesizer.down, synthesizer.context_weight, synthesizer.bias,
+        labels, vectors, scaled=prediction.scaled.contiguous(),
+        reduced=None if reduced is None else reduced.contiguous(),
+    )  # fmt: skip
+
+
+def _launch_synthesizer(
+    op: str, t: synthesizer_kernels.Tensors, problem: synthesizer_kernels.Problem
+) -> None:
+    rows, outputs = t.h.shape
+    device, dtype = t.h.device, t.h.dtype
+
+    def default() -> synthesizer_kernels.Tiles:
+        return synthesizer_kernels.default_tiles(rows, outputs, dtype, architecture(device))
+
+    tiles = tuning.choose(op, (rows, outputs), dtype, device, default)
+    rank = 0 if t.down is None else t.down.shape[0]
+    classes = 0 if t.context_weight is None else t.context_weight.shape[1]
+    t = synthesizer_kernels.workspace(t, problem, tiles, rank)
+    sizes = (rows, outputs, rank, classes)
+    run(synthesizer_kernels.plan(t, problem, tiles, sizes, resident(device)), device)

@@ -1,0 +1,149 @@
+"""Tiles of row-major matrices, and walks over them: device functions that all kernels share.
+
+Offsets of rows are 64-bit: a matrix may have more than 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fused_dni.kernels.common import apply_rule
+
+# Programs that leave something in a list of the workspace, at the most: its length.
+FLAGS: tl.constexpr = tl.constexpr(1024)
+
+_CHUNK: tl.constexpr = tl.constexpr(32)  # vectors of a list that are read at a time
+
+
+@triton.jit
+def wide(i):
+    """A size as it has to be in a product with others: 64-bit."""
+    return tl.full((), i, tl.int64)
+
+
+@triton.jit
+def load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; zero outside."""
+    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    at = i[:, None].to(tl.int64) * columns + j[None, :]
+    return tl.load(source + at, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Undo :func:`load_tile`, in the target's type."""
+    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    at = i[:, None].to(tl.int64) * columns + j[None, :]
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    tl.store(target + at, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def is_inside(row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of a tile the matrix has."""
+    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return (i < rows)[:, None] & (j < columns)[None, :]
+
+
+@triton.jit
+def load_vector(source, first, size, COUNT: tl.constexpr, absent):
+    """float32 [COUNT] of a vector [size] from ``first`` on; ``absent`` outside, or everywhere where
+    there is no vector."""
+    if source is None:
+        v = tl.full((COUNT,), absent, tl.float32)
+    else:
+        i = first + tl.arange(0, COUNT)
+        v = tl.load(source + i, mask=i < size, other=absent).to(tl.float32)
+    return v
+
+
+@triton.jit
+def store_vector(target, v, first, size, COUNT: tl.constexpr):
+    """Undo :func:`load_vector`, in the target's type."""
+    i = first + tl.arange(0, COUNT)
+    tl.store(target + i, v.to(target.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _chunk(source, count, stride, first, size, LENGTH: tl.constexpr):
+    """[CHUNK, LENGTH]: the first of ``count`` vectors [size] that lie ``stride`` apart, from
+    ``first`` on; zero outside."""
+    i, j = tl.arange(0, _CHUNK), first + tl.arange(0, LENGTH)
+    at = i[:, None].to(tl.int64) * stride + j[None, :]
+    return tl.load(source + at, mask=(i < count)[:, None] & (j < size)[None, :], other=0.0)
+
+
+@triton.jit
+def sum_list(source, count, stride, first, size, LENGTH: tl.constexpr):
+    """[LENGTH]: the sum of ``count`` vectors [size], ``stride`` apart, from element ``first`` on."""
+    total = tl.zeros((LENGTH,), tl.float32)
+    for k in range(0, count, _CHUNK):
+        part = _chunk(source + wide(k) * stride, count - k, stride, first, size, LENGTH)
+        total += tl.sum(part, 0)
+    return total
+
+
+@triton.jit
+def combine_moments(source, count, part, first, size, LENGTH: tl.constexpr):
+    """Mean and biased variance [LENGTH] over ``count`` elements, of which ``source``
+    [cdiv(count, part), 2, size] has the mean and the squared deviations of each ``part``.
+
+    Chan, Golub & LeVeque 1983 (The American Statistician 37): squared deviations from the common
+    mean.
+    """
+    lists, stride = tl.cdiv(count, part), 2 * size
+    mean = tl.zeros((LENGTH,), tl.float32)
+    for k in range(0, lists, _CHUNK):
+        sizes = tl.minimum(tl.maximum(count - (k + tl.arange(0, _CHUNK)) * part, 0), part)
+        means = _chunk(source + wide(k) * stride, lists - k, stride, first, size, LENGTH)
+        mean += tl.sum(means * sizes.to(tl.float32)[:, None], 0) / count
+    var = tl.zeros((LENGTH,), tl.float32)
+    for k in range(0, lists, _CHUNK):
+        sizes = tl.minimum(tl.maximum(count - (k + tl.arange(0, _CHUNK)) * part, 0), part)
+        at = source + wide(k) * stride
+        apart = _chunk(at, lists - k, stride, first, size, LENGTH) - mean[None, :]
+        squares = _chunk(at + size, lists - k, stride, first, size, LENGTH)
+        var += tl.sum(squares + apart * apart * sizes.to(tl.float32)[:, None], 0) / count
+    return mean, var
+
+
+@triton.jit
+def place(index, down, across):
+    """Row and column, in tiles, of tile number ``index`` of ``down`` by ``across``.
+
+    A group of rows of tiles is gone through column by column, so that programs that run side by
+    side share operands in the cache.
+    """
+    GROUP: tl.constexpr = 8
+    group = index // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    rest = index % (GROUP * across)
+    return group * GROUP + rest % height, rest // height
+
+
+@triton.jit
+def magnitude(tile):
+    """The largest magnitude; infinite if an element is not finite."""
+    size = tl.abs(tile)
+    return tl.max(tl.where(size < float("inf"), size, float("inf")))
+
+
+@triton.jit
+def settle(parameter, first, second, gradient, g, at, mask, factors, C: tl.constexpr):
+    """Apply the rule C.rule to the elements ``at`` of a parameter and its moments (mutated), whose
+    gradient is g; or, if it is "none", store g in ``gradient``."""
+    if C.rule == "none":
+        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=mask)
+    else:
+        p = tl.load(parameter + at, mask=mask, other=0.0)
+        m, v = p, p
+        if C.momentum:
+            m = tl.load(first + at, mask=mask, other=0.0)
+        if C.rule != "sgd":
+            v = tl.load(second + at, mask=mask, other=0.0)
+        p, m, v = apply_rule(p, g, m, v, factors, C.rule, C.nesterov, C.momentum)
+        tl.store(parameter + at, p, mask=mask)
+        if C.momentum:
+            tl.store(first + at, m, mask=mask)
+        if C.rule != "sgd":
+            tl.store(second + at, v, mask=mask)
