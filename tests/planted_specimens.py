@@ -1,0 +1,134 @@
+"""Kernels that keep to their bounds and kernels that do not, for tests/test_triton_compiled.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fused_dni.kernels.common import dot, grid_barrier
+from fused_dni.kernels.launch import Launch, Specimen
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Pair(NamedTuple):
+    """Two things to add, one of which may be missing."""
+
+    first: Any
+    second: Any = None
+
+
+@triton.jit
+def product_kernel(a, b, c, size, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """``c = a @ b`` of [BLOCK, size] and [size, BLOCK], one program."""
+    i, k = tl.arange(0, BLOCK), tl.arange(0, 64)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in range(0, size, 64):
+        left = tl.load(a + i[:, None] * size + (first + k)[None, :])
+        right = tl.load(b + (first + k)[:, None] * BLOCK + i[None, :])
+        total = dot(left, right, total, PRECISION)
+    tl.store(c + i[:, None] * BLOCK + i[None, :], total)
+
+
+@triton.jit
+def described_kernel(a, b, c, size, BLOCK: tl.constexpr):
+    """The same by tensor descriptors."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in range(0, size, 64):
+        total = dot(a.load([0, first]), b.load([first, 0]), total, "ieee")
+    tl.store(c + i[:, None] * BLOCK + i[None, :], total)
+
+
+@triton.jit
+def meeting_kernel(pair, result, state, size, programs, BLOCK: tl.constexpr):
+    """Two rounds of the grid barrier, and what they are for."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(2):
+        total = tl.load(pair.first + i, mask=i < size)
+        if pair.second is not None:
+            total += tl.load(pair.second + i, mask=i < size)
+        tl.store(result + i, total, mask=i < size)
+        grid_barrier(state, programs)
+        tl.store(pair.first + i, tl.load(result + size - 1 - i, mask=i < size), mask=i < size)
+        grid_barrier(state, programs)
+
+
+@triton.jit
+def careless_kernel(data, state, size, programs, BLOCK: tl.constexpr):
+    """As if the grid barrier had forgotten the block's own, in front of the arrival."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(data + i, i.to(tl.float32), mask=i < size)
+    before = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
+    while tl.atomic_add(state, 0, sem="acquire", scope="gpu") == before:
+        pass
+    tl.debug_barrier()
+    tl.store(data + i, tl.load(data + size - 1 - i, mask=i < size), mask=i < size)
+
+
+@triton.jit
+def wrong_kernel(a):
+    """Does not compile."""
+    tl.static_assert(False, "planted")
+    tl.store(a, 0.0)
+
+
+def _operands(block: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return empty(block, size), empty(size, block), empty(block, block, dtype=torch.float32)
+
+
+def _product(block: int, dtype: torch.dtype, precision: str = "ieee", **options: int) -> Launch:
+    a, b, c = _operands(block, 256, dtype)
+    arguments = {"a": a, "b": b, "c": c, "size": 256, "BLOCK": block, "PRECISION": precision}
+    return Launch(product_kernel, (1,), arguments, options)
+
+
+def _described(block: int) -> Launch:
+    a, b, c = _operands(block, 256, torch.bfloat16)
+    described = {
+        "a": TensorDescriptor.from_tensor(a, [block, 64]),
+        "b": TensorDescriptor.from_tensor(b, [64, block]),
+    }
+    return Launch(described_kernel, (1,), described | {"c": c, "size": 256, "BLOCK": block}, {})
+
+
+def _meeting(second: bool, **options: bool) -> Launch:
+    data = torch.empty(3, 4096, device="meta")
+    arguments = {
+        "pair": Pair(data[0], data[1] if second else None),
+        "result": data[2],
+        "state": torch.empty(1, dtype=torch.int32, device="meta"),
+        "size": 4096,
+        "programs": 4,
+        "BLOCK": 1024,
+    }
+    return Launch(meeting_kernel, (4,), arguments, dict(options))
+
+
+def specimens(architecture: int) -> Iterator[Specimen]:
+    """Those named "good" break no bound; the others break the one that they are named after."""
+    yield Specimen("good product", _product(128, torch.bfloat16))
+    yield Specimen("good descriptors", _described(128))
+    for second in (True, False):
+        launch = _meeting(second, launch_cooperative_grid=True)
+        yield Specimen(f"good meeting {second}", launch, tensor_cores=False)
+    yield Specimen("spills", _product(128, torch.bfloat16, num_warps=1))
+    yield Specimen("shared memory", _product(256, torch.bfloat16, num_stages=9, num_warps=8))
+    yield Specimen("tensor-core", _product(32, torch.float32))
+    a, b, c = _operands(128, 256, torch.bfloat16)
+    misaligned = {"a": a.flatten()[1:], "b": b.flatten()[1:], "c": c, "size": 256}
+    constants = {"BLOCK": 128, "PRECISION": "ieee"}
+    yield Specimen("128-bit", Launch(product_kernel, (1,), misaligned | constants, {}))
+    yield Specimen("not cooperative", _meeting(True), tensor_cores=False)
+    data = torch.empty(4096, device="meta")
+    state = torch.empty(1, dtype=torch.int32, device="meta")
+    careless = {"data": data, "state": state, "size": 4096, "programs": 4, "BLOCK": 1024}
+    options = {"launch_cooperative_grid": True}
+    launch = Launch(careless_kernel, (4,), careless, options)
+    yield Specimen("out of order", launch, tensor_cores=False, wide_loads=False)
+    yield Specimen("not compiled", Launch(wrong_kernel, (1,), {"a": data}, {}))
