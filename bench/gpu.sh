@@ -1,19 +1,25 @@
 #!/bin/bash
-# bench/gpu.sh OUT: everything that needs a GPU, in ten minutes at most, without a network.
+# bench/gpu.sh OUT [SECONDS]: everything that needs a GPU, in ten minutes at most, without a network.
 #
 # For a bare machine with an NVIDIA GPU, Python 3.10 or newer, torch and Triton (tried for: torch
-# 2.11 with Triton 3.6, and newer), pip, setuptools, pybind11 and ninja; nvcc is used if it is
-# there. Builds into an environment under OUT that sees the machine's own packages, measures the
-# baselines, runs the tests marked gpu, and writes JSON, logs and a summary to OUT. A part that
-# fails or takes too long is named at the end and does not stop the others.
+# 2.11 with Triton 3.6, and newer), pip, setuptools, pybind11 and ninja; nvcc, ncu and
+# compute-sanitizer are used if they are there. Builds into a temporary environment that sees the
+# machine's own packages, runs the tests marked gpu, measures our kernels and what they have to beat,
+# and looks at them with the two tools. What matters most comes first, each part has a share of the
+# time, and a part that fails or takes too long is named at the end and does not stop the others.
+#
+# OUT then has summary.txt (written anew after every part), log.txt, environment.json, and a JSON and
+# a text each of kernels and baselines (written anew after every group): all that is known, whenever
+# the script is killed.
 #
 # PYTHON=...  interpreter, python3 by default
 # Exit status: 0 all parts done, 1 a part failed, 2 wrong use, 3 no GPU.
 
 set -uo pipefail
 
-if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
-  echo "usage: bench/gpu.sh OUT" >&2
+BUDGET=${2:-585}
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${1#-}" != "$1" ] || [[ ! $BUDGET =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: bench/gpu.sh OUT [SECONDS]" >&2
   exit 2
 fi
 
@@ -31,57 +37,89 @@ fi
 
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd)
-END=$((SECONDS + 585))
+WORK=$(mktemp -d) || exit 2
+trap 'rm -rf "$WORK"' EXIT
+END=$((SECONDS + BUDGET))
+DONE=()
 FAILED=()
+: >"$OUT/log.txt"
 
-# part NAME SECONDS COMMAND...: run within what is left of the ten minutes, log, note a failure
+# part NAME SECONDS COMMAND...: run within what is left of the time, log, note a failure
 part() {
-  local name=$1 limit=$2 left=$((END - SECONDS)) start=$SECONDS status
+  local name=$1 limit=$2 left=$((END - SECONDS)) start=$SECONDS status=1
   shift 2
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
     FAILED+=("$name: no time left")
-    return 1
+  else
+    timeout --kill-after=5 "$limit" "$@" >"$WORK/$name.log" 2>&1
+    status=$?
+    { echo "==== $name: $*"; cat "$WORK/$name.log"; } >>"$OUT/log.txt"
+    case $status in
+      0) DONE+=("$name: done in $((SECONDS - start)) s") ;;
+      124 | 137) FAILED+=("$name: stopped after $limit s, see log.txt") ;;
+      *) FAILED+=("$name: exit status $status, see log.txt") ;;
+    esac
   fi
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
-  status=$?
-  case $status in
-    0) echo "$name: done in $((SECONDS - start)) s" ;;
-    124 | 137) FAILED+=("$name: stopped after $limit s, see $name.log") ;;
-    *) FAILED+=("$name: exit status $status, see $name.log") ;;
-  esac
+  summary >/dev/null
   return $status
+}
+
+# What is known so far, the most important lines last.
+summary() {
+  {
+    for file in "$OUT/baselines.txt" "$WORK/ncu.txt" "$OUT/kernels.txt"; do
+      [ ! -f "$file" ] || cat "$file"
+    done
+    printf '%s\n' "${DONE[@]+"${DONE[@]}"}"
+    [ ! -f "$WORK/sanitizer.log" ] || grep 'ERROR SUMMARY' "$WORK/sanitizer.log"
+    [ ! -f "$WORK/tests.log" ] || tail -n 1 "$WORK/tests.log"
+    if [ ${#FAILED[@]} -gt 0 ]; then
+      printf 'FAILED  %s\n' "${FAILED[@]}"
+    else
+      echo "no part has failed after $SECONDS s"
+    fi
+  } >"$WORK/summary.txt" 2>&1
+  cp "$WORK/summary.txt" "$OUT/summary.txt"
+  cat "$OUT/summary.txt"
 }
 
 cd "$ROOT" || exit 2
-SITE="$OUT/environment"
-RUN="$SITE/bin/python"
-part environment 60 "$PYTHON" -m venv --without-pip --system-site-packages "$SITE"
+RUN="$WORK/environment/bin/python"
+part environment 60 "$PYTHON" -m venv --without-pip --system-site-packages "$WORK/environment"
+[ -x "$RUN" ] || RUN=$PYTHON
 part build 180 "$PYTHON" -m pip --python "$RUN" install --no-deps --no-index \
   --no-build-isolation -e .
-[ -x "$RUN" ] || RUN=$PYTHON
+part report 60 "$RUN" -m fused_dni env --json && cp "$WORK/report.log" "$OUT/environment.json"
 
-part report 60 "$RUN" -m fused_dni env --json && cp "$OUT/report.log" "$OUT/environment.json"
-part baselines 330 "$RUN" bench/gpu_baselines.py "$OUT/baselines.json" --seconds 280
+export FUSED_DNI_CACHE="$WORK/tiles" # not what this user may have tuned before
+part tests 150 "$RUN" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests
+left=$((END - SECONDS))
+for kind in layer lstm floors; do
+  case $kind in layer) share=$((left * 45 / 100)) ;; lstm) share=$((left * 25 / 100)) ;; *) share=40 ;; esac
+  part "$kind" "$share" "$RUN" bench/gpu_kernels.py "$OUT/kernels.json" --part "$kind" \
+    --seconds $((share - 15))
+done
+part baselines 60 "$RUN" bench/gpu_baselines.py "$OUT/baselines.json" --seconds 50
 
-gpu_tests() {
-  "$RUN" -m pytest -q -m gpu -p no:cacheprovider tests
+look_at_kernels() {
+  ncu --clock-control none --profile-from-start off --csv --page raw \
+    --metrics "$("$RUN" bench/gpu_kernels.py --metrics)" --log-file "$WORK/ncu.csv" \
+    "$RUN" bench/gpu_kernels.py --profile
   local status=$?
-  [ $status -ne 5 ] || { echo "no test is marked gpu yet"; status=0; }
+  "$RUN" bench/gpu_kernels.py --ncu "$WORK/ncu.csv" >"$WORK/ncu.txt"
   return $status
 }
-export -f gpu_tests
-export RUN
-part tests 180 bash -c gpu_tests
+if command -v ncu >/dev/null; then
+  export -f look_at_kernels
+  export RUN WORK
+  part ncu 90 bash -c look_at_kernels
+fi
+if command -v compute-sanitizer >/dev/null; then
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # a pool hides what lies outside a tensor
+  part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$RUN" bench/gpu_kernels.py --profile --tiny
+fi
 
-{
-  [ ! -f "$OUT/baselines.json" ] || "$RUN" bench/gpu_baselines.py --summary "$OUT/baselines.json"
-  [ ! -f "$OUT/tests.log" ] || tail -n 1 "$OUT/tests.log"
-  if [ ${#FAILED[@]} -gt 0 ]; then
-    printf 'FAILED  %s\n' "${FAILED[@]}"
-  else
-    echo "all parts done in $SECONDS s"
-  fi
-} | tee "$OUT/summary.txt"
-rm -rf "$SITE"
+summary
 [ ${#FAILED[@]} -eq 0 ]

@@ -1,12 +1,12 @@
-"""What a GPU does without us: bandwidth, products, launch gaps, cuDNN's LSTM, stock backprop.
+"""What a GPU does without us: bandwidth, products, launch gaps, stock backprop of a network.
 
     python bench/gpu_baselines.py OUT/baselines.json [--seconds 280]
-    python bench/gpu_baselines.py --summary OUT/baselines.json
 
-Imports nothing of fused_dni, so that it runs where our build failed. Every part is on its own: one
-that raises, or for which no time is left, is recorded with its reason and the rest go on; the file
-is rewritten after every part. ``--device cpu --tiny`` runs the same code on sizes that only show
-that it runs.
+Baselines of single layers and of the LSTM are measured beside our kernels (gpu_kernels.py). Imports
+nothing of fused_dni, so that it runs where our build failed. Every part is on its own: one that
+raises, or for which no time is left, is recorded with its reason and the rest go on; the file, and
+a text with the same name beside it, are rewritten after every part. ``--device cpu --tiny`` runs
+the same code on sizes that only show that it runs.
 """
 
 from __future__ import annotations
@@ -190,56 +190,6 @@ def gaps(where: Where) -> dict[str, Any]:
     return result
 
 
-def layer(where: Where) -> dict[str, Any]:
-    """One Linear-BatchNorm-ReLU: forward, backward from a given g without dx, fused SGD; bf16
-    under autocast with fp32 weights. Beside it the two products that it cannot avoid."""
-    rows = {}
-    for batch, hidden in where.sizes([(128, 1024), (1024, 2048), (4096, 4096)], [(8, 16)]):
-        x = torch.randn(batch, hidden, device=where.device)
-        g = torch.randn(batch, hidden, device=where.device) / batch
-        half = [t.bfloat16() for t in (x, g)]
-        weight = torch.randn(hidden, hidden, device=where.device, dtype=torch.bfloat16)
-        h, dw = torch.empty_like(half[0]), torch.empty_like(weight)
-
-        def floor(half: list[Tensor] = half, w: Tensor = weight, h: Tensor = h, d: Tensor = dw):
-            torch.mm(half[0], w, out=h)
-            torch.mm(half[1].t(), half[0], out=d)
-
-        entry: dict[str, Any] = {"two products": seconds_a_call(floor, where) * 1e6}
-        rows[f"{batch}/{hidden}"] = entry
-        for name, how in layer_variants(where).items():
-            attempt(entry, name, lambda n=how, x=x, g=g: layer_time(n, x, g, where))
-    return {"us": rows}
-
-
-def layer_variants(where: Where) -> dict[str, str]:
-    variants = {"eager": "eager"}
-    if not where.tiny:
-        variants["compiled"] = "default"
-    if where.cuda:
-        variants |= {"graph": "graph", "compiled max-autotune": "max-autotune"}
-    return variants
-
-
-def layer_time(how: str, x: Tensor, g: Tensor, where: Where) -> float:
-    hidden = x.shape[1]
-    module = nn.Sequential(
-        nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
-    ).to(where.device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, fused=True)
-    torch._dynamo.reset()
-    forward = module if how in ("eager", "graph") else torch.compile(module, mode=how)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(where.device, torch.bfloat16):
-            h = forward(x)
-        h.backward(g.to(h.dtype))
-        optimizer.step()
-
-    return seconds_a_call(graphed(step) if how == "graph" else step, where) * 1e6
-
-
 def network(where: Where) -> dict[str, Any]:
     """The step of the CPU tables: four hidden layers, batch norm, ReLU, head, cross-entropy."""
     rows = {}
@@ -247,15 +197,23 @@ def network(where: Where) -> dict[str, Any]:
         for rule in ("sgd", "adam"):
             entry: dict[str, Any] = {}
             rows[f"{batch}/{hidden} {rule}"] = entry
-            for name, how in layer_variants(where).items():
-                if how == "max-autotune":
-                    continue
+            for name, how in variants(where).items():
                 attempt(
                     entry,
                     name,
                     lambda b=batch, h=hidden, r=rule, n=how: network_time(b, h, r, n, where),
                 )
     return {"us": rows}
+
+
+def variants(where: Where) -> dict[str, str]:
+    """How a step is run, by name; compiled and replayed where that is possible."""
+    found = {"eager": "eager"}
+    if not where.tiny:
+        found["compiled"] = "default"
+    if where.cuda:
+        found["graph"] = "graph"
+    return found
 
 
 def network_time(batch: int, hidden: int, rule: str, how: str, where: Where) -> float:
@@ -286,38 +244,7 @@ def network_time(batch: int, hidden: int, rule: str, how: str, where: Where) -> 
     return seconds_a_call(graphed(step) if how == "graph" else step, where) * 1e6
 
 
-def lstm(where: Where) -> dict[str, Any]:
-    """``nn.LSTM`` (cuDNN on a GPU): milliseconds forward, and forward with backward."""
-    rows = {}
-    points = [
-        (b, h, t, dtype)
-        for dtype in ("bf16", "fp32")
-        for b in (16, 64)
-        for h in (256, 512, 1024)
-        for t in (16, 128)
-    ] + [(16, 768, 1024, "bf16")]
-    for batch, hidden, steps, name in where.sizes(points, [(2, 8, 3, "fp32")]):
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-        module = nn.LSTM(hidden, hidden, batch_first=True).to(where.device, dtype)
-        x = torch.randn(batch, steps, hidden, device=where.device, dtype=dtype)
-        g = torch.randn_like(x)
-
-        def forward(module: nn.LSTM = module, x: Tensor = x) -> None:
-            with torch.no_grad():
-                module(x)
-
-        def both(module: nn.LSTM = module, x: Tensor = x, g: Tensor = g) -> None:
-            module.zero_grad()
-            module(x)[0].backward(g)
-
-        entry: dict[str, Any] = {}
-        rows[f"B{batch} H{hidden} T{steps} {name}"] = entry
-        attempt(entry, "forward_ms", lambda f=forward: seconds_a_call(f, where, 0.1) * 1e3)
-        attempt(entry, "both_ms", lambda f=both: seconds_a_call(f, where, 0.1) * 1e3)
-    return {"ms": rows}
-
-
-PARTS = (device, bandwidth, gemm, gaps, layer, lstm, network)
+PARTS = (device, bandwidth, gemm, gaps, network)
 
 
 def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> None:
@@ -345,6 +272,7 @@ def measure(out: Path, where: Where) -> int:
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
         results.setdefault("part_seconds", {})[name] = time.monotonic() - start
         out.write_text(json.dumps(results, indent=1) + "\n")
+        out.with_suffix(".txt").write_text(summary(results) + "\n")
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return failed
 
@@ -355,7 +283,7 @@ def measure(out: Path, where: Where) -> int:
 def summary(results: dict[str, Any]) -> str:
     """The figures as text, the ones that decide most at the end."""
     lines = []
-    for part in ("device", "network", "lstm", "gemm", "bandwidth", "gaps", "layer"):
+    for part in ("device", "gemm", "bandwidth", "gaps", "network"):
         facts = results.get(part)
         if facts is None:
             lines.append(f"{part}: not reached")
@@ -385,15 +313,11 @@ def cell(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="JSON to write, or to print with --summary")
-    parser.add_argument("--summary", action="store_true", help="print a file that exists")
+    parser.add_argument("file", type=Path, help="JSON to write")
     parser.add_argument("--seconds", type=float, default=280.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
     given = parser.parse_args(arguments)
-    if given.summary:
-        print(summary(json.loads(given.file.read_text())))
-        return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
         return 3

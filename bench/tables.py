@@ -4,6 +4,8 @@
     python bench/tables.py errors --data DIR [--only 64/256]            test errors of the same rows
     python bench/tables.py render [--check]                             rewrite the tables
 
+What ``bench/gpu.sh`` measured becomes part of them as ``bench/results/<device>-gpu.json``.
+
 ``measure`` takes every group of candidates *together* (``fused_dni.timing.compare``), checks each
 candidate first (``workloads.check_*``) and merges what it measured into
 ``bench/results/<device>-cpu.json`` (``-lstm.json`` for that suite), so that single groups can be
@@ -108,16 +110,17 @@ def compared(
     candidates: dict[str, Callable[[], object]],
     failures: dict[str, str],
     *,
-    floor: str | None,
-    seconds: float,
+    floor: str | None = None,
+    seconds: float | None = None,
     steps: int = 1,
     against: dict[str, str] | None = None,
-    block: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any."""
+    """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any.
+    ``options`` are more of :func:`fused_dni.timing.compare`."""
     from fused_dni import timing
 
-    timings = timing.compare(candidates, seconds=seconds, block=block or timing.BLOCK)
+    timings = timing.compare(candidates, seconds=seconds, **options)
     rows: dict[str, Any] = {}
     for name, taken in timings.items():
         row = taken.to_json()
@@ -149,8 +152,9 @@ def gather(
     for name, make in makers.items():
         try:
             candidates[name] = make()
-        except (AssertionError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        except Exception as error:  # compilers raise what they like
+            lines = str(error).splitlines() or [""]
+            failures[name] = f"{type(error).__name__}: {lines[0]}"
             print(f"  no figure for {name}: {failures[name]}", file=sys.stderr)
     return candidates, failures
 
@@ -831,6 +835,129 @@ def render_lstm_memory(results: dict[str, Any]) -> str:
     )
 
 
+def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
+    """One line: GPU, versions, when and at which commits."""
+    device = results["device"]
+    dates = sorted({group["date"] for group in groups.values()})
+    commits = sorted({str(group["commit"]) for group in groups.values()})
+    return (
+        f"{device.get('gpu', device['cpu'])}, torch {device['torch']}, Triton {device['triton']}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}."
+    )
+
+
+def _microseconds(group: dict[str, Any], name: str) -> str:
+    row = group["rows"].get(name, {})
+    return f"{row['median'] * 1e6:.3g}" if "median" in row else "–"
+
+
+def _over_floor(group: dict[str, Any], name: str) -> str:
+    row = group["rows"].get(name, {})
+    return f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+
+
+def _ratio(group: dict[str, Any], label: str) -> str:
+    ratio = group["ratios"].get(label)
+    return "–" if ratio is None else interval(ratio)
+
+
+def render_gpu(results: dict[str, Any]) -> str:
+    """The decoupled step of one layer: launches, floor, and what it is compared with."""
+    groups = results.get("gpu-layer", {})
+    if not groups:
+        return "Not measured yet."
+    others = {
+        "stock": "stock",
+        "stock, compiled": "compiled",
+        "stock, max-autotune": "max-autotune",
+        "stock, max-autotune, its own graphs": "max-autotune, own graphs",
+        "backprop, our kernels": "backprop, our kernels",
+    }
+    rows = []
+    for key, group in groups.items():
+        cells = [key, _microseconds(group, group["floor"])]
+        moved = group["bytes"] / results["device"].get("bandwidth", float("inf"))
+        cells.append(f"{moved * 1e6:.3g}")
+        cells += [
+            _microseconds(group, name)
+            for name in ("DNI", "DNI, one launch", "DNI, several launches")
+        ]
+        cells.append(_over_floor(group, "DNI"))
+        cells += [_ratio(group, f"{name} / DNI") for name in others]
+        rows.append(cells)
+    header = ["B/H, products, rule", "floor, µs", "bytes, µs", "DNI, µs", "one launch", "several"]
+    header += ["DNI × floor", *(f"{name} / DNI" for name in others.values())]
+    text = (
+        "One Linear-BatchNorm-ReLU step, all as replays of CUDA graphs: forward, rank-16 "
+        "label-conditioned synthetic gradient, update, float32 weights; without dx and with data "
+        "in the cache unless it says otherwise. The floor is its two products (three with dx) by "
+        "`torch.mm(out=)` in the same run; bytes: what has to be moved over the bandwidth of a "
+        "copy. Then times in as many launches as said, and ratios of times (99 % interval), above "
+        "one where ours is faster: stock backprop of the same layer from a given gradient with a "
+        "fused optimizer, the same compiled, and backprop on our own kernels."
+    )
+    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+
+
+def render_gpu_lstm(results: dict[str, Any]) -> str:
+    """Windows of an LSTM against cuDNN's, whichever way it falls."""
+    groups = results.get("gpu-lstm", {})
+    if not groups:
+        return "Not measured yet."
+    rows = [
+        [
+            key,
+            _microseconds(group, group["floor"]),
+            *(_microseconds(group, name) for name in ("nn.LSTM", "ours")),
+            *(_microseconds(group, f"ours, {name}") for name in ("one", "several")),
+            *(
+                _ratio(group, label)
+                for label in ("nn.LSTM / ours", "nn.LSTM, eager / ours, eager", "forward")
+            ),
+        ]
+        for key, group in groups.items()
+    ]
+    header = ["B/H/T, products", "floor, µs", "nn.LSTM, µs", "ours, µs", "one launch"]
+    header += ["a launch a step", "nn.LSTM / ours", "eager", "forward"]
+    text = (
+        "Forward and backward of a window, gradients of weights and input, input size H, as "
+        "replays of CUDA graphs. The floor is the products that cannot be avoided, by "
+        "`torch.mm(out=)`. Ratios of times (99 % interval), above one where ours is faster; the last two without a "
+        "graph, and of the forward alone."
+    )
+    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+
+
+def render_gpu_details(results: dict[str, Any]) -> str:
+    """All candidates of all groups, and what a launch and a grid barrier cost."""
+    parts = []
+    for suite in ("gpu-layer", "gpu-lstm"):
+        groups = results.get(suite, {})
+        for key, group in groups.items():
+            rows = [
+                [name, _microseconds(group, name), _over_floor(group, name)]
+                for name in group["order"]
+            ]
+            parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
+            failed = [f"{n}: {r['failed']}" for n, r in group["rows"].items() if "failed" in r]
+            if failed:
+                parts.append("No figure: " + "; ".join(failed) + ".")
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    if grids:
+        rows = [
+            [programs, *(f"{found[name] * 1e6:.3g}" for name in ("launch", "barrier"))]
+            for programs, found in grids.items()
+        ]
+        parts.append("A cooperative launch that does nothing, and a barrier of all its programs:")
+        parts.append(table(["programs", "launch, µs", "barrier, µs"], rows))
+    measured = {
+        k: g for s in ("gpu-layer", "gpu-lstm", "gpu-floors") for k, g in results.get(s, {}).items()
+    }
+    if not measured:
+        return "Not measured yet."
+    return "\n\n".join([_gpu_provenance(results, measured), *parts])
+
+
 def render_training(report: dict[str, Any]) -> str:
     """Errors and wall-clock of one ``fused-dni train`` run."""
     facts, settings = report["facts"], report["settings"]
@@ -952,6 +1079,15 @@ def each(
     return lambda results: "\n\n".join(map(renderer, results)) or "Not measured yet."
 
 
+def on_gpus(
+    renderer: Callable[[dict[str, Any]], str],
+) -> Callable[[list[dict[str, Any]]], str]:
+    """As :func:`each`, which says so where no GPU was measured."""
+    return lambda results: (
+        "\n\n".join(map(renderer, results)) or "No GPU figure has been measured yet."
+    )
+
+
 # By name of the table: which results it is made from, and how.
 RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "summary": ("*-cpu.json", each(render_summary)),
@@ -963,6 +1099,9 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "lstm": ("*-lstm.json", each(render_lstm)),
     "lstm-details": ("*-lstm.json", each(render_lstm_details)),
     "lstm-memory": ("*-lstm.json", each(render_lstm_memory)),
+    "gpu": ("*-gpu.json", on_gpus(render_gpu)),
+    "gpu-lstm": ("*-gpu.json", on_gpus(render_gpu_lstm)),
+    "gpu-details": ("*-gpu.json", on_gpus(render_gpu_details)),
     "mnist": ("*-mnist.json", each(render_training)),
     "ranks": ("*-mnist-rank-*.json", render_ranks),
     "copy": ("*-copy.json", each(render_recurrent)),

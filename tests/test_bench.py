@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 
 import bench_gemm
 import gpu_baselines
+import gpu_kernels
 import tables
 import workloads as w
+import workloads_gpu as wg
 import workloads_lstm as wl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,6 +270,56 @@ def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
     assert tables.render_document(new, lambda _: [found]) == new
 
 
+def gpu_group(**more):
+    return {
+        "date": "2026-01-01",
+        "commit": "abc",
+        "threads": 16,
+        "floor": "floor",
+        "order": ["floor", "DNI", "stock"],
+        "rows": {
+            "floor": row(8e-6, 1.0),
+            "DNI": row(12e-6, 1.5),
+            "DNI, one launch": row(11e-6, 1.4),
+            "ours": row(50e-6, 2.0),
+            "stock": {"failed": "Disagreement: no"},
+        },
+        "ratios": {
+            "stock, compiled / DNI": {"median": 2.5, "interval": [2.4, 2.6]},
+            "nn.LSTM / ours": {"median": 0.5, "interval": None},
+        },
+        **more,
+    }
+
+
+def test_gpu_tables_say_what_was_measured():
+    found = results(
+        **{
+            "gpu-layer": {"128/1024 bf16 sgd": gpu_group(bytes=3_000_000)},
+            "gpu-lstm": {"16/256/128 bf16": gpu_group()},
+            "gpu-floors": {"barrier": gpu_group(grids={"132": {"launch": 3e-6, "barrier": 1e-6}})},
+        }
+    )
+    found["device"] |= {"gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12}
+    layer, lstm, details = (
+        tables.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
+    )
+    for text in (layer, lstm, details):
+        assert text.startswith("A GPU, torch 2.13.0, Triton 3.7.1, 2026-01-01, commit abc.")
+    # floor, bytes, as chosen, one launch, several, over the floor, stock, compiled, ...
+    cells = "8 | 1 | 12 | 11 | – | 1.50 | – | 2.50 (2.40–2.60) | – | – | – |"
+    assert f"| 128/1024 bf16 sgd | {cells}" in layer
+    assert "| 16/256/128 bf16 | 8 | – | 50 | – | – | 0.50 | – | – |" in lstm
+    assert "| DNI | 12 | 1.50 |" in details and "stock: Disagreement: no" in details
+    assert "| 132 | 3 | 1 |" in details
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-lstm", "gpu-details"])
+def test_without_a_gpu_the_tables_say_so(name):
+    assert tables.RENDERERS[name][1]([]) == "No GPU figure has been measured yet."
+    assert tables.RENDERERS[name][1]([results()]) == "Not measured yet."
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -305,7 +358,7 @@ def test_committed_results_name_machine_versions_and_commit():
             )
             continue
         assert {"cpu", "torch", "threads", "date", "commit"} <= set(found["device"])
-        for suite in tables.SUITES:
+        for suite in (*tables.SUITES, "gpu-layer", "gpu-lstm", "gpu-floors"):
             for group in found.get(suite, {}).values():
                 assert group["commit"]
                 assert group["date"]
@@ -404,10 +457,11 @@ def test_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_script_explains_its_use():
-    done = run("bash", ROOT / "bench" / "gpu.sh")
+@pytest.mark.parametrize("given", [[], ["--help"], ["out", "soon"], ["out", "9", "more"]])
+def test_gpu_script_explains_its_use(given, tmp_path):
+    done = run("bash", ROOT / "bench" / "gpu.sh", *given)
     assert done.returncode == 2
-    assert done.stderr == "usage: bench/gpu.sh OUT\n"
+    assert done.stderr == "usage: bench/gpu.sh OUT [SECONDS]\n"
 
 
 def test_gpu_script_without_torch(tmp_path):
@@ -429,10 +483,16 @@ def test_gpu_script_goes_on_when_parts_fail(tmp_path):
     done = run("bash", ROOT / "bench" / "gpu.sh", out, PYTHON=str(python))
     assert done.returncode == 1
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    names = ("environment", "build", "report", "baselines", "tests")
-    assert [line.split()[1] for line in failures] == [f"{name}:" for name in names]
-    assert all("exit status 7" in line for line in failures)
-    assert "no such part" in (out / "build.log").read_text()
+    names = ["environment", "build", "report", "tests", "layer", "lstm", "floors", "baselines"]
+    names += [name for name in ("ncu", "compute-sanitizer") if shutil.which(name)]
+    assert [line.split()[1].strip(":") for line in failures] == [
+        name.removeprefix("compute-") for name in names
+    ]
+    assert all("exit status 7" in line for line in failures[:8])
+    assert "==== build" in (out / "log.txt").read_text()
+    assert "no such part" in (out / "log.txt").read_text()
+    assert (out / "summary.txt").read_text() == done.stdout
+    assert {path.name for path in out.iterdir()} == {"log.txt", "summary.txt"}
 
 
 def test_gpu_baselines_run_on_a_cpu(tmp_path):
@@ -440,9 +500,9 @@ def test_gpu_baselines_run_on_a_cpu(tmp_path):
     assert gpu_baselines.main([str(file), "--device", "cpu", "--tiny", "--seconds", "120"]) == 0
     found = json.loads(file.read_text())
     assert set(found) == {part.__name__ for part in gpu_baselines.PARTS} | {"part_seconds"}
-    assert found["layer"]["us"]["8/16"]["eager"] > 0
-    text = gpu_baselines.summary(found)
-    assert text.index("gaps") < text.index("layer")  # what decides most comes last
+    assert found["network"]["us"]["8/16 sgd"]["eager"] > 0
+    text = file.with_suffix(".txt").read_text()
+    assert text.index("gaps") < text.index("network")  # what decides most comes last
     assert "FAILED" not in text
 
 
@@ -459,3 +519,108 @@ def test_gpu_baselines_keep_what_they_have_when_time_is_up(tmp_path):
 def test_gpu_baselines_without_a_gpu(tmp_path, capsys):
     assert gpu_baselines.main([str(tmp_path / "b.json")]) == 3
     assert "no CUDA device" in capsys.readouterr().err
+
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself there")
+
+
+@INTERPRETED
+def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
+    """The whole script on sizes that only show that it runs: gates, tiles, floors, text."""
+    file = tmp_path / "kernels.json"
+    assert gpu_kernels.main([str(file), "--device", "cpu", "--tiny"]) == 0
+    found = json.loads(file.read_text())
+    rows = found["gpu-layer"]["8/16 bf16 sgd"]["rows"]
+    assert [name for name, row in rows.items() if "failed" in row] == []
+    assert {gpu_kernels.DNI, gpu_kernels.BACKPROP, gpu_kernels.STOCK} < rows.keys()
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["tiles"]["linear_step"]["launches"] == "one"
+    with_dx = found["gpu-layer"]["8/16 fp32 adam with dx, cold"]["rows"]
+    assert [name for name, row in with_dx.items() if "failed" in row] == []
+    window = found["gpu-lstm"]["4/16/3 fp32"]
+    assert [name for name, row in window["rows"].items() if "failed" in row] == []
+    assert window["ratios"]["nn.LSTM / ours"]["median"] > 0
+    assert found["gpu-floors"]["barrier"]["grids"]["1"]["launch"] > 0
+    lines = file.with_suffix(".txt").read_text().splitlines()
+    assert lines[-1] == "4096/4096 bf16 sgd: DNI / its two products (at most 1.5): not measured"
+    for suite in ("gpu", "gpu-lstm", "gpu-details"):
+        assert "| " in tables.RENDERERS[suite][1]([found])
+
+
+@INTERPRETED
+def test_gpu_kernels_keep_what_they_have_when_time_is_up(tmp_path, one_thread):
+    file = tmp_path / "kernels.json"
+    given = [str(file), "--device", "cpu", "--tiny", "--seconds", "0", "--part", "layer"]
+    assert gpu_kernels.main([*given, "--backend", "cpu"]) == 1
+    found = json.loads(file.read_text())
+    assert list(found["gpu-layer"]) == ["8/16 bf16 sgd"]
+    assert found["failed"] == {"layer": "TimeoutError: no time left after 8/16 bf16 sgd"}
+    assert "FAILED layer: TimeoutError" in file.with_suffix(".txt").read_text()
+
+
+@INTERPRETED
+def test_gpu_kernels_that_are_profiled_all_run(capsys, one_thread):
+    assert gpu_kernels.main(["--profile", "--device", "cpu", "--tiny"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["Decoupled 16/32", "Backprop 16/32"]
+    assert len(printed) == 4
+
+
+@INTERPRETED
+def test_gpu_kernels_without_a_gpu(tmp_path, capsys):
+    assert gpu_kernels.main([str(tmp_path / "k.json")]) == 3
+    assert "no CUDA device" in capsys.readouterr().err
+    assert gpu_kernels.main([str(tmp_path / "k.json"), "--device", "cpu", "--backend", "cuba"]) == 1
+    assert "unknown backend 'cuba'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [wg.Decoupled, wg.Backprop, wg.SynthesizerUpdate])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_gate_of_a_layer_opens_and_closes(kind, rule):
+    """Open for the C++ kernels, closed where a hundredth of the gradient is lost."""
+    case = wg.Case(16, 24, "fp32", rule, kind is not wg.SynthesizerUpdate)
+    device = torch.device("cpu")
+
+    def right(case, device, **options):
+        return kind(case, device, "cpu", **options)
+
+    def wrong(case, device, **options):
+        layer = right(case, device, **options)
+        rule = layer.own if kind is wg.SynthesizerUpdate else layer.rule
+        rule.hyper[0] *= 1.5 if rule.kind == "adam" else 1.01
+        return layer
+
+    wg.check_layer(right, case, device)
+    with pytest.raises(w.Disagreement, match="is off by"):
+        wg.check_layer(wrong, case, device)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gate_of_stock_layers_opens(precision):
+    """As they are compared with in the tables: autocast, autograd, a fused optimizer."""
+    for rule in ("sgd", "adam"):
+        case = wg.Case(16, 24, precision, rule, True)
+        wg.check_layer(wg.Stock, case, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.001), ("bf16", 1.3)])
+def test_gate_of_a_window_opens_and_closes(precision, factor):
+    case, device = wg.WindowCase(3, 16, 5, precision), torch.device("cpu")
+    window = wg.OurWindow(case, device, wg.operand(precision), "reference")
+    wg.check_window(window, case, device)
+    window.layer.weight_hh.mul_(factor)
+    with pytest.raises(w.Disagreement, match="is off by"):
+        wg.check_window(window, case, device)
+
+
+def test_what_ncu_saw_becomes_a_table():
+    metric = "gpu__time_duration.sum"
+    text = (
+        "==PROF== Connected\n"
+        f'"ID","Kernel Name","{metric}","launch__grid_size"\n'
+        '"","","us",""\n'
+        '"0","linear_kernel","12.5","132"\n'
+    )
+    heads, row = gpu_kernels.ncu_table(text).splitlines()
+    assert heads.split()[:2] == ["kernel", "time"]
+    assert row.split()[:3] == ["linear_kernel", "12.5", "us"] and row.split()[-1] == "132"
+    assert gpu_kernels.ncu_table("==ERROR== no permission\n") == "ncu reported no kernel"

@@ -1,0 +1,656 @@
+"""Our kernels on a GPU, against what they have to beat.
+
+    python bench/gpu_kernels.py OUT/kernels.json [--part layer ...] [--seconds 300]
+    python bench/gpu_kernels.py --profile           what ncu and compute-sanitizer look at
+    python bench/gpu_kernels.py --ncu FILE.csv      what ncu saw, as a table
+
+A candidate is checked against float64 before it is timed (:mod:`workloads_gpu`); one that fails is
+in the results with that reason and no figure. Candidates of a group are measured together
+(``fused_dni.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
+a text with the same name beside it, are rewritten after every group, the groups that matter most
+come first, and when the time is up the rest is left out.
+``--device cpu --tiny`` runs the same code in Triton's interpreter on sizes that only show that it
+runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fused_dni.kernels import tuning
+from fused_dni.kernels.common import grid_barrier
+from fused_dni.kernels.launch import Launch
+
+import tables
+import workloads_gpu as w
+from fused_dni.backends import registry
+from gpu_baselines import graphed
+from workloads_lstm import _within
+
+Maker = Callable[[], Callable[[], object]]
+
+# Rows of a layer's table. All are replays of CUDA graphs but for those that say eager.
+DNI = "DNI"
+DNI_EAGER = "DNI, eager"
+ONE, SEVERAL = "DNI, one launch", "DNI, several launches"
+BACKPROP = "backprop, our kernels"
+STOCK = "stock"
+STOCK_EAGER = "stock, eager"
+COMPILED = "stock, compiled"
+AUTOTUNED = "stock, max-autotune"
+AUTOTUNED_EAGER = "stock, max-autotune, its own graphs"
+SYNTHESIZER = "synthesizer's update"
+
+# Rows of a window's table.
+CUDNN, CUDNN_EAGER = "nn.LSTM", "nn.LSTM, eager"
+OURS, OURS_EAGER = "ours", "ours, eager"
+
+#: Batch and width, those that the project promises something about first.
+SIZES = ((128, 1024), (4096, 4096), (64, 256), (128, 256), (512, 1024), (1024, 2048))
+#: Sizes at which the slow compiler mode is tried too, and seconds that a compiler is given.
+AUTOTUNE = SIZES[:2]
+COMPILE_LIMIT = 90.0
+#: Sizes of the further rows (dx, Adam, float32, tf32) and of those whose data are not in the cache.
+FURTHER = SIZES[:2]
+COLD = ((128, 1024), (512, 1024), (1024, 2048))
+#: At most so many layers are gone round to keep data out of the cache.
+MOST_LAYERS = 64
+
+WINDOWS = [
+    *((b, h, t) for t in (16, 128) for h in (256, 512, 1024) for b in (16, 64)),
+    *((32, h, 64) for h in (256, 512, 1024)),
+]
+#: The point at which others publish figures (FlashRNN's repository).
+LONG_WINDOW = (16, 768, 1024)
+
+
+class Run:
+    """Where to measure, how large, until when, and what was found so far."""
+
+    def __init__(
+        self, path: Path | None, device: str, backend: str, seconds: float, tiny: bool
+    ) -> None:
+        self.path = path
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        self.backend, self.tiny = backend, tiny
+        self.deadline = time.monotonic() + seconds
+        self.results: dict[str, Any] = tables.load(path) if path is not None else {}
+        self.failed = False
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def limits(self, seconds: float) -> dict[str, Any]:
+        """How long a group is measured, and where."""
+        if self.tiny:
+            return {"rounds": 1, "block": 1, "warmup": 1, "device": self.device}
+        return {"seconds": seconds, "device": self.device}
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def keep(self, part: str, key: str, group: dict[str, Any]) -> None:
+        """Put a group into the results, and those into their file."""
+        if "device" not in self.results:
+            self.results["device"] = facts(self)
+        group |= {name: self.results["device"][name] for name in ("date", "commit", "threads")}
+        self.results.setdefault(part, {})[key] = group
+        self.save()
+        print(f"{part} {key}", flush=True)
+
+    def save(self) -> None:
+        """The results, and their figures as text."""
+        assert self.path is not None
+        tables.save(self.path, self.results)
+        self.path.with_suffix(".txt").write_text(summary(self.results) + "\n")
+
+    def replayed(self, steps: list[Callable[[], object]]) -> Callable[[], object]:
+        """All steps, one after the other, as one CUDA graph (on a CPU as they are)."""
+        call = repeated(steps)
+        if not self.cuda:
+            return call
+        replay = graphed(call)
+
+        def again(held: Callable[[], None] = call) -> None:  # a graph does not hold its tensors
+            replay()
+
+        return again
+
+
+def repeated(steps: list[Callable[[], object]]) -> Callable[[], None]:
+    """All steps, one after the other."""
+
+    def call() -> None:
+        for step in steps:
+            step()
+
+    return call
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What the figures hold for."""
+    found = tables.device_facts() | {"triton": triton.__version__}
+    if run.cuda:
+        properties = torch.cuda.get_device_properties(run.device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "bandwidth": bandwidth(run),
+        }
+    return found
+
+
+def bandwidth(run: Run) -> float:
+    """Bytes a second of a large copy, those read and those written."""
+    there = torch.empty(2**28 if run.cuda else 2**16, device=run.device).normal_()
+    here = torch.empty_like(there)
+    taken = tables.compared({"copy": lambda: here.copy_(there)}, {}, **run.limits(0.1))
+    return 2.0 * there.nbytes / taken["rows"]["copy"]["median"]
+
+
+# ----------------------------------------------------------------------------------- one layer
+
+
+def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
+    """The cases in the order of their weight, and whether data are kept out of the cache."""
+    if run.tiny:
+        yield w.Case(8, 16), False
+        yield w.Case(8, 16, "fp32", "adam", True), True
+        return
+    for size in SIZES:
+        yield w.Case(*size), False
+    for size in FURTHER:
+        yield w.Case(*size, dx=True), False
+        yield w.Case(*size, rule="adam"), False
+        for precision in ("tf32", "fp32"):
+            yield w.Case(*size, precision=precision), False
+    for size in COLD:
+        yield w.Case(*size), True
+
+
+def measure_layer(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The decoupled step of one layer, a group a case."""
+    for case, cold in layer_cases(run):
+        with w.arithmetic(case.precision):
+            yield f"{case}{', cold' if cold else ''}", layer_group(run, case, cold)
+
+
+def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
+    """All ways to take one step. A call of a candidate is several steps: of one layer, whose data
+    stay in the cache, or of as many layers as do not fit into it (``cold``)."""
+    torch._dynamo.reset()
+    count = steps_a_call(run, case, cold)
+    main = case == w.Case(case.batch, case.hidden) and not cold
+    floor = f"floor: {3 if case.dx else 2} products by torch"
+    ops, sizes = ("linear_step",), (case.batch, case.hidden)
+
+    def steps(make: Callable[..., Any]) -> list[Callable[[], object]]:
+        """So many steps, of layers of their own or of one."""
+        layers = [make(case, run.device, seed=seed) for seed in range(count if cold else 1)]
+        return [layer.step for layer in layers] * (1 if cold else count)
+
+    def replay(make: Callable[..., Any]) -> Maker:
+        def made() -> Callable[[], object]:
+            w.check_layer(make, case, run.device)
+            return run.replayed(steps(make))
+
+        return made
+
+    def eager(make: Callable[..., Any]) -> Maker:
+        def made() -> Callable[[], object]:
+            w.check_layer(make, case, run.device)
+            return repeated(steps(make))
+
+        return made
+
+    def compiled(make: Maker) -> Maker:
+        def made() -> Callable[[], object]:
+            with _within(COMPILE_LIMIT):
+                return make()
+
+        return made
+
+    def ours(kind: type[w.Layer]) -> Callable[..., w.Layer]:
+        return lambda case, device, **options: kind(case, device, run.backend, **options)
+
+    def stock(mode: str | None) -> Callable[..., w.Layer]:
+        compile = None if mode is None else {"mode": mode}
+        return lambda case, device, **options: w.Stock(case, device, compile, **options)
+
+    makers: dict[str, Maker] = {
+        floor: lambda: run.replayed(
+            [w.products(case, run.device, seed) for seed in range(count)]
+            if cold
+            else [w.products(case, run.device)] * count
+        ),
+        DNI: replay(ours(w.Decoupled)),
+        BACKPROP: replay(ours(w.Backprop)),
+        STOCK: replay(stock(None)),
+    }
+    if not run.tiny:
+        makers[COMPILED] = compiled(replay(stock("default")))
+    if main:
+        for name, launches in ((ONE, "one"), (SEVERAL, "several")):
+            makers[name] = in_launches(run, ops, sizes, launches, replay(ours(w.Decoupled)))
+        makers[DNI_EAGER] = eager(ours(w.Decoupled))
+        makers[STOCK_EAGER] = eager(stock(None))
+        makers[SYNTHESIZER] = replay(ours(w.SynthesizerUpdate))
+        if (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
+            makers[AUTOTUNED] = compiled(replay(stock("max-autotune-no-cudagraphs")))
+            makers[AUTOTUNED_EAGER] = compiled(eager(stock("max-autotune")))
+    pairs = {
+        f"{other} / {DNI}": f"{other} / {DNI}"
+        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL)
+    }
+    group = measured(run, makers, floor, count, pairs)
+    group["bytes"], group["steps"] = case.bytes(), count
+    group["tiles"] = tiles_of(ops, sizes)
+    return group
+
+
+def tiles_of(ops: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
+    """What was chosen, for the record."""
+    with contextlib.suppress(RuntimeError):
+        return {op: choices(op, sizes)[-1]._asdict() for op in ops}
+    return {}
+
+
+def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
+    """Enough that launching the graph is no part of a step; ``cold``: layers of three times the
+    cache together.
+
+    Raises:
+        ValueError: so many layers of this size are not made.
+    """
+    if run.tiny:
+        return 2 if cold else 1
+    if not cold:
+        return 4 if case.hidden >= 2048 else 20
+    cache = torch.cuda.get_device_properties(run.device).L2_cache_size
+    count = max(2, math.ceil(3 * cache / case.bytes()))
+    if count > MOST_LAYERS:
+        raise ValueError(f"{count} layers of {case} would be needed to leave the cache")
+    return count
+
+
+def in_launches(
+    run: Run, ops: tuple[str, ...], sizes: tuple[int, ...], launches: str, make: Maker
+) -> Maker:
+    """A candidate of ours in as many launches as said, with tiles as they are chosen otherwise.
+
+    Made behind the one that chooses freely, whose tiles are known then.
+    """
+
+    def made() -> Callable[[], object]:
+        with contextlib.ExitStack() as forced:
+            for op in ops:
+                tiles = choices(op, sizes)[-1]._replace(launches=launches)
+                if launches == "one" and hasattr(tiles, "descriptors"):
+                    tiles = tiles._replace(descriptors=False)
+                forced.enter_context(tuning.using(op, tiles))
+            return make()
+
+    return made
+
+
+def choices(op: str, sizes: tuple[int, ...]) -> list[Any]:
+    """Tiles that were chosen for an op on tensors of these sizes, the last one last.
+
+    Raises:
+        RuntimeError: there are none: the backend has no tiles.
+    """
+    found = [
+        tiles
+        for choice, tiles in tuning.chosen().items()
+        if choice.op == op and set(sizes) <= set(choice.shape)
+    ]
+    if not found:
+        raise RuntimeError(f"no tiles were chosen for {op}")
+    return found
+
+
+def measured(
+    run: Run, makers: dict[str, Maker], floor: str, steps: int, pairs: dict[str, str]
+) -> dict[str, Any]:
+    """Check, build and time the candidates of a group."""
+    candidates, failures = tables.gather(makers)
+    if floor not in candidates:
+        raise RuntimeError(f"not even the floor runs: {failures[floor]}")
+    return tables.compared(
+        candidates,
+        failures,
+        floor=floor,
+        steps=steps,
+        against=pairs,
+        **run.limits(1.5),
+    )
+
+
+# ---------------------------------------------------------------------------------------- LSTM
+
+
+def window_cases(run: Run) -> Iterator[w.WindowCase]:
+    """The points in the order of their weight."""
+    if run.tiny:
+        yield w.WindowCase(4, 16, 3, "fp32")
+        return
+    for window in WINDOWS[:4]:
+        yield w.WindowCase(*window)
+    yield w.WindowCase(*LONG_WINDOW)
+    for window in WINDOWS[4:]:
+        yield w.WindowCase(*window)
+    for window in WINDOWS:
+        yield w.WindowCase(*window, "fp32")
+
+
+def measure_lstm(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Forward and backward of a window, a group a point."""
+    for case in window_cases(run):
+        with w.arithmetic(case.precision):
+            yield str(case), window_group(run, case)
+
+
+def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
+    """``nn.LSTM`` and ours, forward and backward; forward alone beside it."""
+    floor = "floor: products by torch"
+    dtype = w.operand(case.precision)
+    ops, sizes = ("lstm_forward", "lstm_backward"), (case.batch, case.hidden)
+
+    def stock() -> w.Window:
+        return w.StockWindow(case, run.device, dtype)
+
+    def ours() -> w.Window:
+        return w.OurWindow(case, run.device, dtype, run.backend)
+
+    def replay(make: Callable[[], Any], forward: bool = False) -> Maker:
+        def made() -> Callable[[], object]:
+            window = make()
+            w.check_window(window, case, run.device)
+            return run.replayed([window.forward if forward else window.step])
+
+        return made
+
+    def eager(make: Callable[[], Any]) -> Maker:
+        def made() -> Callable[[], object]:
+            window = make()
+            w.check_window(window, case, run.device)
+            step: Callable[[], object] = window.step
+            return step
+
+        return made
+
+    makers: dict[str, Maker] = {
+        floor: lambda: run.replayed([w.window_floor(case, run.device)]),
+        CUDNN: replay(stock),
+        OURS: replay(ours),
+        CUDNN_EAGER: eager(stock),
+        OURS_EAGER: eager(ours),
+        f"{CUDNN}, forward": replay(stock, True),
+        f"{OURS}, forward": replay(ours, True),
+    }
+    for launches in ("one", "several"):
+        makers[f"{OURS}, {launches}"] = in_launches(run, ops, sizes, launches, replay(ours))
+    pairs = {
+        f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
+        f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
+        "forward": f"{CUDNN}, forward / {OURS}, forward",
+    }
+    group = measured(run, makers, floor, 1, pairs)
+    group["tiles"] = tiles_of(ops, sizes)
+    return group
+
+
+# -------------------------------------------------------------------------------------- floors
+
+
+@triton.jit
+def barriers_kernel(state, programs, rounds):
+    """``rounds`` grid barriers and nothing else."""
+    for _ in range(rounds):
+        grid_barrier(state, programs)
+
+
+def plan_barriers(state: torch.Tensor, programs: int, rounds: int) -> Launch:
+    """A cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32 [1]."""
+    return Launch(
+        barriers_kernel,
+        (programs,),
+        {"state": state, "programs": programs, "rounds": rounds},
+        {"num_warps": 4, "launch_cooperative_grid": True},
+    )
+
+
+def measure_floors(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What cannot be had for less: a launch of nothing, and a meeting of all programs."""
+    most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
+    grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
+    launches, rounds = (2, 2) if run.tiny else (50, 100)
+    state = torch.zeros(1, dtype=torch.int32, device=run.device)
+    candidates: dict[str, Callable[[], object]] = {}
+    for programs in grids:
+        for meetings in (0, rounds):
+            launch = plan_barriers(state, programs, meetings)
+            candidates[f"{programs} programs, {meetings} barriers"] = run.replayed(
+                [launch.run] * launches
+            )
+    group = tables.compared(candidates, {}, steps=launches, **run.limits(3.0))
+    rows = group["rows"]
+    group["grids"] = {
+        programs: {
+            "launch": rows[f"{programs} programs, 0 barriers"]["median"],
+            "barrier": (
+                rows[f"{programs} programs, {rounds} barriers"]["median"]
+                - rows[f"{programs} programs, 0 barriers"]["median"]
+            )
+            / rounds,
+        }
+        for programs in grids
+    }
+    yield "barrier", group
+
+
+PARTS: dict[str, Callable[[Run], Iterator[tuple[str, dict[str, Any]]]]] = {
+    "layer": measure_layer,
+    "lstm": measure_lstm,
+    "floors": measure_floors,
+}
+
+
+def measure(run: Run, parts: list[str]) -> None:
+    """The parts, each on its own: one that raises is recorded, and the others go on."""
+    for part in parts:
+        try:
+            for key, group in PARTS[part](run):
+                run.keep(f"gpu-{part}", key, group)
+                if run.late():
+                    raise TimeoutError(f"no time left after {key}")
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                traceback.print_exc()
+            run.failed = True
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            run.results.setdefault("failed", {})[part] = reason
+            run.save()
+
+
+# ------------------------------------------------------------------------ profilers, sanitizers
+
+
+def profile(run: Run) -> None:
+    """Each main op once, between the marks that ``ncu --profile-from-start off`` looks for."""
+    sizes = [(16, 32)] if run.tiny else [(128, 1024), (4096, 4096)]
+    windows = [(4, 16, 3)] if run.tiny else [(16, 256, 16), (16, 1024, 16)]
+    steps: dict[str, Callable[[], object]] = {}
+    for batch, hidden in sizes:
+        for kind in (w.Decoupled, w.Backprop, w.SynthesizerUpdate):
+            layer: Any = kind(w.Case(batch, hidden), run.device, run.backend)
+            steps[f"{kind.__name__} {batch}/{hidden}"] = layer.step
+    for size in windows:
+        case = w.WindowCase(*size)
+        dtype = w.operand(case.precision)
+        steps[f"LSTM {case}"] = w.OurWindow(case, run.device, dtype, run.backend).step
+    for name, step in steps.items():
+        step()  # compiles, and makes what is made once
+        if run.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        step()
+        if run.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        print(name, flush=True)
+
+
+#: What is asked of ncu, and the heads of the table's columns.
+METRICS = {
+    "gpu__time_duration.sum": "time",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
+    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
+    "dram__bytes.sum": "DRAM",
+    "lts__t_bytes.sum": "L2",
+    "sm__inst_executed_pipe_tensor.sum": "tensor instructions",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
+    "launch__registers_per_thread": "registers",
+    "launch__shared_mem_per_block": "shared memory",
+    "launch__grid_size": "programs",
+}
+
+
+def ncu_table(text: str) -> str:
+    """The output of ``ncu --csv --page raw`` as a table, a row a launch."""
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if first is None:
+        return "ncu reported no kernel"
+    reader = csv.DictReader(io.StringIO("\n".join(lines[first:])))
+    units = next(reader, {})
+    rows = []
+    for launch in reader:
+        cells = [launch.get("Kernel Name", "?")]
+        for metric in METRICS:
+            cells.append(f"{launch.get(metric) or '-'} {units.get(metric) or ''}".strip())
+        rows.append(cells)
+    return columns([["kernel", *METRICS.values()], *rows])
+
+
+# ------------------------------------------------------------------------------------- summary
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows as aligned text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The figures as text, those that decide most at the end."""
+    lines: list[str] = []
+    device = results.get("device", {})
+    lines.append(
+        f"{device.get('gpu', device.get('cpu', 'nothing measured'))}, torch {device.get('torch')}, "
+        f"Triton {device.get('triton')}, commit {device.get('commit')}"
+    )
+    for part in ("floors", "lstm", "layer"):
+        groups = results.get(f"gpu-{part}", {})
+        for key, group in reversed(groups.items()):
+            lines.append(f"\n{part} {key}")
+            rows = []
+            for name in group["order"]:
+                row = group["rows"][name]
+                if "failed" in row:
+                    rows.append([name, row["failed"], ""])
+                    continue
+                ratio = row.get("per_floor")
+                rows.append(
+                    [
+                        name,
+                        f"{row['median'] * 1e6:.4g} us",
+                        f"{ratio['median']:.2f} x floor" if ratio else "",
+                    ]
+                )
+            lines.append(columns(rows))
+            for label, ratio in group["ratios"].items():
+                lines.append(f"{label}: {tables.interval(ratio)}")
+    for part, reason in results.get("failed", {}).items():
+        lines.append(f"FAILED {part}: {reason}")
+    lines += promises(results)
+    return "\n".join(lines)
+
+
+def promises(results: dict[str, Any]) -> list[str]:
+    """What the project promises of a GPU, and what was measured."""
+    layers = results.get("gpu-layer", {})
+    lines = []
+    small, large = (str(w.Case(*size)) for size in SIZES[:2])
+    for other in (STOCK, AUTOTUNED_EAGER, AUTOTUNED, BACKPROP):
+        ratio = layers.get(small, {}).get("ratios", {}).get(f"{other} / {DNI}")
+        found = "not measured" if ratio is None else tables.interval(ratio)
+        wanted = "" if other == BACKPROP else " (at least 2)"
+        lines.append(f"{small}: {other} / DNI{wanted}: {found}")
+    row = layers.get(large, {}).get("rows", {}).get(DNI, {})
+    found = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "not measured"
+    lines.append(f"{large}: DNI / its two products (at most 1.5): {found}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, nargs="?", help="JSON to write")
+    parser.add_argument("--part", action="append", choices=tuple(PARTS))
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--profile", action="store_true", help="run each op once, time nothing")
+    parser.add_argument("--metrics", action="store_true", help="print what ncu is to measure")
+    parser.add_argument("--ncu", type=Path, metavar="CSV", help="print what ncu wrote")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
+    given = parser.parse_args(arguments)
+    if given.metrics:
+        print(",".join(METRICS))
+        return 0
+    if given.ncu is not None:
+        print(ncu_table(given.ncu.read_text()))
+        return 0
+    if given.file is None and not given.profile:
+        parser.error("which file?")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
+        return 3
+    try:
+        registry.get(given.backend)
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    run = Run(given.file, given.device, given.backend, given.seconds, given.tiny)
+    if given.profile:
+        profile(run)
+        return 0
+    measure(run, given.part or list(PARTS))
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
