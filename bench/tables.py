@@ -922,8 +922,8 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
     text = (
         "Forward and backward of a window, gradients of weights and input, input size H, as "
         "replays of CUDA graphs. The floor is the products that cannot be avoided, by "
-        "`torch.mm(out=)`. Ratios of times (99 % interval), above one where ours is faster; the last two without a "
-        "graph, and of the forward alone."
+        "`torch.mm(out=)`. Ratios of times (99 % interval), above one where ours is faster; the "
+        "last two without a graph, and of the forward alone."
     )
     return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
 
