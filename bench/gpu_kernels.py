@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 import triton
-from fused_dni.kernels import tuning
+from fused_dni.kernels import lstm, tuning
 from fused_dni.kernels.common import grid_barrier
 from fused_dni.kernels.launch import Launch
 
 import tables
 import workloads_gpu as w
-from fused_dni.backends import registry
+from fused_dni.backends import registry, triton_lstm
 from gpu_baselines import graphed
 from workloads_lstm import _within
 
@@ -56,6 +56,7 @@ SYNTHESIZER = "synthesizer's update"
 # Rows of a window's table.
 CUDNN, CUDNN_EAGER = "nn.LSTM", "nn.LSTM, eager"
 OURS, OURS_EAGER = "ours", "ours, eager"
+STEPWISE = "ours, a launch a step"
 
 #: Batch and width, those that the project promises something about first.
 SIZES = ((128, 1024), (4096, 4096), (64, 256), (128, 256), (512, 1024), (1024, 2048))
@@ -192,40 +193,77 @@ def measure_layer(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{case}{', cold' if cold else ''}", layer_group(run, case, cold)
 
 
+class Candidates:
+    """Makers of one group's candidates: each checks what ``make(case, device)`` makes, then builds
+    what is timed, a call of which is ``count`` steps: of one layer (or window), whose data stay in
+    the cache, or ``cold``, of as many of their own (``make(case, device, seed=)``).
+
+    ``tiles`` are the choices that were made on the way, but for forced ones.
+    """
+
+    def __init__(
+        self, run: Run, check: Callable[..., None], case: Any, count: int = 1, cold: bool = False
+    ) -> None:
+        self.run, self.check, self.case, self.count, self.cold = run, check, case, count, cold
+        self.tiles: dict[tuning.Choice, Any] = {}
+
+    def steps(self, make: Callable[..., Any], name: str = "step") -> list[Callable[[], object]]:
+        """Check, then so many steps (or other methods) to be called one after the other."""
+        device = self.run.device
+        with tuning.recording() as found:
+            self.check(make, self.case, device)
+        self.tiles |= found
+        if self.cold:
+            return [getattr(make(self.case, device, seed=i), name) for i in range(self.count)]
+        return [getattr(make(self.case, device), name)] * self.count
+
+    def replay(self, make: Callable[..., Any], name: str = "step") -> Maker:
+        return lambda: self.run.replayed(self.steps(make, name))
+
+    def eager(self, make: Callable[..., Any]) -> Maker:
+        return lambda: repeated(self.steps(make))
+
+    def compiled(self, maker: Maker) -> Maker:
+        """Given up if compiling takes too long."""
+
+        def made() -> Callable[[], object]:
+            with _within(COMPILE_LIMIT):
+                return maker()
+
+        return made
+
+    def forced(
+        self, ops: tuple[str, ...], change: Callable[[tuning.Choice, Any], Any], maker: Maker
+    ) -> Maker:
+        """With other tiles than chosen: ``change(choice, tiles)``. Behind one that chooses freely.
+
+        Raises, when made:
+            RuntimeError: nothing was chosen: the backend has no tiles.
+        """
+
+        def made() -> Callable[[], object]:
+            with contextlib.ExitStack() as forced:
+                chosen = {choice: t for choice, t in self.tiles.items() if choice.op in ops}
+                if not chosen:
+                    raise RuntimeError(f"no tiles are chosen for {' or '.join(ops)}")
+                for choice, tiles in chosen.items():
+                    forced.enter_context(tuning.using(choice.op, change(choice, tiles)))
+                return maker()
+
+        return made
+
+    def record(self) -> dict[str, Any]:
+        """The choices, for the results."""
+        return {choice.op: tiles._asdict() for choice, tiles in self.tiles.items()}
+
+
 def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
-    """All ways to take one step. A call of a candidate is several steps: of one layer, whose data
-    stay in the cache, or of as many layers as do not fit into it (``cold``)."""
+    """All ways to take one step."""
     torch._dynamo.reset()
     count = steps_a_call(run, case, cold)
     main = case == w.Case(case.batch, case.hidden) and not cold
     floor = f"floor: {3 if case.dx else 2} products by torch"
-    ops, sizes = ("linear_step",), (case.batch, case.hidden)
-
-    def steps(make: Callable[..., Any]) -> list[Callable[[], object]]:
-        """So many steps, of layers of their own or of one."""
-        layers = [make(case, run.device, seed=seed) for seed in range(count if cold else 1)]
-        return [layer.step for layer in layers] * (1 if cold else count)
-
-    def replay(make: Callable[..., Any]) -> Maker:
-        def made() -> Callable[[], object]:
-            w.check_layer(make, case, run.device)
-            return run.replayed(steps(make))
-
-        return made
-
-    def eager(make: Callable[..., Any]) -> Maker:
-        def made() -> Callable[[], object]:
-            w.check_layer(make, case, run.device)
-            return repeated(steps(make))
-
-        return made
-
-    def compiled(make: Maker) -> Maker:
-        def made() -> Callable[[], object]:
-            with _within(COMPILE_LIMIT):
-                return make()
-
-        return made
+    c = Candidates(run, w.check_layer, case, count, cold)
 
     def ours(kind: type[w.Layer]) -> Callable[..., w.Layer]:
         return lambda case, device, **options: kind(case, device, run.backend, **options)
@@ -234,42 +272,43 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
         compile = None if mode is None else {"mode": mode}
         return lambda case, device, **options: w.Stock(case, device, compile, **options)
 
+    def launched(launches: str) -> Callable[[tuning.Choice, Any], Any]:
+        def change(choice: tuning.Choice, tiles: Any) -> Any:
+            return tiles._replace(
+                launches=launches, descriptors=tiles.descriptors and launches == "several"
+            )
+
+        return change
+
     makers: dict[str, Maker] = {
         floor: lambda: run.replayed(
             [w.products(case, run.device, seed) for seed in range(count)]
             if cold
             else [w.products(case, run.device)] * count
         ),
-        DNI: replay(ours(w.Decoupled)),
-        BACKPROP: replay(ours(w.Backprop)),
-        STOCK: replay(stock(None)),
+        DNI: c.replay(ours(w.Decoupled)),
+        BACKPROP: c.replay(ours(w.Backprop)),
+        STOCK: c.replay(stock(None)),
     }
     if not run.tiny:
-        makers[COMPILED] = compiled(replay(stock("default")))
+        makers[COMPILED] = c.compiled(c.replay(stock("default")))
     if main:
         for name, launches in ((ONE, "one"), (SEVERAL, "several")):
-            makers[name] = in_launches(run, ops, sizes, launches, replay(ours(w.Decoupled)))
-        makers[DNI_EAGER] = eager(ours(w.Decoupled))
-        makers[STOCK_EAGER] = eager(stock(None))
-        makers[SYNTHESIZER] = replay(ours(w.SynthesizerUpdate))
+            makers[name] = c.forced(
+                ("linear_step",), launched(launches), c.replay(ours(w.Decoupled))
+            )
+        makers[DNI_EAGER] = c.eager(ours(w.Decoupled))
+        makers[STOCK_EAGER] = c.eager(stock(None))
+        makers[SYNTHESIZER] = c.replay(ours(w.SynthesizerUpdate))
         if (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
-            makers[AUTOTUNED] = compiled(replay(stock("max-autotune-no-cudagraphs")))
-            makers[AUTOTUNED_EAGER] = compiled(eager(stock("max-autotune")))
+            makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
+            makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
     pairs = {
         f"{other} / {DNI}": f"{other} / {DNI}"
         for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL)
     }
     group = measured(run, makers, floor, count, pairs)
-    group["bytes"], group["steps"] = case.bytes(), count
-    group["tiles"] = tiles_of(ops, sizes)
-    return group
-
-
-def tiles_of(ops: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
-    """What was chosen, for the record."""
-    with contextlib.suppress(RuntimeError):
-        return {op: choices(op, sizes)[-1]._asdict() for op in ops}
-    return {}
+    return group | {"bytes": case.bytes(), "tiles": c.record()}
 
 
 def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
@@ -288,42 +327,6 @@ def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
     if count > MOST_LAYERS:
         raise ValueError(f"{count} layers of {case} would be needed to leave the cache")
     return count
-
-
-def in_launches(
-    run: Run, ops: tuple[str, ...], sizes: tuple[int, ...], launches: str, make: Maker
-) -> Maker:
-    """A candidate of ours in as many launches as said, with tiles as they are chosen otherwise.
-
-    Made behind the one that chooses freely, whose tiles are known then.
-    """
-
-    def made() -> Callable[[], object]:
-        with contextlib.ExitStack() as forced:
-            for op in ops:
-                tiles = choices(op, sizes)[-1]._replace(launches=launches)
-                if launches == "one" and hasattr(tiles, "descriptors"):
-                    tiles = tiles._replace(descriptors=False)
-                forced.enter_context(tuning.using(op, tiles))
-            return make()
-
-    return made
-
-
-def choices(op: str, sizes: tuple[int, ...]) -> list[Any]:
-    """Tiles that were chosen for an op on tensors of these sizes, the last one last.
-
-    Raises:
-        RuntimeError: there are none: the backend has no tiles.
-    """
-    found = [
-        tiles
-        for choice, tiles in tuning.chosen().items()
-        if choice.op == op and set(sizes) <= set(choice.shape)
-    ]
-    if not found:
-        raise RuntimeError(f"no tiles were chosen for {op}")
-    return found
 
 
 def measured(
@@ -371,50 +374,36 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
     """``nn.LSTM`` and ours, forward and backward; forward alone beside it."""
     floor = "floor: products by torch"
     dtype = w.operand(case.precision)
-    ops, sizes = ("lstm_forward", "lstm_backward"), (case.batch, case.hidden)
+    c = Candidates(run, w.check_window, case)
 
-    def stock() -> w.Window:
-        return w.StockWindow(case, run.device, dtype)
+    def stock(case: w.WindowCase, device: torch.device) -> w.Window:
+        return w.StockWindow(case, device, dtype)
 
-    def ours() -> w.Window:
-        return w.OurWindow(case, run.device, dtype, run.backend)
-
-    def replay(make: Callable[[], Any], forward: bool = False) -> Maker:
-        def made() -> Callable[[], object]:
-            window = make()
-            w.check_window(window, case, run.device)
-            return run.replayed([window.forward if forward else window.step])
-
-        return made
-
-    def eager(make: Callable[[], Any]) -> Maker:
-        def made() -> Callable[[], object]:
-            window = make()
-            w.check_window(window, case, run.device)
-            step: Callable[[], object] = window.step
-            return step
-
-        return made
+    def ours(case: w.WindowCase, device: torch.device) -> w.Window:
+        return w.OurWindow(case, device, dtype, run.backend)
 
     makers: dict[str, Maker] = {
         floor: lambda: run.replayed([w.window_floor(case, run.device)]),
-        CUDNN: replay(stock),
-        OURS: replay(ours),
-        CUDNN_EAGER: eager(stock),
-        OURS_EAGER: eager(ours),
-        f"{CUDNN}, forward": replay(stock, True),
-        f"{OURS}, forward": replay(ours, True),
+        CUDNN: c.replay(stock),
+        OURS: c.replay(ours),
+        STEPWISE: c.forced(("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours)),
+        CUDNN_EAGER: c.eager(stock),
+        OURS_EAGER: c.eager(ours),
+        f"{CUDNN}, forward": c.replay(stock, "forward"),
+        f"{OURS}, forward": c.replay(ours, "forward"),
     }
-    for launches in ("one", "several"):
-        makers[f"{OURS}, {launches}"] = in_launches(run, ops, sizes, launches, replay(ours))
     pairs = {
         f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
         f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
         "forward": f"{CUDNN}, forward / {OURS}, forward",
+        f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
     }
-    group = measured(run, makers, floor, 1, pairs)
-    group["tiles"] = tiles_of(ops, sizes)
-    return group
+    return measured(run, makers, floor, 1, pairs) | {"tiles": c.record()}
+
+
+def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
+    """The tiles of a window for a launch a step."""
+    return lstm.step_tiles(*choice.shape, triton_lstm._machine(choice.device))
 
 
 # -------------------------------------------------------------------------------------- floors

@@ -341,7 +341,6 @@ class Window:
 
     def __init__(self, case: WindowCase, device: torch.device, dtype: torch.dtype) -> None:
         batch, hidden, steps, _ = case
-        self.case = case
         draw = source(device, 3, dtype)
         self.x = draw(steps, batch, hidden)
         self.state = (draw(1, batch, hidden).tanh(), draw(1, batch, hidden).tanh())
@@ -353,6 +352,10 @@ class Window:
             draw(4 * hidden, scale=scale),
             draw(4 * hidden, scale=scale),
         )
+
+    def step(self) -> dict[str, Tensor]:
+        """Forward and backward: gradients of the parameters and of the input, from nothing."""
+        raise NotImplementedError
 
 
 class StockWindow(Window):
@@ -374,7 +377,6 @@ class StockWindow(Window):
             self.lstm(self.x, self.state)
 
     def step(self) -> dict[str, Tensor]:
-        """Forward and backward: gradients of the parameters and of the input, from nothing."""
         self.x.grad = None
         self.lstm.zero_grad()
         output, (h, c) = self.lstm(self.x, self.state)
@@ -400,7 +402,6 @@ class OurWindow(Window):
         self.backend.lstm_forward(self.x, *self.state, (self.layer,), None, (), False)
 
     def step(self) -> dict[str, Tensor]:
-        """As :meth:`StockWindow.step`."""
         layers = (self.layer,)
         trace = self.backend.lstm_forward(self.x, *self.state, layers, None, (), True)
         made = self.backend.lstm_backward(
@@ -438,16 +439,17 @@ def _stock_errors(case: WindowCase, device: torch.device) -> dict[str, float]:
     return {name: float((found[name] - t).norm() / t.norm()) for name, t in expected.items()}
 
 
-def check_window(window: Window, case: WindowCase, device: torch.device) -> None:
-    """A window against ``nn.LSTM`` in float64. In float32 it is held to what rounding explains
-    (:func:`workloads_lstm.rounding`). With rounded operands errors add up over the steps: there it
-    may be twice as far off as ``nn.LSTM`` of the same precision is, and half of the bound of a
-    layer besides.
+def check_window(make: Callable[..., Window], case: WindowCase, device: torch.device) -> None:
+    """A window of ``make(case, device)`` against ``nn.LSTM`` in float64.
+
+    In float32 it is held to what rounding explains (:func:`workloads_lstm.rounding`). With rounded
+    operands errors add up over the steps: there it may be twice as far off as ``nn.LSTM`` of the
+    same precision is, and half of the bound of a layer besides.
 
     Raises:
         Disagreement: it is off by more.
     """
-    found, expected = _doubles(window.step()), _exact_window(case, device)  # type: ignore[attr-defined]
+    found, expected = _doubles(make(case, device).step()), _exact_window(case, device)
     if case.precision == "fp32":
         from workloads_lstm import Shape
 

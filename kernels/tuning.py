@@ -81,9 +81,17 @@ class Choice(NamedTuple):
     device: torch.device
 
 
-def chosen() -> dict[Choice, Any]:
-    """What was chosen in this process so far, forced tiles aside."""
-    return {Choice(*key): tiles for key, tiles in _chosen.copy().items()}
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Choice, Any]]:
+    """All that is chosen inside, whether or not it was before; forced tiles are none of it."""
+    global _chosen
+    before, _chosen = _chosen, {}
+    found: dict[Choice, Any] = {}
+    try:
+        yield found
+    finally:
+        found.update({Choice(*key): tiles for key, tiles in _chosen.items()})
+        _chosen = before | _chosen
 
 
 @contextlib.contextmanager

@@ -141,10 +141,15 @@ def test_asking_again_is_a_look_up(monkeypatch):
 
 
 def test_choices_can_be_looked_at():
-    tuning.choose("op", (8, 8), F32, CPU, usual)
-    with tuning.using("forced", Tiles(1)):
-        tuning.choose("forced", (8, 8), F32, CPU, usual)
-    assert tuning.chosen() == {tuning.Choice("op", (8, 8), F32, CPU): usual()}
+    def choose(op):
+        return tuning.choose(op, (8, 8), F32, CPU, usual)
+
+    choose("before")
+    with tuning.recording() as found, tuning.using("forced", Tiles(1)):
+        for op in ("op", "before", "forced"):
+            choose(op)
+    choose("after")
+    assert found == {tuning.Choice(op, (8, 8), F32, CPU): usual() for op in ("op", "before")}
 
 
 # --------------------------------------------------------------------------------------- tables
