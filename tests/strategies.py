@@ -611,7 +611,13 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
     if lesson is not None:
         out |= {"rows": lesson.rows, "grad": lesson.grad}
         out |= {"scaled": lesson.prediction.scaled, "reduced": lesson.prediction.reduced}
-    out |= {f"d.synthesizer.{i}": made for i, made in enumerate(closed.synthesizer)}
+    made = closed.synthesizer
+    if options["statistics"] and options["learns"] and (options["entrance"] or "ended" in given):
+        # With no row to learn from they may be zero or left out.
+        made = made or tuple(
+            [None if p is None else torch.zeros_like(p) for p in synthesizer.parameters()]
+        )
+    out |= {f"d.synthesizer.{i}": gradient for i, gradient in enumerate(made)}
     return {name: t for name, t in out.items() if t is not None}
 
 

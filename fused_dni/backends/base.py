@@ -466,7 +466,9 @@ class Backend(Protocol):
         state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
         Its gradients are scaled down, row by row, where ``max_target_norm`` is exceeded.
         With ``statistics`` it has, instead of the lesson, the gradients that
-        :meth:`synthesizer_gradients` makes of it, and ``statistics`` is added to (mutated).
+        :meth:`synthesizer_gradients` makes of it, and ``statistics`` is added to (mutated). Where
+        there is no row to learn from these may be zeros: to know it, a host has to wait for the
+        device.
         """
         ...
 

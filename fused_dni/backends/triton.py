@@ -15,7 +15,6 @@ nothing waits for it: the prediction is NaN there, the update skipped and counte
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,52 +34,22 @@ from fused_dni.backends.base import (
     Step,
     SynthesizerTensors,
 )
+from fused_dni.backends.launching import architecture, precision, resident, run
 from fused_dni.backends.shared import (
     empty_prediction,
     moved_statistics,
     split_context,
     updated,
 )
+from fused_dni.backends.triton_lstm import TritonLSTM
 from fused_dni.kernels import linear, tuning
 from fused_dni.kernels import synthesizer as synthesizer_kernels
-from fused_dni.kernels.launch import Launch
 from fused_dni.reference.precision import LOW_PRECISION
 from fused_dni.reference.rules import require_masters
 from fused_dni.reference.synthesizer import check_context
 
 
-def architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0 and so on; 0 for the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def resident(device: torch.device) -> int:
-    """Programs that a cooperative launch may have: one a multiprocessor; in the interpreter, where
-    programs run one after another, one."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def run(launches: list[Launch], device: torch.device) -> None:
-    """Run on the tensors' device, whichever is the current one."""
-    on: AbstractContextManager[Any] = nullcontext()
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        on = torch.cuda.device(device)
-    with on:
-        for launch in launches:
-            launch.run()
-
-
-def precision() -> str:
-    """How float32 products are made."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-class TritonBackend:
+class TritonBackend(TritonLSTM):
     """:class:`fused_dni.backends.base.Backend` in Triton."""
 
     name = "triton"
@@ -374,7 +343,7 @@ def _tiles(op: str, x: Tensor, weight: Tensor, rule: str) -> linear.Tiles:
 
     def default() -> linear.Tiles:
         kind = architecture(x.device)
-        return linear.default_tiles(rows, inputs, outputs, x.dtype, rule, kind)
+        return linear.default_tiles(rows, inputs, outputs, x.dtype, rule, precision(), kind)
 
     return tuning.choose(op, (rows, inputs, outputs), x.dtype, x.device, default)
 

@@ -126,9 +126,21 @@ def _gradients(
     context: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The formulas of the module's head; ``target`` is ``kappa g`` [N, O]."""
-    kind, weight, down, context_weight, bias = synthesizer
-    dtype = accumulator(weight)
+    dtype = accumulator(synthesizer.weight)
     e = (2.0 / h.shape[0]) * (prediction.scaled.to(dtype) - target)  # [N, O]
+    return gradients_of_error(e, h, prediction, synthesizer, context)
+
+
+def gradients_of_error(
+    e: Tensor,
+    h: Tensor,
+    prediction: Prediction,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients, slot by slot, of what has the gradient ``e`` [N, O] at ``M(h)``, in e's dtype."""
+    kind, weight, down, context_weight, bias = synthesizer
+    dtype = e.dtype
     d_down = None
     if kind == "dense":
         d_weight = product(e.t(), h, h.dtype, dtype)  # [O, N] @ [N, O] -> [O, O]
