@@ -54,7 +54,7 @@ from fused_dni.kernels.tiles import is_inside, load_tile, magnitude, settle, til
 from torch import Tensor
 
 _LARGEST: tl.constexpr = tl.constexpr(1.0e38)  # well inside float32
-_PARTS: tl.constexpr = tl.constexpr(64)  # programs that look for the largest magnitudes
+_PARTS: tl.constexpr = tl.constexpr(64)  # programs that measure, at the most
 
 
 class Options(NamedTuple):
@@ -655,12 +655,12 @@ class UpdateOptions(NamedTuple):
 
 @triton.jit
 def _largest_of(matrix, rows, columns, program):
-    """The largest magnitude that one of ``_PARTS`` programs sees of a matrix."""
+    """The largest magnitude that a program sees of a matrix."""
     ROWS: tl.constexpr = 16
     COLUMNS: tl.constexpr = 128
     across = tl.cdiv(columns, COLUMNS)
     largest = 0.0
-    for index in range(program, tl.cdiv(rows, ROWS) * across, _PARTS):
+    for index in range(program, tl.cdiv(rows, ROWS) * across, tl.num_programs(0)):
         row, column = index // across * ROWS, index % across * COLUMNS
         tile = load_tile(matrix, row, column, rows, columns, ROWS, COLUMNS)
         largest = tl.maximum(largest, magnitude(tile.to(tl.float32)))
@@ -701,11 +701,13 @@ def _bias_gradient(delta, row, count, rows, C: tl.constexpr):
 
 
 @triton.jit
-def _is_bounded(largest, other, count):
-    """Whether the largest magnitudes alone show a sum over ``count`` products to be finite."""
+def _is_bounded(largest, other, programs, count):
+    """Whether the largest magnitudes that so many programs saw of delta and the other operand show
+    a sum over ``count`` of their products to be finite."""
     at = tl.arange(0, _PARTS)
-    delta = tl.max(tl.load(largest + at))
-    return tl.max(tl.load(largest + other * _PARTS + at)) * delta * count < _LARGEST
+    delta = tl.max(tl.load(largest + at, mask=at < programs, other=0.0))
+    of = tl.max(tl.load(largest + other * _PARTS + at, mask=at < programs, other=0.0))
+    return of * delta * count < _LARGEST
 
 
 @triton.jit
@@ -733,6 +735,7 @@ def lstm_update(
     failed,  # int32 [1]
     step,  # float64 [1]
     hyper,
+    programs,  # that measured
     count,
     features,
     size,
@@ -751,13 +754,13 @@ def lstm_update(
     if TRIAL:
         if j < input_tiles:
             if layer.weight_ih is not None:
-                if not _is_bounded(largest, 1, count):
+                if not _is_bounded(largest, 1, programs, count):
                     column = j * C.columns
                     g = _gradient(of.delta, of.input, row, column, count, rows, features, C)
                     _note_failure(failed, g)
         elif j < input_tiles + hidden_tiles:
             if layer.weight_hh is not None:
-                if not _is_bounded(largest, 2, count):
+                if not _is_bounded(largest, 2, programs, count):
                     column = (j - input_tiles) * C.columns
                     g = _gradient(of.delta, of.hidden, row, column, count, rows, size, C)
                     _note_failure(failed, g)
@@ -834,6 +837,8 @@ class WindowTiles(NamedTuple):
 
 class UpdateTiles(NamedTuple):
     """How an update is divided among programs; see :class:`UpdateOptions`."""
+
+    programs: int  # that measure, at most 64
 
     rows: int
     columns: int
@@ -937,7 +942,7 @@ def step_tiles(batch: int, size: int, width: int, machine: Machine | None) -> Wi
 
 def update_candidates(size: int, machine: Machine) -> Iterator[UpdateTiles]:
     """Tiles of an update, the best by rule of thumb first: large ones where there are enough."""
-    tiles = [UpdateTiles(128, 64, 32, 4, 3), UpdateTiles(64, 64, 32, 4, 3)]
+    tiles = [UpdateTiles(64, 128, 64, 32, 4, 3), UpdateTiles(64, 64, 64, 32, 4, 3)]
     few = _blocks(4 * size, 128) * _blocks(2 * size, 64) < machine.processors
     yield from reversed(tiles) if few else tiles
 
@@ -945,7 +950,7 @@ def update_candidates(size: int, machine: Machine) -> Iterator[UpdateTiles]:
 def update_tiles(size: int, machine: Machine | None) -> UpdateTiles:
     """The rule of thumb; without a machine that of the interpreter."""
     if machine is None:
-        return UpdateTiles(128, 128, 64, 4, 1)
+        return UpdateTiles(1, 128, 128, 64, 4, 1)
     return next(update_candidates(size, machine))
 
 
@@ -1207,12 +1212,15 @@ def plan_update(
             "step": workspace.step, "hyper": rule.hyper, "count": count, "features": features,
             "size": size,
         }  # fmt: skip
-        measure.append(Launch(lstm_measure, (_PARTS.value,), known, {"num_warps": 4}))
+        measure.append(Launch(lstm_measure, (tiles.programs,), known, {"num_warps": 4}))
         grid = (
             _blocks(4 * size, tiles.rows),
             _blocks(features, tiles.columns) + _blocks(size, tiles.columns) + 1,
         )
-        arguments = known | {"layer": trained, "first": first, "second": second, "C": options}
+        arguments = known | {
+            "layer": trained, "first": first, "second": second, "programs": tiles.programs,
+            "C": options,
+        }  # fmt: skip
         how = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         trial.append(Launch(lstm_update, grid, arguments | {"TRIAL": True, "LAST": False}, how))
         last = k == len(layers) - 1

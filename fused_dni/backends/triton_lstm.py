@@ -199,7 +199,7 @@ class TritonLSTM:
             (rows[0].delta.shape[0], size, products.width),
             like.dtype,
             like.device,
-            lambda: lstm.update_tiles(size, _machine(like.device)),
+            lambda: lstm.update_tiles(size, machine(like.device)),
         )
         launches = lstm.plan_update(
             tuple([lstm.Rows(*[t.contiguous() for t in of]) for of in rows]),
@@ -440,7 +440,7 @@ def _backward_products(dtype: torch.dtype) -> lstm.Products:
 
 
 @functools.cache
-def _machine(device: torch.device) -> lstm.Machine | None:
+def machine(device: torch.device) -> lstm.Machine | None:
     """None for the interpreter."""
     if device.type != "cuda":
         return None
@@ -452,7 +452,7 @@ def _window_tiles(op: str, x: Tensor, size: int, products: lstm.Products) -> lst
     batch, width = x.shape[1], products.width
 
     def default() -> lstm.WindowTiles:
-        return lstm.window_tiles(batch, size, width, op == "lstm_backward", _machine(x.device))
+        return lstm.window_tiles(batch, size, width, op == "lstm_backward", machine(x.device))
 
     return tuning.choose(op, (batch, size, width), x.dtype, x.device, default)
 
@@ -461,6 +461,6 @@ def _cell_tiles(h: Tensor, products: lstm.Products) -> lstm.WindowTiles:
     (batch, size), width = h.shape, products.width
 
     def default() -> lstm.WindowTiles:
-        return lstm.step_tiles(batch, size, width, _machine(h.device))
+        return lstm.step_tiles(batch, size, width, machine(h.device))
 
     return tuning.choose("lstm_cell", (batch, size, width), h.dtype, h.device, default)
