@@ -403,7 +403,7 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
     """The tiles of a window for a launch a step."""
-    return lstm.step_tiles(*choice.shape, triton_lstm._machine(choice.device))
+    return lstm.step_tiles(*choice.shape, triton_lstm.machine(choice.device))
 
 
 # -------------------------------------------------------------------------------------- floors

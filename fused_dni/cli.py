@@ -165,6 +165,7 @@ def parser() -> Parser:
     _add_train(commands)
     for task in RECURRENT:
         _add_recurrent(commands, task)
+    _add_tune(commands)
     env = commands.add_parser(
         "env",
         help="what a bug report needs: versions, backends, threads, compilers, GPU",
@@ -406,6 +407,46 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--no-compile", action="store_true", help="leave compiled backprop out")
     _common(demo)
     demo.set_defaults(run=_demo)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure the tiles of the Triton kernels for a shape, and keep the fastest",
+        description="Time every op of a layer on scratch tensors with the tiles that come into "
+        "question, on this GPU, and keep the fastest for later processes: in $FUSED_DNI_CACHE, or "
+        "fused_dni under the user's cache. A shape of powers of two serves all that round up to "
+        "it.",
+        epilog=f"examples:\n  {PROGRAM} tune linear --batch 128 --in 1024 --out 1024\n"
+        f"  {PROGRAM} tune lstm --batch 16 --in 256 --out 256 --window 32 --dtype float32",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("what", choices=("linear", "lstm"), help="which layer")
+    shape = tune.add_argument_group("shape")
+    shape.add_argument("--batch", type=_whole(2, "batch"), default=128, help="rows (128)")
+    shape.add_argument("--in", dest="inputs", type=_whole(1, "in"), default=1024, help="(1024)")
+    shape.add_argument("--out", dest="outputs", type=_whole(1, "out"), help="units (as --in)")
+    shape.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x (bfloat16)")
+    shape.add_argument("--device", default="cuda", help="cuda[:N]")
+    what = tune.add_argument_group("layer")
+    what.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd", help="(sgd)")
+    what.add_argument("--normalization", choices=("none", "batch", "layer"), help="linear: (batch)")
+    what.add_argument("--activation", choices=ACTIVATIONS, help="linear: (relu)")
+    what.add_argument(
+        "--rank", type=_whole(0, "rank"), help="linear: of the synthesizer; 0: dense (16)"
+    )
+    what.add_argument(
+        "--classes", type=_whole(0, "classes"), help="linear: that it is conditioned on (10)"
+    )
+    what.add_argument("--window", type=_whole(1, "window"), metavar="T", help="lstm: steps (32)")
+    out = tune.add_argument_group("output")
+    out.add_argument(
+        "--seconds", type=_positive("seconds"), default=1.0, help="of timing, for each op (1)"
+    )
+    out.add_argument("--json", action="store_true", help="as JSON on stdout")
+    out.add_argument("--quiet", action="store_true", help="no progress")
+    _common(tune, threads=False)
+    tune.set_defaults(run=_tune)
 
 
 def _add_verdict(commands: Any) -> None:
@@ -819,6 +860,52 @@ def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
         print(found.table())
         print()
         print(found.sentence())
+    return 0
+
+
+def _tune(args: argparse.Namespace, command: str) -> int:
+    import torch
+
+    from fused_dni import tune
+    from fused_dni.backends import registry
+    from fused_dni.backends.base import LinearConfig
+    from fused_dni.progress import Progress
+
+    _refuse(args, ("window",) if args.what == "linear" else ("normalization", "activation", "rank"))
+    device = _device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtype = getattr(torch, args.dtype)
+    like = torch.empty(0, device=device)
+    backend = registry.resolve("triton", like.to(dtype), like)
+    update = type(_rule(args.update))
+    outputs = args.outputs or args.inputs
+
+    def make() -> tune.LinearScratch | tune.LSTMScratch:
+        if args.what == "lstm":
+            shape = (args.window or 32, args.batch, args.inputs, outputs)
+            return tune.LSTMScratch(backend, shape, dtype, device, update)
+        norm = args.normalization or "batch"
+        config = LinearConfig(None if norm == "none" else norm, args.activation or "relu")
+        rank = 16 if args.rank is None else args.rank
+        classes = 10 if args.classes is None else args.classes
+        sizes = (args.batch, args.inputs, outputs)
+        return tune.LinearScratch(backend, sizes, dtype, device, config, update, rank, classes)
+
+    progress = Progress(enabled=not args.quiet)
+    found = []
+    with progress:
+        for tuned in tune.tune(make, device, seconds=args.seconds, progress=progress.update):
+            found.append(tuned)
+            if not args.json:
+                print(tuned.table(), end="\n\n", flush=True)
+    report = tune.report(found, device)
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=1))
+    else:
+        print(report["kept in"])
     return 0
 
 

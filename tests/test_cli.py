@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
+from fused_dni.kernels import linear, tuning
 
-from fused_dni import cli
+from fused_dni import cli, timing, tune
 from fused_dni.backends import base
 
 TINY = ["--epochs", "2", "--hidden", "8", "--depth", "2", "--batch-size", "128", "--seeds", "0"]
@@ -239,6 +240,103 @@ def test_a_closed_pipe_is_not_an_error():
         check=False,
     )
     assert "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr
+
+
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are interpreted only where there is no GPU"
+)
+TUNE = ["--batch", "8", "--in", "16", "--device", "cpu", "--dtype", "float32", "--seconds", "0.01"]
+
+
+@INTERPRETED
+@pytest.mark.parametrize("what", ["linear", "lstm"])
+def test_tune_without_a_gpu(capsys, what):
+    code, line = _fails(capsys, "tune", what)
+    assert code == 2 and "torch finds no CUDA device here" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tune"], "what"),
+        (["tune", "linera"], "'linera', did you mean 'linear'"),
+        (["tune", "linear", "--batch", "1"], "batch must be a whole number from 2 on"),
+        (["tune", "linear", "--dtype", "bf16"], "'bf16', did you mean"),
+        (["tune", "linear", "--window", "8"], "--window does not go with linear"),
+        (["tune", "lstm", "--rank", "8"], "--rank does not go with lstm"),
+        (["tune", "lstm", "--activation", "relu"], "--activation does not go with lstm"),
+        (["tune", "linear", "--dtype", "float64", "--device", "cpu"], "float64"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_tune_of_bad_input(capsys, argv, message):
+    code, line = _fails(capsys, *argv)
+    assert code in (1, 2) and message in line
+
+
+@INTERPRETED
+def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypatch):
+    """In the interpreter: what is chosen means nothing, that it is chosen and kept does."""
+    monkeypatch.setenv("FUSED_DNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_tables", None)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tune, "candidates", lambda choice, usual: iter([usual]))
+
+    def once(calls, seconds, device):  # interpreting takes long enough
+        for call in calls.values():
+            call()
+        return {name: timing.Timing(name, (1e-3,), (1e-3,), 1) for name in calls}
+
+    monkeypatch.setattr(timing, "compare", once)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert cli.main(["tune", "linear", *TUNE, "--json", "--quiet"]) == 0
+    assert torch.equal(torch.rand(3), expected)
+    found = json.loads(capsys.readouterr().out)
+    ops = {op["op"]: op for op in found["ops"]}
+    assert ops.keys() == {
+        "linear_step", "linear_forward", "linear_backward", "linear_update",
+        "synthesizer_predict", "synthesizer_train",
+    }  # fmt: skip
+    assert ops["linear_step"]["shape"] == [8, 16, 16]
+    assert ops["linear_step"]["trials"][0]["timing"]["median"] > 0
+    kept = json.loads((tmp_path / "tiles.json").read_text())["choices"]
+    assert kept["linear_step/interpreter/float32/8x16x16"] == ops["linear_step"]["tiles"]
+    assert len(kept) == 6
+
+    assert cli.main(["tune", "lstm", *TUNE, "--window", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "lstm_backward" in captured.out and "as before; chosen" in captured.out
+    assert captured.out.rstrip().endswith(str(tmp_path))
+    assert "lstm_update: 100 %" in captured.err
+
+
+def test_candidates_are_the_kernels_own_and_begin_with_those_in_use():
+    """All that a kernel file lists, and the other number of launches beside it."""
+    device = torch.device("cpu")
+    choice = tuning.Choice("linear_step", (128, 1024, 1024), torch.bfloat16, device)
+    usual = linear.Tiles("several", 128, 256, 32, 128, 128, 128, 128, 128, 64, 8, 3, True)
+    tried = list(tune.candidates(choice, usual))
+    assert tried[0] == usual
+    assert set(linear.tile_candidates(usual)) < set(tried)
+    assert {tiles.launches for tiles in tried} == {"one", "several"}
+    assert not any(tiles.descriptors for tiles in tried if tiles.launches == "one")
+
+
+def test_what_was_tuned_is_a_line_a_candidate():
+    usual = linear.Tiles("one", 128, 16, 128, 16, 64, 32, 32, 64, 128, 4, 3)
+    best, large = usual._replace(warps=8), usual._replace(depth=512)
+    choice = tuning.Choice("linear_step", (128, 1024, 1024), torch.bfloat16, torch.device("cpu"))
+    rounds = (10e-6, 11e-6, 12e-6)
+    trials = [
+        tuning.Trial(best, timing.Timing("", rounds, rounds, 1)),
+        tuning.Trial(large, None, "OutOfResources: shared memory"),
+    ]
+    head, first, second = tune.Tuned(choice, best, usual, trials).table().splitlines()
+    assert head.endswith("linear_step 128x1024x1024 bfloat16")
+    assert first.split() == ["11.00", "10.20-11.80", "warps=8;", "chosen"]
+    assert second.split(maxsplit=1) == ["-", "depth=512; OutOfResources: shared memory"]
 
 
 def test_activations_are_those_of_the_layers():
