@@ -1,13 +1,20 @@
-"""Kernels that keep to their bounds and kernels that do not, for tests/test_triton_compiled.py."""
+"""Kernels that keep to their bounds and kernels that do not, for test_triton_compiled.py.
+
+Compiled in processes of their own, where Triton's interpreter is off. Run as a script, this prints
+what a kernel is specialised on for a table of arguments.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fused_dni.kernels.aot import compile_launch
 from fused_dni.kernels.common import dot, grid_barrier
 from fused_dni.kernels.launch import Launch, Specimen
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -75,6 +82,15 @@ def wrong_kernel(a):
     tl.store(a, 0.0)
 
 
+class Crash:
+    """In place of a kernel whose compiler does not come back."""
+
+    __name__ = "crash_kernel"
+
+    def warmup(self, **arguments: Any) -> None:
+        os._exit(134)
+
+
 def _operands(block: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -97,12 +113,13 @@ def _described(block: int) -> Launch:
     return Launch(described_kernel, (1,), described | {"c": c, "size": 256, "BLOCK": block}, {})
 
 
-def _meeting(second: bool, **options: bool) -> Launch:
-    data = torch.empty(3, 4096, device="meta")
+def meeting(second: bool, device: str = "meta", **options: bool) -> Launch:
+    """Four programs."""
+    data = torch.zeros(3, 4096, device=device)
     arguments = {
         "pair": Pair(data[0], data[1] if second else None),
         "result": data[2],
-        "state": torch.empty(1, dtype=torch.int32, device="meta"),
+        "state": torch.zeros(1, dtype=torch.int32, device=device),
         "size": 4096,
         "programs": 4,
         "BLOCK": 1024,
@@ -115,16 +132,16 @@ def specimens(architecture: int) -> Iterator[Specimen]:
     yield Specimen("good product", _product(128, torch.bfloat16))
     yield Specimen("good descriptors", _described(128))
     for second in (True, False):
-        launch = _meeting(second, launch_cooperative_grid=True)
+        launch = meeting(second, launch_cooperative_grid=True)
         yield Specimen(f"good meeting {second}", launch, tensor_cores=False)
-    yield Specimen("spills", _product(128, torch.bfloat16, num_warps=1))
-    yield Specimen("shared memory", _product(256, torch.bfloat16, num_stages=9, num_warps=8))
+    yield Specimen("spills", _product(128, torch.bfloat16, num_warps=2))
+    yield Specimen("shared memory", _product(128, torch.bfloat16, num_stages=9))
     yield Specimen("tensor-core", _product(32, torch.float32))
-    a, b, c = _operands(128, 256, torch.bfloat16)
+    a, b, c = _operands(64, 256, torch.bfloat16)
     misaligned = {"a": a.flatten()[1:], "b": b.flatten()[1:], "c": c, "size": 256}
-    constants = {"BLOCK": 128, "PRECISION": "ieee"}
+    constants = {"BLOCK": 64, "PRECISION": "ieee"}
     yield Specimen("128-bit", Launch(product_kernel, (1,), misaligned | constants, {}))
-    yield Specimen("not cooperative", _meeting(True), tensor_cores=False)
+    yield Specimen("not cooperative", meeting(True), tensor_cores=False)
     data = torch.empty(4096, device="meta")
     state = torch.empty(1, dtype=torch.int32, device="meta")
     careless = {"data": data, "state": state, "size": 4096, "programs": 4, "BLOCK": 1024}
@@ -132,3 +149,51 @@ def specimens(architecture: int) -> Iterator[Specimen]:
     launch = Launch(careless_kernel, (4,), careless, options)
     yield Specimen("out of order", launch, tensor_cores=False, wide_loads=False)
     yield Specimen("not compiled", Launch(wrong_kernel, (1,), {"a": data}, {}))
+    yield Specimen("the compiler crashed", Launch(Crash(), (1,), {}, {}))
+
+
+@triton.jit
+def taking_kernel(a):
+    """Takes anything."""
+
+
+@triton.jit
+def constant_kernel(a: tl.constexpr):
+    """Takes what the compiler has to know."""
+
+
+def specialisations() -> dict[str, list[Any]]:
+    """What Triton makes of arguments: their types, the constants among them, and those that are
+    known to be divisible by 16; members of tuples by their paths."""
+    data = torch.empty(64, 64, device="meta")
+    table = {
+        "pointer": data,
+        "pointer off by an element": data.flatten()[1:],
+        "pointer off by 16 bytes": data.flatten()[4:],
+        "bfloat16": data.bfloat16(),
+        "int64": data.long(),
+        "1": 1,
+        "0": 0,
+        "16": 16,
+        "17": 17,
+        "2**31": 2**31,
+        "2**31 - 1": 2**31 - 1,
+        "float": 1.0,
+        "bool": True,
+        "None": None,
+        "tuple": Pair(Pair(data, None), Pair(32, 1)),
+        "descriptor": TensorDescriptor.from_tensor(data, [16, 32]),
+    }
+    launches = {name: Launch(taking_kernel, (1,), {"a": a}, {}) for name, a in table.items()}
+    launches["constant"] = Launch(constant_kernel, (1,), {"a": "name"}, {})
+    made = {}
+    for name, launch in launches.items():
+        source = compile_launch(launch, 90).src
+        constants = {str(path): str(value) for path, value in source.constants.items()}
+        divisible = [str(path) for path, attributes in source.attrs.items() if attributes]
+        made[name] = [source.signature["a"], constants, divisible]
+    return made
+
+
+if __name__ == "__main__":
+    print(json.dumps(specialisations()))

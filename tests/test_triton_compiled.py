@@ -1,0 +1,243 @@
+"""Every kernel's machine code, for GPUs that are not there: kernels/aot.py in processes of its own.
+
+The specimens of kernels/ are compiled for three architectures and have to keep to the bounds that
+they state. Specimens that break one bound each show that the tool sees it. The table of all figures
+is printed (pytest -s), a digest of it stands at the end of the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import planted_specimens
+import pytest
+import torch
+from fused_dni.kernels import aot
+
+from fused_dni import text
+
+TESTS = Path(__file__).parent
+ARCHITECTURES = tuple(aot.SHARED)
+CASES = [
+    (architecture, specimen.launch.kernel.__name__, specimen.name)
+    for architecture in ARCHITECTURES
+    for specimen in aot.find_specimens((), architecture, "")
+]
+
+
+class Compiled(NamedTuple):
+    """What the tool says."""
+
+    status: int
+    table: str
+    outcomes: dict[tuple[str, str], dict[str, Any]]  # by kernel and specimen
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a process in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def compiled(architecture: int, folder: Path, *modules: str) -> Compiled:
+    """All specimens of these modules, of all kernels if none is named."""
+    file = folder / f"{architecture}.json"
+    tool = ("-m", aot.__name__, "--arch", str(architecture), "--json", str(file))
+    done = python(*tool, *modules)
+    assert done.returncode in (0, 1), done.stderr
+    print(f"\nsm_{architecture}\n{done.stdout}")
+    outcomes = json.loads(file.read_text(encoding="utf-8"))
+    found = {(o["kernel"], o["specimen"]): o for o in outcomes}
+    assert len(found) == len(outcomes), "two specimens of one name"
+    return Compiled(done.returncode, done.stdout, found)
+
+
+class Digest:
+    """Lines at the end of pytest's report."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[str]] = []
+
+    def add(self, architecture: int, made: Compiled) -> None:
+        outcomes = made.outcomes.values()
+        for kernel in dict.fromkeys(o["kernel"] for o in outcomes):
+            own = [o for o in outcomes if o["kernel"] == kernel]
+            codes = [o["code"] for o in own if o["code"] is not None]
+            cores = {name for code in codes for name in code["tensor_cores"]}
+            self.rows.append([
+                f"{kernel}, sm_{architecture}",
+                str(len(own)),
+                str(max((code["registers"] for code in codes), default=0)),
+                str(max((code["stack"] for code in codes), default=0)),
+                f"{max((code['shared'] for code in codes), default=0) / 1024:.1f}",
+                "+".join(sorted(cores)) or "-",
+                str(sum(bool(o["broken"]) for o in own)),
+            ])  # fmt: skip
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        header = [
+            "kernel", "specimens", "registers", "stack B", "shared KiB", "tensor cores", "broken"
+        ]  # fmt: skip
+        terminalreporter.section("machine code: the most that a specimen takes (all: pytest -s)")
+        terminalreporter.write_line(text.table(header, self.rows))
+
+
+@pytest.fixture(scope="module")
+def kernels(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[[int], Compiled]:
+    """All kernels, compiled for an architecture when it is first asked for."""
+    digest = Digest()
+    pytestconfig.pluginmanager.register(digest)
+
+    @functools.cache
+    def made(architecture: int) -> Compiled:
+        found = compiled(architecture, tmp_path_factory.mktemp("compiled"))
+        digest.add(architecture, found)
+        return found
+
+    return made
+
+
+@pytest.mark.parametrize(("architecture", "kernel", "specimen"), CASES)
+def test_machine_code_keeps_to_its_bounds(
+    kernels: Callable[[int], Compiled], architecture: int, kernel: str, specimen: str
+) -> None:
+    """No spills beyond the bound, a block's memory, tensor cores, 128-bit loads, grid barriers."""
+    outcome = kernels(architecture).outcomes[kernel, specimen]
+    assert not outcome["broken"], outcome
+
+
+def test_kernels_that_wait_for_each_other_are_among_them(
+    kernels: Callable[[int], Compiled],
+) -> None:
+    """Where a barrier is, it is sound, or the bound would be broken; so there has to be one."""
+    assert any(o["code"]["barriers"] for o in kernels(90).outcomes.values() if o["code"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether the tool sees what it looks for
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compiled(90, tmp_path_factory.mktemp("planted"), planted_specimens.__name__)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "specimen"),
+    [(s.launch.kernel.__name__, s.name) for s in planted_specimens.specimens(90)],
+)
+def test_broken_bounds_are_seen(planted: Compiled, kernel: str, specimen: str) -> None:
+    broken = planted.outcomes[kernel, specimen]["broken"]
+    if specimen.startswith("good"):
+        assert broken == []
+    else:
+        (what,) = broken
+        assert specimen in what
+
+
+def test_figures_of_a_planted_kernel(planted: Compiled) -> None:
+    """Of a product of 128x128 tiles, 64 deep in bfloat16, with three stages on four warps."""
+    code = planted.outcomes["product_kernel", "good product"]["code"]
+    assert code["tensor_cores"] == ["wgmma"]
+    assert code["shared"] == 3 * 2 * (128 * 64) * 2
+    assert 128 <= code["registers"] <= 255  # 128 of them hold the result
+    assert code["wide_loads"] == code["loads"] > 0
+    code = planted.outcomes["described_kernel", "good descriptors"]["code"]
+    assert code["wide_loads"] == code["loads"] > 0
+    code = planted.outcomes["product_kernel", "128-bit"]["code"]
+    assert code["wide_loads"] == 0 < code["loads"]
+    code = planted.outcomes["meeting_kernel", "good meeting True"]["code"]
+    assert code["barriers"] == code["sound_barriers"] == 2
+    code = planted.outcomes["careless_kernel", "out of order"]["code"]
+    assert (code["barriers"], code["sound_barriers"]) == (1, 0)
+
+
+def test_tool_reports_failure(planted: Compiled) -> None:
+    assert planted.status == 1
+    for kernel, specimen in planted.outcomes:
+        assert f"{kernel}: {specimen} " in planted.table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "75"), "invalid choice: 75"),
+        (("--arch", "90", "--match", "no such name"), "no specimen has 'no such name' in its name"),
+        (("--arch", "90", "no_such_module"), "No module named 'no_such_module'"),
+    ],
+)
+def test_tool_refuses(arguments: tuple[str, ...], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot.knobs.runtime, "interpret", False)
+        aot.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tool_refuses_under_the_interpreter(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot.knobs.runtime, "interpret", True)
+    with pytest.raises(SystemExit):
+        aot.main(["--arch", "90"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    (specimen, *_) = planted_specimens.specimens(90)
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        aot.compile_launch(specimen.launch, 90)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether what it compiles is what runs
+
+
+def test_arguments_are_specialised_as_when_launched() -> None:
+    """Type, constants, and what is known to be divisible by 16 (pointers in bytes), of an argument
+    at place 0; the parameters of tuples at their paths. As Triton's documentation of ``jit`` says,
+    on all versions."""
+    done = python(str(TESTS / "planted_specimens.py"))
+    assert done.returncode == 0, done.stderr
+    aligned = ["(0,)"]
+    assert json.loads(done.stdout) == {
+        "pointer": ["*fp32", {}, aligned],
+        "pointer off by an element": ["*fp32", {}, []],
+        "pointer off by 16 bytes": ["*fp32", {}, aligned],
+        "bfloat16": ["*bf16", {}, aligned],
+        "int64": ["*i64", {}, aligned],
+        "1": ["constexpr", {"(0,)": "1"}, []],
+        "0": ["i32", {}, aligned],
+        "16": ["i32", {}, aligned],
+        "17": ["i32", {}, []],
+        "2**31": ["i64", {}, aligned],
+        "2**31 - 1": ["i32", {}, []],
+        "float": ["fp32", {}, []],
+        "bool": ["u1", {}, []],
+        "None": ["constexpr", {"(0,)": "None"}, []],
+        "tuple": [
+            [["*fp32", "constexpr"], ["i32", "constexpr"]],
+            {"(0, 0, 1)": "None", "(0, 1, 1)": "1"},
+            ["(0, 0, 0)", "(0, 1, 0)"],
+        ],
+        "descriptor": ["tensordesc<fp32[16, 32]>", {}, []],
+        "constant": ["constexpr", {"(0,)": "name"}, []],
+    }
+
+
+@pytest.mark.gpu
+def test_launch_on_a_device_runs_what_was_compiled_ahead(planted: Compiled) -> None:
+    """Triton's key of a compiled kernel is of source, types, constants, options and target."""
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        pytest.skip(f"planted specimens are compiled for sm_90, this is sm_{major}{minor}")
+    launch = planted_specimens.meeting(True, "cuda", launch_cooperative_grid=True)
+    ran = launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    code = planted.outcomes["meeting_kernel", "good meeting True"]["code"]
+    assert ran.metadata.hash == code["hash"]
