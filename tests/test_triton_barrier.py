@@ -375,3 +375,34 @@ def test_device_function_in_processes_that_meet() -> None:
     assert cells.tolist() == [rounds] * programs
     assert stale.tolist() == [0] * programs
     assert state.item() == as_int32(TOP)  # an odd number of rounds
+
+
+@triton.jit
+def _crowd_kernel(state, cells, stale, programs, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    """All programs of a grid: each writes BLOCK cells, meets, and reads those of its neighbour."""
+    here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = (tl.program_id(0) + 1) % programs * BLOCK + tl.arange(0, BLOCK)
+    late = tl.zeros((BLOCK,), tl.int32)
+    for done in range(ROUNDS):
+        tl.store(cells + here, tl.full((BLOCK,), done + 1, tl.int32))
+        grid_barrier(state, programs)
+        late += (tl.load(cells + there) != done + 1).to(tl.int32)
+        grid_barrier(state, programs)
+    tl.store(stale + here, late)
+
+
+@pytest.mark.gpu
+def test_programs_of_a_gpu_meet() -> None:
+    """A grid as large as the device, and the same word again for grids of other sizes."""
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    block, rounds = 512, 1000
+    state = torch.zeros((), dtype=torch.int32, device="cuda")
+    for grid in (programs, 3, 1, programs // 2):
+        cells = torch.zeros(grid * block, dtype=torch.int32, device="cuda")
+        stale = torch.full_like(cells, -1)
+        _crowd_kernel[(grid,)](
+            state, cells, stale, grid, rounds, block, launch_cooperative_grid=True
+        )
+        assert not stale.any()
+        assert (cells == rounds).all()
+        assert state.item() & (TOP - 1) == 0
