@@ -285,11 +285,13 @@ def _outcome(specimen: Specimen, code: MachineCode | None, broken: list[str]) ->
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; Triton's own messages end with what is wrong."""
+    """The innermost cause in one line. Triton's errors quote the source down to the line that is
+    wrong, mark the place in it, and end with what is wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+    return f"{message}, in: {lines[lines.index('^') - 1]}" if "^" in lines[1:] else message
 
 
 def examine(specimens: list[Specimen], architecture: int, jobs: int) -> Iterator[Outcome]:
