@@ -9,8 +9,8 @@
 # time, and a part that fails or takes too long is named at the end and does not stop the others.
 #
 # OUT then has summary.txt (written anew after every part), log.txt, environment.json, and a JSON and
-# a text each of kernels and baselines (written anew after every group): all that is known, whenever
-# the script is killed.
+# a text each of kernels and baselines (written anew after every group), all that is known, whenever
+# the script is killed; and tiles.json where there was time to tune.
 #
 # PYTHON=...  interpreter, python3 by default
 # Exit status: 0 all parts done, 1 a part failed, 2 wrong use, 3 no GPU.
@@ -120,6 +120,10 @@ if command -v compute-sanitizer >/dev/null; then
   part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$RUN" bench/gpu_kernels.py --profile --tiny
 fi
+
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+part tune 150 "$RUN" -m fused_dni tune linear --batch 128 --in 1024 --ops linear_step --quiet &&
+  cp "$FUSED_DNI_CACHE/tiles.json" "$OUT"
 
 summary
 [ ${#FAILED[@]} -eq 0 ]

@@ -40,6 +40,8 @@ from gpu_baselines import graphed
 from workloads_lstm import _within
 
 Maker = Callable[[], Callable[[], object]]
+#: Names, and what measures the group of that name.
+Groups = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 # Rows of a layer's table. All are replays of CUDA graphs but for those that say eager.
 DNI = "DNI"
@@ -111,6 +113,12 @@ class Run:
         self.results.setdefault(part, {})[key] = group
         self.save()
         print(f"{part} {key}", flush=True)
+
+    def fail(self, what: str, reason: str) -> None:
+        """Put a reason into the results instead."""
+        self.failed = True
+        self.results.setdefault("failed", {})[what] = reason
+        self.save()
 
     def save(self) -> None:
         """The results, and their figures as text."""
@@ -186,11 +194,11 @@ def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
         yield w.Case(*size), True
 
 
-def measure_layer(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+def layer_groups(run: Run) -> Groups:
     """The decoupled step of one layer, a group a case."""
     for case, cold in layer_cases(run):
-        with w.arithmetic(case.precision):
-            yield f"{case}{', cold' if cold else ''}", layer_group(run, case, cold)
+        key = f"{case}, cold" if cold else str(case)
+        yield key, lambda case=case, cold=cold: layer_group(run, case, cold)
 
 
 class Candidates:
@@ -269,8 +277,7 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
         return lambda case, device, **options: kind(case, device, run.backend, **options)
 
     def stock(mode: str | None) -> Callable[..., w.Layer]:
-        compile = None if mode is None else {"mode": mode}
-        return lambda case, device, **options: w.Stock(case, device, compile, **options)
+        return lambda case, device, **options: w.Stock(case, device, mode, **options)
 
     def launched(launches: str) -> Callable[[tuning.Choice, Any], Any]:
         def change(choice: tuning.Choice, tiles: Any) -> Any:
@@ -307,7 +314,8 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
         f"{other} / {DNI}": f"{other} / {DNI}"
         for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL)
     }
-    group = measured(run, makers, floor, count, pairs)
+    with w.arithmetic(case.precision):
+        group = measured(run, makers, floor, count, pairs)
     return group | {"bytes": case.bytes(), "tiles": c.record()}
 
 
@@ -363,11 +371,10 @@ def window_cases(run: Run) -> Iterator[w.WindowCase]:
         yield w.WindowCase(*window, "fp32")
 
 
-def measure_lstm(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+def window_groups(run: Run) -> Groups:
     """Forward and backward of a window, a group a point."""
     for case in window_cases(run):
-        with w.arithmetic(case.precision):
-            yield str(case), window_group(run, case)
+        yield str(case), lambda case=case: window_group(run, case)
 
 
 def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
@@ -398,7 +405,9 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
         "forward": f"{CUDNN}, forward / {OURS}, forward",
         f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
     }
-    return measured(run, makers, floor, 1, pairs) | {"tiles": c.record()}
+    with w.arithmetic(case.precision):
+        group = measured(run, makers, floor, 1, pairs)
+    return group | {"tiles": c.record()}
 
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
@@ -426,7 +435,12 @@ def plan_barriers(state: torch.Tensor, programs: int, rounds: int) -> Launch:
     )
 
 
-def measure_floors(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+def floor_groups(run: Run) -> Groups:
+    """What no kernel of ours can be faster than, whatever it does."""
+    yield "barrier", lambda: barrier_group(run)
+
+
+def barrier_group(run: Run) -> dict[str, Any]:
     """What cannot be had for less: a launch of nothing, and a meeting of all programs."""
     most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
     grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
@@ -452,31 +466,28 @@ def measure_floors(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
         }
         for programs in grids
     }
-    yield "barrier", group
+    return group
 
 
-PARTS: dict[str, Callable[[Run], Iterator[tuple[str, dict[str, Any]]]]] = {
-    "layer": measure_layer,
-    "lstm": measure_lstm,
-    "floors": measure_floors,
+PARTS: dict[str, Callable[[Run], Groups]] = {
+    "layer": layer_groups,
+    "lstm": window_groups,
+    "floors": floor_groups,
 }
 
 
 def measure(run: Run, parts: list[str]) -> None:
-    """The parts, each on its own: one that raises is recorded, and the others go on."""
+    """The groups of the parts, each on its own: one that raises is recorded, the others go on."""
     for part in parts:
-        try:
-            for key, group in PARTS[part](run):
-                run.keep(f"gpu-{part}", key, group)
-                if run.late():
-                    raise TimeoutError(f"no time left after {key}")
-        except Exception as error:
-            if not isinstance(error, TimeoutError):
+        for key, group in PARTS[part](run):
+            try:
+                run.keep(f"gpu-{part}", key, group())
+            except Exception as error:
                 traceback.print_exc()
-            run.failed = True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            run.results.setdefault("failed", {})[part] = reason
-            run.save()
+                run.fail(f"{part} {key}", f"{type(error).__name__}: {error}".splitlines()[0])
+            if run.late():
+                run.fail(part, f"no time left after {key}")
+                break
 
 
 # ------------------------------------------------------------------------ profilers, sanitizers

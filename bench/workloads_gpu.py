@@ -179,18 +179,29 @@ class Backprop(Layer):
         return {"h": h} if gradients.x is None else {"h": h, "dx": gradients.x}
 
 
+class StockModule(nn.Module):
+    """Linear-BatchNorm-ReLU of given parameters, in training."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.weight, self.scale, self.shift = layer.weight, layer.scale, layer.shift
+        for name, buffer in zip(("mean", "var"), layer.running, strict=True):
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.linear(x, self.weight)
+        moving = (self.mean, self.var, self.scale, self.shift)
+        return F.relu(F.batch_norm(z, *moving, True, CONFIG.momentum, CONFIG.eps))
+
+
 class Stock(Layer):
     """PyTorch's own: autocast for bf16, autograd, ``torch.optim`` with ``fused=True``.
 
-    ``compile`` is given to ``torch.compile`` of the forward (and with it of its backward).
+    ``mode`` is that of ``torch.compile`` of the forward (and with it of its backward).
     """
 
     def __init__(
-        self,
-        case: Case,
-        device: torch.device,
-        compile: dict[str, Any] | None = None,
-        **options: Any,
+        self, case: Case, device: torch.device, mode: str | None = None, **options: Any
     ) -> None:
         super().__init__(case, device, **options)
         rate = self.rule.hyper[0].item()
@@ -201,27 +212,20 @@ class Stock(Layer):
             ),
         }
         self.optimizer = kinds[case.rule](self.parameters().values(), lr=rate, fused=True)
-        self.forward = stock_forward
-        if compile is not None:
-            self.forward = torch.compile(stock_forward, fullgraph=True, dynamic=False, **compile)
+        module = StockModule(self)
+        self.forward: Callable[[Tensor], Tensor] = module
+        if mode is not None:
+            self.forward = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
         self.x.requires_grad_(case.dx)
 
     def step(self) -> dict[str, Tensor]:
         self.x.grad = None
         self.optimizer.zero_grad()
         with torch.autocast(self.x.device.type, torch.bfloat16, self.case.precision == "bf16"):
-            h = self.forward(self.x, self.weight, self.scale, self.shift, *self.running)
+            h = self.forward(self.x)
         h.backward(self.g)
         self.optimizer.step()
         return {"h": h} if self.x.grad is None else {"h": h, "dx": self.x.grad}
-
-
-def stock_forward(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor
-) -> Tensor:
-    """Linear-BatchNorm-ReLU in training."""
-    z = F.linear(x, weight)
-    return F.relu(F.batch_norm(z, mean, var, scale, shift, True, CONFIG.momentum, CONFIG.eps))
 
 
 class SynthesizerUpdate(Layer):

@@ -439,6 +439,7 @@ def _add_tune(commands: Any) -> None:
         "--classes", type=_whole(0, "classes"), help="linear: that it is conditioned on (10)"
     )
     what.add_argument("--window", type=_whole(1, "window"), metavar="T", help="lstm: steps (32)")
+    what.add_argument("--ops", nargs="+", metavar="OP", help="these alone, by their kernels' names")
     out = tune.add_argument_group("output")
     out.add_argument(
         "--seconds", type=_positive("seconds"), default=1.0, help="of timing, for each op (1)"
@@ -872,6 +873,11 @@ def _tune(args: argparse.Namespace, command: str) -> int:
     from fused_dni.progress import Progress
 
     _refuse(args, ("window",) if args.what == "linear" else ("normalization", "activation", "rank"))
+    known = (tune.LSTMScratch if args.what == "lstm" else tune.LinearScratch).ops
+    ops = args.ops or known
+    for op in ops:
+        if op not in known:
+            raise UsageError(text.unknown("op", op, known))
     device = _device(args.device)
     if args.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -895,7 +901,7 @@ def _tune(args: argparse.Namespace, command: str) -> int:
     progress = Progress(enabled=not args.quiet)
     found = []
     with progress:
-        for tuned in tune.tune(make, device, seconds=args.seconds, progress=progress.update):
+        for tuned in tune.tune(make, ops, device, seconds=args.seconds, progress=progress.update):
             found.append(tuned)
             if not args.json:
                 print(tuned.table(), end="\n\n", flush=True)

@@ -7,7 +7,7 @@ later process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,16 +249,18 @@ def candidates(choice: Any, usual: Any) -> Iterator[Any]:
 
 def tune(
     make: Callable[[], LinearScratch | LSTMScratch],
+    ops: Sequence[str],
     device: torch.device,
     *,
     seconds: float = 1.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[Tuned]:
-    """Tune every op of a scratch layer, one after the other.
+    """Tune ops of a scratch layer, one after the other.
 
     Args:
         make: gives tensors that nobody needs; called for every candidate. It may draw random
             numbers, whose generators' state is put back.
+        ops: of those that it has.
         device: of the tensors.
         seconds: budget of an op's timed calls; compiling comes on top.
         progress: called with an op and the share of its candidates that are compiled.
@@ -273,7 +275,7 @@ def tune(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return make()
 
-    for op in scratch().ops:
+    for op in ops:
         call = scratch().prepared(op)
         with tuning.recording() as found:
             call()

@@ -255,6 +255,7 @@ def test_tune_without_a_gpu(capsys, what):
     assert code == 2 and "torch finds no CUDA device here" in line
 
 
+@INTERPRETED
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -266,6 +267,7 @@ def test_tune_without_a_gpu(capsys, what):
         (["tune", "lstm", "--rank", "8"], "--rank does not go with lstm"),
         (["tune", "lstm", "--activation", "relu"], "--activation does not go with lstm"),
         (["tune", "linear", "--dtype", "float64", "--device", "cpu"], "float64"),
+        (["tune", "lstm", "--device", "cpu", "--ops", "lstm_step"], "unknown op 'lstm_step'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -305,8 +307,10 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
     assert kept["linear_step/interpreter/float32/8x16x16"] == ops["linear_step"]["tiles"]
     assert len(kept) == 6
 
-    assert cli.main(["tune", "lstm", *TUNE, "--window", "2"]) == 0
+    argv = ["tune", "lstm", *TUNE, "--window", "2", "--ops", "lstm_update", "lstm_backward"]
+    assert cli.main(argv) == 0
     captured = capsys.readouterr()
+    assert "lstm_forward" not in captured.out
     assert "lstm_backward" in captured.out and "as before; chosen" in captured.out
     assert captured.out.rstrip().endswith(str(tmp_path))
     assert "lstm_update: 100 %" in captured.err
