@@ -929,7 +929,8 @@ def window_tiles(
     if machine is not None:
         return next(window_candidates(batch, size, width, backward, machine))
     if batch <= 64 and size <= 64:
-        return WindowTiles(True, _power(batch), _power(size), 16, 2, 2)
+        depth = _power(_blocks(4 * size if backward else size, 2))
+        return WindowTiles(True, _power(batch), _power(size), depth, 2)
     return step_tiles(batch, size, width, machine)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -50,6 +52,10 @@ def _interpreter() -> None:
         from triton.runtime import interpreter
 
         interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)
+        # As compiled kernels: no check of every sum of integers, and infinities without a warning.
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        np.seterr(over="ignore", invalid="ignore")
 
 
 @pytest.fixture(autouse=True)
