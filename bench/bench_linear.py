@@ -9,6 +9,7 @@ from torch import nn
 
 import fused_dni as fd
 import workloads as w
+import workloads_gpu as wg
 
 SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
 BACKENDS = pytest.mark.parametrize("backend", w.backends())
@@ -102,3 +103,24 @@ def bench_layer_ours(timed, shape, dx, kind, backend):
         lambda: w.Layer(shape, kind, dx, backend=backend).step,
         lambda: w.check_layer(shape, kind, dx, backend),
     )
+
+
+@pytest.mark.skipif(wg.why_no_gpu() is not None, reason=str(wg.why_no_gpu()))
+@pytest.mark.parametrize("kind", [wg.Decoupled, wg.Backprop, wg.Stock], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("precision", wg.PRECISIONS)
+@DX
+@SHAPES
+def bench_layer_on_a_gpu(timed, shape, dx, precision, kind):
+    """Eager, with its launches: graphs and compilers are compared by bench/gpu.sh."""
+    case, device = wg.Case(shape.rows, shape.outputs, precision, dx=dx), torch.device("cuda", 0)
+    given = () if kind is wg.Stock else ("triton",)
+
+    def make(case, device, **options):
+        return kind(case, device, *given, **options)
+
+    with wg.arithmetic(precision):
+        timed(
+            f"layer step {case} on a GPU",
+            lambda: wg.synchronized(make(case, device).step),
+            lambda: wg.check_layer(make, case, device),
+        )

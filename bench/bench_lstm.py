@@ -8,7 +8,9 @@ avoided, alone. The committed table of the same candidates is measured interleav
 from __future__ import annotations
 
 import pytest
+import torch
 
+import workloads_gpu as wg
 import workloads_lstm as w
 
 SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
@@ -66,3 +68,25 @@ def bench_boundary(timed, shape, method):
     """With and without the boundary synthesizer: the difference is what it costs."""
     training = w.check_training(shape, method)
     timed(f"boundary {shape}", lambda: training.step)
+
+
+@pytest.mark.skipif(wg.why_no_gpu() is not None, reason=str(wg.why_no_gpu()))
+@pytest.mark.parametrize("ours", [False, True], ids=["nn.LSTM", "ours"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@SHAPES
+def bench_window_on_a_gpu(timed, shape, precision, ours):
+    """Forward and backward, eager: graphs are compared by bench/gpu.sh."""
+    if shape.layers > 1:
+        pytest.skip("windows of one layer")
+    case, device = wg.WindowCase(*shape[:3], precision), torch.device("cuda", 0)
+    kind, given = (wg.OurWindow, ("triton",)) if ours else (wg.StockWindow, ())
+
+    def make(case, device):
+        return kind(case, device, wg.operand(precision), *given)
+
+    with wg.arithmetic(precision):
+        timed(
+            f"window {case} on a GPU",
+            lambda: wg.synchronized(make(case, device).step),
+            lambda: wg.check_window(make, case, device),
+        )

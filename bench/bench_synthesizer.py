@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import workloads as w
+import workloads_gpu as wg
 
 CASES = pytest.mark.parametrize("case", w.CASES, ids=str)
 KINDS = pytest.mark.parametrize("kind", w.KINDS)
@@ -32,4 +34,20 @@ def bench_update(timed, case, kind, backend):
         f"synthesizer update {case}",
         lambda: lambda: step.update(prediction),
         lambda: w.check_synthesizer(kind, case, backend),
+    )
+
+
+@pytest.mark.skipif(wg.why_no_gpu() is not None, reason=str(wg.why_no_gpu()))
+@CASES
+def bench_update_on_a_gpu(timed, case):
+    """Rank 16, eager."""
+    layer, device = wg.Case(*case), torch.device("cuda", 0)
+
+    def make(layer, device, **options):
+        return wg.SynthesizerUpdate(layer, device, "triton", **options)
+
+    timed(
+        f"synthesizer update {case} on a GPU",
+        lambda: wg.synchronized(make(layer, device).step),
+        lambda: wg.check_layer(make, layer, device),
     )

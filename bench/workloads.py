@@ -375,10 +375,12 @@ SHAPES = (Shape(64, 256, 256), Shape(256, 784, 256), Shape(128, 512, 512), Shape
 
 
 def backends() -> list[str]:
-    """The backends that can run here, as the registry says."""
+    """The backends that can run here on a CPU. Triton's interpreter is not among them: its time
+    says nothing."""
     from fused_dni.backends import registry
 
-    return [name for name, reason in registry.report() if reason is None]
+    found = [name for name, reason in registry.report() if reason is None]
+    return [name for name in found if name != "triton"]
 
 
 def _layer_parts(shape: Shape, dtype: torch.dtype) -> tuple[nn.Linear, nn.BatchNorm1d]:

@@ -81,6 +81,23 @@ def source(device: torch.device, seed: int, dtype: torch.dtype) -> Rounded:
     return Rounded(torch.Generator(device).manual_seed(seed), device, dtype)
 
 
+def why_no_gpu() -> str | None:
+    """None if the Triton backend can be timed on this machine, or why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch.cuda.is_available() is false"
+    return dict(registry.report())["triton"]
+
+
+def synchronized(step: Callable[[], object]) -> Callable[[], None]:
+    """A step and the wait for its end, for clocks of the host."""
+
+    def call() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return call
+
+
 # ------------------------------------------------------------------------------------- one layer
 
 
