@@ -137,7 +137,7 @@ def read(compiled: Any) -> MachineCode:
         tuple(name for name, pattern in _TENSOR_CORES.items() if re.search(pattern, ptx)),
         sum(_WIDE.search(line) is not None for line in loads),
         len(loads),
-        *_barriers(ptx),
+        *grid_barriers(ptx),
         metadata.hash,
     )
 
@@ -156,7 +156,7 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack, local
 
 
-def _barriers(ptx: str) -> tuple[int, int]:
+def grid_barriers(ptx: str) -> tuple[int, int]:
     """How many waits of a grid barrier there are, and how many of them are sound.
 
     One thread arrives and waits for its block. So in the order of the text: the block's barrier, to

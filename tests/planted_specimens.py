@@ -64,18 +64,6 @@ def meeting_kernel(pair, result, state, size, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def careless_kernel(data, state, size, programs, BLOCK: tl.constexpr):
-    """As if the grid barrier had forgotten the block's own, in front of the arrival."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(data + i, i.to(tl.float32), mask=i < size)
-    before = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(state, 0, sem="acquire", scope="gpu") == before:
-        pass
-    tl.debug_barrier()
-    tl.store(data + i, tl.load(data + size - 1 - i, mask=i < size), mask=i < size)
-
-
-@triton.jit
 def wrong_kernel(a):
     """Does not compile."""
     tl.static_assert(False, "planted")
@@ -142,13 +130,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
     constants = {"BLOCK": 64, "PRECISION": "ieee"}
     yield Specimen("128-bit", Launch(product_kernel, (1,), misaligned | constants, {}))
     yield Specimen("not cooperative", meeting(True), tensor_cores=False)
-    data = torch.empty(4096, device="meta")
-    state = torch.empty(1, dtype=torch.int32, device="meta")
-    careless = {"data": data, "state": state, "size": 4096, "programs": 4, "BLOCK": 1024}
-    options = {"launch_cooperative_grid": True}
-    launch = Launch(careless_kernel, (4,), careless, options)
-    yield Specimen("out of order", launch, tensor_cores=False, wide_loads=False)
-    yield Specimen("not compiled", Launch(wrong_kernel, (1,), {"a": data}, {}))
+    yield Specimen("not compiled", Launch(wrong_kernel, (1,), {"a": a}, {}))
     yield Specimen("the compiler crashed", Launch(Crash(), (1,), {}, {}))
 
 

@@ -159,8 +159,42 @@ def test_figures_of_a_planted_kernel(planted: Compiled) -> None:
     assert code["wide_loads"] == 0 < code["loads"]
     code = planted.outcomes["meeting_kernel", "good meeting True"]["code"]
     assert code["barriers"] == code["sound_barriers"] == 2
-    code = planted.outcomes["careless_kernel", "out of order"]["code"]
-    assert (code["barriers"], code["sound_barriers"]) == (1, 0)
+
+
+ARRIVE = "@%p6 atom.global.gpu.acq_rel.add.u32 %r24, [ %rd29 + 0 ], %r36;"
+WAIT = "@%p6 ld.global.gpu.acquire.b32 %r25, [ %rd29 + 0 ];"
+STORE = "st.global.v4.b32 [ %rd38 + 0 ], { %r7, %r8, %r9, %r10 };"
+LOAD = "ld.global.b32 { %r28 }, [ %rd19 + 0 ];"
+BLOCK = "bar.sync 0;"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "sound"),
+    [
+        ((STORE, BLOCK, ARRIVE, BLOCK, BLOCK, WAIT, BLOCK, LOAD), 1),
+        ((STORE, ARRIVE, BLOCK, BLOCK, WAIT, BLOCK, LOAD), 0),
+        ((BLOCK, STORE, ARRIVE, BLOCK, WAIT, BLOCK, LOAD), 0),
+        ((STORE, BLOCK, ARRIVE, BLOCK, LOAD, BLOCK, WAIT, BLOCK), 0),
+        ((STORE, BLOCK, ARRIVE, BLOCK, WAIT, LOAD, BLOCK), 0),
+        ((STORE, BLOCK, ARRIVE, BLOCK, WAIT), 0),
+        ((STORE, BLOCK, ARRIVE.replace("acq_rel", "relaxed"), BLOCK, WAIT, BLOCK, LOAD), 0),
+        ((ARRIVE, BLOCK, WAIT, BLOCK), 0),
+        ((WAIT, BLOCK), 0),
+    ],
+)
+def test_grid_barriers_out_of_order_are_seen(instructions: tuple[str, ...], sound: int) -> None:
+    assert aot.grid_barriers("\n".join(instructions)) == (1, sound)
+
+
+def test_bounds_that_no_planted_kernel_breaks() -> None:
+    """A barrier out of order, and more of Blackwell's tensor memory than there is."""
+    specimen = next(s for s in planted_specimens.specimens(100) if s.name == "good meeting True")
+    code = aot.MachineCode(32, 0, 0, 512, (), 1, 1, 2, 2, "")
+    assert aot.broken_bounds(specimen, code, 100) == []
+    (broken,) = aot.broken_bounds(specimen, code._replace(sound_barriers=1), 100)
+    assert broken == "1 grid barriers out of order"
+    (broken,) = aot.broken_bounds(specimen, code._replace(tensor_memory=513), 100)
+    assert broken == "tensor memory 513 columns, there are 512"
 
 
 def test_tool_reports_failure(planted: Compiled) -> None:
