@@ -32,6 +32,7 @@ The same input gives the same bits: an element is one program's, its sum's order
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ import torch
 import triton
 import triton.language as tl
 from fused_dni.kernels.common import (
+    INTERPRETED,
     SKIPPED,
     STEP,
     dot,
@@ -48,7 +50,7 @@ from fused_dni.kernels.common import (
     sigmoid,
     tanh,
 )
-from fused_dni.kernels.launch import Launch
+from fused_dni.kernels.launch import Launch, Specimen
 from fused_dni.kernels.synthesizer import TYPES
 from fused_dni.kernels.tiles import is_inside, load_tile, magnitude, settle, tile_offsets, wide
 from torch import Tensor
@@ -224,6 +226,22 @@ def _accumulate(sums, tiles, kept, FIRST: tl.constexpr, C: tl.constexpr):
     return sums
 
 
+@triton.jit
+def _add(i, f, g, o, i2, f2, g2, o2):
+    return i + i2, f + f2, g + g2, o + o2
+
+
+@triton.jit
+def _sum_parts(i, f, g, o):
+    """The sums of four products' parts, [parts, rows, units] to [rows, units]: of all four at once,
+    which is one exchange between the warps (and nothing to the interpreter)."""
+    if INTERPRETED:
+        i, f, g, o = tl.sum(i, 0), tl.sum(f, 0), tl.sum(g, 0), tl.sum(o, 0)
+    else:
+        i, f, g, o = tl.reduce((i, f, g, o), 0, _add)
+    return i, f, g, o
+
+
 # ---------------------------------------------------------------------------------------------
 # Products whose weights are streamed
 
@@ -331,11 +349,12 @@ def lstm_window_forward(
             f = _accumulate(f, tiles, kept_f, first, C)
             g = _accumulate(g, tiles, kept_g, first, C)
             o = _accumulate(o, tiles, kept_o, first, C)
+        i, f, g, o = _sum_parts(i, f, g, o)
         i, f, g, o, new_cell, h = _step(
-            tl.sum(i, 0) + (z_i.to(tl.float32) + bias_i),
-            tl.sum(f, 0) + (z_f.to(tl.float32) + bias_f),
-            tl.sum(g, 0) + (z_g.to(tl.float32) + bias_g),
-            tl.sum(o, 0) + (z_o.to(tl.float32) + bias_o),
+            i + (z_i.to(tl.float32) + bias_i),
+            f + (z_f.to(tl.float32) + bias_f),
+            g + (z_g.to(tl.float32) + bias_g),
+            o + (z_o.to(tl.float32) + bias_o),
             cell,
         )
         alive = t < length
@@ -882,7 +901,7 @@ def shared_bytes(tiles: WindowTiles, depth: int, gates: int, width: int) -> int:
     chunks = _blocks(depth, chunk)
     weights = width * gates * tiles.units * chunks * chunk
     staged = width * tiles.rows * chunk * min(tiles.group, chunks)
-    return weights + max(staged, 4 * tiles.warps * tiles.rows * tiles.units)
+    return weights + max(staged, 4 * gates * tiles.warps * tiles.rows * tiles.units)
 
 
 def window_candidates(
@@ -902,8 +921,8 @@ def window_candidates(
             continue
         warps = min(8, _power(depth) // 16)
         tile = min(32, _power(_blocks(depth, warps)))
-        # What is asked for together waits in registers, too: again 64 of a thread at the most.
-        group = 64 * 32 * 4 // (rows * tile * width)
+        # What is asked for together waits in registers, too: again 64 of a thread, or what is left.
+        group = (64 if rows < 64 else 32) * 32 * 4 // (rows * tile * width)
         while group:
             tiles = WindowTiles(True, rows, units, tile, warps, group)
             if shared_bytes(tiles, depth, gates, width) <= machine.shared:
@@ -1227,3 +1246,109 @@ def plan_update(
         last = k == len(layers) - 1
         apply.append(Launch(lstm_update, grid, arguments | {"TRIAL": False, "LAST": last}, how))
     return measure + trial + apply
+
+
+# ---------------------------------------------------------------------------------------------
+# Specimens
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _window_specimens(
+    name: str,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    kind: str | None,
+    machine: Machine,
+    spills: int = 0,
+) -> Iterator[Specimen]:
+    """A window of B rows and H units forwards and backwards, and what surrounds it."""
+    batch, size = sizes
+    steps, layers, rank = 16, 2, 16
+    low, wide = functools.partial(_meta, dtype=dtype), _meta
+    forward = Products(dtype, precision)
+    backward = Products(torch.float32, "tf32") if dtype == torch.float16 else forward
+    layer = Layer(wide(4 * size, size), wide(4 * size, size), wide(4 * size), wide(4 * size))
+    states = low(steps + 1, batch, size)
+    trace = Trace(states, low(batch, size), low(batch, size), states, low(steps, batch, 4 * size))
+    carry, barrier = wide(batch, size), _meta(batch, dtype=torch.int32)
+    lengths = _meta(batch, dtype=torch.int64) if kind else None
+    tiles = window_tiles(batch, size, forward.width, False, machine)
+    yield Specimen(
+        f"{name} forward",
+        plan_forward(layer, trace.c, trace, lengths, carry, barrier, True, tiles, forward)[-1],
+        spills,
+    )
+    ends = None
+    if kind is not None:
+        features = 2 * layers * size
+        shape = {"dense": (features,), "lowrank": (rank,), "diagonal": ()}[kind]
+        ends = Ends(
+            low(layers, batch, size),
+            low(layers, batch, size),
+            wide(features, *shape),
+            wide(rank, features) if kind == "lowrank" else None,
+            wide(features),
+            _meta(batch, dtype=torch.bool),
+            0.1,
+            rank if kind == "lowrank" else 0,
+            layers,
+        )
+    made = Gradients(_meta(steps, batch, 4 * size, dtype=backward.dtype), trace.h, trace.c)
+    tiles = window_tiles(batch, size, backward.width, True, machine)
+    launches = plan_backward(
+        layer, (low(steps, batch, size), trace.h, None), trace, lengths, made, ends, kind or "none",
+        1, (carry, carry), carry, barrier, tiles, backward,
+    )  # fmt: skip
+    yield Specimen(f"{name} backward", launches[-1], spills)
+    if ends is not None and not tiles.persistent:
+        products = kind != "diagonal"
+        yield Specimen(f"{name} ends", launches[0], spills, products, products)
+
+
+def specimens(architecture: int) -> Iterator[Specimen]:
+    """What the rules of thumb choose, over sizes, dtypes and synthesizers; see
+    :mod:`fused_dni.kernels.aot`."""
+    machine = MACHINES[architecture]
+    half, full = torch.bfloat16, torch.float32
+    # 16 bytes: what the assembler puts aside around the loop over steps.
+    for case in (
+        ("16x1024 bf16", (16, 1024), half, "tf32", None, machine, 16),
+        ("64x512 bf16 lowrank", (64, 512), half, "tf32", "lowrank", machine, 16),
+        ("32x512 fp16", (32, 512), torch.float16, "tf32", None, machine, 16),
+        ("32x256 fp32 dense", (32, 256), full, "tf32x3", "dense", machine, 16),
+        ("64x2048 bf16 diagonal", (64, 2048), half, "tf32", "diagonal", machine),
+        ("64x1024 fp32", (64, 1024), full, "tf32x3", None, machine),
+    ):
+        yield from _window_specimens(*case)
+    batch, size = 64, 512
+    for name, dtype, precision in (("bf16", half, "tf32"), ("fp32", full, "tf32x3")):
+        low = functools.partial(_meta, dtype=dtype)
+        layer = Layer(_meta(4 * size, size), _meta(4 * size, size), _meta(4 * size), None)
+        state, gates = low(batch, size), low(batch, 4 * size)
+        products = Products(dtype, precision)
+        tiles = step_tiles(batch, size, products.width, machine)
+        (launch,) = plan_cell_forward(
+            state, state, state, layer, state, state, gates, tiles, products
+        )
+        yield Specimen(f"cell {batch}x{size} {name} forward", launch)
+        (launch,) = plan_cell_backward(
+            state, state, state, state, gates, layer.weight_hh, gates, state, tiles, products
+        )
+        yield Specimen(f"cell {batch}x{size} {name} backward", launch, 0, False, False)
+        count = 16 * batch
+        rows = Rows(low(count, size), low(count, size), low(count, 4 * size))
+        hyper = _meta(7, dtype=torch.float64)
+        workspace = UpdateWorkspace.allocate(1, hyper)
+        for kind, second in (("sgd", Layer(None, None)), ("adamw", layer)):
+            rule = Rule(kind, False, hyper, layer, second, (True, True, True, False))
+            launches = plan_update(
+                (rows,), (layer,), rule, workspace, update_tiles(size, machine), products
+            )
+            if kind == "sgd":
+                yield Specimen(f"measure {name}", launches[0], 0, False)
+                yield Specimen(f"update trial {name}", launches[1])
+            yield Specimen(f"update {kind} {name}", launches[2])

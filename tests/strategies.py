@@ -167,6 +167,14 @@ class Case:
             parameters={k: t.detach().to(parameter, copy=True) for k, t in self.parameters.items()},
         )
 
+    def on(self, device: str) -> Case:
+        """A copy on that device."""
+        return replace(
+            self,
+            inputs={k: t.to(device, copy=True) for k, t in self.inputs.items()},
+            parameters={k: t.to(device, copy=True) for k, t in self.parameters.items()},
+        )
+
     def layer(self) -> LinearTensors:
         p = self.parameters
         return LinearTensors(**{k: p.get(k) for k in LinearTensors._fields})
@@ -283,7 +291,7 @@ def run_step(backend: Backend, case: Case) -> dict[str, Tensor]:
     """
     steps = 1 if case.config.activation == "relu" else 2
     state, synthesizer_state = bind(case)
-    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    statistics = case.inputs["x"].new_zeros(STATISTICS_SIZE, dtype=torch.float64)
     x, grad_h, context = case.inputs["x"], case.inputs["grad_h"], case.inputs.get("context")
     out: dict[str, Any] = {}
     for t in range(steps):
@@ -308,7 +316,7 @@ def run_parts(backend: Backend, case: Case, training: bool = True) -> dict[str, 
     state, _ = bind(case)
     x, grad_h, context = case.inputs["x"], case.inputs["grad_h"], case.inputs.get("context")
     layer, synthesizer = case.layer(), case.synthesizer()
-    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    statistics = x.new_zeros(STATISTICS_SIZE, dtype=torch.float64)
     h, saved = backend.linear_forward(x, layer, case.config, training, True)
     g = backend.linear_backward(
         grad_h, x, h, saved, layer, case.config, training, case.need_dx, True
@@ -600,7 +608,7 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
         float(x.shape[0] * x.shape[1]),
         **{name: options[name] for name in LSTMBoundary._fields[3:]},
     )
-    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=x.device)
     closed = backend.lstm_close(
         given.get("grad_output"), given.get("grad_h"), given.get("grad_c"), x, layers, lengths,
         (), trace, case.need_dx, True, boundary, statistics if options["statistics"] else None,

@@ -16,6 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from triton.runtime import driver
 
 from fused_dni.backends.base import (
     G_DOT_G,
@@ -444,8 +445,8 @@ def machine(device: torch.device) -> lstm.Machine | None:
     """None for the interpreter."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
-    return lstm.Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    properties = driver.active.utils.get_device_properties(device.index)
+    return lstm.Machine(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def _window_tiles(op: str, x: Tensor, size: int, products: lstm.Products) -> lstm.WindowTiles:
