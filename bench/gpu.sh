@@ -68,10 +68,10 @@ part() {
 # What is known so far, the most important lines last.
 summary() {
   {
+    printf '%s\n' "${DONE[@]+"${DONE[@]}"}"
     for file in "$OUT/baselines.txt" "$WORK/ncu.txt" "$OUT/kernels.txt"; do
       [ ! -f "$file" ] || cat "$file"
     done
-    printf '%s\n' "${DONE[@]+"${DONE[@]}"}"
     [ ! -f "$WORK/sanitizer.log" ] || grep 'ERROR SUMMARY' "$WORK/sanitizer.log"
     [ ! -f "$WORK/tests.log" ] || tail -n 1 "$WORK/tests.log"
     if [ ${#FAILED[@]} -gt 0 ]; then
@@ -86,10 +86,26 @@ summary() {
 
 cd "$ROOT" || exit 2
 RUN="$WORK/environment/bin/python"
-part environment 60 "$PYTHON" -m venv --without-pip --system-site-packages "$WORK/environment"
+make_environment() {
+  "$PYTHON" -m venv --without-pip "$WORK/environment" || return
+  # What this interpreter sees, which in an environment of its own is not what the system has.
+  "$PYTHON" -c 'import site, sys
+for place in sys.path:
+    if place.endswith("-packages"):
+        print(f"import site; site.addsitedir({place!r})")' \
+    >"$(echo "$WORK"/environment/lib/python3*/site-packages)/outer.pth"
+}
+export -f make_environment
+export PYTHON WORK
+part environment 60 bash -c make_environment
 [ -x "$RUN" ] || RUN=$PYTHON
-part build 180 "$PYTHON" -m pip --python "$RUN" install --no-deps --no-index \
-  --no-build-isolation -e .
+if ! part build 180 "$PYTHON" -m pip --python "$RUN" install --no-deps --no-index \
+  --no-build-isolation -e .; then
+  # Triton needs no compiler of ours: the package as it would be installed, without the C++.
+  mkdir -p "$WORK/unbuilt"
+  cp -r fused_dni "$WORK/unbuilt" && cp -r kernels "$WORK/unbuilt/fused_dni/kernels"
+  export PYTHONPATH="$WORK/unbuilt" PYTHONSAFEPATH=1
+fi
 part report 60 "$RUN" -m fused_dni env --json && cp "$WORK/report.log" "$OUT/environment.json"
 
 export FUSED_DNI_CACHE="$WORK/tiles" # not what this user may have tuned before
@@ -112,7 +128,7 @@ look_at_kernels() {
 }
 if command -v ncu >/dev/null; then
   export -f look_at_kernels
-  export RUN WORK
+  export RUN
   part ncu 90 bash -c look_at_kernels
 fi
 if command -v compute-sanitizer >/dev/null; then
