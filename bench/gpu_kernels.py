@@ -63,7 +63,7 @@ STEPWISE = "ours, a launch a step"
 #: Batch and width, those that the project promises something about first.
 SIZES = ((128, 1024), (4096, 4096), (64, 256), (128, 256), (512, 1024), (1024, 2048))
 #: Sizes at which the slow compiler mode is tried too, and seconds that a compiler is given.
-AUTOTUNE = SIZES[:2]
+AUTOTUNE = SIZES[:1]
 COMPILE_LIMIT = 90.0
 #: Sizes of the further rows (dx, Adam, float32, tf32) and of those whose data are not in the cache.
 FURTHER = SIZES[:2]

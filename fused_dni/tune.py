@@ -48,6 +48,7 @@ class Tuned:
         """Plain data; seconds."""
         return {
             "op": self.choice.op,
+            "variant": self.choice.variant,
             "shape": list(self.choice.shape),
             "dtype": str(self.choice.dtype).removeprefix("torch."),
             "tiles": self.tiles._asdict(),
@@ -79,8 +80,8 @@ class Tuned:
             said += ["chosen"] if trial.tiles == self.tiles else []
             said += [trial.skipped] if trial.skipped is not None else []
             rows.append(f"{figures}  {'; '.join(said)}")
-        head = f"{'us':>9}  {'p10-p90':>17}  {self.choice.op} {sizes} {name}"
-        return "\n".join([head, *rows])
+        head = f"{'us':>9}  {'p10-p90':>17}  {self.choice.op} {sizes} {name} {self.choice.variant}"
+        return "\n".join([head.rstrip(), *rows])
 
 
 class LinearScratch:
@@ -297,7 +298,7 @@ def tune(
             return run
 
         trials: list[Any] = []
-        tiles = tuning.tune(*choice, tried, prepare, seconds=seconds, report=trials.append)
+        tiles = tuning.tune(choice, tried, prepare, seconds=seconds, report=trials.append)
         yield Tuned(choice, tiles, usual, trials)
 
 

@@ -1,10 +1,11 @@
 """Which tiles a kernel runs with: forced, measured here, measured by us, or by rule of thumb.
 
-A choice belongs to an op, an architecture, a dtype and a shape. Choices that :func:`tune` measured
-are kept on disk, in ``tiles.json`` under :func:`folder`; ``tuned.json`` beside this file, if there
-is one, holds those that come with the package. Both are read once a process::
+A choice belongs to an op, a variant of it, an architecture, a dtype and a shape. Choices that
+:func:`tune` measured are kept on disk, in ``tiles.json`` under :func:`folder`; ``tuned.json``
+beside this file, if there is one, holds those that come with the package. Both are read once a
+process::
 
-    {"format": 1, "choices": {"linear_step/sm_90/bfloat16/128x1024x1024": {"block": 64}}}
+    {"format": 1, "choices": {"linear_step:sgd/sm_90/bfloat16/128x1024x1024": {"warps": 4}}}
 
 A shape that was not measured takes the entry of the shape with every size rounded up to a power of
 two, if that was. So measuring powers of two serves everything, and another shape serves itself.
@@ -37,10 +38,10 @@ _SHIPPED = Path(__file__).with_name("tuned.json")
 #: few microseconds is its own and not that of launching it.
 _LAUNCHES = 20
 
-_Table = dict[str, Any]  # fields of the tiles, by :func:`_entry`
+_Table = dict[str, Any]  # fields of the tiles, by :meth:`Choice.entry`
 
 _forced: dict[str, Any] = {}
-_chosen: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Any] = {}
+_chosen: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device, str], Any] = {}
 _tables: list[_Table] | None = None  # that on disk before that of the package, once read
 
 
@@ -50,6 +51,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     default: Callable[[], T],
+    variant: str = "",
 ) -> T:
     """The tiles for an op on tensors of this shape: what :func:`using` forces, else what was
     measured, else ``default()``. Asking again costs a dictionary look-up.
@@ -60,15 +62,16 @@ def choose(
         dtype: of the products' operands.
         device: of the tensors.
         default: the rule of thumb. Its result also says what an entry of a table has to look like.
+        variant: what else its speed depends on (an update rule, say), without a slash.
     """
     forced: T | None = _forced.get(op)
     if forced is not None:
         return forced
-    key = (op, shape, dtype, device)
+    key = (op, shape, dtype, device, variant)
     found: T | None = _chosen.get(key)
     if found is None:
         usual = default()
-        found = _chosen[key] = _measured(op, shape, dtype, device, usual) or usual
+        found = _chosen[key] = _measured(Choice(*key), usual) or usual
     return found
 
 
@@ -79,6 +82,13 @@ class Choice(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    variant: str = ""
+
+    def entry(self) -> str:
+        """Its name in a table."""
+        name, sizes = str(self.dtype).removeprefix("torch."), "x".join(map(str, self.shape))
+        op = f"{self.op}:{self.variant}" if self.variant else self.op
+        return f"{op}/{architecture(self.device)}/{name}/{sizes}"
 
 
 @contextlib.contextmanager
@@ -129,9 +139,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_dni"
 
 
-def remember(
-    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, tiles: NamedTuple
-) -> Path:
+def remember(choice: Choice, tiles: NamedTuple) -> Path:
     """Choose ``tiles`` from now on, in this process and in later ones; returns the table's path.
 
     Entries of other processes are kept: the table is read, changed and replaced under a lock.
@@ -139,10 +147,10 @@ def remember(
     Raises:
         OSError: the table cannot be written. The choice holds in this process all the same.
     """
-    entry = _entry(op, shape, dtype, device)
+    entry = choice.entry()
     _read_tables()[0][entry] = tiles._asdict()
     for key in list(_chosen):  # at once: other threads choose meanwhile
-        if key[0] == op:
+        if key[0] == choice.op:
             _chosen.pop(key, None)
 
     path = folder() / _FILE
@@ -158,19 +166,12 @@ def remember(
     return path
 
 
-def _entry(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
-    name, sizes = str(dtype).removeprefix("torch."), "x".join(map(str, shape))
-    return f"{op}/{architecture(device)}/{name}/{sizes}"
-
-
-def _measured(
-    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, like: T
-) -> T | None:
-    """The entry for a shape, of the first table that has a usable one."""
-    rounded = tuple([1 << max(size - 1, 0).bit_length() for size in shape])
+def _measured(choice: Choice, like: T) -> T | None:
+    """The entry for a choice, of the first table that has a usable one."""
+    rounded = tuple([1 << max(size - 1, 0).bit_length() for size in choice.shape])
     for table in _read_tables():
-        for wanted in (shape, rounded):
-            tiles = _tiles(table.get(_entry(op, wanted, dtype, device)), like)
+        for wanted in (choice, choice._replace(shape=rounded)):
+            tiles = _tiles(table.get(wanted.entry()), like)
             if tiles is not None:
                 return tiles
     return None
@@ -225,10 +226,7 @@ class Trial(Generic[T]):
 
 
 def tune(
-    op: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    choice: Choice,
     candidates: Iterable[T],
     prepare: Callable[[T], Callable[[], object]],
     *,
@@ -238,7 +236,7 @@ def tune(
     """Measure candidates against each other and :func:`remember` the fastest.
 
     Args:
-        op, shape, dtype, device: as of :func:`choose`.
+        choice: what they are candidates for.
         candidates: the tiles to try.
         prepare: gives a callable that runs the op with these tiles. It is called many times, so it
             has to work on copies that nobody needs; nothing else is touched, and the state of
@@ -251,6 +249,7 @@ def tune(
         RuntimeError: the current stream is capturing a CUDA graph, or no candidate runs.
         OSError: the result cannot be written.
     """
+    op, device = choice.op, choice.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "tiles cannot be tuned while a CUDA graph is being captured: tune before the capture"
@@ -265,7 +264,7 @@ def tune(
     if not trials or trials[0].timing is None:
         reasons = "; ".join(f"{trial.tiles}: {trial.skipped}" for trial in trials)
         raise RuntimeError(f"no candidate for {op} runs on {device}: {reasons or 'none was given'}")
-    remember(op, shape, dtype, device, trials[0].tiles)
+    remember(choice, trials[0].tiles)
     return trials[0].tiles
 
 

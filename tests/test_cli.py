@@ -304,7 +304,7 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
     assert ops["linear_step"]["shape"] == [8, 16, 16]
     assert ops["linear_step"]["trials"][0]["timing"]["median"] > 0
     kept = json.loads((tmp_path / "tiles.json").read_text())["choices"]
-    assert kept["linear_step/interpreter/float32/8x16x16"] == ops["linear_step"]["tiles"]
+    assert kept["linear_step:sgd-ieee/interpreter/float32/8x16x16"] == ops["linear_step"]["tiles"]
     assert len(kept) == 6
 
     argv = ["tune", "lstm", *TUNE, "--window", "2", "--ops", "lstm_update", "lstm_backward"]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from fused_dni.kernels import tuning
+from fused_dni.kernels.tuning import Choice
 
 CPU = torch.device("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -62,7 +63,7 @@ def test_without_a_table_the_rule_of_thumb_is_asked_once():
 
 
 def test_what_was_measured_counts_in_later_processes(cache, monkeypatch):
-    path = tuning.remember("op", (8, 8), F32, CPU, Tiles(64, "several", True))
+    path = tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64, "several", True))
     assert path == cache
     forget(monkeypatch)
     found = tuning.choose("op", (8, 8), F32, CPU, usual)
@@ -72,7 +73,7 @@ def test_what_was_measured_counts_in_later_processes(cache, monkeypatch):
 
 def test_what_was_measured_replaces_what_was_chosen_before():
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == usual()
-    tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == Tiles(64)
 
 
@@ -88,13 +89,22 @@ def test_what_was_measured_replaces_what_was_chosen_before():
     ],
 )
 def test_a_choice_is_for_its_op_shape_dtype_and_architecture(op, shape, dtype, device):
-    tuning.remember("op", (128, 1024), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (128, 1024), F32, CPU), Tiles(64))
     assert tuning.choose(op, shape, dtype, device, usual) == usual()
 
 
+def test_a_choice_is_for_its_variant(cache):
+    def choice(variant):
+        return tuning.choose("op", (8, 8), F32, CPU, usual, variant)
+
+    tuning.remember(Choice("op", (8, 8), F32, CPU, "adam"), Tiles(64))
+    assert [choice(variant) for variant in ("adam", "sgd", "")] == [Tiles(64), usual(), usual()]
+    assert "op:adam/interpreter/float32/8x8" in cache.read_text()
+
+
 def test_a_shape_that_was_not_measured_takes_the_next_powers_of_two():
-    tuning.remember("op", (128, 1024, 1), F32, CPU, Tiles(64))
-    tuning.remember("op", (100, 1000, 1), F32, CPU, Tiles(32))
+    tuning.remember(Choice("op", (128, 1024, 1), F32, CPU), Tiles(64))
+    tuning.remember(Choice("op", (100, 1000, 1), F32, CPU), Tiles(32))
     assert tuning.choose("op", (65, 513, 1), F32, CPU, usual) == Tiles(64)
     assert tuning.choose("op", (100, 1000, 1), F32, CPU, usual) == Tiles(32)  # itself first
     assert tuning.choose("op", (64, 1024, 1), F32, CPU, usual) == usual()
@@ -103,7 +113,7 @@ def test_a_shape_that_was_not_measured_takes_the_next_powers_of_two():
 def test_own_measurements_count_more_than_the_shipped_ones(cache, monkeypatch):
     shipped = {"block": 8, "path": "shipped", "split": False}
     write(tuning._SHIPPED, {f"op/interpreter/float32/{s}": shipped for s in ("8x8", "16x16")})
-    tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
     for _ in range(2):  # in this process, and in the next one
         assert tuning.choose("op", (8, 8), F32, CPU, usual) == Tiles(64)
         assert tuning.choose("op", (16, 16), F32, CPU, usual) == Tiles(8, "shipped")
@@ -112,7 +122,7 @@ def test_own_measurements_count_more_than_the_shipped_ones(cache, monkeypatch):
 
 
 def test_forced_tiles_count_most_and_only_inside():
-    tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
 
     def choice(op="op"):
         return tuning.choose(op, (8, 8), F32, CPU, usual)
@@ -129,7 +139,7 @@ def test_forced_tiles_count_most_and_only_inside():
 
 
 def test_asking_again_is_a_look_up(monkeypatch):
-    tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == Tiles(64)
 
     def refuse(*given):
@@ -149,7 +159,7 @@ def test_choices_can_be_looked_at():
         for op in ("op", "before", "forced"):
             choose(op)
     choose("after")
-    assert found == {tuning.Choice(op, (8, 8), F32, CPU): usual() for op in ("op", "before")}
+    assert found == {Choice(op, (8, 8), F32, CPU): usual() for op in ("op", "before")}
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -194,7 +204,7 @@ def test_tables_that_cannot_be_read_are_ignored_and_replaced(cache, text, monkey
     cache.parent.mkdir()
     cache.write_text(text)
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == usual()
-    tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+    tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
     forget(monkeypatch)
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == Tiles(64)
 
@@ -212,7 +222,7 @@ def test_a_table_that_cannot_be_written_is_an_error_and_the_choice_holds(tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSED_DNI_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError):
-        tuning.remember("op", (8, 8), F32, CPU, Tiles(64))
+        tuning.remember(Choice("op", (8, 8), F32, CPU), Tiles(64))
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == Tiles(64)
 
 
@@ -221,7 +231,7 @@ def test_writers_at_the_same_time_lose_nothing(cache):
 
     def writer(who):
         for i in range(20):
-            tuning.remember("op", (who, i), F32, CPU, Tiles(who))
+            tuning.remember(Choice("op", (who, i), F32, CPU), Tiles(who))
 
     with ThreadPoolExecutor(4) as pool:
         writers = [pool.submit(writer, who) for who in range(4)]
@@ -249,7 +259,7 @@ def test_the_fastest_is_remembered_and_the_others_are_reported(cache, monkeypatc
     trials = []
     candidates = [Tiles(8), Tiles(13), Tiles(1), Tiles(8)]
     best = tuning.tune(
-        "op", (8, 8), F32, CPU, candidates, sleeper, seconds=0.1, report=trials.append
+        Choice("op", (8, 8), F32, CPU), candidates, sleeper, seconds=0.1, report=trials.append
     )
     assert best == Tiles(1)
     assert [t.tiles.block for t in trials] == [1, 8, 13]
@@ -261,7 +271,7 @@ def test_the_fastest_is_remembered_and_the_others_are_reported(cache, monkeypatc
 
 
 def test_skipped_candidates_are_logged(caplog):
-    tuning.tune("op", (8, 8), F32, CPU, [Tiles(1), Tiles(13)], sleeper, seconds=0.01)
+    tuning.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1), Tiles(13)], sleeper, seconds=0.01)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "Tiles(block=13" in record.getMessage()
 
@@ -271,7 +281,7 @@ def test_skipped_candidates_are_logged(caplog):
 )
 def test_no_candidate_is_an_error_and_nothing_is_kept(cache, candidates, message):
     with pytest.raises(RuntimeError, match=f"no candidate for op runs on cpu: .*{message}"):
-        tuning.tune("op", (8, 8), F32, CPU, candidates, sleeper)
+        tuning.tune(Choice("op", (8, 8), F32, CPU), candidates, sleeper)
     assert not cache.exists()
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == usual()
 
@@ -285,7 +295,7 @@ def test_random_numbers_go_on_as_if_nothing_was_measured():
         scratch = torch.randn(64)
         return lambda: scratch.normal_()
 
-    tuning.tune("op", (8, 8), F32, CPU, [Tiles(1)], prepare, seconds=0.01)
+    tuning.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1)], prepare, seconds=0.01)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -296,7 +306,7 @@ def test_nothing_is_measured_inside_a_capture(monkeypatch):
         raise AssertionError("prepared")
 
     with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
-        tuning.tune("op", (8, 8), F32, torch.device("cuda", 0), [Tiles(1)], prepare)
+        tuning.tune(Choice("op", (8, 8), F32, torch.device("cuda", 0)), [Tiles(1)], prepare)
 
 
 @pytest.mark.gpu
@@ -311,7 +321,11 @@ def test_a_gpu_is_timed_by_replays():
 
     before = torch.cuda.get_rng_state(device)
     best = tuning.tune(
-        "op", (8,), F32, device, [Tiles(64), Tiles(1)], prepare, report=trials.append, seconds=0.2
+        Choice("op", (8,), F32, device),
+        [Tiles(64), Tiles(1)],
+        prepare,
+        report=trials.append,
+        seconds=0.2,
     )
     assert best == Tiles(1)
     assert torch.equal(torch.cuda.get_rng_state(device), before)
@@ -319,4 +333,4 @@ def test_a_gpu_is_timed_by_replays():
     assert trials[1].timing.median > 4 * trials[0].timing.median
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="being captured"):
-        tuning.tune("op", (8,), F32, device, [Tiles(1)], prepare)
+        tuning.tune(Choice("op", (8,), F32, device), [Tiles(1)], prepare)

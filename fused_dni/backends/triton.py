@@ -345,7 +345,8 @@ def _tiles(op: str, x: Tensor, weight: Tensor, rule: str) -> linear.Tiles:
         kind = architecture(x.device)
         return linear.default_tiles(rows, inputs, outputs, x.dtype, rule, precision(), kind)
 
-    return tuning.choose(op, (rows, inputs, outputs), x.dtype, x.device, default)
+    variant = f"{rule}-{precision()}"
+    return tuning.choose(op, (rows, inputs, outputs), x.dtype, x.device, default, variant)
 
 
 def _sizes(t: linear.Tensors) -> tuple[int, int, int, int, int]:
