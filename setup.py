@@ -95,7 +95,7 @@ def _python_includes() -> list[str]:
 setup(
     packages=[*find_packages(include=["fused_dni", "fused_dni.*"]), "fused_dni.kernels"],
     package_dir={"fused_dni": "fused_dni", "fused_dni.kernels": "kernels"},
-    package_data={"fused_dni": ["py.typed"]},
+    package_data={"fused_dni": ["py.typed"], "fused_dni.kernels": ["*.json"]},
     ext_modules=[
         Extension(
             "fused_dni._cpu",
