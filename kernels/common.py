@@ -78,7 +78,7 @@ def grid_barrier(state, programs):
 def tanh(x):
     """Hyperbolic tangent, accurate relative to itself: a series near zero, where the quotient of
     exponentials cancels."""
-    square = x * x
+    square = tl.minimum(x * x, 0.1)
     series = 1.0 + square * (
         -0.3333333333 + square * (0.1333333333 + square * (-0.0539682540 + square * (
             0.0218694885 - 0.0088632355 * square)))

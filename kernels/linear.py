@@ -45,7 +45,7 @@ from fused_dni.kernels.common import (
     rule_factors,
     slope,
 )
-from fused_dni.kernels.launch import Launch
+from fused_dni.kernels.launch import Launch, Specimen
 from fused_dni.kernels.synthesizer import TYPES, down_tile, predict_tile, reduce_tiles
 from fused_dni.kernels.tiles import (
     FLAGS,
@@ -59,6 +59,7 @@ from fused_dni.kernels.tiles import (
     store_tile,
     store_vector,
     sum_list,
+    tile_offsets,
     wide,
 )
 from torch import Tensor
@@ -239,7 +240,7 @@ def _product(t, x, operand, s, C: tl.constexpr, program, programs):
     for index in range(program, down * across, programs):
         r, o = place(index, down, across)
         row, out = r * ROWS, o * OUTS
-        z = tl.zeros((ROWS, OUTS), tl.float32)
+        z = tl.full((ROWS, OUTS), 0.0, tl.float32)
         for k in range(0, s.inputs, C.depth):
             a = _operand(x, row, k, s.rows, s.inputs, ROWS, C.depth, C)
             b = _operand(operand, out, k, s.outputs, s.inputs, OUTS, C.depth, C)
@@ -493,7 +494,7 @@ def _dx(t, delta, operand, s, C: tl.constexpr, program, programs):
     for index in range(program, down * across, programs):
         r, i = place(index, down, across)
         row, column = r * C.dx_rows, i * C.dx_ins
-        dx = tl.zeros((C.dx_rows, C.dx_ins), tl.float32)
+        dx = tl.full((C.dx_rows, C.dx_ins), 0.0, tl.float32)
         for k in range(0, s.outputs, C.depth):
             a = _operand(delta, row, k, s.rows, s.outputs, C.dx_rows, C.depth, C)
             b = _operand(operand, k, column, s.outputs, s.inputs, C.depth, C.dx_ins, C)
@@ -537,7 +538,7 @@ def _finite(t, s, C: tl.constexpr):
 @triton.jit
 def _vector_gradients(t, s, C: tl.constexpr, out):
     """Gradients of bias, scale and shift, [outs]: from partial sums, or as they were given."""
-    bias = tl.zeros((C.outs,), tl.float32)  # exactly zero in front of a batch's own statistics
+    bias = tl.full((C.outs,), 0.0, tl.float32)  # exactly zero in front of a batch's own statistics
     scale, shift = bias, bias
     if t.shifts is not None:
         tiles = tl.cdiv(s.rows, C.rows)
@@ -591,7 +592,7 @@ def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, 
         for index in range(program, down * across, programs):
             o, c = place(index, down, across)
             out, column = o * C.weight_outs, c * C.weight_ins
-            g = tl.zeros((C.weight_outs, C.weight_ins), tl.float32)  # delta^T x
+            g = tl.full((C.weight_outs, C.weight_ins), 0.0, tl.float32)  # delta^T x
             for k in range(0, s.rows, C.depth):
                 a = _operand(delta, k, out, s.rows, s.outputs, C.depth, C.weight_outs, C)
                 b = _operand(x, k, column, s.rows, s.inputs, C.depth, C.weight_ins, C)
@@ -600,12 +601,13 @@ def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, 
             if LOOK:
                 largest = tl.maximum(largest, magnitude(g))
             else:
-                i, j = out + tl.arange(0, C.weight_outs), column + tl.arange(0, C.weight_ins)
-                at = i[:, None].to(tl.int64) * s.inputs + j[None, :]
-                inside = (i < s.outputs)[:, None] & (j < s.inputs)[None, :]
+                OUTS: tl.constexpr = C.weight_outs
+                INS: tl.constexpr = C.weight_ins
+                start, at = tile_offsets(out, column, s.inputs, OUTS, INS)
+                inside = is_inside(out, column, s.outputs, s.inputs, OUTS, INS)
                 settle(
-                    t.weight, t.first_weight, t.second_weight, t.grad_weight, g * factor, at,
-                    inside, factors, C,
+                    t.weight, t.first_weight, t.second_weight, t.grad_weight, g * factor, start,
+                    at, inside, factors, C,
                 )  # fmt: skip
     # From the other end: the first programs may have a tile of W more than the last.
     for index in range(programs - 1 - program, tl.cdiv(s.outputs, C.outs), programs):
@@ -619,18 +621,18 @@ def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, 
             inside = at < s.outputs
             if C.train_bias:
                 settle(
-                    t.bias, t.first_bias, t.second_bias, t.grad_bias, bias * factor, at, inside,
+                    t.bias, t.first_bias, t.second_bias, t.grad_bias, bias * factor, 0, at, inside,
                     factors, C,
                 )  # fmt: skip
             if C.train_norm_weight:
                 settle(
                     t.norm_weight, t.first_norm_weight, t.second_norm_weight, t.grad_norm_weight,
-                    scale * factor, at, inside, factors, C,
+                    scale * factor, 0, at, inside, factors, C,
                 )  # fmt: skip
             if C.train_norm_bias:
                 settle(
                     t.norm_bias, t.first_norm_bias, t.second_norm_bias, t.grad_norm_bias,
-                    shift * factor, at, inside, factors, C,
+                    shift * factor, 0, at, inside, factors, C,
                 )  # fmt: skip
             if t.batch is not None:
                 _move_running(t, s, out, C.outs)
@@ -735,7 +737,13 @@ UPDATE_PHASES = STEP_PHASES
 
 
 def default_tiles(
-    rows: int, inputs: int, outputs: int, dtype: torch.dtype, rule: str, architecture: int
+    rows: int,
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype,
+    rule: str,
+    precision: str,
+    architecture: int,
 ) -> Tiles:
     """Tiles by rule of thumb, where nothing was tuned.
 
@@ -747,17 +755,21 @@ def default_tiles(
         architecture: 90 for compute capability 9.0 and so on; 0 for the interpreter.
     """
     if architecture == 0:
-        return Tiles("one", 32, 32, 32, 32, 32, 32, 32, 32, 32, 4, 1)
+        return Tiles("one", 32, 64, 32, 64, 64, 64, 64, 64, 64, 4, 1)
     low = dtype != torch.float32
     if rows <= 512 and inputs * outputs <= 4096 * 1024:
         tall = min(max(triton.next_power_of_2(rows), 16), 128)
-        depth = 128 if low else 64
-        return Tiles("one", tall, 16, tall, 16, 64, 32, 32, 64, depth, 4, 3)
-    wide_outs = 256 if architecture >= 90 and low else 128
-    depth = 64 if low else 32
-    tall = 64 if rule in ("adam", "adamw") else 128
+        return Tiles("one", tall, 16, tall, 16, 64, 32, 32, 64, 128 if low else 64, 8, 3)
+    if (
+        precision == "ieee" and not low
+    ):  # no tensor cores: as many accumulators as there is room for
+        return Tiles("several", 64, 64, 128, 32, 64, 64, 64, 64, 32, 8, 3)
+    wide_outs = 256 if 90 <= architecture < 100 and low else 128
+    # An update by Adam reads and writes three matrices, and has as many tiles of them in registers.
+    tall = 64 if rule in ("adam", "adamw") or not low else 128
     return Tiles(
-        "several", 128, wide_outs, 32, 128, 128, 128, tall, 128, depth, 8, 3, architecture >= 90
+        "several", 128, wide_outs, 128, 32, 128, 128, tall, 128, 64 if low else 32, 8, 3,
+        architecture >= 90,
     )  # fmt: skip
 
 
@@ -893,7 +905,7 @@ def plan(
     launches = []
     for phase, grid in grids.items():
         sources = {"x": t.x, "operand": operand, "delta": t.delta}
-        described = _described(phase, sources, tiles) if tiles.descriptors else None
+        described = _described(phase, sources, tiles, options)
         arguments = {
             "t": t,
             **(sources if described is None else described),
@@ -975,9 +987,12 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
     )  # fmt: skip
 
 
-def _described(phase: int, sources: dict[str, Any], tiles: Tiles) -> dict[str, Any] | None:
-    """Descriptors of a product's two operands, by which Hopper's copy engine brings their tiles;
-    None if the phase has no product, or an operand is not aligned as the engine wants it."""
+def _described(
+    phase: int, sources: dict[str, Any], tiles: Tiles, options: Options
+) -> dict[str, Any] | None:
+    """Descriptors of a product's two operands, by which Hopper's copy engine brings their tiles to
+    the tensor cores; None if the phase has no product, if it is made elsewhere, or if an operand is
+    not aligned as the engine wants it."""
     blocks = {
         PRODUCT.value: {
             "x": (tiles.product_rows, tiles.depth),
@@ -990,7 +1005,8 @@ def _described(phase: int, sources: dict[str, Any], tiles: Tiles) -> dict[str, A
         },
     }
     blocks[WEIGHT.value] = blocks[TRIAL.value]
-    if phase not in blocks:
+    elsewhere = options.precision == "ieee" and options.operand == tl.float32
+    if not tiles.descriptors or phase not in blocks or elsewhere:
         return None
     made = dict(sources)
     for name, block in blocks[phase].items():
@@ -999,3 +1015,108 @@ def _described(phase: int, sources: dict[str, Any], tiles: Tiles) -> dict[str, A
             return None
         made[name] = TensorDescriptor.from_tensor(source, list(block))
     return made
+
+
+# ---------------------------------------------------------------------------------------------
+# Specimens
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _specimen_step(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, problem: Problem, tiles: Tiles,
+    dx: bool,
+) -> list[Launch]:  # fmt: skip
+    """A step with labels of ten classes and a rank of 16."""
+    rank, classes = 16, 10
+    adam = problem.rule != "sgd"
+    vectors = {
+        name: _meta(outputs)
+        for name in ("bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+    }
+    shapes = {"dense": (outputs, outputs), "lowrank": (outputs, rank), "diagonal": (outputs,)}
+    moments = {
+        f"{order}_{slot}": _meta(outputs, inputs) if slot == "weight" else _meta(outputs)
+        for order in ("first", "second")
+        for slot in ("weight", "bias", "norm_weight", "norm_bias")
+        if adam
+    }
+    low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    t = Tensors(
+        x=_meta(rows, inputs, dtype=dtype),
+        weight=_meta(outputs, inputs),
+        **vectors,
+        synthesizer_weight=_meta(*shapes[problem.source]),
+        down=_meta(rank, outputs) if problem.source == "lowrank" else None,
+        context_weight=_meta(outputs, classes),
+        synthesizer_bias=_meta(outputs),
+        labels=_meta(rows, dtype=torch.int64),
+        hyper=_meta(7, dtype=torch.float64),
+        **moments,
+        h=_meta(rows, outputs, dtype=dtype),
+        normalized=_meta(rows, outputs),
+        rstd=_meta(rows if problem.norm == "layer" else outputs),
+        scaled=_meta(rows, outputs),
+        reduced=_meta(rows, rank) if problem.source == "lowrank" else None,
+        delta=_meta(rows, outputs, dtype=low),
+        dx=_meta(rows, inputs, dtype=dtype) if dx else None,
+    )
+    t = workspace(t, problem, tiles, STEP_PHASES)
+    return plan(
+        t, problem, tiles, STEP_PHASES,
+        (rows, inputs, outputs, rank if t.down is not None else 0, classes), 132,
+    )  # fmt: skip
+
+
+def specimens(architecture: int) -> Iterator[Specimen]:
+    """What the rules of thumb choose for a small and for a large layer, over dtypes, rules,
+    synthesizers and normalisations; see :mod:`fused_dni.kernels.aot`.
+
+    What spills are allowed are a few registers around the epilogue of a product, once a tile.
+    """
+    step = Problem(
+        "batch", True, "relu", source="lowrank", target_scale=128.0, rule="sgd",
+        trainable=(True, True, True, True),
+    )  # fmt: skip
+    half, full = torch.bfloat16, torch.float32
+    cases: list[tuple[str, torch.dtype, Problem, bool]] = [
+        ("bf16", half, step, False),
+        ("bf16 dx adam", half, step._replace(rule="adam"), True),
+        ("bf16 dense layer gelu", half, step._replace(source="dense", norm="layer",
+                                                      activation="gelu"), True),
+        ("tf32", full, step._replace(precision="tf32"), False),
+        ("fp32", full, step, False),
+        ("fp16 diagonal", torch.float16, step._replace(source="diagonal", norm="none"), False),
+    ]  # fmt: skip
+    seen = set()
+    for size, (rows, inputs, outputs) in {
+        "128x1024": (128, 1024, 1024),
+        "4096x4096": (4096, 4096, 4096),
+    }.items():
+        for name, dtype, problem, dx in cases if architecture == 90 else cases[:4]:
+            tiles = default_tiles(
+                rows, inputs, outputs, dtype, problem.rule, problem.precision, architecture
+            )
+            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx):
+                phase = launch.arguments["FIRST"]
+                part = "step" if tiles.launches == "one" else _NAMES[phase]
+                multiplies = part in ("step", "product", "dx", "weight")
+                # Phases without a product are much the same in all cases and architectures.
+                key = part if multiplies else f"{part} {problem.norm} {problem.source}"
+                if not multiplies and (key in seen or architecture != 90):
+                    continue
+                seen.add(key)
+                yield Specimen(
+                    f"{part} {size} {name}", launch,
+                    spills={"step": 32, "weight": 128, "product": 16}.get(part, 0),
+                    tensor_cores=multiplies and name != "fp32",
+                    wide_loads=part != "reduce",
+                )  # fmt: skip
+
+
+_NAMES = (
+    "prepare", "product", "normalize", "reduce", "gradient", "delta", "measure", "dx", "trial",
+    "weight",
+)  # fmt: skip

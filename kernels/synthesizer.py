@@ -37,6 +37,7 @@ from fused_dni.kernels.tiles import (
     store_tile,
     store_vector,
     sum_list,
+    tile_offsets,
     wide,
 )
 from torch import Tensor
@@ -137,7 +138,7 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
     """M(h) [rows, outs], float32; ``h`` is this tile of t.h. A class index that there is not makes
     its row NaN, so that whatever is made of it is skipped and counted."""
     if C.source == "dense":
-        m = tl.zeros((C.rows, C.outs), tl.float32)
+        m = tl.full((C.rows, C.outs), 0.0, tl.float32)
         for k in range(0, s.outputs, C.depth):
             a = load_tile(t.h, row, k, s.rows, s.outputs, C.rows, C.depth)
             b = load_tile(t.synthesizer_weight, out, k, s.outputs, s.outputs, C.outs, C.depth)
@@ -145,7 +146,7 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
     elif C.source == "lowrank":
         a = load_tile(t.reduced, row, 0, s.rows, s.rank, C.rows, C.rank)
         b = load_tile(t.synthesizer_weight, out, 0, s.outputs, s.rank, C.outs, C.rank)
-        m = tl.zeros((C.rows, C.outs), tl.float32)
+        m = tl.full((C.rows, C.outs), 0.0, tl.float32)
         m = dot(a.to(C.operand), tl.trans(b.to(C.operand)), m, C.precision)
     else:
         m = h * load_vector(t.synthesizer_weight, out, s.outputs, C.outs, 0.0)[None, :]
@@ -180,7 +181,7 @@ def reduce_tiles(partial, total, count, tiles, program, programs):
 def down_tile(t, s, C: tl.constexpr, h, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
     """A tile's part of h U^T, stored; ``h`` is this tile of t.h, zero outside."""
     u = load_tile(t.down, 0, out, s.rank, s.outputs, C.rank, OUTS)
-    part = tl.zeros((ROWS, C.rank), tl.float32)
+    part = tl.full((ROWS, C.rank), 0.0, tl.float32)
     part = dot(h.to(C.operand), tl.trans(u.to(C.operand)), part, C.precision)
     at = t.partial + wide(out // OUTS) * s.rows * s.rank
     store_tile(at, part, row, 0, s.rows, s.rank, ROWS, C.rank)
@@ -245,7 +246,7 @@ def _parts(t, s, C: tl.constexpr, program, programs):
                 errors = tl.maximum(errors, magnitude(dots))
         if C.source == "lowrank":
             v = load_tile(t.synthesizer_weight, out, 0, s.outputs, s.rank, C.outs, C.rank)
-            part = tl.zeros((C.rows, C.rank), tl.float32)
+            part = tl.full((C.rows, C.rank), 0.0, tl.float32)
             part = dot(e.to(C.back_operand), v.to(C.back_operand), part, C.back_precision)
             at = t.partial + wide(o) * s.rows * s.rank
             store_tile(at, part, row, 0, s.rows, s.rank, C.rows, C.rank)
@@ -319,7 +320,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
         for index in range(program, outs * ins, programs):
             o, i = place(index, outs, ins)
             out, column = o * C.weight_outs, i * C.weight_ins
-            g = tl.zeros((C.weight_outs, C.weight_ins), tl.float32)
+            g = tl.full((C.weight_outs, C.weight_ins), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
                 e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
                 h = load_tile(t.h, k, column, s.rows, s.outputs, C.depth, C.weight_ins)
@@ -332,7 +333,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
     if C.train_weight and C.source == "lowrank":
         for o in range(program, outs, programs):
             out = o * C.weight_outs
-            g = tl.zeros((C.weight_outs, C.rank), tl.float32)
+            g = tl.full((C.weight_outs, C.rank), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
                 e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
                 p = load_tile(t.reduced, k, 0, s.rows, s.rank, C.depth, C.rank)
@@ -346,7 +347,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
         # From the other end: V's tiles went to the first programs.
         for o in range(programs - 1 - program, outs, programs):
             out = o * C.weight_outs
-            g = tl.zeros((C.rank, C.weight_outs), tl.float32)
+            g = tl.full((C.rank, C.weight_outs), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
                 b = load_tile(t.back, k, 0, s.rows, s.rank, C.depth, C.rank)
                 h = load_tile(t.h, k, out, s.rows, s.outputs, C.depth, C.weight_outs)
@@ -360,7 +361,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
         ins = tl.cdiv(s.classes, _CLASSES)
         for index in range(program, outs * ins, programs):
             out, column = index // ins * C.weight_outs, index % ins * _CLASSES
-            g = tl.zeros((C.weight_outs, _CLASSES), tl.float32)
+            g = tl.full((C.weight_outs, _CLASSES), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
                 e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
                 c = _context_tile(t, s, C, k, column)
@@ -423,10 +424,9 @@ def _slot_tile(
     if LOOK:
         largest = magnitude(g)
     else:
-        i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        at = i[:, None].to(tl.int64) * columns + j[None, :]
+        start, at = tile_offsets(row, column, columns, ROWS, COLUMNS)
         inside = is_inside(row, column, rows, columns, ROWS, COLUMNS)
-        settle(parameter, first, second, gradient, g, at, inside, factors, C)
+        settle(parameter, first, second, gradient, g, start, at, inside, factors, C)
     return largest
 
 
@@ -449,7 +449,7 @@ def _slot_vector(
         largest = magnitude(g)
     else:
         at = out + tl.arange(0, C.outs)
-        settle(parameter, first, second, gradient, g, at, at < size, factors, C)
+        settle(parameter, first, second, gradient, g, 0, at, at < size, factors, C)
     return largest
 
 
@@ -563,12 +563,12 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def default_tiles(rows: int, outputs: int, dtype: torch.dtype, architecture: int) -> Tiles:
     """Tiles by rule of thumb, where nothing was tuned; arguments as in kernels/linear.py."""
     if architecture == 0:
-        return Tiles("one", 32, 32, 32, 32, 32, 4, 1)
+        return Tiles("one", 32, 64, 64, 64, 64, 4, 1)
     depth = 64 if dtype != torch.float32 else 32
     if rows <= 512 and outputs <= 4096:
         tall = min(max(triton.next_power_of_2(rows), 16), 64)
         return Tiles("one", tall, 32, 32, 64, depth, 4, 3)
-    return Tiles("several", 64, 64, 64, 128, depth, 4, 3)
+    return Tiles("several", 64, 64, 64, 64, depth, 4, 3)
 
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:

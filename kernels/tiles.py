@@ -18,24 +18,31 @@ _CHUNK: tl.constexpr = tl.constexpr(32)  # vectors of a list that are read at a 
 @triton.jit
 def wide(i):
     """A size as it has to be in a product with others: 64-bit."""
-    return tl.full((), i, tl.int64)
+    return i * tl.full((), 1, tl.int64)
+
+
+@triton.jit
+def tile_offsets(row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a tile of a matrix with so many columns begins, and its elements behind that: 64-bit
+    once, 32-bit for each."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return wide(row) * columns + column, i[:, None] * columns + j[None, :]
 
 
 @triton.jit
 def load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; zero outside."""
-    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    at = i[:, None].to(tl.int64) * columns + j[None, :]
-    return tl.load(source + at, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+    first, at = tile_offsets(row, column, columns, ROWS, COLUMNS)
+    inside = is_inside(row, column, rows, columns, ROWS, COLUMNS)
+    return tl.load(source + first + at, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Undo :func:`load_tile`, in the target's type."""
-    i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    at = i[:, None].to(tl.int64) * columns + j[None, :]
-    inside = (i < rows)[:, None] & (j < columns)[None, :]
-    tl.store(target + at, tile.to(target.dtype.element_ty), mask=inside)
+    first, at = tile_offsets(row, column, columns, ROWS, COLUMNS)
+    inside = is_inside(row, column, rows, columns, ROWS, COLUMNS)
+    tl.store(target + first + at, tile.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -75,8 +82,8 @@ def _chunk(source, count, stride, first, size, LENGTH: tl.constexpr):
 
 @triton.jit
 def sum_list(source, count, stride, first, size, LENGTH: tl.constexpr):
-    """[LENGTH]: the sum of ``count`` vectors [size], ``stride`` apart, from element ``first`` on."""
-    total = tl.zeros((LENGTH,), tl.float32)
+    """[LENGTH]: the sum of ``count`` vectors [size], ``stride`` apart, from ``first`` on."""
+    total = tl.full((LENGTH,), 0.0, tl.float32)
     for k in range(0, count, _CHUNK):
         part = _chunk(source + wide(k) * stride, count - k, stride, first, size, LENGTH)
         total += tl.sum(part, 0)
@@ -84,7 +91,7 @@ def sum_list(source, count, stride, first, size, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def combine_moments(source, count, part, first, size, LENGTH: tl.constexpr):
+def combine_moments(source, count, part: tl.constexpr, first, size, LENGTH: tl.constexpr):
     """Mean and biased variance [LENGTH] over ``count`` elements, of which ``source``
     [cdiv(count, part), 2, size] has the mean and the squared deviations of each ``part``.
 
@@ -92,12 +99,12 @@ def combine_moments(source, count, part, first, size, LENGTH: tl.constexpr):
     mean.
     """
     lists, stride = tl.cdiv(count, part), 2 * size
-    mean = tl.zeros((LENGTH,), tl.float32)
+    mean = tl.full((LENGTH,), 0.0, tl.float32)
     for k in range(0, lists, _CHUNK):
         sizes = tl.minimum(tl.maximum(count - (k + tl.arange(0, _CHUNK)) * part, 0), part)
         means = _chunk(source + wide(k) * stride, lists - k, stride, first, size, LENGTH)
         mean += tl.sum(means * sizes.to(tl.float32)[:, None], 0) / count
-    var = tl.zeros((LENGTH,), tl.float32)
+    var = tl.full((LENGTH,), 0.0, tl.float32)
     for k in range(0, lists, _CHUNK):
         sizes = tl.minimum(tl.maximum(count - (k + tl.arange(0, _CHUNK)) * part, 0), part)
         at = source + wide(k) * stride
@@ -129,21 +136,21 @@ def magnitude(tile):
 
 
 @triton.jit
-def settle(parameter, first, second, gradient, g, at, mask, factors, C: tl.constexpr):
-    """Apply the rule C.rule to the elements ``at`` of a parameter and its moments (mutated), whose
-    gradient is g; or, if it is "none", store g in ``gradient``."""
+def settle(parameter, first, second, gradient, g, start, at, mask, factors, C: tl.constexpr):
+    """Apply the rule C.rule to the elements ``start + at`` of a parameter and its moments, which
+    are mutated, with the gradient g; or, if it is "none", store g in ``gradient``."""
     if C.rule == "none":
-        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=mask)
+        tl.store(gradient + start + at, g.to(gradient.dtype.element_ty), mask=mask)
     else:
-        p = tl.load(parameter + at, mask=mask, other=0.0)
+        p = tl.load(parameter + start + at, mask=mask, other=0.0)
         m, v = p, p
         if C.momentum:
-            m = tl.load(first + at, mask=mask, other=0.0)
+            m = tl.load(first + start + at, mask=mask, other=0.0)
         if C.rule != "sgd":
-            v = tl.load(second + at, mask=mask, other=0.0)
+            v = tl.load(second + start + at, mask=mask, other=0.0)
         p, m, v = apply_rule(p, g, m, v, factors, C.rule, C.nesterov, C.momentum)
-        tl.store(parameter + at, p, mask=mask)
+        tl.store(parameter + start + at, p, mask=mask)
         if C.momentum:
-            tl.store(first + at, m, mask=mask)
+            tl.store(first + start + at, m, mask=mask)
         if C.rule != "sgd":
-            tl.store(second + at, v, mask=mask)
+            tl.store(second + start + at, v, mask=mask)

@@ -15,7 +15,13 @@ import fused_dni as fd
 from fused_dni.backends import registry
 from fused_dni.modules.base import DecoupledModule
 
-BACKENDS = [name for name, reason in registry.report() if reason is None]
+# Those that have float64, in which modules are compared.
+_DOUBLE = torch.zeros(1, 1, dtype=torch.float64)
+BACKENDS = [
+    name
+    for name, reason in registry.report()
+    if reason is None and registry.get(name).why_not(_DOUBLE, _DOUBLE) is None
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda t: t,
