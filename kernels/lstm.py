@@ -807,14 +807,14 @@ def lstm_update(
                         g, row, column, rows, size, factors, C,
                     )  # fmt: skip
             elif layer.bias_ih is not None or layer.bias_hh is not None:
-                g = _bias_gradient(of.delta, row, count, rows, C)
+                sums = _bias_gradient(of.delta, row, count, rows, C)
                 at = row + tl.arange(0, C.rows)
                 if layer.bias_ih is not None:
                     settle(layer.bias_ih, first.bias_ih, second.bias_ih, None,
-                           g, 0, at, at < rows, factors, C)  # fmt: skip
+                           sums, 0, at, at < rows, factors, C)  # fmt: skip
                 if layer.bias_hh is not None:
                     settle(layer.bias_hh, first.bias_hh, second.bias_hh, None,
-                           g, 0, at, at < rows, factors, C)  # fmt: skip
+                           sums, 0, at, at < rows, factors, C)  # fmt: skip
         if LAST:
             if (row == 0) & (j == 0):
                 if sound:
@@ -962,7 +962,7 @@ def step_tiles(batch: int, size: int, width: int, machine: Machine | None) -> Wi
 
 def update_candidates(size: int, machine: Machine) -> Iterator[UpdateTiles]:
     """Tiles of an update, the best by rule of thumb first: large ones where there are enough."""
-    tiles = [UpdateTiles(64, 128, 64, 32, 4, 3), UpdateTiles(64, 64, 64, 32, 4, 3)]
+    tiles = [UpdateTiles(64, 128, 64, 32, 8, 3), UpdateTiles(64, 64, 64, 32, 4, 3)]
     few = _blocks(4 * size, 128) * _blocks(2 * size, 64) < machine.processors
     yield from reversed(tiles) if few else tiles
 
@@ -1263,7 +1263,7 @@ def _window_specimens(
     precision: str,
     kind: str | None,
     machine: Machine,
-    spills: int = 0,
+    spills: int,
 ) -> Iterator[Specimen]:
     """A window of B rows and H units forwards and backwards, and what surrounds it."""
     batch, size = sizes
@@ -1311,21 +1311,23 @@ def _window_specimens(
 
 def specimens(architecture: int) -> Iterator[Specimen]:
     """What the rules of thumb choose, over sizes, dtypes and synthesizers; see
-    :mod:`fused_dni.kernels.aot`."""
-    machine = MACHINES[architecture]
+    :mod:`fused_dni.kernels.aot`. All of them for Hopper alone."""
+    machine, all_cases = MACHINES[architecture], architecture == 90
     half, full = torch.bfloat16, torch.float32
     # 16 bytes: what the assembler puts aside around the loop over steps.
-    for case in (
+    cases: list[tuple[str, tuple[int, int], torch.dtype, str, str | None, Machine, int]] = [
         ("16x1024 bf16", (16, 1024), half, "tf32", None, machine, 16),
+        ("32x256 fp32 dense", (32, 256), full, "tf32x3", "dense", machine, 16),
+        ("64x2048 bf16 diagonal", (64, 2048), half, "tf32", "diagonal", machine, 0),
         ("64x512 bf16 lowrank", (64, 512), half, "tf32", "lowrank", machine, 16),
         ("32x512 fp16", (32, 512), torch.float16, "tf32", None, machine, 16),
-        ("32x256 fp32 dense", (32, 256), full, "tf32x3", "dense", machine, 16),
-        ("64x2048 bf16 diagonal", (64, 2048), half, "tf32", "diagonal", machine),
-        ("64x1024 fp32", (64, 1024), full, "tf32x3", None, machine),
-    ):
+        ("64x1024 fp32", (64, 1024), full, "tf32x3", None, machine, 0),
+    ]
+    for case in cases if all_cases else cases[:3]:
         yield from _window_specimens(*case)
     batch, size = 64, 512
-    for name, dtype, precision in (("bf16", half, "tf32"), ("fp32", full, "tf32x3")):
+    kinds = [("bf16", half, "tf32"), ("fp32", full, "tf32x3")]
+    for name, dtype, precision in kinds if all_cases else kinds[:1]:
         low = functools.partial(_meta, dtype=dtype)
         layer = Layer(_meta(4 * size, size), _meta(4 * size, size), _meta(4 * size), None)
         state, gates = low(batch, size), low(batch, 4 * size)

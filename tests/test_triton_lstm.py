@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -289,6 +294,44 @@ def test_plans_run_nothing_and_allocate_nothing() -> None:
     )
     assert launch.grid == (1, 1) and launch.options["launch_cooperative_grid"]
     assert lstm.barriers(tiles, batch) == 1
+
+
+COMPILE = """
+import json
+from fused_dni.kernels import aot, lstm
+wanted = [s for s in lstm.specimens(90) if s.name.startswith("16x1024 bf16")]
+print(json.dumps([aot.compile_launch(s.launch, 90).asm["ptx"] for s in wanted]))
+"""
+
+
+def time_loop(ptx: str) -> str:
+    """The longest loop that multiplies."""
+    lines = ptx.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
+    jumps = [
+        (m[1], i) for i, line in enumerate(lines) if (m := re.search(r"bra\S*\s+(\$L\w+)", line))
+    ]
+    loops = ["\n".join(lines[labels[to] : i]) for to, i in jumps if labels[to] < i]
+    return max((loop for loop in loops if "mma.sync" in loop), key=len)
+
+
+@on_cpu
+def test_weights_are_read_once() -> None:
+    """In machine code for Hopper: a step reads the state and its own gates and cells, and no
+    weight; the products are all there, and none is made twice."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
+    )
+    rows, size, units, threads = 16, 1024, 16, 256
+    for ptx, depth in zip(json.loads(done.stdout), (size, 4 * size), strict=True):
+        loop = time_loop(ptx)
+        # One multiplies 16 x 16 by 16 x 8, for a warp.
+        assert loop.count("mma.sync") * threads // 32 == size * 4 * units // (16 * 8)
+        loads = re.findall(r"ld\.global(?!\S*acquire)\S*?(?:\.v(\d))?\.[bfsu](\d+) ", loop)
+        read = sum(int(vector or 1) * int(width) // 8 for vector, width in loads) * threads
+        state, own = 2 * rows * depth, 2 * rows * units
+        assert state < read <= state + 16 * own < state + 2 * 4 * size * units
 
 
 @on_cpu
