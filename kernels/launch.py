@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import triton.language as tl
+
+Options = TypeVar("Options", bound=NamedTuple)
 
 
 class Launch(NamedTuple):
@@ -20,6 +24,15 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launch on the current device's current stream."""
         self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def constants(options: Options) -> Options:
+    """What a kernel is compiled for, its strings made compile-time constants: Triton 3.6 does so
+    with numbers and types by itself, when a device function hands them on, but not with strings."""
+    fields = options._asdict().items()
+    strings = {name: tl.constexpr(value) for name, value in fields if isinstance(value, str)}
+    made: Options = options._replace(**strings)
+    return made
 
 
 class Specimen(NamedTuple):

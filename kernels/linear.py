@@ -45,7 +45,7 @@ from fused_dni.kernels.common import (
     rule_factors,
     slope,
 )
-from fused_dni.kernels.launch import Launch, Specimen
+from fused_dni.kernels.launch import Launch, Specimen, constants
 from fused_dni.kernels.synthesizer import TYPES, down_tile, predict_tile, reduce_tiles
 from fused_dni.kernels.tiles import (
     FLAGS,
@@ -962,7 +962,7 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
     operand = TYPES[t.x.dtype]
     half = t.x.dtype == torch.float16
     firsts = (t.first_weight, t.first_bias, t.first_norm_weight, t.first_norm_bias)
-    return Options(
+    made = Options(
         *tiles[1:10],
         rank=max(triton.next_power_of_2(rank), 16),
         norm=problem.norm,
@@ -985,6 +985,8 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
         back_precision="tf32" if half else problem.precision,
         described=False,
     )  # fmt: skip
+    made = constants(made)
+    return made
 
 
 def _described(

@@ -50,7 +50,7 @@ from fused_dni.kernels.common import (
     sigmoid,
     tanh,
 )
-from fused_dni.kernels.launch import Launch, Specimen
+from fused_dni.kernels.launch import Launch, Specimen, constants
 from fused_dni.kernels.synthesizer import TYPES
 from fused_dni.kernels.tiles import is_inside, load_tile, magnitude, settle, tile_offsets, wide
 from torch import Tensor
@@ -494,10 +494,10 @@ def _synthesize(ends, layer, row, rows, unit, there, KIND: tl.constexpr, RANK: t
 def _arriving(grad_h, grad_c, ends, layer, row, rows, unit, there, KIND: tl.constexpr,
               RANK: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """The gradients at a layer's final h and c, [rows, units]: those given (None for zero) and the
-    synthetic ones."""
+    synthetic ones, unless KIND is "none"."""
     own = row * C.size + unit
     dh, dc = _load(grad_h, own, there), _load(grad_c, own, there)
-    if ends is not None:
+    if KIND != "none":
         at_h, at_c = _synthesize(ends, layer, row, rows, unit, there, KIND, RANK, C)
         dh, dc = dh + at_h, dc + at_c
     return dh, dc
@@ -980,10 +980,12 @@ def update_tiles(size: int, machine: Machine | None) -> UpdateTiles:
 
 def _options(tiles: WindowTiles, size: int, depth: int, products: Products) -> Options:
     parts = tiles.warps if tiles.persistent else 1
-    return Options(
+    made = Options(
         size, tiles.rows, tiles.units, tiles.depth, parts, _blocks(depth, parts * tiles.depth),
         tiles.group, TYPES[products.dtype], products.precision,
     )  # fmt: skip
+    made = constants(made)
+    return made
 
 
 def _grid(tiles: WindowTiles, batch: int, size: int) -> tuple[int, int]:
@@ -1219,6 +1221,7 @@ def plan_update(
         tiles.rows, tiles.columns, tiles.depth, TYPES[products.dtype], products.precision,
         rule.kind, rule.nesterov, momentum or rule.kind != "sgd",
     )  # fmt: skip
+    options = constants(options)
     for k, (of, layer) in enumerate(zip(rows, layers, strict=True)):
         slots = slice(4 * k, 4 * k + 4)
         first, second = Layer(*rule.first[slots]), Layer(*rule.second[slots])

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fused_dni.kernels.common import SKIPPED, STEP, dot, grid_barrier, rule_factors
-from fused_dni.kernels.launch import Launch
+from fused_dni.kernels.launch import Launch, constants
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
@@ -665,7 +665,7 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
     operand = TYPES[t.h.dtype]
     half = t.h.dtype == torch.float16
     firsts = (t.first_weight, t.first_down, t.first_context, t.first_bias)
-    return Options(
+    made = Options(
         *tiles[1:6],
         rank=max(triton.next_power_of_2(rank), 16),
         source=problem.source,
@@ -683,3 +683,5 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
         back_operand=tl.float32 if half else operand,
         back_precision="tf32" if half else problem.precision,
     )
+    made = constants(made)
+    return made
