@@ -738,10 +738,10 @@ def _note_failure(failed, g):
 
 @triton.jit
 def _settle_weight(parameter, first, second, g, row, column, rows, columns, factors,
-                   C: tl.constexpr):  # fmt: skip
+                   C: tl.constexpr, step, SLOT: tl.constexpr):  # fmt: skip
     start, at = tile_offsets(row, column, columns, C.rows, C.columns)
     inside = is_inside(row, column, rows, columns, C.rows, C.columns)
-    settle(parameter, first, second, None, g, start, at, inside, factors, C)
+    settle(parameter, first, second, None, g, start, at, inside, factors, C, step, SLOT)
 
 
 @triton.jit
@@ -760,6 +760,7 @@ def lstm_update(
     size,
     TRIAL: tl.constexpr,
     LAST: tl.constexpr,
+    SLOT: tl.constexpr,  # the number of the layer's first slot: see settle
     C: tl.constexpr,
 ):
     """A layer's gradients, over (tiles of 4H rows, tiles of I columns, then of H, then one).
@@ -796,7 +797,7 @@ def lstm_update(
                     g = _gradient(of.delta, of.input, row, column, count, rows, features, C)
                     _settle_weight(
                         layer.weight_ih, first.weight_ih, second.weight_ih,
-                        g, row, column, rows, features, factors, C,
+                        g, row, column, rows, features, factors, C, done, SLOT,
                     )  # fmt: skip
             elif j < input_tiles + hidden_tiles:
                 if layer.weight_hh is not None:
@@ -804,17 +805,17 @@ def lstm_update(
                     g = _gradient(of.delta, of.hidden, row, column, count, rows, size, C)
                     _settle_weight(
                         layer.weight_hh, first.weight_hh, second.weight_hh,
-                        g, row, column, rows, size, factors, C,
+                        g, row, column, rows, size, factors, C, done, SLOT + 1,
                     )  # fmt: skip
             elif layer.bias_ih is not None or layer.bias_hh is not None:
                 sums = _bias_gradient(of.delta, row, count, rows, C)
                 at = row + tl.arange(0, C.rows)
                 if layer.bias_ih is not None:
                     settle(layer.bias_ih, first.bias_ih, second.bias_ih, None,
-                           sums, 0, at, at < rows, factors, C)  # fmt: skip
+                           sums, 0, at, at < rows, factors, C, done, SLOT + 2)  # fmt: skip
                 if layer.bias_hh is not None:
                     settle(layer.bias_hh, first.bias_hh, second.bias_hh, None,
-                           sums, 0, at, at < rows, factors, C)  # fmt: skip
+                           sums, 0, at, at < rows, factors, C, done, SLOT + 3)  # fmt: skip
         if LAST:
             if (row == 0) & (j == 0):
                 if sound:
@@ -984,8 +985,8 @@ def _options(tiles: WindowTiles, size: int, depth: int, products: Products) -> O
         size, tiles.rows, tiles.units, tiles.depth, parts, _blocks(depth, parts * tiles.depth),
         tiles.group, TYPES[products.dtype], products.precision,
     )  # fmt: skip
-    made = constants(made)
-    return made
+    frozen: Options = constants(made)
+    return frozen
 
 
 def _grid(tiles: WindowTiles, batch: int, size: int) -> tuple[int, int]:
@@ -1182,6 +1183,7 @@ class Rule(NamedTuple):
     first: tuple[Tensor | None, ...]
     second: tuple[Tensor | None, ...]
     trainable: tuple[bool, ...]
+    stochastic: bool = False
 
 
 class UpdateWorkspace(NamedTuple):
@@ -1242,7 +1244,8 @@ def plan_update(
         )
         arguments = known | {
             "layer": trained, "first": first, "second": second, "programs": tiles.programs,
-            "C": options,
+            # Of no account but to rounding at random: one kernel does for all layers otherwise.
+            "SLOT": 4 * k if rule.stochastic else 0, "C": options,
         }  # fmt: skip
         how = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         trial.append(Launch(lstm_update, grid, arguments | {"TRIAL": True, "LAST": False}, how))

@@ -192,7 +192,7 @@ class TritonLSTM:
             TypeError: bfloat16 or float16 parameters.
         """
         parameters = tuple(chain.from_iterable(layers))
-        require_masters(parameters)
+        require_masters(parameters, rule.stochastic)
         like = rows[0].hidden
         size, products = like.shape[1], _backward_products(like.dtype)
         tiles = tuning.choose(
