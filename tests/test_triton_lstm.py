@@ -134,6 +134,35 @@ def test_a_cell_and_an_update_in_many_tiles(poisoned: None) -> None:
 
 
 @on_cpu
+def test_bfloat16_parameters_are_rounded_at_random() -> None:
+    """By the same bits as in the reference, each slot by its own: but for values that the order of
+    a sum moves across one of them, the same parameters."""
+    results = []
+    for backend in (REFERENCE, BACKEND):
+        case = make_lstm((1, 9, 11, 13, 2), {**PLAIN, "lengths": False}, 8, torch.float32)
+        trace = REFERENCE.lstm_forward(
+            case.inputs["x"], case.inputs["h"], case.inputs["c"], case.stack(), None,
+            case.dropout(), True,
+        )  # fmt: skip
+        made = REFERENCE.lstm_backward(
+            case.inputs["grad_output"], None, None, case.inputs["x"], case.stack(), None,
+            case.dropout(), trace, False, False,
+        )  # fmt: skip
+        rows = lstm_rows(case, trace.hidden, made.delta, case.alive())
+        case.rule = fd.AdamW(lr=1e-4, eps=1e-3, stochastic_rounding=True)
+        case = case.to(torch.float32, torch.bfloat16)
+        before = [p.clone() for p in case.parameters.values()]
+        state = bind_lstm(case)
+        for _ in range(3):
+            backend.lstm_update_(rows, case.stack(), state.tensors(case.slots()))
+        assert (state.steps, state.skipped) == (3, 0)
+        after = list(case.parameters.values())
+        assert all(0 < (a != b).float().mean() < 1 for a, b in zip(after, before, strict=True))
+        results.append(torch.cat([p.detach().flatten() for p in after]))
+    assert (results[0] != results[1]).float().mean() < 0.01
+
+
+@on_cpu
 @pytest.mark.parametrize("where", ["input", "hidden", "delta"])
 def test_a_failure_in_one_tile_stops_all(where: str) -> None:
     """The element that is not finite is one program's, the update is nobody's."""
