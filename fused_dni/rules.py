@@ -12,7 +12,7 @@ import math
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_dni.backends.base import HYPER_SIZE, SKIPPED, STEP, RuleTensors
+from fused_dni.reference.precision import accumulator
 
 
 def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -31,13 +32,22 @@ def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of the update rules."""
+    """Base of the update rules.
+
+    All of them take ``stochastic_rounding``, for a layer whose parameters are bfloat16 themselves:
+    new values are rounded up or down at random with the probabilities that make them right in the
+    mean, so that small updates are not lost (Gupta et al. 2015, arXiv 1502.02551); moments are
+    float32. The random numbers are a function of step, parameter and element: the same training
+    gives the same bits. Without it such parameters are refused. float32 parameters with bfloat16
+    inputs (autocast) are more precise and need none of this.
+    """
 
     kind: ClassVar[str]
+    stochastic_rounding: bool = field(default=False, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
         """Hyper-parameters under the names that ``torch.optim`` gives them in a param group."""
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "stochastic_rounding"}
 
     def moments(self) -> int:
         """How many state tensors of a parameter's shape the rule keeps (0, 1 or 2)."""
@@ -53,6 +63,7 @@ class SGD(Rule):
         momentum: momentum factor in [0, 1).
         weight_decay: L2 penalty.
         nesterov: Nesterov momentum; needs ``momentum > 0``.
+        stochastic_rounding: allow bfloat16 parameters; see :class:`Rule`.
 
     Raises:
         ValueError: a rate is negative or not finite, or ``nesterov`` without momentum.
@@ -84,6 +95,7 @@ class Adam(Rule):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: L2 penalty, added to the gradient.
+        stochastic_rounding: allow bfloat16 parameters; see :class:`Rule`.
 
     Raises:
         ValueError: a rate is negative or not finite, or a beta outside [0, 1).
@@ -224,9 +236,10 @@ class RuleState:
                 if p is None or order > self._wanted:
                     made.append(None)
                 elif kept is not None and kept.shape == p.shape:
-                    made.append(kept.to(device=p.device, dtype=p.dtype))
+                    made.append(kept.to(device=p.device, dtype=accumulator(p)))
                 elif p.requires_grad:
-                    made.append(torch.zeros_like(p, memory_format=torch.contiguous_format))
+                    dtype, contiguous = accumulator(p), torch.contiguous_format
+                    made.append(torch.zeros_like(p, dtype=dtype, memory_format=contiguous))
                 else:
                     made.append(None)
             return tuple(made)
@@ -245,6 +258,7 @@ class RuleState:
             first,
             second,
             trainable,
+            self.rule.stochastic_rounding,
         )
 
     def _own(self, slot: int, p: Tensor) -> None:

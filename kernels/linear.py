@@ -217,7 +217,8 @@ def _prepare(t, s, C: tl.constexpr, program, programs):
     if t.largest is not None:
         across = tl.cdiv(s.inputs, COLUMNS)
         largest = 0.0
-        for index in range(program, tl.cdiv(s.rows, ROWS) * across, programs):
+        # From the other end: the first programs have a tile of the product to come.
+        for index in range(programs - 1 - program, tl.cdiv(s.rows, ROWS) * across, programs):
             row, column = index // across * ROWS, index % across * COLUMNS
             x = load_tile(t.x, row, column, s.rows, s.inputs, ROWS, COLUMNS)
             largest = tl.maximum(largest, magnitude(x.to(tl.float32)))
@@ -559,7 +560,7 @@ def _trial(t, x, delta, s, C: tl.constexpr, program, programs):
     finite, bounded = _finite(t, s, C)
     doubtful = finite & (bounded == 0)
     if doubtful:
-        largest = _slots(t, x, delta, s, C, program, programs, 0.0, 1.0, True)
+        largest = _slots(t, x, delta, s, C, program, programs, 0.0, 1.0, 0.0, True)
         tl.store(t.largest + 2 * FLAGS + program, largest)
     return doubtful
 
@@ -567,23 +568,27 @@ def _trial(t, x, delta, s, C: tl.constexpr, program, programs):
 @triton.jit
 def _weight(t, x, delta, s, C: tl.constexpr, program, programs):
     if C.rule == "none":
-        _slots(t, x, delta, s, C, program, programs, 0.0, 1.0, False)
+        _slots(t, x, delta, s, C, program, programs, 0.0, 1.0, 0.0, False)
     else:
         finite, bounded = _finite(t, s, C)
         if finite & (bounded == 0):
             finite = _seen(t, C, 2, s.trial_programs) < float("inf")
         step = tl.load(t.step)
         if finite:
-            factors = rule_factors(t.hyper, step + 1.0, C.rule)
-            _slots(t, x, delta, s, C, program, programs, factors, _clipping(t, s, C), False)
+            step += 1.0
+            factors = rule_factors(t.hyper, step, C.rule)
+            factor = _clipping(t, s, C)
+            _slots(t, x, delta, s, C, program, programs, factors, factor, step, False)
             if program == 0:
-                tl.store(t.hyper + STEP, step + 1.0)
+                tl.store(t.hyper + STEP, step)
         elif program == 0:
             tl.store(t.hyper + SKIPPED, tl.load(t.hyper + SKIPPED) + 1.0)
 
 
 @triton.jit
-def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, LOOK: tl.constexpr):
+def _slots(
+    t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, step, LOOK: tl.constexpr
+):
     """Every slot's gradient, times ``factor``: applied or stored, or only looked at (LOOK); an
     update moves the running statistics along. Returns the largest magnitude that was looked at."""
     largest = 0.0
@@ -607,7 +612,7 @@ def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, 
                 inside = is_inside(out, column, s.outputs, s.inputs, OUTS, INS)
                 settle(
                     t.weight, t.first_weight, t.second_weight, t.grad_weight, g * factor, start,
-                    at, inside, factors, C,
+                    at, inside, factors, C, step, 0,
                 )  # fmt: skip
     # From the other end: the first programs may have a tile of W more than the last.
     for index in range(programs - 1 - program, tl.cdiv(s.outputs, C.outs), programs):
@@ -622,17 +627,17 @@ def _slots(t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, 
             if C.train_bias:
                 settle(
                     t.bias, t.first_bias, t.second_bias, t.grad_bias, bias * factor, 0, at, inside,
-                    factors, C,
+                    factors, C, step, 1,
                 )  # fmt: skip
             if C.train_norm_weight:
                 settle(
                     t.norm_weight, t.first_norm_weight, t.second_norm_weight, t.grad_norm_weight,
-                    scale * factor, 0, at, inside, factors, C,
+                    scale * factor, 0, at, inside, factors, C, step, 2,
                 )  # fmt: skip
             if C.train_norm_bias:
                 settle(
                     t.norm_bias, t.first_norm_bias, t.second_norm_bias, t.grad_norm_bias,
-                    shift * factor, 0, at, inside, factors, C,
+                    shift * factor, 0, at, inside, factors, C, step, 3,
                 )  # fmt: skip
             if t.batch is not None:
                 _move_running(t, s, out, C.outs)
@@ -985,8 +990,8 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
         back_precision="tf32" if half else problem.precision,
         described=False,
     )  # fmt: skip
-    made = constants(made)
-    return made
+    frozen: Options = constants(made)
+    return frozen
 
 
 def _described(

@@ -156,6 +156,7 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
         known = (label >= 0) & (label < s.classes)
         at = j[None, :].to(tl.int64) * s.classes + tl.where(known, label, 0)[:, None]
         c = tl.load(t.context_weight + at, mask=(j < s.outputs)[None, :], other=0.0)
+        c = c.to(tl.float32)
         m += tl.where(known[:, None], c, float("nan"))
     elif t.vectors is not None:
         for k in range(0, s.classes, _CLASSES):
@@ -310,7 +311,7 @@ def _finite(t, s, C: tl.constexpr):
 
 
 @triton.jit
-def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr):
+def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.constexpr):
     """Every parameter's gradient: applied or stored, or only looked at (LOOK). Returns the largest
     magnitude in the latter case."""
     largest = 0.0
@@ -328,7 +329,8 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
                 g = dot(e, h, g, C.back_precision)
             largest = tl.maximum(largest, _slot_tile(
                 t.synthesizer_weight, t.first_weight, t.second_weight, t.grad_weight, g, out,
-                column, s.outputs, s.outputs, factors, C, C.weight_outs, C.weight_ins, LOOK,
+                column, s.outputs, s.outputs, factors, C, C.weight_outs, C.weight_ins, step, 0,
+                LOOK,
             ))  # fmt: skip
     if C.train_weight and C.source == "lowrank":
         for o in range(program, outs, programs):
@@ -341,7 +343,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
                 g = dot(e, p, g, C.back_precision)
             largest = tl.maximum(largest, _slot_tile(
                 t.synthesizer_weight, t.first_weight, t.second_weight, t.grad_weight, g, out, 0,
-                s.outputs, s.rank, factors, C, C.weight_outs, C.rank, LOOK,
+                s.outputs, s.rank, factors, C, C.weight_outs, C.rank, step, 0, LOOK,
             ))  # fmt: skip
     if C.train_down:
         # From the other end: V's tiles went to the first programs.
@@ -355,7 +357,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
                 g = dot(b, h, g, C.back_precision)
             largest = tl.maximum(largest, _slot_tile(
                 t.down, t.first_down, t.second_down, t.grad_down, g, 0, out, s.rank, s.outputs,
-                factors, C, C.rank, C.weight_outs, LOOK,
+                factors, C, C.rank, C.weight_outs, step, 1, LOOK,
             ))  # fmt: skip
     if C.train_context:
         ins = tl.cdiv(s.classes, _CLASSES)
@@ -368,7 +370,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
                 g = dot(tl.trans(e.to(C.back_operand)), c, g, C.back_precision)
             largest = tl.maximum(largest, _slot_tile(
                 t.context_weight, t.first_context, t.second_context, t.grad_context, g, out,
-                column, s.outputs, s.classes, factors, C, C.weight_outs, _CLASSES, LOOK,
+                column, s.outputs, s.classes, factors, C, C.weight_outs, _CLASSES, step, 2, LOOK,
             ))  # fmt: skip
     if t.columns is not None:
         tiles, width = tl.cdiv(s.rows, C.rows), 2 * s.outputs
@@ -378,14 +380,14 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, LOOK: tl.constexpr
                 sums = sum_list(t.columns, tiles, width, out, s.outputs, C.outs)
                 largest = tl.maximum(largest, _slot_vector(
                     t.synthesizer_bias, t.first_bias, t.second_bias, t.grad_bias, sums, out,
-                    s.outputs, factors, C, LOOK,
+                    s.outputs, factors, C, step, 3, LOOK,
                 ))  # fmt: skip
             if C.train_weight and C.source == "diagonal":
                 at = t.columns + s.outputs
                 sums = sum_list(at, tiles, width, out, s.outputs, C.outs)
                 largest = tl.maximum(largest, _slot_vector(
                     t.synthesizer_weight, t.first_weight, t.second_weight, t.grad_weight,
-                    sums, out, s.outputs, factors, C, LOOK,
+                    sums, out, s.outputs, factors, C, step, 0, LOOK,
                 ))  # fmt: skip
     return largest
 
@@ -417,6 +419,8 @@ def _slot_tile(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    step,
+    SLOT: tl.constexpr,
     LOOK: tl.constexpr,
 ):
     """Settle a tile of a matrix, or return its largest magnitude."""
@@ -426,7 +430,7 @@ def _slot_tile(
     else:
         start, at = tile_offsets(row, column, columns, ROWS, COLUMNS)
         inside = is_inside(row, column, rows, columns, ROWS, COLUMNS)
-        settle(parameter, first, second, gradient, g, start, at, inside, factors, C)
+        settle(parameter, first, second, gradient, g, start, at, inside, factors, C, step, SLOT)
     return largest
 
 
@@ -441,6 +445,8 @@ def _slot_vector(
     size,
     factors,
     C: tl.constexpr,
+    step,
+    SLOT: tl.constexpr,
     LOOK: tl.constexpr,
 ):
     """Settle a tile of a vector, or return its largest magnitude."""
@@ -449,7 +455,7 @@ def _slot_vector(
         largest = magnitude(g)
     else:
         at = out + tl.arange(0, C.outs)
-        settle(parameter, first, second, gradient, g, 0, at, at < size, factors, C)
+        settle(parameter, first, second, gradient, g, 0, at, at < size, factors, C, step, SLOT)
     return largest
 
 
@@ -459,7 +465,7 @@ def _trial(t, s, C: tl.constexpr, program, programs):
     finite, bounded = _finite(t, s, C)
     doubtful = finite & (bounded == 0)
     if doubtful:
-        largest = _slots(t, s, C, program, programs, 0.0, True)
+        largest = _slots(t, s, C, program, programs, 0.0, 0.0, True)
         tl.store(t.largest + 3 * FLAGS + program, largest)
     return doubtful
 
@@ -470,7 +476,7 @@ def _apply(t, s, C: tl.constexpr, program, programs):
     gg, ee = _total(t, s, C, 2), _total(t, s, C, 3)
     summed = magnitude(tl.abs(sg) + ss + gg + ee) < float("inf")
     if C.rule == "none":
-        _slots(t, s, C, program, programs, 0.0, False)
+        _slots(t, s, C, program, programs, 0.0, 0.0, False)
         applied = summed
     else:
         finite, bounded = _finite(t, s, C)
@@ -479,10 +485,11 @@ def _apply(t, s, C: tl.constexpr, program, programs):
         applied = finite & summed
         step = tl.load(t.step)
         if applied:
-            factors = rule_factors(t.hyper, step + 1.0, C.rule)
-            _slots(t, s, C, program, programs, factors, False)
+            step += 1.0
+            factors = rule_factors(t.hyper, step, C.rule)
+            _slots(t, s, C, program, programs, factors, step, False)
             if program == 0:
-                tl.store(t.hyper + STEP, step + 1.0)
+                tl.store(t.hyper + STEP, step)
         elif program == 0:
             tl.store(t.hyper + SKIPPED, tl.load(t.hyper + SKIPPED) + 1.0)
     if applied & (program == 0):
@@ -683,5 +690,5 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
         back_operand=tl.float32 if half else operand,
         back_precision="tf32" if half else problem.precision,
     )
-    made = constants(made)
-    return made
+    frozen: Options = constants(made)
+    return frozen

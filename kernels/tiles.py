@@ -136,19 +136,56 @@ def magnitude(tile):
 
 
 @triton.jit
-def settle(parameter, first, second, gradient, g, start, at, mask, factors, C: tl.constexpr):
+def _mixed(h):
+    """The finalizer of MurmurHash3 (A. Appleby, public domain), uint32."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def round_at_random(value, start, at, step, SLOT: tl.constexpr):
+    """float32 values of the elements ``start + at`` as bfloat16, each one of its two neighbours,
+    right in the mean; the same bits as fused_dni.reference.rules.rounded_at_random."""
+    seed = ((step.to(tl.int64) * 1024 + SLOT) * 0x9E3779B1) & 0xFFFFFFFF
+    element = (start + at).to(tl.uint32)
+    up = _mixed(_mixed(element) ^ seed.to(tl.uint32)) & 0xFFFF
+    kept = (value.to(tl.int32, bitcast=True) + up.to(tl.int32)) & -65536
+    return kept.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def settle(
+    parameter,
+    first,
+    second,
+    gradient,
+    g,
+    start,
+    at,
+    mask,
+    factors,
+    C: tl.constexpr,
+    step=0.0,
+    SLOT: tl.constexpr = 0,
+):
     """Apply the rule C.rule to the elements ``start + at`` of a parameter and its moments, which
-    are mutated, with the gradient g; or, if it is "none", store g in ``gradient``."""
+    are mutated, with the gradient g; or, if it is "none", store g in ``gradient``.
+
+    A bfloat16 parameter is rounded at random, by the number of the step and of its slot.
+    """
     if C.rule == "none":
         tl.store(gradient + start + at, g.to(gradient.dtype.element_ty), mask=mask)
     else:
-        p = tl.load(parameter + start + at, mask=mask, other=0.0)
+        p = tl.load(parameter + start + at, mask=mask, other=0.0).to(tl.float32)
         m, v = p, p
         if C.momentum:
             m = tl.load(first + start + at, mask=mask, other=0.0)
         if C.rule != "sgd":
             v = tl.load(second + start + at, mask=mask, other=0.0)
         p, m, v = apply_rule(p, g, m, v, factors, C.rule, C.nesterov, C.momentum)
+        if parameter.dtype.element_ty == tl.bfloat16:
+            p = round_at_random(p, start, at, step, SLOT)
         tl.store(parameter + start + at, p, mask=mask)
         if C.momentum:
             tl.store(first + start + at, m, mask=mask)

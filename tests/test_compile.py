@@ -251,7 +251,7 @@ def test_functional_step(backend, context, kind):
 # opcheck and gradcheck
 
 OPS = torch.ops.fused_dni
-RULE_ARGUMENTS = ("adam", False)
+RULE_ARGUMENTS = ("adam", False, False)
 
 
 def arguments(name, backend, normalization, kind, context):

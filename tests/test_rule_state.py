@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fused_dni as fd
 from fused_dni.backends.base import BETA1, BETA2, LR, STEP, WEIGHT_DECAY
 from fused_dni.reference.rules import apply_
 from fused_dni.rules import SGD, Adam, AdamW, Rule, RuleState
@@ -245,3 +246,27 @@ def test_loaded_moments_are_copies() -> None:
     state.load(5, 0, moment, moment)
     train(ps, state, range(1))
     assert state.steps == 6 and all(bool((m == 1).all()) for m in moment)
+
+
+@pytest.mark.parametrize("rule", [fd.SGD, fd.AdamW])
+def test_layers_round_at_random(rule: type[fd.SGD | fd.AdamW]) -> None:
+    """bfloat16 layers follow their float32 twins through updates too small for plain rounding."""
+    moved = []
+    first: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = fd.FusedDNILinear(
+            16, 24, activation="tanh", dtype=dtype,
+            update=rule(2e-4, stochastic_rounding=dtype == torch.bfloat16),
+        )  # fmt: skip
+        assert isinstance(layer.synthesizer, fd.LinearSynthesizer)
+        with torch.no_grad():
+            layer.synthesizer.bias += 10.0
+        first = first or {k: t.bfloat16().float() for k, t in layer.state_dict().items()}
+        layer.load_state_dict(first)
+        before = layer.weight.detach().float().clone()
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for _ in range(40):
+            layer(x)
+        moved.append(layer.weight.detach().float() - before)
+    full, low = moved
+    assert (low * full).sum() / (full * full).sum() == pytest.approx(1.0, abs=0.05)

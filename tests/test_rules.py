@@ -194,3 +194,41 @@ def test_bias_correction_far_out() -> None:
     assert hyper[STEP] == 10**9 + 1
     expected = 1 - 0.1 * 0.1 / (math.sqrt(0.001) + 1e-8)  # nothing left to correct
     torch.testing.assert_close(p[0].item(), expected, rtol=1e-12, atol=0)
+
+
+def test_rounding_at_random_is_right_in_the_mean() -> None:
+    """Each value becomes a neighbour, by the distances to both; anew in each step and slot."""
+    value = torch.tensor([1.0, 1.0 + 2**-9, -(1.0 + 3 * 2**-9), 3.1e-39, 0.0, 1e20])
+    many = value.expand(4096, 6).contiguous()
+    rounded = formulas.rounded_at_random(many, 3, 1).float()
+    below = (value.view(torch.int32) & -0x10000).view(torch.float32)
+    above = ((value.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    assert ((rounded == below) | (rounded == above)).all()
+    share = (rounded == above).float().mean(0)
+    wanted = (value - below) / (above - below)
+    # Five standard deviations of a share of 4,096.
+    assert ((share - wanted).abs() <= 5 * (wanted * (1 - wanted) / 4096).sqrt() + 1e-9).all()
+    assert torch.equal(rounded, formulas.rounded_at_random(many, 3, 1).float())
+    for step, slot in ((4, 1), (3, 2)):  # a quarter goes up: 2 * 1/4 * 3/4 of them differ
+        other = formulas.rounded_at_random(many, step, slot).float()
+        assert 0.3 < (other[:, 1] != rounded[:, 1]).float().mean() < 0.45
+
+
+def test_small_updates_of_bfloat16_parameters_are_not_lost() -> None:
+    """Steps of a thirty-second of the distance between two numbers."""
+    p = nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+    state = RuleState(SGD(2.0**-13, momentum=0.5, stochastic_rounding=True))
+    for _ in range(200):
+        tensors = state.tensors([p])
+        formulas.apply_([p], [torch.ones(2000, dtype=torch.bfloat16)], tensors)
+    assert tensors.first[0] is not None and tensors.first[0].dtype == torch.float32
+    moved = 1 - p.detach().float().mean()
+    assert moved == pytest.approx(2 * 198 * 2.0**-13, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_without_the_right_to_round_is_refused(dtype: torch.dtype) -> None:
+    ps = [nn.Parameter(torch.ones(3, dtype=dtype))]
+    rule = SGD(stochastic_rounding=dtype == torch.float16)
+    with pytest.raises(TypeError, match="stochastic_rounding=True"):
+        formulas.apply_(ps, [torch.ones(3)], RuleState(rule).tensors(ps))

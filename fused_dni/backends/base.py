@@ -105,6 +105,9 @@ class RuleTensors(NamedTuple):
     slots may be written. Slots of a linear layer: weight, bias, norm_weight, norm_bias; of a
     synthesizer: :meth:`SynthesizerTensors.parameters`.
 
+    ``stochastic`` allows bfloat16 parameters, whose new values are rounded up or down at random so
+    that they are right in the mean; their moments are float32.
+
     Formulas are those of ``torch.optim.SGD`` (dampening 0), ``Adam`` and ``AdamW``.
     """
 
@@ -114,6 +117,7 @@ class RuleTensors(NamedTuple):
     first: tuple[Tensor | None, ...]
     second: tuple[Tensor | None, ...]
     trainable: tuple[bool, ...]
+    stochastic: bool = False
 
 
 class Saved(NamedTuple):

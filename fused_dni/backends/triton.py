@@ -143,7 +143,7 @@ class TritonBackend(TritonLSTM):
         self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
     ) -> None:
         """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
-        require_masters(layer[:4])
+        require_masters(layer[:4], rule.stochastic)
         x, delta = x.contiguous(), gradients.delta.contiguous()
         tiles = _tiles("linear_update", x, layer.weight, rule.kind)
         t = linear.Tensors(
@@ -235,7 +235,7 @@ class TritonBackend(TritonLSTM):
     ) -> None:
         """See :meth:`fused_dni.backends.base.Backend.synthesizer_update_`."""
         parameters = synthesizer.parameters()
-        require_masters(parameters)
+        require_masters(parameters, rule.stochastic)
         t = _synthesizer(h.contiguous(), prediction, synthesizer, context)._replace(
             grad_h=grad_h.contiguous(), statistics=statistics, hyper=rule.hyper,
             **_moments(rule, ("weight", "down", "context", "bias")),
@@ -259,7 +259,7 @@ class _Step:
         max_norm: float,
         rule: RuleTensors,
     ) -> None:
-        require_masters(layer[:4])
+        require_masters(layer[:4], rule.stochastic)
         self.synthesizer = synthesizer
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
         self.problem = _problem(config, layer, True)._replace(

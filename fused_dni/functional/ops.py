@@ -48,6 +48,7 @@ def _moments(rule: RuleTensors) -> tuple[list[Tensor], list[Tensor]]:
 def _rule(
     kind: str,
     nesterov: bool,
+    stochastic: bool,
     hyper: Tensor,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -59,7 +60,9 @@ def _rule(
         left = iter(made)
         return tuple(next(left) if t and made else None for t in trainable)
 
-    return RuleTensors(kind, nesterov, hyper, spread(first), spread(second), tuple(trainable))
+    return RuleTensors(
+        kind, nesterov, hyper, spread(first), spread(second), tuple(trainable), stochastic
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,6 +298,7 @@ def _linear_step_(
     max_norm: float,
     rule: str,
     nesterov: bool,
+    stochastic: bool,
     hyper: Tensor,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -311,7 +315,7 @@ def _linear_step_(
         context,
         target_scale,
         max_norm,
-        _rule(rule, nesterov, hyper, first, second, trainable),
+        _rule(rule, nesterov, stochastic, hyper, first, second, trainable),
         need_dx,
         need_prediction,
     )
@@ -342,6 +346,7 @@ def _(  # type: ignore[no-untyped-def]
     max_norm,
     rule,
     nesterov,
+    stochastic,
     hyper,
     first,
     second,
@@ -401,6 +406,7 @@ def linear_step_(
         max_norm,
         rule.kind,
         rule.nesterov,
+        rule.stochastic,
         rule.hyper,
         first,
         second,
@@ -433,6 +439,7 @@ def _linear_update_(
     norm_bias: Tensor | None,
     rule: str,
     nesterov: bool,
+    stochastic: bool,
     hyper: Tensor,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -443,7 +450,7 @@ def _linear_update_(
         x,
         LinearGradients(delta, None, None, grad_bias, grad_norm_weight, grad_norm_bias),
         LinearTensors(weight, bias, norm_weight, norm_bias),
-        _rule(rule, nesterov, hyper, first, second, trainable),
+        _rule(rule, nesterov, stochastic, hyper, first, second, trainable),
     )
 
 
@@ -472,6 +479,7 @@ def linear_update_(
         *layer[:4],
         rule.kind,
         rule.nesterov,
+        rule.stochastic,
         rule.hyper,
         first,
         second,
@@ -624,6 +632,7 @@ def _synthesizer_update_(
     statistics: Tensor,
     rule: str,
     nesterov: bool,
+    stochastic: bool,
     hyper: Tensor,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -638,7 +647,7 @@ def _synthesizer_update_(
         context,
         target_scale,
         statistics,
-        _rule(rule, nesterov, hyper, first, second, trainable),
+        _rule(rule, nesterov, stochastic, hyper, first, second, trainable),
     )
 
 
@@ -675,6 +684,7 @@ def synthesizer_update_(
         statistics,
         rule.kind,
         rule.nesterov,
+        rule.stochastic,
         rule.hyper,
         first,
         second,

@@ -235,7 +235,7 @@ def linear_update_(
     Raises:
         TypeError: bfloat16 or float16 parameters.
     """
-    require_masters(_slots(layer))
+    require_masters(_slots(layer), rule.stochastic)
     if not bool(torch.isfinite(gradients.delta).all()):
         skip_(rule)
         return
@@ -266,7 +266,7 @@ def linear_step_(
         TypeError: bfloat16 or float16 parameters.
         ValueError: unknown names, or a context that does not go with the synthesizer.
     """
-    require_masters(_slots(layer))
+    require_masters(_slots(layer), rule.stochastic)
     h, saved, moments = _forward(x, layer, config, training=True)
     prediction = synthesizer_predict(h, synthesizer, context)
     synthetic = synthetic_gradient(prediction, target_scale, max_norm)

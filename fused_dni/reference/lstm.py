@@ -231,7 +231,7 @@ def lstm_update_(
         TypeError: bfloat16 or float16 parameters.
     """
     parameters = [p for layer in layers for p in layer]
-    require_masters(parameters)
+    require_masters(parameters, rule.stochastic)
     made = [weight_gradients(r, layer) for r, layer in zip(rows, layers, strict=True)]
     apply_(parameters, [g for layer in made for g in layer], rule)
 

@@ -89,19 +89,44 @@ def adam(
     return New(p - (lr / (1 - beta1**step)) * (m / denominator), m, v)
 
 
-def require_masters(parameters: Sequence[Tensor | None]) -> None:
+def require_masters(parameters: Sequence[Tensor | None], stochastic: bool) -> None:
     """Refuse to update parameters that would lose the update to rounding.
 
     Raises:
         TypeError: a parameter is bfloat16 or float16; a plain cast of the updated value would
-            drop most updates, so float32 masters are needed.
+            drop most updates, so float32 masters are needed, or (bfloat16) stochastic rounding.
     """
     for p in parameters:
-        if p is not None and p.dtype in LOW_PRECISION:
+        if p is None or p.dtype not in LOW_PRECISION:
+            continue
+        if not stochastic or p.dtype != torch.bfloat16:
             raise TypeError(
                 f"a fused update needs float32 or float64 parameters, got {p.dtype}: keep float32 "
-                "masters and give the layer low-precision inputs instead"
+                "masters and give the layer low-precision inputs instead, or use bfloat16 and a "
+                "rule with stochastic_rounding=True"
             )
+
+
+def random_bits(count: int, step: int, slot: int, device: torch.device) -> Tensor:
+    """Sixteen bits for each of ``count`` elements, int64: a hash of the element, the step and the
+    slot (the finalizer of MurmurHash3, A. Appleby, public domain), alike on every device."""
+
+    def mixed(h: Tensor) -> Tensor:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = h ^ (h >> shift)
+            h = (h * factor) & 0xFFFFFFFF
+        return h ^ (h >> 16)
+
+    element = torch.arange(count, device=device) & 0xFFFFFFFF
+    return mixed(mixed(element) ^ ((0x9E3779B1 * (1024 * step + slot)) & 0xFFFFFFFF)) & 0xFFFF
+
+
+def rounded_at_random(value: Tensor, step: int, slot: int) -> Tensor:
+    """float32 values as bfloat16, each one of its two neighbours, right in the mean."""
+    bits = value.contiguous().view(torch.int32).flatten()
+    up = random_bits(value.numel(), step, slot, value.device).to(torch.int32)
+    kept = (bits + up) & -0x10000
+    return kept.view(torch.float32).view(value.shape).to(torch.bfloat16)
 
 
 def finite(gradients: Sequence[Tensor | None], rule: RuleTensors) -> bool:
@@ -135,10 +160,10 @@ def apply_(
         rule: the rule's tensors over the same slots.
 
     Raises:
-        TypeError: bfloat16 or float16 parameters.
+        TypeError: bfloat16 or float16 parameters (bfloat16: but for stochastic rounding).
         ValueError: unknown rule, or no gradient for a trainable slot.
     """
-    require_masters(parameters)
+    require_masters(parameters, rule.stochastic)
     if not finite(gradients, rule):
         skip_(rule)
         return
@@ -151,6 +176,10 @@ def apply_(
         g, m, v = gradients[i], rule.first[i], rule.second[i]
         if g is None:
             raise ValueError(f"no gradient for the trainable slot {i}")
+        low = p.dtype in LOW_PRECISION
+        stored = p
+        if low:
+            p, g = p.float(), g.float()
         if rule.kind == "sgd":
             new = sgd(
                 p,
@@ -179,7 +208,9 @@ def apply_(
             )
         else:
             raise ValueError(f"unknown update rule {rule.kind!r}")
-        for old, value in zip((p, m, v), new, strict=True):
+        if low:
+            new = new._replace(parameter=rounded_at_random(new.parameter, int(step), i))
+        for old, value in zip((stored, m, v), new, strict=True):
             if old is not None and value is not None:
                 writes.append((old, value))
     for old, value in writes:

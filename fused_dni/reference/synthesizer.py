@@ -230,7 +230,7 @@ def synthesizer_update_(
         ValueError: unknown kind, or a context that does not go with the synthesizer.
         IndexError: a class index outside ``[0, K)``; raised before anything is changed.
     """
-    require_masters(synthesizer.parameters())
+    require_masters(synthesizer.parameters(), rule.stochastic)
     target, sums = _target(h, prediction, grad_h, synthesizer, context, target_scale)
     gradients = _gradients(h, prediction, target, synthesizer, context)
     if not (bool(torch.isfinite(sums).all()) and finite(gradients, rule)):
