@@ -5,8 +5,8 @@ tensors on a CPU (slowly: for tests). Launches go to the current stream of the t
 read nothing back and allocate with torch, so that they can be captured in a CUDA graph.
 
 x may be float32, or bfloat16 or float16 with float32 parameters or parameters of its own dtype.
-float32 products follow ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic,
-anything else TF32. Operands of the gradients' products are in bfloat16 for a bfloat16 x, and in
+float32 products follow ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic (of
+the LSTM's own products three TF32 ones, see fused_dni.kernels.lstm), anything else TF32. Operands of the gradients' products are in bfloat16 for a bfloat16 x, and in
 TF32 for a float16 one (its digits, with room for small gradients).
 
 What needs a look at the data, a class index out of range say, is an exception on a CPU. On a GPU
