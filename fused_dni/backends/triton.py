@@ -6,8 +6,9 @@ read nothing back and allocate with torch, so that they can be captured in a CUD
 
 x may be float32, or bfloat16 or float16 with float32 parameters or parameters of its own dtype.
 float32 products follow ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic (of
-the LSTM's own products three TF32 ones, see fused_dni.kernels.lstm), anything else TF32. Operands of the gradients' products are in bfloat16 for a bfloat16 x, and in
-TF32 for a float16 one (its digits, with room for small gradients).
+the LSTM's own products three TF32 ones, see fused_dni.kernels.lstm), anything else TF32. Operands
+of the gradients' products are in bfloat16 for a bfloat16 x, and in TF32 for a float16 one (its
+digits, with room for small gradients).
 
 What needs a look at the data, a class index out of range say, is an exception on a CPU. On a GPU
 nothing waits for it: the prediction is NaN there, the update skipped and counted.
@@ -272,8 +273,9 @@ class _Step:
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
             **_rule(rule),
         )  # fmt: skip
-        # Tensors with their workspace, by what it depends on.
+        # Tensors with their workspace, and launches planned for such, by what they depend on.
         self.rooms: dict[Any, linear.Tensors] = {}
+        self.plans: dict[Any, list[Launch]] = {}
 
     def __call__(
         self,
@@ -286,8 +288,7 @@ class _Step:
         x = x.contiguous()
         rows, weight = x.shape[0], self.fixed.weight
         labels, vectors = _context(self.synthesizer, context)
-        problem = self.problem._replace(target_scale=target_scale, precision=precision())
-        tiles = _tiles("linear_step", x, weight, problem.rule)
+        tiles = _tiles("linear_step", x, weight, self.problem.rule)
         h = x.new_empty(rows, weight.shape[0])
         dx = torch.empty_like(x) if need_dx else None
         prediction = None
@@ -296,22 +297,27 @@ class _Step:
         key = (rows, x.dtype, tiles)
         room = self.rooms.get(key)
         if room is None:
-            room = self.rooms[key] = self._room(x, h, problem, tiles)
-        t = room._replace(x=x, h=h, dx=dx, labels=labels, vectors=vectors)
-        if prediction is not None:
-            t = t._replace(scaled=prediction.scaled)
-            if prediction.reduced is not None:
-                t = t._replace(reduced=prediction.reduced)
-        run(linear.plan(t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)),
-            x.device)  # fmt: skip
+            room = self.rooms[key] = self._room(x, h, tiles)
+        scaled, reduced = (None, None) if prediction is None else prediction
+        t = room._replace(
+            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled,
+            reduced=room.reduced if reduced is None else reduced,
+        )  # fmt: skip
+        aligned = x.data_ptr() % 16 == 0
+        key = (*key, need_dx, need_prediction, labels is None, target_scale, precision(), aligned)
+        planned = self.plans.get(key)
+        if planned is None:
+            problem = self.problem._replace(target_scale=target_scale, precision=precision())
+            planned = self.plans[key] = linear.plan(
+                t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
+            )
+        run(linear.replan(planned, t), x.device)
         increment_version(self.written)
         return Step(h, prediction, dx)
 
-    def _room(
-        self, x: Tensor, h: Tensor, problem: linear.Problem, tiles: linear.Tiles
-    ) -> linear.Tensors:
+    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
         """The tensors with a workspace for a batch like x."""
-        rows, features = h.shape
+        problem, (rows, features) = self.problem, h.shape
         t = self.fixed._replace(x=x, h=h)
         if self.saves or not linear.is_whole(rows, features, problem, tiles):
             t = t._replace(normalized=x.new_empty(h.shape, dtype=torch.float32))
