@@ -896,31 +896,48 @@ def plan(
         problem.momentum,
     )
     options = _options(t, problem, tiles, rank, whole)
-    operand = t.weight if t.operand is None else t.operand
+    how: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if tiles.launches == "one":
-        arguments = {"t": t, "x": t.x, "operand": operand, "delta": t.delta, "s": s, "C": options,
-                     "FIRST": phases[0], "LAST": phases[1]}  # fmt: skip
-        how = {
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-            "launch_cooperative_grid": True,
-        }
-        return [Launch(linear_kernel, (common,), arguments, how)]
-    how = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        how["launch_cooperative_grid"] = True
+        constant = {"s": s, "C": options, "FIRST": phases[0], "LAST": phases[1]}
+        return bind([Launch(linear_kernel, (common,), constant, how)], t, tiles)
     launches = []
     for phase, grid in grids.items():
-        sources = {"x": t.x, "operand": operand, "delta": t.delta}
-        described = _described(phase, sources, tiles, options)
-        arguments = {
-            "t": t,
-            **(sources if described is None else described),
+        described = _described(phase, t, tiles, options) is not None
+        constant = {
             "s": s,
-            "C": options._replace(described=described is not None),
+            "C": options._replace(described=described),
             "FIRST": phase,
             "LAST": phase,
         }
-        launches.append(Launch(linear_kernel, (grid,), arguments, how))
-    return launches
+        launches.append(Launch(linear_kernel, (grid,), constant, how))
+    return bind(launches, t, tiles)
+
+
+def bind(launches: list[Launch], t: Tensors, tiles: Tiles) -> list[Launch]:
+    """The launches of :func:`plan` with these tensors for those they were planned for, which are to
+    be like them in shape, type and alignment."""
+    made = []
+    for launch in launches:
+        constant = launch.arguments
+        tensors: dict[str, Any] | None = None
+        if constant["C"].described:
+            tensors = _described(constant["FIRST"], t, tiles, constant["C"])
+        made.append(launch._replace(arguments={**constant, "t": t, **(tensors or _sources(t))}))
+    return made
+
+
+def unbind(launches: list[Launch]) -> list[Launch]:
+    """What :func:`bind` takes, of launches whose tensors are not to be kept alive."""
+    return [
+        launch._replace(arguments={k: launch.arguments[k] for k in ("s", "C", "FIRST", "LAST")})
+        for launch in launches
+    ]
+
+
+def _sources(t: Tensors) -> dict[str, Any]:
+    """The operands of products."""
+    return {"x": t.x, "operand": t.weight if t.operand is None else t.operand, "delta": t.delta}
 
 
 def _grids(
@@ -994,12 +1011,10 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
     return frozen
 
 
-def _described(
-    phase: int, sources: dict[str, Any], tiles: Tiles, options: Options
-) -> dict[str, Any] | None:
-    """Descriptors of a product's two operands, by which Hopper's copy engine brings their tiles to
-    the tensor cores; None if the phase has no product, if it is made elsewhere, or if an operand is
-    not aligned as the engine wants it."""
+def _described(phase: int, t: Tensors, tiles: Tiles, options: Options) -> dict[str, Any] | None:
+    """The operands of products, the two of this phase as descriptors, by which Hopper's copy engine
+    brings their tiles to the tensor cores; None if the phase has no product, if it is made
+    elsewhere, or if an operand is not aligned as the engine wants it."""
     blocks = {
         PRODUCT.value: {
             "x": (tiles.product_rows, tiles.depth),
@@ -1015,9 +1030,9 @@ def _described(
     elsewhere = options.precision == "ieee" and options.operand == tl.float32
     if not tiles.descriptors or phase not in blocks or elsewhere:
         return None
-    made = dict(sources)
+    made = _sources(t)
     for name, block in blocks[phase].items():
-        source = sources[name]
+        source = made[name]
         if source.stride(0) * source.element_size() % 16 or source.data_ptr() % 16:
             return None
         made[name] = TensorDescriptor.from_tensor(source, list(block))

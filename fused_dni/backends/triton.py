@@ -45,6 +45,7 @@ from fused_dni.backends.shared import (
 from fused_dni.backends.triton_lstm import TritonLSTM
 from fused_dni.kernels import linear, tuning
 from fused_dni.kernels import synthesizer as synthesizer_kernels
+from fused_dni.kernels.launch import Launch
 from fused_dni.reference.precision import LOW_PRECISION
 from fused_dni.reference.rules import require_masters
 from fused_dni.reference.synthesizer import check_context
@@ -55,9 +56,17 @@ class TritonBackend(TritonLSTM):
 
     name = "triton"
 
+    def __init__(self) -> None:
+        # Looked up here, once: torch.compile traces why_not and cannot look into the environment.
+        self.interpreted: bool = knobs.runtime.interpret
+        self.old: dict[torch.device, str] = {}
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(index) < (8, 0):
+                self.old[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
+
     def available(self) -> str | None:
         """None if kernels can run here at all, or why not."""
-        if not knobs.runtime.interpret and not torch.cuda.is_available():
+        if not self.interpreted and not torch.cuda.is_available():
             return (
                 "needs a CUDA device (torch.cuda.is_available() is false), or TRITON_INTERPRET=1 "
                 "in the environment to be interpreted on a CPU"
@@ -66,15 +75,14 @@ class TritonBackend(TritonLSTM):
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
         """None, or why these tensors cannot be served."""
-        here = "cpu" if knobs.runtime.interpret else "cuda"
+        here = "cpu" if self.interpreted else "cuda"
         if x.device != weight.device:
             return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
         if x.device.type != here:
             how = " while it is interpreted (TRITON_INTERPRET=1)" if here == "cpu" else ""
             return f"serves tensors on {here}{how}, got x on {x.device}"
-        if here == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-            name = torch.cuda.get_device_name(x.device)
-            return f"needs compute capability 8.0 or newer, got {name}"
+        if x.device in self.old:
+            return f"needs compute capability 8.0 or newer, got {self.old[x.device]}"
         if not (x.dtype == weight.dtype == torch.float32 or x.dtype in LOW_PRECISION) or (
             x.dtype in LOW_PRECISION and weight.dtype not in (torch.float32, x.dtype)
         ):
@@ -294,7 +302,7 @@ class _Step:
         prediction = None
         if need_prediction:
             prediction = empty_prediction(h, self.synthesizer, torch.float32)
-        key = (rows, x.dtype, tiles)
+        key: tuple[Any, ...] = (rows, x.dtype, tiles)
         room = self.rooms.get(key)
         if room is None:
             room = self.rooms[key] = self._room(x, h, tiles)
@@ -308,10 +316,13 @@ class _Step:
         planned = self.plans.get(key)
         if planned is None:
             problem = self.problem._replace(target_scale=target_scale, precision=precision())
-            planned = self.plans[key] = linear.plan(
+            planned = linear.plan(
                 t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
             )
-        run(linear.replan(planned, t), x.device)
+            self.plans[key] = linear.unbind(planned)
+        else:
+            planned = linear.bind(planned, t, tiles)
+        run(planned, x.device)
         increment_version(self.written)
         return Step(h, prediction, dx)
 
