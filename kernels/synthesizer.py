@@ -19,13 +19,14 @@ nothing. The kernel of linear.py predicts by :func:`predict_tile` too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fused_dni.kernels.common import SKIPPED, STEP, dot, grid_barrier, rule_factors
-from fused_dni.kernels.launch import Launch, constants
+from fused_dni.kernels.launch import Launch, Specimen, constants
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
@@ -160,9 +161,9 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
         m += tl.where(known[:, None], c, float("nan"))
     elif t.vectors is not None:
         for k in range(0, s.classes, _CLASSES):
-            a = load_tile(t.vectors, row, k, s.rows, s.classes, C.rows, _CLASSES)
-            b = load_tile(t.context_weight, out, k, s.outputs, s.classes, C.outs, _CLASSES)
-            m = dot(a.to(C.operand), tl.trans(b.to(C.operand)), m, C.precision)
+            v = load_tile(t.vectors, row, k, s.rows, s.classes, C.rows, _CLASSES)
+            w = load_tile(t.context_weight, out, k, s.outputs, s.classes, C.outs, _CLASSES)
+            m = dot(v.to(C.operand), tl.trans(w.to(C.operand)), m, C.precision)
     return m + load_vector(t.synthesizer_bias, out, s.outputs, C.outs, 0.0)[None, :]
 
 
@@ -474,7 +475,7 @@ def _trial(t, s, C: tl.constexpr, program, programs):
 def _apply(t, s, C: tl.constexpr, program, programs):
     sg, ss = _total(t, s, C, 0), _total(t, s, C, 1)
     gg, ee = _total(t, s, C, 2), _total(t, s, C, 3)
-    summed = magnitude(tl.abs(sg) + ss + gg + ee) < float("inf")
+    summed = tl.abs(sg) + ss + gg + ee < float("inf")
     if C.rule == "none":
         _slots(t, s, C, program, programs, 0.0, 0.0, False)
         applied = summed
@@ -692,3 +693,70 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
     )
     frozen: Options = constants(made)
     return frozen
+
+
+# ---------------------------------------------------------------------------------------------
+# Specimens
+
+
+def _specimen(
+    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int
+) -> list[Launch]:
+    """A prediction, or a step of training, on tensors that are not there; 10 classes, rank 16."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rank = 16 if problem.source == "lowrank" else 0
+    shapes = {"dense": (outputs, outputs), "lowrank": (outputs, rank), "diagonal": (outputs,)}
+    slots: dict[str, tuple[int, ...]] = {"weight": shapes[problem.source]}
+    if rank:
+        slots["down"] = (rank, outputs)
+    slots |= {"context": (outputs, 10), "bias": (outputs,)}
+    if problem.training:
+        problem = problem._replace(trainable=(True, rank > 0, True, True))
+    kept = {"sgd": ("first",), "adam": ("first", "second")}.get(problem.rule, ())
+    moments = {
+        f"{moment}_{name}": empty(*shape) for moment in kept for name, shape in slots.items()
+    }
+    t = Tensors(
+        h=empty(rows, outputs, dtype=dtype),
+        synthesizer_weight=empty(*slots["weight"]),
+        down=empty(rank, outputs) if rank else None,
+        context_weight=empty(outputs, 10),
+        synthesizer_bias=empty(outputs),
+        labels=empty(rows, dtype=torch.int64),
+        scaled=empty(rows, outputs),
+        reduced=empty(rows, rank) if rank else None,
+        grad_h=empty(rows, outputs, dtype=dtype) if problem.training else None,
+        hyper=empty(7, dtype=torch.float64) if problem.training else None,
+        statistics=empty(5, dtype=torch.float64) if problem.training else None,
+        **moments,
+    )
+    tiles = default_tiles(rows, outputs, dtype, architecture)
+    return plan(workspace(t, problem, tiles, rank), problem, tiles, (rows, outputs, rank, 10), 132)
+
+
+def specimens(architecture: int) -> Iterator[Specimen]:
+    """What the rule of thumb chooses for a small and for a large layer; see
+    :mod:`fused_dni.kernels.aot`."""
+    predict = Problem("lowrank", False)
+    train = Problem("lowrank", True, 128.0, "sgd")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for name, rows, outputs, dtype, problem in (
+        ("predict bf16", 128, 1024, bf16, predict),
+        ("predict dense tf32", 128, 1024, fp32, Problem("dense", False, precision="tf32")),
+        ("train bf16", 128, 1024, bf16, train),
+        ("train dense adam bf16", 128, 1024, bf16, train._replace(source="dense", rule="adam")),
+        ("train diagonal fp32", 128, 1024, fp32, train._replace(source="diagonal")),
+        ("train tf32", 128, 1024, fp32, train._replace(precision="tf32")),
+        ("train bf16", 4096, 4096, bf16, train),
+    ):
+        for launch in _specimen(rows, outputs, dtype, problem, architecture):
+            first = launch.arguments["FIRST"]
+            whole = first != launch.arguments["LAST"]
+            part = "" if whole else f" phase {first}"
+            yield Specimen(
+                f"{name} {rows}x{outputs}{part}", launch,
+                tensor_cores=problem.source != "diagonal" and first != REDUCE.value,
+            )  # fmt: skip

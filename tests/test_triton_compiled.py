@@ -279,3 +279,13 @@ def test_launch_on_a_device_runs_what_was_compiled_ahead(planted: Compiled) -> N
     ran = launch.kernel[launch.grid](**launch.arguments, **launch.options)
     code = planted.outcomes["meeting_kernel", "good meeting True"]["code"]
     assert ran.metadata.hash == code["hash"]
+
+
+def test_the_compiler_takes_every_kernel_with_every_option(tmp_path: Path) -> None:
+    """What the interpreter runs in all other tests, the compiler may refuse."""
+    file = tmp_path / "everything.json"
+    done = python(str(TESTS / "compile_everything.py"), str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert made["launches"] > 150
+    assert made["failures"] == {}
