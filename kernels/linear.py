@@ -51,6 +51,7 @@ from fused_dni.kernels.tiles import (
     FLAGS,
     combine_moments,
     is_inside,
+    largest_left,
     load_tile,
     load_vector,
     magnitude,
@@ -516,21 +517,14 @@ def _clipping(t, s, C: tl.constexpr):
 
 
 @triton.jit
-def _seen(t, C: tl.constexpr, which, programs):
-    """The largest entry of one of the lists that programs left."""
-    i = tl.arange(0, FLAGS)
-    return tl.max(tl.load(t.largest + which * FLAGS + i, mask=i < programs, other=0.0))
-
-
-@triton.jit
 def _finite(t, s, C: tl.constexpr):
     """Whether all that goes into an update is finite; and whether, by their bounds, so are the sums
     that come out."""
-    delta = _seen(t, C, 1, s.delta_programs)
+    delta = largest_left(t.largest, 1, s.delta_programs)
     finite = delta < float("inf")
     largest = delta
     if C.train_weight:
-        x = _seen(t, C, 0, s.x_programs)
+        x = largest_left(t.largest, 0, s.x_programs)
         finite = finite & (x < float("inf"))
         largest = tl.maximum(delta, delta * x)
     return finite, largest * s.rows < _LARGEST
@@ -572,7 +566,7 @@ def _weight(t, x, delta, s, C: tl.constexpr, program, programs):
     else:
         finite, bounded = _finite(t, s, C)
         if finite & (bounded == 0):
-            finite = _seen(t, C, 2, s.trial_programs) < float("inf")
+            finite = largest_left(t.largest, 2, s.trial_programs) < float("inf")
         step = tl.load(t.step)
         if finite:
             step += 1.0

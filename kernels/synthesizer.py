@@ -30,6 +30,7 @@ from fused_dni.kernels.launch import Launch, Specimen, constants
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
+    largest_left,
     load_tile,
     load_vector,
     magnitude,
@@ -285,13 +286,6 @@ def _context_magnitude(t, s, C: tl.constexpr, row):
 
 
 @triton.jit
-def _seen(t, C: tl.constexpr, which, programs):
-    """The largest entry of one of the lists that programs left."""
-    i = tl.arange(0, FLAGS)
-    return tl.max(tl.load(t.largest + which * FLAGS + i, mask=i < programs, other=0.0))
-
-
-@triton.jit
 def _total(t, s, C: tl.constexpr, which):
     """One of the sums of the statistics, over all programs."""
     i = tl.arange(0, FLAGS)
@@ -303,10 +297,10 @@ def _total(t, s, C: tl.constexpr, which):
 def _finite(t, s, C: tl.constexpr):
     """Whether all that goes into an update is finite; and whether, by their bounds, so are the sums
     that come out."""
-    operands = _seen(t, C, 0, s.parts_programs)
-    errors = _seen(t, C, 1, s.parts_programs)
+    operands = largest_left(t.largest, 0, s.parts_programs)
+    errors = largest_left(t.largest, 1, s.parts_programs)
     if C.source == "lowrank":
-        errors = tl.maximum(errors, _seen(t, C, 2, s.reduce_programs))
+        errors = tl.maximum(errors, largest_left(t.largest, 2, s.reduce_programs))
     finite = (operands < float("inf")) & (errors < float("inf"))
     return finite, tl.maximum(operands, 1.0) * errors * s.rows < _LARGEST
 
@@ -482,7 +476,7 @@ def _apply(t, s, C: tl.constexpr, program, programs):
     else:
         finite, bounded = _finite(t, s, C)
         if finite & (bounded == 0):
-            finite = _seen(t, C, 3, s.trial_programs) < float("inf")
+            finite = largest_left(t.largest, 3, s.trial_programs) < float("inf")
         applied = finite & summed
         step = tl.load(t.step)
         if applied:

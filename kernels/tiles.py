@@ -136,6 +136,13 @@ def magnitude(tile):
 
 
 @triton.jit
+def largest_left(lists, which, programs):
+    """The largest of what so many programs left in one of a workspace's lists, FLAGS long each."""
+    i = tl.arange(0, FLAGS)
+    return tl.max(tl.load(lists + which * FLAGS + i, mask=i < programs, other=0.0))
+
+
+@triton.jit
 def _mixed(h):
     """The finalizer of MurmurHash3 (A. Appleby, public domain), uint32."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
