@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -630,6 +631,21 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
 
 
 Run = Callable[[Backend, Any], dict[str, Tensor]]
+
+
+def set_threads(backend: Backend, threads: int) -> None:
+    """Only the C++ kernels have threads of their own."""
+    if backend.name != "cpu" and threads > 1:
+        pytest.skip(f"{backend.name} has no threads of its own")
+    torch.set_num_threads(threads)
+
+
+def is_slow(backend: Backend) -> bool:
+    """Whether kernels are interpreted, a thousand times slower than others: such a backend gets
+    shorter windows and a part of the examples (test_triton_linear.py and test_triton_lstm.py have
+    more)."""
+    return backend.name == "triton"
+
 
 # ---------------------------------------------------------------------------------------------
 # Tolerances

@@ -25,6 +25,7 @@ from strategies import (
     Run,
     bind_lstm,
     compare,
+    is_slow,
     lstm_rows,
     lstm_shapes,
     make_closing,
@@ -34,6 +35,7 @@ from strategies import (
     run_cell,
     run_close,
     run_window,
+    set_threads,
     tolerances,
 )
 from torch import Tensor
@@ -103,19 +105,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_num_threads(1)
     yield request.param
     _cpu.set_isa(available[-1])
-
-
-def set_threads(backend: Backend, threads: int) -> None:
-    """Only the C++ kernels have threads of their own."""
-    if backend.name != "cpu" and threads > 1:
-        pytest.skip(f"{backend.name} has no threads of its own")
-    torch.set_num_threads(threads)
-
-
-def is_slow(backend: Backend) -> bool:
-    """Whether kernels are interpreted, a thousand times slower than others: such a backend gets
-    shorter windows and a part of the examples (test_triton_lstm.py has more)."""
-    return backend.name == "triton"
 
 
 def serve(backend: Backend, dtype: str) -> torch.dtype:
