@@ -85,6 +85,12 @@ def serve(backend: Backend, dtype: str) -> tuple[torch.dtype, torch.dtype]:
     return x, parameter
 
 
+def spare(backend: Backend, dtype: str, options: dict[str, Any]) -> None:
+    """In bfloat16 a slow backend runs every fourth row."""
+    if is_slow(backend) and dtype == "bfloat16" and TABLE.index(options) % 4:
+        pytest.skip("a part of the rows is enough for a slow backend")
+
+
 def check(backend: Backend, case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> None:
     """One op's results against the reference's. bfloat16 results are rounded to it everywhere."""
     exact, allowed = tolerances(run, case, torch.finfo(dtypes[0]).eps)
@@ -110,6 +116,7 @@ def options_of(dtype: str, row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("options", TABLE, ids=named)
 def test_step(backend: Backend, dtype: str, options: dict[str, Any], poisoned: None) -> None:
     dtypes = serve(backend, dtype)
+    spare(backend, dtype, options)
     case = make_case((31, 19, 37, 5, 7), options_of(dtype, options), 1, *dtypes)
     check(backend, case, dtypes, run_step)
 
@@ -121,6 +128,7 @@ def test_parts(
     backend: Backend, dtype: str, options: dict[str, Any], training: bool, poisoned: None
 ) -> None:
     dtypes = serve(backend, dtype)
+    spare(backend, dtype, options)
     case = make_case((23, 18, 35, 4, 6), options_of(dtype, options), 2, *dtypes)
     check(backend, case, dtypes, functools.partial(run_parts, training=training))
 
