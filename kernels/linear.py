@@ -212,7 +212,7 @@ def _operand(
 
 
 @triton.jit
-def _prepare(t, s, C: tl.constexpr, program, programs):
+def _prepare(t, s, program, programs):
     ROWS: tl.constexpr = 32
     COLUMNS: tl.constexpr = 128
     if t.largest is not None:
@@ -649,7 +649,7 @@ def linear_kernel(
     """The phases FIRST to LAST. x, operand and delta are those of ``t``, or descriptors of them."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if FIRST <= PREPARE:
-        _prepare(t, s, C, program, programs)
+        _prepare(t, s, program, programs)
     if FIRST <= PRODUCT and PRODUCT <= LAST and t.h is not None:
         _product(t, x, operand, s, C, program, programs)
     if FIRST <= NORMALIZE and NORMALIZE <= LAST and t.h is not None and not C.whole:
@@ -894,7 +894,7 @@ def plan(
     if tiles.launches == "one":
         how["launch_cooperative_grid"] = True
         constant = {"s": s, "C": options, "FIRST": phases[0], "LAST": phases[1]}
-        return bind([Launch(linear_kernel, (common,), constant, how)], t, tiles)
+        return bind([Launch(linear_kernel, (common,), constant, how)], t, problem, tiles)
     launches = []
     for phase, grid in grids.items():
         described = _described(phase, t, tiles, options) is not None
@@ -905,19 +905,21 @@ def plan(
             "LAST": phase,
         }
         launches.append(Launch(linear_kernel, (grid,), constant, how))
-    return bind(launches, t, tiles)
+    return bind(launches, t, problem, tiles)
 
 
-def bind(launches: list[Launch], t: Tensors, tiles: Tiles) -> list[Launch]:
+def bind(launches: list[Launch], t: Tensors, problem: Problem, tiles: Tiles) -> list[Launch]:
     """The launches of :func:`plan` with these tensors for those they were planned for, which are to
-    be like them in shape, type and alignment."""
+    be like them in shape, type and alignment, and with this problem's target scale."""
     made = []
     for launch in launches:
         constant = launch.arguments
         tensors: dict[str, Any] | None = None
         if constant["C"].described:
             tensors = _described(constant["FIRST"], t, tiles, constant["C"])
-        made.append(launch._replace(arguments={**constant, "t": t, **(tensors or _sources(t))}))
+        s = constant["s"]._replace(inverse_scale=1.0 / problem.target_scale)
+        tensors = tensors or _sources(t)
+        made.append(launch._replace(arguments={**constant, "t": t, "s": s, **tensors}))
     return made
 
 

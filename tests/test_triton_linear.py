@@ -376,6 +376,32 @@ def test_a_step_keeps_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == len(("h", "scaled", "reduced"))
 
 
+def test_a_step_forgets_shapes_that_do_not_come_back() -> None:
+    """But for a few; and what it remembers of one keeps no batch alive, and follows kappa."""
+    case = make_case((37, 35, 41, 5, 7), {**TABLE[0], **SMOOTH, "normalization": None,
+                                          "kind": "diagonal", "context": None, "rule": "sgd"},
+                     8, *FULL).on(DEVICE)  # fmt: skip
+    state, _ = bind(case)
+    rule = state.tensors(slots(case.layer()))
+    step = BACKEND.bind_step(case.layer(), case.config, case.synthesizer(), 0.0, rule)
+    for rows in (16, 17, 18, 19, 20, 21):
+        step(case.inputs["x"][:rows], None, float(rows), False, False)
+    assert [key[0] for key in step.rooms] == [18, 19, 20, 21]
+    for room in step.rooms.values():
+        for launch in (launch for plan in room.plans.values() for launch in plan):
+            assert launch.arguments.keys() == {"s", "C", "FIRST", "LAST"}
+    moved = []
+    for scale in (21.0, 42.0):
+        before = [p.detach().clone() for p in slots(case.layer()) if p is not None]
+        step(case.inputs["x"][:21], None, scale, False, False)
+        after = [p for p in slots(case.layer()) if p is not None]
+        moved.append(after[0].detach() - before[0])
+        with torch.no_grad():
+            for p, q in zip(after, before, strict=True):
+                p.copy_(q)
+    torch.testing.assert_close(2 * moved[1], moved[0], rtol=1e-4, atol=1e-5)
+
+
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     one = torch.zeros(2, 2, device=DEVICE)
     assert BACKEND.why_not(one, one) is None

@@ -16,7 +16,7 @@ nothing waits for it: the prediction is NaN there, the update skipped and counte
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,6 +257,19 @@ class TritonBackend(TritonLSTM):
         increment_version([statistics, *updated(parameters, rule)])
 
 
+# Shapes of batches whose workspace a bound step keeps: a whole one, the last one of an epoch, and
+# some more.
+_ROOMS = 4
+
+
+class _Room(NamedTuple):
+    """A step's tensors with the workspace for one shape of batches, and the launches planned for
+    it, without tensors."""
+
+    tensors: linear.Tensors
+    plans: dict[tuple[bool | str, ...], list[Launch]]
+
+
 class _Step:
     """A decoupled step over tensors that stay where they are; keeps its workspace."""
 
@@ -281,9 +294,10 @@ class _Step:
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
             **_rule(rule),
         )  # fmt: skip
-        # Tensors with their workspace, and launches planned for such, by what they depend on.
-        self.rooms: dict[Any, linear.Tensors] = {}
-        self.plans: dict[Any, list[Launch]] = {}
+        # The last few shapes of batches that came, and those that a CUDA graph has captured: its
+        # replays go on writing to their workspace.
+        self.rooms: dict[Any, _Room] = {}
+        self.captured: dict[Any, _Room] = {}
 
     def __call__(
         self,
@@ -302,32 +316,40 @@ class _Step:
         prediction = None
         if need_prediction:
             prediction = empty_prediction(h, self.synthesizer, torch.float32)
-        key: tuple[Any, ...] = (rows, x.dtype, tiles)
-        room = self.rooms.get(key)
-        if room is None:
-            room = self.rooms[key] = self._room(x, h, tiles)
+        room = self._room(x, h, tiles)
         scaled, reduced = (None, None) if prediction is None else prediction
-        t = room._replace(
+        t = room.tensors._replace(
             x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled,
-            reduced=room.reduced if reduced is None else reduced,
+            reduced=room.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
-        aligned = x.data_ptr() % 16 == 0
-        key = (*key, need_dx, need_prediction, labels is None, target_scale, precision(), aligned)
-        planned = self.plans.get(key)
+        problem = self.problem._replace(target_scale=target_scale, precision=precision())
+        key = (need_dx, need_prediction, labels is None, precision(), x.data_ptr() % 16 == 0)
+        planned = room.plans.get(key)
         if planned is None:
-            problem = self.problem._replace(target_scale=target_scale, precision=precision())
             planned = linear.plan(
                 t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
             )
-            self.plans[key] = linear.unbind(planned)
+            room.plans[key] = linear.unbind(planned)
         else:
-            planned = linear.bind(planned, t, tiles)
+            planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
         increment_version(self.written)
         return Step(h, prediction, dx)
 
-    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
-        """The tensors with a workspace for a batch like x."""
+    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> _Room:
+        """The workspace for a batch like x."""
+        key = (x.shape[0], x.dtype, tiles)
+        room = self.captured.get(key) or self.rooms.get(key)
+        if room is None:
+            room = self.rooms[key] = _Room(self._workspace(x, h, tiles), {})
+            if len(self.rooms) > _ROOMS:
+                del self.rooms[next(iter(self.rooms))]
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured[key] = room
+        return room
+
+    def _workspace(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
+        """The step's tensors with a workspace for a batch like x."""
         problem, (rows, features) = self.problem, h.shape
         t = self.fixed._replace(x=x, h=h)
         if self.saves or not linear.is_whole(rows, features, problem, tiles):
