@@ -1,0 +1,284 @@
+// All threads of a launch as fibers of one thread of the system.
+//
+// A fiber runs until it waits, pauses or returns, and then switches to the next by itself. The
+// last one made ready goes first, so that a warp whose lanes have met runs ahead of the others as
+// far as it can; with a seed, meetings release in a random order and now and then any fiber goes
+// first, one that pauses too.
+#if !defined(FUSED_DNI_EMULATED_THREADS)
+
+#include "machine.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// fused_dni_switch(from, to): keeps the stack pointer at `*from` and goes on from `to`, with the
+// registers that a called function preserves on the stacks. (swapcontext makes a system call.)
+#if defined(__linux__) && defined(__x86_64__) && !defined(FUSED_DNI_EMULATED_UCONTEXT)
+asm(R"(
+.text
+.globl fused_dni_switch
+.hidden fused_dni_switch
+.type fused_dni_switch, @function
+fused_dni_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fused_dni_switch, .-fused_dni_switch
+)");
+#define FUSED_DNI_FRAME 8   // words: six registers, where to return, and who called there: nobody
+#define FUSED_DNI_RETURN 6  // the word where to return
+#elif defined(__linux__) && defined(__aarch64__) && !defined(FUSED_DNI_EMULATED_UCONTEXT)
+asm(R"(
+.text
+.globl fused_dni_switch
+.hidden fused_dni_switch
+.type fused_dni_switch, %function
+fused_dni_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x2, sp
+  str x2, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size fused_dni_switch, .-fused_dni_switch
+)");
+#define FUSED_DNI_FRAME 20
+#define FUSED_DNI_RETURN 11  // x30
+#else
+#include <ucontext.h>
+#endif
+#if defined(FUSED_DNI_FRAME)
+extern "C" void fused_dni_switch(void** from, void* to);
+#endif
+
+namespace fused_dni::emulation {
+
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::size_t kStack = 512 * 1024;  // frames are several times as large
+#else
+constexpr std::size_t kStack = 64 * 1024;
+#endif
+constexpr int kIdleRounds = 1000;  // of fibers that only pause, until we say that they spin
+
+// Stacks are kept for later launches. Under each lies a page that nothing may touch.
+class Stacks {
+ public:
+  unsigned char* operator[](std::size_t index) {
+    const std::size_t page = sysconf(_SC_PAGESIZE);
+    while (stacks_.size() <= index) {
+      void* at = mmap(nullptr, page + kStack, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (at == MAP_FAILED || mprotect(at, page, PROT_NONE) != 0) std::abort();
+      stacks_.push_back(static_cast<unsigned char*>(at) + page);
+    }
+    return stacks_[index];
+  }
+
+ private:
+  std::vector<unsigned char*> stacks_;
+};
+
+Stacks stacks;
+std::vector<Thread*> ready, paused;
+Thread outside;  // the caller of run_threads
+std::uint64_t random_state;
+std::uint64_t seen_progress;
+int idle_rounds;
+bool abandoned;  // a fault left fibers in the middle of their kernel
+
+std::uint64_t random_below(std::uint64_t limit) {  // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return ((random_state * 0x2545F4914F6CDD1Dull) >> 32) * limit >> 32;
+}
+
+// The fiber to run next; `outside` if there is none.
+Thread& take_next() {
+  if (random_state && random_below(8) == 0 && !(ready.empty() && paused.empty())) {
+    std::uint64_t index = random_below(ready.size() + paused.size());
+    std::vector<Thread*>& from = index < ready.size() ? ready : paused;
+    if (&from == &paused) index -= ready.size();
+    std::swap(from[index], from.back());
+    Thread* thread = from.back();
+    from.pop_back();
+    return *thread;
+  }
+  if (ready.empty()) {
+    const std::uint64_t progress = machine.progress.load(std::memory_order_relaxed);
+    idle_rounds = progress == seen_progress ? idle_rounds + 1 : 0;
+    seen_progress = progress;
+    if (paused.empty() || idle_rounds > kIdleRounds) return outside;
+    std::swap(ready, paused);
+  }
+  Thread* thread = ready.back();
+  ready.pop_back();
+  return *thread;
+}
+
+void start_fiber();
+
+#if defined(FUSED_DNI_FRAME)
+void prepare(Thread& thread, unsigned char* top) {
+  auto* frame = reinterpret_cast<void**>(top) - FUSED_DNI_FRAME;
+  std::memset(frame, 0, FUSED_DNI_FRAME * sizeof(void*));
+  frame[FUSED_DNI_RETURN] = reinterpret_cast<void*>(start_fiber);
+  thread.stack_pointer = frame;
+}
+void switch_context(Thread& from, Thread& to) {
+  fused_dni_switch(&from.stack_pointer, to.stack_pointer);
+}
+#else
+std::vector<ucontext_t> contexts(1);  // the first is of `outside`
+ucontext_t& context(Thread& thread) {
+  return contexts[&thread == &outside ? 0 : 1 + (&thread - machine.thread.data())];
+}
+void prepare(Thread& thread, unsigned char* top) {
+  contexts.resize(1 + machine.thread.size());
+  getcontext(&context(thread));
+  context(thread).uc_stack.ss_sp = top - kStack / 2;
+  context(thread).uc_stack.ss_size = kStack / 2;
+  makecontext(&context(thread), start_fiber, 0);
+}
+void switch_context(Thread& from, Thread& to) { swapcontext(&context(from), &context(to)); }
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* outside_bottom;
+std::size_t outside_size;
+const Thread* left;
+void announce(Thread& to, void** kept) {
+  left = current;
+  const bool out = &to == &outside;
+  __sanitizer_start_switch_fiber(kept, out ? outside_bottom : stacks[&to - machine.thread.data()],
+                                 out ? outside_size : kStack);
+}
+void arrived(void* kept) {
+  const void* bottom;
+  std::size_t size;
+  __sanitizer_finish_switch_fiber(kept, &bottom, &size);
+  if (left == &outside) outside_bottom = bottom, outside_size = size;
+}
+#else
+void announce(Thread&, void**) {}
+void arrived(void*) {}
+#endif
+
+void switch_to(Thread& to) {
+  Thread& from = *current;
+  if (&from == &to) return;
+  void* kept = nullptr;
+  announce(to, &kept);
+  current = &to;
+  switch_context(from, to);
+  arrived(kept);
+}
+
+void start_fiber() {
+  arrived(nullptr);
+  machine.launch.call(machine.launch.kernel, machine.launch.arguments);
+  current->returned = true;
+  machine.progress.fetch_add(1, std::memory_order_relaxed);
+  Thread& to = take_next();
+  announce(to, nullptr);
+  Thread& from = *current;
+  current = &to;
+  switch_context(from, to);
+  std::abort();  // nobody switches to a fiber that has returned
+}
+
+}  // namespace
+
+void run_threads() {
+  const std::uint64_t seed = settings().seed;
+  random_state = seed ? seed * 0x9E3779B97F4A7C15ull | 1 : 0;
+  seen_progress = ~std::uint64_t{0};
+  idle_rounds = 0;
+  ready.clear();
+  paused.clear();
+  for (std::size_t i = machine.thread.size(); i-- > 0;) {
+    unsigned char* stack = stacks[i];
+#if defined(__SANITIZE_ADDRESS__)
+    if (abandoned) __asan_unpoison_memory_region(stack, kStack);
+#endif
+    // Tops at different places in the page: at the same place they share few lines of the cache.
+    prepare(machine.thread[i], stack + kStack - i * 320 % 4096);
+    ready.push_back(&machine.thread[i]);
+  }
+  abandoned = false;
+  current = &outside;
+  switch_to(take_next());
+  for (const Thread& thread : machine.thread) machine.stalled = machine.stalled || !thread.returned;
+  abandoned = machine.stalled;
+}
+
+void stop() {
+  switch_to(outside);
+  std::abort();  // the launch is over
+}
+
+void wait(Meeting&) { switch_to(take_next()); }
+
+void release(Meeting& meeting) {
+  const std::size_t first = ready.size();
+  for (Thread* thread = meeting.waiting; thread; thread = thread->next)
+    if (thread != current) ready.push_back(thread);
+  meeting.waiting = nullptr;
+  if (!random_state) return;
+  for (std::size_t i = ready.size(); i > first + 1; --i)
+    std::swap(ready[i - 1], ready[first + random_below(i - first)]);
+}
+
+void pause() {
+  current->pausing = true;
+  paused.push_back(current);
+  switch_to(take_next());
+  current->pausing = false;
+}
+
+}  // namespace fused_dni::emulation
+
+#endif

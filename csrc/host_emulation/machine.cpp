@@ -1,0 +1,189 @@
+// What both schedulers share: meetings, faults and the launch.
+#include "machine.hpp"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+namespace fused_dni::emulation {
+
+Machine machine;
+FUSED_DNI_PER_THREAD Thread* current = nullptr;
+
+Settings& settings() {
+  static Settings settings;
+  return settings;
+}
+
+namespace {
+
+const char* name(Collective what) {
+  static const char* const names[] = {
+      "block_barrier", "block_any", "warp_barrier", "shuffle",       "shuffle_xor",
+      "mma_bf16",      "mma_fp16",  "mma_tf32",     "load_matrices", "load_matrices_transposed"};
+  return names[static_cast<int>(what)];
+}
+
+std::string text(const char* format, std::va_list values) {
+  char line[400];
+  std::vsnprintf(line, sizeof line, format, values);
+  return line;
+}
+
+[[gnu::format(printf, 1, 2)]] std::string text(const char* format, ...) {
+  std::va_list values;
+  va_start(values, format);
+  std::string line = text(format, values);
+  va_end(values);
+  return line;
+}
+
+std::string doing(const Thread& thread) {
+  if (thread.returned) return "has returned";
+  if (thread.waits) return text("waits in %s", name(thread.waits->what));
+  return "spins in pause";
+}
+
+// Nobody can go on: who misses in the first meeting that some threads wait in?
+std::string describe_stall() {
+  for (const Thread& thread : machine.thread) {
+    if (!thread.waits) continue;
+    const Meeting& meeting = *thread.waits;
+    const bool of_warp = meeting.what >= Collective::kWarpBarrier;
+    for (const Thread& other : machine.thread) {
+      const bool of_it = of_warp ? other.warp == thread.warp : other.block == thread.block;
+      if (!of_it || other.waits == &meeting) continue;
+      return text("%s of block %d%s was reached by %d of %d threads: thread %d %s",
+                  name(meeting.what), thread.block->index,
+                  of_warp ? text(", warp %d,", thread.index / 32).c_str() : "", meeting.arrived,
+                  meeting.expected, other.index, doing(other).c_str());
+    }
+  }
+  for (const Thread& thread : machine.thread)
+    if (thread.pausing)
+      return text("block %d, thread %d: spins in pause and no thread can end its wait",
+                  thread.block->index, thread.index);
+  return "no thread can go on";
+}
+
+bool meet(Meeting& meeting, Collective what, bool vote, void* brought, Finish finish) {
+  Thread& self = *current;
+#if defined(FUSED_DNI_EMULATED_THREADS)
+  const std::lock_guard lock(meeting.mutex);
+#endif
+  if (meeting.arrived > 0 && meeting.what != what)
+    fault("came to %s while others wait in %s", name(what), name(meeting.what));
+  meeting.what = what;
+  meeting.vote |= vote;
+  if (brought) meeting.lanes[self.index % 32] = brought;
+  self.waits = &meeting;
+  self.next = meeting.waiting;
+  meeting.waiting = &self;
+  if (++meeting.arrived < meeting.expected) {
+    wait(meeting);
+    return self.vote;
+  }
+  if (finish) finish(meeting.lanes);
+  const bool any = meeting.vote;
+  for (Thread* thread = meeting.waiting; thread; thread = thread->next) {
+    thread->vote = any;
+    thread->waits = nullptr;
+  }
+  machine.progress.fetch_add(1, std::memory_order_relaxed);
+  meeting.arrived = 0;
+  meeting.vote = false;
+  release(meeting);
+  return any;
+}
+
+// Shared memory of all blocks and its shadow.
+unsigned char* shared_memory(int blocks) {
+  static std::unique_ptr<unsigned char[]> memory;
+  static int held = 0;
+  if (held < blocks) {
+    memory.reset(new unsigned char[std::size_t{2} * kShadow * blocks + 128]);
+    held = blocks;
+  }
+  const auto at = reinterpret_cast<std::uintptr_t>(memory.get());
+  return memory.get() + (128 - at % 128) % 128;
+}
+
+}  // namespace
+
+void fault(const char* format, ...) {
+  std::va_list values;
+  va_start(values, format);
+  std::string what = text(format, values);
+  va_end(values);
+  static std::mutex mutex;
+  {
+    const std::lock_guard lock(mutex);
+    if (machine.fault.empty())
+      machine.fault = text("block %d, thread %d: ", current->block->index, current->index) + what;
+  }
+  stop();
+}
+
+void meet_warp(Collective what, void* brought, Finish finish) {
+  meet(current->warp->parity[current->warp_meetings++ % 2], what, false, brought, finish);
+}
+
+bool meet_block(Collective what, bool vote) {
+  Meetings& meetings = current->block->meetings;
+  return meet(meetings.parity[current->block_meetings++ % 2], what, vote, nullptr, nullptr);
+}
+
+Status check_configuration(int blocks, int threads, int shared) {
+  if (blocks < 1 || threads < 1 || threads > 1024 || threads % 32 != 0)
+    return {9, "cudaErrorInvalidConfiguration",
+            text("cannot run as %d blocks of %d threads", blocks, threads)};
+  if (shared < 0 || shared > settings().shared_limit)
+    return {
+        1, "cudaErrorInvalidValue",
+        text("asks for %d bytes of shared memory a block, of %d", shared, settings().shared_limit)};
+  if (blocks > settings().resident)
+    return {720, "cudaErrorCooperativeLaunchTooLarge",
+            text("asks for %d blocks at once, of %d", blocks, settings().resident)};
+  return {};
+}
+
+void run(const Launch& launch, Status& status) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  status = check_configuration(launch.blocks, launch.threads, launch.shared);
+  if (!status.ok()) return;
+
+  const int warps = launch.threads / 32;
+  machine.launch = launch;
+  machine.block = std::vector<Block>(launch.blocks);
+  machine.warp = std::vector<Meetings>(launch.blocks * warps);
+  machine.thread.assign(launch.blocks * launch.threads, {});
+  machine.progress = 0;
+  machine.stalled = false;
+  machine.fault.clear();
+  unsigned char* shared = shared_memory(launch.blocks);
+  for (int b = 0; b < launch.blocks; ++b) {
+    Block& block = machine.block[b];
+    block.index = b;
+    block.shared = shared + std::size_t{2} * kShadow * b;
+    std::memset(block.shared, 0xFF, launch.shared);
+    std::memset(block.shared + kShadow, 0, launch.shared);
+    for (Meeting& meeting : block.meetings.parity) meeting.expected = launch.threads;
+    for (int i = 0; i < launch.threads; ++i) {
+      Thread& thread = machine.thread[b * launch.threads + i];
+      thread.index = i;
+      thread.block = &block;
+      thread.warp = &machine.warp[b * warps + i / 32];
+    }
+  }
+  for (Meetings& meetings : machine.warp)
+    for (Meeting& meeting : meetings.parity) meeting.expected = 32;
+
+  run_threads();
+  if (machine.fault.empty() && machine.stalled) machine.fault = describe_stall();
+  if (!machine.fault.empty()) status = {719, "cudaErrorLaunchFailure", machine.fault};
+}
+
+}  // namespace fused_dni::emulation

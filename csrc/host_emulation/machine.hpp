@@ -1,0 +1,127 @@
+// The machine that runs kernels on a CPU: blocks, threads, what they wait for, and faults.
+//
+// fibers.cpp runs all threads of all blocks as fibers of the calling thread; threads.cpp
+// (-DFUSED_DNI_EMULATED_THREADS) gives each of them a thread of the system, for ThreadSanitizer.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#if defined(FUSED_DNI_EMULATED_THREADS)
+#include <condition_variable>
+#include <mutex>
+#define FUSED_DNI_PER_THREAD thread_local
+#else
+#define FUSED_DNI_PER_THREAD
+#endif
+
+#include "../cuda/status.hpp"
+
+namespace fused_dni::emulation {
+
+using cuda::Status;
+
+struct Settings {
+  std::uint64_t seed = 0;         // of the order of fibers; 0: a fixed order
+  int resident = 3;               // blocks that the device holds at once
+  int shared_limit = 227 * 1024;  // bytes of shared memory a block
+};
+Settings& settings();
+
+enum class Collective {
+  kBlockBarrier,
+  kBlockAny,
+  kWarpBarrier,
+  kShuffle,
+  kShuffleXor,
+  kMmaBf16,
+  kMmaFp16,
+  kMmaTf32,
+  kLoadMatrices,
+  kLoadMatricesTransposed
+};
+
+struct Thread;
+
+// Where the threads of a block or a warp wait for one another.
+struct Meeting {
+  int expected = 0;
+  int arrived = 0;
+  Collective what{};
+  bool vote = false;          // of any of them
+  Thread* waiting = nullptr;  // a list through Thread::next
+  void* lanes[32] = {};       // what each lane of a warp brought
+#if defined(FUSED_DNI_EMULATED_THREADS)
+  std::mutex mutex;
+  std::condition_variable released;
+#endif
+};
+
+// Meetings alternate between two. A thread that wakes late from one then does not touch what an
+// early one has done in the next, which under ThreadSanitizer would order the two.
+struct Meetings {
+  Meeting parity[2];
+};
+
+struct Block {
+  int index = 0;
+  unsigned char* shared = nullptr;
+  Meetings meetings;
+};
+
+struct Thread {
+  int index = 0;
+  Block* block = nullptr;
+  Meetings* warp = nullptr;
+  unsigned block_meetings = 0, warp_meetings = 0;  // how many it came to
+  Meeting* waits = nullptr;
+  Thread* next = nullptr;
+  bool vote = false, pausing = false, returned = false;
+  void* stack_pointer = nullptr;  // of a fiber that does not run
+};
+
+// One launch at a time.
+struct Launch {
+  void (*call)(const void* kernel, const void* arguments) = nullptr;
+  const void* kernel = nullptr;
+  const void* arguments = nullptr;
+  int blocks = 0, threads = 0, shared = 0;
+};
+
+struct Machine {
+  Launch launch;
+  std::vector<Block> block;
+  std::vector<Meetings> warp;
+  std::vector<Thread> thread;
+  std::atomic<std::uint64_t> progress{0};  // grows with whatever may end another thread's wait
+  std::atomic<bool> stalled{false};        // no thread can go on
+  std::string fault;                       // what the first thread at fault did
+};
+extern Machine machine;
+extern FUSED_DNI_PER_THREAD Thread* current;
+
+// A block's shared memory is followed, at this distance, by a byte for each of its bytes: whether
+// it was written.
+constexpr int kShadow = 256 * 1024;
+
+// Ends the launch. The text goes on from the thread's position.
+[[noreturn, gnu::format(printf, 1, 2)]] void fault(const char* format, ...);
+
+using Finish = void (*)(void* const* lanes);
+// Waits for the other lanes; the last to come calls `finish` with what they brought.
+void meet_warp(Collective what, void* brought, Finish finish);
+// Whether any thread of the block voted so.
+bool meet_block(Collective what, bool vote);
+void pause();
+
+Status check_configuration(int blocks, int threads, int shared);
+void run(const Launch& launch, Status& status);
+
+// Of the scheduler.
+void run_threads();
+[[noreturn]] void stop();  // after a fault
+void wait(Meeting& meeting);
+void release(Meeting& meeting);
+
+}  // namespace fused_dni::emulation
