@@ -1,0 +1,221 @@
+// What kernels share: the grid's barrier, sums over a block, activation functions, update rules.
+// Formulas as in kernels/common.py and fused_dni/reference.
+#pragma once
+
+#include <cmath>
+
+#include "device.cuh"
+
+namespace fused_dni::cuda {
+
+// ---- Waiting for all blocks -----------------------------------------------------------------------
+
+// Waits until all blocks of a cooperative launch are here; what a block wrote before is visible to
+// every block behind. `state` is one int that is zero before its first use and needs no attention
+// afterwards: every round adds exactly 2^31 to it, so that its low bits count arrivals and return
+// to zero, and its top bit is the generation, which changes when all have come. A block that still
+// waits for a generation has not arrived at the next one (tests/test_triton_barrier.py has the
+// proof, of the same barrier).
+FUSED_DNI_DEVICE void grid_barrier(int* state) {
+  block_barrier();
+  if (thread() == 0) {
+    const unsigned top = 0x80000000u;
+    const int arrival =
+        block() == 0 ? static_cast<int>(top - static_cast<unsigned>(blocks() - 1)) : 1;
+    const int before = atomic_add_acquire_release(state, arrival);
+    while ((static_cast<unsigned>(load_acquire(state) ^ before) & top) == 0) pause();
+  }
+  block_barrier();
+}
+
+// ---- Sums and maxima, in an order that depends on the number of threads alone ---------------------
+
+FUSED_DNI_DEVICE float larger_of(float a, float b) { return a > b || std::isnan(a) ? a : b; }
+
+template <class T>
+FUSED_DNI_DEVICE T warp_sum(T value) {
+  FUSED_DNI_UNROLL
+  for (int apart = 16; apart > 0; apart /= 2) value += shuffle_xor(value, apart);
+  return value;
+}
+// NaN if any is.
+FUSED_DNI_DEVICE float warp_max(float value) {
+  FUSED_DNI_UNROLL
+  for (int apart = 16; apart > 0; apart /= 2) value = larger_of(value, shuffle_xor(value, apart));
+  return value;
+}
+
+// Of all threads of the block, to all of them; the barrier before lets shared memory be in use.
+template <class T>
+FUSED_DNI_DEVICE T block_sum(T value, SharedArena arena) {
+  const Shared<T> parts = arena.take<T>(32);
+  value = warp_sum(value);
+  block_barrier();
+  if (lane() == 0) parts.store(warp(), value);
+  block_barrier();
+  T sum = parts.load(0);
+  for (int i = 1; i < threads() / 32; ++i) sum += parts.load(i);
+  block_barrier();
+  return sum;
+}
+FUSED_DNI_DEVICE float block_max(float value, SharedArena arena) {
+  const Shared<float> parts = arena.take<float>(32);
+  value = warp_max(value);
+  block_barrier();
+  if (lane() == 0) parts.store(warp(), value);
+  block_barrier();
+  float largest = parts.load(0);
+  for (int i = 1; i < threads() / 32; ++i) largest = larger_of(largest, parts.load(i));
+  block_barrier();
+  return largest;
+}
+
+// The magnitude of a number, infinity for NaN: what is not finite compares as such.
+FUSED_DNI_DEVICE float magnitude(float value) {
+  return std::isnan(value) ? INFINITY : std::fabs(value);
+}
+
+// ---- Activation functions: fused_dni.reference.activation ----------------------------------------
+
+// In the order of fused_dni.backends.base.ACTIVATIONS.
+enum Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kMish };
+
+// Whether the derivative is a function of the output (FROM_OUTPUT).
+FUSED_DNI_BOTH bool from_output(int activation) {
+  return activation == kIdentity || activation == kRelu || activation == kTanh ||
+         activation == kSigmoid;
+}
+
+FUSED_DNI_DEVICE float sigmoid(float x) {
+  const float decay = expf(-fabsf(x));
+  return (x < 0.0f ? decay : 1.0f) / (1.0f + decay);
+}
+FUSED_DNI_DEVICE float softplus(float x) {
+  return (x > 0.0f || std::isnan(x) ? x : 0.0f) + log1pf(expf(-fabsf(x)));
+}
+
+inline constexpr float kInvSqrt2 = 0.70710678118654752f;
+inline constexpr float kInvSqrt2Pi = 0.39894228040143268f;
+inline constexpr float kSqrt2OverPi = 0.79788456080286536f;
+inline constexpr float kGeluCubic = 0.044715f;
+
+// phi(y).
+FUSED_DNI_DEVICE float activate(float y, int activation) {
+  switch (activation) {
+    case kRelu: return y < 0.0f ? 0.0f : y;  // NaN stays NaN
+    case kGelu: return y * 0.5f * (1.0f + erff(y * kInvSqrt2));
+    case kGeluTanh: return y * 0.5f * (1.0f + tanhf((y + y * y * y * kGeluCubic) * kSqrt2OverPi));
+    case kSilu: return y * sigmoid(y);
+    case kTanh: return tanhf(y);
+    case kSigmoid: return sigmoid(y);
+    case kSoftplus: return softplus(y);
+    case kMish: return y * tanhf(softplus(y));
+    default: return y;
+  }
+}
+
+// phi'; from h alone where from_output, y is not read then.
+FUSED_DNI_DEVICE float slope(float y, float h, int activation) {
+  switch (activation) {
+    case kRelu: return h > 0.0f ? 1.0f : 0.0f;
+    case kTanh: return 1.0f - h * h;
+    case kSigmoid: return h * (1.0f - h);
+    case kGelu: return 0.5f * (1.0f + erff(y * kInvSqrt2)) + y * kInvSqrt2Pi * expf(-0.5f * y * y);
+    case kGeluTanh: {
+      const float t = tanhf((y + y * y * y * kGeluCubic) * kSqrt2OverPi);
+      const float inner = (1.0f + 3.0f * (y * y * kGeluCubic)) * kSqrt2OverPi;
+      return 0.5f * (1.0f + t) + 0.5f * y * (1.0f - t * t) * inner;
+    }
+    case kSilu: {
+      const float s = sigmoid(y);
+      return s * (1.0f + y * (1.0f - s));
+    }
+    case kSoftplus: return sigmoid(y);
+    case kMish: {
+      const float t = tanhf(softplus(y));
+      return t + y * (1.0f - t * t) * sigmoid(y);
+    }
+    default: return 1.0f;
+  }
+}
+
+// ---- Update rules: fused_dni.reference.rules ------------------------------------------------------
+
+// In the order of fused_dni.backends.base.RULES.
+enum RuleKind { kNoRule = -1, kSgd, kAdam, kAdamW };
+
+// Indices into a rule's hyper-parameters: fused_dni.backends.base.RuleTensors.
+enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kStep, kSkipped };
+
+// What a rule multiplies by in one step, from hyper-parameters in double, where 1 - beta and the
+// corrections still have their digits.
+struct RuleFactors {
+  int kind;
+  bool nesterov;
+  float lr;            // adam: over 1 - beta1^t
+  float beta1, beta2;  // beta1 is SGD's momentum
+  float rest1, rest2;  // 1 - beta
+  float root;          // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float decay;  // L2 penalty; adamw: what decoupled decay leaves of a parameter
+};
+
+// `step` counts this one too.
+FUSED_DNI_DEVICE RuleFactors rule_factors(const double* hyper, double step, int kind,
+                                          bool nesterov) {
+  RuleFactors f{};
+  const double lr = hyper[kLr], beta1 = hyper[kBeta1], beta2 = hyper[kBeta2];
+  f.kind = kind;
+  f.nesterov = nesterov;
+  f.lr = static_cast<float>(lr);
+  f.beta1 = static_cast<float>(beta1);
+  f.decay = static_cast<float>(hyper[kWeightDecay]);
+  if (kind == kSgd) return f;
+  f.lr = static_cast<float>(lr / (1.0 - pow(beta1, step)));
+  f.beta2 = static_cast<float>(beta2);
+  f.rest1 = static_cast<float>(1.0 - beta1);
+  f.rest2 = static_cast<float>(1.0 - beta2);
+  f.root = static_cast<float>(1.0 / sqrt(1.0 - pow(beta2, step)));
+  f.eps = static_cast<float>(hyper[kEps]);
+  if (kind == kAdamW) f.decay = static_cast<float>(1.0 - lr * hyper[kWeightDecay]);
+  return f;
+}
+
+// A parameter with its moments, null where the rule keeps none; without a rule the gradient goes to
+// `gradient`.
+struct Slot {
+  float* parameter = nullptr;
+  float* first = nullptr;
+  float* second = nullptr;
+  float* gradient = nullptr;
+};
+
+// Applies the gradient of element `at`, or stores it.
+FUSED_DNI_DEVICE void settle(const Slot& slot, std::int64_t at, float g, const RuleFactors& f) {
+  if (f.kind == kNoRule) {
+    slot.gradient[at] = g;
+    return;
+  }
+  float p = slot.parameter[at];
+  if (f.kind == kAdamW)
+    p *= f.decay;
+  else
+    g += f.decay * p;
+  if (f.kind == kSgd) {
+    if (slot.first != nullptr) {
+      const float m = f.beta1 * slot.first[at] + g;
+      slot.first[at] = m;
+      g = f.nesterov ? g + f.beta1 * m : m;
+    }
+    slot.parameter[at] = p - f.lr * g;
+    return;
+  }
+  float m = slot.first[at], v = slot.second[at];
+  m += f.rest1 * (g - m);
+  v = f.beta2 * v + f.rest2 * g * g;
+  slot.first[at] = m;
+  slot.second[at] = v;
+  slot.parameter[at] = p - f.lr * (m / (sqrtf(v) * f.root + f.eps));
+}
+
+}  // namespace fused_dni::cuda

@@ -1,0 +1,20 @@
+// How an op went.
+#pragma once
+
+#include <string>
+
+namespace fused_dni::cuda {
+
+struct Status {
+  int code = 0;           // a cudaError_t; 0: no error
+  const char* name = "";  // the error's, cudaErrorNoDevice for instance
+  std::string text;       // what went wrong, as the end of a sentence that begins with the kernel
+  bool ok() const { return code == 0; }
+};
+
+// In launch.cu: on the current device, any kernel.
+int resident_blocks_of(const void* kernel, int threads, int shared, Status& status);
+void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,
+                        void* stream, Status& status);
+
+}  // namespace fused_dni::cuda
