@@ -59,8 +59,8 @@ FUSED_DNI_DEVICE int atomic_add_acquire_release(int* at, int value) {
   asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(at), "r"(value)
-               : "memory");  // clang-format off
-  return before;  // clang-format on
+               : "memory");
+  return before;
 }
 FUSED_DNI_DEVICE int load_acquire(const int* at) {
   int value;
