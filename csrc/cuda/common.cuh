@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "device.cuh"
+#include "matrix.hpp"
 
 namespace fused_dni::cuda {
 
@@ -180,15 +181,6 @@ FUSED_DNI_DEVICE RuleFactors rule_factors(const double* hyper, double step, int 
   if (kind == kAdamW) f.decay = static_cast<float>(1.0 - lr * hyper[kWeightDecay]);
   return f;
 }
-
-// A parameter with its moments, null where the rule keeps none; without a rule the gradient goes to
-// `gradient`.
-struct Slot {
-  float* parameter = nullptr;
-  float* first = nullptr;
-  float* second = nullptr;
-  float* gradient = nullptr;
-};
 
 // Applies the gradient of element `at`, or stores it.
 FUSED_DNI_DEVICE void settle(const Slot& slot, std::int64_t at, float g, const RuleFactors& f) {

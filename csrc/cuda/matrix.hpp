@@ -15,4 +15,13 @@ struct Matrix {
   std::int64_t stride = 0;
 };
 
+// A parameter with its moments, null where the rule keeps none; without a rule the gradient goes to
+// `gradient`.
+struct Slot {
+  float* parameter = nullptr;
+  float* first = nullptr;
+  float* second = nullptr;
+  float* gradient = nullptr;
+};
+
 }  // namespace fused_dni::cuda
