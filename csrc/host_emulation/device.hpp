@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "machine.hpp"
 
@@ -20,8 +21,6 @@
 #define FUSED_DNI_UNROLL
 
 namespace fused_dni::cuda {
-
-using emulation::Collective;
 
 struct bf16 {
   std::uint16_t bits;
@@ -41,9 +40,15 @@ inline int warp() { return thread() / 32; }
 
 // ---- Waiting and exchanging -----------------------------------------------------------------------
 
-inline void block_barrier() { emulation::meet_block(Collective::kBlockBarrier, false); }
-inline bool block_any(bool value) { return emulation::meet_block(Collective::kBlockAny, value); }
-inline void warp_barrier() { emulation::meet_warp(Collective::kWarpBarrier, nullptr, nullptr); }
+inline void block_barrier() { emulation::meet_block(emulation::Collective::kBlockBarrier, false); }
+inline bool block_any(bool value) {
+  return emulation::meet_block(emulation::Collective::kBlockAny, value);
+}
+inline void warp_barrier() {
+  emulation::meet_warp(emulation::Collective::kWarpBarrier, nullptr, nullptr);
+}
+
+namespace emulated {
 
 template <class T>
 struct Exchange {
@@ -51,7 +56,7 @@ struct Exchange {
   int from;
 };
 template <class T>
-T exchange(Collective what, T value, int from) {
+T exchange(emulation::Collective what, T value, int from) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   Exchange<T> mine{value, value, from % 32};
   emulation::meet_warp(what, &mine, [](void* const* lanes) {
@@ -62,13 +67,16 @@ T exchange(Collective what, T value, int from) {
   });
   return mine.received;
 }
+
+}  // namespace emulated
+
 template <class T>
 T shuffle_xor(T value, int mask) {
-  return exchange(Collective::kShuffleXor, value, lane() ^ mask);
+  return emulated::exchange(emulation::Collective::kShuffleXor, value, lane() ^ mask);
 }
 template <class T>
 T shuffle(T value, int from) {
-  return exchange(Collective::kShuffle, value, from);
+  return emulated::exchange(emulation::Collective::kShuffle, value, from);
 }
 
 // ---- Memory that several blocks see ---------------------------------------------------------------
@@ -223,6 +231,8 @@ class SharedArena {
 // Sums are in float, in the order of k; the hardware's own order and digits are not published.
 // Of a tf32 operand, as there, the low 13 bits do not count.
 
+namespace emulated {
+
 struct Fragments {
   float* d;
   const std::uint32_t* a;
@@ -272,50 +282,58 @@ struct UnpackTf32 {
   static float element(std::uint32_t word, int) { return float_of(word & 0xffffe000u); }
 };
 
+}  // namespace emulated
+
 inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  Fragments mine{d, a, b};
-  emulation::meet_warp(Collective::kMmaBf16, &mine, multiply<Unpack<bf16>, 16>);
+  emulated::Fragments mine{d, a, b};
+  emulation::meet_warp(emulation::Collective::kMmaBf16, &mine,
+                       emulated::multiply<emulated::Unpack<bf16>, 16>);
 }
 inline void mma_fp16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  Fragments mine{d, a, b};
-  emulation::meet_warp(Collective::kMmaFp16, &mine, multiply<Unpack<fp16>, 16>);
+  emulated::Fragments mine{d, a, b};
+  emulation::meet_warp(emulation::Collective::kMmaFp16, &mine,
+                       emulated::multiply<emulated::Unpack<fp16>, 16>);
 }
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  Fragments mine{d, a, b};
-  emulation::meet_warp(Collective::kMmaTf32, &mine, multiply<UnpackTf32, 8>);
+  emulated::Fragments mine{d, a, b};
+  emulation::meet_warp(emulation::Collective::kMmaTf32, &mine,
+                       emulated::multiply<emulated::UnpackTf32, 8>);
 }
+
+namespace emulated {
 
 struct MatrixRow {
   Words row;
   std::uint32_t* r;
 };
-inline std::uint32_t matrix_element(void* const* lanes, int matrix, int row, int column) {
-  const Words& words = static_cast<const MatrixRow*>(lanes[matrix * 8 + row])->row;
-  return words.word[column / 2] >> column % 2 * 16 & 0xffffu;
+template <bool kTransposed>
+void spread_matrices(void* const* lanes) {
+  const auto element = [&](int matrix, int row, int column) {
+    if (kTransposed) std::swap(row, column);
+    const Words& words = static_cast<const MatrixRow*>(lanes[matrix * 8 + row])->row;
+    return words.word[column / 2] >> column % 2 * 16 & 0xffffu;
+  };
+  for (int i = 0; i < 32; ++i)
+    for (int m = 0; m < 4; ++m)
+      static_cast<MatrixRow*>(lanes[i])->r[m] =
+          element(m, i / 4, i % 4 * 2) | element(m, i / 4, i % 4 * 2 + 1) << 16;
 }
+
+}  // namespace emulated
+
 template <class T>
 void load_matrices(std::uint32_t (&r)[4], Shared<T> from, int index) {
   static_assert(sizeof(T) == 2);
-  MatrixRow mine{from.load_words(index), r};
-  emulation::meet_warp(Collective::kLoadMatrices, &mine, [](void* const* lanes) {
-    for (int i = 0; i < 32; ++i)
-      for (int m = 0; m < 4; ++m)
-        static_cast<MatrixRow*>(lanes[i])->r[m] = matrix_element(lanes, m, i / 4, i % 4 * 2) |
-                                                  matrix_element(lanes, m, i / 4, i % 4 * 2 + 1)
-                                                      << 16;
-  });
+  emulated::MatrixRow mine{from.load_words(index), r};
+  emulation::meet_warp(emulation::Collective::kLoadMatrices, &mine,
+                       emulated::spread_matrices<false>);
 }
 template <class T>
 void load_matrices_transposed(std::uint32_t (&r)[4], Shared<T> from, int index) {
   static_assert(sizeof(T) == 2);
-  MatrixRow mine{from.load_words(index), r};
-  emulation::meet_warp(Collective::kLoadMatricesTransposed, &mine, [](void* const* lanes) {
-    for (int i = 0; i < 32; ++i)
-      for (int m = 0; m < 4; ++m)
-        static_cast<MatrixRow*>(lanes[i])->r[m] = matrix_element(lanes, m, i % 4 * 2, i / 4) |
-                                                  matrix_element(lanes, m, i % 4 * 2 + 1, i / 4)
-                                                      << 16;
-  });
+  emulated::MatrixRow mine{from.load_words(index), r};
+  emulation::meet_warp(emulation::Collective::kLoadMatricesTransposed, &mine,
+                       emulated::spread_matrices<true>);
 }
 
 // ---- Launching ------------------------------------------------------------------------------------
