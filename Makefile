@@ -7,6 +7,7 @@
 #
 # PYTHON=...    interpreter that the environment is made from (3.10 or newer)
 # PIP_ARGS=...  more options for pip, for example the index of CPU-only torch wheels
+# JOBS=...      processes that run tests (one a core); 0 for this one alone
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,6 +20,7 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+JOBS ?= auto
 
 # The first that runs (version managers leave shims that do not), is new enough and can make a venv.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 python3.10; do \
@@ -64,7 +66,7 @@ lint: $(INSTALLED)
 
 # C++ is compiled with warnings as errors by the installation itself.
 test: lint
-	@$(BIN)/python -m pytest -q $(TEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(TEST_ARGS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest bench --benchmark-only $(BENCH_ARGS)

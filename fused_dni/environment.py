@@ -49,6 +49,8 @@ VARIABLES = (
     "CUDA_HOME",
     "TRITON_INTERPRET",
     "FUSED_DNI_CACHE",
+    "FUSED_DNI_CUDA_ARCHS",
+    "FUSED_DNI_CUDA_EMULATION",
 )
 
 
@@ -138,6 +140,7 @@ def _package() -> dict[str, Any]:
         facts.update(_extension())
     except Exception as error:
         facts["C++ extension"] = f"cannot be used: {error}"
+    facts.update(_cuda_extension())
     return facts
 
 
@@ -156,6 +159,19 @@ def _extension() -> dict[str, Any]:
         if isinstance(value, (str, int, list, tuple, dict)):
             facts[f"C++ {name.replace('_', ' ')}"] = value
     return facts
+
+
+def _cuda_extension() -> dict[str, Any]:
+    """Whether the CUDA part is there, what it was built with and for."""
+    try:
+        cuda = importlib.import_module("fused_dni._cuda")
+    except ImportError as error:
+        return {"CUDA extension": f"not built (it needs nvcc at installation): {error}"}
+    return {
+        "CUDA extension": cuda.__file__,
+        "CUDA toolkit of the build": cuda.toolkit,
+        "CUDA architectures": cuda.architectures,
+    }
 
 
 def _python() -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+ROOT = Path(__file__).resolve().parents[1]
+
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are interpreted, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # And those in CUDA C++ are compiled for the CPU.
+    if "FUSED_DNI_CUDA_EMULATION" not in os.environ:
+        build = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))["build"]
+        os.environ["FUSED_DNI_CUDA_EMULATION"] = str(build(ROOT / "build" / "host_emulation"))
 
 settings.register_profile(
     "fused_dni",

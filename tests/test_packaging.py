@@ -19,10 +19,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Built once, by one of the processes that share the tests.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 
 def run(*command: object, cwd: Path) -> str:
     # Warnings of the tools are theirs; PYTHONPATH and the like must not lend the wheel anything.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    # As on a machine without nvcc; the other case is the installation that runs the tests.
+    environment["FUSED_DNI_CUDA_ARCHS"] = "none"
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -84,6 +89,7 @@ def test_wheel_holds_what_runs_and_nothing_else(distributions):
     for needed in ("fused_dni/__init__.py", "fused_dni/py.typed", "fused_dni/kernels/__init__.py"):
         assert needed in names
     assert any(re.fullmatch(r"fused_dni/_cpu\..*\.so", name) for name in names)
+    assert not any(name.startswith("fused_dni/_cuda") for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
 
 
@@ -113,6 +119,8 @@ def test_wheel_installs_the_command(installed):
     report = json.loads(run(installed / "bin" / "fused-dni", "env", "--json", cwd=installed))
     assert report["package"]["location"].startswith(str(installed))
     assert report["backends"]["cpu"] == "serves"
+    assert report["package"]["CUDA extension"].startswith("not built")
+    assert "FUSED_DNI_CUDA_ARCHS" in report["backends"]["cuda"]
 
 
 def test_editable_install_is_what_runs():

@@ -18,6 +18,7 @@ from fused_dni.backends.base import Backend
 # Name: (module, class), most preferred first.
 _KNOWN: dict[str, tuple[str, str]] = {
     "cpu": ("fused_dni.backends.cpu", "CpuBackend"),
+    "cuda": ("fused_dni.backends.cuda", "CudaBackend"),
     "triton": ("fused_dni.backends.triton", "TritonBackend"),
     "reference": ("fused_dni.reference", "ReferenceBackend"),
 }

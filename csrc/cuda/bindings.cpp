@@ -1,0 +1,43 @@
+// The Python module: fused_dni._cuda, or _cuda_emulated where the same sources run on a CPU.
+#include <pybind11/pybind11.h>
+
+#include "binding.hpp"
+
+#if defined(FUSED_DNI_EMULATED)
+#include "../host_emulation/machine.hpp"
+#define FUSED_DNI_MODULE _cuda_emulated
+#else
+#include <cuda_runtime_api.h>
+#define FUSED_DNI_MODULE _cuda
+#endif
+
+namespace fused_dni::cuda {
+
+void bind_linear(pybind11::module_& m);
+void bind_lstm(pybind11::module_& m);
+
+}  // namespace fused_dni::cuda
+
+PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
+  using namespace fused_dni::cuda;
+  m.doc() = "Kernels in CUDA C++; fused_dni/backends/cuda.py is their face.";
+  bind_error(m);
+  bind_linear(m);
+  bind_lstm(m);
+#if defined(FUSED_DNI_EMULATED)
+  m.attr("emulated") = true;
+  m.def(
+      "emulate",
+      [](std::uint64_t seed, int resident) {
+        fused_dni::emulation::settings().seed = seed;
+        fused_dni::emulation::settings().resident = resident;
+      },
+      pybind11::kw_only(), pybind11::arg("seed") = 0, pybind11::arg("resident") = 3,
+      "Set the order in which threads run (0: a fixed one) and how many blocks do at once.");
+#else
+  m.attr("emulated") = false;
+  m.attr("architectures") = FUSED_DNI_ARCHITECTURES;
+  m.attr("toolkit") =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#endif
+}

@@ -1,0 +1,117 @@
+// Launching on a device: what a launch needs to know beforehand, and what an error means.
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+
+#include "status.hpp"
+
+namespace fused_dni::cuda {
+namespace {
+
+// Errors after which the process cannot use the device any more (CUDA Runtime API, cudaError).
+bool is_sticky(cudaError_t error) {
+  switch (error) {
+    case cudaErrorECCUncorrectable:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure: return true;
+    default: return false;
+  }
+}
+
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+std::string capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return "of this device";
+  return std::to_string(major) + std::to_string(minor);
+}
+
+// Whether it went well; otherwise what to do about it, and the runtime forgets it.
+bool settled(cudaError_t error, Status& status) {
+  if (error == cudaSuccess) return true;
+  status.code = error;
+  status.name = cudaGetErrorName(error);
+  status.text = cudaGetErrorString(error);
+  if (is_sticky(error)) {
+    status.text +=
+        "; a kernel before this one, of this library or another, has failed and left the device "
+        "unusable to this process, which has to be started again (CUDA_LAUNCH_BLOCKING=1 or "
+        "compute-sanitizer tell which kernel)";
+  } else if (error == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    status.text += "; built with CUDA " + version(CUDART_VERSION) +
+                   (driver ? ", the driver is for " + version(driver) : ", no driver was found");
+  } else if (error == cudaErrorNoKernelImageForDevice) {
+    status.text += "; built for compute capabilities " FUSED_DNI_ARCHITECTURES ", not for " +
+                   capability() + ": install again with FUSED_DNI_CUDA_ARCHS set to it";
+  }
+  cudaGetLastError();
+  return false;
+}
+
+// What occupancy says never changes: kernel, device, threads, shared memory.
+using Key = std::tuple<const void*, int, int, int>;
+std::map<Key, int>& known() {
+  static std::map<Key, int> blocks;
+  return blocks;
+}
+std::mutex lock;
+
+}  // namespace
+
+int resident_blocks_of(const void* kernel, int threads, int shared, Status& status) {
+  int device = 0;
+  if (!settled(cudaGetDevice(&device), status)) return 0;
+  const Key key{kernel, device, threads, shared};
+  const std::lock_guard guard(lock);
+  if (const auto found = known().find(key); found != known().end()) return found->second;
+  int cooperative = 0, processors = 0, each = 0;
+  if (!settled(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), status))
+    return 0;
+  if (!cooperative) {
+    status.code = cudaErrorNotSupported;
+    status.name = cudaGetErrorName(cudaErrorNotSupported);
+    status.text = "this device has no cooperative launch; choose backend 'triton'";
+    return 0;
+  }
+  if (!settled(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+               status) ||
+      !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+               status) ||
+      !settled(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared),
+               status))
+    return 0;
+  if (each == 0) {
+    status.code = cudaErrorLaunchOutOfResources;
+    status.name = cudaGetErrorName(cudaErrorLaunchOutOfResources);
+    status.text = "a block of " + std::to_string(threads) + " threads with " +
+                  std::to_string(shared) + " bytes of shared memory does not fit this device";
+    return 0;
+  }
+  return known()[key] = each * processors;
+}
+
+void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,
+                        void* stream, Status& status) {
+  settled(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, shared,
+                                      static_cast<cudaStream_t>(stream)),
+          status);
+}
+
+}  // namespace fused_dni::cuda
