@@ -101,3 +101,30 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_thread(_isolated: None) -> None:
     """Small tensors: two threads that wait for each other on a busy machine take far longer."""
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The most that kernels take, from what tests recorded as "machine code": the kernel,
+    registers, stack, shared memory (bytes), tensor-core instructions, whether a bound is broken."""
+    from fused_dni import text
+
+    found: dict[str, list[list[Any]]] = {}
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "machine code":
+                found.setdefault(value[0], []).append(value)
+    if not found:
+        return
+    header = [
+        "kernel", "specimens", "registers", "stack B", "shared KiB", "tensor cores", "broken"
+    ]  # fmt: skip
+    rows = []
+    for kernel, codes in sorted(found.items()):
+        _, registers, stacks, shared, cores, broken = zip(*codes, strict=True)
+        names = sorted({name for one in cores for name in one})
+        rows.append([
+            kernel, str(len(codes)), str(max(registers)), str(max(stacks)),
+            f"{max(shared) / 1024:.1f}", "+".join(names) or "-", str(sum(broken)),
+        ])  # fmt: skip
+    terminalreporter.section("machine code: the most that a specimen takes")
+    terminalreporter.write_line(text.table(header, rows))

@@ -22,8 +22,6 @@ import pytest
 import torch
 from fused_dni.kernels import aot
 
-from fused_dni import text
-
 TESTS = Path(__file__).parent
 # What has to be in a specimen's name, by architecture: all of them take minutes of a processor.
 MATCH = {80: "bf16", 90: "", 100: "bf16"}
@@ -32,6 +30,9 @@ CASES = [
     for architecture, match in MATCH.items()
     for specimen in aot.find_specimens((), architecture, match)
 ]
+
+# One process compiles everything, once.
+pytestmark = pytest.mark.xdist_group("triton compiled")
 
 
 class Compiled(NamedTuple):
@@ -63,49 +64,13 @@ def compiled(architecture: int, match: str, folder: Path, *modules: str) -> Comp
     return Compiled(done.returncode, done.stdout, found)
 
 
-class Digest:
-    """Lines at the end of pytest's report."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[str]] = []
-
-    def add(self, architecture: int, made: Compiled) -> None:
-        outcomes = made.outcomes.values()
-        for kernel in dict.fromkeys(o["kernel"] for o in outcomes):
-            own = [o for o in outcomes if o["kernel"] == kernel]
-            codes = [o["code"] for o in own if o["code"] is not None]
-            cores = {name for code in codes for name in code["tensor_cores"]}
-            self.rows.append([
-                f"{kernel}, sm_{architecture}",
-                str(len(own)),
-                str(max((code["registers"] for code in codes), default=0)),
-                str(max((code["stack"] for code in codes), default=0)),
-                f"{max((code['shared'] for code in codes), default=0) / 1024:.1f}",
-                "+".join(sorted(cores)) or "-",
-                str(sum(bool(o["broken"]) for o in own)),
-            ])  # fmt: skip
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        header = [
-            "kernel", "specimens", "registers", "stack B", "shared KiB", "tensor cores", "broken"
-        ]  # fmt: skip
-        terminalreporter.section("machine code: the most that a specimen takes (all: pytest -s)")
-        terminalreporter.write_line(text.table(header, self.rows))
-
-
 @pytest.fixture(scope="module")
-def kernels(
-    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Callable[[int], Compiled]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Compiled]:
     """All kernels, compiled for an architecture when it is first asked for."""
-    digest = Digest()
-    pytestconfig.pluginmanager.register(digest)
 
     @functools.cache
     def made(architecture: int) -> Compiled:
-        found = compiled(architecture, MATCH[architecture], tmp_path_factory.mktemp("compiled"))
-        digest.add(architecture, found)
-        return found
+        return compiled(architecture, MATCH[architecture], tmp_path_factory.mktemp("compiled"))
 
     return made
 
@@ -113,10 +78,18 @@ def kernels(
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "kernel", "specimen"), CASES)
 def test_machine_code_keeps_to_its_bounds(
-    kernels: Callable[[int], Compiled], architecture: int, kernel: str, specimen: str
+    kernels: Callable[[int], Compiled],
+    architecture: int,
+    kernel: str,
+    specimen: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """No spills beyond the bound, a block's memory, tensor cores, 128-bit loads, grid barriers."""
     outcome = kernels(architecture).outcomes[kernel, specimen]
+    if outcome["code"] is not None:
+        figures = [outcome["code"][name] for name in ("registers", "stack", "shared")]
+        found = [*figures, outcome["code"]["tensor_cores"], bool(outcome["broken"])]
+        record_property("machine code", [f"{kernel}, sm_{architecture}", *found])
     assert not outcome["broken"], outcome
 
 
