@@ -113,15 +113,15 @@ unsigned char* shared_memory(int blocks) {
 }  // namespace
 
 void fault(const char* format, ...) {
-  std::va_list values;
-  va_start(values, format);
-  std::string what = text(format, values);
-  va_end(values);
   static std::mutex mutex;
-  {
+  {  // nothing may be left to destroy: a fiber does not come back from stop()
     const std::lock_guard lock(mutex);
+    std::va_list values;
+    va_start(values, format);
     if (machine.fault.empty())
-      machine.fault = text("block %d, thread %d: ", current->block->index, current->index) + what;
+      machine.fault = text("block %d, thread %d: ", current->block->index, current->index) +
+                      text(format, values);
+    va_end(values);
   }
   stop();
 }
