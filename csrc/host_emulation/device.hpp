@@ -241,10 +241,10 @@ struct Fragments {
 
 template <class Unpack, int kDepth>
 void multiply(void* const* lanes) {
-  constexpr int kPack = kDepth / 8;  // elements a word
-  using Row = float __attribute__((vector_size(32)));
+  constexpr int kPack = kDepth / 8;                     // elements a word
+  using Four = float __attribute__((vector_size(16)));  // what any x86-64 and AArch64 has
   float a[16][kDepth];
-  Row b[kDepth];
+  alignas(16) float b[kDepth][8];
   for (int i = 0; i < 32; ++i) {
     const auto& mine = *static_cast<const Fragments*>(lanes[i]);
     const int g = i / 4, t = i % 4;
@@ -257,18 +257,21 @@ void multiply(void* const* lanes) {
       }
   }
   for (int row = 0; row < 16; ++row) {
-    Row sum;
-    for (int t = 0; t < 4; ++t) {
-      const float* d = static_cast<const Fragments*>(lanes[row % 8 * 4 + t])->d + row / 8 * 2;
-      sum[2 * t] = d[0];
-      sum[2 * t + 1] = d[1];
+    alignas(16) float sum[8];
+    const auto d = [&](int t) {
+      return static_cast<const Fragments*>(lanes[row % 8 * 4 + t])->d + row / 8 * 2;
+    };
+    for (int t = 0; t < 4; ++t) std::memcpy(sum + 2 * t, d(t), 2 * sizeof(float));
+    for (int column = 0; column < 8; column += 4) {
+      Four total, factors;
+      std::memcpy(&total, sum + column, sizeof total);
+      for (int k = 0; k < kDepth; ++k) {
+        std::memcpy(&factors, b[k] + column, sizeof factors);
+        total += a[row][k] * factors;
+      }
+      std::memcpy(sum + column, &total, sizeof total);
     }
-    for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k];
-    for (int t = 0; t < 4; ++t) {
-      float* d = static_cast<const Fragments*>(lanes[row % 8 * 4 + t])->d + row / 8 * 2;
-      d[0] = sum[2 * t];
-      d[1] = sum[2 * t + 1];
-    }
+    for (int t = 0; t < 4; ++t) std::memcpy(d(t), sum + 2 * t, 2 * sizeof(float));
   }
 }
 
