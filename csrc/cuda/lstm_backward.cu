@@ -1,0 +1,308 @@
+// A window's backward: what arrives at its end, with the synthetic gradient; from the top layer
+// down the steps and the products for the layer below; then all weights' gradients.
+#include "lstm.cuh"
+
+namespace fused_dni::cuda {
+namespace {
+
+enum EndsKind { kDense, kLowRank, kDiagonal };  // SYNTHESIZERS
+
+// ---- Where a window's backward starts -------------------------------------------------------------
+
+// A row's final state as one of 2 L pieces, h_0, c_0, h_1, c_1, ...: of features [piece * H, ...).
+template <class X>
+FUSED_DNI_DEVICE const X* end_piece(const LSTMBackward& a, int piece) {
+  const std::int64_t state = static_cast<std::int64_t>(a.sizes.batch) * a.sizes.size;
+  return static_cast<const X*>(piece % 2 == 0 ? a.ends.h : a.ends.c) + piece / 2 * state;
+}
+
+// Stores what a feature of a row starts from: `predicted` of the synthesizer, but for its bias, and
+// what arrives there.
+template <class X>
+FUSED_DNI_DEVICE void store_start(const LSTMBackward& a, int row, int feature, float predicted) {
+  const LSTMSizes& s = a.sizes;
+  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
+  const int piece = feature / s.size;
+  const std::int64_t at =
+      piece / 2 * state + row * static_cast<std::int64_t>(s.size) + feature % s.size;
+  const X* arrives = static_cast<const X*>(piece % 2 == 0 ? a.grad_h : a.grad_c);
+  float start = arrives != nullptr ? to_float(arrives[at]) : 0.0f;
+  if (a.ends.kind >= 0 && !(a.ends.ended != nullptr && a.ends.ended[row])) {
+    if (a.ends.bias != nullptr) predicted += a.ends.bias[feature];
+    start += predicted * a.ends.factor;
+  }
+  a.start[piece % 2 * s.layers * state + at] = start;
+}
+
+template <class Op, class X>
+FUSED_DNI_DEVICE void start(const LSTMBackward& a) {
+  using D = typename Op::Element;
+  const LSTMSizes& s = a.sizes;
+  const LSTMEnds& ends = a.ends;
+  const SharedArena arena;
+  const int features = 2 * s.layers * s.size;
+  if (ends.kind == kDense || ends.kind == kLowRank) {
+    // The final states times the rows of a matrix, summed over their pieces.
+    const bool low = ends.kind == kLowRank;
+    const float* part = low ? ends.down : ends.weight;
+    D* reduced = static_cast<D*>(ends.reduced);
+    const int columns = low ? ends.rank : features;
+    const int down = (s.batch + 63) / 64, count = down * ((columns + 63) / 64);
+    for (int i = block(); i < count; i += blocks()) {
+      const int row = i % down * 64, column = i / down * 64;
+      typename Square<Op>::Sum sum;
+      for (int piece = 0; piece < 2 * s.layers; ++piece)
+        Square<Op>::run(sum, arena, Along<X>{end_piece<X>(a, piece), s.size, s.batch}, row,
+                        Along<float>{part + piece * s.size, features, columns}, column, s.size);
+      Square<Op>::each(sum, [&](int r, int c, float value) {
+        if (row + r >= s.batch || column + c >= columns) return;
+        if (low)
+          reduced[static_cast<std::int64_t>(row + r) * columns + column + c] = from_float<D>(value);
+        else
+          store_start<X>(a, row + r, column + c, value);
+      });
+    }
+    if (!low) return;
+    grid_barrier(a.barrier);
+    Turn turn;
+    multiply<Op>(
+        arena, turn, Along<D>{reduced, ends.rank, s.batch},
+        Along<float>{ends.weight, ends.rank, features}, ends.rank,
+        [&](int row, int feature, float value) { store_start<X>(a, row, feature, value); });
+  } else {
+    each_element(static_cast<std::int64_t>(s.batch) * features, [&](std::int64_t i) {
+      const int row = static_cast<int>(i / features), feature = static_cast<int>(i % features);
+      float predicted = 0.0f;
+      if (ends.kind == kDiagonal)
+        predicted =
+            ends.weight[feature] *
+            to_float(end_piece<X>(
+                a, feature / s.size)[static_cast<std::int64_t>(row) * s.size + feature % s.size]);
+      store_start<X>(a, row, feature, predicted);
+    });
+  }
+}
+
+// ---- What the layers have read --------------------------------------------------------------------
+
+template <class X>
+FUSED_DNI_DEVICE const X* hidden_of(const LSTMBackward& a, int k) {
+  return static_cast<const X*>(a.hidden) +
+         k * a.apart * static_cast<std::int64_t>(a.sizes.batch) * a.sizes.size;
+}
+
+// The input of layer k [T, B, I or H]; staged where rows have ended, behind which x may hold
+// anything, and where there was dropout.
+template <class X>
+FUSED_DNI_DEVICE const X* input_of(const LSTMBackward& a, int k) {
+  if (a.staged[k] != nullptr) return static_cast<const X*>(a.staged[k]);
+  if (k == 0) return static_cast<const X*>(a.x);
+  return hidden_of<X>(a, k - 1) + static_cast<std::int64_t>(a.sizes.batch) * a.sizes.size;
+}
+
+template <class X>
+FUSED_DNI_DEVICE void stage_inputs(const LSTMBackward& a) {
+  const LSTMSizes& s = a.sizes;
+  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
+  for (int k = 0; k < s.layers; ++k) {
+    X* to = static_cast<X*>(a.staged[k]);
+    if (to == nullptr) continue;
+    if (k == 0) {
+      const X* x = static_cast<const X*>(a.x);
+      each_element(static_cast<std::int64_t>(s.steps) * s.batch * s.in, [&](std::int64_t i) {
+        const std::int64_t row = i / s.in;
+        to[i] = row / s.batch < a.lengths[row % s.batch] ? x[i] : from_float<X>(0.0f);
+      });
+    } else {
+      const X* mask = static_cast<const X*>(a.dropout[k - 1]);
+      const X* below = hidden_of<X>(a, k - 1) + state;
+      each_element(s.steps * state, [&](std::int64_t i) {
+        to[i] = from_float<X>(to_float(below[i]) * to_float(mask[i]));
+      });
+    }
+  }
+}
+
+// ---- Steps ----------------------------------------------------------------------------------------
+
+template <class X, class D>
+struct BackwardLayer {
+  const X *before, *after, *gates;  // c before each step and behind it
+  const X* given;                   // the gradient at the hidden states of the last layer, or null
+  const D* above;                   // of the others
+  const float *start_h, *start_c;
+  D* delta;
+  X *d_h, *d_c;
+};
+
+template <class X, class D>
+FUSED_DNI_DEVICE BackwardLayer<X, D> backward_layer(const LSTMBackward& a, int k) {
+  const LSTMSizes& s = a.sizes;
+  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
+  const bool top = k == s.layers - 1;
+  BackwardLayer<X, D> layer;
+  layer.before = static_cast<const X*>(a.before) + k * a.apart * state;
+  layer.after = static_cast<const X*>(a.after) + k * a.apart * state;
+  layer.gates = static_cast<const X*>(a.gates) + 4 * k * s.steps * state;
+  layer.given = top ? static_cast<const X*>(a.grad_output) : nullptr;
+  layer.above = top ? nullptr : static_cast<const D*>(a.above);
+  layer.start_h = a.start + k * state;
+  layer.start_c = a.start + (s.layers + k) * state;
+  layer.delta = static_cast<D*>(a.delta) + 4 * k * s.steps * state;
+  layer.d_h = static_cast<X*>(a.d_h) + k * state;
+  layer.d_c = static_cast<X*>(a.d_c) + k * state;
+  return layer;
+}
+
+// What a step needs of a pair besides its product; asked for before that. Zeros where the row has
+// ended, in which case nothing else may be read.
+struct BackwardAhead {
+  float gate[4], before, after;
+  float dh;  // but for the product
+  float dc;
+  bool alive;
+};
+
+template <class X, class D>
+FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
+                                          const Pair& pair, int t) {
+  BackwardAhead ahead{};
+  if (!pair.there) return ahead;
+  const LSTMSizes& s = a.sizes;
+  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
+  const std::int64_t length = a.lengths != nullptr ? a.lengths[pair.row] : s.steps;
+  ahead.dc = (t == s.steps - 1 ? layer.start_c : a.carry)[pair.state];
+  ahead.alive = t >= 0 && t < length;
+  if (!ahead.alive) return ahead;
+  const std::int64_t at = t * state + pair.state;
+  FUSED_DNI_UNROLL
+  for (int q = 0; q < 4; ++q)
+    ahead.gate[q] = to_float(layer.gates[4 * t * state + pair.gate + q * s.size]);
+  ahead.before = to_float(layer.before[at]);
+  ahead.after = to_float(layer.after[at]);
+  if (layer.given != nullptr) ahead.dh = to_float(layer.given[at]);
+  if (layer.above != nullptr) ahead.dh = to_float(layer.above[at]);
+  if (t == length - 1) ahead.dh += layer.start_h[pair.state];
+  return ahead;
+}
+
+// The step of a pair, `dh` being the product's.
+template <class X, class D>
+FUSED_DNI_DEVICE void step(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
+                           const Pair& pair, const BackwardAhead& ahead, int t, float dh) {
+  if (t < 0) {
+    layer.d_h[pair.state] = from_float<X>(dh);
+    layer.d_c[pair.state] = from_float<X>(ahead.dc);
+    return;
+  }
+  const int size = a.sizes.size;
+  dh += ahead.dh;
+  const float i = ahead.gate[0], f = ahead.gate[1], g = ahead.gate[2], o = ahead.gate[3];
+  const float shown = tanhf(ahead.after), e = ahead.dc + dh * o * (1.0f - shown * shown);
+  const float delta[4] = {e * g * i * (1.0f - i), e * ahead.before * f * (1.0f - f),
+                          e * i * (1.0f - g * g), dh * shown * o * (1.0f - o)};
+  D* to = layer.delta + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size + pair.gate;
+  FUSED_DNI_UNROLL
+  for (int q = 0; q < 4; ++q) to[q * size] = from_float<D>(ahead.alive ? delta[q] : 0.0f);
+  a.carry[pair.state] = ahead.alive ? e * f : ahead.dc;
+}
+
+template <class Op, class X>
+FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
+  using D = typename Op::Element;
+  const LSTMSizes& s = a.sizes;
+  const BackwardLayer<X, D> layer = backward_layer<X, D>(a, k);
+  SliceProduct<Op, 1> product(SharedArena(), a.plan.tiles, 4 * s.size);
+  if (a.plan.on_chip)
+    product.set(backward_slice(a.layer[k].hh, block() % a.plan.slices, s.size), true);
+  for (int t = s.steps - 1; t >= -1; --t) {
+    each_batch(
+        a.plan, s.batch,
+        [&](int slice) {
+          if (!a.plan.on_chip) product.set(backward_slice(a.layer[k].hh, slice, s.size), false);
+        },
+        [&](int first, int end, int slice) {
+          const Pair pair = own_pair(a.plan, first, end, slice, s.size);
+          const BackwardAhead ahead = look_ahead(a, layer, pair, t);
+          const bool behind = t + 1 < s.steps;
+          if (behind) {
+            const std::int64_t row = static_cast<std::int64_t>(t + 1) * s.batch + first;
+            product.run(layer.delta + row * 4 * s.size, end - first);
+            block_barrier();
+          }
+          if (pair.there)
+            step(a, layer, pair, ahead, t,
+                 behind ? product.sum(pair.local, pair.unit % kUnits) : 0.0f);
+          block_barrier();
+        });
+    if (t >= 0) grid_barrier(a.barrier);
+  }
+}
+
+template <class Op, class X>
+FUSED_DNI_KERNEL(kThreads)
+backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
+  using D = typename Op::Element;
+  const LSTMSizes& s = a.sizes;
+  const SharedArena arena;
+  const int rows = s.steps * s.batch, gates = 4 * s.size;
+  start<Op, X>(a);
+  if (a.need_weights) stage_inputs<X>(a);
+  grid_barrier(a.barrier);
+  Turn turn;
+  for (int k = s.layers - 1; k >= 0; --k) {
+    steps<Op, X>(a, k);
+    const D* delta = backward_layer<X, D>(a, k).delta;
+    if (k == 0 && !a.need_dx) break;
+    const int in = k == 0 ? s.in : s.size;
+    const X* mask = k == 0 ? nullptr : static_cast<const X*>(a.dropout[k - 1]);
+    multiply<Op>(arena, turn, Along<D>{delta, gates, rows}, Across<float>{a.layer[k].ih, in, in},
+                 gates, [&](int row, int column, float value) {
+                   const std::int64_t at = static_cast<std::int64_t>(row) * in + column;
+                   if (k == 0)
+                     static_cast<X*>(a.dx)[at] = from_float<X>(value);
+                   else
+                     static_cast<D*>(a.above)[at] =
+                         from_float<D>(mask != nullptr ? value * to_float(mask[at]) : value);
+                 });
+    if (k > 0) grid_barrier(a.barrier);
+  }
+  for (int i = 0; a.need_weights && i < 2 * s.layers; ++i) {
+    const int k = i / 2, columns = i == 0 ? s.in : s.size;
+    const bool of_hidden = i % 2 != 0;
+    const D* delta = backward_layer<X, D>(a, k).delta;
+    const LSTMGradient& to = a.gradient[k];
+    weight_gradient<Op>(
+        arena, turn, delta, of_hidden ? hidden_of<X>(a, k) : input_of<X>(a, k), gates, columns,
+        rows, [&](int row, int column, float value) {
+          (of_hidden ? to.hh : to.ih)[static_cast<std::int64_t>(row) * columns + column] = value;
+        });
+    if (of_hidden && to.bias != nullptr)
+      bias_gradient(arena, turn, delta, gates, rows,
+                    [&](int column, float value) { to.bias[column] = value; });
+  }
+}
+
+template <class Op, class X>
+Status launch_backward(const LSTMBackward& a) {
+  const auto tiles = [](std::int64_t rows, std::int64_t columns) {
+    return (rows + 63) / 64 * ((columns + 63) / 64);
+  };
+  const std::int64_t rows = std::int64_t{a.sizes.steps} * a.sizes.batch, gates = 4 * a.sizes.size;
+  const std::int64_t below = a.sizes.layers > 1 || a.need_dx ? tiles(rows, a.sizes.size) : 0;
+  const std::int64_t weights = a.need_weights ? 2 * a.sizes.layers * tiles(gates, a.sizes.size) : 0;
+  return launch_window<Op, 1>(backward_kernel<Op, X>, a, 4 * a.sizes.size, a.delta,
+                              std::max(below, weights));
+}
+
+}  // namespace
+
+Status lstm_backward(const LSTMBackward& a) {
+  switch (a.type) {
+    case kBfloat16: return launch_backward<Bf16, bf16>(a);
+    case kFloat16: return launch_backward<Tf32, fp16>(a);
+    default: return a.exact ? launch_backward<Fp32, float>(a) : launch_backward<Tf32, float>(a);
+  }
+}
+
+}  // namespace fused_dni::cuda
