@@ -1,0 +1,83 @@
+// What a synthesizer predicts, tile by tile: for the linear layer's step and for the synthesizer's
+// own ops. Formulas: fused_dni.reference.synthesizer.
+#pragma once
+
+#include "synthesizer.hpp"
+#include "tile.cuh"
+
+namespace fused_dni::cuda {
+
+// out[n, r] = sum over o of a[n, o] b[o * along + r * across], for all n < rows, r < rank: a warp
+// has a row and a few r at a time, and goes through the whole depth. Returns the largest magnitude.
+template <class T>
+FUSED_DNI_DEVICE float reduce_rows(float* out, const T* a, const float* b, std::int64_t along,
+                                   std::int64_t across, int rows, int rank, int depth) {
+  constexpr int kFew = 4;
+  const int groups = ceil_div(rank, kFew), warps = kThreads / 32;
+  float largest = 0.0f;
+  for (int index = block() * warps + warp(); index < rows * groups; index += blocks() * warps) {
+    const int n = index / groups, first = index % groups * kFew;
+    const T* line = a + std::int64_t{n} * depth;
+    float sums[kFew] = {};
+    for (int o = lane(); o < depth; o += 32) {
+      const float value = to_float(line[o]);
+      FUSED_DNI_UNROLL
+      for (int i = 0; i < kFew; ++i)
+        if (first + i < rank) sums[i] += value * b[o * along + (first + i) * across];
+    }
+    FUSED_DNI_UNROLL
+    for (int i = 0; i < kFew; ++i) {
+      const float sum = warp_sum(sums[i]);
+      largest = fmaxf(largest, magnitude(sum));
+      if (lane() == 0 && first + i < rank) out[std::int64_t{n} * rank + first + i] = sum;
+    }
+  }
+  return largest;
+}
+
+// h U^T, all of it.
+template <class X>
+FUSED_DNI_DEVICE void reduce(const Synthesizer& s, const X* h, int rows, int outputs) {
+  reduce_rows(s.reduced, h, s.down, 1, outputs, rows, s.rank, outputs);
+}
+
+// M(h). A class index that there is not makes its row NaN, so that whatever is made of it is
+// skipped and counted. Begins with a barrier.
+template <class P, class X>
+FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthesizer& s,
+                                   const X* h, const Place<TileOf<P>>& at) {
+  using T = TileOf<P>;
+  using Wide = Operand<float, Lies::kAlong>;
+  const int rows = at.rows, outputs = at.columns;
+  const bool column = at.has_column();
+  if (s.source == kDense) {
+    multiply<P>(m, arena, Operand<X, Lies::kAlong>{h, outputs, rows}, at.row,
+                Wide{s.weight, outputs, outputs}, at.column, outputs);
+  } else if (s.source == kLowRank) {
+    multiply<P>(m, arena, Wide{s.reduced, s.rank, rows}, at.row, Wide{s.weight, s.rank, outputs},
+                at.column, s.rank);
+  } else {
+    const float a = column ? s.weight[at.c()] : 0.0f;
+    FUSED_DNI_BY_FOUR
+    for (int i = 0; i < T::kEach; ++i) m.value[i] = at.inside(i) ? to_float(h[at.at(i)]) * a : 0.0f;
+  }
+  if (s.vectors != nullptr) {
+    T c;
+    multiply<P>(c, arena, Wide{s.vectors, s.classes, rows}, at.row,
+                Wide{s.context_weight, s.classes, outputs}, at.column, s.classes);
+    FUSED_DNI_BY_FOUR
+    for (int i = 0; i < T::kEach; ++i) m.value[i] += c.value[i];
+  }
+  const float bias = s.bias != nullptr && column ? s.bias[at.c()] : 0.0f;
+  FUSED_DNI_BY_FOUR
+  for (int i = 0; i < T::kEach; ++i) {
+    if (s.labels != nullptr && at.inside(i)) {
+      const std::int64_t label = s.labels[at.r(i)];
+      const bool known = label >= 0 && label < s.classes;
+      m.value[i] += known ? s.context_weight[std::int64_t{at.c()} * s.classes + label] : NAN;
+    }
+    m.value[i] += bias;
+  }
+}
+
+}  // namespace fused_dni::cuda

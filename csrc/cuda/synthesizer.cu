@@ -1,0 +1,327 @@
+// The synthesizer on a GPU: its prediction, and its regression in one cooperative launch.
+//
+// Formulas stand in fused_dni/reference/synthesizer.py. With h [N, O], e = 2 / N (M(h) - kappa g)
+// [N, O], a low-rank M's U [R, O] and V [O, R]:
+//
+//   predict  [N, R], tiles of [N, O]  h U^T and, behind a barrier, M(h)
+//   errors   tiles of [N, O]          e, its column sums, the statistics, largest magnitudes
+//   back     [N, R]                   e V
+//   trial    each parameter           gradients, only looked at, where bounds do not tell
+//   apply    each parameter           gradients, and the rule (or the gradients alone)
+//
+// Sums are made of partial sums in a fixed order; an update is all or nothing: see linear.cuh.
+#include "predict.cuh"
+
+namespace fused_dni::cuda {
+namespace {
+
+template <class Op, class BackOp, class XType>
+struct Precision {
+  using X = XType;
+  using Forward = Product<Op, 32, 32, 64, 2, 2, 2>;
+  using Weight = Product<BackOp, 64, 64, 32, 4, 2>;
+  using T = TileOf<Forward>;
+  using W = TileOf<Weight>;
+};
+using Single = Precision<Fp32, Fp32, float>;
+using Rounded = Precision<Tf32, Tf32, float>;
+using Brain = Precision<Bf16, Bf16, bf16>;
+using Half = Precision<Fp16, Tf32, fp16>;
+
+// A tile of the context's gradient by classes: a warp adds up some of the rows, for 32 outputs and
+// as many classes.
+constexpr int kLabels = 32;
+constexpr int kLine = kLabels + 1;
+
+template <class C>
+constexpr int kShared =
+    Product<Fp32, 16, 16, 4, 1, 1>::larger(
+        Product<Fp32, 16, 16, 4, 1, 1>::larger(shared_bytes<typename C::Forward>(),
+                                               shared_bytes<typename C::Weight>()),
+        kThreads / 32 * kLabels * kLine * 4) +
+    1024;
+
+std::size_t divide(SynthesizerArguments& a, void* room) {
+  std::size_t used = kBarrierBytes;
+  const auto take = [&](auto*& part, std::size_t count) {
+    part =
+        reinterpret_cast<std::remove_reference_t<decltype(part)>>(static_cast<char*>(room) + used);
+    used += (count * sizeof(*part) + 127) / 128 * 128;
+  };
+  const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, Single::T::M);
+  a.barrier = static_cast<int*>(room);
+  if (!a.training) return used;
+  take(a.step, 1);
+  take(a.sums, 4 * kMostBlocks);
+  take(a.largest, 4 * kMostBlocks);
+  take(a.error, n * o);
+  if (a.synthesizer.source == kLowRank) take(a.back, n * a.synthesizer.rank);
+  if (a.synthesizer.bias != nullptr || a.synthesizer.source == kDiagonal)
+    take(a.columns, down * 2 * o);
+  return used;
+}
+
+// ---- Prediction -----------------------------------------------------------------------------------
+
+template <class C>
+FUSED_DNI_DEVICE void predict(const SynthesizerArguments& a, SharedArena arena) {
+  using T = typename C::T;
+  const auto* h = static_cast<const typename C::X*>(a.h);
+  if (a.synthesizer.source == kLowRank) {
+    reduce(a.synthesizer, h, a.rows, a.outputs);
+    grid_barrier(a.barrier);
+  }
+  for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
+    const auto at = place<T>(index, a.rows, a.outputs);
+    T m;
+    predict_tile<typename C::Forward>(m, arena, a.synthesizer, h, at);
+    FUSED_DNI_BY_FOUR
+    for (int i = 0; i < T::kEach; ++i)
+      if (at.inside(i)) a.scaled[at.at(i)] = m.value[i];
+  }
+}
+
+// ---- Training -------------------------------------------------------------------------------------
+
+// The largest magnitude of what products with e take beside h, of what this block has to look at;
+// infinity if a class index is none.
+FUSED_DNI_DEVICE float look_at_operands(const SynthesizerArguments& a) {
+  const Synthesizer& s = a.synthesizer;
+  float largest = 1.0f;
+  if (s.labels != nullptr) {
+    for (int n = block() * kThreads + thread(); n < a.rows; n += blocks() * kThreads)
+      if (s.labels[n] < 0 || s.labels[n] >= s.classes) largest = INFINITY;
+  } else if (s.vectors != nullptr) {
+    largest = fmaxf(largest, look_at(s.vectors, s.classes, a.rows, s.classes));
+  }
+  if (s.source == kLowRank) largest = fmaxf(largest, look_at(s.reduced, s.rank, a.rows, s.rank));
+  return largest;
+}
+
+template <class C>
+FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
+  using T = typename C::T;
+  using X = typename C::X;
+  const auto* all_h = static_cast<const X*>(a.h);
+  const auto* all_g = static_cast<const X*>(a.grad_h);
+  const float gain = 2.0f / a.rows;
+  float largest = 0.0f, operands = look_at_operands(a);
+  double sums[4] = {};
+  for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
+    const auto at = place<T>(index, a.rows, a.outputs);
+    float sum = 0.0f, dot = 0.0f;
+    FUSED_DNI_BY_FOUR
+    for (int i = 0; i < T::kEach; ++i) {
+      if (!at.inside(i)) continue;
+      const float m = a.scaled[at.at(i)], target = to_float(all_g[at.at(i)]) * a.target_scale;
+      const float h = to_float(all_h[at.at(i)]), e = (m - target) * gain;
+      a.error[at.at(i)] = e;
+      sum += e;
+      dot += e * h;
+      operands = fmaxf(operands, magnitude(h));
+      largest = fmaxf(largest, magnitude(e));
+      const double s = m, g = target;
+      sums[0] += s * g;
+      sums[1] += s * s;
+      sums[2] += g * g;
+      sums[3] += (s - g) * (s - g);
+    }
+    if (a.columns == nullptr) continue;
+    sum = column_sum<T>(sum, arena);
+    dot = column_sum<T>(dot, arena);
+    if (T::row(0) == 0 && at.has_column()) {
+      float* left_at = a.columns + at.row / T::M * 2LL * a.outputs + at.c();
+      left_at[0] = sum;
+      left_at[a.outputs] = dot;
+    }
+    largest = fmaxf(largest, magnitude(sum));
+    if (a.synthesizer.source == kDiagonal) largest = fmaxf(largest, magnitude(dot));
+  }
+  leave_largest(a.largest, operands, arena);
+  leave_largest(a.largest + kMostBlocks, largest, arena);
+  for (int i = 0; i < 4; ++i) {
+    const double all = block_sum(sums[i], arena);
+    if (thread() == 0) a.sums[i * kMostBlocks + block()] = all;
+  }
+  if (a.rule != kNoRule && block() == 0 && thread() == 0) *a.step = a.hyper[kStep];
+}
+
+// Where gradients go, or `look`: they are only looked at.
+struct Settling {
+  const RuleFactors& factors;
+  bool look;
+  float largest = 0.0f;
+
+  FUSED_DNI_DEVICE void operator()(const Slot& slot, std::int64_t at, float g) {
+    if (look)
+      largest = fmaxf(largest, magnitude(g));
+    else
+      settle(slot, at, g, factors);
+  }
+};
+
+// A matrix's gradient [rows, columns]: a^T b, of a [N, rows] and b [N, columns].
+template <class C, class B>
+FUSED_DNI_CALLED void matrix_gradient(Settling& to, const Slot& slot, SharedArena arena,
+                                      const float* a, int rows, const B* b, int columns,
+                                      int depth) {
+  using W = typename C::W;
+  const Operand<float, Lies::kAcross> left{a, rows, rows};
+  const Operand<B, Lies::kAcross> right{b, columns, columns};
+  for (int index = block(); index < tiles_of<W>(rows, columns); index += blocks()) {
+    const auto at = place<W>(index, rows, columns);
+    W g;
+    multiply<typename C::Weight>(g, arena, left, at.row, right, at.column, depth);
+    FUSED_DNI_BY_FOUR
+    for (int i = 0; i < W::kEach; ++i)
+      if (at.inside(i)) to(slot, at.at(i), g.value[i]);
+  }
+}
+
+// The context's gradient by classes: a class's column is the sum of the rows of that class.
+FUSED_DNI_CALLED void label_gradient(Settling& to, const SynthesizerArguments& a,
+                                     SharedArena arena) {
+  constexpr int kTile = kLabels * kLine;
+  const int classes = a.synthesizer.classes, warps = kThreads / 32;
+  const int across = ceil_div(classes, kLabels), count = ceil_div(a.outputs, 32) * across;
+  const Shared<float> sums = arena.take<float>(warps * kTile);
+  for (int index = block(); index < count; index += blocks()) {
+    const int out = index / across * 32, first = index % across * kLabels;
+    const int mine = warp() * kTile + lane();
+    block_barrier();
+    for (int k = 0; k < kLabels; ++k) sums.store(mine + k * kLine, 0.0f);
+    for (int n = warp(); n < a.rows; n += warps) {
+      const std::int64_t k = a.synthesizer.labels[n] - first;
+      const float e =
+          out + lane() < a.outputs ? a.error[std::int64_t{n} * a.outputs + out + lane()] : 0.0f;
+      if (k < 0 || k >= kLabels) continue;
+      const int at = mine + static_cast<int>(k) * kLine;
+      sums.store(at, sums.load(at) + e);
+    }
+    block_barrier();
+    for (int i = thread(); i < 32 * kLabels; i += kThreads) {
+      const int o = i / kLabels, k = i % kLabels;
+      if (out + o >= a.outputs || first + k >= classes) continue;
+      float g = 0.0f;
+      for (int w = 0; w < warps; ++w) g += sums.load(w * kTile + k * kLine + o);
+      to(a.context, std::int64_t{out + o} * classes + first + k, g);
+    }
+  }
+}
+
+// Every parameter's gradient; returns the largest magnitude if they were looked at.
+template <class C>
+FUSED_DNI_CALLED float slots(const SynthesizerArguments& a, SharedArena arena, const RuleFactors& f,
+                             bool look) {
+  const Synthesizer& s = a.synthesizer;
+  const auto* h = static_cast<const typename C::X*>(a.h);
+  Settling to{f, look};
+  if (a.trainable[0] && s.source == kDense)
+    matrix_gradient<C>(to, a.weight, arena, a.error, a.outputs, h, a.outputs, a.rows);
+  if (a.trainable[0] && s.source == kLowRank)
+    matrix_gradient<C>(to, a.weight, arena, a.error, a.outputs, s.reduced, s.rank, a.rows);
+  if (a.trainable[1]) matrix_gradient<C>(to, a.down, arena, a.back, s.rank, h, a.outputs, a.rows);
+  if (a.trainable[2] && s.labels != nullptr) label_gradient(to, a, arena);
+  if (a.trainable[2] && s.vectors != nullptr)
+    matrix_gradient<C>(to, a.context, arena, a.error, a.outputs, s.vectors, s.classes, a.rows);
+  if (a.columns == nullptr) return to.largest;
+  const int parts = ceil_div(a.rows, C::T::M);
+  // From the other end: the first blocks may have had a tile more than the last.
+  for (int o = (blocks() - 1 - block()) * kThreads + thread(); o < a.outputs;
+       o += blocks() * kThreads) {
+    if (a.trainable[3]) to(a.bias, o, sum_list(a.columns + o, parts, 2LL * a.outputs));
+    if (a.trainable[0] && s.source == kDiagonal)
+      to(a.weight, o, sum_list(a.columns + a.outputs + o, parts, 2LL * a.outputs));
+  }
+  return to.largest;
+}
+
+template <class C>
+FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
+  double sums[4], size = 0.0;
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = sum_left(a.sums + i * kMostBlocks, blocks(), arena);
+    size += fabs(sums[i]);
+  }
+  bool applied = size < static_cast<double>(INFINITY);
+  if (a.rule == kNoRule) {
+    slots<C>(a, arena, rule_factors(nullptr, 0.0, kNoRule, false), false);
+  } else {
+    const float operands = largest_left(a.largest, blocks(), arena);
+    float largest = largest_left(a.largest + kMostBlocks, blocks(), arena);
+    if (a.synthesizer.source == kLowRank)
+      largest = fmaxf(largest, largest_left(a.largest + 2 * kMostBlocks, blocks(), arena));
+    applied = applied && operands < INFINITY && largest < INFINITY;
+    if (applied && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest)) {  // all blocks alike
+      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, {}, true), arena);
+      grid_barrier(a.barrier);
+      applied = largest_left(a.largest + 3 * kMostBlocks, blocks(), arena) < INFINITY;
+    }
+    const double step = *a.step + 1.0;
+    if (applied) slots<C>(a, arena, rule_factors(a.hyper, step, a.rule, a.nesterov), false);
+    if (block() == 0 && thread() == 0) {
+      if (applied)
+        a.hyper[kStep] = step;
+      else
+        a.hyper[kSkipped] += 1.0;
+    }
+  }
+  if (!applied || block() != 0 || thread() != 0) return;
+  for (int i = 0; i < 4; ++i) a.statistics[i] += sums[i];
+  a.statistics[4] += a.rows;
+}
+
+template <class C>
+FUSED_DNI_KERNEL(kThreads)
+synthesizer_kernel(FUSED_DNI_ARGUMENT SynthesizerArguments a) {
+  const SharedArena arena;
+  if (!a.training) {
+    predict<C>(a, arena);
+    return;
+  }
+  errors<C>(a, arena);
+  grid_barrier(a.barrier);
+  if (a.synthesizer.source == kLowRank) {
+    const float largest = reduce_rows(a.back, a.error, a.synthesizer.weight, a.synthesizer.rank, 1,
+                                      a.rows, a.synthesizer.rank, a.outputs);
+    leave_largest(a.largest + 2 * kMostBlocks, largest, arena);
+    grid_barrier(a.barrier);
+  }
+  apply<C>(a, arena);
+}
+
+// ---- Launching ------------------------------------------------------------------------------------
+
+template <class C>
+Status launch_synthesizer(const SynthesizerLaunch& given) {
+  SynthesizerArguments a = given.arguments;
+  divide(a, given.room);
+  int tiles = tiles_of<typename C::T>(a.rows, a.outputs);
+  if (a.training && a.synthesizer.source == kDense) {
+    const int weights = tiles_of<typename C::W>(a.outputs, a.outputs);
+    tiles = weights > tiles ? weights : tiles;
+  }
+  Status status;
+  int grid = resident_blocks(synthesizer_kernel<C>, kThreads, kShared<C>, status);
+  if (!status.ok()) return status;
+  grid = grid < kMostBlocks ? grid : kMostBlocks;
+  launch(synthesizer_kernel<C>, a, tiles < grid ? tiles : grid, kThreads, kShared<C>, given.stream,
+         status);
+  return status;
+}
+
+}  // namespace
+
+std::size_t synthesizer_workspace(const SynthesizerArguments& arguments) {
+  SynthesizerArguments a = arguments;
+  return divide(a, nullptr);
+}
+
+Status synthesizer(const SynthesizerLaunch& launch) {
+  const SynthesizerArguments& a = launch.arguments;
+  if (a.type == kBfloat16) return launch_synthesizer<Brain>(launch);
+  if (a.type == kFloat16) return launch_synthesizer<Half>(launch);
+  return a.ieee ? launch_synthesizer<Single>(launch) : launch_synthesizer<Rounded>(launch);
+}
+
+}  // namespace fused_dni::cuda
