@@ -97,16 +97,11 @@ struct LSTMBackward {
   LSTMPlan plan;
 };
 
-// Null: absent or frozen; its moments: the rule has none.
-struct LSTMParameter {
-  float *value, *first, *second;
-};
-
 // What one layer's weight gradients are products of, N rows, and the parameters that they change.
 struct LSTMUpdateLayer {
   int count, in;
   const void *input, *hidden, *delta;  // [N, I], [N, H], [N, 4H]
-  LSTMParameter parameter[4];          // weight_ih, weight_hh, bias_ih, bias_hh
+  Slot slot[4];  // weight_ih, weight_hh, bias_ih, bias_hh; no parameter: absent or frozen
 };
 
 struct LSTMUpdate {

@@ -48,9 +48,9 @@ struct Wanted {
 };
 
 FUSED_DNI_DEVICE Wanted trained(const LSTMUpdateLayer& layer) {
-  const LSTMParameter* p = layer.parameter;
-  return {p[0].value != nullptr, p[1].value != nullptr,
-          p[2].value != nullptr || p[3].value != nullptr};
+  const Slot* p = layer.slot;
+  return {p[0].parameter != nullptr, p[1].parameter != nullptr,
+          p[2].parameter != nullptr || p[3].parameter != nullptr};
 }
 
 // Those that are not known to be finite.
@@ -78,7 +78,7 @@ update_kernel(FUSED_DNI_ARGUMENT LSTMUpdate a) {
     Turn turn;
     for (int i = 0; i < 2 * a.layers; ++i) {
       const LSTMUpdateLayer& layer = a.layer[i / 2];
-      const LSTMParameter* p = layer.parameter;
+      const Slot* p = layer.slot;
       const X* delta = static_cast<const X*>(layer.delta);
       const int matrix = i % 2, columns = matrix == 0 ? layer.in : a.size;
       const void* of = matrix == 0 ? layer.input : layer.hidden;
@@ -86,8 +86,8 @@ update_kernel(FUSED_DNI_ARGUMENT LSTMUpdate a) {
       const auto take = [&](int n, std::int64_t at, float value) {
         if (trial)
           failed = failed || !std::isfinite(value);
-        else if (p[n].value != nullptr)
-          settle({p[n].value, p[n].first, p[n].second}, at, value, factors);
+        else if (p[n].parameter != nullptr)
+          settle(p[n], at, value, factors);
       };
       if (matrix == 0 ? wanted.ih : wanted.hh)
         weight_gradient<Op>(arena, turn, delta, static_cast<const X*>(of), 4 * a.size, columns,
