@@ -109,7 +109,12 @@ def _turned_grid() -> np.ndarray:
     return np.concatenate([*ways, np.zeros(256)])
 
 
-TURNS = {"turn_block": _turned_block, "turn_warp": _turned_warp, "turn_grid": _turned_grid}
+TURNS = {
+    "turn_block": _turned_block,
+    "turn_warp": _turned_warp,
+    "turn_grid": _turned_grid,
+    "turn_cluster": _turned_grid,
+}
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -142,6 +147,8 @@ FAULTS = {
     "returned": "block_barrier of block 1 was reached by 63 of 64 threads: thread 63 has returned",
     "one_barrier_more": "block_barrier of block 1 was reached by 1 of 64 threads: thread 0 has "
     "returned",
+    "part_of_a_cluster": "cluster_barrier of block 0 was reached by 127 of 128 threads: block 1, "
+    "thread 63 waits in block_barrier",
     "warp_barrier_alone": "block_barrier of block 1 was reached by 63 of 64 threads: thread 63 "
     "waits in warp_barrier",
     "two_collectives": "came to",
@@ -167,7 +174,7 @@ FAULTS = {
 def test_faults_end_the_launch(scheduler: str, case: str) -> None:
     for seed in SEEDS if scheduler == "fibers" else [0]:
         (status, _), (after, out) = _launches(scheduler, case, seed)
-        assert status.startswith("719 cudaErrorLaunchFailure: block")
+        assert status.startswith("719 cudaErrorLaunchFailure: ")
         assert "block 1" in status
         assert FAULTS[case] in status
         assert after == "0 : "
@@ -186,6 +193,7 @@ def test_a_wait_that_nobody_ends() -> None:
         ("part_of_a_warp", "9 cudaErrorInvalidConfiguration: cannot run as 2 blocks of 48"),
         ("too_many_threads", "9 cudaErrorInvalidConfiguration: cannot run as 2 blocks of 1056"),
         ("no_blocks", "9 cudaErrorInvalidConfiguration: cannot run as 0 blocks"),
+        ("odd_cluster", "912 cudaErrorInvalidClusterSize: cannot run 3 blocks in clusters of 2"),
         ("too_much_shared", "1 cudaErrorInvalidValue: asks for 232449 bytes of shared memory"),
     ],
 )

@@ -28,12 +28,17 @@ PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
   m.attr("emulated") = true;
   m.def(
       "emulate",
-      [](std::uint64_t seed, int resident) {
-        fused_dni::emulation::settings().seed = seed;
-        fused_dni::emulation::settings().resident = resident;
+      [](std::uint64_t seed, int resident, bool clusters) {
+        fused_dni::emulation::Settings& settings = fused_dni::emulation::settings();
+        settings.seed = seed;
+        settings.resident = resident;
+        settings.clusters = clusters;
       },
       pybind11::kw_only(), pybind11::arg("seed") = 0, pybind11::arg("resident") = 3,
-      "Set the order in which threads run (0: a fixed one) and how many blocks do at once.");
+      pybind11::arg("clusters") = true,
+      "Set the order in which threads run (0: a fixed one), how many blocks do at once, and "
+      "whether "
+      "there are clusters.");
 #else
   m.attr("emulated") = false;
   m.attr("architectures") = FUSED_DNI_ARCHITECTURES;

@@ -70,6 +70,17 @@ FUSED_DNI_DEVICE int load_acquire(const int* at) {
 // In a loop that waits for another block.
 FUSED_DNI_DEVICE void pause() {}
 
+// Waits for all threads of the cluster that the block belongs to (see `launch`); what they wrote
+// before is visible behind, in global memory too.
+FUSED_DNI_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();  // never launched: resident_clusters says that there are none
+#endif
+}
+
 // ---- Numbers --------------------------------------------------------------------------------------
 
 FUSED_DNI_DEVICE float to_float(float value) { return value; }
@@ -207,13 +218,19 @@ template <class A>
 int resident_blocks(void (*kernel)(A), int threads, int shared, Status& status) {
   return resident_blocks_of(reinterpret_cast<const void*>(kernel), threads, shared, status);
 }
-// A cooperative launch on the current device. `shared` in bytes.
+// How many clusters of so many blocks the current device holds at once; 0 where it has none.
+template <class A>
+int resident_clusters(void (*kernel)(A), int threads, int shared, int cluster) {
+  return resident_clusters_of(reinterpret_cast<const void*>(kernel), threads, shared, cluster);
+}
+// A cooperative launch on the current device. `shared` in bytes; `cluster` blocks side by side are
+// on processors that lie near each other and have a barrier of their own.
 template <class A>
 void launch(void (*kernel)(A), const A& arguments, int blocks, int threads, int shared,
-            void* stream, Status& status) {
+            void* stream, Status& status, int cluster = 1) {
   void* pointers[] = {const_cast<A*>(&arguments)};
   launch_cooperative(reinterpret_cast<const void*>(kernel), pointers, blocks, threads, shared,
-                     stream, status);
+                     stream, status, cluster);
 }
 
 }  // namespace fused_dni::cuda

@@ -65,20 +65,40 @@ bool settled(cudaError_t error, Status& status) {
   return false;
 }
 
-// What occupancy says never changes: kernel, device, threads, shared memory.
-using Key = std::tuple<const void*, int, int, int>;
+// What occupancy says never changes: kernel, device, threads, shared memory, blocks of a cluster.
+using Key = std::tuple<const void*, int, int, int, int>;
 std::map<Key, int>& known() {
   static std::map<Key, int> blocks;
   return blocks;
 }
 std::mutex lock;
 
+// A cooperative launch, in clusters where there is more than one block to each.
+struct Configuration {
+  cudaLaunchConfig_t value = {};
+  cudaLaunchAttribute attributes[2] = {};
+
+  Configuration(int blocks, int threads, int shared, void* stream, int cluster) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    value.gridDim = dim3(blocks);
+    value.blockDim = dim3(threads);
+    value.dynamicSmemBytes = shared;
+    value.stream = static_cast<cudaStream_t>(stream);
+    value.attrs = attributes;
+    value.numAttrs = cluster > 1 ? 2 : 1;
+  }
+  Configuration(const Configuration&) = delete;
+};
+
 }  // namespace
 
 int resident_blocks_of(const void* kernel, int threads, int shared, Status& status) {
   int device = 0;
   if (!settled(cudaGetDevice(&device), status)) return 0;
-  const Key key{kernel, device, threads, shared};
+  const Key key{kernel, device, threads, shared, 1};
   const std::lock_guard guard(lock);
   if (const auto found = known().find(key); found != known().end()) return found->second;
   int cooperative = 0, processors = 0, each = 0;
@@ -107,11 +127,30 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
   return known()[key] = each * processors;
 }
 
+int resident_clusters_of(const void* kernel, int threads, int shared, int cluster) {
+  Status ignored;
+  int device = 0, supported = 0, clusters = 0;
+  if (!settled(cudaGetDevice(&device), ignored)) return 0;
+  const Key key{kernel, device, threads, shared, cluster};
+  const std::lock_guard guard(lock);
+  if (const auto found = known().find(key); found != known().end()) return found->second;
+  Configuration configuration(cluster, threads, shared, nullptr, cluster);
+  if (!settled(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device), ignored) ||
+      !supported ||
+      // More than eight blocks are for the devices that have them.
+      !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               ignored) ||
+      !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+               ignored) ||
+      !settled(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), ignored))
+    clusters = 0;
+  return known()[key] = clusters;
+}
+
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,
-                        void* stream, Status& status) {
-  settled(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, shared,
-                                      static_cast<cudaStream_t>(stream)),
-          status);
+                        void* stream, Status& status, int cluster) {
+  const Configuration configuration(blocks, threads, shared, stream, cluster);
+  settled(cudaLaunchKernelExC(&configuration.value, kernel, arguments), status);
 }
 
 }  // namespace fused_dni::cuda

@@ -14,7 +14,8 @@ struct Status {
 
 // In launch.cu: on the current device, any kernel.
 int resident_blocks_of(const void* kernel, int threads, int shared, Status& status);
+int resident_clusters_of(const void* kernel, int threads, int shared, int cluster);
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,
-                        void* stream, Status& status);
+                        void* stream, Status& status, int cluster);
 
 }  // namespace fused_dni::cuda

@@ -44,6 +44,7 @@ inline void block_barrier() { emulation::meet_block(emulation::Collective::kBloc
 inline bool block_any(bool value) {
   return emulation::meet_block(emulation::Collective::kBlockAny, value);
 }
+inline void cluster_barrier() { emulation::meet_cluster(); }
 inline void warp_barrier() {
   emulation::meet_warp(emulation::Collective::kWarpBarrier, nullptr, nullptr);
 }
@@ -343,16 +344,21 @@ void load_matrices_transposed(std::uint32_t (&r)[4], Shared<T> from, int index) 
 
 template <class A>
 int resident_blocks(void (*)(A), int threads, int shared, Status& status) {
-  status = emulation::check_configuration(1, threads, shared);
+  status = emulation::check_configuration(1, threads, shared, 1);
   return status.ok() ? emulation::settings().resident : 0;
 }
 template <class A>
+int resident_clusters(void (*)(A), int threads, int shared, int cluster) {
+  const bool fits = emulation::check_configuration(cluster, threads, shared, cluster).ok();
+  return emulation::settings().clusters && fits ? emulation::settings().resident / cluster : 0;
+}
+template <class A>
 void launch(void (*kernel)(A), const A& arguments, int blocks, int threads, int shared,
-            void* /*stream*/, Status& status) {
+            void* /*stream*/, Status& status, int cluster = 1) {
   const auto call = [](const void* kernel, const void* arguments) {
     (*static_cast<void (*const*)(A)>(kernel))(*static_cast<const A*>(arguments));
   };
-  emulation::run({call, &kernel, &arguments, blocks, threads, shared}, status);
+  emulation::run({call, &kernel, &arguments, blocks, threads, shared, cluster}, status);
 }
 
 }  // namespace fused_dni::cuda

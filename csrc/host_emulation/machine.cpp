@@ -20,9 +20,17 @@ Settings& settings() {
 namespace {
 
 const char* name(Collective what) {
-  static const char* const names[] = {
-      "block_barrier", "block_any", "warp_barrier", "shuffle",       "shuffle_xor",
-      "mma_bf16",      "mma_fp16",  "mma_tf32",     "load_matrices", "load_matrices_transposed"};
+  static const char* const names[] = {"block_barrier",
+                                      "block_any",
+                                      "cluster_barrier",
+                                      "warp_barrier",
+                                      "shuffle",
+                                      "shuffle_xor",
+                                      "mma_bf16",
+                                      "mma_fp16",
+                                      "mma_tf32",
+                                      "load_matrices",
+                                      "load_matrices_transposed"};
   return names[static_cast<int>(what)];
 }
 
@@ -52,13 +60,18 @@ std::string describe_stall() {
     if (!thread.waits) continue;
     const Meeting& meeting = *thread.waits;
     const bool of_warp = meeting.what >= Collective::kWarpBarrier;
+    const bool of_cluster = meeting.what == Collective::kClusterBarrier;
     for (const Thread& other : machine.thread) {
-      const bool of_it = of_warp ? other.warp == thread.warp : other.block == thread.block;
+      const bool of_it = of_warp      ? other.warp == thread.warp
+                         : of_cluster ? other.cluster == thread.cluster
+                                      : other.block == thread.block;
       if (!of_it || other.waits == &meeting) continue;
-      return text("%s of block %d%s was reached by %d of %d threads: thread %d %s",
+      return text("%s of block %d%s was reached by %d of %d threads: %sthread %d %s",
                   name(meeting.what), thread.block->index,
                   of_warp ? text(", warp %d,", thread.index / 32).c_str() : "", meeting.arrived,
-                  meeting.expected, other.index, doing(other).c_str());
+                  meeting.expected,
+                  of_cluster ? text("block %d, ", other.block->index).c_str() : "", other.index,
+                  doing(other).c_str());
     }
   }
   for (const Thread& thread : machine.thread)
@@ -135,10 +148,19 @@ bool meet_block(Collective what, bool vote) {
   return meet(meetings.parity[current->block_meetings++ % 2], what, vote, nullptr, nullptr);
 }
 
-Status check_configuration(int blocks, int threads, int shared) {
+void meet_cluster() {
+  Meetings& meetings = *current->cluster;
+  meet(meetings.parity[current->cluster_meetings++ % 2], Collective::kClusterBarrier, false,
+       nullptr, nullptr);
+}
+
+Status check_configuration(int blocks, int threads, int shared, int cluster) {
   if (blocks < 1 || threads < 1 || threads > 1024 || threads % 32 != 0)
     return {9, "cudaErrorInvalidConfiguration",
             text("cannot run as %d blocks of %d threads", blocks, threads)};
+  if (cluster < 1 || cluster > kMostCluster || blocks % cluster != 0)
+    return {912, "cudaErrorInvalidClusterSize",
+            text("cannot run %d blocks in clusters of %d", blocks, cluster)};
   if (shared < 0 || shared > settings().shared_limit)
     return {
         1, "cudaErrorInvalidValue",
@@ -152,13 +174,14 @@ Status check_configuration(int blocks, int threads, int shared) {
 void run(const Launch& launch, Status& status) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  status = check_configuration(launch.blocks, launch.threads, launch.shared);
+  status = check_configuration(launch.blocks, launch.threads, launch.shared, launch.cluster);
   if (!status.ok()) return;
 
   const int warps = launch.threads / 32;
   machine.launch = launch;
   machine.block = std::vector<Block>(launch.blocks);
   machine.warp = std::vector<Meetings>(launch.blocks * warps);
+  machine.cluster = std::vector<Meetings>(launch.blocks / launch.cluster);
   machine.thread.assign(launch.blocks * launch.threads, {});
   machine.progress = 0;
   machine.stalled = false;
@@ -176,10 +199,13 @@ void run(const Launch& launch, Status& status) {
       thread.index = i;
       thread.block = &block;
       thread.warp = &machine.warp[b * warps + i / 32];
+      thread.cluster = &machine.cluster[b / launch.cluster];
     }
   }
   for (Meetings& meetings : machine.warp)
     for (Meeting& meeting : meetings.parity) meeting.expected = 32;
+  for (Meetings& meetings : machine.cluster)
+    for (Meeting& meeting : meetings.parity) meeting.expected = launch.threads * launch.cluster;
 
   run_threads();
   if (machine.fault.empty() && machine.stalled) machine.fault = describe_stall();

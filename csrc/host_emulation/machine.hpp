@@ -24,7 +24,8 @@ using cuda::Status;
 
 struct Settings {
   std::uint64_t seed = 0;         // of the order of fibers; 0: a fixed order
-  int resident = 3;               // blocks that the device holds at once
+  int resident = 3;               // blocks that the device holds at once, in clusters or not
+  bool clusters = true;           // whether it has them
   int shared_limit = 227 * 1024;  // bytes of shared memory a block
 };
 Settings& settings();
@@ -32,6 +33,7 @@ Settings& settings();
 enum class Collective {
   kBlockBarrier,
   kBlockAny,
+  kClusterBarrier,
   kWarpBarrier,
   kShuffle,
   kShuffleXor,
@@ -73,8 +75,8 @@ struct Block {
 struct Thread {
   int index = 0;
   Block* block = nullptr;
-  Meetings* warp = nullptr;
-  unsigned block_meetings = 0, warp_meetings = 0;  // how many it came to
+  Meetings *warp = nullptr, *cluster = nullptr;
+  unsigned block_meetings = 0, warp_meetings = 0, cluster_meetings = 0;  // how many it came to
   Meeting* waits = nullptr;
   Thread* next = nullptr;
   bool vote = false, pausing = false, returned = false;
@@ -86,13 +88,13 @@ struct Launch {
   void (*call)(const void* kernel, const void* arguments) = nullptr;
   const void* kernel = nullptr;
   const void* arguments = nullptr;
-  int blocks = 0, threads = 0, shared = 0;
+  int blocks = 0, threads = 0, shared = 0, cluster = 1;
 };
 
 struct Machine {
   Launch launch;
   std::vector<Block> block;
-  std::vector<Meetings> warp;
+  std::vector<Meetings> warp, cluster;
   std::vector<Thread> thread;
   std::atomic<std::uint64_t> progress{0};  // grows with whatever may end another thread's wait
   std::atomic<bool> stalled{false};        // no thread can go on
@@ -100,6 +102,8 @@ struct Machine {
 };
 extern Machine machine;
 extern FUSED_DNI_PER_THREAD Thread* current;
+
+constexpr int kMostCluster = 16;  // blocks of a cluster
 
 // A block's shared memory is followed, at this distance, by a byte for each of its bytes: whether
 // it was written.
@@ -113,9 +117,10 @@ using Finish = void (*)(void* const* lanes);
 void meet_warp(Collective what, void* brought, Finish finish);
 // Whether any thread of the block voted so.
 bool meet_block(Collective what, bool vote);
+void meet_cluster();
 void pause();
 
-Status check_configuration(int blocks, int threads, int shared);
+Status check_configuration(int blocks, int threads, int shared, int cluster);
 void run(const Launch& launch, Status& status);
 
 // Of the scheduler.

@@ -61,17 +61,27 @@ FUSED_DNI_KERNEL(kThreads) turn_warp(FUSED_DNI_ARGUMENT Arguments a) {
   a.out[place()] = values.load(warp() * 32 + (lane() + 5) % 32);
 }
 
-FUSED_DNI_KERNEL(kThreads) turn_grid(FUSED_DNI_ARGUMENT Arguments a) {
+// Rounds in which every thread reads what another block's wrote in the one before; `meet(round)`
+// waits for all.
+template <class F>
+void turns(const Arguments& a, F&& meet) {
   for (int round = 1; round <= 4; ++round) {
     float* to = a.out + round % 2 * kBlocks * kThreads;
     const float* from = a.out + (round + 1) % 2 * kBlocks * kThreads;
     to[place()] = from[kBlocks * kThreads - 1 - place()] + static_cast<float>(round * place());
-    if (a.plant) {
+    if (a.plant)
       block_barrier();
-    } else {
-      wait_for_blocks(a.counters + round);
-    }
+    else
+      meet(round);
   }
+}
+
+FUSED_DNI_KERNEL(kThreads) turn_grid(FUSED_DNI_ARGUMENT Arguments a) {
+  turns(a, [&](int round) { wait_for_blocks(a.counters + round); });
+}
+
+FUSED_DNI_KERNEL(kThreads) turn_cluster(FUSED_DNI_ARGUMENT Arguments a) {
+  turns(a, [](int) { cluster_barrier(); });
 }
 
 // ---- Exchanges ------------------------------------------------------------------------------------
@@ -152,6 +162,7 @@ FUSED_DNI_KERNEL(kThreads) divergent(FUSED_DNI_ARGUMENT Arguments a) {
   if (a.plant == 4 && last) block_any(true);
   if (a.plant == 5 && last)
     while (load_acquire(a.counters) == 0) pause();
+  if (a.plant == 6 && !last) cluster_barrier();
   block_barrier();
   a.out[place()] = 1;
 }
@@ -206,7 +217,7 @@ struct Case {
   const char* name;
   void (*kernel)(Arguments);
   int plant = 0;
-  int blocks = kBlocks, threads = kThreads, shared = 1024;
+  int blocks = kBlocks, threads = kThreads, shared = 1024, cluster = 1;
 };
 const Case kCases[] = {
     {"turn_block", turn_block},
@@ -215,6 +226,9 @@ const Case kCases[] = {
     {"turn_warp_planted", turn_warp, 1},
     {"turn_grid", turn_grid},
     {"turn_grid_planted", turn_grid, 1},
+    {"turn_cluster", turn_cluster, 0, kBlocks, kThreads, 1024, kBlocks},
+    {"turn_cluster_planted", turn_cluster, 1, kBlocks, kThreads, 1024, kBlocks},
+    {"part_of_a_cluster", divergent, 6, kBlocks, kThreads, 1024, kBlocks},
     {"exchanges", exchanges},
     {"product_bf16", product, 0, 1, 32},
     {"product_fp16", product, 1, 1, 32},
@@ -243,6 +257,7 @@ const Case kCases[] = {
     {"too_many_threads", exchanges, 0, 2, 1056},
     {"no_blocks", exchanges, 0, 0},
     {"too_much_shared", exchanges, 0, 2, 64, 232449},
+    {"odd_cluster", exchanges, 0, 3, 64, 1024, 2},
 };
 
 }  // namespace
@@ -262,7 +277,7 @@ int main(int count, char** words) {
       const std::unique_ptr<int[]> counters(new int[64]());
       Status status;
       launch(launched.kernel, Arguments{out.get(), counters.get(), launched.plant}, launched.blocks,
-             launched.threads, launched.shared, nullptr, status);
+             launched.threads, launched.shared, nullptr, status, launched.cluster);
       std::printf("%d %s: %s\n", status.code, status.name, status.text.c_str());
       for (int i = 0; i < kOut; ++i) std::printf("%.9g\n", out[i]);
     }
