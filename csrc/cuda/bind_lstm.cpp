@@ -217,11 +217,14 @@ void update(const py::tuple& items) {
     LSTMUpdateLayer& layer = a.layer[k];
     layer.count = static_cast<int>(of.integer("rows", 0, kMostRows));
     layer.in = static_cast<int>(of.integer("inputs", 1, kMostSize));
-    const Tensor input =
-        of.tensor("input", {kFloat32, kBfloat16, kFloat16}, {layer.count, layer.in});
-    if (k == 0) a.type = input.type;
-    if (input.type != a.type) throw py::type_error("input: got other types in different layers");
-    layer.input = input.data;
+    if (k == 0) {
+      const Tensor input =
+          of.tensor("input", {kFloat32, kBfloat16, kFloat16}, {layer.count, layer.in});
+      a.type = input.type;
+      layer.input = input.data;
+    } else {
+      layer.input = of.tensor("input", {a.type}, {layer.count, layer.in}).data;
+    }
     layer.hidden = of.tensor("hidden", {a.type}, {layer.count, a.size}).data;
     layer.delta = of.tensor("delta", {a.type}, {layer.count, 4 * std::int64_t{a.size}}).data;
     for (int n = 0; n < 4; ++n) {
