@@ -617,7 +617,7 @@ FUSED_DNI_DEVICE void update(const LinearArguments& a, SharedArena arena) {
   const Outlook seen = outlook(a, arena);
   bool finite = seen.finite;
   if (finite && !seen.bounded) {  // the same for all blocks
-    leave_largest(a.largest + 2 * kMostBlocks, slots<C>(a, arena, {}, 1.0f, true), arena);
+    leave_largest(a.largest + 2 * kMostBlocks, slots<C>(a, arena, no_rule(), 1.0f, true), arena);
     grid_barrier(a.barrier);
     finite = largest_left(a.largest + 2 * kMostBlocks, blocks(), arena) < INFINITY;
   }
@@ -683,7 +683,7 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
   if (ruled)
     update<C>(a, arena);
   else if (has_slots(a))
-    slots<C>(a, arena, rule_factors(nullptr, 0.0, kNoRule, false), 1.0f, false);
+    slots<C>(a, arena, no_rule(), 1.0f, false);
 }
 
 // ---- Launching ------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
   }
   bool applied = size < static_cast<double>(INFINITY);
   if (a.rule == kNoRule) {
-    slots<C>(a, arena, rule_factors(nullptr, 0.0, kNoRule, false), false);
+    slots<C>(a, arena, no_rule(), false);
   } else {
     const float operands = largest_left(a.largest, blocks(), arena);
     float largest = largest_left(a.largest + kMostBlocks, blocks(), arena);
@@ -253,7 +253,7 @@ FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
       largest = fmaxf(largest, largest_left(a.largest + 2 * kMostBlocks, blocks(), arena));
     applied = applied && operands < INFINITY && largest < INFINITY;
     if (applied && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest)) {  // all blocks alike
-      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, {}, true), arena);
+      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, no_rule(), true), arena);
       grid_barrier(a.barrier);
       applied = largest_left(a.largest + 3 * kMostBlocks, blocks(), arena) < INFINITY;
     }

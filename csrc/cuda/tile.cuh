@@ -163,6 +163,13 @@ FUSED_DNI_CALLED inline Moments combine_moments(const float* from, int count, in
   return all;
 }
 
+// For gradients that are stored.
+FUSED_DNI_DEVICE RuleFactors no_rule() {
+  RuleFactors f{};
+  f.kind = kNoRule;
+  return f;
+}
+
 // ---- What blocks leave to each other --------------------------------------------------------------
 
 // The largest of what so many blocks left.
