@@ -137,11 +137,11 @@ class NinjaBuild(build_ext):
 
     def _write_cuda(self, build: Writer, target: Path) -> None:
         assert NVCC is not None
-        includes = [f"-isystem{path}" for path in (pybind11.get_include(), *_python_includes())]
+        includes = [f"-isystem={path}" for path in (pybind11.get_include(), *_python_includes())]
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-        listed = "-DFUSED_DNI_ARCHITECTURES=" + " ".join(ARCHITECTURES).join(('\\"', '\\"'))
+        listed = f"""'-DFUSED_DNI_ARCHITECTURES="{" ".join(ARCHITECTURES)}"'"""
         build.variable("nvcc", NVCC[0])
-        build.variable("flags", [*NVCC_FLAGS, f"'{listed}'", *includes])
+        build.variable("flags", [*NVCC_FLAGS, listed, *includes])
         build.variable("codes", codes)
         build.rule(
             "compile",
@@ -187,7 +187,11 @@ else:
 setup(
     packages=[*find_packages(include=["fused_dni", "fused_dni.*"]), "fused_dni.kernels"],
     package_dir={"fused_dni": "fused_dni", "fused_dni.kernels": "kernels"},
-    package_data={"fused_dni": ["py.typed"], "fused_dni.kernels": ["*.json"]},
+    package_data={
+        "fused_dni": ["py.typed"],
+        "fused_dni.backends": ["*.json"],
+        "fused_dni.kernels": ["*.json"],
+    },
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,18 +1,21 @@
 """Which backend serves a call.
 
 Backends are listed here in order of preference and imported when first asked for, so that a
-backend whose extension was not built is a reason in a list and not an error. The outcome of a
-search is remembered by dtype and device; asking again costs a dictionary look-up.
+backend whose extension was not built is a reason in a list and not an error. On a GPU, where
+several serve, a measured table decides by op and sizes which is asked first
+(:mod:`fused_dni.backends.measured`). The outcome of a search is remembered by dtype and device, and
+there by op and sizes; asking again costs a dictionary look-up.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fused_dni.backends import measured
 from fused_dni.backends.base import Backend
 
 # Name: (module, class), most preferred first.
@@ -24,7 +27,10 @@ _KNOWN: dict[str, tuple[str, str]] = {
 }
 
 _loaded: dict[str, Backend | str] = {}  # a backend, or why it cannot be had
-_resolved: dict[tuple[str | None, torch.dtype, torch.dtype, torch.device], Backend] = {}
+_resolved: dict[tuple[Any, ...], Backend] = {}  # by all that the search depends on
+
+# The type of the devices on which sizes decide.
+_MEASURED = "cuda"
 
 
 def names() -> tuple[str, ...]:
@@ -73,27 +79,42 @@ def report() -> list[tuple[str, str | None]]:
     return [(name, found if isinstance(found := _load(name), str) else None) for name in _KNOWN]
 
 
-def resolve(name: str | None, x: Tensor, weight: Tensor) -> Backend:
+def forget() -> None:
+    """Search anew from now on: something was measured. Compiled graphs stay as they are."""
+    _resolved.clear()
+
+
+def resolve(name: str | None, x: Tensor, weight: Tensor, op: str = "linear") -> Backend:
     """The backend that serves these tensors: the one named, or the first that can.
 
     Args:
-        name: a backend's name, or None for the most preferred one that can serve.
-        x: [N, I], the layer's input.
-        weight: [O, I], on x's device.
+        name: a backend's name, or None for the one that was measured to be the fastest for these
+            sizes (on a GPU), or the most preferred, of those that can serve.
+        x: [..., I], the layer's input, or rows of its output; [T, B, I] of an LSTM's window.
+        weight: [O, I], or [4 * H, I] of an LSTM, on x's device.
+        op: "linear" or "lstm": what sizes mean, and whose measurements count.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot serve (there is no silent fallback), or none can;
             the message gives the reasons.
     """
-    key = (name, x.dtype, weight.dtype, x.device)
-    found = _resolved.get(key)
+    key: tuple[Any, ...] = (name, x.dtype, weight.dtype, x.device)
+    sized = name is None and x.device.type == _MEASURED
+    if sized:
+        sizes = measured.sizes(op, x, weight)
+        key = (*key, op, sizes, x.dtype == torch.float32 and measured.tf32())
+    tracing = torch.compiler.is_compiling()  # a graph would be guarded by what is remembered
+    found = None if tracing else _resolved.get(key)
     if found is None:
-        found = _resolved[key] = _search(name, x, weight)
+        first = measured.order(op, sizes, x.dtype, x.device) if sized else ()
+        found = _search(name, x, weight, first)
+        if not tracing:
+            _resolved[key] = found
     return found
 
 
-def _search(name: str | None, x: Tensor, weight: Tensor) -> Backend:
+def _search(name: str | None, x: Tensor, weight: Tensor, first: tuple[str, ...]) -> Backend:
     if name is not None:
         backend = get(name)
         reason = backend.why_not(x, weight)
@@ -101,7 +122,8 @@ def _search(name: str | None, x: Tensor, weight: Tensor) -> Backend:
             raise RuntimeError(f"backend {name!r} cannot serve this call: it {reason}")
         return backend
     reasons = []
-    for candidate in _KNOWN:
+    preferred = [known for known in first if known in _KNOWN]
+    for candidate in (*preferred, *(known for known in _KNOWN if known not in preferred)):
         loaded = _load(candidate)
         why = loaded if isinstance(loaded, str) else loaded.why_not(x, weight)
         if why is None:

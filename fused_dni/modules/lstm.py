@@ -317,7 +317,7 @@ class FusedDNILSTM(Recurrent):
         if decoupled or probing or context is not None:
             context = self._context_rows(context, batch, x)
         h, c, entrance = self._enter(hx, x, decoupled, context)
-        backend = registry.resolve(self.backend, x, weight)
+        backend = registry.resolve(self.backend, x, weight, "lstm")
         masks = self._dropout_masks(steps, batch, x)
         scale = self._scale(steps, batch)
         ends = None

@@ -192,7 +192,7 @@ class FusedDNILSTMCell(Recurrent):
             h, c = check.state(hx, (batch, self.hidden_size), x)
         self._fit((layer,))
         decoupled = self._decoupled(x)
-        backend = registry.resolve(self.backend, x, layer.weight_ih)
+        backend = registry.resolve(self.backend, x, layer.weight_ih, "lstm")
         if not torch.is_grad_enabled():
             trace = lstm_ops.lstm_cell_forward(
                 backend, x, h.contiguous(), c.contiguous(), layer, False

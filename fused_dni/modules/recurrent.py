@@ -360,7 +360,7 @@ class Recurrent(DecoupledModule):
         return None if fused is None or fused.context_weight is not None else fused
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
-        return registry.resolve(self.backend, h, self._layers()[0].weight_ih)
+        return registry.resolve(self.backend, h, self._layers()[0].weight_ih, "lstm")
 
     def _fit(self, layers: tuple[LSTMLayer, ...]) -> None:
         """Refuse tensors that do not go together; kernels take their addresses on trust."""
@@ -513,7 +513,7 @@ class Recurrent(DecoupledModule):
             )
         assert self.update is not None
         layers = self._layers()
-        backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih)
+        backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih, "lstm")
         rule = self.update.tensors(self.local_parameters())
         lstm_ops.lstm_update_(backend, rows, layers, rule)
 
