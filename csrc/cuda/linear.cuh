@@ -20,8 +20,8 @@
 // normalisation) or all features (layer normalisation), product does the work of normalize and
 // gradient that of delta, and the barriers between them are gone.
 //
-// Sums over tiles are sums of partial sums in a fixed order: the same input gives the same bits, on
-// a grid of any size. An update is all or nothing: the largest magnitudes of delta and x are known
+// Sums over tiles are sums of partial sums in a fixed order: the same input gives the same bits on
+// a grid of the same size. An update is all or nothing: the largest magnitudes of delta and x are known
 // before it. If N times their product is a float32, so is every element of delta^T x; otherwise
 // trial looks at all of them.
 #pragma once
