@@ -412,6 +412,15 @@ FUSED_DNI_DEVICE Pair own_pair(const LSTMPlan& plan, int first, int end, int sli
   return pair;
 }
 
+// Where a block has one batch of rows at the most, its pairs are the threads' for all steps: cell
+// states stay in registers, and what a step reads besides its product is asked for during the step
+// before.
+FUSED_DNI_DEVICE Pair sole_pair(const LSTMPlan& plan, int batch, int size) {
+  const int slice = block() % plan.slices, first = block() / plan.slices * plan.rows;
+  const int end = first + plan.rows < batch ? first + plan.rows : batch;
+  return own_pair(plan, first, end, slice, size);
+}
+
 // ---- Plans (host) ---------------------------------------------------------------------------------
 
 // Divides the work of a window's steps and launches its kernel. `depth` is of a step's product
@@ -445,9 +454,10 @@ Status launch_window(void (*kernel)(A), const A& given, int depth, const void* s
   plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
   plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
   plan.tiles = std::min(plan.tiles, plan.rows / 16);
-  const std::int64_t wanted = std::max<std::int64_t>(plan.slices * plan.groups, other);
-  launch(kernel, a, static_cast<int>(std::min<std::int64_t>(blocks, wanted)), kThreads, shared,
-         a.stream, status);
+  const int items = plan.slices * plan.groups;
+  plan.sole = items <= blocks && plan.rows <= plan.tiles * 16;
+  blocks = static_cast<int>(std::min<std::int64_t>(blocks, std::max<std::int64_t>(items, other)));
+  launch(kernel, a, blocks, kThreads, shared, a.stream, status);
   return status;
 }
 

@@ -29,7 +29,7 @@ struct LSTMGradient {
 
 // How a window's steps are divided among blocks; made by the launchers. See lstm.cuh.
 struct LSTMPlan {
-  bool on_chip;
+  bool on_chip, sole;
   int slices;  // of hidden units
   int groups;  // of rows
   int rows;    // of a group

@@ -171,7 +171,10 @@ FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardL
   const LSTMSizes& s = a.sizes;
   const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
   const std::int64_t length = a.lengths != nullptr ? a.lengths[pair.row] : s.steps;
-  ahead.dc = (t == s.steps - 1 ? layer.start_c : a.carry)[pair.state];
+  if (t == s.steps - 1)
+    ahead.dc = layer.start_c[pair.state];
+  else if (!a.plan.sole)
+    ahead.dc = a.carry[pair.state];
   ahead.alive = t >= 0 && t < length;
   if (!ahead.alive) return ahead;
   const std::int64_t at = t * state + pair.state;
@@ -186,14 +189,14 @@ FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardL
   return ahead;
 }
 
-// The step of a pair, `dh` being the product's.
+// The step of a pair, `dh` being the product's; returns dc in front of it.
 template <class X, class D>
-FUSED_DNI_DEVICE void step(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
-                           const Pair& pair, const BackwardAhead& ahead, int t, float dh) {
+FUSED_DNI_DEVICE float step(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
+                            const Pair& pair, const BackwardAhead& ahead, int t, float dh) {
   if (t < 0) {
     layer.d_h[pair.state] = from_float<X>(dh);
     layer.d_c[pair.state] = from_float<X>(ahead.dc);
-    return;
+    return ahead.dc;
   }
   const int size = a.sizes.size;
   dh += ahead.dh;
@@ -204,7 +207,9 @@ FUSED_DNI_DEVICE void step(const LSTMBackward& a, const BackwardLayer<X, D>& lay
   D* to = layer.delta + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size + pair.gate;
   FUSED_DNI_UNROLL
   for (int q = 0; q < 4; ++q) to[q * size] = from_float<D>(ahead.alive ? delta[q] : 0.0f);
-  a.carry[pair.state] = ahead.alive ? e * f : ahead.dc;
+  const float dc = ahead.alive ? e * f : ahead.dc;
+  if (!a.plan.sole) a.carry[pair.state] = dc;
+  return dc;
 }
 
 template <class Op, class X>
@@ -215,15 +220,20 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
   SliceProduct<Op, 1> product(SharedArena(), a.plan.tiles, 4 * s.size);
   if (a.plan.on_chip)
     product.set(backward_slice(a.layer[k].hh, block() % a.plan.slices, s.size), true);
+  const bool sole = a.plan.sole;
+  const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
+  BackwardAhead next{};
+  if (sole) next = look_ahead(a, layer, own, s.steps - 1);
   for (int t = s.steps - 1; t >= -1; --t) {
+    float dc = 0.0f;
     each_batch(
         a.plan, s.batch,
         [&](int slice) {
           if (!a.plan.on_chip) product.set(backward_slice(a.layer[k].hh, slice, s.size), false);
         },
         [&](int first, int end, int slice) {
-          const Pair pair = own_pair(a.plan, first, end, slice, s.size);
-          const BackwardAhead ahead = look_ahead(a, layer, pair, t);
+          const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
+          const BackwardAhead ahead = sole ? next : look_ahead(a, layer, pair, t);
           const bool behind = t + 1 < s.steps;
           if (behind) {
             const std::int64_t row = static_cast<std::int64_t>(t + 1) * s.batch + first;
@@ -231,11 +241,16 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
             block_barrier();
           }
           if (pair.there)
-            step(a, layer, pair, ahead, t,
-                 behind ? product.sum(pair.local, pair.unit % kUnits) : 0.0f);
+            dc = step(a, layer, pair, ahead, t,
+                      behind ? product.sum(pair.local, pair.unit % kUnits) : 0.0f);
           block_barrier();
         });
-    if (t >= 0) grid_barrier(a.barrier);
+    if (t < 0) break;
+    if (sole) {
+      next = look_ahead(a, layer, own, t - 1);
+      next.dc = dc;
+    }
+    grid_barrier(a.barrier);
   }
 }
 

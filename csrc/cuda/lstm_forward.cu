@@ -47,36 +47,52 @@ FUSED_DNI_DEVICE Ahead look_ahead(const LSTMForward& a, const ForwardLayer<X>& l
   ahead.ends = t == length - 1;
   FUSED_DNI_UNROLL
   for (int q = 0; q < 4; ++q) ahead.z[q] = to_float(gates[pair.gate + q * size]);
-  ahead.cell = t == 0 ? to_float(layer.c[pair.state]) : a.carry[pair.state];
+  if (t == 0)
+    ahead.cell = to_float(layer.c[pair.state]);
+  else if (!a.plan.sole)
+    ahead.cell = a.carry[pair.state];
   return ahead;
 }
 
+// What a step makes of a pair.
+template <class X>
+struct Made {
+  float gate[4], cell;
+  X shown;
+  bool alive, ends;
+};
+
 // The step of a pair behind its product, `sum(q)` for gate q.
 template <class X, class F>
-FUSED_DNI_DEVICE void step(const LSTMForward& a, const ForwardLayer<X>& layer, const Pair& pair,
-                           const Ahead& ahead, int t, F&& sum) {
-  const int size = a.sizes.size;
-  const std::int64_t state = static_cast<std::int64_t>(a.sizes.batch) * size;
+FUSED_DNI_DEVICE Made<X> step(const Ahead& ahead, F&& sum) {
   float z[4];
   FUSED_DNI_UNROLL
-  for (int q = 0; q < 4; ++q) {
-    z[q] = ahead.z[q] + sum(q);
-    if (layer.weight.bias_ih != nullptr) z[q] += layer.weight.bias_ih[q * size + pair.unit];
-    if (layer.weight.bias_hh != nullptr) z[q] += layer.weight.bias_hh[q * size + pair.unit];
-  }
-  const float gate[4] = {sigmoid(z[0]), sigmoid(z[1]), tanhf(z[2]), sigmoid(z[3])};
-  float cell = gate[1] * ahead.cell + gate[0] * gate[2];
-  const X shown = from_float<X>(ahead.alive ? gate[3] * tanhf(cell) : 0.0f);
-  if (!ahead.alive) cell = ahead.cell;
-  layer.hidden[(t + 1) * state + pair.state] = shown;
-  a.carry[pair.state] = cell;
-  if (ahead.ends) layer.last_h[pair.state] = shown;
-  if (t == a.sizes.steps - 1) layer.last_c[pair.state] = from_float<X>(cell);
-  if (layer.cells != nullptr) layer.cells[(t + 1) * state + pair.state] = from_float<X>(cell);
-  if (a.save && ahead.alive) {
+  for (int q = 0; q < 4; ++q) z[q] = ahead.z[q] + sum(q);
+  Made<X> made{{sigmoid(z[0]), sigmoid(z[1]), tanhf(z[2]), sigmoid(z[3])},
+               ahead.cell,
+               from_float<X>(0.0f),
+               ahead.alive,
+               ahead.ends};
+  if (!ahead.alive) return made;
+  made.cell = made.gate[1] * ahead.cell + made.gate[0] * made.gate[2];
+  made.shown = from_float<X>(made.gate[3] * tanhf(made.cell));
+  return made;
+}
+
+// Stores what no other block waits for.
+template <class X>
+FUSED_DNI_DEVICE void store(const LSTMForward& a, const ForwardLayer<X>& layer, const Pair& pair,
+                            const Made<X>& made, int t) {
+  const int size = a.sizes.size;
+  const std::int64_t state = static_cast<std::int64_t>(a.sizes.batch) * size;
+  if (!a.plan.sole) a.carry[pair.state] = made.cell;
+  if (made.ends) layer.last_h[pair.state] = made.shown;
+  if (t == a.sizes.steps - 1) layer.last_c[pair.state] = from_float<X>(made.cell);
+  if (layer.cells != nullptr) layer.cells[(t + 1) * state + pair.state] = from_float<X>(made.cell);
+  if (a.save && made.alive) {
     FUSED_DNI_UNROLL
     for (int q = 0; q < 4; ++q)
-      layer.gates[t * 4 * state + pair.gate + q * size] = from_float<X>(gate[q]);
+      layer.gates[t * 4 * state + pair.gate + q * size] = from_float<X>(made.gate[q]);
   }
 }
 
@@ -106,6 +122,8 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
     Turn turn;
     multiply<Op>(arena, turn, Along<X>{below, in, rows}, Along<float>{layer.weight.ih, in, gates},
                  in, [&](int row, int column, float value) {
+                   if (layer.weight.bias_ih != nullptr) value += layer.weight.bias_ih[column];
+                   if (layer.weight.bias_hh != nullptr) value += layer.weight.bias_hh[column];
                    layer.gates[static_cast<std::int64_t>(row) * gates + column] =
                        from_float<X>(value);
                  });
@@ -117,24 +135,39 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
     if (a.plan.on_chip)
       product.set(forward_slice(layer.weight.hh, block() % a.plan.slices, s.size), true);
     grid_barrier(a.barrier);
+    const bool sole = a.plan.sole;
+    const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
+    Ahead next{};
+    if (sole) next = look_ahead(a, layer, own, 0);
     for (int t = 0; t < s.steps; ++t) {
+      Made<X> made{};
       each_batch(
           a.plan, s.batch,
           [&](int slice) {
             if (!a.plan.on_chip) product.set(forward_slice(layer.weight.hh, slice, s.size), false);
           },
           [&](int first, int end, int slice) {
-            const Pair pair = own_pair(a.plan, first, end, slice, s.size);
-            const Ahead ahead = look_ahead(a, layer, pair, t);
+            const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
+            const Ahead ahead = sole ? next : look_ahead(a, layer, pair, t);
             product.run(layer.hidden + t * state + first * static_cast<std::int64_t>(s.size),
                         end - first);
             block_barrier();
-            if (pair.there)
-              step(a, layer, pair, ahead, t,
-                   [&](int q) { return product.sum(pair.local, q * kUnits + pair.unit % kUnits); });
+            if (pair.there) {
+              made = step<X>(ahead, [&](int q) {
+                return product.sum(pair.local, q * kUnits + pair.unit % kUnits);
+              });
+              layer.hidden[(t + 1) * state + pair.state] = made.shown;
+            }
+            if (sole) return;
+            if (pair.there) store(a, layer, pair, made, t);
             block_barrier();
           });
+      if (sole && t + 1 < s.steps) {
+        next = look_ahead(a, layer, own, t + 1);
+        next.cell = made.cell;
+      }
       grid_barrier(a.barrier);
+      if (sole && own.there) store(a, layer, own, made, t);
     }
   }
 }
