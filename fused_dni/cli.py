@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fused_dni.backends.base import Backend
     from fused_dni.experiments.characters import Text
     from fused_dni.experiments.train import Outcome
     from fused_dni.rules import Rule
@@ -412,11 +413,12 @@ def _add_demo(commands: Any) -> None:
 def _add_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
-        help="measure the tiles of the Triton kernels for a shape, and keep the fastest",
+        help="measure tiles of the Triton kernels and the backends for a shape, keep the fastest",
         description="Time every op of a layer on scratch tensors with the tiles that come into "
-        "question, on this GPU, and keep the fastest for later processes: in $FUSED_DNI_CACHE, or "
-        "fused_dni under the user's cache. A shape of powers of two serves all that round up to "
-        "it.",
+        "question, on this GPU, then the CUDA and Triton backends on the layer's step or window, "
+        "and keep the fastest for later processes: in $FUSED_DNI_CACHE, or fused_dni under the "
+        "user's cache. Tiles of powers of two serve all shapes that round up to them, a backend's "
+        "times those within a factor of four.",
         epilog=f"examples:\n  {PROGRAM} tune linear --batch 128 --in 1024 --out 1024\n"
         f"  {PROGRAM} tune lstm --batch 16 --in 256 --out 256 --window 32 --dtype float32",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -873,7 +875,8 @@ def _tune(args: argparse.Namespace, command: str) -> int:
     from fused_dni.progress import Progress
 
     _refuse(args, ("window",) if args.what == "linear" else ("normalization", "activation", "rank"))
-    known = (tune.LSTMScratch if args.what == "lstm" else tune.LinearScratch).ops
+    kind = tune.LSTMScratch if args.what == "lstm" else tune.LinearScratch
+    known: Sequence[str] = kind.ops
     ops = args.ops or known
     for op in ops:
         if op not in known:
@@ -883,11 +886,11 @@ def _tune(args: argparse.Namespace, command: str) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, args.dtype)
     like = torch.empty(0, device=device)
-    backend = registry.resolve("triton", like.to(dtype), like)
+    triton = registry.resolve("triton", like.to(dtype), like)
     update = type(_rule(args.update))
     outputs = args.outputs or args.inputs
 
-    def make() -> tune.LinearScratch | tune.LSTMScratch:
+    def make(backend: Backend) -> tune.LinearScratch | tune.LSTMScratch:
         if args.what == "lstm":
             shape = (args.window or 32, args.batch, args.inputs, outputs)
             return tune.LSTMScratch(backend, shape, dtype, device, update)
@@ -899,13 +902,19 @@ def _tune(args: argparse.Namespace, command: str) -> int:
         return tune.LinearScratch(backend, sizes, dtype, device, config, update, rank, classes)
 
     progress = Progress(enabled=not args.quiet)
-    found = []
+    limits: dict[str, Any] = {"seconds": args.seconds, "progress": progress.update}
+    found: list[tune.Tuned] = []
+    ranked: tune.Ranked | None = None
     with progress:
-        for tuned in tune.tune(make, ops, device, seconds=args.seconds, progress=progress.update):
+        for tuned in tune.tune(lambda: make(triton), ops, device, **limits):
             found.append(tuned)
             if not args.json:
                 print(tuned.table(), end="\n\n", flush=True)
-    report = tune.report(found, device)
+        if set(kind.parts) <= set(ops):  # with their best tiles
+            ranked = tune.rank(make, device, **limits)
+            if not args.json:
+                print(ranked.table(), end="\n\n", flush=True)
+    report = tune.report(found, ranked, device)
     if args.json:
         import json
 

@@ -63,6 +63,7 @@ def report() -> dict[str, Any]:
         "processor": _processor,
         "threads": _threads,
         "backends": _backends,
+        "measured": _measured,
         "compilers": _compilers,
         "gpu": _gpu,
         "variables": _variables,
@@ -263,6 +264,20 @@ def _backends() -> dict[str, Any]:
         name: "serves" if reason is None else f"cannot serve: {reason}"
         for name, reason in dict(found).items()
     }
+
+
+def _measured() -> dict[str, Any]:
+    """The tables by which a backend is chosen on a GPU: where they lie, and who won what."""
+    measured = importlib.import_module("fused_dni.backends.measured")
+    entries = {
+        entry: seconds for table in reversed(measured.tables()) for entry, seconds in table.items()
+    }
+    facts = {"table": str(measured.path()), "entries": len(entries)}
+    for entry, seconds in sorted(entries.items()):
+        (best, least), *rest = seconds.items()
+        others = ", ".join(f"{name} {taken / least:.2f} times as long" for name, taken in rest)
+        facts[str(entry)] = f"{best} {least * 1e6:.4g} us, {others}"
+    return facts
 
 
 def _run(*command: str) -> str | None:

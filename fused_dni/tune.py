@@ -1,8 +1,9 @@
-"""Measuring the tiles of the Triton kernels for a shape, on scratch tensors.
+"""Measuring the tiles of the Triton kernels for a shape, and then the backends, on scratch tensors.
 
 An op is run once as it is, which tells what it asks :mod:`fused_dni.kernels.tuning` to choose, and
-then with every candidate that its kernel file lists. What is found is kept on disk and serves every
-later process.
+then with every candidate that its kernel file lists. The backends on a GPU are timed on what a
+layer does most: :meth:`LinearScratch.whole`, :meth:`LSTMScratch.whole`. What is found is kept on
+disk and serves every later process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_dni import timing
+from fused_dni.backends import measured, registry
 from fused_dni.backends.base import (
     STATISTICS_SIZE,
     LinearConfig,
@@ -84,11 +87,65 @@ class Tuned:
         return "\n".join([head.rstrip(), *rows])
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """What came of the backends.
+
+    Attributes:
+        op: "linear" or "lstm".
+        sizes: its sizes, as in :mod:`fused_dni.backends.measured`.
+        dtype: of x.
+        timings: of one call of each that ran, by name, the fastest first.
+        skipped: why the others did not.
+        kept: whether there were two or more to choose from, which are in the table then.
+    """
+
+    op: str
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    timings: dict[str, timing.Timing]
+    skipped: dict[str, str]
+
+    @property
+    def kept(self) -> bool:
+        return len(self.timings) > 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; seconds."""
+        return {
+            "op": self.op,
+            "sizes": list(self.sizes),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "timings": {name: taken.to_json() for name, taken in self.timings.items()},
+            "skipped": self.skipped,
+            "kept": self.kept,
+        }
+
+    def table(self) -> str:
+        """A line a backend: its time and spread, and how it compares with the fastest."""
+        sizes, name = "x".join(map(str, self.sizes)), str(self.dtype).removeprefix("torch.")
+        rows = [f"{'us':>9}  {'p10-p90':>17}  backends: {self.op} {sizes} {name}"]
+        best = next(iter(self.timings.values()), None)
+        for backend, taken in self.timings.items():
+            spread = f"{taken.p10 * 1e6:.2f}-{taken.p90 * 1e6:.2f}"
+            if taken is best:
+                said = "first from now on" if self.kept else "the only one that runs"
+            else:
+                assert best is not None
+                ratio = timing.ratio(taken, best)
+                said = f"{ratio.median:.2f} times as long"
+                if ratio.verdict() == "inconclusive":
+                    said += ", within the spread"
+            rows.append(f"{taken.median * 1e6:9.2f}  {spread:>17}  {backend}; {said}")
+        rows += [f"{'-':>9}  {'':>17}  {name}; {why}" for name, why in self.skipped.items()]
+        return "\n".join(rows)
+
+
 class LinearScratch:
     """A Linear-normalisation-activation of its own, and a way to run each of its ops.
 
     Args:
-        backend: the Triton backend.
+        backend: the one to run them.
         shape: N, I, O.
         dtype: of x; parameters are float32.
         update: its rule.
@@ -138,6 +195,7 @@ class LinearScratch:
         self.synthesizer_rule = RuleState(rule).tensors(self.synthesizer.parameters())
         self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=device)
 
+    name = "linear"
     ops = (
         "linear_step",
         "linear_forward",
@@ -146,6 +204,18 @@ class LinearScratch:
         "synthesizer_predict",
         "synthesizer_train",
     )
+    #: Of these, what :meth:`whole` takes.
+    parts = ("linear_step",)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N, I, O."""
+        outputs, inputs = self.layer.weight.shape
+        return (self.x.shape[0], inputs, outputs)
+
+    def whole(self) -> Callable[[], object]:
+        """A callable that backends are compared by: the decoupled step."""
+        return self.prepared("linear_step")
 
     def prepared(self, op: str) -> Callable[[], object]:
         """A callable that runs the op."""
@@ -173,7 +243,7 @@ class LSTMScratch:
     """A one-layer window of its own, and a way to run each of its ops.
 
     Args:
-        backend: the Triton backend.
+        backend: the one to run them.
         shape: T, B, I, H.
         dtype: of x; parameters are float32.
         update: its rule.
@@ -202,7 +272,26 @@ class LSTMScratch:
         )
         self.rule = RuleState(update(lr=_RATE)).tensors(self.layer)  # type: ignore[call-arg]
 
+    name = "lstm"
     ops = ("lstm_forward", "lstm_backward", "lstm_update")
+    #: Of these, what :meth:`whole` takes.
+    parts = ops[:2]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """T, B, I, H."""
+        return (*self.x.shape, self.g.shape[2])
+
+    def whole(self) -> Callable[[], object]:
+        """A callable that backends are compared by: the window forwards and backwards, gradients of
+        the weights and of the input."""
+        ours, x, layers, none = self.backend, self.x, (self.layer,), (None, ())
+
+        def window() -> None:
+            trace = ours.lstm_forward(x, self.state, self.state, layers, *none, True)
+            ours.lstm_backward(self.g, None, None, x, layers, *none, trace, True, True)
+
+        return window
 
     def prepared(self, op: str) -> Callable[[], object]:
         """A callable that runs the op."""
@@ -302,7 +391,60 @@ def tune(
         yield Tuned(choice, tiles, usual, trials)
 
 
-def report(found: list[Tuned], device: torch.device) -> dict[str, Any]:
+def rank(
+    make: Callable[[Any], LinearScratch | LSTMScratch],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Ranked:
+    """Time the backends that serve tensors of this kind on a GPU, and have the fastest asked first
+    from now on.
+
+    Args:
+        make: gives tensors that nobody needs, of a backend. It may draw random numbers, whose
+            generators' state is put back.
+        device: of the tensors.
+        seconds: budget of the timed calls of all backends; compiling comes on top.
+        progress: called with "backends" and the share of those that are ready.
+
+    Raises:
+        RuntimeError: the current stream is capturing a CUDA graph.
+        OSError: the result cannot be written.
+    """
+    from fused_dni.kernels import tuning
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("backends cannot be timed while a CUDA graph is being captured")
+    names = measured.BACKENDS
+    made: list[LinearScratch | LSTMScratch] = []
+
+    def prepare(name: Any) -> Callable[[], object]:
+        if progress is not None:
+            progress("backends", (names.index(name) + 1) / len(names))
+        scratch = make(registry.get(name))
+        made.append(scratch)
+        weight = scratch.layer[0]
+        registry.resolve(name, scratch.x, weight)  # or why not
+        return scratch.whole()
+
+    # Candidates of a choice are tiles elsewhere; nothing is asked of them but to be told apart.
+    candidates: Any = names
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trials = tuning._measure(candidates, prepare, device, seconds)
+    timings = {str(trial.tiles): trial.timing for trial in trials if trial.timing is not None}
+    skipped = {str(trial.tiles): trial.skipped for trial in trials if trial.skipped is not None}
+    if not made:
+        raise RuntimeError(f"no backend can be timed: {'; '.join(skipped.values())}")
+    ranked = Ranked(made[0].name, made[0].sizes, made[0].x.dtype, timings, skipped)
+    if ranked.kept:
+        medians = {name: taken.median for name, taken in timings.items()}
+        measured.remember(ranked.op, ranked.sizes, ranked.dtype, device, medians)
+        registry.forget()
+    return ranked
+
+
+def report(found: list[Tuned], ranked: Ranked | None, device: torch.device) -> dict[str, Any]:
     """What was found, where it holds and where it is kept, as plain data."""
     import triton
 
@@ -317,4 +459,5 @@ def report(found: list[Tuned], device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "kept in": str(tuning.folder()),
         "ops": [tuned.to_json() for tuned in found],
+        "backends": None if ranked is None else ranked.to_json(),
     }

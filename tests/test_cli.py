@@ -12,8 +12,9 @@ import pytest
 import torch
 from fused_dni.kernels import linear, tuning
 
+import fused_dni
 from fused_dni import cli, timing, tune
-from fused_dni.backends import base
+from fused_dni.backends import base, measured, registry
 
 TINY = ["--epochs", "2", "--hidden", "8", "--depth", "2", "--batch-size", "128", "--seeds", "0"]
 TINY += ["--threads", "1", "--quiet"]
@@ -282,12 +283,14 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
     monkeypatch.setenv("FUSED_DNI_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_tables", None)
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(measured, "_tables", None)
     monkeypatch.setattr(tune, "candidates", lambda choice, usual: iter([usual]))
 
     def once(calls, seconds, device):  # interpreting takes long enough
         for call in calls.values():
             call()
-        return {name: timing.Timing(name, (1e-3,), (1e-3,), 1) for name in calls}
+        took = {name: 1e-3 if name == "triton" else 2e-3 for name in calls}
+        return {name: timing.Timing(name, (t,), (t,), 1) for name, t in took.items()}
 
     monkeypatch.setattr(timing, "compare", once)
     torch.manual_seed(5)
@@ -306,6 +309,9 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
     kept = json.loads((tmp_path / "tiles.json").read_text())["choices"]
     assert kept["linear_step:sgd-ieee/interpreter/float32/8x16x16"] == ops["linear_step"]["tiles"]
     assert len(kept) == 6
+    assert list(found["backends"]["timings"]) == ["triton", "cuda"] and found["backends"]["kept"]
+    table = json.loads((tmp_path / "backends.json").read_text())["seconds"]
+    assert table == {"linear/interpreter/float32-ieee/8x16x16": {"triton": 1e-3, "cuda": 2e-3}}
 
     argv = ["tune", "lstm", *TUNE, "--window", "2", "--ops", "lstm_update", "lstm_backward"]
     assert cli.main(argv) == 0
@@ -314,6 +320,17 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
     assert "lstm_backward" in captured.out and "as before; chosen" in captured.out
     assert captured.out.rstrip().endswith(str(tmp_path))
     assert "lstm_update: 100 %" in captured.err
+    assert "backends" not in captured.out  # not where only a part of a window is tuned
+    argv = [*argv[:-2], "lstm_forward", "lstm_backward"]
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith("lstm 2x8x16x16 float32"))
+    assert lines[start + 1].split(maxsplit=2)[2] == "triton; first from now on"
+    assert lines[start + 2].split(maxsplit=2)[2] == "cuda; 2.00 times as long, within the spread"
+    table = json.loads((tmp_path / "backends.json").read_text())["seconds"]
+    assert table.keys() == {
+        "linear/interpreter/float32-ieee/8x16x16", "lstm/interpreter/float32-ieee/2x8x16x16"
+    }  # fmt: skip
 
 
 def test_candidates_are_the_kernels_own_and_begin_with_those_in_use():
@@ -341,6 +358,58 @@ def test_what_was_tuned_is_a_line_a_candidate():
     assert head.endswith("linear_step 128x1024x1024 bfloat16")
     assert first.split() == ["11.00", "10.20-11.80", "warps=8;", "chosen"]
     assert second.split(maxsplit=1) == ["-", "depth=512; OutOfResources: shared memory"]
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """Makes tensors of backends that are other ones in truth: no kernel is interpreted."""
+    monkeypatch.setenv("FUSED_DNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "_tables", None)
+    monkeypatch.setattr(registry, "_resolved", {})
+    serves = registry.get("reference")
+    monkeypatch.setattr(registry, "_loaded", {"cuda": serves, "triton": serves})
+
+    def make(backend):
+        cpu = torch.device("cpu")
+        return tune.LSTMScratch(backend, (3, 4, 5, 6), torch.float32, cpu, fused_dni.SGD)
+
+    return make
+
+
+def test_backends_are_timed_for_real(scratch, tmp_path, monkeypatch):
+    """A window of each; what was found counts at once, and random numbers go on as before."""
+    device, entry = torch.device("cpu"), "lstm/interpreter/float32-ieee/3x4x5x6"
+    monkeypatch.setitem(registry._resolved, "a look-up", registry.get("cuda"))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found = tune.rank(scratch, device, seconds=0.01)
+    assert torch.equal(torch.rand(4), expected)
+    assert found.timings.keys() == {"cuda", "triton"} and found.skipped == {} and found.kept
+    assert all(1e-6 < taken.median < 1.0 for taken in found.timings.values())
+    assert measured.order("lstm", (3, 4, 5, 6), torch.float32, device) == tuple(found.timings)
+    assert json.loads((tmp_path / "backends.json").read_text())["seconds"].keys() == {entry}
+    assert registry._resolved == {}
+
+
+def test_a_backend_that_runs_alone_has_not_won(scratch, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry._loaded, "cuda", "was not built")
+    found = tune.rank(scratch, torch.device("cpu"), seconds=0.01)
+    assert list(found.timings) == ["triton"] and not found.kept
+    head, first, second = found.table().splitlines()
+    assert head.endswith("backends: lstm 3x4x5x6 float32")
+    assert first.endswith("triton; the only one that runs")
+    assert second.split(maxsplit=1)[1].startswith("cuda; RuntimeError: backend 'cuda' is not avail")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(registry._loaded, "triton", "neither")
+    with pytest.raises(RuntimeError, match="no backend can be timed: .*was not built.*neither"):
+        tune.rank(scratch, torch.device("cpu"), seconds=0.01)
+
+
+def test_backends_are_not_timed_inside_a_capture(scratch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
+        tune.rank(scratch, torch.device("cuda", 0))
 
 
 def test_activations_are_those_of_the_layers():

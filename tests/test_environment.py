@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fused_dni import environment
+from fused_dni.backends import measured
 
 SECTIONS = {
     "package",
@@ -19,6 +20,7 @@ SECTIONS = {
     "processor",
     "threads",
     "backends",
+    "measured",
     "compilers",
     "gpu",
     "variables",
@@ -59,6 +61,20 @@ def test_text_has_every_fact_once(report):
             assert f"  {key}" in text
     assert "None" not in text
     assert max(map(len, text.splitlines())) < 400
+
+
+def test_shows_which_backends_won(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_DNI_CACHE", str(tmp_path))
+    own = measured.Entry("lstm", "sm_90", "float32-ieee", (32, 16, 256, 256))
+    both = measured.Entry("linear", "sm_90", "bfloat16", (128, 1024, 1024))
+    slow, fast = {"triton": 1e-5, "cuda": 2.5e-5}, {"cuda": 1e-5, "triton": 1.5e-5}
+    monkeypatch.setattr(measured, "_tables", [{own: fast, both: fast}, {both: slow}])
+    assert environment._measured() == {
+        "table": str(tmp_path / "backends.json"),
+        "entries": 2,
+        "linear/sm_90/bfloat16/128x1024x1024": "cuda 10 us, triton 1.50 times as long",
+        "lstm/sm_90/float32-ieee/32x16x256x256": "cuda 10 us, triton 1.50 times as long",
+    }
 
 
 def test_nothing_is_fatal(monkeypatch):

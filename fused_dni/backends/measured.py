@@ -29,6 +29,8 @@ from torch import Tensor
 FORMAT = 1
 _FILE = "backends.json"
 _SHIPPED = Path(__file__).with_name("measured.json")
+#: Those that a GPU's tensors may be served by, in the order of the registry.
+BACKENDS = ("cuda", "triton")
 #: An entry that is further off in any size says nothing.
 FARTHEST = 4.0
 #: Sizes of an entry, by op.
@@ -107,7 +109,7 @@ def usual(op: str, sizes: tuple[int, ...]) -> tuple[str, ...]:
     most 128 rows and 1,024 features. Everything else goes to Triton first.
     """
     small = op == "lstm" or (sizes[0] <= 128 and max(sizes[1:]) <= 1024)
-    return ("cuda", "triton") if small else ("triton", "cuda")
+    return BACKENDS if small else BACKENDS[::-1]
 
 
 def _entry(op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Entry:
