@@ -112,12 +112,10 @@ class Stage {
       int left = (kAlong ? depth_ : from_.rows) - at_column;
       if (chunk >= kChunks || at_line >= (kAlong ? from_.rows : depth_)) left = 0;
       const T* at = from_.data + (left > 0 ? at_line * from_.stride + at_column : 0);
-      if (aligned_ && left >= kCount) {
+      if (aligned_ && left >= kCount)
         held_[i] = *reinterpret_cast<const Chunk<T, kCount>*>(at);
-      } else {
-        FUSED_DNI_UNROLL
-        for (int e = 0; e < kCount; ++e) held_[i].value[e] = e < left ? at[e] : from_float<T>(0.0f);
-      }
+      else
+        held_[i] = edge(at, left);
     }
   }
 
@@ -147,10 +145,18 @@ class Stage {
   }
 
  private:
+  // Element by element, where a line ends or is not aligned; rare, so in little code.
+  FUSED_DNI_DEVICE static Chunk<T, kCount> edge(const T* at, int left) {
+    Chunk<T, kCount> made;
+    FUSED_DNI_ROLL
+    for (int e = 0; e < kCount; ++e) made.value[e] = e < left ? at[e] : from_float<T>(0.0f);
+    return made;
+  }
+
   const Operand<T, kLies>& from_;
   int row_, depth_;
   bool aligned_;
-  Chunk<T, kCount> held_[kEach];
+  Chunk<T, kCount> held_[kEach] = {};
 };
 
 // ---- Fragments of tensor cores, from a staged tile ------------------------------------------------
@@ -242,20 +248,17 @@ struct Product {
     constexpr int kBuffer = SA::kElements + SB::kElements;
     SA stage_a(a, row, depth);
     SB stage_b(b, col, depth);
-    stage_a.fetch(0);
-    stage_b.fetch(0);
     block_barrier();
-    stage_a.commit(staged, 0);
-    stage_b.commit(staged, SA::kElements);
-    block_barrier();
+    // One trip more than there are: while a trip is multiplied, the next one is on its way.
     int buffer = 0;
-    for (int k = 0; k < depth; k += K) {
+    for (int k = -K; k < depth; k += K) {
       const bool more = k + K < depth;
       if (more) {
         stage_a.fetch(k + K);
         stage_b.fetch(k + K);
       }
-      multiply<SA, SB, kA, kB>(sum, staged, buffer * kBuffer, buffer * kBuffer + SA::kElements);
+      if (k >= 0)
+        multiply<SA, SB, kA, kB>(sum, staged, buffer * kBuffer, buffer * kBuffer + SA::kElements);
       buffer ^= 1;
       if (more) {
         stage_a.commit(staged, buffer * kBuffer);
