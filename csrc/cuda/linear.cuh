@@ -169,8 +169,13 @@ FUSED_DNI_CALLED inline float sloped(float y, float h, int activation) {
   return slope(y, h, activation);
 }
 
+FUSED_DNI_CALLED inline float rstd_of(float variance, float eps) {
+  return 1.0f / sqrtf(variance + eps);
+}
+
 // Running statistics of feature o towards the batch's.
-FUSED_DNI_DEVICE void move_running(const LinearArguments& a, int o, float mean, float variance) {
+FUSED_DNI_CALLED inline void move_running(const LinearArguments& a, int o, float mean,
+                                          float variance) {
   const float unbiased =
       variance * (static_cast<float>(a.rows) / (static_cast<float>(a.rows) - 1.0f));
   a.running_mean[o] += a.momentum * (mean - a.running_mean[o]);
@@ -191,24 +196,24 @@ FUSED_DNI_CALLED void finish(const LinearArguments& a, const Place<typename C::T
   const bool batch = a.normalization == kBatchNormalization;
   const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
   const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
+  if (batch && at.r(0) == 0 && column) {  // of the tiles that have these columns, the first
+    if (a.rstd != nullptr) a.rstd[o] = rstd_of(variance.value[0], a.eps);
+    if (a.batch != nullptr) {  // a step moves the running statistics with its update
+      a.batch[o] = mean.value[0];
+      a.batch[a.outputs + o] = variance.value[0];
+    } else if (a.statistics && a.running_mean != nullptr) {
+      move_running(a, o, mean.value[0], variance.value[0]);
+    }
+  }
   FUSED_DNI_BY_FOUR
   for (int i = 0; i < T::kEach; ++i) {
     if (!at.inside(i)) continue;
     float n = z.value[i], y = n;
     if (normalizes) {
-      const float rstd = 1.0f / sqrtf(variance.value[i] + a.eps);
+      const float rstd = rstd_of(variance.value[i], a.eps);
       n = (n - mean.value[i]) * rstd;
       y = n * scale + shift;
-      const int where = batch ? o : at.r(i);
-      if (a.rstd != nullptr && (batch ? at.r(i) : o) == 0) a.rstd[where] = rstd;
-      if (batch && a.statistics && a.running_mean != nullptr && at.r(i) == 0) {
-        if (a.batch != nullptr) {  // a step moves them with its update
-          a.batch[o] = mean.value[i];
-          a.batch[a.outputs + o] = variance.value[i];
-        } else {
-          move_running(a, o, mean.value[i], variance.value[i]);
-        }
-      }
+      if (o == 0 && !batch && a.rstd != nullptr) a.rstd[at.r(i)] = rstd;
     }
     if (a.normalized != nullptr) a.normalized[at.at(i)] = n;
     static_cast<X*>(a.h)[at.at(i)] = from_float<X>(activated(y, a.activation));
@@ -586,9 +591,10 @@ FUSED_DNI_CALLED float slots(const LinearArguments& a, SharedArena arena, const 
         if (a.trainable[v + 1]) largest = fmaxf(largest, magnitude(g[v]));
       continue;
     }
-    if (a.trainable[1]) settle(a.bias, o, g[0] * factor, f);
-    if (a.trainable[2]) settle(a.norm_weight, o, g[1] * factor, f);
-    if (a.trainable[3]) settle(a.norm_bias, o, g[2] * factor, f);
+    const Slot* vectors[] = {&a.bias, &a.norm_weight, &a.norm_bias};
+    FUSED_DNI_ONE_BY_ONE
+    for (int v = 0; v < 3; ++v)
+      if (a.trainable[v + 1]) settle(*vectors[v], o, g[v] * factor, f);
     if (a.batch != nullptr) move_running(a, o, a.batch[o], a.batch[a.outputs + o]);
   }
   return largest;

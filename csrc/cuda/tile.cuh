@@ -6,12 +6,15 @@
 
 // A function of the device that is called and not inlined: one piece of code for several callers.
 // A loop over a thread's elements of a tile: four of them in flight, and no more code than that.
+// A loop that is short, or seldom run: as little code as can be.
 #if defined(FUSED_DNI_EMULATED)
 #define FUSED_DNI_CALLED [[gnu::noinline]]
 #define FUSED_DNI_BY_FOUR
+#define FUSED_DNI_ONE_BY_ONE
 #else
 #define FUSED_DNI_CALLED __device__ __noinline__
 #define FUSED_DNI_BY_FOUR _Pragma("unroll 4")
+#define FUSED_DNI_ONE_BY_ONE _Pragma("unroll 1")
 #endif
 
 namespace fused_dni::cuda {
@@ -155,7 +158,9 @@ FUSED_DNI_CALLED inline Moments combine_moments(const float* from, int count, in
     const int left = count - k * part;
     return static_cast<float>(left < part ? left : part);
   };
+  FUSED_DNI_ONE_BY_ONE
   for (int k = 0; k < parts; ++k) all.mean += from[2 * k * apart] * (size(k) / count);
+  FUSED_DNI_ONE_BY_ONE
   for (int k = 0; k < parts; ++k) {
     const float off = from[2 * k * apart] - all.mean;
     all.variance += (from[(2 * k + 1) * apart] + off * off * size(k)) / count;
@@ -175,11 +180,13 @@ FUSED_DNI_DEVICE RuleFactors no_rule() {
 // The largest of what so many blocks left.
 FUSED_DNI_CALLED inline float largest_left(const float* list, int count, SharedArena arena) {
   float largest = 0.0f;
+  FUSED_DNI_ONE_BY_ONE
   for (int i = thread(); i < count; i += kThreads) largest = fmaxf(largest, list[i]);
   return block_max(largest, arena);
 }
 FUSED_DNI_CALLED inline double sum_left(const double* list, int count, SharedArena arena) {
   double sum = 0.0;
+  FUSED_DNI_ONE_BY_ONE
   for (int i = thread(); i < count; i += kThreads) sum += list[i];
   return block_sum(sum, arena);
 }
