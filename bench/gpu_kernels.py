@@ -9,8 +9,9 @@ in the results with that reason and no figure. Candidates of a group are measure
 (``fused_dni.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
 a text with the same name beside it, are rewritten after every group, the groups that matter most
 come first, and when the time is up the rest is left out.
-``--device cpu --tiny`` runs the same code in Triton's interpreter on sizes that only show that it
-runs.
+The CUDA backend's rows stand beside those of Triton's. Where it was not built they hold the reason.
+``--device cpu --tiny`` runs the same code in Triton's interpreter and, where
+FUSED_DNI_CUDA_EMULATION names it, in our host emulation, on sizes that only show that it runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fused_dni.kernels.launch import Launch
 
 import tables
 import workloads_gpu as w
-from fused_dni.backends import registry, triton_lstm
+from fused_dni.backends import cuda_calls, registry, triton_lstm
 from gpu_baselines import graphed
 from workloads_lstm import _within
 
@@ -46,18 +47,21 @@ Groups = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 # Rows of a layer's table. All are replays of CUDA graphs but for those that say eager.
 DNI = "DNI"
 DNI_EAGER = "DNI, eager"
+DNI_CUDA = "DNI, CUDA"
 ONE, SEVERAL = "DNI, one launch", "DNI, several launches"
 BACKPROP = "backprop, our kernels"
+BACKPROP_CUDA = "backprop, CUDA kernels"
 STOCK = "stock"
 STOCK_EAGER = "stock, eager"
 COMPILED = "stock, compiled"
 AUTOTUNED = "stock, max-autotune"
 AUTOTUNED_EAGER = "stock, max-autotune, its own graphs"
 SYNTHESIZER = "synthesizer's update"
+SYNTHESIZER_CUDA = "synthesizer's update, CUDA"
 
 # Rows of a window's table.
 CUDNN, CUDNN_EAGER = "nn.LSTM", "nn.LSTM, eager"
-OURS, OURS_EAGER = "ours", "ours, eager"
+OURS, OURS_EAGER, OURS_CUDA = "ours", "ours, eager", "ours, CUDA"
 STEPWISE = "ours, a launch a step"
 
 #: Batch and width, those that the project promises something about first.
@@ -71,12 +75,25 @@ COLD = ((128, 1024), (512, 1024), (1024, 2048))
 #: At most so many layers are gone round to keep data out of the cache.
 MOST_LAYERS = 64
 
-WINDOWS = [
-    *((b, h, t) for t in (16, 128) for h in (256, 512, 1024) for b in (16, 64)),
-    *((32, h, 64) for h in (256, 512, 1024)),
-]
+#: Grid barriers of a decoupled step in one CUDA launch, where a tile holds all rows and so their
+#: statistics: before the synthesizer's reduction, before the gradient and before the update.
+STEP_BARRIERS = 3
+
+#: Hidden units up to which an LSTM of ours is to keep up with cuDNN's.
+PROMISED_HIDDEN = 640
 #: The point at which others publish figures (FlashRNN's repository).
 LONG_WINDOW = (16, 768, 1024)
+WINDOWS = [
+    (b, h, t)
+    for widths in ((256, 512, PROMISED_HIDDEN), (768, 1024))
+    for t in (128, 1024, 32)
+    for h in widths
+    for b in (16, 64)
+]
+WINDOWS.remove(LONG_WINDOW)
+WINDOWS.insert(6, LONG_WINDOW)
+#: Steps up to which a launch a step is tried.
+STEPWISE_STEPS = 128
 
 
 class Run:
@@ -273,8 +290,8 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
     floor = f"floor: {3 if case.dx else 2} products by torch"
     c = Candidates(run, w.check_layer, case, count, cold)
 
-    def ours(kind: type[w.Layer]) -> Callable[..., w.Layer]:
-        return lambda case, device, **options: kind(case, device, run.backend, **options)
+    def ours(kind: type[w.Layer], backend: str = run.backend) -> Callable[..., w.Layer]:
+        return lambda case, device, **options: kind(case, device, backend, **options)
 
     def stock(mode: str | None) -> Callable[..., w.Layer]:
         return lambda case, device, **options: w.Stock(case, device, mode, **options)
@@ -294,7 +311,9 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
             else [w.products(case, run.device)] * count
         ),
         DNI: c.replay(ours(w.Decoupled)),
+        DNI_CUDA: c.replay(ours(w.Decoupled, "cuda")),
         BACKPROP: c.replay(ours(w.Backprop)),
+        BACKPROP_CUDA: c.replay(ours(w.Backprop, "cuda")),
         STOCK: c.replay(stock(None)),
     }
     if not run.tiny:
@@ -307,6 +326,7 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
         makers[DNI_EAGER] = c.eager(ours(w.Decoupled))
         makers[STOCK_EAGER] = c.eager(stock(None))
         makers[SYNTHESIZER] = c.replay(ours(w.SynthesizerUpdate))
+        makers[SYNTHESIZER_CUDA] = c.replay(ours(w.SynthesizerUpdate, "cuda"))
         if (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
             makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
             makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
@@ -314,6 +334,11 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
         f"{other} / {DNI}": f"{other} / {DNI}"
         for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL)
     }
+    pairs |= {
+        f"{other} / {DNI_CUDA}": f"{other} / {DNI_CUDA}"
+        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP_CUDA, DNI)
+    }
+    pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
         group = measured(run, makers, floor, count, pairs)
     return group | {"bytes": case.bytes(), "tiles": c.record()}
@@ -362,10 +387,7 @@ def window_cases(run: Run) -> Iterator[w.WindowCase]:
     if run.tiny:
         yield w.WindowCase(4, 16, 3, "fp32")
         return
-    for window in WINDOWS[:4]:
-        yield w.WindowCase(*window)
-    yield w.WindowCase(*LONG_WINDOW)
-    for window in WINDOWS[4:]:
+    for window in WINDOWS:
         yield w.WindowCase(*window)
     for window in WINDOWS:
         yield w.WindowCase(*window, "fp32")
@@ -389,25 +411,34 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
     def ours(case: w.WindowCase, device: torch.device) -> w.Window:
         return w.OurWindow(case, device, dtype, run.backend)
 
+    def in_cuda(case: w.WindowCase, device: torch.device) -> w.Window:
+        return w.OurWindow(case, device, dtype, "cuda")
+
     makers: dict[str, Maker] = {
         floor: lambda: run.replayed([w.window_floor(case, run.device)]),
         CUDNN: c.replay(stock),
         OURS: c.replay(ours),
-        STEPWISE: c.forced(("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours)),
+        OURS_CUDA: c.replay(in_cuda),
         CUDNN_EAGER: c.eager(stock),
         OURS_EAGER: c.eager(ours),
         f"{CUDNN}, forward": c.replay(stock, "forward"),
         f"{OURS}, forward": c.replay(ours, "forward"),
+        f"{OURS_CUDA}, forward": c.replay(in_cuda, "forward"),
     }
+    if case.steps <= STEPWISE_STEPS:
+        makers[STEPWISE] = c.forced(("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours))
     pairs = {
         f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
         f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
         "forward": f"{CUDNN}, forward / {OURS}, forward",
         f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
+        f"{CUDNN} / {OURS_CUDA}": f"{CUDNN} / {OURS_CUDA}",
+        f"{OURS} / {OURS_CUDA}": f"{OURS} / {OURS_CUDA}",
+        "forward, CUDA": f"{CUDNN}, forward / {OURS_CUDA}, forward",
     }
     with w.arithmetic(case.precision):
         group = measured(run, makers, floor, 1, pairs)
-    return group | {"tiles": c.record()}
+    return group | {"steps": case.steps, "tiles": c.record()}
 
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
@@ -440,39 +471,55 @@ def floor_groups(run: Run) -> Groups:
     yield "barrier", lambda: barrier_group(run)
 
 
+def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[], object]:
+    """As :func:`plan_barriers`, of the CUDA kernels."""
+    registry.get("cuda")  # or why not
+    call = cuda_calls.extension().grid_barriers
+    stated = cuda_calls.described(state)
+    return lambda: call((blocks, rounds, stated, cuda_calls.stream(state.device)))
+
+
+#: What each backend's floor is called: its launch of nothing, and a barrier of its blocks.
+FLOORS = {"Triton": ("launch", "barrier"), "CUDA": ("CUDA launch", "CUDA barrier")}
+
+
 def barrier_group(run: Run) -> dict[str, Any]:
-    """What cannot be had for less: a launch of nothing, and a meeting of all programs."""
+    """What cannot be had for less: a launch of nothing, and a meeting of all programs (blocks)."""
     most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
     grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
     launches, rounds = (2, 2) if run.tiny else (50, 100)
     state = torch.zeros(1, dtype=torch.int32, device=run.device)
-    candidates: dict[str, Callable[[], object]] = {}
+
+    def name(backend: str, programs: int, meetings: int) -> str:
+        return f"{backend}: {programs} programs, {meetings} barriers"
+
+    makers: dict[str, Maker] = {}
     for programs in grids:
         for meetings in (0, rounds):
-            launch = plan_barriers(state, programs, meetings)
-            candidates[f"{programs} programs, {meetings} barriers"] = run.replayed(
-                [launch.run] * launches
-            )
-    group = tables.compared(candidates, {}, steps=launches, **run.limits(3.0))
-    rows = group["rows"]
-    group["grids"] = {
-        programs: {
-            "launch": rows[f"{programs} programs, 0 barriers"]["median"],
-            "barrier": (
-                rows[f"{programs} programs, {rounds} barriers"]["median"]
-                - rows[f"{programs} programs, 0 barriers"]["median"]
-            )
-            / rounds,
-        }
-        for programs in grids
-    }
+
+            def triton(p: int = programs, m: int = meetings) -> Callable[[], object]:
+                return run.replayed([plan_barriers(state, p, m).run] * launches)
+
+            def cuda(p: int = programs, m: int = meetings) -> Callable[[], object]:
+                return run.replayed([cuda_barriers(state, p, m)] * launches)
+
+            makers[name("Triton", programs, meetings)] = triton
+            makers[name("CUDA", programs, meetings)] = cuda
+    group = tables.compared(*tables.gather(makers), steps=launches, **run.limits(3.0))
+    group["grids"] = {}
+    for programs in grids:
+        found = group["grids"][str(programs)] = {}
+        for backend, (launch, barrier) in FLOORS.items():
+            taken = [group["rows"][name(backend, programs, m)].get("median") for m in (0, rounds)]
+            if None not in taken:
+                found[launch], found[barrier] = taken[0], (taken[1] - taken[0]) / rounds
     return group
 
 
 PARTS: dict[str, Callable[[Run], Groups]] = {
     "layer": layer_groups,
-    "lstm": window_groups,
     "floors": floor_groups,
+    "lstm": window_groups,
 }
 
 
@@ -494,7 +541,8 @@ def measure(run: Run, parts: list[str]) -> None:
 
 
 def profile(run: Run) -> None:
-    """Each main op once, between the marks that ``ncu --profile-from-start off`` looks for."""
+    """Each main op of the backend once, between the marks that ``ncu --profile-from-start off``
+    looks for."""
     sizes = [(16, 32)] if run.tiny else [(128, 1024), (4096, 4096)]
     windows = [(4, 16, 3)] if run.tiny else [(16, 256, 16), (16, 1024, 16)]
     steps: dict[str, Callable[[], object]] = {}
@@ -515,7 +563,7 @@ def profile(run: Run) -> None:
         if run.cuda:
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
-        print(name, flush=True)
+        print(f"{run.backend}: {name}", flush=True)
 
 
 #: What is asked of ncu, and the heads of the table's columns.
@@ -600,17 +648,58 @@ def summary(results: dict[str, Any]) -> str:
 def promises(results: dict[str, Any]) -> list[str]:
     """What the project promises of a GPU, and what was measured."""
     layers = results.get("gpu-layer", {})
-    lines = []
     small, large = (str(w.Case(*size)) for size in SIZES[:2])
-    for other in (STOCK, AUTOTUNED_EAGER, AUTOTUNED, BACKPROP):
-        ratio = layers.get(small, {}).get("ratios", {}).get(f"{other} / {DNI}")
-        found = "not measured" if ratio is None else tables.interval(ratio)
-        wanted = "" if other == BACKPROP else " (at least 2)"
-        lines.append(f"{small}: {other} / DNI{wanted}: {found}")
+
+    def ratio(group: dict[str, Any], label: str) -> str:
+        found = group.get("ratios", {}).get(label)
+        return "not measured" if found is None else tables.interval(found)
+
+    lines = []
+    for dni, backprop in ((DNI, BACKPROP), (DNI_CUDA, BACKPROP_CUDA)):
+        for other in (STOCK, AUTOTUNED_EAGER, AUTOTUNED, backprop):
+            wanted = "" if other == backprop else " (at least 2)"
+            found = ratio(layers.get(small, {}), f"{other} / {dni}")
+            lines.append(f"{small}: {other} / {dni}{wanted}: {found}")
+    label = f"{DNI} / {DNI_CUDA}"
+    lines.append(f"{small}: {label} (at least 1): {ratio(layers.get(small, {}), label)}")
+    launch, barrier = cuda_floors(results)
+    row = layers.get(small, {}).get("rows", {}).get(DNI_CUDA, {})
+    if "median" in row and launch is not None and barrier is not None:
+        floor = launch + STEP_BARRIERS * barrier
+        lines.append(
+            f"{small}: {DNI_CUDA}: {row['median'] * 1e6:.3g} us; a launch and {STEP_BARRIERS} bare "
+            f"barriers: {floor * 1e6:.3g} us"
+        )
     row = layers.get(large, {}).get("rows", {}).get(DNI, {})
     found = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "not measured"
     lines.append(f"{large}: DNI / its two products (at most 1.5): {found}")
+
+    windows = results.get("gpu-lstm", {})
+    label = f"{CUDNN} / {OURS_CUDA}"
+    for window in WINDOWS:
+        case = w.WindowCase(*window)
+        group = windows.get(str(case))
+        if group is None:
+            continue
+        wanted = " (at least 1)" if case.hidden <= PROMISED_HIDDEN else ""
+        line = f"{case}: {label}{wanted}: {ratio(group, label)}"
+        row = group["rows"].get(OURS_CUDA, {})
+        if "median" in row:
+            line += f"; {row['median'] / case.steps * 1e6:.3g} us a step"
+            if barrier is not None:
+                line += f", its 2 bare barriers {2 * barrier * 1e6:.3g}"
+        lines.append(line)
+    if not windows:
+        lines.append(f"LSTM: {label}: not measured")
     return lines
+
+
+def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    found = grids.get(str(results.get("device", {}).get("multiprocessors")), {})
+    launch, barrier = FLOORS["CUDA"]
+    return found.get(launch), found.get(barrier)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -625,7 +714,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--metrics", action="store_true", help="print what ncu is to measure")
     parser.add_argument("--ncu", type=Path, metavar="CSV", help="print what ncu wrote")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", help="of the rows without a name (triton); --profile: alone")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
     given = parser.parse_args(arguments)
     if given.metrics:
@@ -639,17 +728,22 @@ def main(arguments: list[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
         return 3
-    try:
-        registry.get(given.backend)
-    except (ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    run = Run(given.file, given.device, given.backend, given.seconds, given.tiny)
-    if given.profile:
-        profile(run)
-        return 0
-    measure(run, given.part or list(PARTS))
-    return 1 if run.failed else 0
+    both = given.profile and given.backend is None
+    failed = False
+    for backend in ("triton", "cuda") if both else (given.backend or "triton",):
+        try:
+            registry.get(backend)
+        except (ValueError, RuntimeError) as error:
+            print(error, file=sys.stderr)
+            failed = True
+            continue
+        run = Run(given.file, given.device, backend, given.seconds, given.tiny)
+        if given.profile:
+            profile(run)
+        else:
+            measure(run, given.part or list(PARTS))
+            failed = run.failed
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

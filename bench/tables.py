@@ -846,9 +846,9 @@ def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     )
 
 
-def _microseconds(group: dict[str, Any], name: str) -> str:
+def _microseconds(group: dict[str, Any], name: str, steps: int = 1) -> str:
     row = group["rows"].get(name, {})
-    return f"{row['median'] * 1e6:.3g}" if "median" in row else "–"
+    return f"{row['median'] / steps * 1e6:.3g}" if "median" in row else "–"
 
 
 def _over_floor(group: dict[str, Any], name: str) -> str:
@@ -873,6 +873,12 @@ def render_gpu(results: dict[str, Any]) -> str:
         "stock, max-autotune, its own graphs": "max-autotune, own graphs",
         "backprop, our kernels": "backprop, our kernels",
     }
+    rivals = {
+        "stock": "stock",
+        "stock, max-autotune": "max-autotune",
+        "backprop, CUDA kernels": "backprop, CUDA",
+        "DNI": "DNI",
+    }
     rows = []
     for key, group in groups.items():
         cells = [key, _microseconds(group, group["floor"])]
@@ -884,9 +890,12 @@ def render_gpu(results: dict[str, Any]) -> str:
         ]
         cells.append(_over_floor(group, "DNI"))
         cells += [_ratio(group, f"{name} / DNI") for name in others]
+        cells.append(_microseconds(group, "DNI, CUDA"))
+        cells += [_ratio(group, f"{name} / DNI, CUDA") for name in rivals]
         rows.append(cells)
     header = ["B/H, products, rule", "floor, µs", "bytes, µs", "DNI, µs", "one launch", "several"]
     header += ["DNI × floor", *(f"{name} / DNI" for name in others.values())]
+    header += ["DNI, CUDA, µs", *(f"{name} / DNI, CUDA" for name in rivals.values())]
     text = (
         "One Linear-BatchNorm-ReLU step, all as replays of CUDA graphs: forward, rank-16 "
         "label-conditioned synthetic gradient, update, float32 weights; without dx and with data "
@@ -894,7 +903,8 @@ def render_gpu(results: dict[str, Any]) -> str:
         "`torch.mm(out=)` in the same run; bytes: what has to be moved over the bandwidth of a "
         "copy. Then times in as many launches as said, and ratios of times (99 % interval), above "
         "one where ours is faster: stock backprop of the same layer from a given gradient with a "
-        "fused optimizer, the same compiled, and backprop on our own kernels."
+        "fused optimizer, the same compiled, and backprop on our own kernels. Triton's kernels but "
+        "for the last columns, which are those in CUDA C++."
     )
     return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
 
@@ -904,28 +914,42 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
     groups = results.get("gpu-lstm", {})
     if not groups:
         return "Not measured yet."
+    times = ("nn.LSTM", "ours", "ours, a launch a step", "ours, CUDA")
+    ratios = {
+        "nn.LSTM / ours": "nn.LSTM / ours",
+        "nn.LSTM, eager / ours, eager": "eager",
+        "forward": "forward",
+        "nn.LSTM / ours, CUDA": "nn.LSTM / CUDA",
+        "ours / ours, CUDA": "ours / CUDA",
+        "forward, CUDA": "forward, CUDA",
+    }
     rows = [
         [
             key,
             _microseconds(group, group["floor"]),
-            *(_microseconds(group, name) for name in ("nn.LSTM", "ours")),
-            _microseconds(group, "ours, a launch a step"),
-            *(
-                _ratio(group, label)
-                for label in ("nn.LSTM / ours", "nn.LSTM, eager / ours, eager", "forward")
-            ),
+            *(_microseconds(group, name) for name in times),
+            _microseconds(group, "ours, CUDA", group["steps"]),
+            *(_ratio(group, label) for label in ratios),
         ]
         for key, group in groups.items()
     ]
     header = ["B/H/T, products", "floor, µs", "nn.LSTM, µs", "ours, µs", "a launch a step, µs"]
-    header += ["nn.LSTM / ours", "eager", "forward"]
+    header += ["CUDA, µs", "CUDA, µs a time step", *ratios.values()]
     text = (
         "Forward and backward of a window, gradients of weights and input, input size H, as "
         "replays of CUDA graphs. Ours is a persistent kernel where the weights fit. The floor is "
         "the products that cannot be avoided, by `torch.mm(out=)`. Ratios of times (99 % "
-        "interval), above one where ours is faster; the last two without a graph, and of the "
-        "forward alone."
+        "interval), above one where ours is faster; some without a graph, or of the forward alone. "
+        "Ours is Triton's; CUDA is the one in CUDA C++, with parameters and their gradients in "
+        "float32."
     )
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    bare = grids.get(str(results["device"].get("multiprocessors")), {}).get("CUDA barrier")
+    if bare is not None:
+        text += (
+            " A time step has two barriers of the grid, forward and backward, which bare take "
+            f"{2 * bare * 1e6:.3g} µs."
+        )
     return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
 
 
@@ -945,12 +969,16 @@ def render_gpu_details(results: dict[str, Any]) -> str:
                 parts.append("No figure: " + "; ".join(failed) + ".")
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
     if grids:
+        names = ("launch", "barrier", "CUDA launch", "CUDA barrier")
         rows = [
-            [programs, *(f"{found[name] * 1e6:.3g}" for name in ("launch", "barrier"))]
-            for programs, found in grids.items()
+            [programs, *(f"{found[n] * 1e6:.3g}" if n in found else "–" for n in names)]
+            for programs, found in sorted(grids.items(), key=lambda grid: int(grid[0]))
         ]
-        parts.append("A cooperative launch that does nothing, and a barrier of all its programs:")
-        parts.append(table(["programs", "launch, µs", "barrier, µs"], rows))
+        parts.append(
+            "A cooperative launch that does nothing, and a barrier of all its programs, of Triton "
+            "and of CUDA C++:"
+        )
+        parts.append(table(["programs", *(f"{name}, µs" for name in names)], rows))
     measured = {
         k: g for s in ("gpu-layer", "gpu-lstm", "gpu-floors") for k, g in results.get(s, {}).items()
     }

@@ -3,7 +3,7 @@
 Candidates run through the backends' protocol, below any module, because what is compared is the
 kernels. A candidate owns its tensors and has a method ``step`` that can be captured in a CUDA
 graph. Everything takes a device, so that the same code runs on a CPU (the kernels then in Triton's
-interpreter).
+interpreter, or in the host emulation of those in CUDA C++).
 
 Input and weights are rounded to bfloat16 at the start, whatever the precision of the products: so
 the operands of the first product are exact in all of them, and a check against float64 sees the
@@ -407,12 +407,15 @@ class StockWindow(Window):
 
 
 class OurWindow(Window):
-    """The backend's forward and backward."""
+    """The backend's forward and backward. Parameters are of x's dtype, as those of ``nn.LSTM``, but
+    for the CUDA backend, which has them in float32 alone."""
 
     def __init__(
         self, case: WindowCase, device: torch.device, dtype: torch.dtype, backend: str
     ) -> None:
         super().__init__(case, device, dtype)
+        if backend == "cuda":
+            self.layer = LSTMLayer(*(None if p is None else p.float() for p in self.layer))
         self.backend = registry.get(backend)
         reason = self.backend.why_not(self.x, self.layer.weight_ih)
         if reason is not None:

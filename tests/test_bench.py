@@ -21,6 +21,7 @@ import tables
 import workloads as w
 import workloads_gpu as wg
 import workloads_lstm as wl
+from fused_dni.backends import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = w.Case(16, 32)
@@ -281,12 +282,16 @@ def gpu_group(**more):
             "floor": row(8e-6, 1.0),
             "DNI": row(12e-6, 1.5),
             "DNI, one launch": row(11e-6, 1.4),
+            "DNI, CUDA": row(9e-6, 1.1),
             "ours": row(50e-6, 2.0),
+            "ours, CUDA": row(42e-6, 1.8),
             "stock": {"failed": "Disagreement: no"},
         },
         "ratios": {
             "stock, compiled / DNI": {"median": 2.5, "interval": [2.4, 2.6]},
             "nn.LSTM / ours": {"median": 0.5, "interval": None},
+            "DNI / DNI, CUDA": {"median": 1.33, "interval": None},
+            "nn.LSTM / ours, CUDA": {"median": 1.2, "interval": None},
         },
         **more,
     }
@@ -296,22 +301,64 @@ def test_gpu_tables_say_what_was_measured():
     found = results(
         **{
             "gpu-layer": {"128/1024 bf16 sgd": gpu_group(bytes=3_000_000)},
-            "gpu-lstm": {"16/256/128 bf16": gpu_group()},
-            "gpu-floors": {"barrier": gpu_group(grids={"132": {"launch": 3e-6, "barrier": 1e-6}})},
+            "gpu-lstm": {"16/256/128 bf16": gpu_group(steps=20)},
+            "gpu-floors": {
+                "barrier": gpu_group(
+                    grids={
+                        "132": {"launch": 3e-6, "barrier": 1e-6, "CUDA barrier": 0.9e-6},
+                        "8": {"CUDA launch": 2.5e-6, "CUDA barrier": 0.5e-6},
+                    }
+                )
+            },
         }
     )
-    found["device"] |= {"gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12}
+    found["device"] |= {
+        "gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12, "multiprocessors": 132
+    }  # fmt: skip
     layer, lstm, details = (
         tables.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
     )
     for text in (layer, lstm, details):
         assert text.startswith("A GPU, torch 2.13.0, Triton 3.7.1, 2026-01-01, commit abc.")
-    # floor, bytes, as chosen, one launch, several, over the floor, stock, compiled, ...
-    cells = "8 | 1 | 12 | 11 | – | 1.50 | – | 2.50 (2.40–2.60) | – | – | – |"
+    # floor, bytes, as chosen, one launch, several, over the floor, stock, compiled, ..., CUDA
+    cells = "8 | 1 | 12 | 11 | – | 1.50 | – | 2.50 (2.40–2.60) | – | – | – | 9 | – | – | – | 1.33 |"
     assert f"| 128/1024 bf16 sgd | {cells}" in layer
-    assert "| 16/256/128 bf16 | 8 | – | 50 | – | 0.50 | – | – |" in lstm
+    cells = "8 | – | 50 | – | 42 | 2.1 | 0.50 | – | – | 1.20 | – | – |"
+    assert f"| 16/256/128 bf16 | {cells}" in lstm and "which bare take 1.8 µs." in lstm
     assert "| DNI | 12 | 1.50 |" in details and "stock: Disagreement: no" in details
-    assert "| 132 | 3 | 1 |" in details
+    assert "| 8 | – | – | 2.5 | 0.5 |\n| 132 | 3 | 1 | – | 0.9 |" in details
+
+
+def test_what_is_promised_of_a_gpu_stands_beside_what_was_measured():
+    found = gpu_kernels.promises({})
+    assert all(line.endswith("not measured") for line in found)
+    barrier = gpu_group(grids={"132": {"CUDA launch": 2e-6, "CUDA barrier": 0.5e-6}})
+    results = {
+        "device": {"multiprocessors": 132},
+        "gpu-layer": {"128/1024 bf16 sgd": gpu_group()},
+        "gpu-lstm": {
+            "16/1024/128 bf16": gpu_group(steps=128),
+            "16/256/128 bf16": gpu_group(steps=128),
+            "16/256/128 fp32": gpu_group(steps=128),
+        },
+    }
+    lines = gpu_kernels.promises(results)
+    assert "128/1024 bf16 sgd: DNI / DNI, CUDA (at least 1): 1.33" in lines
+    assert "128/1024 bf16 sgd: stock / DNI, CUDA (at least 2): not measured" in lines
+    assert lines[-2:] == [  # in the order of their weight
+        "16/256/128 bf16: nn.LSTM / ours, CUDA (at least 1): 1.20; 0.328 us a step",
+        "16/1024/128 bf16: nn.LSTM / ours, CUDA: 1.20; 0.328 us a step",
+    ]
+    lines = gpu_kernels.promises(results | {"gpu-floors": {"barrier": barrier}})
+    assert "128/1024 bf16 sgd: DNI, CUDA: 9 us; a launch and 3 bare barriers: 3.5 us" in lines
+    assert lines[-1].endswith("; 0.328 us a step, its 2 bare barriers 1")
+
+
+def test_windows_of_a_gpu_are_each_measured_once_and_the_promised_first():
+    windows = gpu_kernels.WINDOWS
+    assert len(set(windows)) == len(windows) == 30
+    assert gpu_kernels.LONG_WINDOW in windows[:10]
+    assert max(h for b, h, t in windows[:19] if (b, h, t) != gpu_kernels.LONG_WINDOW) == 640
 
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-lstm", "gpu-details"])
@@ -535,15 +582,21 @@ def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
     rows = found["gpu-layer"]["8/16 bf16 sgd"]["rows"]
     assert [name for name, row in rows.items() if "failed" in row] == []
     assert {gpu_kernels.DNI, gpu_kernels.BACKPROP, gpu_kernels.STOCK} < rows.keys()
+    cuda = {gpu_kernels.DNI_CUDA, gpu_kernels.BACKPROP_CUDA, gpu_kernels.SYNTHESIZER_CUDA}
+    assert cuda < rows.keys()
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["ratios"]["DNI / DNI, CUDA"]["median"] > 0
     assert found["gpu-layer"]["8/16 bf16 sgd"]["tiles"]["linear_step"]["launches"] == "one"
     with_dx = found["gpu-layer"]["8/16 fp32 adam with dx, cold"]["rows"]
     assert [name for name, row in with_dx.items() if "failed" in row] == []
     window = found["gpu-lstm"]["4/16/3 fp32"]
     assert [name for name, row in window["rows"].items() if "failed" in row] == []
     assert window["ratios"]["nn.LSTM / ours"]["median"] > 0
-    assert found["gpu-floors"]["barrier"]["grids"]["1"]["launch"] > 0
-    lines = file.with_suffix(".txt").read_text().splitlines()
-    assert lines[-1] == "4096/4096 bf16 sgd: DNI / its two products (at most 1.5): not measured"
+    assert window["ratios"]["nn.LSTM / ours, CUDA"]["median"] > 0
+    grid = found["gpu-floors"]["barrier"]["grids"]["1"]
+    assert grid.keys() == {"launch", "barrier", "CUDA launch", "CUDA barrier"}
+    assert grid["launch"] > 0 and grid["CUDA launch"] > 0
+    text = file.with_suffix(".txt").read_text()
+    assert "4096/4096 bf16 sgd: DNI / its two products (at most 1.5): not measured" in text
     for suite in ("gpu", "gpu-lstm", "gpu-details"):
         assert "| " in tables.RENDERERS[suite][1]([found])
 
@@ -581,8 +634,26 @@ def test_gpu_kernels_go_on_when_a_group_fails(tmp_path, monkeypatch, one_thread)
 def test_gpu_kernels_that_are_profiled_all_run(capsys, one_thread):
     assert gpu_kernels.main(["--profile", "--device", "cpu", "--tiny"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["Decoupled 16/32", "Backprop 16/32"]
-    assert len(printed) == 4
+    assert printed[:2] == ["triton: Decoupled 16/32", "triton: Backprop 16/32"]
+    assert len(printed) == 8 and printed[4] == "cuda: Decoupled 16/32"
+
+
+@INTERPRETED
+def test_gpu_kernels_without_the_cuda_backend(tmp_path, monkeypatch, capsys, one_thread):
+    """It was not built: its rows hold the reason, all else is measured."""
+    monkeypatch.setitem(registry._loaded, "cuda", "was not built")
+    file, tiny = tmp_path / "kernels.json", ["--device", "cpu", "--tiny"]
+    parts = [word for part in ("floors", "lstm") for word in ("--part", part)]
+    assert gpu_kernels.main([str(file), *tiny, *parts, "--backend", "cpu"]) == 0
+    found = json.loads(file.read_text())
+    rows = found["gpu-lstm"]["4/16/3 fp32"]["rows"]
+    assert "was not built" in rows[gpu_kernels.OURS_CUDA]["failed"]
+    assert rows[gpu_kernels.OURS]["median"] > 0
+    assert found["gpu-floors"]["barrier"]["grids"]["1"].keys() == {"launch", "barrier"}
+    capsys.readouterr()
+    assert gpu_kernels.main(["--profile", *tiny]) == 1
+    printed = capsys.readouterr()
+    assert "was not built" in printed.err and len(printed.out.splitlines()) == 4
 
 
 @INTERPRETED
