@@ -4,15 +4,19 @@
 # For a bare machine with an NVIDIA GPU, Python 3.10 or newer, torch and Triton (tried for: torch
 # 2.11 with Triton 3.6, and newer), pip, setuptools, pybind11 and ninja; nvcc, ncu and
 # compute-sanitizer are used if they are there. Builds into a temporary environment that sees the
-# machine's own packages, runs the tests marked gpu, measures our kernels and what they have to beat,
-# and looks at them with the two tools. What matters most comes first, each part has a share of the
-# time, and a part that fails or takes too long is named at the end and does not stop the others.
+# machine's own packages (the CUDA part for this GPU alone, if there is nvcc), runs the tests marked
+# gpu, measures our kernels and what they have to beat, and looks at them with the two tools. What
+# matters most comes first, each part has a share of the time, and a part that fails or takes too long
+# is named at the end and does not stop the others. Without the CUDA part its rows say so.
 #
 # OUT then has summary.txt (written anew after every part), log.txt, environment.json, and a JSON and
 # a text each of kernels and baselines (written anew after every group), all that is known, whenever
-# the script is killed; and tiles.json where there was time to tune.
+# the script is killed; and tiles.json and backends.json where there was time to tune.
 #
-# PYTHON=...  interpreter, python3 by default
+# PYTHON=...       interpreter, python3 by default
+# ONLY="a b ..."   these parts alone (and environment and build): tests layer floors lstm memcheck-cuda
+#                  racecheck-cuda synccheck-cuda baselines ncu memcheck-triton ... tune
+# FUSED_DNI_CUDA_ARCHS=...   what nvcc compiles for, this GPU by default
 # Exit status: 0 all parts done, 1 a part failed, 2 wrong use, 3 no GPU.
 
 set -uo pipefail
@@ -48,6 +52,7 @@ FAILED=()
 part() {
   local name=$1 limit=$2 left=$((END - SECONDS)) start=$SECONDS status=1
   shift 2
+  case " ${ONLY:-$name} environment build " in *" $name "*) ;; *) return 1 ;; esac
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
     FAILED+=("$name: no time left")
@@ -72,7 +77,12 @@ summary() {
     for file in "$OUT/baselines.txt" "$WORK/ncu.txt" "$OUT/kernels.txt"; do
       [ ! -f "$file" ] || cat "$file"
     done
-    [ ! -f "$WORK/sanitizer.log" ] || grep 'ERROR SUMMARY' "$WORK/sanitizer.log"
+    for tool in $TOOLS; do
+      for backend in cuda triton; do
+        log="$WORK/$tool-$backend.log"
+        [ ! -f "$log" ] || sed -n "s/^=* *\(.*SUMMARY.*\)/$tool, $backend: \1/p" "$log"
+      done
+    done
     [ ! -f "$WORK/tests.log" ] || tail -n 1 "$WORK/tests.log"
     if [ ${#FAILED[@]} -gt 0 ]; then
       printf 'FAILED  %s\n' "${FAILED[@]}"
@@ -86,6 +96,7 @@ summary() {
 
 cd "$ROOT" || exit 2
 RUN="$WORK/environment/bin/python"
+TOOLS="memcheck racecheck synccheck"
 make_environment() {
   "$PYTHON" -m venv --without-pip "$WORK/environment" || return
   # What this interpreter sees, which in an environment of its own is not what the system has.
@@ -99,8 +110,13 @@ export -f make_environment
 export PYTHON WORK
 part environment 60 bash -c make_environment
 [ -x "$RUN" ] || RUN=$PYTHON
-if ! part build 180 "$PYTHON" -m pip --python "$RUN" install --no-deps --no-index \
-  --no-build-isolation -e .; then
+# For this GPU alone, which takes a quarter of the time.
+export FUSED_DNI_CUDA_ARCHS=${FUSED_DNI_CUDA_ARCHS:-$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))')}
+install=("$PYTHON" -m pip --python "$RUN" install --no-deps --no-index --no-build-isolation -e .)
+if ! part build 200 "${install[@]}" &&
+  ! FUSED_DNI_CUDA_ARCHS=none part build-without-cuda 60 "${install[@]}"; then
   # Triton needs no compiler of ours: the package as it would be installed, without the C++.
   mkdir -p "$WORK/unbuilt"
   cp -r fused_dni "$WORK/unbuilt" && cp -r kernels "$WORK/unbuilt/fused_dni/kernels"
@@ -111,11 +127,23 @@ part report 60 "$RUN" -m fused_dni env --json && cp "$WORK/report.log" "$OUT/env
 export FUSED_DNI_CACHE="$WORK/tiles" # not what this user may have tuned before
 part tests 150 "$RUN" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests
 left=$((END - SECONDS))
-for kind in layer lstm floors; do
-  case $kind in layer) share=$((left * 45 / 100)) ;; lstm) share=$((left * 25 / 100)) ;; *) share=40 ;; esac
+for kind in layer floors lstm; do
+  case $kind in layer) share=$((left * 35 / 100)) ;; floors) share=35 ;; *) share=$((left * 25 / 100)) ;; esac
   part "$kind" "$share" "$RUN" bench/gpu_kernels.py "$OUT/kernels.json" --part "$kind" \
     --seconds $((share - 15))
 done
+
+# sanitize BACKEND: every tool on every op of it once
+sanitize() {
+  for tool in $TOOLS; do
+    # A pool hides what lies outside a tensor.
+    part "$tool-$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 "$RUN" bench/gpu_kernels.py --profile --tiny --backend "$1"
+  done
+}
+if command -v compute-sanitizer >/dev/null; then
+  sanitize cuda
+fi
 part baselines 60 "$RUN" bench/gpu_baselines.py "$OUT/baselines.json" --seconds 50
 
 look_at_kernels() {
@@ -132,14 +160,11 @@ if command -v ncu >/dev/null; then
   part ncu 90 bash -c look_at_kernels
 fi
 if command -v compute-sanitizer >/dev/null; then
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # a pool hides what lies outside a tensor
-  part sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$RUN" bench/gpu_kernels.py --profile --tiny
+  sanitize triton
 fi
 
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
 part tune 150 "$RUN" -m fused_dni tune linear --batch 128 --in 1024 --ops linear_step --quiet &&
-  cp "$FUSED_DNI_CACHE/tiles.json" "$OUT"
+  cp "$FUSED_DNI_CACHE"/*.json "$OUT"
 
 summary
 [ ${#FAILED[@]} -eq 0 ]

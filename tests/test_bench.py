@@ -530,17 +530,45 @@ def test_gpu_script_goes_on_when_parts_fail(tmp_path):
     done = run("bash", ROOT / "bench" / "gpu.sh", out, PYTHON=str(python))
     assert done.returncode == 1
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    names = ["environment", "build", "report", "tests", "layer", "lstm", "floors", "baselines"]
-    names += [name for name in ("ncu", "compute-sanitizer") if shutil.which(name)]
-    names += ["tune"]
-    assert [line.split()[1].strip(":") for line in failures] == [
-        name.removeprefix("compute-") for name in names
+    sanitizers = [
+        [f"{tool}-{backend}" for tool in ("memcheck", "racecheck", "synccheck")]
+        if shutil.which("compute-sanitizer")
+        else []
+        for backend in ("cuda", "triton")
     ]
+    names = ["environment", "build", "build-without-cuda", "report", "tests", "layer", "floors"]
+    names += ["lstm", *sanitizers[0], "baselines", *(["ncu"] if shutil.which("ncu") else [])]
+    names += [*sanitizers[1], "tune"]
+    assert [line.split()[1].strip(":") for line in failures] == names
     assert all("exit status 7" in line for line in failures[:8])
     assert "==== build" in (out / "log.txt").read_text()
     assert "no such part" in (out / "log.txt").read_text()
     assert (out / "summary.txt").read_text() == done.stdout
     assert {path.name for path in out.iterdir()} == {"log.txt", "summary.txt"}
+
+
+def test_gpu_script_runs_the_parts_that_are_asked_for(tmp_path):
+    """With tools that pretend to be there, and say what they were started with."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in {
+        "python": '[ "$2" != venv ] || mkdir -p "$4/lib/python3/site-packages"',
+        "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors of $*"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    out = tmp_path / "out"
+    path = f"{tools}:{os.environ['PATH']}"
+    asked = {"ONLY": "floors synccheck-cuda", "PATH": path, "PYTHON": str(tools / "python")}
+    done = run("bash", ROOT / "bench" / "gpu.sh", out, **asked)
+    names = [line.split(":")[0] for line in (out / "log.txt").read_text().splitlines()]
+    assert [name[5:] for name in names if name.startswith("==== ")] == [
+        "environment", "build", "floors", "synccheck-cuda"
+    ]  # fmt: skip
+    (line,) = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    assert line.startswith("synccheck, cuda: ERROR SUMMARY: 0 errors of --tool synccheck ")
+    assert line.endswith("bench/gpu_kernels.py --profile --tiny --backend cuda")
+    assert done.returncode == 0 and "no part has failed" in done.stdout
 
 
 def test_gpu_baselines_run_on_a_cpu(tmp_path):
