@@ -179,6 +179,8 @@ void backward(const py::tuple& items) {
   ends.ended = in.read.vector<bool>("ended", s.batch, optional);
   ends.factor = static_cast<float>(in.read.real());
   ends.reduced = in.wide("reduced", {s.batch, ends.rank}, low);
+  const Need products = ends.kind == 0 || ends.kind == 1 ? kRequired : kAbsent;
+  ends.predicted = in.read.contiguous<float>("predicted", {s.batch, features}, products);
 
   a.delta = in.wide("delta", {s.layers, s.steps, s.batch, 4 * std::int64_t{s.size}});
   a.d_h = in.state("d_h");
@@ -195,7 +197,6 @@ void backward(const py::tuple& items) {
                             staged ? kRequired : kAbsent)
                       .data;
   });
-  a.start = in.read.contiguous<float>("start", {2, s.layers, s.batch, s.size});
   a.carry = in.carry();
   a.barrier = in.barrier();
   a.stream = in.stream();

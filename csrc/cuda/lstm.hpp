@@ -63,7 +63,8 @@ struct LSTMEnds {
   const bool* ended;  // [B] or null
   float factor;       // strength / target_scale
   int rank;
-  void* reduced;  // room [B, R], of delta's type
+  void* reduced;     // room [B, R], of delta's type
+  float* predicted;  // room [B, 2 L H], dense and low rank
 };
 
 // Of delta's type (float32 where x is float16, in which a gradient has no room): delta.
@@ -90,7 +91,6 @@ struct LSTMBackward {
   // Room for what a layer reads, with need_weights: [T, B, I] of layer 0 with lengths, [T, B, H] of
   // others with dropout; otherwise null.
   void* staged[kMostLayers];
-  float* start;  // room [2, L, B, H]
   float* carry;  // room [B, H]
   int* barrier;
   void* stream;

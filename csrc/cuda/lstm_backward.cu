@@ -7,7 +7,7 @@ namespace {
 
 enum EndsKind { kDense, kLowRank, kDiagonal };  // SYNTHESIZERS
 
-// ---- Where a window's backward starts -------------------------------------------------------------
+// ---- What arrives at a window's end -------------------------------------------------------------
 
 // A row's final state as one of 2 L pieces, h_0, c_0, h_1, c_1, ...: of features [piece * H, ...).
 template <class X>
@@ -16,71 +16,62 @@ FUSED_DNI_DEVICE const X* end_piece(const LSTMBackward& a, int piece) {
   return static_cast<const X*>(piece % 2 == 0 ? a.ends.h : a.ends.c) + piece / 2 * state;
 }
 
-// Stores what a feature of a row starts from: `predicted` of the synthesizer, but for its bias, and
-// what arrives there.
-template <class X>
-FUSED_DNI_DEVICE void store_start(const LSTMBackward& a, int row, int feature, float predicted) {
-  const LSTMSizes& s = a.sizes;
-  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
-  const int piece = feature / s.size;
-  const std::int64_t at =
-      piece / 2 * state + row * static_cast<std::int64_t>(s.size) + feature % s.size;
-  const X* arrives = static_cast<const X*>(piece % 2 == 0 ? a.grad_h : a.grad_c);
-  float start = arrives != nullptr ? to_float(arrives[at]) : 0.0f;
-  if (a.ends.kind >= 0 && !(a.ends.ended != nullptr && a.ends.ended[row])) {
-    if (a.ends.bias != nullptr) predicted += a.ends.bias[feature];
-    start += predicted * a.ends.factor;
-  }
-  a.start[piece % 2 * s.layers * state + at] = start;
-}
-
+// M of the final states, but for its bias, to `predicted` [B, F], where it is made of products.
 template <class Op, class X>
-FUSED_DNI_DEVICE void start(const LSTMBackward& a) {
+FUSED_DNI_DEVICE void predict_ends(const LSTMBackward& a) {
   using D = typename Op::Element;
   const LSTMSizes& s = a.sizes;
   const LSTMEnds& ends = a.ends;
   const SharedArena arena;
   const int features = 2 * s.layers * s.size;
-  if (ends.kind == kDense || ends.kind == kLowRank) {
-    // The final states times the rows of a matrix, summed over their pieces.
-    const bool low = ends.kind == kLowRank;
-    const float* part = low ? ends.down : ends.weight;
-    D* reduced = static_cast<D*>(ends.reduced);
-    const int columns = low ? ends.rank : features;
-    const int down = (s.batch + 63) / 64, count = down * ((columns + 63) / 64);
-    for (int i = block(); i < count; i += blocks()) {
-      const int row = i % down * 64, column = i / down * 64;
-      typename Square<Op>::Sum sum;
-      for (int piece = 0; piece < 2 * s.layers; ++piece)
-        Square<Op>::run(sum, arena, Along<X>{end_piece<X>(a, piece), s.size, s.batch}, row,
-                        Along<float>{part + piece * s.size, features, columns}, column, s.size);
-      Square<Op>::each(sum, [&](int r, int c, float value) {
-        if (row + r >= s.batch || column + c >= columns) return;
-        if (low)
-          reduced[static_cast<std::int64_t>(row + r) * columns + column + c] = from_float<D>(value);
-        else
-          store_start<X>(a, row + r, column + c, value);
-      });
-    }
-    if (!low) return;
-    grid_barrier(a.barrier);
-    Turn turn;
-    multiply<Op>(
-        arena, turn, Along<D>{reduced, ends.rank, s.batch},
-        Along<float>{ends.weight, ends.rank, features}, ends.rank,
-        [&](int row, int feature, float value) { store_start<X>(a, row, feature, value); });
-  } else {
-    each_element(static_cast<std::int64_t>(s.batch) * features, [&](std::int64_t i) {
-      const int row = static_cast<int>(i / features), feature = static_cast<int>(i % features);
-      float predicted = 0.0f;
-      if (ends.kind == kDiagonal)
-        predicted =
-            ends.weight[feature] *
-            to_float(end_piece<X>(
-                a, feature / s.size)[static_cast<std::int64_t>(row) * s.size + feature % s.size]);
-      store_start<X>(a, row, feature, predicted);
+  // The final states times the rows of a matrix, summed over their pieces.
+  const bool low = ends.kind == kLowRank;
+  const float* part = low ? ends.down : ends.weight;
+  D* reduced = static_cast<D*>(ends.reduced);
+  const int columns = low ? ends.rank : features;
+  const int down = (s.batch + 63) / 64, count = down * ((columns + 63) / 64);
+  for (int i = block(); i < count; i += blocks()) {
+    const int row = i % down * 64, column = i / down * 64;
+    typename Square<Op>::Sum sum;
+    for (int piece = 0; piece < 2 * s.layers; ++piece)
+      Square<Op>::run(sum, arena, Along<X>{end_piece<X>(a, piece), s.size, s.batch}, row,
+                      Along<float>{part + piece * s.size, features, columns}, column, s.size);
+    Square<Op>::each(sum, [&](int r, int c, float value) {
+      if (row + r >= s.batch || column + c >= columns) return;
+      const std::int64_t at = static_cast<std::int64_t>(row + r) * columns + column + c;
+      if (low)
+        reduced[at] = from_float<D>(value);
+      else
+        ends.predicted[at] = value;
     });
   }
+  grid_barrier(a.barrier);
+  if (!low) return;
+  Turn turn;
+  multiply<Op>(arena, turn, Along<D>{reduced, ends.rank, s.batch},
+               Along<float>{ends.weight, ends.rank, features}, ends.rank,
+               [&](int row, int feature, float value) {
+                 ends.predicted[static_cast<std::int64_t>(row) * features + feature] = value;
+               });
+  grid_barrier(a.barrier);
+}
+
+// What arrives at a pair's final h (piece 2k of layer k) or c (2k + 1), the synthetic gradient
+// added.
+template <class X>
+FUSED_DNI_DEVICE float arriving(const LSTMBackward& a, const Pair& pair, int piece) {
+  const LSTMSizes& s = a.sizes;
+  const LSTMEnds& ends = a.ends;
+  const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
+  const X* given = static_cast<const X*>(piece % 2 == 0 ? a.grad_h : a.grad_c);
+  const float arrives = given != nullptr ? to_float(given[piece / 2 * state + pair.state]) : 0.0f;
+  if (ends.kind < 0 || (ends.ended != nullptr && ends.ended[pair.row])) return arrives;
+  const int features = 2 * s.layers * s.size, feature = piece * s.size + pair.unit;
+  float predicted = ends.kind == kDiagonal
+                        ? ends.weight[feature] * to_float(end_piece<X>(a, piece)[pair.state])
+                        : ends.predicted[static_cast<std::int64_t>(pair.row) * features + feature];
+  if (ends.bias != nullptr) predicted += ends.bias[feature];
+  return arrives + predicted * ends.factor;
 }
 
 // ---- What the layers have read --------------------------------------------------------------------
@@ -107,18 +98,16 @@ FUSED_DNI_DEVICE void stage_inputs(const LSTMBackward& a) {
   for (int k = 0; k < s.layers; ++k) {
     X* to = static_cast<X*>(a.staged[k]);
     if (to == nullptr) continue;
-    if (k == 0) {
-      const X* x = static_cast<const X*>(a.x);
-      each_element(static_cast<std::int64_t>(s.steps) * s.batch * s.in, [&](std::int64_t i) {
-        const std::int64_t row = i / s.in;
-        to[i] = row / s.batch < a.lengths[row % s.batch] ? x[i] : from_float<X>(0.0f);
-      });
-    } else {
-      const X* mask = static_cast<const X*>(a.dropout[k - 1]);
-      const X* below = hidden_of<X>(a, k - 1) + state;
-      each_element(s.steps * state, [&](std::int64_t i) {
-        to[i] = from_float<X>(to_float(below[i]) * to_float(mask[i]));
-      });
+    const int columns = k == 0 ? s.in : s.size;
+    const X* from = k == 0 ? static_cast<const X*>(a.x) : hidden_of<X>(a, k - 1) + state;
+    const X* mask = k == 0 ? nullptr : static_cast<const X*>(a.dropout[k - 1]);
+    for (int row = block() * kWarps + warp(); row < s.steps * s.batch; row += blocks() * kWarps) {
+      const bool alive = k > 0 || row / s.batch < a.lengths[row % s.batch];
+      for (int column = lane(); column < columns; column += 32) {
+        const std::int64_t i = static_cast<std::int64_t>(row) * columns + column;
+        const float value = alive ? to_float(from[i]) : 0.0f;
+        to[i] = from_float<X>(mask != nullptr ? value * to_float(mask[i]) : value);
+      }
     }
   }
 }
@@ -127,10 +116,10 @@ FUSED_DNI_DEVICE void stage_inputs(const LSTMBackward& a) {
 
 template <class X, class D>
 struct BackwardLayer {
+  int index;
   const X *before, *after, *gates;  // c before each step and behind it
   const X* given;                   // the gradient at the hidden states of the last layer, or null
   const D* above;                   // of the others
-  const float *start_h, *start_c;
   D* delta;
   X *d_h, *d_c;
 };
@@ -146,8 +135,7 @@ FUSED_DNI_DEVICE BackwardLayer<X, D> backward_layer(const LSTMBackward& a, int k
   layer.gates = static_cast<const X*>(a.gates) + 4 * k * s.steps * state;
   layer.given = top ? static_cast<const X*>(a.grad_output) : nullptr;
   layer.above = top ? nullptr : static_cast<const D*>(a.above);
-  layer.start_h = a.start + k * state;
-  layer.start_c = a.start + (s.layers + k) * state;
+  layer.index = k;
   layer.delta = static_cast<D*>(a.delta) + 4 * k * s.steps * state;
   layer.d_h = static_cast<X*>(a.d_h) + k * state;
   layer.d_c = static_cast<X*>(a.d_c) + k * state;
@@ -172,7 +160,7 @@ FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardL
   const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
   const std::int64_t length = a.lengths != nullptr ? a.lengths[pair.row] : s.steps;
   if (t == s.steps - 1)
-    ahead.dc = layer.start_c[pair.state];
+    ahead.dc = arriving<X>(a, pair, 2 * layer.index + 1);
   else if (!a.plan.sole)
     ahead.dc = a.carry[pair.state];
   ahead.alive = t >= 0 && t < length;
@@ -185,7 +173,7 @@ FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardL
   ahead.after = to_float(layer.after[at]);
   if (layer.given != nullptr) ahead.dh = to_float(layer.given[at]);
   if (layer.above != nullptr) ahead.dh = to_float(layer.above[at]);
-  if (t == length - 1) ahead.dh += layer.start_h[pair.state];
+  if (t == length - 1) ahead.dh += arriving<X>(a, pair, 2 * layer.index);
   return ahead;
 }
 
@@ -223,7 +211,6 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
   const bool sole = a.plan.sole;
   const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
   BackwardAhead next{};
-  if (sole) next = look_ahead(a, layer, own, s.steps - 1);
   for (int t = s.steps - 1; t >= -1; --t) {
     float dc = 0.0f;
     each_batch(
@@ -233,8 +220,8 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
         },
         [&](int first, int end, int slice) {
           const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
-          const BackwardAhead ahead = sole ? next : look_ahead(a, layer, pair, t);
           const bool behind = t + 1 < s.steps;
+          const BackwardAhead ahead = sole && behind ? next : look_ahead(a, layer, pair, t);
           if (behind) {
             const std::int64_t row = static_cast<std::int64_t>(t + 1) * s.batch + first;
             product.run(layer.delta + row * 4 * s.size, end - first);
@@ -261,9 +248,8 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
   const LSTMSizes& s = a.sizes;
   const SharedArena arena;
   const int rows = s.steps * s.batch, gates = 4 * s.size;
-  start<Op, X>(a);
-  if (a.need_weights) stage_inputs<X>(a);
-  grid_barrier(a.barrier);
+  if (a.ends.kind == kDense || a.ends.kind == kLowRank) predict_ends<Op, X>(a);
+  if (a.need_weights) stage_inputs<X>(a);  // read behind the steps' barriers
   Turn turn;
   for (int k = s.layers - 1; k >= 0; --k) {
     steps<Op, X>(a, k);

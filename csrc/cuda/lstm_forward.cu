@@ -138,7 +138,6 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
     const bool sole = a.plan.sole;
     const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
     Ahead next{};
-    if (sole) next = look_ahead(a, layer, own, 0);
     for (int t = 0; t < s.steps; ++t) {
       Made<X> made{};
       each_batch(
@@ -148,7 +147,7 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
           },
           [&](int first, int end, int slice) {
             const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
-            const Ahead ahead = sole ? next : look_ahead(a, layer, pair, t);
+            const Ahead ahead = sole && t > 0 ? next : look_ahead(a, layer, pair, t);
             product.run(layer.hidden + t * state + first * static_cast<std::int64_t>(s.size),
                         end - first);
             block_barrier();

@@ -271,7 +271,6 @@ def _backward(
     d_h, d_c = x.new_empty(depth, batch, size), x.new_empty(depth, batch, size)
     dx = torch.empty_like(x) if need_dx else None
     above = x.new_empty(steps, batch, size, dtype=dtype) if depth > 1 else None
-    start = x.new_empty(2, depth, batch, size, dtype=torch.float32)
     carry = x.new_empty(batch, size, dtype=torch.float32)
     barrier = _barrier(x)
     made: list[LSTMLayer] = []
@@ -291,13 +290,15 @@ def _backward(
         tuple(map(described, (*layer[:3], room)))
         for layer, room in zip(made, staged, strict=True)
     ) or ((),) * depth  # fmt: skip
-    reduced = None
+    reduced, predicted = None, None
     ended, synthesizer, rank = None, None, 0
     if boundary is not None:
         synthesizer, ended = boundary.synthesizer, _contiguous(boundary.ended)
         if synthesizer.down is not None:
             rank = synthesizer.down.shape[0]
             reduced = x.new_empty(batch, rank, dtype=dtype)
+        if synthesizer.kind != "diagonal":
+            predicted = x.new_empty(batch, 2 * depth * size, dtype=torch.float32)
     behind = () if states[2] is None else (described(states[2]),)
     with on(x.device):
         extension().lstm_backward(
@@ -313,8 +314,8 @@ def _backward(
                     described, (synthesizer.weight, synthesizer.down, synthesizer.bias))),
                 described(ended),
                 0.0 if boundary is None else boundary.strength / boundary.target_scale,
-                described(reduced), described(delta), described(d_h), described(d_c),
-                described(dx), described(above), gradients, described(start), described(carry),
+                described(reduced), described(predicted), described(delta), described(d_h),
+                described(d_c), described(dx), described(above), gradients, described(carry),
                 described(barrier), stream(x.device),
             )
         )  # fmt: skip
