@@ -235,16 +235,16 @@ class SliceProduct {
           }
         }
       } else {
-        Words columns[kColumns];
+        Words low[kMostTiles], high[kMostTiles];
         FUSED_DNI_UNROLL
-        for (int n = 0; n < kColumns; ++n) columns[n] = column(trip, n, lane() / 4, lane() % 4);
+        for (int m = 0; m < kMostTiles; ++m)
+          if (m < tiles) read<false>(low[m], high[m], state, m, count, aligned, trip);
         FUSED_DNI_UNROLL
-        for (int m = 0; m < kMostTiles; ++m) {
-          if (m >= tiles) continue;
-          Words low, high;
-          read<false>(low, high, state, m, count, aligned, trip);
+        for (int n = 0; n < kColumns; ++n) {
+          const Words words = column(trip, n, lane() / 4, lane() % 4);
           FUSED_DNI_UNROLL
-          for (int n = 0; n < kColumns; ++n) multiply_trip<Op>(d[m][n], low, high, columns[n]);
+          for (int m = 0; m < kMostTiles; ++m)
+            if (m < tiles) multiply_trip<Op>(d[m][n], low[m], high[m], words);
         }
       }
     }
