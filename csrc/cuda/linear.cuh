@@ -668,10 +668,9 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
     reduce(a.synthesizer, static_cast<const X*>(a.h), a.rows, a.outputs);
   }
   if (graded) {
-    if (a.synthesizer.source == kDiagonal)
-      block_barrier();  // a block reads what it wrote itself
-    else if (a.forward)
-      grid_barrier(a.barrier);
+    // With a diagonal synthesizer each thread reads what it wrote itself, and rstd, which others of
+    // its block wrote, behind the barriers of a sum.
+    if (a.forward && a.synthesizer.source != kDiagonal) grid_barrier(a.barrier);
     gradient<C>(a, arena);
     if (!whole) {
       grid_barrier(a.barrier);
