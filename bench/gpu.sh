@@ -11,7 +11,8 @@
 #
 # OUT then has summary.txt (written anew after every part), log.txt, environment.json, and a JSON and
 # a text each of kernels and baselines (written anew after every group), all that is known, whenever
-# the script is killed; and tiles.json and backends.json where there was time to tune.
+# the script is killed; backends.json, the times of both backends for `auto` to choose by, and
+# tiles.json where there was time to tune.
 #
 # PYTHON=...       interpreter, python3 by default
 # ONLY="a b ..."   these parts alone (and environment and build): tests layer floors lstm memcheck-cuda
@@ -163,6 +164,12 @@ if command -v compute-sanitizer >/dev/null; then
   sanitize triton
 fi
 
+# The table of what was measured above, to which tuning adds.
+mkdir -p "$FUSED_DNI_CACHE"
+if [ -f "$OUT/kernels.json" ]; then
+  "$RUN" bench/gpu_kernels.py "$OUT/kernels.json" --backends >"$WORK/backends.json" 2>/dev/null &&
+    cp "$WORK/backends.json" "$FUSED_DNI_CACHE" && cp "$WORK/backends.json" "$OUT"
+fi
 part tune 150 "$RUN" -m fused_dni tune linear --batch 128 --in 1024 --ops linear_step --quiet &&
   cp "$FUSED_DNI_CACHE"/*.json "$OUT"
 

@@ -3,6 +3,8 @@
     python bench/gpu_kernels.py OUT/kernels.json [--part layer ...] [--seconds 300]
     python bench/gpu_kernels.py --profile           what ncu and compute-sanitizer look at
     python bench/gpu_kernels.py --ncu FILE.csv      what ncu saw, as a table
+    python bench/gpu_kernels.py OUT/kernels.json --backends
+                                                    both backends' times, as a table for `auto`
 
 A candidate is checked against float64 before it is timed (:mod:`workloads_gpu`); one that fails is
 in the results with that reason and no figure. Candidates of a group are measured together
@@ -36,7 +38,7 @@ from fused_dni.kernels.launch import Launch
 
 import tables
 import workloads_gpu as w
-from fused_dni.backends import cuda_calls, registry, triton_lstm
+from fused_dni.backends import cuda_calls, measured, registry, triton_lstm
 from gpu_baselines import graphed
 from workloads_lstm import _within
 
@@ -340,7 +342,7 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
     }
     pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
-        group = measured(run, makers, floor, count, pairs)
+        group = timed(run, makers, floor, count, pairs)
     return group | {"bytes": case.bytes(), "tiles": c.record()}
 
 
@@ -362,7 +364,7 @@ def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
     return count
 
 
-def measured(
+def timed(
     run: Run, makers: dict[str, Maker], floor: str, steps: int, pairs: dict[str, str]
 ) -> dict[str, Any]:
     """Check, build and time the candidates of a group."""
@@ -437,7 +439,7 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
         "forward, CUDA": f"{CUDNN}, forward / {OURS_CUDA}, forward",
     }
     with w.arithmetic(case.precision):
-        group = measured(run, makers, floor, 1, pairs)
+        group = timed(run, makers, floor, 1, pairs)
     return group | {"steps": case.steps, "tiles": c.record()}
 
 
@@ -694,6 +696,26 @@ def promises(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def backend_table(results: dict[str, Any]) -> measured.Table:
+    """The times of both backends where both were measured: of layers whose data are in the cache,
+    with SGD and without dx, and of windows."""
+    arithmetic = {"bf16": "bfloat16", "fp32": "float32-ieee", "tf32": "float32-tf32"}
+    architecture = f"sm_{results['device']['capability'].replace('.', '')}"
+    kinds = {"layer": ("linear", DNI, DNI_CUDA), "lstm": ("lstm", OURS, OURS_CUDA)}
+    table: measured.Table = {}
+    for part, (op, triton_row, cuda_row) in kinds.items():
+        for key, group in results.get(f"gpu-{part}", {}).items():
+            sizes, precision, *more = key.split()
+            taken = [group["rows"].get(name, {}).get("median") for name in (cuda_row, triton_row)]
+            if None in taken or more not in ([], ["sgd"]):
+                continue
+            batch, hidden, *steps = map(int, sizes.split("/"))
+            asked = (*steps, batch, hidden, hidden)
+            entry = measured.Entry(op, architecture, arithmetic[precision], asked)
+            table[entry] = dict(zip(measured.BACKENDS, taken, strict=True))
+    return table
+
+
 def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
@@ -713,6 +735,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="run each op once, time nothing")
     parser.add_argument("--metrics", action="store_true", help="print what ncu is to measure")
     parser.add_argument("--ncu", type=Path, metavar="CSV", help="print what ncu wrote")
+    parser.add_argument("--backends", action="store_true", help="print the table of backends")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", help="of the rows without a name (triton); --profile: alone")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
@@ -725,6 +748,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.file is None and not given.profile:
         parser.error("which file?")
+    if given.backends:
+        print(measured.text(backend_table(tables.load(given.file))), end="")
+        return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
         return 3

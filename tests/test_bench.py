@@ -21,7 +21,7 @@ import tables
 import workloads as w
 import workloads_gpu as wg
 import workloads_lstm as wl
-from fused_dni.backends import registry
+from fused_dni.backends import measured, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = w.Case(16, 32)
@@ -352,6 +352,33 @@ def test_what_is_promised_of_a_gpu_stands_beside_what_was_measured():
     lines = gpu_kernels.promises(results | {"gpu-floors": {"barrier": barrier}})
     assert "128/1024 bf16 sgd: DNI, CUDA: 9 us; a launch and 3 bare barriers: 3.5 us" in lines
     assert lines[-1].endswith("; 0.328 us a step, its 2 bare barriers 1")
+
+
+def test_a_gpus_figures_become_the_table_that_auto_chooses_by(tmp_path, capsys):
+    found = results(
+        **{
+            "gpu-layer": {
+                "128/1024 bf16 sgd": gpu_group(),
+                "64/256 tf32 sgd": gpu_group(),
+                "512/1024 bf16 sgd, cold": gpu_group(),
+                "128/1024 bf16 adam": gpu_group(),
+                "128/1024 bf16 sgd with dx": gpu_group(),
+                "64/256 bf16 sgd": gpu_group(rows={"DNI": row(12e-6, 1.5)}),
+            },
+            "gpu-lstm": {"16/256/128 bf16": gpu_group()},
+        }
+    )
+    found["device"]["capability"] = "9.0"
+    path = tmp_path / "kernels.json"
+    tables.save(path, found)
+    assert gpu_kernels.main([str(path), "--backends"]) == 0
+    (tmp_path / "backends.json").write_text(capsys.readouterr().out)
+    dni, window = {"cuda": 9e-6, "triton": 12e-6}, {"cuda": 42e-6, "triton": 50e-6}
+    assert measured._read(tmp_path / "backends.json") == {
+        measured.Entry("linear", "sm_90", "bfloat16", (128, 1024, 1024)): dni,
+        measured.Entry("linear", "sm_90", "float32-tf32", (64, 256, 256)): dni,
+        measured.Entry("lstm", "sm_90", "bfloat16", (128, 16, 256, 256)): window,
+    }
 
 
 def test_windows_of_a_gpu_are_each_measured_once_and_the_promised_first():

@@ -173,11 +173,16 @@ def remember(
         fcntl.flock(lock, fcntl.LOCK_EX)
         table = _read(file)
         table[entry] = _sorted(seconds)
-        held = {"format": FORMAT, "seconds": {str(e): found for e, found in table.items()}}
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
+        partial.write_text(text(table))
         partial.replace(file)  # whoever reads sees the old table or the new one
     return file
+
+
+def text(table: Table) -> str:
+    """A table as it lies in a file."""
+    held = {"format": FORMAT, "seconds": {str(entry): found for entry, found in table.items()}}
+    return json.dumps(held, indent=1, sort_keys=True) + "\n"
 
 
 def _sorted(seconds: dict[str, float]) -> dict[str, float]:
