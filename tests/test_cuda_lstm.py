@@ -140,7 +140,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("run", [run_steps, run_closing])
 def test_same_bits_in_any_order_and_grid(products: str, run: Run, poisoned: None) -> None:
     """Three slices of units: one block streams all weights and two do, three have one each on chip,
-    seven divide the rows, too."""
+    seven divide the rows, too; three and more are clusters where there are any."""
     dtype, precision, _ = PRODUCTS[products]
     torch.set_float32_matmul_precision(precision)
     shape = (3, 18, 9, 24, 2)
@@ -149,8 +149,8 @@ def test_same_bits_in_any_order_and_grid(products: str, run: Run, poisoned: None
     else:
         case = make_lstm(shape, PLAIN, 1)
     results = []
-    for seed, resident in ((0, 3), (1, 3), (2, 1), (3, 2), (4, 7)):
-        CUDA.emulate(seed=seed, resident=resident)
+    for seed, resident in ((0, 3), (1, 3), (2, 1), (3, 2), (4, 7), (5, 7)):
+        CUDA.emulate(seed=seed, resident=resident, clusters=seed % 2 == 0)
         results.append(run(BACKEND, case.to(dtype, torch.float32)))
     for result in results[1:]:
         same(results[0], result)
@@ -187,8 +187,10 @@ def test_grids(run: Run, resident: int, poisoned: None) -> None:
 def test_bare_barriers(count: int) -> None:
     """Every round leaves the word's arrivals at zero and turns its generation over."""
     word = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    CUDA.grid_barriers((0, count, described(word), stream(word.device)))
+    CUDA.grid_barriers((0, count, 1, described(word), stream(word.device)))
     assert word.item() == (-(2**31) if count % 2 else 0)
+    if CUDA.emulated or torch.cuda.get_device_capability() >= (9, 0):
+        CUDA.grid_barriers((0, count, 2, described(word), stream(word.device)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,10 +299,10 @@ def test_a_failure_in_one_tile_stops_all(where: str) -> None:
 def test_an_error_of_the_launch_has_its_name() -> None:
     word = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(CUDA.CudaError, match=r"grid_barriers \(count \[1\]\): cudaError") as caught:
-        CUDA.grid_barriers((4, 1, described(word), 0))
+        CUDA.grid_barriers((4, 1, 1, described(word), 0))
     assert caught.value.name == "cudaErrorCooperativeLaunchTooLarge"
     assert caught.value.code == 720
-    CUDA.grid_barriers((3, 1, described(word), 0))  # and it is over
+    CUDA.grid_barriers((3, 1, 1, described(word), 0))  # and it is over
 
 
 # ---------------------------------------------------------------------------------------------

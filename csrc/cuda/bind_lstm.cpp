@@ -252,12 +252,13 @@ void update(const py::tuple& items) {
                                {"hidden", {a.layer[0].count, a.size}}}));
 }
 
-// (blocks, 0 for all that are resident, count, barrier, stream)
+// (blocks, 0 for all that are resident, count, blocks of a cluster or 1, barrier, stream)
 void barriers(const py::tuple& items) {
   Reader read(items);
   GridBarriers a{};
   a.blocks = static_cast<int>(read.integer("blocks", 0, kMostSize));
   a.count = static_cast<int>(read.integer("count", 0, kMostRows));
+  a.cluster = static_cast<int>(read.integer("cluster", 1, 16));
   a.barrier = read.vector<std::int32_t>("barrier", 1);
   a.stream = read.address();
   read.finish();
@@ -272,7 +273,8 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_forward", forward);
   m.def("lstm_backward", backward);
   m.def("lstm_update", update);
-  m.def("grid_barriers", barriers, "A cooperative launch that waits `count` times for its blocks.");
+  m.def("grid_barriers", barriers,
+        "A cooperative launch that waits `count` times for its blocks, or for those of a cluster.");
 }
 
 }  // namespace fused_dni::cuda

@@ -12,6 +12,9 @@
 // 128 H bytes beside the sums' 20 KB: H <= 1656 with 227 KB a block, 1144 with 163 KB, 632 with
 // 99 KB. And each block must own one slice: H <= 8 times the blocks that are resident (1056 on an
 // H100, 864 on an A100). Otherwise the same kernel reads weights from global memory in each step.
+//
+// Steps wait for the grid, or, where there are clusters and sixteen blocks have all units (H <=
+// 128), for their cluster alone: rows of the batch do not wait for each other.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +32,7 @@ inline constexpr int kMostTiles = 2;  // of sixteen rows, at a time
 // So a thread has one pair of a row and a unit.
 static_assert(kMostTiles * 16 * kUnits == kThreads);
 inline constexpr int kMostShared = 227 * 1024;
+inline constexpr int kMostCluster = 16;  // blocks
 
 template <class Op>
 inline constexpr int kLoad = 16 / static_cast<int>(sizeof(typename Op::Element));
@@ -421,6 +425,14 @@ FUSED_DNI_DEVICE Pair sole_pair(const LSTMPlan& plan, int batch, int size) {
   return own_pair(plan, first, end, slice, size);
 }
 
+// Waits for the blocks whose results this one's next step reads.
+FUSED_DNI_DEVICE void step_barrier(const LSTMPlan& plan, int* barrier) {
+  if (plan.clustered)
+    cluster_barrier();
+  else
+    grid_barrier(barrier);
+}
+
 // ---- Plans (host) ---------------------------------------------------------------------------------
 
 // Divides the work of a window's steps and launches its kernel. `depth` is of a step's product
@@ -450,6 +462,10 @@ Status launch_window(void (*kernel)(A), const A& given, int depth, const void* s
       plan.on_chip = try_plan(tiles, Sizes::bytes(tiles, depth), tried) && blocks >= plan.slices;
   }
   if (!plan.on_chip && !try_plan(most, Sizes::sums(most), status)) return status;
+  const bool few = plan.on_chip && plan.slices > 1 && plan.slices <= kMostCluster;
+  const int clusters = few ? resident_clusters(kernel, kThreads, shared, plan.slices) : 0;
+  plan.clustered = clusters > 0;
+  if (plan.clustered) blocks = clusters * plan.slices;
   plan.groups = std::max(1, std::min(blocks / plan.slices, row_tiles));
   plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
   plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
@@ -457,7 +473,9 @@ Status launch_window(void (*kernel)(A), const A& given, int depth, const void* s
   const int items = plan.slices * plan.groups;
   plan.sole = items <= blocks && plan.rows <= plan.tiles * 16;
   blocks = static_cast<int>(std::min<std::int64_t>(blocks, std::max<std::int64_t>(items, other)));
-  launch(kernel, a, blocks, kThreads, shared, a.stream, status);
+  const int cluster = plan.clustered ? plan.slices : 1;
+  blocks = (blocks + cluster - 1) / cluster * cluster;
+  launch(kernel, a, blocks, kThreads, shared, a.stream, status, cluster);
   return status;
 }
 

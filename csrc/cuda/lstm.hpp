@@ -30,10 +30,11 @@ struct LSTMGradient {
 // How a window's steps are divided among blocks; made by the launchers. See lstm.cuh.
 struct LSTMPlan {
   bool on_chip, sole;
-  int slices;  // of hidden units
-  int groups;  // of rows
-  int rows;    // of a group
-  int tiles;   // of sixteen rows, multiplied together
+  bool clustered;  // the blocks of a group are a cluster
+  int slices;      // of hidden units
+  int groups;      // of rows
+  int rows;        // of a group
+  int tiles;       // of sixteen rows, multiplied together
 };
 
 struct LSTMForward {
@@ -119,6 +120,7 @@ struct LSTMUpdate {
 
 struct GridBarriers {
   int blocks, count;
+  int cluster;  // blocks of a cluster, whose barrier it is then; 1 for the grid's
   int* barrier;
   void* stream;
 };

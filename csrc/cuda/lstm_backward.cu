@@ -237,7 +237,7 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
       next = look_ahead(a, layer, own, t - 1);
       next.dc = dc;
     }
-    grid_barrier(a.barrier);
+    step_barrier(a.plan, a.barrier);
   }
 }
 
@@ -253,6 +253,7 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
   Turn turn;
   for (int k = s.layers - 1; k >= 0; --k) {
     steps<Op, X>(a, k);
+    if (a.plan.clustered) grid_barrier(a.barrier);
     const D* delta = backward_layer<X, D>(a, k).delta;
     if (k == 0 && !a.need_dx) break;
     const int in = k == 0 ? s.in : s.size;

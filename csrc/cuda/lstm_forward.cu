@@ -165,9 +165,10 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
         next = look_ahead(a, layer, own, t + 1);
         next.cell = made.cell;
       }
-      grid_barrier(a.barrier);
+      step_barrier(a.plan, a.barrier);
       if (sole && own.there) store(a, layer, own, made, t);
     }
+    if (a.plan.clustered && k + 1 < s.layers) grid_barrier(a.barrier);
   }
 }
 
@@ -179,7 +180,12 @@ Status launch_forward(const LSTMForward& a) {
 }
 
 FUSED_DNI_KERNEL(kThreads) barriers_kernel(FUSED_DNI_ARGUMENT GridBarriers a) {
-  for (int i = 0; i < a.count; ++i) grid_barrier(a.barrier);
+  for (int i = 0; i < a.count; ++i) {
+    if (a.cluster > 1)
+      cluster_barrier();
+    else
+      grid_barrier(a.barrier);
+  }
 }
 
 }  // namespace
@@ -194,9 +200,12 @@ Status lstm_forward(const LSTMForward& a) {
 
 Status grid_barriers(const GridBarriers& a) {
   Status status;
-  const int resident = resident_blocks(barriers_kernel, kThreads, 0, status);
+  const int resident = a.cluster > 1
+                           ? a.cluster * resident_clusters(barriers_kernel, kThreads, 0, a.cluster)
+                           : resident_blocks(barriers_kernel, kThreads, 0, status);
   if (status.ok())
-    launch(barriers_kernel, a, a.blocks > 0 ? a.blocks : resident, kThreads, 0, a.stream, status);
+    launch(barriers_kernel, a, a.blocks > 0 ? a.blocks : resident, kThreads, 0, a.stream, status,
+           a.cluster);
   return status;
 }
 
