@@ -379,7 +379,8 @@ def _prediction(
 
 
 def _contiguous(prediction: Prediction) -> Prediction:
-    return Prediction(*[None if t is None else t.contiguous() for t in prediction])
+    scaled, reduced = prediction
+    return Prediction(scaled.contiguous(), None if reduced is None else reduced.contiguous())
 
 
 def _context(
