@@ -478,7 +478,7 @@ def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[],
     registry.get("cuda")  # or why not
     call = cuda_calls.extension().grid_barriers
     stated = cuda_calls.described(state)
-    return lambda: call((blocks, rounds, stated, cuda_calls.stream(state.device)))
+    return lambda: call((blocks, rounds, 1, stated, cuda_calls.stream(state.device)))
 
 
 #: What each backend's floor is called: its launch of nothing, and a barrier of its blocks.
