@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "status.hpp"
 
@@ -73,6 +74,19 @@ std::map<Key, int>& known() {
 }
 std::mutex lock;
 
+// Lets a kernel's blocks have so much shared memory on the current device. What was allowed once
+// stays so: a limit may be raised, or launches that are planned already would fail.
+bool allow_shared(const void* kernel, int device, int shared, Status& status) {
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int& most = allowed[{kernel, device}];
+  if (shared <= most) return true;
+  if (!settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+               status))
+    return false;
+  most = shared;
+  return true;
+}
+
 // A cooperative launch, in clusters where there is more than one block to each.
 struct Configuration {
   cudaLaunchConfig_t value = {};
@@ -112,8 +126,7 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
   }
   if (!settled(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
                status) ||
-      !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-               status) ||
+      !allow_shared(kernel, device, shared, status) ||
       !settled(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared),
                status))
     return 0;
@@ -140,8 +153,7 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
       // More than eight blocks are for the devices that have them.
       !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                ignored) ||
-      !settled(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-               ignored) ||
+      !allow_shared(kernel, device, shared, ignored) ||
       !settled(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), ignored))
     clusters = 0;
   return known()[key] = clusters;
