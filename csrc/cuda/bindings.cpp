@@ -42,7 +42,22 @@ PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
 #else
   m.attr("emulated") = false;
   m.attr("architectures") = FUSED_DNI_ARCHITECTURES;
-  m.attr("toolkit") =
-      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  m.attr("toolkit") = version(CUDART_VERSION);
+  m.def(
+      "driver",
+      [] {
+        int number = 0;
+        cudaDriverGetVersion(&number);
+        return version(number);
+      },
+      "The newest CUDA that the driver is for; 0.0 without one.");
+  m.def(
+      "use_device",
+      [](int device) {
+        Status status;
+        use_device(device, status);
+        check(status, "device " + std::to_string(device));
+      },
+      pybind11::arg("device"), "Launch on this device from here on, in this thread.");
 #endif
 }

@@ -29,10 +29,6 @@ bool is_sticky(cudaError_t error) {
   }
 }
 
-std::string version(int number) {
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
 std::string capability() {
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -108,6 +104,12 @@ struct Configuration {
 };
 
 }  // namespace
+
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+void use_device(int device, Status& status) { settled(cudaSetDevice(device), status); }
 
 int resident_blocks_of(const void* kernel, int threads, int shared, Status& status) {
   int device = 0;

@@ -12,7 +12,10 @@ struct Status {
   bool ok() const { return code == 0; }
 };
 
-// In launch.cu: on the current device, any kernel.
+// In launch.cu.
+std::string version(int number);  // 13000: "13.0"
+void use_device(int device, Status& status);
+// On the current device, any kernel.
 int resident_blocks_of(const void* kernel, int threads, int shared, Status& status);
 int resident_clusters_of(const void* kernel, int threads, int shared, int cluster);
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,

@@ -43,6 +43,7 @@ from fused_dni.backends.cuda_calls import (
     extension,
     ieee,
     launch,
+    unbuilt,
     workspace,
 )
 from fused_dni.backends.cuda_lstm import CudaLSTM
@@ -70,15 +71,25 @@ class CudaBackend(CudaLSTM):
     def __init__(self) -> None:
         # Looked up here, once: torch.compile traces why_not and cannot look into a module.
         self.emulated: bool = extension().emulated
-        self.old: dict[torch.device, str] = {}
-        for index in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_capability(index) < (8, 0):
-                self.old[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
+        self.unbuilt: dict[torch.device, str] = {}  # devices without code, and what there is
+        for index in range(0 if self.emulated else torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(index)
+            built = unbuilt(capability)
+            if built is not None:
+                self.unbuilt[torch.device("cuda", index)] = (
+                    f"was built for compute capabilities {built}, got "
+                    f"{torch.cuda.get_device_name(index)} of {capability[0]}.{capability[1]}: "
+                    "install again with FUSED_DNI_CUDA_ARCHS set for it"
+                )
 
     def available(self) -> str | None:
         """None if kernels can run here at all, or why not."""
         if not self.emulated and not torch.cuda.is_available():
             return "needs a CUDA device (torch.cuda.is_available() is false)"
+        if not self.emulated:
+            toolkit, driver = extension().toolkit, extension().driver()
+            if int(driver.split(".")[0]) < int(toolkit.split(".")[0]):
+                return f"was built with CUDA {toolkit}, the driver is for {driver}"
         return None
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
@@ -89,8 +100,8 @@ class CudaBackend(CudaLSTM):
         if x.device.type != here:
             how = " while it is emulated (FUSED_DNI_CUDA_EMULATION)" if here == "cpu" else ""
             return f"serves tensors on {here}{how}, got x on {x.device}"
-        if x.device in self.old:
-            return f"needs compute capability 8.0 or newer, got {self.old[x.device]}"
+        if x.device in self.unbuilt:
+            return self.unbuilt[x.device]
         if weight.dtype != torch.float32 or not (
             x.dtype == torch.float32 or x.dtype in LOW_PRECISION
         ):

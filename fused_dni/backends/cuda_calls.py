@@ -40,7 +40,13 @@ def extension() -> Any:
     """
     path = os.environ.get("FUSED_DNI_CUDA_EMULATION")
     if not path:
-        return importlib.import_module("fused_dni._cuda")
+        try:
+            return importlib.import_module("fused_dni._cuda")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "fused_dni._cuda was not built: at installation there was no nvcc of CUDA 12.4 or "
+                "newer, or FUSED_DNI_CUDA_ARCHS said none"
+            ) from error
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"FUSED_DNI_CUDA_EMULATION={path!r} is no Python extension")
@@ -70,8 +76,25 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def stream(device: torch.device) -> int:
-    """The address of its current stream; 0 in the emulation."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """The address of its current stream, 0 in the emulation. The extension has a CUDA runtime of its
+    own: it launches on this device from here on."""
+    if device.type != "cuda":
+        return 0
+    extension().use_device(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def unbuilt(capability: tuple[int, int]) -> str | None:
+    """None if the extension has code for devices of this compute capability, or what it was built
+    for. Code for 8.0 runs on 8.6 too, code for 9.0a on 9.0 alone."""
+    major, minor = capability
+    names = extension().architectures.split()
+    for name in names:
+        number = int(name.rstrip("af"))
+        same = (number // 10, number % 10) == capability
+        if same or (name.isdigit() and number // 10 == major and number % 10 <= minor):
+            return None
+    return ", ".join(names)
 
 
 Op = Callable[[tuple[Any, ...], tuple[int, int] | None, int], int]
