@@ -76,8 +76,10 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def stream(device: torch.device) -> int:
-    """The address of its current stream, 0 in the emulation. The extension has a CUDA runtime of its
-    own: it launches on this device from here on."""
+    """The address of its current stream, 0 in the emulation.
+
+    The extension has a CUDA runtime of its own: it launches on this device from here on.
+    """
     if device.type != "cuda":
         return 0
     extension().use_device(device.index)
