@@ -68,6 +68,8 @@ FUSED_DNI_DEVICE int load_acquire(const int* at) {
   asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+// Says of an address that it is the device's memory, where the compiler cannot know.
+FUSED_DNI_DEVICE void assume_global(const void* at) { __builtin_assume(__isGlobal(at)); }
 // In a loop that waits for another block.
 FUSED_DNI_DEVICE void pause() {}
 

@@ -95,6 +95,7 @@ class Stage {
 
   FUSED_DNI_DEVICE Stage(const Operand<T, kLies>& from, int row, int depth)
       : from_(from), row_(row), depth_(depth) {
+    assume_global(from_.data);
     constexpr std::uintptr_t kAlignment = alignof(Chunk<T, kCount>);
     aligned_ = reinterpret_cast<std::uintptr_t>(from.data) % kAlignment == 0 &&
                from.stride * static_cast<std::int64_t>(sizeof(T)) %
@@ -153,7 +154,7 @@ class Stage {
     return made;
   }
 
-  const Operand<T, kLies>& from_;
+  Operand<T, kLies> from_;
   int row_, depth_;
   bool aligned_;
   Chunk<T, kCount> held_[kEach] = {};

@@ -83,8 +83,8 @@ using TileOf = typename OfProduct<P>::Type;
 
 // A[row : row + M, 0 : depth] B[col : col + N, 0 : depth]^T; begins with a barrier.
 template <class P, class A, class B>
-FUSED_DNI_CALLED void multiply(TileOf<P>& tile, SharedArena arena, const A& a, int row, const B& b,
-                               int col, int depth) {
+FUSED_DNI_CALLED void multiply(TileOf<P>& tile, SharedArena arena, A a, int row, B b, int col,
+                               int depth) {
   using T = TileOf<P>;
   constexpr int kStride = T::N + 8;
   static_assert(P::kThreads == kThreads);

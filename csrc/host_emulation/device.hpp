@@ -91,6 +91,7 @@ inline int atomic_add_acquire_release(int* at, int value) {
 inline int load_acquire(const int* at) {
   return std::atomic_ref<int>(*const_cast<int*>(at)).load(std::memory_order_acquire);
 }
+inline void assume_global(const void*) {}
 inline void pause() { emulation::pause(); }
 
 // ---- Numbers --------------------------------------------------------------------------------------
