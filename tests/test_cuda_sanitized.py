@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 build = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))["build"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitized")]
+pytestmark = pytest.mark.slow
 
 
 def runtime(name: str) -> str:

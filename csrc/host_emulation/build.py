@@ -24,13 +24,13 @@ from ninja.ninja_syntax import Writer
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent / "cuda"
 FLAGS = [
-    "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
+    "-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
     "-DFUSED_DNI_EMULATED", "-Wall", "-Wextra", "-Werror",
 ]  # fmt: skip
 SANITIZERS = {
-    "": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "thread": ["-fsanitize=thread", "-DFUSED_DNI_EMULATED_THREADS"],
+    "": ["-O2"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O0", "-fsanitize=thread", "-DFUSED_DNI_EMULATED_THREADS"],
 }
 
 
