@@ -37,7 +37,7 @@ class Bound(NamedTuple):
 
 # A block has 256 threads: 255 registers each are all that there are.
 BOUNDS = {
-    "linear_kernel": Bound(192, 640, 12),
+    "linear_kernel": Bound(200, 704, 12),
     "synthesizer_kernel": Bound(192, 512, 4),
     "forward_kernel": Bound(255, 128, 4),
     "backward_kernel": Bound(255, 64, 4),
@@ -111,7 +111,7 @@ def test_every_kernel_keeps_to_its_bounds(
     for code in codes:
         bound = BOUNDS[code.kernel]
         exact = "4Fp32" in code.signature
-        # float16 that products take as TF32 is staged by eight bytes.
+        # Operands come by sixteen bytes, float16 that products take as TF32 by eight.
         wide = r"LDG\.E\.(128|64).*" if "Tf32E6__half" in code.signature else r"LDG\.E\.128.*"
         cores = ["mma"] if has(code, r"HMMA\..*") else []
         faults = [

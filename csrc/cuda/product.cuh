@@ -114,7 +114,7 @@ class Stage {
       if (chunk >= kChunks || at_line >= (kAlong ? from_.rows : depth_)) left = 0;
       const T* at = from_.data + (left > 0 ? at_line * from_.stride + at_column : 0);
       if (aligned_ && left >= kCount)
-        held_[i] = *reinterpret_cast<const Chunk<T, kCount>*>(at);
+        held_[i] = whole(at);
       else
         held_[i] = edge(at, left);
     }
@@ -146,6 +146,21 @@ class Stage {
   }
 
  private:
+  // By sixteen bytes at a time: compilers for newer architectures do not find that by themselves.
+  FUSED_DNI_DEVICE static Chunk<T, kCount> whole(const T* at) {
+    using C = Chunk<T, kCount>;
+    if constexpr (sizeof(C) % 16 == 0) {
+      C made;
+      Words words[sizeof(C) / 16];
+      FUSED_DNI_UNROLL
+      for (unsigned w = 0; w < sizeof(C) / 16; ++w)
+        words[w] = load_words(at + w * (16 / sizeof(T)));
+      std::memcpy(&made, words, sizeof(C));
+      return made;
+    } else {
+      return *reinterpret_cast<const C*>(at);
+    }
+  }
   // Element by element, where a line ends or is not aligned; rare, so in little code.
   FUSED_DNI_DEVICE static Chunk<T, kCount> edge(const T* at, int left) {
     Chunk<T, kCount> made;
