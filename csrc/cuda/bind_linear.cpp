@@ -64,6 +64,14 @@ void read_layer(const py::tuple& items, LinearArguments& a) {
   read.finish();
 }
 
+// The gradient at h.
+template <class A>
+void read_arriving(Reader& read, A& a) {
+  const Tensor given = read.tensor("grad_h", {a.type, kFloat32}, {a.rows, a.outputs});
+  a.grad_h = given.data;
+  a.grad_wide = given.type == kFloat32;
+}
+
 void read_x(Reader& read, LinearArguments& a) {
   const Tensor x = read.tensor("x", {a.type}, {a.rows, a.inputs}, kRequired, true);
   a.x = {x.data, x.stride};
@@ -215,7 +223,7 @@ std::size_t linear_backward(const py::tuple& items, const py::object& room, std:
   read_layer(read.tuple(), a);
   read_x(read, a);
   a.synthesizer.source = kGiven;
-  a.grad_h = read.tensor("grad_h", {a.type}, {a.rows, a.outputs}).data;
+  read_arriving(read, a);
   a.h = read.tensor("h", {a.type}, {a.rows, a.outputs}).data;
   const bool normalizes = a.normalization != kNoNormalization;
   const bool layer = a.normalization == kLayerNormalization;
@@ -297,7 +305,7 @@ void read_prediction(Reader& read, SynthesizerArguments& a) {
 
 void read_lesson(Reader& read, SynthesizerArguments& a) {
   a.training = true;
-  a.grad_h = read.tensor("grad_h", {a.type}, {a.rows, a.outputs}).data;
+  read_arriving(read, a);
   a.target_scale = static_cast<float>(read.real());
   a.statistics = read.vector<double>("statistics", kStatistics);
   const Synthesizer& s = a.synthesizer;

@@ -369,10 +369,9 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
     const bool column = at.has_column();
     T g, gn, gn_n;
     if (a.synthesizer.source == kGiven) {
-      const X* given = static_cast<const X*>(a.grad_h);
       FUSED_DNI_BY_FOUR
       for (int i = 0; i < T::kEach; ++i)
-        g.value[i] = at.inside(i) ? to_float(given[at.at(i)]) : 0.0f;
+        g.value[i] = at.inside(i) ? arrived<X>(a.grad_h, a.grad_wide, at.at(i)) : 0.0f;
     } else {
       predict_tile<typename C::Forward>(g, arena, a.synthesizer, all_h, at);
       FUSED_DNI_BY_FOUR

@@ -103,7 +103,6 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
   using T = typename C::T;
   using X = typename C::X;
   const auto* all_h = static_cast<const X*>(a.h);
-  const auto* all_g = static_cast<const X*>(a.grad_h);
   const float gain = 2.0f / a.rows;
   float largest = 0.0f, operands = look_at_operands(a);
   double sums[4] = {};
@@ -113,7 +112,8 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
     FUSED_DNI_BY_FOUR
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
-      const float m = a.scaled[at.at(i)], target = to_float(all_g[at.at(i)]) * a.target_scale;
+      const float m = a.scaled[at.at(i)];
+      const float target = arrived<X>(a.grad_h, a.grad_wide, at.at(i)) * a.target_scale;
       const float h = to_float(all_h[at.at(i)]), e = (m - target) * gain;
       a.error[at.at(i)] = e;
       sum += e;

@@ -36,7 +36,8 @@ struct SynthesizerArguments {
   float* scaled = nullptr;  // [N, O]: M(h), made by a prediction and read by training
 
   bool training = false;
-  const void* grad_h = nullptr;  // [N, O]
+  const void* grad_h = nullptr;  // [N, O], of h's type or
+  bool grad_wide = false;        // float32
   float target_scale = 1.0f;
   double* statistics = nullptr;  // [5]
   int rule = -1;

@@ -101,6 +101,12 @@ constexpr int shared_bytes() {
   return P::larger(P::kSharedBytes, TileOf<P>::M * (TileOf<P>::N + 8) * 4);
 }
 
+// An element of a gradient as it arrived: of float32, or of type X.
+template <class X>
+FUSED_DNI_DEVICE float arrived(const void* from, bool wide, std::int64_t at) {
+  return wide ? static_cast<const float*>(from)[at] : to_float(static_cast<const X*>(from)[at]);
+}
+
 // ---- Sums; all threads come here, shared memory may be in use until then --------------------------
 
 // Down a column, of what its threads have of it; to all of these.
