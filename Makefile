@@ -7,7 +7,7 @@
 #
 # PYTHON=...    interpreter that the environment is made from (3.10 or newer)
 # PIP_ARGS=...  more options for pip, for example the index of CPU-only torch wheels
-# JOBS=...      processes that run tests (one a core); 0 for this one alone
+# JOBS=...      processes that run tests, a file each (one a core); 0 for this one alone
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -66,7 +66,7 @@ lint: $(INSTALLED)
 
 # C++ is compiled with warnings as errors by the installation itself.
 test: lint
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(TEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TEST_ARGS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest bench --benchmark-only $(BENCH_ARGS)

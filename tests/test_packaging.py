@@ -19,9 +19,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Built once, by one of the processes that share the tests.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def run(*command: object, cwd: Path) -> str:
     # Warnings of the tools are theirs; PYTHONPATH and the like must not lend the wheel anything.

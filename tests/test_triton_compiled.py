@@ -31,9 +31,6 @@ CASES = [
     for specimen in aot.find_specimens((), architecture, match)
 ]
 
-# One process compiles everything, once.
-pytestmark = pytest.mark.xdist_group("triton compiled")
-
 
 class Compiled(NamedTuple):
     """What the tool says."""
