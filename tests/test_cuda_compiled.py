@@ -36,8 +36,8 @@ class Bound(NamedTuple):
 BOUNDS = {
     "linear_kernel": Bound(200, 704, 12),
     "synthesizer_kernel": Bound(192, 512, 4),
-    "forward_kernel": Bound(255, 128, 4),
-    "backward_kernel": Bound(255, 64, 4),
+    "forward_kernel": Bound(255, 144, 4),  # on sm_80; 48 elsewhere
+    "backward_kernel": Bound(255, 96, 4),  # on sm_80; 64 elsewhere
     "update_kernel": Bound(192, 32, 4),
     "barriers_kernel": Bound(32, 0, 1, products=False),
 }
