@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni import timing
-from fused_dni.verdict import _deadline, _Expired
+from fused_dni.verdict.candidates import Expired, deadline
 from workloads import Disagreement
 
 #: Rate at which candidates are timed: they are to stay where they are.
@@ -354,9 +354,9 @@ def _within(seconds: float | None) -> Iterator[None]:
         yield
         return
     try:
-        with _deadline(seconds):
+        with deadline(seconds):
             yield
-    except _Expired:
+    except Expired:
         raise RuntimeError(f"compiling took more than {seconds:g} s") from None
 
 

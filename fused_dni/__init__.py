@@ -26,8 +26,7 @@ from fused_dni.synthesizers import (
     MLPSynthesizer,
     Synthesizer,
 )
-from fused_dni.verdict import Verdict, verdict
-from fused_dni.verdict_lstm import LSTMVerdict, verdict_lstm
+from fused_dni.verdict import LSTMVerdict, Verdict, verdict, verdict_lstm
 
 __all__ = [
     "SGD",

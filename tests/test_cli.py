@@ -15,6 +15,7 @@ from fused_dni.kernels import linear, tuning
 import fused_dni
 from fused_dni import cli, timing, tune
 from fused_dni.backends import base, measured, registry
+from fused_dni.cli import arguments
 
 TINY = ["--epochs", "2", "--hidden", "8", "--depth", "2", "--batch-size", "128", "--seeds", "0"]
 TINY += ["--threads", "1", "--quiet"]
@@ -414,4 +415,4 @@ def test_backends_are_not_timed_inside_a_capture(scratch, monkeypatch):
 
 def test_activations_are_those_of_the_layers():
     """The command line repeats them so that --help does not wait for torch."""
-    assert cli.ACTIVATIONS == base.ACTIVATIONS
+    assert arguments.ACTIVATIONS == base.ACTIVATIONS

@@ -12,17 +12,9 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import timing
 from fused_dni.reference import ReferenceBackend
-from fused_dni.verdict import (
-    BreakEven,
-    GateError,
-    Verdict,
-    VerdictError,
-    _break_even,
-    _deadline,
-    _Expired,
-    _often,
-    verdict,
-)
+from fused_dni.verdict import BreakEven, GateError, Verdict, VerdictError, verdict
+from fused_dni.verdict.candidates import Expired, deadline
+from fused_dni.verdict.layer import break_even, often
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,7 +160,7 @@ def _made(backprop: float, fused: float, with_targets: float, without: float) ->
         return _timing(f"dni k={k}", (with_targets + (k - 1) * without) / k)
 
     rows = {"backprop": _timing("backprop", backprop), "fused": _timing("fused", fused)}
-    even = {base: _break_even(cycle, rows[base]) for base in ("backprop", "fused")}
+    even = {base: break_even(cycle, rows[base]) for base in ("backprop", "fused")}
     rows |= {f"dni k={k}": cycle(k) for k in (1, 4)}
     facts = {"threads": 2, "where": "cpu", "gpu": None}
     return Verdict("a layer", rows, {}, "bytes", (1, 4), even, {}, facts)
@@ -267,10 +259,10 @@ def _stubborn(until: float) -> None:
 
 def test_the_deadline_is_not_swallowed():
     start = time.monotonic()
-    with pytest.raises(_Expired), _deadline(0.05):
+    with pytest.raises(Expired), deadline(0.05):
         _stubborn(start + 5)
     assert time.monotonic() - start < 2
-    with _deadline(0.05):
+    with deadline(0.05):
         pass
     time.sleep(0.1)
 
@@ -301,7 +293,7 @@ def test_bad_input(arguments, message):
 
 
 def test_words():
-    assert [_often(k) for k in (1, 2, 3, 4, 11, 21)] == [
+    assert [often(k) for k in (1, 2, 3, 4, 11, 21)] == [
         "on every step",
         "on every 2nd step",
         "on every 3rd step",

@@ -10,8 +10,7 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli, timing
 from fused_dni.timing import Timing
-from fused_dni.verdict import GateError, VerdictError
-from fused_dni.verdict_lstm import LSTMVerdict, verdict_lstm
+from fused_dni.verdict import GateError, LSTMVerdict, VerdictError, verdict_lstm
 
 QUICK = {"seconds": 0.02, "backend": "reference"}
 ROWS = ["dni T=3", "fused T=3", "backprop T=3", "fused T=6", "backprop T=6", "floor T=3"]

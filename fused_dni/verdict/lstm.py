@@ -36,16 +36,9 @@ from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.optim import FusedOptimizer
 from fused_dni.rules import SGD, Adam, Rule
 from fused_dni.timing import Ratio, Timing
-from fused_dni.verdict import (
-    TIMING_RATE,
-    GateError,
-    VerdictError,
-    _facts,
-    _first,
-    at_rate,
-    cell,
-    versus,
-)
+from fused_dni.verdict.candidates import TIMING_RATE, at_rate, first_line
+from fused_dni.verdict.errors import GateError, VerdictError
+from fused_dni.verdict.layer import cell, facts_of, versus
 
 #: T2 over T, where T2 is not given.
 LONGER = 5
@@ -432,7 +425,7 @@ def verdict_lstm(
         name: timing.peak_memory(stream.step, sample.device)
         for name, (_, stream) in streams.items()
     }
-    facts = _facts(sample, update, problem.options["synthesizer"], 0, backend)
+    facts = facts_of(sample, update, problem.options["synthesizer"], 0, backend)
     return LSTMVerdict(
         title=title or _title(problem.plain, batch),
         window=window,
@@ -499,7 +492,7 @@ def _pose(
             plain(sample)
         problem.stream("dni", window, SGD())
     except (RuntimeError, ValueError, TypeError) as error:
-        raise VerdictError(f"the LSTM cannot be measured: {_first(error)}") from error
+        raise VerdictError(f"the LSTM cannot be measured: {first_line(error)}") from error
     return problem, window, long
 
 

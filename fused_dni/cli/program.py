@@ -1,0 +1,169 @@
+"""The command line's top: which commands there are, and how errors come out.
+
+Exit codes: 0; 1 something failed; 2 bad input; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fused_dni import text
+from fused_dni.cli import training, tune, verdict
+from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(
+        prog=PROGRAM,
+        description="Decoupled neural interfaces: layers that learn from synthetic gradients, "
+        "and what they cost beside backprop on this machine.",
+        epilog="Errors are one line; set FUSED_DNI_DEBUG=1 (or --traceback) for where they arose.",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and stop")
+    top.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    training.add_demo(commands)
+    verdict.add_verdict(commands)
+    verdict.add_verdict_lstm(commands)
+    training.add_train(commands)
+    for task in training.RECURRENT:
+        training.add_recurrent(commands, task)
+    tune.add_tune(commands)
+    env = commands.add_parser(
+        "env",
+        help="what a bug report needs: versions, backends, threads, compilers, GPU",
+        description="Print what a bug report needs: versions, backends and for each why it can or "
+        "cannot serve, thread pools, compilers, GPU.",
+    )
+    env.add_argument("--json", action="store_true", help="as JSON")
+    common(env, threads=False)
+    return top
+
+
+def _env(args: argparse.Namespace, command: str) -> int:
+    from fused_dni.environment import format_report, report
+
+    found = report()
+    if args.json:
+        import json
+
+        print(json.dumps(found, indent=1))
+    else:
+        print(format_report(found))
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fused-dni")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    top = parser()
+    words = list(argv)
+    for i, (word, following) in enumerate(itertools.pairwise(words)):
+        if (word == "train" and following in training.RECURRENT) or (word, following) == (
+            "verdict",
+            "lstm",
+        ):
+            words[i : i + 2] = [f"{word} {following}"]
+            break
+    args, extra = top.parse_known_args(words)
+    if extra:
+        known: Parser = top
+        for action in top._actions:
+            if isinstance(action, argparse._SubParsersAction) and args.command in action.choices:
+                known = action.choices[args.command]
+        what = "option" if extra[0].startswith("-") else "argument"
+        allowed = known.options() if what == "option" else []
+        given = extra[0].partition("=")[0]
+        message = (
+            text.unknown(what, given, allowed) if allowed else f"unexpected argument {given!r}"
+        )
+        raise UsageError(f"{message} (see {known.prog} --help)")
+    return args
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as it goes into a report: without the reader's folders."""
+    words, hide = [], False
+    for word in argv:
+        words.append("DIR" if hide else word)
+        hide = word in ("--data", "--checkpoint", "--out", "--plot")
+        if word.startswith(("--data=", "--checkpoint=", "--out=", "--plot=")):
+            words[-1] = word.partition("=")[0] + "=DIR"
+    return shlex.join([PROGRAM, *words])
+
+
+@contextmanager
+def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
+    """Turn exceptions into a line on stderr and an exit code."""
+
+    def say(message: object, code: int, *, internal: bool = False) -> None:
+        status[0] = code
+        lines = " ".join(str(message).split()) or type(message).__name__
+        hint = " (FUSED_DNI_DEBUG=1 shows where)" if internal else ""
+        print(f"{PROGRAM}: error: {lines}{hint}", file=sys.stderr)
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        status[0] = 130
+        print(f"\n{PROGRAM}: stopped; nothing was kept", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`| head`).
+        status[0] = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":
+            status[0] = 130
+            print(f"\n{PROGRAM}: stopped; {error}", file=sys.stderr)
+            return
+        if debug:
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            message = f"{error.name} is missing: pip install {error.name}"
+            say(message, 1)
+        elif isinstance(error, MemoryError):
+            say("not enough memory", 1)
+        else:
+            bad_input = isinstance(error, (ValueError, IndexError))
+            plain = bad_input or isinstance(error, (OSError, RuntimeError))
+            named = error if plain else f"{type(error).__name__}: {error}"
+            say(named, 2 if bad_input else 1, internal=not plain)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    debug = bool(os.environ.get("FUSED_DNI_DEBUG")) or "--traceback" in given
+    status = [0]
+    with _as_one_line(debug, status):
+        try:
+            args = _parse(given)
+        except SystemExit as stop:  # --help
+            return int(stop.code or 0)
+        except UsageError as error:
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            return 2
+        if args.version:
+            print(f"{PROGRAM} {_version()}")
+        elif args.command is None:
+            parser().print_help()
+        elif args.command == "env":
+            status[0] = _env(args, _command(given))
+        else:
+            status[0] = args.run(args, _command(given))
+        sys.stdout.flush()
+    return status[0]

@@ -1,0 +1,340 @@
+"""The steps that are compared: stock backprop, compiled, and ours, from the same weights."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_dni import timing
+from fused_dni.baseline import stock_optimizer
+from fused_dni.modules.base import NO_TARGET, DecoupledModule
+from fused_dni.modules.recurrent import Recurrent
+from fused_dni.rules import Rule
+from fused_dni.verdict.errors import VerdictError
+
+#: Rate at which candidates are timed: they must stay where they are, and speed does not depend on
+#: it. Not zero, which a kernel could take as an excuse.
+TIMING_RATE = 1e-6
+
+
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Problem:
+    """What all candidates are given."""
+
+    sample: Tensor
+    target: Tensor | None  # class indices, for conditioning
+    loss: Loss | None  # None: a fixed gradient arrives, as inside a network
+    arriving: Tensor | None
+    context: Tensor | None
+    rule: Rule
+
+
+def at_rate(rule: Rule, lr: float) -> Rule:
+    """The same rule at another rate."""
+    return type(rule)(**{**rule.defaults(), "lr": lr})
+
+
+def pose(
+    module: nn.Module,
+    sample: Tensor,
+    target: Tensor | Loss | None,
+    context_features: int,
+    rule: Rule,
+) -> tuple[Problem, Tensor, nn.Module]:
+    """Check the arguments by a trial forward and make what all candidates are given."""
+    if not isinstance(module, nn.Module):
+        raise VerdictError(f"module must be an nn.Module, got {type(module).__name__}")
+    if not isinstance(sample, Tensor) or not sample.is_floating_point():
+        got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+        raise VerdictError(f"sample must be a floating-point tensor, got {got}")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise VerdictError("the module has no trainable parameters")
+    module = copy.deepcopy(module).train()
+    try:
+        with torch.no_grad():
+            output = copy.deepcopy(module)(sample)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise VerdictError(
+            f"the module does not take a sample of shape {list(sample.shape)}: {first_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor):
+        hint = ""
+        if isinstance(module, (nn.LSTM, Recurrent)):
+            hint = ": for an LSTM there is verdict_lstm"
+        raise VerdictError(f"the module must return one tensor, got {type(output).__name__}{hint}")
+    generator = torch.Generator().manual_seed(0)
+    rows = tuple(output.shape[:-1]) if output.dim() != 4 else (output.shape[0],)
+    context = None
+    labels = target if isinstance(target, Tensor) else None
+    loss: Loss | None = None
+    arriving = None
+    if labels is not None:
+        if labels.dtype != torch.int64 or tuple(labels.shape) != rows:
+            raise VerdictError(
+                f"target must hold class indices, int64 of shape {list(rows)}, got "
+                f"{labels.dtype} {list(labels.shape)}"
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= output.shape[-1]:
+            raise VerdictError(
+                f"target holds class {int(labels.max())}, the module has {output.shape[-1]} outputs"
+            )
+        classes = labels
+
+        def cross_entropy(out: Tensor) -> Tensor:
+            return F.cross_entropy(out.flatten(0, -2), classes.flatten())
+
+        loss = cross_entropy
+    elif callable(target):
+        loss = target
+    elif target is not None:
+        raise VerdictError(
+            f"target must be class indices, a loss function or None, got {type(target).__name__}"
+        )
+    else:
+        arriving = torch.randn(output.shape, generator=generator) / output.shape[0]
+        arriving = arriving.to(device=output.device, dtype=output.dtype)
+    if context_features:
+        context = labels
+        if context is None:
+            context = torch.randint(context_features, rows, generator=generator).to(sample.device)
+        elif int(context.max()) >= context_features:
+            raise VerdictError(
+                f"target holds class {int(context.max())}, context_features is {context_features}"
+            )
+    return Problem(sample, labels, loss, arriving, context, rule), output, module
+
+
+def stock_step(
+    module: nn.Module, problem: Problem, run: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[], None]:
+    """A step of stock backprop: eager, or with ``run`` (a compiled forward and loss)."""
+    x, arriving = input_of(problem), problem.arriving
+    optimizer = stock_optimizer(module, problem.rule)
+    forward = run or forward_of(module, problem)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        forward(x).backward(arriving)
+        optimizer.step()
+
+    return step
+
+
+def input_of(problem: Problem) -> Tensor:
+    """The sample; inside a network (no loss given) its producer asks for a gradient."""
+    x = problem.sample.detach().clone()
+    return x.requires_grad_() if problem.loss is None else x
+
+
+def forward_of(module: nn.Module, problem: Problem) -> Callable[[Tensor], Tensor]:
+    loss = problem.loss
+    if loss is None:
+        return module
+
+    def forward(x: Tensor) -> Tensor:
+        return loss(module(x))
+
+    return forward
+
+
+def our_step(
+    module: nn.Module, problem: Problem, target_every: int | None, warmup_steps: int = 0
+) -> Callable[[], None]:
+    """A training step on decoupled layers, with what a user's loop has in it."""
+    import fused_dni as fd
+
+    x, arriving = input_of(problem), problem.arriving
+    if problem.loss is None and target_every is None:
+        setattr(x, NO_TARGET, True)  # the decoupled layer below asks for nothing on such steps
+    forward = forward_of(module, problem)
+    optimizer = fd.FusedOptimizer(module)
+    others = list(fd.ordinary_parameters(module))
+    ordinary = _ordinary(others, problem.rule)
+    schedule = fd.Schedule(module, target_every=target_every, warmup_steps=warmup_steps)
+    context = problem.context
+
+    def step() -> None:
+        if ordinary is not None:
+            ordinary.zero_grad()
+        x.grad = None
+        if context is None:
+            out = forward(x)
+        else:
+            with fd.condition_on(context):
+                out = forward(x)
+        if out.requires_grad:
+            out.backward(arriving)
+        optimizer.step()
+        if ordinary is not None:
+            ordinary.step()
+        schedule.step()
+
+    return step
+
+
+def _ordinary(parameters: Sequence[nn.Parameter], rule: Rule) -> torch.optim.Optimizer | None:
+    return stock_optimizer(nn.ParameterList(parameters), rule) if parameters else None
+
+
+def decouple(
+    module: nn.Module,
+    sample: Tensor,
+    output: Tensor,
+    *,
+    synthesizer: Any,
+    rank: int | None,
+    context_features: int,
+    update: Rule,
+    exact_head: bool,
+    backend: str | None,
+) -> nn.Module:
+    """A copy of ``module`` on our layers.
+
+    Linear layers, with the normalisation and activation behind them, become
+    :class:`fused_dni.FusedDNILinear`. If that leaves nothing to decouple (no linear layer, or only
+    the head), the module, or what lies in front of the head, becomes one
+    :class:`fused_dni.Decoupled` segment.
+    """
+    import fused_dni as fd
+
+    module = copy.deepcopy(module)
+    wanted = context_features if synthesizer is not None else 0
+    if any(isinstance(part, nn.Linear) for part in module.modules()):
+        ours = fd.convert(
+            copy.deepcopy(module),
+            synthesizer=synthesizer,
+            head="exact" if exact_head else "decoupled",
+            update=update,
+            backend=backend,
+            **({"context_features": wanted} if isinstance(synthesizer, str) else {}),
+        )
+        layers = [m for m in ours.modules() if isinstance(m, fd.FusedDNILinear)]
+        decoupled = [layer for layer in layers if layer.synthesizer is not None]
+        if rank is not None and synthesizer == "default":
+            for layer in decoupled:
+                size = layer.out_features
+                low = min(rank, size) or None
+                made = fd.LinearSynthesizer(
+                    size, low, wanted, device=layer.weight.device, dtype=layer.weight.dtype
+                )
+                layer.attach(made, update)
+        if decoupled or synthesizer is None:
+            return ours
+    if exact_head and isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Linear):
+        body, head = (
+            module[:-1],
+            [
+                fd.FusedDNILinear.from_linear(
+                    module[-1], synthesizer=None, update=update, backend=backend
+                )
+            ],
+        )
+    else:
+        body, head = module, []
+    if synthesizer is None:
+        return nn.Sequential(fd.Decoupled(body, None, update=update), *head)
+    if synthesizer == "default":
+        with torch.no_grad():
+            h = copy.deepcopy(body).to(output.device)(sample)
+        factory = {"device": h.device, "dtype": h.dtype}
+        if h.dim() == 4:
+            synthesizer = fd.ConvSynthesizer(h.shape[1], h.shape[1], wanted, **factory)
+        else:
+            size = h.shape[-1]
+            synthesizer = fd.LinearSynthesizer(size, min(rank or 16, size), wanted, **factory)
+    segment = fd.Decoupled(body, copy.deepcopy(synthesizer), update=update)
+    return nn.Sequential(segment, *head)
+
+
+def compiled_step(
+    module: nn.Module, problem: Problem, limit: float
+) -> tuple[Callable[[], None] | None, float | None, str]:
+    """The compiled candidate, how long compiling took, and if it failed, why."""
+    start = time.perf_counter()
+    try:
+        with timing._quiet_stderr(), deadline(limit):
+            step = stock_step(module, problem, torch.compile(forward_of(module, problem)))
+            step()
+            step()
+    except Expired:
+        return None, None, f"compiling took more than {limit:g} s"
+    except Exception as error:  # whatever a compiler may raise, the verdict goes on without it
+        return None, None, first_line(error)
+    return step, time.perf_counter() - start, ""
+
+
+class Expired(BaseException):
+    """Time is up. Not an ``Exception``: compilers catch those and go on."""
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise :class:`Expired` inside the block after so many seconds; in the main thread of a
+    system with interval timers, elsewhere never."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise Expired
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again and again, should one be lost in a callback that cannot raise.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def spread(module: nn.Module) -> None:
+    """Give synthesizers, which start at zero, small numbers, so that what is timed is ordinary."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, DecoupledModule) and part.synthesizer is not None:
+                for p in part.synthesizer.parameters():
+                    noise = torch.randn(p.shape, generator=generator) * 0.01
+                    p.add_(noise.to(device=p.device, dtype=p.dtype))
+
+
+def linear_shapes(module: nn.Module, sample: Tensor) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of every linear layer that the sample passes; empty if there are products of
+    other kinds, whose floor is not known."""
+    found: list[tuple[int, int, int]] = []
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(
+                lambda m, args, out: found.append(
+                    (args[0].numel() // m.in_features, m.in_features, m.out_features)
+                )
+            )
+        elif isinstance(part, (nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)):
+            return []
+    with torch.no_grad():
+        module(sample)
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a message, which is never empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
