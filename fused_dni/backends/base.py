@@ -38,6 +38,8 @@ ACTIVATIONS = (
 # keep nothing else (see ``Saved``).
 FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 NORMALIZATIONS = (None, "batch", "layer")
+# Where a synthesizer's gradient arrives: at h, or at z = x W^T + b (see ``LinearConfig``).
+INTERFACES = ("output", "preactivation")
 SYNTHESIZERS = ("dense", "lowrank", "diagonal")
 RULES = ("sgd", "adam", "adamw")
 
@@ -52,12 +54,19 @@ STATISTICS_SIZE = 5
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """What of a layer is not a tensor: ``h = activation(normalization(x @ weight.T + bias))``."""
+    """What of a layer is not a tensor: ``h = activation(normalization(x @ weight.T + bias))``.
+
+    ``interface`` says which gradient a synthesizer predicts from h: ``"output"``, the one at h,
+    which a step takes back through activation and normalisation; or ``"preactivation"``, the one
+    at ``z = x @ weight.T + bias`` itself, so that a step needs no backward through either. Only
+    :meth:`Backend.linear_step_` reads it.
+    """
 
     normalization: str | None = None
     activation: str = "identity"
     eps: float = 1e-5
     momentum: float = 0.1
+    interface: str = "output"
 
 
 class LinearTensors(NamedTuple):
@@ -157,6 +166,9 @@ class Step(NamedTuple):
     h: Tensor  # [N, O]
     prediction: Prediction | None = None
     dx: Tensor | None = None  # [N, I]
+    # With the interface at the preactivation, beside the prediction: what takes the gradient that
+    # will arrive at h back to z, for the synthesizer to learn from.
+    saved: Saved | None = None
 
 
 class LSTMLayer(NamedTuple):
@@ -345,6 +357,12 @@ class Backend(Protocol):
         were before the update. Mutates what :meth:`linear_forward` in training and
         :meth:`linear_update_` mutate; if the gradient is not finite, only the skip counter (the
         running statistics too stay as they were).
+
+        With ``config.interface == "preactivation"`` the synthetic gradient is delta itself, the
+        gradient at z: the weight moves by ``delta.T @ x``, the bias by delta's column sums (zero
+        in front of a batch normalisation), and the normalisation's scale and shift, whose gradient
+        is not known, not at all: ``rule.trainable`` is False for them. With ``need_prediction``
+        the result then holds ``saved``, what :meth:`linear_forward` would have saved.
 
         Raises:
             IndexError: a class index outside ``[0, K)``; raised before anything is changed.

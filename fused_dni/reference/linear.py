@@ -24,7 +24,8 @@ give noise, which Adam turns into movement).
 
 A decoupled step (Jaderberg et al. 2016, arXiv 1608.05343) puts the synthetic gradient
 s = M(h) / kappa in the place of g and applies the update at once; dx = delta W, with W as it was
-before the update, is the target for whatever made x.
+before the update, is the target for whatever made x. With the interface at the preactivation s
+stands in the place of delta instead, and neither phi nor the normalisation is gone back through.
 """
 
 from __future__ import annotations
@@ -209,6 +210,20 @@ def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
     return product(delta.t(), x, x.dtype, delta.dtype)  # [O, N] @ [N, I] -> [O, I]
 
 
+def preactivation_gradients(
+    delta: Tensor, x: Tensor, layer: LinearTensors, config: LinearConfig, need_dx: bool
+) -> LinearGradients:
+    """From a gradient at z alone: dx on demand, and the bias's (zero in front of a batch
+    normalisation in training, which removes what a bias does). No other is known."""
+    bare = LinearTensors(layer.weight, layer.bias)
+    made = linear_backward(
+        delta, x, delta, Saved(), bare, LinearConfig(), True, need_dx=need_dx, need_weight=False
+    )
+    if made.bias is not None and config.normalization == "batch":
+        made = made._replace(bias=torch.zeros_like(made.bias))
+    return made
+
+
 def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
 
@@ -270,16 +285,22 @@ def linear_step_(
     h, saved, moments = _forward(x, layer, config, training=True)
     prediction = synthesizer_predict(h, synthesizer, context)
     synthetic = synthetic_gradient(prediction, target_scale, max_norm)
-    gradients = linear_backward(
-        synthetic, x, h, saved, layer, config, True, need_dx=need_dx, need_weight=False
-    )
+    inside = config.interface == "preactivation"
+    if inside:
+        gradients = preactivation_gradients(synthetic, x, layer, config, need_dx)
+    else:
+        gradients = linear_backward(
+            synthetic, x, h, saved, layer, config, True, need_dx=need_dx, need_weight=False
+        )
     by_slot = _slot_gradients(x, gradients)
     if bool(torch.isfinite(gradients.delta).all()) and finite(by_slot, rule):
         move_running_(layer, config, moments)
         apply_(_slots(layer), by_slot, rule)
     else:
         skip_(rule)
-    return Step(h, prediction if need_prediction else None, gradients.x)
+    if not need_prediction:
+        return Step(h, None, gradients.x)
+    return Step(h, prediction, gradients.x, saved if inside else None)
 
 
 def bind_step(
