@@ -1,0 +1,80 @@
+"""Which reports there are, and which of their formats this version reads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_dni import text
+from fused_dni.report.blocks import Block
+
+
+class ReportError(ValueError):
+    """A file is no report, or one that this version does not read; the message says why."""
+
+
+class Kind(NamedTuple):
+    """Where a kind's blocks are made (``module:function``), and the format that it reads."""
+
+    blocks: str
+    version: int
+
+
+#: By what stands under ``kind`` in the JSON.
+KINDS: dict[str, Kind] = {
+    "verdict": Kind("fused_dni.verdict.report:blocks", 1),
+    "advice": Kind("fused_dni.advise.report:blocks", 1),
+    "map": Kind("fused_dni.map.report:blocks", 1),
+    "rivals": Kind("fused_dni.experiments.rivals_report:blocks", 1),
+    "interfaces": Kind("fused_dni.experiments.interfaces_report:blocks", 1),
+    "profile": Kind("fused_dni.profile.report:blocks", 1),
+    "comparison": Kind("fused_dni.comparison:blocks", 1),
+}
+
+
+def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
+    """Read a report.
+
+    Args:
+        path: a JSON file.
+        kind: what it must be; None for any kind.
+
+    Raises:
+        ReportError: no such file, no JSON, another kind, or a format of another version.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReportError(f"{path} is no JSON: {error}") from error
+    name = found.get("kind") if isinstance(found, dict) else None
+    if name not in KINDS:
+        known = ", ".join(KINDS)
+        raise ReportError(f"{path} is no report of fused_dni: its kind is {name!r}, known: {known}")
+    if kind is not None and name != kind:
+        raise ReportError(f"{path} holds a report of kind {name!r}, wanted is {kind!r}")
+    if found.get("version") != KINDS[name].version:
+        raise ReportError(
+            f"{path} is a {name!r} report in format {found.get('version')!r}, this version of "
+            f"fused_dni reads format {KINDS[name].version}: measure it again, or read it with the "
+            f"version that wrote it ({found.get('facts', {}).get('fused_dni', 'unknown')})"
+        )
+    return found
+
+
+def blocks_of(report: dict[str, Any]) -> list[Block]:
+    """What a loaded report says.
+
+    Raises:
+        ReportError: its kind is unknown.
+    """
+    name = str(report.get("kind"))
+    if name not in KINDS:
+        raise ReportError(text.unknown("report", name, KINDS))
+    module, _, function = KINDS[name].blocks.partition(":")
+    made: list[Block] = getattr(importlib.import_module(module), function)(report)
+    return made
