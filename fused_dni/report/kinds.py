@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
         ReportError: no such file, no JSON, another kind, or a format of another version.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        found: Any = json.loads(Path(path).read_text())
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -63,7 +63,8 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
             f"fused_dni reads format {KINDS[name].version}: measure it again, or read it with the "
             f"version that wrote it ({found.get('facts', {}).get('fused_dni', 'unknown')})"
         )
-    return found
+    report: dict[str, Any] = found
+    return report
 
 
 def blocks_of(report: dict[str, Any]) -> list[Block]:
