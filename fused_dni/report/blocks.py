@@ -10,7 +10,7 @@ from typing import Any
 from fused_dni import text
 
 #: Two reports of the same data give the same file.
-_SVG = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}
+_SVG: Any = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}
 
 
 @dataclass(frozen=True)
