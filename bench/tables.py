@@ -1022,42 +1022,29 @@ def render_training(report: dict[str, Any]) -> str:
     return f"{text}\n\n{table(header, rows)}"
 
 
-def _recurrent_outcome(report: dict[str, Any]) -> Any:
-    """The outcome that a report of a recurrent run was written from."""
-    from fused_dni.experiments import recurrent
-
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()}
-    return recurrent.Outcome(
-        recurrent.Settings(**settings),
-        report["data"],
-        report["runs"],
-        report["costs"],
-        report["memory_curve"],
-        report["notes"],
-    )
-
-
 def render_recurrent(report: dict[str, Any]) -> str:
     """What one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
     from fused_dni.experiments import recurrent_report
+    from fused_dni.report.blocks import as_markdown
 
-    outcome, facts = _recurrent_outcome(report), report["facts"]
+    outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
     said = (
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
         f"commit {facts['commit']}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
         f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
     )
-    rows = recurrent_report.summary_table(outcome, markdown=True)
+    rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
     return f"{said}\n\n{rows}\n\n{recurrent_report.sentence(outcome)}"
 
 
 def render_future(report: dict[str, Any]) -> str:
     """The true gradient of the future beside the window's own, and beside what was predicted."""
     from fused_dni.experiments import recurrent_report
+    from fused_dni.report.blocks import as_markdown
 
-    outcome = _recurrent_outcome(report)
-    left_out = recurrent_report.future_table(outcome, markdown=True)
+    outcome = recurrent_report.outcome_of(report)
+    left_out = as_markdown([recurrent_report.future_table(outcome)], RESULTS)
     shares = (0.1, 0.25, 0.5, 0.75, 1.0)
     rows = []
     for name in outcome.names():

@@ -14,7 +14,7 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, memory, recurrent, recurrent_report, run
-from fused_dni.experiments.report import ReportError
+from fused_dni.report import ReportError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -449,7 +449,17 @@ def test_bad_input_of_the_memory_curve(arguments, message):
 
 # ---------------------------------------------------------------------------------------- reports
 
-KEYS = {"kind", "facts", "settings", "data", "memory_method", "summary", "sentence", "runs"}
+KEYS = {
+    "kind",
+    "version",
+    "facts",
+    "settings",
+    "data",
+    "memory_method",
+    "summary",
+    "sentence",
+    "runs",
+}
 KEYS |= {"costs", "memory_curve", "notes"}
 
 
@@ -464,7 +474,8 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     outcome.costs = recurrent.costs(settings, source, seconds=0.05)
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
     files = recurrent_report.write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
-    plots = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
+    names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
+    plots = {f"{name}.png" for name in names}
     assert {f.name for f in files} == {"report.json", "report.md", *plots}
     for path in files[2:]:
         assert path.read_bytes()[:4] == b"\x89PNG"

@@ -342,6 +342,7 @@ def _train(args: argparse.Namespace, command: str) -> int:
 def _train_recurrent(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import memory, recurrent, recurrent_report
     from fused_dni.progress import Progress
+    from fused_dni.report.blocks import Block, as_text
 
     given = {
         name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
@@ -387,13 +388,12 @@ def _train_recurrent(args: argparse.Namespace, command: str) -> int:
         print(files[0].read_text(), end="")
         return 0
     print()
-    print(recurrent_report.summary_table(outcome))
+    tables: list[Block] = [recurrent_report.summary(outcome)]
     if settings.probe:
-        print()
-        print(recurrent_report.future_table(outcome))
+        tables.append(recurrent_report.future_table(outcome))
     if outcome.memory_curve:
-        print()
-        print(recurrent_report.memory_table(outcome.memory_curve))
+        tables.append(recurrent_report.memory_table(outcome.memory_curve))
+    print(as_text(tables))
     print()
     print(recurrent_report.sentence(outcome))
     print()
@@ -445,15 +445,16 @@ def _print_training(
     args: argparse.Namespace, outcome: Outcome, files: Sequence[Path], verdict: Verdict | None
 ) -> None:
     from fused_dni.experiments import report
+    from fused_dni.report.blocks import Block, as_text
 
     if args.json:
         print(files[0].read_text(), end="")
         return
     print()
-    print(report.summary_table(outcome))
+    tables: list[Block] = [report.summary(outcome)]
     if outcome.split is not None:
-        print()
-        print(report.split_table(outcome.split))
+        tables.append(report.split(outcome.split))
+    print(as_text(tables))
     if verdict is not None:
         print()
         print(verdict.table())

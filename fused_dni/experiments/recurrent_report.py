@@ -1,34 +1,29 @@
-"""The report folder of a recurrent run: ``report.json``, ``report.md`` and plots."""
+"""The report of a recurrent run: ``report.json``, and what it says as blocks."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fused_dni import text, timing
 from fused_dni.baseline import facts
-from fused_dni.experiments.recurrent import COST_LEVEL, Outcome
-from fused_dni.experiments.report import COLOURS, ReportError
+from fused_dni.experiments.recurrent import COST_LEVEL, Outcome, Settings
+from fused_dni.experiments.report import COLOURS, write_folder
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 
 #: What is plotted, by the column of the histories on the horizontal axis.
 CURVES = {
-    "charlm": {
-        "bits-vs-characters.png": "characters",
-        "bits-vs-wall-clock.png": "seconds",
-    },
-    "copy": {
-        "solved-vs-steps.png": "steps",
-        "solved-vs-wall-clock.png": "seconds",
-    },
+    "charlm": {"bits-vs-characters": "characters", "bits-vs-wall-clock": "seconds"},
+    "copy": {"solved-vs-steps": "steps", "solved-vs-wall-clock": "seconds"},
 }
 CURVES["repeat-copy"] = CURVES["copy"]
-PROBE_PLOTS = ("future-vs-window.png", "prediction-vs-training.png")
+PROBE_PLOTS = ("future-vs-window", "prediction-vs-training")
 AXES = {
     "characters": "characters seen",
     "seconds": "training wall-clock, seconds",
@@ -50,6 +45,7 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
     """The whole report as plain data."""
     report = {
         "kind": f"train {outcome.settings.task}",
+        "version": 1,
         "facts": facts(command),
         "settings": asdict(outcome.settings),
         "data": outcome.data,
@@ -191,7 +187,7 @@ def _costs(
 # ------------------------------------------------------------------------------------------ tables
 
 
-def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
+def summary(outcome: Outcome) -> Table:
     """A row an arm."""
     unit = outcome.axis[:-1]
     characters = outcome.settings.task == "charlm"
@@ -214,10 +210,10 @@ def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
             closed = gap_closed(outcome, row["name"])
             line.append("-" if closed is None else f"{100 * closed:.0f} %")
         lines.append(line)
-    return text.table(header, lines, markdown=markdown)
+    return Table(header, lines)
 
 
-def future_table(outcome: Outcome, *, markdown: bool = False) -> str:
+def future_table(outcome: Outcome) -> Table:
     """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
     found = _future(outcome)
     windows = sorted({window for rows in found.values() for window in rows})
@@ -225,8 +221,7 @@ def future_table(outcome: Outcome, *, markdown: bool = False) -> str:
         [name, *(f"{rows[w]:.2g}" if w in rows else "-" for w in windows)]
         for name, rows in found.items()
     ]
-    header = ["future / own, trained by", *(f"T={w}" for w in windows)]
-    return text.table(header, lines, markdown=markdown)
+    return Table(["future / own, trained by", *(f"T={w}" for w in windows)], lines)
 
 
 def _future(outcome: Outcome) -> dict[str, dict[int, float]]:
@@ -241,7 +236,7 @@ def _future(outcome: Outcome) -> dict[str, dict[int, float]]:
     return made
 
 
-def memory_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
+def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Peak memory, a row a method and window, a column a length of the sequence."""
     lengths = sorted({row["sequence"] for row in rows})
     by_arm: dict[str, dict[int, int]] = {}
@@ -252,37 +247,31 @@ def memory_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> s
         name = f"{row['method']} {'whole sequence' if whole else 'T=' + str(row['window'])}"
         by_arm.setdefault(name, {})[row["sequence"]] = row["bytes"]
     lines = [[name, *(text.size(held.get(s)) for s in lengths)] for name, held in by_arm.items()]
-    return text.table(["peak memory", *(f"S={s}" for s in lengths)], lines, markdown=markdown)
+    return Table(["peak memory", *(f"S={s}" for s in lengths)], lines)
 
 
-# ------------------------------------------------------------------------------------------ folder
+# ------------------------------------------------------------------------------------------ blocks
 
 
-def write(
-    outcome: Outcome, folder: str | os.PathLike[str], *, command: str | None = None
-) -> list[Path]:
-    """Write the report into ``folder`` (made if needed) and return its files.
-
-    Raises:
-        ReportError: the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        report = as_json(outcome, command)
-        files = [folder / "report.json", folder / "report.md"]
-        files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        plots = _plots(outcome, folder)
-        files[1].write_text(_markdown(outcome, report, plots))
-        return [*files, *plots]
-    except OSError as error:
-        raise ReportError(
-            f"cannot write the report to {folder}: {error.strerror or error}"
-        ) from error
+def outcome_of(report: dict[str, Any]) -> Outcome:
+    """The outcome that a report was written from."""
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()
+    }
+    return Outcome(
+        Settings(**settings),
+        report["data"],
+        report["runs"],
+        report["costs"],
+        report["memory_curve"],
+        report["notes"],
+    )
 
 
-def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> str:
-    s, where = outcome.settings, report["facts"]
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """What a report says: settings, the sentence, tables and curves."""
+    outcome, where = outcome_of(report), report["facts"]
+    s = outcome.settings
     seeds = len(s.seeds)
     updates = f"an update every {s.update_every} steps" if s.update_every else "one a window"
     if s.task == "charlm":
@@ -299,13 +288,13 @@ def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> st
             f"{s.amount} batches of {s.batch_size} episodes for every arm, symbols of {s.width} "
             "bits, an update a window"
         )
-    parts = [
-        f"# {subject}\n",
-        (
+    said: list[Block] = [
+        Heading(subject, 1),
+        Text(
             f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
             f"commit {where['commit'] or 'unknown'}."
         ),
-        (
+        Text(
             f"{what}; Adam at {s.lr:g} (truncated backprop {s.exact_lr or s.lr:g}, synthesizers "
             f"{s.sg_lr:g}), "
             f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
@@ -314,73 +303,58 @@ def _markdown(outcome: Outcome, report: dict[str, Any], plots: list[Path]) -> st
             "turns; "
             f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
             f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
-            f"Memory: {timing.PEAK_MEMORY_CPU}.\n"
+            f"Memory: {timing.PEAK_MEMORY_CPU}."
         ),
-        sentence(outcome) + "\n",
-        summary_table(outcome, markdown=True) + "\n",
-        *(f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in plots),
+        Text(sentence(outcome)),
+        summary(outcome),
+        *curves(outcome),
     ]
     if s.probe:
-        parts += [
-            "## The gradient of the future\n",
-            (
+        said += [
+            Heading("The gradient of the future"),
+            Text(
                 "Norm of the future's contribution to the parameter gradient of a window over the "
                 "norm of the window's own, by full backprop after the training "
-                "(`fused_dni.experiments.future`: every term is defined there):\n"
+                "(`fused_dni.experiments.future`: every term is defined there):"
             ),
-            future_table(outcome, markdown=True) + "\n",
+            future_table(outcome),
         ]
     if outcome.memory_curve:
-        parts += ["## Peak memory\n", memory_table(outcome.memory_curve, markdown=True) + "\n"]
-    parts += [f"- {note}" for note in outcome.notes]
-    return "\n".join(parts) + "\n"
+        said += [Heading("Peak memory"), memory_table(outcome.memory_curve)]
+    return [*said, *map(Text, outcome.notes)]
+
+
+def write(
+    outcome: Outcome, folder: str | os.PathLike[str], *, command: str | None = None
+) -> list[Path]:
+    """Write ``report.json``, ``report.md`` and its plots into ``folder`` (made if needed).
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    report = as_json(outcome, command)
+    return write_folder(report, blocks(report), folder)
 
 
 # ------------------------------------------------------------------------------------------- plots
 
 
-def _plots(outcome: Outcome, folder: Path) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    title = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
-    made = []
-
-    def finish(figure: Any, axes: Any, name: str) -> None:
-        axes.grid(True, which="both", alpha=0.2)
-        axes.set_title(title)
-        axes.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        figure.savefig(folder / name)
-        plt.close(figure)
-        made.append(folder / name)
-
-    for name, key in CURVES[outcome.settings.task].items():
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-        for i, arm in enumerate(outcome.names()):
-            _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, i, arm)
-        axes.set_xlabel(AXES[key])
-        axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
-        axes.set_xlim(left=0)
-        finish(figure, axes, name)
+def curves(outcome: Outcome) -> list[Figure]:
+    """The task's measure against data and wall-clock, and what the probe found."""
+    subject = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
+    made = [
+        Figure(name, functools.partial(_measure, outcome, key), f"{subject}: {name}.")
+        for name, key in CURVES[outcome.settings.task].items()
+    ]
     # Where windows have no loss of their own at all there is no ratio to draw.
     ratios = {
         arm: {window: ratio for window, ratio in rows.items() if 0.0 < ratio < math.inf}
         for arm, rows in _future(outcome).items()
     }
     if any(ratios.values()):
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-        for i, (arm, rows) in enumerate(ratios.items()):
-            axes.plot(list(rows), list(rows.values()), "o-", color=_colour(i), label=arm)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.set_xlabel("window T")
-        axes.set_ylabel("gradient of the future / window's own")
-        finish(figure, axes, PROBE_PLOTS[0])
-
+        draw: Callable[[Any], None] = functools.partial(_draw_future, ratios)
+        said = f"{subject}: the gradient of the future over the window's own, by window."
+        made.append(Figure(PROBE_PLOTS[0], draw, said))
     predicted = {
         arm: [
             [{**row, **row["prediction"]} for row in run["history"] if row.get("prediction")]
@@ -390,21 +364,53 @@ def _plots(outcome: Outcome, folder: Path) -> list[Path]:
     }
     predicted = {arm: histories for arm, histories in predicted.items() if all(histories)}
     if predicted:
-        figure, panels = plt.subplots(2, 1, figsize=(6.4, 6.0), dpi=120, sharex=True)
-        for axes, key, label in zip(
-            panels,
-            ("prediction_cosine", "prediction_norm_ratio"),
-            ("cosine", "norm ratio"),
-            strict=True,
-        ):
-            for i, (arm, histories) in enumerate(predicted.items()):
-                _curve(axes, histories, outcome.axis, key, i, arm)
-            axes.axhline(0.0, color="black", linewidth=0.6)
-            axes.grid(True, alpha=0.2)
-            axes.set_ylabel(f"prediction and true gradient: {label}")
-        panels[1].set_xlabel(AXES[outcome.axis])
-        finish(figure, panels[0], PROBE_PLOTS[1])
+        draw = functools.partial(_draw_prediction, predicted, outcome.axis)
+        said = f"{subject}: the prediction beside the true gradient, during training."
+        made.append(Figure(PROBE_PLOTS[1], draw, said, (6.4, 6.0)))
     return made
+
+
+def _measure(outcome: Outcome, key: str, canvas: Any) -> None:
+    axes = canvas.add_subplot()
+    for i, arm in enumerate(outcome.names()):
+        _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, i, arm)
+    axes.set_xlabel(AXES[key])
+    axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
+    axes.set_xlim(left=0)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_future(ratios: dict[str, dict[int, float]], canvas: Any) -> None:
+    from matplotlib.ticker import FormatStrFormatter
+
+    axes = canvas.add_subplot()
+    for i, (arm, rows) in enumerate(ratios.items()):
+        axes.plot(list(rows), list(rows.values()), "o-", color=_colour(i), label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlabel("window T")
+    axes.set_ylabel("gradient of the future / window's own")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_prediction(predicted: dict[str, Any], axis: str, canvas: Any) -> None:
+    panels = canvas.subplots(2, 1, sharex=True)
+    for axes, key, label in zip(
+        panels,
+        ("prediction_cosine", "prediction_norm_ratio"),
+        ("cosine", "norm ratio"),
+        strict=True,
+    ):
+        for i, (arm, histories) in enumerate(predicted.items()):
+            _curve(axes, histories, axis, key, i, arm)
+        axes.axhline(0.0, color="black", linewidth=0.6)
+        axes.grid(True, alpha=0.2)
+        axes.set_ylabel(f"prediction and true gradient: {label}")
+    panels[1].set_xlabel(AXES[axis])
+    panels[0].legend(frameon=False, fontsize=8)
 
 
 def _colour(i: int) -> str:

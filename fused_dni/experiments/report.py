@@ -1,7 +1,8 @@
-"""The report folder of a training run: ``report.json``, ``report.md`` and two plots."""
+"""The report of a training run: ``report.json``, and what it says as blocks."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -11,21 +12,18 @@ from typing import Any
 
 from fused_dni import text
 from fused_dni.baseline import facts
-from fused_dni.experiments.train import Outcome
+from fused_dni.experiments.train import Outcome, Settings
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text, as_markdown
+from fused_dni.report.kinds import ReportError, blocks_of
 
-PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")
-#: Drawn best: the eye should find the methods in both plots by the same colour.
 COLOURS = ("#1b6ca8", "#6fa8dc", "#2e9e5b", "#d1495b", "#edae49", "#8d6a9f", "#555555")
-
-
-class ReportError(ValueError):
-    """The report cannot be written; the message says why."""
 
 
 def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
     """The whole report as plain data."""
     return {
         "kind": "train",
+        "version": 1,
         "facts": facts(command),
         "settings": asdict(outcome.settings),
         "dataset": outcome.dataset,
@@ -38,7 +36,7 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
     }
 
 
-def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
+def summary(outcome: Outcome) -> Table:
     """A row a method."""
     rows = outcome.summary()
     base = next((row["seconds_per_epoch"] for row in rows if row["name"] == "backprop"), None)
@@ -59,18 +57,107 @@ def summary_table(outcome: Outcome, *, markdown: bool = False) -> str:
                 text.seconds(reached) if reached is not None else "not reached",
             ]
         )
-    return text.table(header, lines, markdown=markdown)
+    return Table(header, lines)
 
 
-def split_table(split: dict[str, Any], *, markdown: bool = False) -> str:
+def split(parts: dict[str, Any]) -> Table:
     """Where a step's time goes, a row a method."""
     keys = ("forward", "sg", "update", "targets", "rest", "total")
     names = ("forward", "SG", "update", "targets", "rest", "total")
     lines = [
-        [name, *(text.seconds(parts[key]) for key in keys)]
-        for name, parts in split["pieces"].items()
+        [name, *(text.seconds(times[key]) for key in keys)]
+        for name, times in parts["pieces"].items()
     ]
-    return text.table(["step of", *names], lines, markdown=markdown)
+    return Table(["step of", *names], lines)
+
+
+def curves(outcome: Outcome) -> list[Figure]:
+    """Error against wall-clock and against steps."""
+    settings = outcome.settings
+    title = f"{outcome.dataset}, {settings.depth} x {settings.hidden}, batch {settings.batch_size}"
+    return [
+        Figure(
+            f"accuracy-vs-{name}",
+            functools.partial(_draw, outcome, key, label),
+            f"Error against {label}: {title}.",
+            (6.4, 4.2),
+        )
+        for name, key, label in (
+            ("wall-clock", "seconds", "training wall-clock, seconds"),
+            ("steps", "steps", "training steps"),
+        )
+    ]
+
+
+def _draw(outcome: Outcome, key: str, label: str, canvas: Any) -> None:
+    from matplotlib.ticker import FormatStrFormatter
+
+    axes = canvas.add_subplot()
+    for i, method in enumerate(outcome.names()):
+        colour = COLOURS[i % len(COLOURS)]
+        runs = [run["history"] for run in outcome.of(method)]
+        for rows in runs if len(runs) > 1 else []:
+            axes.plot(
+                [row[key] for row in rows],
+                [100 * row["error"] for row in rows],
+                color=colour,
+                alpha=0.25,
+                linewidth=0.8,
+            )
+        middle = [
+            (
+                statistics.median([rows[e][key] for rows in runs]),
+                100 * statistics.median([rows[e]["error"] for rows in runs]),
+            )
+            for e in range(len(runs[0]))
+        ]
+        axes.plot(*zip(*middle, strict=True), color=colour, linewidth=1.8, label=method)
+    axes.set_xlabel(label)
+    axes.set_ylabel("error, % (log)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    axes.set_xlim(left=0)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False)
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """What a report says: settings, accuracy and time, where a step's time goes, the verdict."""
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()
+    }
+    s, where = Settings(**settings), report["facts"]
+    outcome = Outcome(
+        s, report["dataset"], report["runs"], report["steps_per_epoch"], report["split"]
+    )
+    seeds = len(s.seeds)
+    said: list[Block] = [
+        Heading(f"{outcome.dataset}: {s.depth} hidden layers of {s.hidden}", 1),
+        Text(
+            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+            f"commit {where['commit'] or 'unknown'}."
+        ),
+        Text(
+            f"Batch {s.batch_size}, {s.epochs} epochs of {outcome.steps_per_epoch} "
+            f"steps, {s.update} at {s.lr:g} (synthesizers {s.sg_lr:g}), "
+            f"cosine to zero, {s.warmup_steps} warm-up steps on true gradients, "
+            f"synthesizers of {f'rank {s.rank}' if s.rank else 'full rank'}, {seeds} "
+            f"seed{'s' if seeds > 1 else ''}. Errors are of the last epoch on the "
+            f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
+            "epoch by epoch. Time to an accuracy counts whole epochs."
+        ),
+        Heading("Accuracy and time"),
+        summary(outcome),
+        *curves(outcome),
+    ]
+    if outcome.split is not None:
+        said += [Heading("Where a step's time goes"), split(outcome.split)]
+        said.append(Text(outcome.split["how"]))
+    if "verdict" in report:
+        said.append(Heading("Verdict for these layers"))
+        said += [b for b in blocks_of(report["verdict"]) if not isinstance(b, Heading)]
+    return [*said, *map(Text, report["notes"])]
 
 
 def write(
@@ -80,7 +167,21 @@ def write(
     command: str | None = None,
     verdict: Any = None,
 ) -> list[Path]:
-    """Write the report into ``folder`` (made if needed) and return its files.
+    """Write ``report.json``, ``report.md`` and its plots into ``folder`` (made if needed).
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    report = as_json(outcome, command)
+    if verdict is not None:
+        report["verdict"] = json.loads(verdict.to_json())
+    return write_folder(report, blocks(report), folder)
+
+
+def write_folder(
+    report: dict[str, Any], said: list[Block], folder: str | os.PathLike[str]
+) -> list[Path]:
+    """A report's JSON, what it says as Markdown, and the plots in that.
 
     Raises:
         ReportError: the folder cannot be written.
@@ -88,107 +189,11 @@ def write(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report = as_json(outcome, command)
-        if verdict is not None:
-            report["verdict"] = json.loads(verdict.to_json())
         files = [folder / "report.json", folder / "report.md"]
-        files[0].write_text(json.dumps(report, indent=1) + "\n")
-        plots = _plots(outcome, folder)
-        drawn = None
-        if verdict is not None:
-            drawn = verdict.plot(folder / "verdict.png")
-        files[1].write_text(_markdown(outcome, report, plots, verdict, drawn))
-        return [*files, *plots, *([drawn] if drawn is not None else [])]
+        files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        files[1].write_text(as_markdown(said, folder, suffix=".png") + "\n")
     except OSError as error:
         raise ReportError(
             f"cannot write the report to {folder}: {error.strerror or error}"
         ) from error
-
-
-def _markdown(
-    outcome: Outcome, report: dict[str, Any], plots: list[Path], verdict: Any, drawn: Path | None
-) -> str:
-    settings, where = outcome.settings, report["facts"]
-    seeds = len(settings.seeds)
-    parts = [
-        f"# {outcome.dataset}: {settings.depth} hidden layers of {settings.hidden}\n",
-        (
-            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
-            f"commit {where['commit'] or 'unknown'}."
-        ),
-        (
-            f"Batch {settings.batch_size}, {settings.epochs} epochs of {outcome.steps_per_epoch} "
-            f"steps, {settings.update} at {settings.lr:g} (synthesizers {settings.sg_lr:g}), "
-            f"cosine to zero, {settings.warmup_steps} warm-up steps on true gradients, "
-            f"synthesizers of {f'rank {settings.rank}' if settings.rank else 'full rank'}, {seeds} "
-            f"seed{'s' if seeds > 1 else ''}. Errors are of the last epoch on the "
-            f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
-            "epoch by epoch. Time to an accuracy counts whole epochs.\n"
-        ),
-        "## Accuracy and time\n",
-        summary_table(outcome, markdown=True) + "\n",
-        *(f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in plots),
-    ]
-    if outcome.split is not None:
-        parts += ["## Where a step's time goes\n", split_table(outcome.split, markdown=True) + "\n"]
-        parts.append(outcome.split["how"] + "\n")
-    if verdict is not None:
-        parts += ["## Verdict for these layers\n", verdict.sentence() + "\n"]
-        parts.append(verdict.table(markdown=True) + "\n")
-        if drawn is not None:
-            parts.append(f"![verdict]({drawn.name})\n")
-    parts += [f"- {note}" for note in outcome.notes]
-    return "\n".join(parts)
-
-
-def _plots(outcome: Outcome, folder: Path) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    made = []
-    for name, key, label in (
-        (PLOTS[0], "seconds", "training wall-clock, seconds"),
-        (PLOTS[1], "steps", "training steps"),
-    ):
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
-        lowest = 1.0
-        for i, method in enumerate(outcome.names()):
-            colour = COLOURS[i % len(COLOURS)]
-            runs = [run["history"] for run in outcome.of(method)]
-            for rows in runs if len(runs) > 1 else []:
-                axes.plot(
-                    [row[key] for row in rows],
-                    [100 * row["error"] for row in rows],
-                    color=colour,
-                    alpha=0.25,
-                    linewidth=0.8,
-                )
-            middle = [
-                (
-                    statistics.median([rows[e][key] for rows in runs]),
-                    100 * statistics.median([rows[e]["error"] for rows in runs]),
-                )
-                for e in range(len(runs[0]))
-            ]
-            axes.plot(*zip(*middle, strict=True), color=colour, linewidth=1.8, label=method)
-            lowest = min(lowest, *(error for _, error in middle))
-        axes.set_xlabel(label)
-        axes.set_ylabel("error, % (log)")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.set_xlim(left=0)
-        axes.grid(True, which="both", alpha=0.2)
-        axes.set_title(
-            f"{outcome.dataset}, {outcome.settings.depth} x {outcome.settings.hidden}, "
-            f"batch {outcome.settings.batch_size}"
-        )
-        axes.legend(frameon=False)
-        figure.tight_layout()
-        path = folder / name
-        figure.savefig(path)
-        plt.close(figure)
-        made.append(path)
-    return made
+    return [*files, *(folder / f"{b.name}.png" for b in said if isinstance(b, Figure))]

@@ -50,15 +50,29 @@ class Figure:
         """The plot as SVG; the same data give the same bytes under one version of matplotlib."""
         import io
 
+        out = io.StringIO()
+        self._save(out, format="svg", metadata={"Date": None})
+        return out.getvalue()
+
+    def save(self, path: Path) -> Path:
+        """Write the plot in the format that the file's name says.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: an unknown format.
+        """
+        stable: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+        self._save(path, dpi=120, **stable)
+        return path
+
+    def _save(self, to: Any, **options: Any) -> None:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
 
         with matplotlib.rc_context(_SVG):
             canvas = Canvas(figsize=self.size, layout="constrained")
             self.draw(canvas)
-            out = io.StringIO()
-            canvas.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+            canvas.savefig(to, **options)
 
 
 Block = Heading | Text | Table | Figure
@@ -78,12 +92,16 @@ def as_text(blocks: Iterable[Block]) -> str:
     return "\n\n".join(parts)
 
 
-def as_markdown(blocks: Iterable[Block], figures: Path, prefix: str = "", lower: int = 0) -> str:
-    """For the docs; figures are written into the folder ``figures`` as SVG and linked.
+def as_markdown(
+    blocks: Iterable[Block], folder: Path, link: str = "", suffix: str = ".svg", lower: int = 0
+) -> str:
+    """For a page of Markdown; figures are written beside it and linked.
 
     Args:
-        figures: made if absent; links are relative to its parent.
-        prefix: of the figures' file names.
+        folder: where figures go; made if absent.
+        link: the folder as the page calls it, with its slash; also the place for a prefix of the
+            files' names.
+        suffix: format of the figures.
         lower: by how many levels headings are lowered.
     """
     parts = []
@@ -96,8 +114,7 @@ def as_markdown(blocks: Iterable[Block], figures: Path, prefix: str = "", lower:
             made = text.table(block.header, block.rows, markdown=True)
             parts.append(f"{made}\n\n{block.caption}" if block.caption else made)
         else:
-            figures.mkdir(parents=True, exist_ok=True)
-            path = figures / f"{prefix}{block.name}.svg"
-            path.write_text(block.svg())
-            parts.append(f"![{block.caption}]({figures.name}/{path.name})\n\n{block.caption}")
+            folder.mkdir(parents=True, exist_ok=True)
+            block.save(folder / f"{block.name}{suffix}")
+            parts.append(f"![{block.caption}]({link}{block.name}{suffix})")
     return "\n\n".join(parts)

@@ -26,6 +26,10 @@ class Kind(NamedTuple):
 #: By what stands under ``kind`` in the JSON.
 KINDS: dict[str, Kind] = {
     "verdict": Kind("fused_dni.verdict.report:blocks", 1),
+    "train": Kind("fused_dni.experiments.report:blocks", 1),
+    "train charlm": Kind("fused_dni.experiments.recurrent_report:blocks", 1),
+    "train copy": Kind("fused_dni.experiments.recurrent_report:blocks", 1),
+    "train repeat-copy": Kind("fused_dni.experiments.recurrent_report:blocks", 1),
     "advice": Kind("fused_dni.advise.report:blocks", 1),
     "map": Kind("fused_dni.map.report:blocks", 1),
     "rivals": Kind("fused_dni.experiments.rivals_report:blocks", 1),
@@ -57,9 +61,10 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
         raise ReportError(f"{path} is no report of fused_dni: its kind is {name!r}, known: {known}")
     if kind is not None and name != kind:
         raise ReportError(f"{path} holds a report of kind {name!r}, wanted is {kind!r}")
-    if found.get("version") != KINDS[name].version:
+    version = found.get("version", 1)  # formats have numbers since their second
+    if version != KINDS[name].version:
         raise ReportError(
-            f"{path} is a {name!r} report in format {found.get('version')!r}, this version of "
+            f"{path} is a {name!r} report in format {version!r}, this version of "
             f"fused_dni reads format {KINDS[name].version}: measure it again, or read it with the "
             f"version that wrote it ({found.get('facts', {}).get('fused_dni', 'unknown')})"
         )
