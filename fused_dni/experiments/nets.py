@@ -34,14 +34,15 @@ def fused(
     network: nn.Sequential,
     *,
     synthetic: bool,
-    update: Rule,
+    update: Rule | None,
     synthesizer_update: Rule | None = None,
     rank: int | None = 16,
     context_features: int = 0,
     backend: str | None = None,
     seed: int = 0,
 ) -> nn.Sequential:
-    """The same network on fused layers, which update themselves by ``update``.
+    """The same network on fused layers, which update themselves by ``update`` (None: an optimizer
+    updates them).
 
     With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense);
     without, and for the head in any case, the gradient is exact and applied in the backward.

@@ -1,0 +1,250 @@
+"""The rivals of synthetic gradients as training steps; formulas and sources: docs/rivals.md.
+
+Each class is one way to train the network of :mod:`fused_dni.experiments.nets` that has been
+proposed, or is simply at hand, where one does not want to wait for backprop. Those that need
+gradients of single layers take them from our kernels (layers without synthesizer), as backprop and
+DNI do, so that what differs in time is the method.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_dni as fd
+from fused_dni.baseline import stock_optimizer
+from fused_dni.experiments import data, nets
+from fused_dni.experiments.train import Trainer, _cosine
+from fused_dni.rules import Rule
+
+
+class InBackwardTrainer(Trainer):
+    """Stock backprop whose optimizer runs inside the backward.
+
+    A hook on each parameter, called when its gradient is complete, steps a ``torch.optim``
+    optimizer of that parameter alone and drops the gradient: never more than one is held.
+    """
+
+    def __init__(self, name: str, seed: int, network: nn.Module, rule: Rule, steps: int) -> None:
+        super().__init__(name, seed)
+        self.model = network.train()
+        self._optimizers = []
+        for parameter in network.parameters():
+            optimizer = stock_optimizer(nn.ParameterList([parameter]), rule)
+            self._optimizers.append(optimizer)
+            parameter.register_post_accumulate_grad_hook(_stepper(optimizer))
+        self.optimizer = self._optimizers[0]
+        self.scheduler = _cosine(self.optimizer, steps)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(self.model(x), y).backward()
+        self.scheduler.step()
+        # One scheduler for all: one each would cost more than the hooks.
+        rate = self.optimizer.param_groups[0]["lr"]
+        for optimizer in self._optimizers[1:]:
+            optimizer.param_groups[0]["lr"] = rate
+
+
+def _stepper(optimizer: torch.optim.Optimizer) -> Any:
+    def step(parameter: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class OurGradients(Trainer):
+    """Backprop on our kernels with the gradients left to ``torch.optim``, for methods that do
+    something else with a gradient than to apply it at once."""
+
+    def __init__(
+        self, name: str, seed: int, network: nn.Sequential, rule: Rule, steps: int, **fused: Any
+    ) -> None:
+        super().__init__(name, seed)
+        self.model = nets.fused(network, synthetic=False, update=None, **fused).train()
+        self.optimizer = stock_optimizer(self.model, rule)
+        self.scheduler = _cosine(self.optimizer, steps)
+
+
+class StaleTrainer(OurGradients):
+    """A gradient on every ``every``-th step; in between the last one is applied again.
+
+    In between there is neither a backward nor a forward: nothing there needs the loss, and the
+    batch is not even read. Batch statistics move on the computed steps alone.
+    """
+
+    def __init__(self, *args: Any, every: int, **fused: Any) -> None:
+        super().__init__(*args, **fused)
+        self.every = every
+        self._next = 0
+
+    def repeats(self) -> bool:
+        """Whether the next step takes the last gradient again."""
+        return self._next > 0
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Forward, backward and update."""
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+        self.repeat()
+
+    def repeat(self) -> None:
+        """An update by the gradient that is there."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self._next = (self._next + 1) % self.every
+
+
+class DelayedTrainer(OurGradients):
+    """The update of step t uses the gradient of step t - ``delay``, taken at the weights of then.
+
+    The first ``delay`` steps update nothing.
+    """
+
+    def __init__(self, *args: Any, delay: int = 1, **fused: Any) -> None:
+        super().__init__(*args, **fused)
+        self.delay = delay
+        self._waiting: deque[list[Tensor | None]] = deque()
+        self._parameters = list(self.model.parameters())
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+        self._waiting.append([p.grad for p in self._parameters])
+        if len(self._waiting) > self.delay:
+            for p, gradient in zip(self._parameters, self._waiting.popleft(), strict=True):
+                p.grad = gradient
+            self.optimizer.step()
+            self.scheduler.step()
+
+
+class _Layerwise(Trainer):
+    """Hidden layers that no gradient goes between, updated by our kernels in a backward of their
+    own; the head is trained exactly."""
+
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        network: nn.Sequential,
+        rule: Rule,
+        steps: int,
+        *,
+        helpers: nn.Module,
+        backend: str | None,
+    ) -> None:
+        super().__init__(name, seed)
+        ours = nets.fused(network, synthetic=False, update=rule, backend=backend)
+        self.model = ours.train()
+        self.hidden = list(ours)[:-1]
+        self.head = ours[-1]
+        # What evaluation does not run but the rule trains.
+        self.helpers = helpers
+        self.optimizer = fd.FusedOptimizer(nn.ModuleList([ours, helpers]))
+        self.scheduler = _cosine(self.optimizer, steps)
+
+
+class LocalTrainer(_Layerwise):
+    """Decoupled greedy learning: each hidden layer descends the loss of a linear classifier of its
+    own; the topmost layer's is the network's head.
+
+    Each layer's backward runs right behind its forward, so that one layer's activations are held.
+
+    Attributes:
+        helpers: the auxiliary classifiers, [classes, hidden] each, from the lowest layer up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        network: nn.Sequential,
+        rule: Rule,
+        steps: int,
+        backend: str | None = None,
+    ) -> None:
+        helpers = nn.ModuleList(
+            fd.FusedDNILinear.from_linear(linear, synthesizer=None, update=rule, backend=backend)
+            for linear in _like_head(network, len(network) // 3 - 1, seed)
+        )
+        super().__init__(name, seed, network, rule, steps, helpers=helpers, backend=backend)
+        self._classifiers = [*helpers, self.head]
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        h = x
+        for layer, classifier in zip(self.hidden, self._classifiers, strict=True):
+            h = layer(h)
+            F.cross_entropy(classifier(h), y).backward()
+            h = h.detach()
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+class FeedbackTrainer(_Layerwise):
+    """Direct feedback alignment: each hidden layer takes the gradient of the loss at the logits,
+    through a fixed random matrix of its own, for the gradient at its output.
+
+    Attributes:
+        feedback: the matrices, [classes, hidden] each, from the lowest layer up; drawn as the
+            head's weight is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        network: nn.Sequential,
+        rule: Rule,
+        steps: int,
+        backend: str | None = None,
+    ) -> None:
+        nothing = nn.Identity()
+        super().__init__(name, seed, network, rule, steps, helpers=nothing, backend=backend)
+        self.feedback = [
+            linear.weight.detach() for linear in _like_head(network, len(self.hidden), seed)
+        ]
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        outputs: list[Tensor] = []
+        h = x
+        for layer in (*self.hidden, self.head):
+            outputs.append(layer(h))
+            h = outputs[-1].detach()
+        with torch.no_grad():
+            error = output_error(h, y)
+            local = [error @ matrix for matrix in self.feedback]
+        torch.autograd.backward(outputs, [*local, error])
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]:
+    """New linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
+    head = network[-1]
+    assert isinstance(head, nn.Linear)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        return [
+            nn.Linear(head.in_features, head.out_features).to(head.weight.device)
+            for _ in range(count)
+        ]
+
+
+def output_error(logits: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy at the logits [B, classes]; ``logits`` carry no graph."""
+    error = logits.softmax(1)
+    error.scatter_add_(1, y[:, None], error.new_full((1, 1), -1.0).expand(len(y), 1))
+    return error.div_(len(y))
+
+
+def advance(trainer: Trainer, split: data.Split, rows: Tensor) -> None:
+    """One training step on these rows of ``split``, with the picking of the batch if the step
+    looks at it."""
+    if isinstance(trainer, StaleTrainer) and trainer.repeats():
+        trainer.repeat()
+    else:
+        trainer.step(*data.pick(split, rows))
