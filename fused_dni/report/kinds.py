@@ -26,6 +26,7 @@ class Kind(NamedTuple):
 #: By what stands under ``kind`` in the JSON.
 KINDS: dict[str, Kind] = {
     "verdict": Kind("fused_dni.verdict.report:blocks", 1),
+    "verdict lstm": Kind("fused_dni.verdict.lstm_report:blocks", 1),
     "train": Kind("fused_dni.experiments.report:blocks", 1),
     "train charlm": Kind("fused_dni.experiments.recurrent_report:blocks", 1),
     "train copy": Kind("fused_dni.experiments.recurrent_report:blocks", 1),

@@ -102,6 +102,7 @@ class LSTMVerdict:
         others = [name for name in self.memory if name != self.dni]
         report = {
             "kind": "verdict lstm",
+            "version": 1,
             "title": self.title,
             "sentence": self.sentence(),
             "window": self.window,
