@@ -14,6 +14,8 @@ from fused_dni.modules.recurrent import Recurrent
 
 # Options of recurrent modules alone; linear layers are converted without them.
 RECURRENT_OPTIONS = ("sg_scale", "auxiliary")
+# Options of linear layers alone.
+LINEAR_OPTIONS = ("interface",)
 
 
 class Absorbed(nn.Identity):
@@ -49,7 +51,8 @@ def convert(
             loss sees: "exact" for no synthesizer there, "decoupled" for one as everywhere.
         **kwargs: ``context_features``, ``update``, ``synthesizer_update``, ``target_scale``,
             ``max_norm``, ``backend``, as of :class:`FusedDNILinear` and :class:`FusedDNILSTM`;
-            ``sg_scale`` and ``auxiliary``, of recurrent modules alone.
+            ``interface``, of linear layers with a synthesizer alone; ``sg_scale`` and
+            ``auxiliary``, of recurrent modules alone.
 
     Returns:
         The model (a new module only if the model itself was one that is replaced).
@@ -87,7 +90,8 @@ def convert(
             if isinstance(plain, nn.LSTM)
             else FusedDNILSTMCell.from_lstm_cell
         )
-        made[id(plain)] = take(plain, **_chosen(synthesizer, kwargs))
+        arguments = {k: v for k, v in kwargs.items() if k not in LINEAR_OPTIONS}
+        made[id(plain)] = take(plain, **_chosen(synthesizer, arguments))
     if id(model) in made:
         return made[id(model)]
     for parent, name, linear, norm, activation in places:
@@ -104,7 +108,7 @@ def convert(
 def _chosen(synthesizer: nn.Module | str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one module: a synthesizer of its own, or none and nothing that needs one."""
     if synthesizer is None:
-        without = ("context_features", "auxiliary")
+        without = ("context_features", "interface", "auxiliary")
         return {"synthesizer": None, **{k: v for k, v in kwargs.items() if k not in without}}
     own = copy.deepcopy(synthesizer) if isinstance(synthesizer, nn.Module) else synthesizer
     return {"synthesizer": own, **kwargs}

@@ -21,7 +21,8 @@ def diagnostics(
         model: a model with decoupled layers.
         closure: runs a forward in training mode and returns the loss. If given, it is run once
             with exact gradients everywhere, nothing being updated and no buffer left changed, and
-            each prediction is compared with the *true* gradient of the whole net besides.
+            each prediction is compared with the *true* gradient of the whole net besides, where
+            the layer's ``interface`` is.
         reset: start the running sums anew afterwards.
 
     Returns:
@@ -94,10 +95,10 @@ def _against_truth(
     before = [(m, m.phase) for m in everyone]
 
     def record(name: str) -> Callable[[Tensor, Forecast | None, float], None]:
-        def probe(h: Tensor, forecast: Forecast | None, scale: float) -> None:
+        def probe(at: Tensor, forecast: Forecast | None, scale: float) -> None:
             assert forecast is not None
-            h.retain_grad()
-            recorded.setdefault(name, []).append((h, forecast.scaled / scale))
+            at.retain_grad()
+            recorded.setdefault(name, []).append((at, forecast.scaled / scale))
 
         return probe
 
@@ -120,7 +121,7 @@ def _against_truth(
                 b.copy_(buffers[name])
     out = {}
     for name, uses in recorded.items():
-        pairs = [(s, h.grad) for h, s in uses if h.grad is not None]
+        pairs = [(s, at.grad) for at, s in uses if at.grad is not None]
         if not pairs:
             continue
         s, g = (torch.cat([t.double().flatten() for t in ts]) for ts in zip(*pairs, strict=True))
@@ -131,5 +132,5 @@ def _against_truth(
     return out
 
 
-def _ignore(h: Tensor, forecast: Forecast | None, scale: float) -> None:
+def _ignore(at: Tensor, forecast: Forecast | None, scale: float) -> None:
     """The probe of layers without a synthesizer."""

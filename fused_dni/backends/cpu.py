@@ -566,6 +566,8 @@ class _Step:
         max_norm: float,
         rule: RuleTensors,
     ) -> None:
+        if config.interface != "output":
+            raise RuntimeError("backend 'cpu' has no step for interface='preactivation' yet")
         weight = layer.weight
         self.dtype = weight.dtype
         self.features = weight.shape[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_dni.backends.base import (
     ACTIVATIONS,
+    INTERFACES,
     NORMALIZATIONS,
     LinearConfig,
     LinearTensors,
@@ -17,14 +18,17 @@ from fused_dni.backends.base import (
 )
 
 
-def options(normalization: str | None, activation: str) -> None:
-    """Refuse an unknown normalisation or activation."""
+def options(normalization: str | None, activation: str, interface: str = "output") -> None:
+    """Refuse an unknown normalisation, activation or interface."""
     if normalization not in NORMALIZATIONS:
         allowed = ", ".join(map(repr, NORMALIZATIONS))
         raise ValueError(f"normalization must be one of {allowed}; got {normalization!r}")
     if activation not in ACTIVATIONS:
         allowed = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation must be one of {allowed}; got {activation!r}")
+    if interface not in INTERFACES:
+        allowed = ", ".join(map(repr, INTERFACES))
+        raise ValueError(f"interface must be one of {allowed}; got {interface!r}")
 
 
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:

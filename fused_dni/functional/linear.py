@@ -17,6 +17,7 @@ from fused_dni.backends.base import (
     FROM_OUTPUT,
     Backend,
     LinearConfig,
+    LinearGradients,
     LinearTensors,
     Prediction,
     RuleTensors,
@@ -73,8 +74,34 @@ def mixed_gradient(
     return share * arrived.to(synthetic.dtype) + (1.0 - share) * synthetic
 
 
+def preactivation_gradients(
+    backend: Backend,
+    delta: Tensor,
+    x: Tensor,
+    h: Tensor,
+    layer: LinearTensors,
+    config: LinearConfig,
+    need_dx: bool,
+    need_weight: bool,
+) -> LinearGradients:
+    """From a gradient at z [N, O] alone: those of x and weight on demand, and the bias's (zero in
+    front of a batch normalisation in training, which removes what a bias does). No other is known.
+    h [N, O] is not read, but for its shape."""
+    bare = LinearTensors(layer.weight, layer.bias)
+    made = ops.linear_backward(
+        backend, delta, x, h, Saved(), bare, LinearConfig(), True, need_dx, need_weight
+    )
+    if made.bias is not None and config.normalization == "batch":
+        made = made._replace(bias=torch.zeros_like(made.bias))
+    return made
+
+
 class _Linear(torch.autograd.Function):
-    """Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not."""
+    """Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not.
+
+    With the interface at the preactivation what arrives at h is taken back to z first, on steps
+    with targets; the normalisation's scale and shift get their true gradients there.
+    """
 
     @staticmethod
     def forward(
@@ -137,9 +164,13 @@ class _Linear(torch.autograd.Function):
         (x, h, normalized, rstd, weight, bias, norm_weight, norm_bias, *slots, context) = (
             ctx.saved_tensors
         )
+        layer = LinearTensors(weight, bias, norm_weight, norm_bias, *ctx.running)
+        saved = Saved(normalized, rstd)
         scale = 1.0
         prediction: Prediction | None = None
         gradient = arrived
+        inside = how is not None and config.interface == "preactivation"
+        behind: tuple[Tensor | None, ...] = (None, None)
         trained: tuple[Tensor | None, ...] = (None,) * 4
         if how is not None:
             if not torch.compiler.is_compiling():
@@ -150,6 +181,20 @@ class _Linear(torch.autograd.Function):
             if scale != 1.0 and arrived is not None:
                 arrived = arrived / scale
             learns = how.target and arrived is not None
+            if inside and learns and arrived is not None:
+                true = ops.linear_backward(
+                    backend,
+                    arrived.contiguous(),
+                    x,
+                    h,
+                    saved,
+                    layer,
+                    config,
+                    training,
+                    False,
+                    False,
+                )
+                arrived, behind = true.delta, (true.norm_weight, true.norm_bias)
             tensors = SynthesizerTensors(how.kind, *slots)
             if learns or how.true_share < 1.0:
                 prediction = ops.synthesizer_predict(backend, h, tensors, context)
@@ -175,19 +220,26 @@ class _Linear(torch.autograd.Function):
                 return none
         assert gradient is not None
         gradient = gradient.contiguous()
-        made = ops.linear_backward(
-            backend,
-            gradient,
-            x,
-            gradient if h is None else h,  # not read then, but for its shape
-            Saved(normalized, rstd),
-            LinearTensors(weight, bias, norm_weight, norm_bias, *ctx.running),
-            config,
-            training,
-            ctx.need_dx and ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-        )
-        out = (made.x, made.weight, made.bias, made.norm_weight, made.norm_bias, *trained)
+        need_dx, need_weight = ctx.need_dx and ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        if inside:
+            made = preactivation_gradients(
+                backend, gradient, x, h, layer, config, need_dx, need_weight
+            )
+        else:
+            made = ops.linear_backward(
+                backend,
+                gradient,
+                x,
+                gradient if h is None else h,  # not read then, but for its shape
+                saved,
+                layer,
+                config,
+                training,
+                need_dx,
+                need_weight,
+            )
+            behind = (made.norm_weight, made.norm_bias)
+        out = (made.x, made.weight, made.bias, *behind, *trained)
         wanted = [t if want else None for t, want in zip(out, ctx.needs_input_grad, strict=False)]
         if scale != 1.0:
             wanted = [None if t is None else t * scale for t in wanted]
@@ -292,17 +344,19 @@ def linear_step_(
     Args:
         input: [N, I].
         layer, rule: the layer's parameters and the rule that updates them; mutated.
-        config: normalisation and activation.
-        synthesizer: predicts the gradient; only read.
+        config: normalisation, activation and interface.
+        synthesizer: predicts the gradient at the interface; only read.
         context: int64 [N] or floating point [N, K], if the synthesizer has a context weight.
         target_scale: kappa; None for N.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for none.
         need_dx: return dL/dinput, taken with the weights as they were.
-        need_prediction: return what :func:`synthesizer_update_` needs.
+        need_prediction: return what :func:`synthesizer_update_` needs; with the interface at the
+            preactivation also what :func:`linear_backward` needs to take a gradient at h there.
         backend: force one by name.
 
     Returns:
-        h [N, O], and prediction and dx [N, I] on demand. None of them carries a graph.
+        h [N, O], and prediction (with ``saved``) and dx [N, I] on demand. None of them carries a
+        graph.
 
     Raises:
         IndexError: a class index outside ``[0, K)``; nothing has been changed then.
@@ -310,7 +364,12 @@ def linear_step_(
 
     A gradient that is not finite changes nothing but the rule's skip counter.
     """
-    check.options(config.normalization, config.activation)
+    check.options(config.normalization, config.activation, config.interface)
+    if config.interface == "preactivation" and any(rule.trainable[2:]):
+        raise ValueError(
+            "interface='preactivation' makes no gradient for norm_weight and norm_bias: rule must "
+            f"not train them, got trainable={rule.trainable}"
+        )
     check.layer(layer, config)
     check.synthesizer(synthesizer, layer.weight)
     x = check.rows(input, layer.weight, "input")

@@ -65,6 +65,17 @@ def _rule(
     )
 
 
+def _fake_saved(
+    save: bool, n: int, weight: Tensor, normalization: str | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """What stands for a :class:`Saved` of n rows in a trace."""
+    o = weight.shape[0]
+    if not save or (normalization is None and activation in FROM_OUTPUT):
+        return weight.new_empty(0), weight.new_empty(0)
+    rstd = {"batch": (o,), "layer": (n,)}.get(normalization or "", (0,))
+    return weight.new_empty(n, o), weight.new_empty(rstd)
+
+
 # ---------------------------------------------------------------------------------------------
 # linear_forward
 
@@ -109,13 +120,9 @@ def _(  # type: ignore[no-untyped-def]
     save,
     backend,
 ):
-    n, o = x.shape[0], weight.shape[0]
-    h = x.new_empty(n, o)
-    empty = weight.new_empty(0)
-    if not save or (normalization is None and activation in FROM_OUTPUT):
-        return h, empty, empty.clone()
-    rstd = {"batch": (o,), "layer": (n,)}.get(normalization, (0,))
-    return h, weight.new_empty(n, o), weight.new_empty(rstd)
+    n = x.shape[0]
+    h = x.new_empty(n, weight.shape[0])
+    return h, *_fake_saved(save, n, weight, normalization, activation)
 
 
 def linear_forward(
@@ -288,6 +295,7 @@ def _linear_step_(
     activation: str,
     eps: float,
     momentum: float,
+    interface: str,
     synthesizer: str,
     synthesizer_weight: Tensor,
     down: Tensor | None,
@@ -306,11 +314,11 @@ def _linear_step_(
     need_dx: bool,
     need_prediction: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     step = registry.get(backend).linear_step_(
         x,
         LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var),
-        LinearConfig(normalization, activation, eps, momentum),
+        LinearConfig(normalization, activation, eps, momentum, interface),
         SynthesizerTensors(synthesizer, synthesizer_weight, down, context_weight, synthesizer_bias),
         context,
         target_scale,
@@ -319,8 +327,10 @@ def _linear_step_(
         need_dx,
         need_prediction,
     )
-    scaled, reduced = (None, None) if step.prediction is None else step.prediction
-    return step.h, _empty(scaled, weight), _empty(reduced, weight), _empty(step.dx, x)
+    absent = (None, None)
+    made = (*(step.prediction or absent), *(step.saved or absent))
+    scaled, reduced, normalized, rstd = (_empty(t, weight) for t in made)
+    return step.h, scaled, reduced, _empty(step.dx, x), normalized, rstd
 
 
 @_linear_step_.register_fake
@@ -336,6 +346,7 @@ def _(  # type: ignore[no-untyped-def]
     activation,
     eps,
     momentum,
+    interface,
     synthesizer,
     synthesizer_weight,
     down,
@@ -362,6 +373,9 @@ def _(  # type: ignore[no-untyped-def]
         weight.new_empty((n, o) if need_prediction else (0,)),
         weight.new_empty((n, down.shape[0]) if lowrank else (0,)),
         torch.empty_like(x) if need_dx else x.new_empty(0),
+        *_fake_saved(
+            need_prediction and interface == "preactivation", n, weight, normalization, activation
+        ),
     )
 
 
@@ -392,13 +406,14 @@ def linear_step_(
             need_prediction,
         )
     first, second = _moments(rule)
-    h, scaled, reduced, dx = _linear_step_(
+    h, scaled, reduced, dx, normalized, rstd = _linear_step_(
         x,
         *layer,
         config.normalization,
         config.activation,
         config.eps,
         config.momentum,
+        config.interface,
         synthesizer.kind,
         *synthesizer.parameters(),
         context,
@@ -415,8 +430,10 @@ def linear_step_(
         need_prediction,
         backend.name,
     )
-    prediction = Prediction(scaled, _none(reduced)) if need_prediction else None
-    return Step(h, prediction, _none(dx))
+    if not need_prediction:
+        return Step(h, None, _none(dx))
+    saved = Saved(_none(normalized), _none(rstd)) if config.interface == "preactivation" else None
+    return Step(h, Prediction(scaled, _none(reduced)), _none(dx), saved)
 
 
 # ---------------------------------------------------------------------------------------------

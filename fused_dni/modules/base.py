@@ -54,8 +54,9 @@ class Phase:
         target: the synthesizer is trained on what arrives.
         mix: share of the true gradient on steps with targets.
         loss_scale: factor on the loss; None if there is none.
-        probe: called as ``probe(h, forecast, kappa)`` in a forward that is run with exact gradients
-            and without updates, to compare them with predictions (see ``diagnostics``).
+        probe: called as ``probe(at, forecast, kappa)`` in a forward that is run with exact
+            gradients and without updates, to compare the gradient at the tensor ``at`` with its
+            prediction (see ``diagnostics``).
     """
 
     warmup: bool = False
@@ -82,13 +83,16 @@ class Forecast(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a synthesizer learns from: its output at h and the gradient that arrived there."""
+    """What a synthesizer learns from: its output at h and the gradient that it was to predict."""
 
     h: Tensor
     forecast: Forecast
     context: Tensor | None
     arrived: Tensor
     target_scale: float
+    # What the parameters behind the interface learn with it: a contribution to their update or,
+    # without a rule, their gradients in the order of `parameters_behind()`.
+    behind: Any = None
 
 
 class LocalStep(NamedTuple):
@@ -99,6 +103,7 @@ class LocalStep(NamedTuple):
     forecast: Forecast | None
     # Where there is no rule: the local gradients, in the order of `local_parameters()`.
     gradients: tuple[Tensor | None, ...] = ()
+    trace: Any = None  # what `lesson()` needs, where a module takes what arrives further
 
 
 class Delivery:
@@ -114,7 +119,7 @@ class Delivery:
         self.learns = learns
         self.dx: Tensor | None = None
         self.gradients: tuple[Tensor | None, ...] = ()
-        self._waiting: tuple[Tensor, Forecast, Tensor | None] | None = None
+        self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
 
     def run(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Call the module; its output is sealed: a backward through it is an error."""
@@ -130,13 +135,14 @@ class Delivery:
         self.dx = step.dx[0]
         self.gradients = step.gradients
         if step.forecast is not None:
-            self._waiting = (step.h, step.forecast, context)
+            self._waiting = (step, step.forecast, context)
 
     def lesson(self, arrived: Tensor) -> Lesson:
         """What the synthesizer learns from a gradient that arrived at the output."""
         assert self._waiting is not None
-        h, forecast, context = self._waiting
-        return Lesson(h, forecast, context, arrived.reshape(h.shape), self.module.scale_of(h))
+        step, forecast, context = self._waiting
+        arrived = arrived.reshape(step.h.shape)
+        return self.module.lesson(step.h, forecast, context, arrived, step.trace)
 
 
 class _Sealed(torch.autograd.Function):
@@ -246,6 +252,18 @@ class DecoupledModule(nn.Module):
         """Apply ``update`` to the sum of contributions."""
         raise NotImplementedError
 
+    def parameters_behind(self) -> tuple[Tensor | None, ...]:
+        """The slots between where the gradient is predicted and the output: no prediction reaches
+        them, and they learn with the synthesizer. None by default, as h is the output."""
+        return ()
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        """What is learned from the gradient that arrived at h; ``trace`` is that of :meth:`open`
+        or of :meth:`step_locally`."""
+        return Lesson(h, forecast, context, arrived, self.scale_of(h))
+
     def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
         """What :meth:`close` reads and no graph watches: a change in place is to be an error."""
         return ()
@@ -266,6 +284,10 @@ class DecoupledModule(nn.Module):
             return ()
         fused = synthesizer.fused() if isinstance(synthesizer, Synthesizer) else None
         return tuple(synthesizer.parameters()) if fused is None else fused.parameters()
+
+    def learners(self) -> tuple[Tensor | None, ...]:
+        """The slots that learn from what arrives, and in no step without it."""
+        return (*self.parameters_behind(), *self.synthesizer_parameters())
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         """The backend that runs fused synthesizers on h."""
@@ -316,7 +338,7 @@ class DecoupledModule(nn.Module):
 
     def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
-        h, forecast, context, arrived, scale = lesson
+        h, forecast, context, arrived, scale, _ = lesson
         statistics = self.statistics_on(h.device)
         if forecast.prediction is not None:
             fused = self.fused_synthesizer(h)
@@ -349,7 +371,7 @@ class DecoupledModule(nn.Module):
         return tuple(next(made) if p is not None and p.requires_grad else None for p in slots)
 
     def learn(self, lessons: list[Lesson]) -> None:
-        """Train the synthesizer by its rule on the sum of lessons."""
+        """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""
         assert self.synthesizer_update is not None
         first = lessons[0]
         fused = self.fused_synthesizer(first.h)
@@ -387,14 +409,14 @@ class DecoupledModule(nn.Module):
         """Updates of the module's parameters skipped because a gradient was not finite."""
         return 0 if self.update is None else self.update.skipped
 
-    def probed(self, h: Tensor, rows: Tensor, context: Tensor | None) -> Tensor:
-        """End of a forward in a probing phase; ``rows`` is h as the synthesizer sees it."""
+    def probe(self, at: Tensor, rows: Tensor, context: Tensor | None) -> None:
+        """In a probing phase: show the prediction of the gradient at ``at``; ``rows`` is h as the
+        synthesizer sees it."""
         assert self.phase.probe is not None
         forecast = None
         if self.synthesizer is not None:
             forecast = self.predict(rows.detach(), context, False)
-        self.phase.probe(h, forecast, self.scale_of(rows))
-        return h
+        self.phase.probe(at, forecast, self.scale_of(rows))
 
     def refuse_fused_rule(self) -> None:
         """Raise where an update inside the forward would silently be wrong."""
@@ -438,23 +460,21 @@ class DecoupledModule(nn.Module):
         phase = self.phase
         if self._modules["synthesizer"] is None or phase.true_share > 0.0:
             self.refuse_later(context)
-            anchor = _anchor((*self.local_parameters(), *self.synthesizer_parameters()))
+            anchor = _anchor((*self.local_parameters(), *self.learners()))
             h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)
             return h
         learns = phase.target
         asks = any(t.requires_grad for t in asked)
         if not learns and not asks:
             return self.step_locally(inputs, context, False, False).h
-        anchor = _anchor(self.synthesizer_parameters()) if learns else None
+        anchor = _anchor(self.learners()) if learns else None
         stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
         return stepped
 
     def refuse_later(self, context: Tensor | None) -> None:
         """Raise now for what an update at the end of the backward would raise for."""
-        if self.update is not None:
-            self.update.tensors(self.local_parameters())
-        if self.synthesizer_update is not None:
-            self.synthesizer_update.tensors(self.synthesizer_parameters())
+        for _, rule, slots in self.rules():
+            rule.tensors(slots)
         self.check_labels(context)
 
     def check_labels(self, context: Tensor | None) -> None:
@@ -484,11 +504,8 @@ class DecoupledModule(nn.Module):
         :meth:`ruled_forward`."""
         assert self.synthesizer is not None
         self.check_labels(context)
-        parameters = self.local_parameters()
-        learners = self.synthesizer_parameters()
-        h: Tensor = _Returned.apply(
-            self, inputs, context, need_dx, len(asked), *asked, *parameters, *learners
-        )
+        parameters = (*self.local_parameters(), *self.learners())
+        h: Tensor = _Returned.apply(self, inputs, context, need_dx, len(asked), *asked, *parameters)
         return h
 
 
@@ -526,13 +543,14 @@ class _Returned(torch.autograd.Function):
         if scale is not None and arrived is not None:
             arrived = arrived / scale
         learns = arrived is not None and (phase.target or phase.warmup)
-        kappa = module.scale_of(h)
         forecast = module.predict(h, ctx.context, learns)
-        share, limit = phase.true_share, module.max_norm or 0.0
-        gradient = mixed_gradient(arrived, forecast.scaled, share, kappa, limit)
-        trained: tuple[Tensor | None, ...] = (None,) * len(module.synthesizer_parameters())
+        trained: tuple[Tensor | None, ...] = (None,) * len(module.learners())
         if learns and arrived is not None:
-            trained = module.lesson_gradients(Lesson(h, forecast, ctx.context, arrived, kappa))
+            lesson = module.lesson(h, forecast, ctx.context, arrived, ctx.trace)
+            arrived = lesson.arrived
+            trained = (*(lesson.behind or ()), *module.lesson_gradients(lesson))
+        kappa, share, limit = module.scale_of(h), phase.true_share, module.max_norm or 0.0
+        gradient = mixed_gradient(arrived, forecast.scaled, share, kappa, limit)
         if gradient is None:  # warm-up, and nothing arrived
             return (None,) * len(ctx.needs_input_grad)
         dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
@@ -561,9 +579,9 @@ class _Stepped(torch.autograd.Function):
         step = module.step_locally(inputs, context, need_dx, learns)
         ctx.set_materialize_grads(False)
         ctx.module, ctx.context, ctx.spent = module, context, False
-        ctx.dx, ctx.forecast = step.dx, step.forecast
+        ctx.dx, ctx.forecast, ctx.trace = step.dx, step.forecast, step.trace
         ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(step.h)
+        ctx.save_for_backward(step.h, *(module.parameters_behind() if learns else ()))
         return step.h
 
     @staticmethod
@@ -576,14 +594,14 @@ class _Stepped(torch.autograd.Function):
         dx = ctx.dx
         scale = ctx.loss_scale
         if ctx.forecast is not None and arrived is not None:
-            (h,) = ctx.saved_tensors
+            h = ctx.saved_tensors[0]
             if scale is not None:
                 arrived = arrived / scale
-            lesson = Lesson(h, ctx.forecast, ctx.context, arrived, module.scale_of(h))
+            lesson = module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace)
             at_end_of_backward((id(module), "learn"), module.learn, lesson)
         if scale is not None:
             dx = tuple(None if t is None else t * scale for t in dx)
-        ctx.dx = ctx.forecast = None
+        ctx.dx = ctx.forecast = ctx.trace = None
         return (None, None, None, None, None, None, *dx)
 
 
@@ -625,9 +643,10 @@ class _Deferred(torch.autograd.Function):
         gradient: Tensor | None = arrived
         if module._modules["synthesizer"] is not None:
             forecast = module.predict(h, ctx.context, learns=True)
+            lesson = module.lesson(h, forecast, ctx.context, arrived, ctx.trace)
             kappa, limit = module.scale_of(h), module.max_norm or 0.0
-            gradient = mixed_gradient(arrived, forecast.scaled, phase.true_share, kappa, limit)
-            lesson = Lesson(h, forecast, ctx.context, arrived, kappa)
+            share = phase.true_share
+            gradient = mixed_gradient(lesson.arrived, forecast.scaled, share, kappa, limit)
             at_end_of_backward((id(module), "learn"), module.learn, lesson)
         assert gradient is not None
         dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_dni.backends import registry
@@ -15,13 +17,14 @@ from fused_dni.backends.base import (
     LinearGradients,
     LinearTensors,
     RuleTensors,
+    Saved,
     SynthesizerTensors,
 )
 from fused_dni.context import fold_context
 from fused_dni.functional import check, ops
-from fused_dni.functional.linear import linear_tensors
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, LocalStep
-from fused_dni.rules import Rule
+from fused_dni.functional.linear import linear_tensors, preactivation_gradients
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, Lesson, LocalStep
+from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import LinearSynthesizer
 
 # The smallest rank that costs no accuracy on MNIST: docs/benchmarks.md, "The default synthesizer".
@@ -64,13 +67,27 @@ class _Binding:
         return _Binding, ()
 
 
+class _Trace(NamedTuple):
+    """What a forward leaves behind for its backward."""
+
+    x: Tensor  # [N, I]
+    h: Tensor  # [N, O]
+    saved: Saved
+    layer: LinearTensors
+    backend: Backend
+
+
 class FusedDNILinear(DecoupledModule):
     """A linear layer, with optional normalisation and activation, that predicts its own gradient.
 
     ``h = activation(normalization(x @ weight.T + bias))``. In training a synthesizer predicts
     dL/dh from h; the layer's gradient is taken from the prediction, and the synthesizer is
     trained by regression on the gradient that arrives at h in the backward (Jaderberg et al. 2016,
-    arXiv 1608.05343). In ``eval()`` and under ``no_grad()`` it is exactly the plain layer.
+    arXiv 1608.05343). With ``interface="preactivation"`` it predicts, from h still, the gradient at
+    z = x @ weight.T + bias: no update has to go back through activation and normalisation, and
+    what arrives is taken back to z for the synthesizer to learn from, on steps with targets alone.
+    Scale and shift of the normalisation, which no prediction reaches then, learn there too, from
+    the gradient that arrived. In ``eval()`` and under ``no_grad()`` it is exactly the plain layer.
 
     With ``update=None`` it is a drop-in for ``nn.Linear``: gradients land in ``.grad`` and any
     optimizer and training loop work. With a rule the layer updates itself inside its forward, in
@@ -88,6 +105,8 @@ class FusedDNILinear(DecoupledModule):
             :mod:`fused_dni.synthesizers` for the protocol).
         context_features: K of the default synthesizer: number of classes or size of the
             conditioning vector; 0 for none.
+        interface: where the gradient is predicted: "output" for the one at h, "preactivation" for
+            the one at z, in front of normalisation and activation.
         update: rule (``SGD``, ``Adam``, ``AdamW``) for the layer's own parameters, or None.
         synthesizer_update: rule for the synthesizer; None for the same as ``update``.
         target_scale: kappa, the number by which the loss divides. None for the number of rows,
@@ -127,6 +146,7 @@ class FusedDNILinear(DecoupledModule):
         activation: str = "identity",
         synthesizer: nn.Module | str | None = "default",
         context_features: int = 0,
+        interface: str = "output",
         update: Rule | None = None,
         synthesizer_update: Rule | None = None,
         target_scale: float | None = None,
@@ -140,7 +160,7 @@ class FusedDNILinear(DecoupledModule):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        check.options(normalization, activation)
+        check.options(normalization, activation, interface)
         if not 0.0 <= eps < float("inf"):
             raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
         if not 0.0 <= momentum <= 1.0:
@@ -164,6 +184,10 @@ class FusedDNILinear(DecoupledModule):
                 "context_features belongs to the default synthesizer; give it to the synthesizer "
                 f"itself, got context_features={context_features} with {synthesizer!r}"
             )
+        if synthesizer is None and interface != "output":
+            raise ValueError(
+                f"interface={interface!r} says what a synthesizer predicts; got synthesizer=None"
+            )
         features = getattr(synthesizer, "features", out_features)
         if features != out_features:
             raise ValueError(
@@ -174,7 +198,7 @@ class FusedDNILinear(DecoupledModule):
         self.in_features = in_features
         self.out_features = out_features
         self.backend = backend
-        self.config = LinearConfig(normalization, activation, eps, momentum)
+        self.config = LinearConfig(normalization, activation, eps, momentum, interface)
         plain = nn.Linear(in_features, out_features, bias, **factory)
         self.weight = cast(nn.Parameter, plain.weight)
         self.bias = cast("nn.Parameter | None", plain.bias)
@@ -187,6 +211,11 @@ class FusedDNILinear(DecoupledModule):
         self._binding = _Binding()
         self._flat = False  # whether input must be [N, I]: see from_linear
         self.attach(synthesizer, synthesizer_update or update)
+        # Scale and shift do not move in a step, but with the synthesizer: a rule with counts of its
+        # own.
+        self.norm_update: RuleState | None = None
+        if update is not None and normalization is not None and self._inside():
+            self.norm_update = RuleState(update)
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -239,9 +268,7 @@ class FusedDNILinear(DecoupledModule):
             self.refuse_untold_scale(x.device.type)
         if phase.probe is not None:
             self._fit(layer, self.fused_synthesizer(x))
-            h = linear_tensors(x, layer, config, True, backend)
-            self._count_batch()
-            return self.probed(self._unfold(h, input), h, rows)
+            return self._probed(x, input, layer, backend, rows)
         inputs = (x, layer, backend)
         if decoupled and self.delivery is not None:
             h = self.deliver(inputs, rows)
@@ -300,6 +327,28 @@ class FusedDNILinear(DecoupledModule):
             need_dx,
         )
 
+    def _probed(
+        self,
+        x: Tensor,
+        input: Tensor,
+        layer: LinearTensors,
+        backend: Backend,
+        context: Tensor | None,
+    ) -> Tensor:
+        """Forward with exact gradients, where predictions are held against them."""
+        if self._inside():  # by PyTorch's own modules, which let z be looked at
+            z = F.linear(x, layer.weight, layer.bias)
+            if not z.requires_grad:
+                z.requires_grad_()
+            rows = nn.Sequential(*self._parts_behind())(z)
+            self.probe(z, rows, context)
+            return self._unfold(rows, input)
+        rows = linear_tensors(x, layer, self.config, True, backend)
+        self._count_batch()
+        h = self._unfold(rows, input)
+        self.probe(h, rows, context)
+        return h
+
     # -- what the base class asks for ----------------------------------------------------------
 
     def _layer(self) -> LinearTensors:
@@ -333,8 +382,33 @@ class FusedDNILinear(DecoupledModule):
             if counter is not None:
                 counter.add_(1)
 
+    def _inside(self) -> bool:
+        """Whether the gradient is predicted in front of normalisation and activation."""
+        inside = self.config.interface == "preactivation"
+        return inside and self._modules["synthesizer"] is not None
+
+    def _slots(self, layer: LinearTensors) -> tuple[Tensor | None, ...]:
+        """What ``update`` works on."""
+        return (layer.weight, layer.bias, None, None) if self._inside() else layer[:4]
+
     def local_parameters(self) -> tuple[Tensor | None, ...]:
-        return self._layer()[:4]
+        return self._slots(self._layer())
+
+    def parameters_behind(self) -> tuple[Tensor | None, ...]:
+        if not self._inside():
+            return ()
+        layer = self._layer()
+        return (None, None, layer.norm_weight, layer.norm_bias)
+
+    def rules(self) -> Iterator[tuple[str, RuleState, tuple[Tensor | None, ...]]]:
+        yield from super().rules()
+        if self.norm_update is not None:
+            yield "norm", self.norm_update, self.parameters_behind()
+
+    @property
+    def skipped_updates(self) -> int:
+        behind = 0 if self.norm_update is None else self.norm_update.skipped
+        return super().skipped_updates + behind
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         return registry.resolve(self.backend, h, self.weight)
@@ -358,7 +432,7 @@ class FusedDNILinear(DecoupledModule):
     ) -> BoundStep:
         """The decoupled step over these tensors, bound anew when one of them has moved."""
         assert self.update is not None
-        rule = self.update.tensors(layer[:4])
+        rule = self.update.tensors(self._slots(layer))
         tensors = (*layer, *synthesizer.parameters())
         key = (
             backend,
@@ -386,7 +460,9 @@ class FusedDNILinear(DecoupledModule):
             step = run(x, context, self.scale_of(x), need_dx, learns)
             p = step.prediction
             forecast = None if p is None else Forecast(p.scaled, p, None)
-            return LocalStep(step.h, (step.dx,), forecast)
+            saved = step.saved
+            trace = None if saved is None else _Trace(x, step.h, saved, layer, backend)
+            return LocalStep(step.h, (step.dx,), forecast, trace=trace)
         with torch.no_grad():
             return self._step_composed(x, layer, backend, context, need_dx, learns)
 
@@ -400,26 +476,51 @@ class FusedDNILinear(DecoupledModule):
         learns: bool,
     ) -> LocalStep:
         """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
-        config = self.config
         self._fit(layer, self.fused_synthesizer(x))
         self.check_labels(context)
-        h, saved = ops.linear_forward(backend, x, layer, config, True, True)
+        h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
+        trace = _Trace(x, h, saved, layer, backend)
         forecast = self.predict(h, context, learns)
-        made = ops.linear_backward(
-            backend,
-            self.synthetic(forecast, h),
-            x,
-            h,
-            saved,
-            layer,
-            config,
-            True,
-            need_dx,
-            self.update is None,
-        )
+        made = self._backward(trace, self.synthetic(forecast, h), need_dx)
         if self.update is not None:
-            ops.linear_update_(backend, x, made, layer, self.update.tensors(layer[:4]))
-        return LocalStep(h, (made.x,), forecast if learns else None, self._gradients(made))
+            ops.linear_update_(backend, x, made, layer, self.update.tensors(self._slots(layer)))
+        if not learns:
+            return LocalStep(h, (made.x,), None, self._gradients(made))
+        return LocalStep(h, (made.x,), forecast, self._gradients(made), trace)
+
+    def _backward(self, trace: _Trace, gradient: Tensor, need_dx: bool) -> LinearGradients:
+        """From the gradient at the interface: that of x on demand, and those of what the interface
+        lets it reach (the weight's only where it is returned)."""
+        x, h, saved, layer, backend = trace
+        gradient, need_weight = gradient.contiguous(), self.update is None
+        if self._inside():
+            return preactivation_gradients(
+                backend, gradient, x, h, layer, self.config, need_dx, need_weight
+            )
+        return ops.linear_backward(
+            backend, gradient, x, h, saved, layer, self.config, True, need_dx, need_weight
+        )
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        lesson = super().lesson(h, forecast, context, arrived, trace)
+        if not self._inside():
+            return lesson
+        x, _, saved, layer, backend = trace
+        true = ops.linear_backward(
+            backend, arrived.contiguous(), x, h, saved, layer, self.config, True, False, False
+        )
+        behind = (x, true)
+        if self.update is None:
+            behind = (None, None, true.norm_weight, true.norm_bias)
+        return lesson._replace(arrived=true.delta, behind=behind)
+
+    def learn(self, lessons: list[Lesson]) -> None:
+        super().learn(lessons)
+        if self.norm_update is not None:
+            made = [lesson.behind for lesson in lessons]
+            self._apply_rule(self.norm_update, self.parameters_behind(), made)
 
     def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
         x, layer, _ = inputs
@@ -430,43 +531,40 @@ class FusedDNILinear(DecoupledModule):
         x, layer, backend = inputs
         self._fit(layer, self.fused_synthesizer(x))
         h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
-        return h, (x, h.detach(), saved, layer, backend)
+        return h, _Trace(x, h.detach(), saved, layer, backend)
 
     def close(
         self, trace: Any, gradient: Tensor, need_dx: bool
     ) -> tuple[tuple[Tensor | None, ...], Any]:
-        x, h, saved, layer, backend = trace
-        made = ops.linear_backward(
-            backend,
-            gradient.contiguous(),
-            x,
-            h,
-            saved,
-            layer,
-            self.config,
-            True,
-            need_dx,
-            self.update is None,
-        )
+        made = self._backward(trace, gradient, need_dx)
         if self.update is None:
             return (made.x,), self._gradients(made)
-        return (made.x,), (x, made._replace(x=None))
+        return (made.x,), (trace.x, made._replace(x=None))
 
     def apply_update(self, contributions: list[Any]) -> None:
+        assert self.update is not None
+        self._apply_rule(self.update, self.local_parameters(), contributions)
+
+    def _apply_rule(
+        self,
+        rule: RuleState,
+        slots: tuple[Tensor | None, ...],
+        contributions: list[tuple[Tensor, LinearGradients]],
+    ) -> None:
+        """Apply a rule over these slots to the sum of contributions."""
         x, made = contributions[0]
         if len(contributions) > 1:  # used several times: sums over uses are sums over rows
             x = torch.cat([c[0] for c in contributions])
-            uses: list[LinearGradients] = [c[1] for c in contributions]
+            uses = [c[1] for c in contributions]
             made = LinearGradients(
                 torch.cat([u.delta for u in uses]),
                 None,
                 None,
                 *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
             )
-        assert self.update is not None
         layer = self._layer()
         backend = registry.resolve(self.backend, x, layer.weight)
-        ops.linear_update_(backend, x, made, layer, self.update.tensors(layer[:4]))
+        ops.linear_update_(backend, x, made, layer, rule.tensors(slots))
 
     @staticmethod
     def _gradients(made: LinearGradients) -> tuple[Tensor | None, ...]:
@@ -545,7 +643,12 @@ class FusedDNILinear(DecoupledModule):
         )
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
-        parts: list[nn.Module] = [linear]
+        linear.train(self.training)
+        return [linear, *self._parts_behind()]
+
+    def _parts_behind(self) -> list[nn.Module]:
+        """Normalisation and activation, where there are any."""
+        parts: list[nn.Module] = []
         if self.norm is not None:
             parts.append(self.norm)
         if self.config.activation != "identity":
@@ -563,6 +666,8 @@ class FusedDNILinear(DecoupledModule):
         )
         if self.config.activation != "identity":
             text += f", activation={self.config.activation!r}"
+        if self.config.interface != "output":
+            text += f", interface={self.config.interface!r}"
         if self.update is not None:
             text += f", update={self.update.rule}"
         return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +79,15 @@ def _plain(modules: list[nn.Module], x: Tensor, context: Tensor | None) -> Tenso
 
 def _owed(body: list[nn.Module], target: bool) -> list[nn.Parameter]:
     """Parameters whose gradients the container's node returns: those that no rule updates, and, to
-    make the node require a gradient on steps with targets, the last synthesizer's."""
+    make the node require a gradient on steps with targets, those that learn from it."""
     owed: dict[int, nn.Parameter] = {}
     for module in body:
         owed.update((id(p), p) for p in (() if _ruled(module) else module.parameters()))
     last = body[-1]
-    assert isinstance(last, DecoupledModule) and last.synthesizer is not None
+    assert isinstance(last, DecoupledModule)
     if target:
-        owed.update((id(p), p) for p in last.synthesizer.parameters())
+        learners = (cast(nn.Parameter, p) for p in last.learners() if p is not None)
+        owed.update((id(p), p) for p in learners)
     return [p for p in owed.values() if p.requires_grad]
 
 
@@ -129,10 +130,11 @@ def _take_down(
 
 
 def _teach(module: DecoupledModule, lesson: Lesson, grads: _Gradients) -> None:
-    """Train the synthesizer at once by its rule, or add its gradients to what is owed."""
+    """Learn at once, by the rules, or add the gradients to what is owed."""
     if module.synthesizer_update is not None:
         module.learn([lesson])
         return
+    grads.add(module.parameters_behind(), lesson.behind or ())
     grads.add(module.synthesizer_parameters(), module.lesson_gradients(lesson))
 
 
