@@ -7,6 +7,7 @@ our layers. The linear maps have no bias: batch normalisation would subtract it 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def plain(features: int, hidden: int, depth: int, classes: int, *, seed: int = 0
 def fused(
     network: nn.Sequential,
     *,
-    synthetic: bool,
+    synthetic: bool | Collection[int],
     update: Rule | None,
     synthesizer_update: Rule | None = None,
     rank: int | None = 16,
@@ -44,8 +45,9 @@ def fused(
     """The same network on fused layers, which update themselves by ``update`` (None: an optimizer
     updates them).
 
-    With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense);
-    without, and for the head in any case, the gradient is exact and applied in the backward.
+    With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense),
+    or those do whose numbers (from 0) are given; of the others, and of the head in any case, the
+    gradient is exact and applied in the backward.
     """
     network = copy.deepcopy(network)
     children = list(network)
@@ -57,7 +59,8 @@ def fused(
             assert isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
             size = linear.out_features
             synthesizer = None
-            if synthetic:
+            decoupled = synthetic if isinstance(synthetic, bool) else i // 3 in synthetic
+            if decoupled:
                 low = None if rank is None else min(rank, size)
                 synthesizer = fd.LinearSynthesizer(size, low, context_features)
             layers.append(
@@ -67,7 +70,7 @@ def fused(
                     "relu",
                     synthesizer=synthesizer,
                     update=update,
-                    synthesizer_update=synthesizer_update if synthetic else None,
+                    synthesizer_update=synthesizer_update if decoupled else None,
                     backend=backend,
                 )
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fused_dni.experiments.rival_trainers import (
 )
 from fused_dni.experiments.train import UPDATES, FusedTrainer, StockTrainer, Trainer
 from fused_dni.rules import SGD, Rule
+from fused_dni.verdict.candidates import first_line
 
 #: What a step of each kind is; kinds with ``-K`` are followed by a number.
 KINDS: dict[str, str] = {
@@ -65,6 +66,11 @@ class Arm(NamedTuple):
         return self.kind.replace("-K", f"-{self.every}")
 
     @property
+    def what(self) -> str:
+        """What its step is."""
+        return KINDS[self.kind].replace("K-th", ordinal(self.every))
+
+    @property
     def family(self) -> str:
         """Arms of one family share a rate where none was tuned."""
         return "exact" if self.kind in EXACT else self.kind
@@ -84,6 +90,12 @@ class Arm(NamedTuple):
         else:
             shares = {"step": 1.0}
         return {phase: share for phase, share in shares.items() if share > 0}
+
+
+def ordinal(number: int) -> str:
+    """``1st``, ``2nd``, ``11th``."""
+    teens = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def arm(name: str) -> Arm:
@@ -207,20 +219,27 @@ def build(
         first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
         if which.kind == "compiled":
             torch.compiler.reset()  # else the ninth network of one process would run uncompiled
-        return StockTrainer(name, seed, network, rule, steps, first)
+        try:
+            return StockTrainer(name, seed, network, rule, steps, first)
+        except Exception as error:  # whatever a compiler may raise
+            if which.kind == "backprop":
+                raise
+            raise ValueError(
+                f"torch.compile does not work here ({first_line(error)}): leave the arm "
+                "'compiled' out"
+            ) from error
     if which.kind == "in-backward":
         return InBackwardTrainer(name, seed, network, rule, steps)
-    common: tuple[Any, ...] = (name, seed, network, rule, steps)
     backend = settings.backend
     if which.kind == "stale-K":
         every = {"compute": 1, "repeat": 1_000_000_000}.get(phase, which.every)
-        return StaleTrainer(*common, every=every, backend=backend)
+        return StaleTrainer(name, seed, network, rule, steps, every=every, backend=backend)
     if which.kind == "delayed":
-        return DelayedTrainer(*common, backend=backend)
+        return DelayedTrainer(name, seed, network, rule, steps, backend=backend)
     if which.kind == "local":
-        return LocalTrainer(*common, backend=backend)
+        return LocalTrainer(name, seed, network, rule, steps, backend)
     if which.kind == "feedback":
-        return FeedbackTrainer(*common, backend=backend)
+        return FeedbackTrainer(name, seed, network, rule, steps, backend)
     synthetic = which.kind == "cdni-K"
     ours = nets.fused(
         network,

@@ -1,0 +1,384 @@
+"""The rivals at one table: time a step, memory, and error at equal wall-clock.
+
+First every arm is held against its formula; then the steps of all arms are timed together; then
+each run gets as many steps as fit into the wall-clock at the measured time a step, with the rate
+falling to zero over exactly those. So the error that is compared depends on how long steps take on
+a quiet machine, and not on who else ran beside which arm. What each run really took is reported
+beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dni import timing
+from fused_dni.baseline import facts
+from fused_dni.experiments import data, rival_gate
+from fused_dni.experiments.rival_arms import (
+    EXACT,
+    SYNTHESIZER_SHARE,
+    Arm,
+    Settings,
+    arm,
+    build,
+)
+from fused_dni.experiments.rival_trainers import StaleTrainer, advance
+from fused_dni.experiments.run import Interrupted, Stop, plain, refuse_divergence
+from fused_dni.experiments.train import StockTrainer, Trainer
+from fused_dni.progress import Progress
+from fused_dni.rules import SGD
+from fused_dni.timing import Timing
+from fused_dni.verdict.candidates import TIMING_RATE, at_rate, spread
+from fused_dni.verdict.errors import GateError
+
+VERSION = 1
+#: Rates that :func:`tune` tries.
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+#: Wall-clock of a run of :func:`tune`, as a share of that of a run.
+TUNING_SHARE = 0.5
+#: How often a run is evaluated, its end included.
+EVALUATIONS = 10
+#: Steps over which a rate is as good as constant.
+ENDLESS = 1_000_000_000
+#: Batches on which an arm may show that it follows its formula. The derivative of ReLU jumps at
+#: zero, so on one batch in some hundred rounding decides it differently in float32 and float64.
+GATE_TRIES = 3
+
+Keep = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    settings: Settings,
+    dataset: data.Dataset,
+    *,
+    seconds: float = 10.0,
+    tuned: bool = False,
+    previous: dict[str, Any] | None = None,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measure all arms and train each with every seed.
+
+    Args:
+        settings: what to compare.
+        dataset: on what.
+        seconds: budget for timing all arms together.
+        tuned: choose each arm's rate on the held-out part of the training set first.
+        previous: an unfinished report of the same settings, to be continued; its times, rates and
+            runs are taken over.
+        keep: called with the report whenever a run is finished.
+        progress: where to report.
+        command: for the report.
+
+    Returns:
+        The report, of kind ``rivals``: ``gate`` (deviation from the formula by arm, in parts of the
+        tolerance), ``arms`` (a row an arm: time, ratios, memory, steps, rate), ``tuning`` (error by
+        arm and rate) and ``runs`` (a row a run: ``history`` of steps and errors, ``seconds`` that
+        its steps really took).
+
+    Raises:
+        GateError: an arm does not compute what its formula says.
+        ValueError: settings and data do not fit, or ``previous`` is of other settings.
+        Interrupted: Ctrl-C; finished runs have been kept.
+    """
+    progress = progress or Progress(enabled=False)
+    arms = [arm(name) for name in settings.arms]
+    if len(dataset.train.labels) < settings.batch_size:
+        raise ValueError(
+            f"batch_size {settings.batch_size} is larger than the training set "
+            f"({len(dataset.train.labels)} images)"
+        )
+    if previous is not None and previous["settings"] != plain(asdict(settings)):
+        raise ValueError("the report that is to be continued is of other settings")
+    if not tuned:
+        for which in arms:
+            settings.rate(which)  # what is not known shows before anything runs
+    dataset = dataset.to(settings.device)
+    with progress:
+        report = previous
+        if report is None:
+            report = _measured(settings, arms, dataset, seconds, tuned, progress, command)
+        _train(settings, arms, dataset, report, keep or (lambda _: None), progress)
+    return report
+
+
+def _measured(
+    settings: Settings,
+    arms: list[Arm],
+    dataset: data.Dataset,
+    seconds: float,
+    tuned: bool,
+    progress: Progress,
+    command: str | None,
+) -> dict[str, Any]:
+    """The report up to the runs."""
+    gate = _gate(settings, arms, dataset, progress)
+    rows = _costs(settings, arms, dataset, seconds, progress)
+    tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
+    for which, row in zip(arms, rows, strict=True):
+        row["rate"] = _best(which, tuning) if tuned else settings.rate(which)
+    return {
+        "kind": "rivals",
+        "version": VERSION,
+        "facts": facts(command),
+        "settings": plain(asdict(settings)),
+        "dataset": dataset.name,
+        "memory_is": (
+            timing.PEAK_MEMORY_CUDA
+            if torch.device(settings.device).type == "cuda"
+            else timing.PEAK_MEMORY_CPU
+        ),
+        "gate": gate,
+        "arms": rows,
+        "tuning": tuning,
+        "runs": [],
+        "finished": False,
+    }
+
+
+def _gate(
+    settings: Settings, arms: list[Arm], dataset: data.Dataset, progress: Progress
+) -> dict[str, float]:
+    """Deviation of each arm from its formula, in parts of the tolerance.
+
+    cDNI is held against backprop, during its warm-up: predictions are what it is compared for.
+    """
+    rule = SGD(1.0)
+    network = settings.network(dataset, 0)
+    found: dict[str, float] = {}
+    for i, which in enumerate(arms):
+        progress.update("checking", i / len(arms), which.name)
+        phase = "warm-up" if which.kind.startswith("cdni") else ""
+        for attempt in range(GATE_TRIES):
+            trainer = build(which, 0, settings, dataset, ENDLESS, rule, phase=phase)
+            order = _rows(settings, dataset, attempt)
+            rows = torch.stack([next(order) for _ in range(rival_gate.steps_to_check(trainer))])
+            try:
+                found[which.name] = rival_gate.check(trainer, network, dataset.train, rows)
+                break
+            except GateError:
+                if attempt + 1 == GATE_TRIES:
+                    raise
+    progress.update("checking", 1.0)
+    return found
+
+
+def _rows(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[Tensor]:
+    """Batch after batch, epoch after epoch: the same ones for all arms."""
+    count, epoch = len(dataset.train.labels), 0
+    while True:
+        order = data.permutation(count, seed, epoch).to(settings.device)
+        yield from data.batches(order, settings.batch_size)
+        epoch += 1
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+def _costs(
+    settings: Settings, arms: list[Arm], dataset: data.Dataset, seconds: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Time a step and memory of every arm, measured together, and the steps that fit."""
+    rows = next(_rows(settings, dataset, 0))
+    rule = at_rate(settings.rule(TIMING_RATE), TIMING_RATE)
+    steps: dict[tuple[str, str], Callable[[], None]] = {}
+    compiling: dict[str, float] = {}
+    for which in arms:
+        for phase in which.phases(settings.warmup):
+            if (which.kind, phase) in steps:  # cdni-1 and cdni-4 are made of the same steps
+                continue
+            trainer = build(which, 0, settings, dataset, ENDLESS, rule, rule, phase)
+            spread(trainer.model)
+            if isinstance(trainer, StaleTrainer) and phase == "repeat":
+                advance(trainer, dataset.train, rows)
+            if isinstance(trainer, StockTrainer) and trainer.compile_seconds:
+                compiling[which.name] = trainer.compile_seconds
+            steps[which.kind, phase] = _candidate(trainer, dataset.train, rows)
+    timings = timing.compare(
+        {f"{kind} {phase}": step for (kind, phase), step in steps.items()},
+        seconds=seconds,
+        device=settings.device,
+        progress=lambda fraction: progress.update("timing", fraction),
+    )
+    memory = {key: timing.peak_memory(step, settings.device) for key, step in steps.items()}
+    whole: dict[str, Timing] = {}
+    for which in arms:
+        shares = which.phases(settings.warmup)
+        parts = [(share, timings[f"{which.kind} {phase}"]) for phase, share in shares.items()]
+        whole[which.name] = timing.combine(which.name, parts)
+    return [
+        {
+            "name": which.name,
+            "what": which.what,
+            "time": whole[which.name].to_json(),
+            "phases": {
+                phase: timings[f"{which.kind} {phase}"].median
+                for phase in which.phases(settings.warmup)
+            },
+            "against": {
+                base: _ratio(whole[which.name], whole[base])
+                for base in ("backprop", "fused")
+                if base in whole and base != which.name
+            },
+            "memory": max(memory[which.kind, phase] for phase in which.phases(settings.warmup)),
+            "compile_seconds": compiling.get(which.name),
+            "steps": max(1, int(settings.seconds_per_run / whole[which.name].median)),
+        }
+        for which in arms
+    ]
+
+
+def _candidate(trainer: Trainer, split: data.Split, rows: Tensor) -> Callable[[], None]:
+    return lambda: advance(trainer, split, rows)
+
+
+def _ratio(a: Timing, b: Timing) -> dict[str, Any]:
+    found = timing.ratio(a, b)
+    return {**found.to_json(), "verdict": found.verdict()}
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def tune(
+    settings: Settings,
+    arms: list[Arm],
+    dataset: data.Dataset,
+    rows: list[dict[str, Any]],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Try every rate of :data:`GRID` on the held-out part, in :data:`TUNING_SHARE` of the
+    wall-clock, with the first seed.
+
+    The exact arms compute the same step: backprop on our kernels is tried for all of them, or the
+    first of them if it is not there.
+
+    Returns:
+        Rows of ``name``, ``rate``, ``error`` on the held-out part, ``diverged``.
+    """
+    apart = held_out(dataset)
+    exact = [which for which in arms if which.kind in EXACT]
+    tried = [which for which in arms if which.kind not in EXACT]
+    tried = [*[which for which in exact if which.kind == "fused"][:1], *tried]
+    if exact and tried[:1] != [Arm("fused", 0)]:
+        tried.insert(0, exact[0])
+    steps = {row["name"]: max(1, int(TUNING_SHARE * row["steps"])) for row in rows}
+    jobs = [(which, rate) for which in tried for rate in GRID]
+    found = []
+    for i, (which, rate) in enumerate(jobs):
+        progress.update("tuning", i / len(jobs), f"{which.name} at {rate:g}")
+        run = _run(which, settings.seeds[0], replace(settings, lr=rate), apart, steps[which.name])
+        end = run["history"][-1]
+        found.append(
+            {
+                "name": which.name,
+                "family": which.family,
+                "rate": rate,
+                "error": end["error"],
+                "diverged": run["diverged"],
+            }
+        )
+    progress.update("tuning", 1.0)
+    return found
+
+
+def held_out(dataset: data.Dataset) -> data.Dataset:
+    """The training part alone, its last sixth for evaluation."""
+    images, labels = dataset.train
+    kept = len(labels) - len(labels) // 6
+    return data.Dataset(
+        dataset.name,
+        data.Split(images[:kept], labels[:kept]),
+        data.Split(images[kept:], labels[kept:]),
+        dataset.classes,
+        held_out=True,
+    )
+
+
+def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:
+    """The rate of least error; of the exact arms, that of the one that was tried."""
+    same = [row for row in tuning if row["name"] == which.name]
+    same = same or [row for row in tuning if row["family"] == which.family]
+    return float(min(same, key=lambda row: (row["diverged"], row["error"]))["rate"])
+
+
+def _train(
+    settings: Settings,
+    arms: list[Arm],
+    dataset: data.Dataset,
+    report: dict[str, Any],
+    keep: Keep,
+    progress: Progress,
+) -> None:
+    """Run what the report does not have yet, seed by seed, and add it."""
+    done = {(run["name"], run["seed"]) for run in report["runs"]}
+    jobs = [(which, seed) for seed in settings.seeds for which in arms]
+    rows = {row["name"]: row for row in report["arms"]}
+    keep(report)
+    stop = Stop()
+    with stop.listening():
+        for which, seed in jobs:
+            if (which.name, seed) in done:
+                continue
+            row = rows[which.name]
+
+            def say(fraction: float, which: Arm = which, seed: int = seed) -> None:
+                if fraction < 1.0:
+                    progress.update(f"{which.name:<12} seed {seed}", fraction)
+                if stop.asked:
+                    kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
+                    raise Interrupted(kept)
+
+            at = replace(settings, lr=row["rate"])
+            run = _run(which, seed, at, dataset, row["steps"], say)
+            error = 100 * run["history"][-1]["error"]
+            progress.update(f"{which.name:<12} seed {seed}", 1.0, f"error {error:.2f} %")
+            report["runs"].append(run)
+            report["finished"] = len(report["runs"]) == len(jobs)
+            keep(report)
+
+
+def _run(
+    which: Arm,
+    seed: int,
+    settings: Settings,
+    dataset: data.Dataset,
+    steps: int,
+    say: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Any]:
+    """One run of ``steps`` steps; ``settings.lr`` is its rate."""
+    assert settings.lr is not None
+    rule = settings.rule(settings.lr)
+    learner = settings.rule(SYNTHESIZER_SHARE * settings.lr)
+    trainer = build(which, seed, settings, dataset, steps, rule, learner)
+    batches = _rows(settings, dataset, seed)
+    for until in sorted({steps - i * steps // EVALUATIONS for i in range(EVALUATIONS)}):
+        start = time.perf_counter()
+        for _ in range(until - trainer.steps):
+            advance(trainer, dataset.train, next(batches))
+        if dataset.train.labels.is_cuda:
+            torch.cuda.synchronize()
+        trainer.seconds += time.perf_counter() - start
+        trainer.steps = until
+        trainer.history.append({"steps": until, "error": trainer.error(dataset.test)})
+        say(until / steps)
+    diverged = False
+    try:
+        refuse_divergence(trainer.model, which.name)
+    except RuntimeError:  # a result too, and no reason to lose the other arms
+        diverged = True
+    return {
+        "name": which.name,
+        "seed": seed,
+        "steps": steps,
+        "seconds": trainer.seconds,
+        "history": trainer.history,
+        "diverged": diverged,
+    }
