@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fused_dni import text
+from fused_dni.cli import map as map_command
 from fused_dni.cli import training, tune, verdict
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
 
@@ -36,6 +37,7 @@ def parser() -> Parser:
     for task in training.RECURRENT:
         training.add_recurrent(commands, task)
     tune.add_tune(commands)
+    map_command.add_map(commands)
     env = commands.add_parser(
         "env",
         help="what a bug report needs: versions, backends, threads, compilers, GPU",
@@ -100,8 +102,8 @@ def _command(argv: Sequence[str]) -> str:
     words, hide = [], False
     for word in argv:
         words.append("DIR" if hide else word)
-        hide = word in ("--data", "--checkpoint", "--out", "--plot")
-        if word.startswith(("--data=", "--checkpoint=", "--out=", "--plot=")):
+        hide = word in ("--data", "--checkpoint", "--out", "--plot", "--figures")
+        if word.startswith(("--data=", "--checkpoint=", "--out=", "--plot=", "--figures=")):
             words[-1] = word.partition("=")[0] + "=DIR"
     return shlex.join([PROGRAM, *words])
 
