@@ -5,6 +5,7 @@ forward, drop-in for PyTorch's; and the measurements that say what it buys.
 """
 
 from fused_dni import functional
+from fused_dni.annotate import annotate, from_environment
 from fused_dni.context import condition_on
 from fused_dni.convert import convert, revert
 from fused_dni.diagnostics import diagnostics
@@ -46,6 +47,7 @@ __all__ = [
     "Schedule",
     "Synthesizer",
     "Verdict",
+    "annotate",
     "backward_boundary",
     "condition_on",
     "convert",
@@ -56,3 +58,5 @@ __all__ = [
     "verdict",
     "verdict_lstm",
 ]
+
+from_environment()
