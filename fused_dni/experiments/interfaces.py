@@ -10,6 +10,7 @@ largest depth with fewer interfaces, and backprop of every depth, on the same ke
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -109,7 +110,7 @@ class Settings:
 
 
 #: What the datasets want different from MNIST's defaults.
-PRESETS: dict[str, dict[str, Any]] = {"mnist": {}, "digits": {"batch_size": 64}}
+PRESETS: dict[str, dict[str, Any]] = {"mnist": {}, "digits": {"batch_size": 64, "steps": 500}}
 
 
 def defaults(dataset: str, **changes: Any) -> Settings:
@@ -135,7 +136,8 @@ def measure(
         test set and ``layers``: for each layer with an interface its number (from 1, at the input),
         ``above`` (how many interfaces are between it and the loss), ``true_cosine`` and
         ``true_norm_ratio`` (|synthetic| / |true|) against the true gradient, and
-        ``arrived_cosine`` against what arrived in the last tenth of the training.
+        ``arrived_cosine`` against what arrived in the last tenth of the training; None where a
+        gradient was zero.
 
     Raises:
         ValueError: settings and data do not fit.
@@ -240,11 +242,20 @@ def _compared(
                 return F.cross_entropy(trainer.model(x), y)
 
         found.append(fd.diagnostics(trainer.model, loss))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for above, layer in enumerate(reversed(decoupled)):
         key = str(layer)
-        row = {"layer": layer + 1, "above": above, "arrived_cosine": found[0][key]["cosine"]}
+        row = {
+            "layer": layer + 1,
+            "above": above,
+            "arrived_cosine": _number(found[0][key]["cosine"]),
+        }
         for name in ("true_cosine", "true_norm_ratio"):
-            row[name] = statistics.fmean(batch[key][name] for batch in found)
+            row[name] = _number(statistics.fmean(batch[key][name] for batch in found))
         rows.append(row)
     return rows[::-1]
+
+
+def _number(value: float) -> float | None:
+    """None for what JSON has no number for: the cosine with a gradient that is zero."""
+    return value if math.isfinite(value) else None

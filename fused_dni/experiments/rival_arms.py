@@ -68,7 +68,8 @@ class Arm(NamedTuple):
     @property
     def what(self) -> str:
         """What its step is."""
-        return KINDS[self.kind].replace("K-th", ordinal(self.every))
+        every = "" if self.every == 1 else f" {ordinal(self.every)}"
+        return KINDS[self.kind].replace(" K-th", every)
 
     @property
     def family(self) -> str:
