@@ -21,7 +21,9 @@ GRADIENT to WEIGHT without a rule, an update PREPARE, MEASURE, TRIAL and WEIGHT.
 (cooperative: all programs are resident) a grid barrier stands where a phase reads what other
 programs wrote; in several launches each phase is one, with tiles of its own. Where a tile holds all
 rows (batch normalisation) or all features (layer normalisation), PRODUCT does the work of NORMALIZE
-and GRADIENT that of DELTA, and the barriers between them are gone.
+and GRADIENT that of DELTA, and the barriers between them are gone. With the interface at the
+preactivation the synthetic gradient is the one at z: GRADIENT leaves it as it is, and there is no
+DELTA.
 
 Sums over tiles are sums of partial sums in a fixed order: the same input gives the same bits. An
 update is all or nothing: the largest magnitudes of delta and x are known before it. If N times
@@ -111,7 +113,7 @@ class Tensors(NamedTuple):
     grad_h: Any = None  # [N, O]: where there is no synthesizer
     # Results.
     h: Any = None  # [N, O]
-    normalized: Any = None  # float32 [N, O]: z on its way to n
+    normalized: Any = None  # float32 [N, O]: n
     rstd: Any = None  # float32 [O] (batch) or [N] (layer)
     scaled: Any = None  # float32 [N, O]: M(h)
     reduced: Any = None  # float32 [N, R]: h U^T
@@ -123,6 +125,7 @@ class Tensors(NamedTuple):
     grad_norm_bias: Any = None
     # Workspace, float32 unless it says otherwise.
     operand: Any = None  # [O, I]: W as products take it; W itself where nothing was cast
+    z: Any = None  # [N, O]: for NORMALIZE to read; `normalized` itself where that is wanted
     moments: Any = (
         None  # batch [row tiles, 2, O], layer [out tiles, 2, N]: mean, squared deviations
     )
@@ -178,6 +181,7 @@ class Options(NamedTuple):
     # The gradient.
     # "dense", "lowrank", "diagonal": a synthesizer; "given": from above; "none": nothing to be done
     source: str
+    interface: str  # "output": it is the gradient at h; "preactivation": at z
     clip: bool
     # The rule; "none": gradients are stored.
     rule: str
@@ -276,7 +280,7 @@ def _product(t, x, operand, s, C: tl.constexpr, program, programs):
                 at = t.moments + o * 2 * s.rows
                 store_vector(at, mean, row, s.rows, ROWS)
                 store_vector(at + s.rows, tl.sum(apart * apart, 1), row, s.rows, ROWS)
-            store_tile(t.normalized, z, row, out, s.rows, s.outputs, ROWS, OUTS)
+            store_tile(t.z, z, row, out, s.rows, s.outputs, ROWS, OUTS)
 
 
 @triton.jit
@@ -289,7 +293,7 @@ def _normalize(t, s, C: tl.constexpr, program, programs):
             mean, var = combine_moments(t.moments, s.rows, C.product_rows, out, s.outputs, C.outs)
         else:
             mean, var = combine_moments(t.moments, s.outputs, C.product_outs, row, s.rows, C.rows)
-        z = load_tile(t.normalized, row, out, s.rows, s.outputs, C.rows, C.outs)
+        z = load_tile(t.z, row, out, s.rows, s.outputs, C.rows, C.outs)
         _finish(t, s, C, z, mean, var, row, o, C.rows, C.outs)
 
 
@@ -364,45 +368,59 @@ def _gradient(t, s, C: tl.constexpr, program, programs):
         if C.clip:
             wide = tl.where(inside, g, 0.0).to(tl.float64)
             squares += tl.sum(wide * wide)
-        n, y = h, h
-        scale = load_vector(t.norm_weight, out, s.outputs, C.outs, 1.0)
-        if t.normalized is not None:
-            n = load_tile(t.normalized, row, out, s.rows, s.outputs, C.rows, C.outs)
-            shift = load_vector(t.norm_bias, out, s.outputs, C.outs, 0.0)
-            y = n * scale[None, :] + shift[None, :]
-        gy = tl.where(inside, g * slope(y, h, C.activation), 0.0)
-        if t.columns is not None:
-            at = t.columns + r * 2 * s.outputs
-            sums, dots = tl.sum(gy, 0), tl.sum(gy * n, 0)
-            store_vector(at, sums, out, s.outputs, C.outs)
-            store_vector(at + s.outputs, dots, out, s.outputs, C.outs)
-            largest = tl.maximum(largest, tl.maximum(magnitude(sums), magnitude(dots)))
-        if C.norm == "none":
-            delta = gy
+        if C.interface == "preactivation":
+            left = _leave(t, s, C, g, inside, r, out)
         else:
-            gn = gy * scale[None, :]
-            if not C.whole:
-                store_tile(t.gradient, gn, row, out, s.rows, s.outputs, C.rows, C.outs)
-                if C.norm == "layer":
-                    at = t.across + o * 2 * s.rows
-                    store_vector(at, tl.sum(gn, 1), row, s.rows, C.rows)
-                    store_vector(at + s.rows, tl.sum(gn * n, 1), row, s.rows, C.rows)
-                delta = gn
-            elif C.norm == "layer":
-                rstd = load_vector(t.rstd, row, s.rows, C.rows, 0.0)
-                along, across_n = tl.sum(gn, 1) / s.outputs, tl.sum(gn * n, 1) / s.outputs
-                delta = (gn - along[:, None] - n * across_n[:, None]) * rstd[:, None]
-            else:
-                rstd = load_vector(t.rstd, out, s.outputs, C.outs, 0.0)
-                delta = gn
-                if C.statistics:
-                    along, across_n = tl.sum(gn, 0) / s.rows, tl.sum(gn * n, 0) / s.rows
-                    delta = gn - along[None, :] - n * across_n[None, :]
-                delta *= rstd[None, :]
-        if C.whole:
-            largest = tl.maximum(largest, _leave(t, s, C, delta, inside, r, out))
+            left = _back(t, s, C, g, h, inside, r, o)
+        largest = tl.maximum(largest, left)
     if t.largest is not None:
         _count(t, C, program, largest, squares)
+
+
+@triton.jit
+def _back(t, s, C: tl.constexpr, g, h, inside, r, o):
+    """A tile of the gradient at h through activation and scale, and through the normalisation or as
+    far as this tile knows; returns the largest magnitude of what it left."""
+    row, out = r * C.rows, o * C.outs
+    largest = 0.0
+    n, y = h, h
+    scale = load_vector(t.norm_weight, out, s.outputs, C.outs, 1.0)
+    if t.normalized is not None:
+        n = load_tile(t.normalized, row, out, s.rows, s.outputs, C.rows, C.outs)
+        shift = load_vector(t.norm_bias, out, s.outputs, C.outs, 0.0)
+        y = n * scale[None, :] + shift[None, :]
+    gy = tl.where(inside, g * slope(y, h, C.activation), 0.0)
+    if t.columns is not None:
+        at = t.columns + r * 2 * s.outputs
+        sums, dots = tl.sum(gy, 0), tl.sum(gy * n, 0)
+        store_vector(at, sums, out, s.outputs, C.outs)
+        store_vector(at + s.outputs, dots, out, s.outputs, C.outs)
+        largest = tl.maximum(largest, tl.maximum(magnitude(sums), magnitude(dots)))
+    if C.norm == "none":
+        delta = gy
+    else:
+        gn = gy * scale[None, :]
+        if not C.whole:
+            store_tile(t.gradient, gn, row, out, s.rows, s.outputs, C.rows, C.outs)
+            if C.norm == "layer":
+                at = t.across + o * 2 * s.rows
+                store_vector(at, tl.sum(gn, 1), row, s.rows, C.rows)
+                store_vector(at + s.rows, tl.sum(gn * n, 1), row, s.rows, C.rows)
+            delta = gn
+        elif C.norm == "layer":
+            rstd = load_vector(t.rstd, row, s.rows, C.rows, 0.0)
+            along, across_n = tl.sum(gn, 1) / s.outputs, tl.sum(gn * n, 1) / s.outputs
+            delta = (gn - along[:, None] - n * across_n[:, None]) * rstd[:, None]
+        else:
+            rstd = load_vector(t.rstd, out, s.outputs, C.outs, 0.0)
+            delta = gn
+            if C.statistics:
+                along, across_n = tl.sum(gn, 0) / s.rows, tl.sum(gn * n, 0) / s.rows
+                delta = gn - along[None, :] - n * across_n[None, :]
+            delta *= rstd[None, :]
+    if C.whole:
+        largest = tl.maximum(largest, _leave(t, s, C, delta, inside, r, out))
+    return largest
 
 
 @triton.jit
@@ -669,7 +687,8 @@ def linear_kernel(
             else:
                 grid_barrier(t.barrier, programs)
         _gradient(t, s, C, program, programs)
-    if FIRST <= DELTA and DELTA <= LAST and C.source != "none" and not C.whole:
+    goes_back: tl.constexpr = C.source != "none" and C.interface == "output"
+    if FIRST <= DELTA and DELTA <= LAST and goes_back and not C.whole:
         if FIRST < DELTA:
             grid_barrier(t.barrier, programs)
         _delta(t, s, C, program, programs)
@@ -720,6 +739,7 @@ class Problem(NamedTuple):
     eps: float = 1e-5
     momentum: float = 0.1
     source: str = "none"  # "dense", "lowrank", "diagonal", "given", "none"
+    interface: str = "output"  # where the gradient is that it gives: "output", "preactivation"
     target_scale: float = 1.0
     max_norm: float = 0.0
     rule: str = "none"  # "sgd", "adam", "adamw", "none"
@@ -825,6 +845,7 @@ def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int
         if problem.norm == "batch" and problem.statistics and t.running_mean is not None:
             made["batch"] = room(2, outputs)
         if not whole:
+            made["z"] = room(rows, outputs) if t.normalized is None else t.normalized
             lists = (triton.cdiv(rows, tiles.product_rows), outputs)
             if problem.norm == "layer":
                 lists = (triton.cdiv(outputs, tiles.product_outs), rows)
@@ -833,12 +854,14 @@ def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int
             parts = tiles.product_outs if whole else tiles.outs
             made["partial"] = room(triton.cdiv(outputs, parts), rows, t.down.shape[0])
     if first <= GRADIENT.value and last >= DELTA.value and problem.source != "none":
+        back = problem.interface == "output"
         affine = t.norm_weight is not None or t.norm_bias is not None
-        if affine or (problem.norm == "batch" and problem.statistics and not whole):
+        own = problem.norm == "batch" and problem.statistics
+        if back and (affine or (own and not whole)):
             made["columns"] = room(row_tiles, 2, outputs)
-        if t.bias is not None and not (problem.norm == "batch" and problem.statistics):
+        if t.bias is not None and not own:
             made["shifts"] = room(row_tiles, outputs)
-        if not whole:
+        if back and not whole:
             made["gradient"] = room(rows, outputs)
             if problem.norm == "layer":
                 made["across"] = room(out_tiles, 2, rows)
@@ -963,7 +986,7 @@ def _grids(
         NORMALIZE: pointwise if forward and not whole else 0,
         REDUCE: triton.cdiv(rows * rank, 64) if problem.source == "lowrank" else 0,
         GRADIENT: pointwise if gradient else 0,
-        DELTA: pointwise if gradient and not whole else 0,
+        DELTA: pointwise if gradient and not whole and problem.interface == "output" else 0,
         MEASURE: pointwise if ruled and not gradient else 0,
         DX: dx if t.dx is not None else 0,
         TRIAL: weights if ruled else 0,
@@ -988,6 +1011,7 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
         whole=whole,
         activation=problem.activation,
         source=problem.source,
+        interface=problem.interface,
         clip=problem.max_norm > 0,
         rule=problem.rule,
         nesterov=problem.nesterov,
@@ -1090,7 +1114,7 @@ def _specimen_step(
 
 def specimens(architecture: int) -> Iterator[Specimen]:
     """What the rules of thumb choose for a small and for a large layer, over dtypes, rules,
-    synthesizers and normalisations; see :mod:`fused_dni.kernels.aot`.
+    synthesizers, interfaces and normalisations; see :mod:`fused_dni.kernels.aot`.
 
     What spills are allowed are a few registers around the epilogue of a product, once a tile.
     """
@@ -1098,12 +1122,14 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         "batch", True, "relu", source="lowrank", target_scale=128.0, rule="sgd",
         trainable=(True, True, True, True),
     )  # fmt: skip
+    dense = step._replace(source="dense", norm="layer", activation="gelu")
+    inside = dense._replace(interface="preactivation", trainable=(True, True, False, False))
     half, full = torch.bfloat16, torch.float32
     cases: list[tuple[str, torch.dtype, Problem, bool]] = [
         ("bf16", half, step, False),
         ("bf16 dx adam", half, step._replace(rule="adam"), True),
-        ("bf16 dense layer gelu", half, step._replace(source="dense", norm="layer",
-                                                      activation="gelu"), True),
+        ("bf16 dense layer gelu", half, dense, True),
+        ("bf16 preactivation", half, inside, True),
         ("tf32", full, step._replace(precision="tf32"), False),
         ("fp32", full, step, False),
         ("fp16 diagonal", torch.float16, step._replace(source="diagonal", norm="none"), False),
@@ -1113,7 +1139,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         "128x1024": (128, 1024, 1024),
         "4096x4096": (4096, 4096, 4096),
     }.items():
-        for name, dtype, problem, dx in cases if architecture == 90 else cases[:4]:
+        for name, dtype, problem, dx in cases if architecture == 90 else cases[:5]:
             tiles = default_tiles(
                 rows, inputs, outputs, dtype, problem.rule, problem.precision, architecture
             )
@@ -1122,7 +1148,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
                 part = "step" if tiles.launches == "one" else _NAMES[phase]
                 multiplies = part in ("step", "product", "dx", "weight")
                 # Phases without a product are much the same in all cases and architectures.
-                key = part if multiplies else f"{part} {problem.norm} {problem.source}"
+                key = f"{part} {problem.norm} {problem.source} {problem.interface}"
                 if not multiplies and (key in seen or architecture != 90):
                     continue
                 seen.add(key)

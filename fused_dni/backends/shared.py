@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_dni.backends.base import (
+    FROM_OUTPUT,
     LinearConfig,
     LinearTensors,
     Prediction,
     RuleTensors,
+    Saved,
     SynthesizerTensors,
 )
 
@@ -64,3 +66,15 @@ def empty_prediction(h: Tensor, synthesizer: SynthesizerTensors, dtype: torch.dt
         h.new_empty(h.shape, dtype=dtype),
         None if down is None else h.new_empty(h.shape[0], down.shape[0], dtype=dtype),
     )
+
+
+def empty_saved(h: Tensor, config: LinearConfig) -> Saved:
+    """Room for what a backward over h [N, O] needs, in float32."""
+    rows, features = h.shape
+    normalized = rstd = None
+    if config.normalization is not None or config.activation not in FROM_OUTPUT:
+        normalized = h.new_empty(rows, features, dtype=torch.float32)
+    if config.normalization is not None:
+        size = features if config.normalization == "batch" else rows
+        rstd = h.new_empty(size, dtype=torch.float32)
+    return Saved(normalized, rstd)

@@ -24,7 +24,6 @@ from torch.autograd.graph import increment_version
 from triton import knobs
 
 from fused_dni.backends.base import (
-    FROM_OUTPUT,
     BoundStep,
     LinearConfig,
     LinearGradients,
@@ -38,6 +37,7 @@ from fused_dni.backends.base import (
 from fused_dni.backends.launching import architecture, precision, resident, run
 from fused_dni.backends.shared import (
     empty_prediction,
+    empty_saved,
     moved_statistics,
     split_context,
     updated,
@@ -97,24 +97,16 @@ class TritonBackend(TritonLSTM):
     ) -> tuple[Tensor, Saved]:
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
         x = x.contiguous()
-        rows, features = x.shape[0], layer.weight.shape[0]
+        h = x.new_empty(x.shape[0], layer.weight.shape[0])
+        saved = empty_saved(h, config) if save else Saved()
+        t = linear.Tensors(x, *layer, h=h, normalized=saved.normalized, rstd=saved.rstd)
         problem = _problem(config, layer, training)
         tiles = _tiles("linear_forward", x, layer.weight, "none")
-        whole = linear.is_whole(rows, features, problem, tiles)
-        keep = save and (config.normalization is not None or config.activation not in FROM_OUTPUT)
-        normalized = rstd = None
-        if keep or not whole:
-            normalized = x.new_empty(rows, features, dtype=torch.float32)
-        if save and config.normalization is not None:
-            size = features if config.normalization == "batch" else rows
-            rstd = x.new_empty(size, dtype=torch.float32)
-        h = x.new_empty(rows, features)
-        t = linear.Tensors(x, *layer, h=h, normalized=normalized, rstd=rstd)
         _launch(t, problem, tiles, linear.FORWARD_PHASES)
         moved = moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
-        return h, Saved(normalized if keep else None, rstd)
+        return h, saved
 
     def linear_backward(
         self,
@@ -282,13 +274,14 @@ class _Step:
         rule: RuleTensors,
     ) -> None:
         require_masters(layer[:4], rule.stochastic)
-        self.synthesizer = synthesizer
+        self.synthesizer, self.config = synthesizer, config
+        # Otherwise nobody in the step reads what a backward would, and it is written on demand.
+        self.goes_back = config.interface == "output"
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
         self.problem = _problem(config, layer, True)._replace(
-            source=synthesizer.kind, max_norm=max_norm, rule=rule.kind, nesterov=rule.nesterov,
-            trainable=_four(rule.trainable),
+            source=synthesizer.kind, interface=config.interface, max_norm=max_norm, rule=rule.kind,
+            nesterov=rule.nesterov, trainable=_four(rule.trainable),
         )  # fmt: skip
-        self.saves = config.normalization is not None or config.activation not in FROM_OUTPUT
         self.fixed = linear.Tensors(
             None, *layer, synthesizer_weight=synthesizer.weight, down=synthesizer.down,
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
@@ -322,6 +315,10 @@ class _Step:
             x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled,
             reduced=room.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
+        saved = None
+        if need_prediction and not self.goes_back:
+            saved = empty_saved(h, self.config)
+            t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
         problem = self.problem._replace(target_scale=target_scale, precision=precision())
         key = (need_dx, need_prediction, labels is None, precision(), x.data_ptr() % 16 == 0)
         planned = room.plans.get(key)
@@ -334,7 +331,7 @@ class _Step:
             planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
         increment_version(self.written)
-        return Step(h, prediction, dx)
+        return Step(h, prediction, dx, saved)
 
     def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> _Room:
         """The workspace for a batch like x."""
@@ -350,19 +347,16 @@ class _Step:
 
     def _workspace(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
         """The step's tensors with a workspace for a batch like x."""
-        problem, (rows, features) = self.problem, h.shape
         t = self.fixed._replace(x=x, h=h)
-        if self.saves or not linear.is_whole(rows, features, problem, tiles):
-            t = t._replace(normalized=x.new_empty(h.shape, dtype=torch.float32))
-        if problem.norm != "none":
-            size = features if problem.norm == "batch" else rows
-            t = t._replace(rstd=x.new_empty(size, dtype=torch.float32))
+        if self.goes_back:
+            normalized, rstd = empty_saved(h, self.config)
+            t = t._replace(normalized=normalized, rstd=rstd)
         if t.down is not None:
-            reduced = x.new_empty(rows, t.down.shape[0], dtype=torch.float32)
+            reduced = x.new_empty(x.shape[0], t.down.shape[0], dtype=torch.float32)
             t = t._replace(reduced=reduced)
         low = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         t = t._replace(delta=x.new_empty(h.shape, dtype=low))
-        t = linear.workspace(t, problem, tiles, linear.STEP_PHASES)
+        t = linear.workspace(t, self.problem, tiles, linear.STEP_PHASES)
         return t._replace(x=None, h=None)
 
 
