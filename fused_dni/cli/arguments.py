@@ -158,9 +158,8 @@ def refuse(args: argparse.Namespace, names: Sequence[str]) -> None:
             raise UsageError(f"--{spelled.get(name, name)} does not go with {args.what}")
 
 
-def factory(spec: str) -> tuple[nn.Module, torch.Tensor | None]:
-    import torch
-
+def built(spec: str) -> Any:
+    """What the factory ``package.module:name`` returns, called without arguments."""
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
         kinds = text.unknown("module", spec, ("linear", "mlp", "lstm"))
@@ -180,9 +179,20 @@ def factory(spec: str) -> tuple[nn.Module, torch.Tensor | None]:
     if not callable(factory):
         raise UsageError(f"{spec} is not callable, but {type(factory).__name__}")
     try:
-        made = factory()
-    except TypeError as error:
-        raise UsageError(f"{spec} must be callable without arguments: {error}") from error
+        return factory()
+    except Exception as error:  # whatever a user's code may raise
+        message = str(error) or type(error).__name__
+        outside = error.__traceback__ is not None and error.__traceback__.tb_next is None
+        if isinstance(error, TypeError) and outside:  # the call itself
+            raise UsageError(f"{spec} must be callable without arguments: {message}") from error
+        raise UsageError(f"{spec} failed: {message}") from error
+
+
+def factory(spec: str) -> tuple[nn.Module, torch.Tensor | None]:
+    """Module and sample of a factory that returns a module or (module, sample)."""
+    import torch
+
+    made = built(spec)
     sample = None
     if isinstance(made, tuple) and len(made) == 2:
         made, sample = made
