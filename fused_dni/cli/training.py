@@ -21,15 +21,17 @@ from fused_dni.cli.arguments import (
 
 if TYPE_CHECKING:
     from fused_dni.experiments.characters import Text
+    from fused_dni.experiments.data import Dataset
     from fused_dni.experiments.train import Outcome
+    from fused_dni.progress import Progress
     from fused_dni.verdict import Verdict
 
 #: Commands of two words: ``train copy``.
 RECURRENT = ("charlm", "copy", "repeat-copy")
 
 
-def _add_training(command: argparse.ArgumentParser) -> None:
-    """Options that train and demo share. No defaults here: they are the dataset's."""
+def add_data(command: argparse.ArgumentParser) -> None:
+    """Options that say on what images to train."""
     where = command.add_argument_group("data")
     where.add_argument(
         "--dataset",
@@ -38,6 +40,11 @@ def _add_training(command: argparse.ArgumentParser) -> None:
         "--data)",
     )
     where.add_argument("--data", metavar="DIR", help="folder of the four MNIST files (IDX, .gz)")
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    """Options that train and demo share. No defaults here: they are the dataset's."""
+    add_data(command)
     what = command.add_argument_group("training (defaults are the dataset's)")
     what.add_argument(
         "--methods",
@@ -252,16 +259,35 @@ def add_demo(commands: Any) -> None:
 # ---------------------------------------------------------------------------------------- commands
 
 
+def dataset_named(args: argparse.Namespace) -> str:
+    """What ``--dataset`` and ``--data`` ask for."""
+    if args.data is not None and args.dataset == "digits":
+        raise UsageError("--data is for the MNIST files; leave --dataset digits out")
+    return "mnist" if args.data is not None else args.dataset or "digits"
+
+
+def load_dataset(
+    args: argparse.Namespace, progress: Progress, *, held_out: bool = False
+) -> Dataset:
+    """Load it, with a bar for what is fetched."""
+    from fused_dni.experiments import data
+
+    def fetching(file: str, done: int, total: int) -> None:
+        progress.update(f"fetching {file}", done / total if total > 0 else 0.0)
+
+    with progress:
+        return data.load(
+            dataset_named(args), folder=args.data, held_out=held_out, progress=fetching
+        )
+
+
 def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> Any:
     """Data, settings and progress of a training command; what is wrong shows before anything
     runs."""
-    from fused_dni.experiments import data
     from fused_dni.experiments.train import defaults
     from fused_dni.progress import Progress
 
-    if args.data is not None and args.dataset == "digits":
-        raise UsageError("--data is for the MNIST files; leave --dataset digits out")
-    name = "mnist" if args.data is not None else args.dataset or "digits"
+    name = dataset_named(args)
     settings = defaults(
         name,
         methods=tuple(args.methods) if args.methods else None,
@@ -290,12 +316,7 @@ def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> A
     refuse_unwritable(args.out)
     set_threads(args)
     progress = Progress(enabled=not args.quiet)
-
-    def fetching(file: str, done: int, total: int) -> None:
-        progress.update(f"fetching {file}", done / total if total > 0 else 0.0)
-
-    with progress:
-        dataset = data.load(name, folder=args.data, held_out=settings.held_out, progress=fetching)
+    dataset = load_dataset(args, progress, held_out=settings.held_out)
     progress.line(
         f"{dataset.name}: {len(dataset.train.labels)} images to train on, "
         f"{len(dataset.test.labels)} to test on; {', '.join(settings.runs())}"

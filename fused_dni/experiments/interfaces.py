@@ -13,17 +13,16 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_dni as fd
-from fused_dni import text
 from fused_dni.baseline import facts
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.run import plain, refuse_divergence
+from fused_dni.experiments.run import plain, preset, refuse_divergence
 from fused_dni.experiments.train import FusedTrainer
 from fused_dni.progress import Progress
 from fused_dni.rules import Adam
@@ -115,10 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {"mnist": {}, "digits": {"batch_size": 64, 
 
 def defaults(dataset: str, **changes: Any) -> Settings:
     """Settings of a dataset, with ``changes`` where they are not None."""
-    if dataset not in PRESETS:
-        raise ValueError(text.unknown("dataset", dataset, PRESETS))
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(Settings(dataset=dataset), **{**PRESETS[dataset], **given})
+    return preset(Settings(dataset=dataset), PRESETS, changes)
 
 
 def measure(

@@ -7,16 +7,19 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fused_dni import text
+
+S = TypeVar("S", bound=Any)
 CHECKPOINT = "train.pt"
 VERSION = 1
 
@@ -98,6 +101,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def preset(base: S, presets: Mapping[str, dict[str, Any]], changes: dict[str, Any]) -> S:
+    """Settings (a dataclass with a ``dataset``) with what that dataset wants different, and then
+    with ``changes`` where they are not None.
+
+    Raises:
+        ValueError: an unknown dataset, or settings that are out of range.
+    """
+    name = base.dataset
+    if name not in presets:
+        raise ValueError(text.unknown("dataset", name, presets))
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(base, **{**presets[name], **given})
 
 
 class Stop:
