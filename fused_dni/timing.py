@@ -35,6 +35,24 @@ import torch
 
 Candidate = Callable[[], object]
 
+
+@dataclass(frozen=True)
+class Staged:
+    """A candidate of which only the second half is timed: ``run(prepare())``.
+
+    For what can be done only once to each thing prepared, like the backward of a graph, and for
+    what is to find its caches as its predecessor leaves them. A sample lasts as long as the other
+    candidates' do with both halves.
+    """
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        """Both halves, as warm-up does."""
+        return self.run(self.prepare())
+
+
 #: Shortest sample, in seconds: well above the clock's resolution and the cost of reading it.
 MIN_SAMPLE = 200e-6
 #: Shorter candidates are repeated to the length of the longest, up to this.
@@ -212,6 +230,16 @@ def combine(name: str, parts: Sequence[tuple[float, Timing]]) -> Timing:
 
 def _host_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
     clock, taken = time.perf_counter, []
+    if isinstance(call, Staged):
+        for _ in range(samples):
+            spent = 0.0
+            for _ in range(repeats):
+                given = call.prepare()
+                start = clock()
+                call.run(given)
+                spent += clock() - start
+            taken.append(spent / repeats)
+        return taken
     for _ in range(samples):
         start = clock()
         for _ in range(repeats):
@@ -221,6 +249,8 @@ def _host_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
 
 
 def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
+    if isinstance(call, Staged):
+        return [_staged_events(call, repeats) / repeats for _ in range(samples)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -229,6 +259,20 @@ def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
         mark.record()
     marks[-1].synchronize()
     return [a.elapsed_time(b) / 1e3 / repeats for a, b in itertools.pairwise(marks)]
+
+
+def _staged_events(call: Staged, repeats: int) -> float:
+    """Seconds between events around ``run`` alone, summed over the repeats."""
+    pairs = []
+    for _ in range(repeats):
+        given = call.prepare()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call.run(given)
+        after.record()
+        pairs.append((before, after))
+    torch.cuda.synchronize()
+    return sum(float(before.elapsed_time(after)) for before, after in pairs) / 1e3
 
 
 def _calibrate(
@@ -308,7 +352,9 @@ def compare(
         for _ in range(max(1, warmup)):
             call()
         with _no_collection():
-            calls[name] = _calibrate(call, clock, min_sample)
+            # Both halves of a staged call: its samples are to last as long as the others'.
+            whole = call.__call__ if isinstance(call, Staged) else call
+            calls[name] = _calibrate(whole, clock, min_sample)
     # Samples of one length for all: where other work interrupts now and then, a long sample is
     # hit and a short one is not, and a median of short ones would look better than it is.
     length = max(min_sample, min(max(calls.values()), MAX_SAMPLE))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fused_dni import timing
 from fused_dni.baseline import stock_optimizer
-from fused_dni.modules.base import NO_TARGET, DecoupledModule
+from fused_dni.context import condition_on
+from fused_dni.modules.base import DecoupledModule
 from fused_dni.modules.recurrent import Recurrent
 from fused_dni.rules import Rule
 from fused_dni.verdict.errors import VerdictError
@@ -117,21 +118,47 @@ def pose(
     return Problem(sample, labels, loss, arriving, context, rule), output, module
 
 
-def stock_step(
-    module: nn.Module, problem: Problem, run: Callable[[Tensor], Tensor] | None = None
-) -> Callable[[], None]:
-    """A step of stock backprop: eager, or with ``run`` (a compiled forward and loss)."""
-    x, arriving = input_of(problem), problem.arriving
-    optimizer = stock_optimizer(module, problem.rule)
-    forward = run or forward_of(module, problem)
+class Step:
+    """A training step: called whole, or phase by phase.
 
-    def step() -> None:
-        optimizer.zero_grad()
-        x.grad = None
-        forward(x).backward(arriving)
-        optimizer.step()
+    ``forward`` returns the output (or the loss), ``backward`` takes it, ``finish`` is the
+    optimizer's turn and leaves no gradients behind.
+    """
 
-    return step
+    x: Tensor
+    arriving: Tensor | None
+    run: Callable[[Tensor], Tensor]
+
+    def forward(self, _: object = None) -> Tensor:
+        """The module, and the loss if there is one."""
+        return self.run(self.x)
+
+    def backward(self, out: Tensor) -> None:
+        """From the loss, or from the gradient that arrives."""
+        if out.requires_grad:
+            out.backward(self.arriving)
+
+    def finish(self, _: object = None) -> None:
+        """The optimizer."""
+        raise NotImplementedError
+
+    def __call__(self) -> None:
+        self.backward(self.forward())
+        self.finish()
+
+
+class _StockStep(Step):
+    def __init__(
+        self, module: nn.Module, problem: Problem, run: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.x, self.arriving = input_of(problem), problem.arriving
+        self.run = run or forward_of(module, problem)
+        self.optimizer = stock_optimizer(module, problem.rule)
+
+    def finish(self, _: object = None) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.x.grad = None
 
 
 def input_of(problem: Problem) -> Tensor:
@@ -151,39 +178,52 @@ def forward_of(module: nn.Module, problem: Problem) -> Callable[[Tensor], Tensor
     return forward
 
 
+class _OurStep(Step):
+    def __init__(
+        self, module: nn.Module, problem: Problem, target_every: int | None, warmup_steps: int
+    ) -> None:
+        import fused_dni as fd
+
+        self.x, self.arriving = input_of(problem), problem.arriving
+        if target_every is None:
+            self.x = self.x.detach()
+        self.run = forward_of(module, problem)
+        self.context = problem.context
+        self.optimizer = fd.FusedOptimizer(module)
+        self.others = _ordinary(list(fd.ordinary_parameters(module)), problem.rule)
+        self.schedule = fd.Schedule(module, target_every=target_every, warmup_steps=warmup_steps)
+
+    def forward(self, _: object = None) -> Tensor:
+        if self.context is None:
+            return self.run(self.x)
+        with condition_on(self.context):
+            return self.run(self.x)
+
+    def finish(self, _: object = None) -> None:
+        self.optimizer.step()
+        if self.others is not None:
+            self.others.step()
+            self.others.zero_grad()
+        self.x.grad = None
+        self.schedule.step()
+
+
+def stock_step(
+    module: nn.Module, problem: Problem, run: Callable[[Tensor], Tensor] | None = None
+) -> Step:
+    """A step of stock backprop: eager, or with ``run`` (a compiled forward and loss)."""
+    return _StockStep(module, problem, run)
+
+
 def our_step(
     module: nn.Module, problem: Problem, target_every: int | None, warmup_steps: int = 0
-) -> Callable[[], None]:
-    """A training step on decoupled layers, with what a user's loop has in it."""
-    import fused_dni as fd
+) -> Step:
+    """A training step on decoupled layers, with what a user's loop has in it.
 
-    x, arriving = input_of(problem), problem.arriving
-    if problem.loss is None and target_every is None:
-        setattr(x, NO_TARGET, True)  # the decoupled layer below asks for nothing on such steps
-    forward = forward_of(module, problem)
-    optimizer = fd.FusedOptimizer(module)
-    others = list(fd.ordinary_parameters(module))
-    ordinary = _ordinary(others, problem.rule)
-    schedule = fd.Schedule(module, target_every=target_every, warmup_steps=warmup_steps)
-    context = problem.context
-
-    def step() -> None:
-        if ordinary is not None:
-            ordinary.zero_grad()
-        x.grad = None
-        if context is None:
-            out = forward(x)
-        else:
-            with fd.condition_on(context):
-                out = forward(x)
-        if out.requires_grad:
-            out.backward(arriving)
-        optimizer.step()
-        if ordinary is not None:
-            ordinary.step()
-        schedule.step()
-
-    return step
+    On a model's steps without any targets (``target_every=None``) nothing below it asks for a
+    gradient.
+    """
+    return _OurStep(module, problem, target_every, warmup_steps)
 
 
 def _ordinary(parameters: Sequence[nn.Parameter], rule: Rule) -> torch.optim.Optimizer | None:
