@@ -223,11 +223,14 @@ void linear_step(std::size_t type, const py::tuple& layer, const py::tuple& synt
   a.rule = read_rule(rule);
   a.target_scale = read.real();
   a.max_norm = read.real();
+  a.preactivation = read.flag();
   a.x = read.pointer();
   a.h = read.pointer();
   a.scaled = read.pointer();
   a.reduced = read.pointer();
   a.grad_x = read.pointer();
+  a.normalized = read.pointer();
+  a.rstd = read.pointer();
   read.finish();
   call(kernels().linear_step, type, a);
 }

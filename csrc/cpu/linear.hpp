@@ -10,6 +10,9 @@
 //   panel by panel of W's columns: dx = delta W, then W <- rule(W, deltaT x)
 //
 // Within a panel dx comes before the update, so it sees the old weights without another barrier.
+//
+// A step whose gradient is predicted at z has it without going back: behind the prediction there
+// is a scaling alone, and no barrier for what a normalisation mixes.
 #pragma once
 
 #include "activation.hpp"
@@ -61,6 +64,15 @@ struct Layer {
         shift(static_cast<T*>(from.norm_bias)),
         running_mean(static_cast<T*>(from.running_mean)),
         running_var(static_cast<T*>(from.running_var)) {}
+
+  // What lies between the input and z.
+  Layer up_to_z() const {
+    Layer product = *this;
+    product.normalization = kNone;
+    product.activation = 0;  // the identity
+    product.scale = product.shift = nullptr;
+    return product;
+  }
 
   T bias_of(Index o) const { return bias ? bias[o] : T(0); }
   T scale_of(Index o) const { return scale ? scale[o] : T(1); }
@@ -188,6 +200,18 @@ struct Forward {
         }
       }
     });
+  }
+
+  // Hands out what a backward needs of the thread's own features, where it is wanted.
+  void save(const Team& team, Range own, void* normalized, void* to) const {
+    T* out = static_cast<T*>(to);
+    if (normalized)
+      from_transposed(z + own.begin * layer.stride, layer.stride, layer.rows, own.size(),
+                      static_cast<T*>(normalized) + own.begin, layer.out);
+    if (out && layer.normalization == kBatch)
+      for (Index o = own.begin; o < own.end; ++o) out[o] = rstd[o];
+    if (out && layer.normalization == kLayer && team.rank == 0)
+      for (Index n = 0; n < layer.rows; ++n) out[n] = rstd[n];
   }
 
   // Moves the running statistics of the thread's own features.
@@ -335,6 +359,9 @@ struct Backward {
   }
 
  private:
+  // The batch's mean takes the bias away again: its gradient is zero, not rounding noise.
+  T bias_gradient(T sum) const { return layer.batch_statistics ? T(0) : sum; }
+
   // Gradient at the activation's input, for the vector at n of feature o.
   template <class Act>
   FUSED_DNI_INLINE Vec<T> through(Act act, Index o, Index n, T factor) const {
@@ -359,7 +386,7 @@ struct Backward {
       total += d;
       magnitude.add(d);
     }
-    grad_bias[o] = sum_lanes<T>(total);
+    grad_bias[o] = bias_gradient(sum_lanes<T>(total));
   }
 
   template <class Act>
@@ -388,8 +415,7 @@ struct Backward {
       bias += d;
       magnitude.add(d);
     }
-    // The batch's mean takes the bias away again: its gradient is zero, not rounding noise.
-    grad_bias[o] = layer.batch_statistics ? T(0) : sum_lanes<T>(bias);
+    grad_bias[o] = bias_gradient(sum_lanes<T>(bias));
   }
 
   template <class Act>
@@ -441,15 +467,8 @@ void linear_forward(const LinearForward& a) {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    const Index at = own.begin * layer.stride;
     Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
-    if (a.normalized)
-      from_transposed(forward.z + at, layer.stride, layer.rows, own.size(),
-                      static_cast<T*>(a.normalized) + own.begin, layer.out);
-    if (a.rstd && layer.normalization == kBatch)
-      for (Index o = own.begin; o < own.end; ++o) static_cast<T*>(a.rstd)[o] = forward.rstd[o];
-    if (a.rstd && layer.normalization == kLayer && team.rank == 0)
-      for (Index n = 0; n < layer.rows; ++n) static_cast<T*>(a.rstd)[n] = forward.rstd[n];
+    forward.save(team, own, a.normalized, a.rstd);
     forward.move_running(own);
   });
 }
@@ -559,7 +578,8 @@ void linear_step(const LinearStep& a) {
   typename Kind::Input input(layer, a.x);
   Forward<T> forward{layer};
   Predictor<T> predictor(a.synthesizer, layer.rows, layer.out);
-  Backward<T> backward{layer};
+  const Layer<T> behind = a.preactivation ? layer.up_to_z() : layer;
+  Backward<T> backward{behind};
   typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
   Report<T>* reports = nullptr;
   double* squares = nullptr;  // [threads], of the prediction
@@ -591,6 +611,7 @@ void linear_step(const LinearStep& a) {
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
     Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
+    forward.save(team, own, a.normalized, a.rstd);
     predictor.reduce(team, own, forward.h);
     if (predictor.kind != kDiagonal) team.sync();
     predictor.combine(team);

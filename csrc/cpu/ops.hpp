@@ -85,11 +85,14 @@ struct LinearStep {
   SynthesizerArguments synthesizer;
   RuleArguments rule;
   double target_scale, max_norm;
-  const void* x;  // [N, I]
-  void* h;        // [N, O]
-  void* scaled;   // [N, O]
-  void* reduced;  // [N, R]
-  void* grad_x;   // [N, I]
+  bool preactivation;  // the gradient is predicted at z = x W^T + b, else at h
+  const void* x;       // [N, I]
+  void* h;             // [N, O]
+  void* scaled;        // [N, O]
+  void* reduced;       // [N, R]
+  void* grad_x;        // [N, I]
+  void* normalized;    // [N, O], what Saved holds
+  void* rstd;          // [O] or [N]
 };
 
 struct SynthesizerPredict {

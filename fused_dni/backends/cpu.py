@@ -140,6 +140,17 @@ def _context(
     return (_address(labels), _address(vectors)), labels if vectors is None else vectors
 
 
+def _empty_saved(h: Tensor, config: LinearConfig, dtype: torch.dtype) -> Saved:
+    """Room for what a backward over h [N, O] needs."""
+    normalized = rstd = None
+    if config.normalization is not None or config.activation not in FROM_OUTPUT:
+        normalized = torch.empty_like(h, dtype=dtype)
+    if config.normalization is not None:
+        size = h.shape[1] if config.normalization == "batch" else h.shape[0]
+        rstd = h.new_empty(size, dtype=dtype)
+    return Saved(normalized, rstd)
+
+
 def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return layer[:4]
 
@@ -171,24 +182,17 @@ class CpuBackend:
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
         given, dtype = x.dtype, layer.weight.dtype
         x, kernel = _input(x, dtype)
-        rows, features = x.shape[0], layer.weight.shape[0]
-        h = x.new_empty(rows, features)
-        normalized = rstd = None
-        if save:
-            if config.normalization is not None or config.activation not in FROM_OUTPUT:
-                normalized = torch.empty_like(h, dtype=dtype)
-            if config.normalization is not None:
-                size = features if config.normalization == "batch" else rows
-                rstd = h.new_empty(size, dtype=dtype)
+        h = x.new_empty(x.shape[0], layer.weight.shape[0])
+        saved = _empty_saved(h, config, dtype) if save else Saved()
         _cpu.linear_forward(
             kernel,
             _layer(x, layer, config, training),
-            (x.data_ptr(), h.data_ptr(), _address(normalized), _address(rstd)),
+            (x.data_ptr(), h.data_ptr(), *_addresses(saved)),
         )
         moved = moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
-        return h if h.dtype is given else h.to(given), Saved(normalized, rstd)
+        return h if h.dtype is given else h.to(given), saved
 
     def linear_backward(
         self,
@@ -566,8 +570,6 @@ class _Step:
         max_norm: float,
         rule: RuleTensors,
     ) -> None:
-        if config.interface != "output":
-            raise RuntimeError("backend 'cpu' has no step for interface='preactivation' yet")
         weight = layer.weight
         self.dtype = weight.dtype
         self.features = weight.shape[0]
@@ -575,6 +577,8 @@ class _Step:
         self.synthesizer = synthesizer
         self.rule = _rule(rule)
         self.max_norm = max_norm
+        self.config = config
+        self.inside = config.interface == "preactivation"
         # Whatever the step may have written; holding the tensors keeps the addresses good.
         self.written = updated(_slots(layer), rule) + moved_statistics(layer, config, True)
         self.fixed = _synthesizer(synthesizer)
@@ -593,6 +597,9 @@ class _Step:
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
         prediction = empty_prediction(h, self.synthesizer, self.dtype) if need_prediction else None
+        saved = (
+            _empty_saved(h, self.config, self.dtype) if need_prediction and self.inside else None
+        )
         conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
             kernel,
@@ -602,17 +609,19 @@ class _Step:
             (
                 target_scale,
                 self.max_norm,
+                self.inside,
                 x.data_ptr(),
                 h.data_ptr(),
                 0 if prediction is None else prediction.scaled.data_ptr(),
                 0 if prediction is None else _address(prediction.reduced),
                 0 if dx is None else dx.data_ptr(),
+                *((0, 0) if saved is None else _addresses(saved)),
             ),
         )
         increment_version(self.written)
         if h.dtype is not given:
             h, dx = h.to(given), None if dx is None else dx.to(given)
-        return Step(h, prediction, dx)
+        return Step(h, prediction, dx, saved)
 
 
 def _lstm_backward(
