@@ -39,6 +39,7 @@ def fused(
     synthesizer_update: Rule | None = None,
     rank: int | None = 16,
     context_features: int = 0,
+    interface: str = "output",
     backend: str | None = None,
     seed: int = 0,
 ) -> nn.Sequential:
@@ -47,7 +48,8 @@ def fused(
 
     With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense),
     or those do whose numbers (from 0) are given; of the others, and of the head in any case, the
-    gradient is exact and applied in the backward.
+    gradient is exact and applied in the backward. ``interface`` is where it is predicted: at the
+    "output" or at the "preactivation".
     """
     network = copy.deepcopy(network)
     children = list(network)
@@ -71,6 +73,7 @@ def fused(
                     synthesizer=synthesizer,
                     update=update,
                     synthesizer_update=synthesizer_update if decoupled else None,
+                    interface=interface if decoupled else "output",
                     backend=backend,
                 )
             )

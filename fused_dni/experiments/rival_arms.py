@@ -38,10 +38,17 @@ KINDS: dict[str, str] = {
     "feedback": "direct feedback alignment: the error at the logits through fixed random matrices "
     "(our kernels)",
     "cdni-K": "synthetic gradients conditioned on labels, synthesizers trained on every K-th step",
+    "cdni-z-K": "the same, predicted at the preactivation: an update needs no backward through "
+    "activation and normalisation; synthesizers trained on every K-th step",
 }
 #: They compute the same step, so that one rate is right for all.
 EXACT = ("backprop", "compiled", "in-backward", "fused")
-DEFAULT_ARMS = (*EXACT, "stale-4", "delayed", "local", "feedback", "cdni-1", "cdni-4")
+SYNTHETIC = ("cdni-K", "cdni-z-K")
+DEFAULT_ARMS = (
+    *EXACT,
+    *("stale-4", "delayed", "local", "feedback"),
+    *("cdni-1", "cdni-4", "cdni-z-1", "cdni-z-4"),
+)
 #: Rates at the start, with Adam; docs/rivals.md says how they were found.
 RATES = {
     "exact": 3e-3,
@@ -50,6 +57,7 @@ RATES = {
     "local": 3e-3,
     "feedback": 3e-3,
     "cdni-K": 3e-3,
+    "cdni-z-K": 3e-3,
 }
 #: The synthesizers' rate as a share of the layers'.
 SYNTHESIZER_SHARE = 0.5
@@ -86,7 +94,7 @@ class Arm(NamedTuple):
         k = self.every
         if self.kind == "stale-K":
             shares = {"compute": 1 / k, "repeat": 1 - 1 / k}
-        elif self.kind == "cdni-K":
+        elif self.kind in SYNTHETIC:
             rest = 1 - warmup
             shares = {"warm-up": warmup, "target": rest / k, "no target": rest * (1 - 1 / k)}
         else:
@@ -254,7 +262,7 @@ def build(
         return LocalTrainer(name, seed, network, rule, steps, backend)
     if which.kind == "feedback":
         return FeedbackTrainer(name, seed, network, rule, steps, backend)
-    synthetic = which.kind == "cdni-K"
+    synthetic = which.kind in SYNTHETIC
     ours = nets.fused(
         network,
         synthetic=synthetic,
@@ -262,6 +270,7 @@ def build(
         synthesizer_update=synthesizer_rule,
         rank=settings.rank or None,
         context_features=dataset.classes if synthetic else 0,
+        interface="preactivation" if which.kind == "cdni-z-K" else "output",
         backend=backend,
         seed=seed,
     ).to(settings.device)

@@ -23,6 +23,7 @@ from fused_dni.experiments import data, rival_gate
 from fused_dni.experiments.rival_arms import (
     EXACT,
     SYNTHESIZER_SHARE,
+    SYNTHETIC,
     Arm,
     Settings,
     arm,
@@ -155,7 +156,7 @@ def _gate(
     found: dict[str, float] = {}
     for i, which in enumerate(arms):
         progress.update("checking", i / len(arms), which.name)
-        phase = "warm-up" if which.kind.startswith("cdni") else ""
+        phase = "warm-up" if which.kind in SYNTHETIC else ""
         for attempt in range(GATE_TRIES):
             trainer = build(which, 0, settings, dataset, ENDLESS, rule, phase=phase)
             order = _rows(settings, dataset, attempt)
