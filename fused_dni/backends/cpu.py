@@ -23,7 +23,6 @@ from torch.autograd.graph import increment_version
 from fused_dni import _cpu
 from fused_dni.backends.base import (
     ACTIVATIONS,
-    FROM_OUTPUT,
     NORMALIZATIONS,
     RULES,
     SYNTHESIZERS,
@@ -48,6 +47,7 @@ from fused_dni.backends.base import (
 )
 from fused_dni.backends.shared import (
     empty_prediction,
+    empty_saved,
     moved_statistics,
     split_context,
     updated,
@@ -140,17 +140,6 @@ def _context(
     return (_address(labels), _address(vectors)), labels if vectors is None else vectors
 
 
-def _empty_saved(h: Tensor, config: LinearConfig, dtype: torch.dtype) -> Saved:
-    """Room for what a backward over h [N, O] needs."""
-    normalized = rstd = None
-    if config.normalization is not None or config.activation not in FROM_OUTPUT:
-        normalized = torch.empty_like(h, dtype=dtype)
-    if config.normalization is not None:
-        size = h.shape[1] if config.normalization == "batch" else h.shape[0]
-        rstd = h.new_empty(size, dtype=dtype)
-    return Saved(normalized, rstd)
-
-
 def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return layer[:4]
 
@@ -183,7 +172,7 @@ class CpuBackend:
         given, dtype = x.dtype, layer.weight.dtype
         x, kernel = _input(x, dtype)
         h = x.new_empty(x.shape[0], layer.weight.shape[0])
-        saved = _empty_saved(h, config, dtype) if save else Saved()
+        saved = empty_saved(h, config, dtype) if save else Saved()
         _cpu.linear_forward(
             kernel,
             _layer(x, layer, config, training),
@@ -597,9 +586,7 @@ class _Step:
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
         prediction = empty_prediction(h, self.synthesizer, self.dtype) if need_prediction else None
-        saved = (
-            _empty_saved(h, self.config, self.dtype) if need_prediction and self.inside else None
-        )
+        saved = empty_saved(h, self.config, self.dtype) if need_prediction and self.inside else None
         conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
             kernel,

@@ -68,13 +68,13 @@ def empty_prediction(h: Tensor, synthesizer: SynthesizerTensors, dtype: torch.dt
     )
 
 
-def empty_saved(h: Tensor, config: LinearConfig) -> Saved:
-    """Room for what a backward over h [N, O] needs, in float32."""
+def empty_saved(h: Tensor, config: LinearConfig, dtype: torch.dtype) -> Saved:
+    """Room for what a backward needs beside h [N, O]."""
     rows, features = h.shape
     normalized = rstd = None
     if config.normalization is not None or config.activation not in FROM_OUTPUT:
-        normalized = h.new_empty(rows, features, dtype=torch.float32)
+        normalized = h.new_empty(rows, features, dtype=dtype)
     if config.normalization is not None:
         size = features if config.normalization == "batch" else rows
-        rstd = h.new_empty(size, dtype=torch.float32)
+        rstd = h.new_empty(size, dtype=dtype)
     return Saved(normalized, rstd)

@@ -98,7 +98,7 @@ class TritonBackend(TritonLSTM):
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
         x = x.contiguous()
         h = x.new_empty(x.shape[0], layer.weight.shape[0])
-        saved = empty_saved(h, config) if save else Saved()
+        saved = empty_saved(h, config, torch.float32) if save else Saved()
         t = linear.Tensors(x, *layer, h=h, normalized=saved.normalized, rstd=saved.rstd)
         problem = _problem(config, layer, training)
         tiles = _tiles("linear_forward", x, layer.weight, "none")
@@ -317,7 +317,7 @@ class _Step:
         )  # fmt: skip
         saved = None
         if need_prediction and not self.goes_back:
-            saved = empty_saved(h, self.config)
+            saved = empty_saved(h, self.config, torch.float32)
             t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
         problem = self.problem._replace(target_scale=target_scale, precision=precision())
         key = (need_dx, need_prediction, labels is None, precision(), x.data_ptr() % 16 == 0)
@@ -349,7 +349,7 @@ class _Step:
         """The step's tensors with a workspace for a batch like x."""
         t = self.fixed._replace(x=x, h=h)
         if self.goes_back:
-            normalized, rstd = empty_saved(h, self.config)
+            normalized, rstd = empty_saved(h, self.config, torch.float32)
             t = t._replace(normalized=normalized, rstd=rstd)
         if t.down is not None:
             reduced = x.new_empty(x.shape[0], t.down.shape[0], dtype=torch.float32)
