@@ -148,9 +148,9 @@ fi
 part baselines 60 "$RUN" bench/gpu_baselines.py "$OUT/baselines.json" --seconds 50
 
 look_at_kernels() {
-  ncu --clock-control none --profile-from-start off --csv --page raw \
-    --metrics "$("$RUN" bench/gpu_kernels.py --metrics)" --log-file "$WORK/ncu.csv" \
-    "$RUN" bench/gpu_kernels.py --profile
+  # shellcheck disable=SC2046 # options, a word each
+  ncu $("$RUN" bench/gpu_kernels.py --ncu-options) --profile-from-start off \
+    --log-file "$WORK/ncu.csv" "$RUN" bench/gpu_kernels.py --profile
   local status=$?
   "$RUN" bench/gpu_kernels.py --ncu "$WORK/ncu.csv" >"$WORK/ncu.txt"
   return $status

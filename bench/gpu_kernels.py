@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import math
 import sys
 import time
@@ -39,6 +37,7 @@ from fused_dni.kernels.launch import Launch
 import tables
 import workloads_gpu as w
 from fused_dni.backends import cuda_calls, measured, registry, triton_lstm
+from fused_dni.profile import ncu
 from gpu_baselines import graphed
 from workloads_lstm import _within
 
@@ -50,6 +49,7 @@ Groups = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 DNI = "DNI"
 DNI_EAGER = "DNI, eager"
 DNI_CUDA = "DNI, CUDA"
+INSIDE, INSIDE_CUDA = "DNI at the preactivation", "DNI at the preactivation, CUDA"
 ONE, SEVERAL = "DNI, one launch", "DNI, several launches"
 BACKPROP = "backprop, our kernels"
 BACKPROP_CUDA = "backprop, CUDA kernels"
@@ -325,6 +325,8 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
             makers[name] = c.forced(
                 ("linear_step",), launched(launches), c.replay(ours(w.Decoupled))
             )
+        makers[INSIDE] = c.replay(ours(w.Inside))
+        makers[INSIDE_CUDA] = c.replay(ours(w.Inside, "cuda"))
         makers[DNI_EAGER] = c.eager(ours(w.Decoupled))
         makers[STOCK_EAGER] = c.eager(stock(None))
         makers[SYNTHESIZER] = c.replay(ours(w.SynthesizerUpdate))
@@ -334,11 +336,11 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
             makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
     pairs = {
         f"{other} / {DNI}": f"{other} / {DNI}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL)
+        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL, INSIDE)
     }
     pairs |= {
         f"{other} / {DNI_CUDA}": f"{other} / {DNI_CUDA}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP_CUDA, DNI)
+        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP_CUDA, DNI, INSIDE_CUDA)
     }
     pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
@@ -568,36 +570,10 @@ def profile(run: Run) -> None:
         print(f"{run.backend}: {name}", flush=True)
 
 
-#: What is asked of ncu, and the heads of the table's columns.
-METRICS = {
-    "gpu__time_duration.sum": "time",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
-    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
-    "dram__bytes.sum": "DRAM",
-    "lts__t_bytes.sum": "L2",
-    "sm__inst_executed_pipe_tensor.sum": "tensor instructions",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
-    "launch__registers_per_thread": "registers",
-    "launch__shared_mem_per_block": "shared memory",
-    "launch__grid_size": "programs",
-}
-
-
-def ncu_table(text: str) -> str:
-    """The output of ``ncu --csv --page raw`` as a table, a row a launch."""
-    lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if first is None:
-        return "ncu reported no kernel"
-    reader = csv.DictReader(io.StringIO("\n".join(lines[first:])))
-    units = next(reader, {})
-    rows = []
-    for launch in reader:
-        cells = [launch.get("Kernel Name", "?")]
-        for metric in METRICS:
-            cells.append(f"{launch.get(metric) or '-'} {units.get(metric) or ''}".strip())
-        rows.append(cells)
-    return columns([["kernel", *METRICS.values()], *rows])
+def ncu_table(written: str) -> str:
+    """The output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
+    kernels = ncu.read(written)
+    return columns([list(ncu.HEADER), *ncu.rows(kernels)]) if kernels else "ncu reported no kernel"
 
 
 # ------------------------------------------------------------------------------------- summary
@@ -733,15 +709,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", action="append", choices=tuple(PARTS))
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--profile", action="store_true", help="run each op once, time nothing")
-    parser.add_argument("--metrics", action="store_true", help="print what ncu is to measure")
+    parser.add_argument("--ncu-options", action="store_true", help="print what ncu is asked for")
     parser.add_argument("--ncu", type=Path, metavar="CSV", help="print what ncu wrote")
     parser.add_argument("--backends", action="store_true", help="print the table of backends")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", help="of the rows without a name (triton); --profile: alone")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
     given = parser.parse_args(arguments)
-    if given.metrics:
-        print(",".join(METRICS))
+    if given.ncu_options:
+        print(*ncu.OPTIONS)
         return 0
     if given.ncu is not None:
         print(ncu_table(given.ncu.read_text()))

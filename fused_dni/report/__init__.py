@@ -5,7 +5,28 @@ one function from that data to :mod:`blocks <fused_dni.report.blocks>` (paragrap
 figures), and one renderer for each place where people read them.
 """
 
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.blocks import (
+    Block,
+    Figure,
+    Heading,
+    Table,
+    Text,
+    as_markdown,
+    as_text,
+    drawable,
+)
 from fused_dni.report.kinds import ReportError, blocks_of, load
 
-__all__ = ["Block", "Figure", "Heading", "ReportError", "Table", "Text", "blocks_of", "load"]
+__all__ = [
+    "Block",
+    "Figure",
+    "Heading",
+    "ReportError",
+    "Table",
+    "Text",
+    "as_markdown",
+    "as_text",
+    "blocks_of",
+    "drawable",
+    "load",
+]

@@ -10,7 +10,16 @@ from typing import Any
 from fused_dni import text
 
 #: Two reports of the same data give the same file.
-_SVG: Any = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}
+_STYLE: Any = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}
+
+#: For a page with a text colour of its own: the colour in which text and axes are drawn before it
+#: is replaced (no plot asks for it), and no background.
+_INK = "#010203"
+_ON_A_PAGE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,22 @@ class Figure:
     caption: str
     size: tuple[float, float] = (6.4, 4.0)
 
-    def svg(self) -> str:
-        """The plot as SVG; the same data give the same bytes under one version of matplotlib."""
+    def svg(self, *, inline: bool = False) -> str:
+        """The plot as SVG; the same data give the same bytes under one version of matplotlib.
+
+        Args:
+            inline: for a page's own markup: text and axes take the page's text colour.
+        """
         import io
 
         out = io.StringIO()
-        self._save(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+        style = _ON_A_PAGE if inline else {}
+        self._save(out, style, format="svg", metadata={"Date": None})
+        drawn = out.getvalue()
+        if inline:
+            for colour in (_INK, "stroke: #000000"):
+                drawn = drawn.replace(colour, colour.replace(colour[-7:], "currentColor"))
+        return drawn
 
     def save(self, path: Path) -> Path:
         """Write the plot in the format that the file's name says.
@@ -62,20 +80,36 @@ class Figure:
             ValueError: an unknown format.
         """
         stable: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-        self._save(path, dpi=120, **stable)
+        self._save(path, {}, dpi=120, **stable)
         return path
 
-    def _save(self, to: Any, **options: Any) -> None:
+    def _save(self, to: Any, style: dict[str, Any], **options: Any) -> None:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
 
-        with matplotlib.rc_context(_SVG):
+        rc: Any = {**_STYLE, **style}
+        with matplotlib.rc_context(rc):
             canvas = Canvas(figsize=self.size, layout="constrained")
             self.draw(canvas)
             canvas.savefig(to, **options)
 
 
 Block = Heading | Text | Table | Figure
+
+
+def drawable(blocks: Iterable[Block]) -> list[Block]:
+    """The same; without figures, and a paragraph that says so, where matplotlib is missing."""
+    found = list(blocks)
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        rest: list[Block] = [block for block in found if not isinstance(block, Figure)]
+        left_out = len(found) - len(rest)
+        if left_out:
+            figures = "1 figure is" if left_out == 1 else f"{left_out} figures are"
+            rest.append(Text(f"{figures} left out: {error} (pip install matplotlib)."))
+        return rest
+    return found
 
 
 def as_text(blocks: Iterable[Block]) -> str:
