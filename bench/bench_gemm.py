@@ -96,7 +96,7 @@ class Products:
 def bench_product(timed, shape, product, who):
     products = Products(shape)
     timed(
-        f"product {product} {shape}",
+        f"Are our products as fast as torch's? {product} {shape}",
         lambda: getattr(products, who)(product),
         lambda: products.check(product),
     )

@@ -32,9 +32,13 @@ def products(shape: w.Shape, dx: bool, forward_only: bool = False):
     return floor
 
 
+def forward_group(shape: w.Shape) -> str:
+    return f"What does a layer's forward cost? {shape}"
+
+
 @SHAPES
 def bench_forward_floor(timed, shape):
-    timed(f"forward {shape}", lambda: products(shape, False, forward_only=True))
+    timed(forward_group(shape), lambda: products(shape, False, forward_only=True))
 
 
 @SHAPES
@@ -47,7 +51,7 @@ def bench_forward_stock(timed, shape):
         with torch.no_grad():
             layer(x)
 
-    timed(f"forward {shape}", lambda: forward)
+    timed(forward_group(shape), lambda: forward)
 
 
 @SHAPES
@@ -66,11 +70,11 @@ def bench_forward_ours(timed, shape, backend):
             expected = nn.Sequential(linear, norm, nn.ReLU()).eval()(x)
             torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
-    timed(f"forward {shape}", lambda: forward, check)
+    timed(forward_group(shape), lambda: forward, check)
 
 
 def step_group(shape: w.Shape, dx: bool) -> str:
-    return f"layer step {shape}, {'with' if dx else 'without'} dx"
+    return f"Is a layer's step cheaper by DNI? {shape}, {'with' if dx else 'without'} dx"
 
 
 DX = pytest.mark.parametrize("dx", [False, True], ids=["no_dx", "dx"])
@@ -120,7 +124,8 @@ def bench_layer_on_a_gpu(timed, shape, dx, precision, kind):
 
     with wg.arithmetic(precision):
         timed(
-            f"layer step {case} on a GPU",
-            lambda: wg.synchronized(make(case, device).step),
+            f"Is a layer's step cheaper by DNI? {case} on a GPU",
+            lambda: make(case, device).step,
             lambda: wg.check_layer(make, case, device),
+            device="cuda",
         )

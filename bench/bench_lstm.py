@@ -20,13 +20,13 @@ BACKWARD = pytest.mark.parametrize("backward", [False, True], ids=["forward", "b
 
 
 def group(what: str, shape: w.Shape, backward: bool) -> str:
-    return f"{what} {shape} {'forward+backward' if backward else 'forward'}"
+    return f"What does {what} cost? {shape} {'forward+backward' if backward else 'forward'}"
 
 
 @CELLS
 @BACKWARD
 def bench_cell_floor(timed, shape, backward):
-    timed(group("cell", shape, backward), lambda: w.floor(shape, backward))
+    timed(group("an LSTM cell", shape, backward), lambda: w.floor(shape, backward))
 
 
 @CELLS
@@ -34,13 +34,15 @@ def bench_cell_floor(timed, shape, backward):
 @pytest.mark.parametrize("ours", [False, True], ids=["nn.LSTMCell", "ours"])
 def bench_cell(timed, shape, backward, ours):
     cell = w.check_cell(shape, ours, backward=backward)
-    timed(group("cell", shape, backward), lambda: cell.backward if backward else cell.forward)
+    timed(
+        group("an LSTM cell", shape, backward), lambda: cell.backward if backward else cell.forward
+    )
 
 
 @SHAPES
 @BACKWARD
 def bench_window_floor(timed, shape, backward):
-    timed(group("window", shape, backward), lambda: w.floor(shape, backward))
+    timed(group("an LSTM's window", shape, backward), lambda: w.floor(shape, backward))
 
 
 @SHAPES
@@ -52,14 +54,17 @@ def bench_window(timed, shape, backward, method):
     if reason is not None:
         pytest.skip(reason)
     window = w.check_window(shape, method, backward=backward)
-    timed(group("window", shape, backward), lambda: window.backward if backward else window.infer)
+    timed(
+        group("an LSTM's window", shape, backward),
+        lambda: window.backward if backward else window.infer,
+    )
 
 
 @SHAPES
 @pytest.mark.parametrize("method", w.STEP_METHODS, ids=lambda m: m.name)
 def bench_step(timed, shape, method):
     training = w.check_training(shape, method)
-    timed(f"step {shape}", lambda: training.step)
+    timed(f"What does an LSTM's training step cost? {shape}", lambda: training.step)
 
 
 @BOUNDARIES
@@ -67,7 +72,7 @@ def bench_step(timed, shape, method):
 def bench_boundary(timed, shape, method):
     """With and without the boundary synthesizer: the difference is what it costs."""
     training = w.check_training(shape, method)
-    timed(f"boundary {shape}", lambda: training.step)
+    timed(f"What does the boundary synthesizer cost? {shape}", lambda: training.step)
 
 
 @pytest.mark.skipif(wg.why_no_gpu() is not None, reason=str(wg.why_no_gpu()))
@@ -86,7 +91,8 @@ def bench_window_on_a_gpu(timed, shape, precision, ours):
 
     with wg.arithmetic(precision):
         timed(
-            f"window {case} on a GPU",
-            lambda: wg.synchronized(make(case, device).step),
+            f"What does an LSTM's window cost? {case} on a GPU",
+            lambda: make(case, device).step,
             lambda: wg.check_window(make, case, device),
+            device="cuda",
         )

@@ -18,4 +18,4 @@ def bench_memory(timed, benchmark, method, depth):
     peak = timing.peak_memory(step)
     benchmark.extra_info["peak_bytes"] = peak
     print(f"{method:10} depth {depth:3}: {peak / 2**20:8.2f} MiB at the peak of a step")
-    timed(f"memory depth {depth:02}", lambda: step)
+    timed(f"What does less activation memory cost? depth {depth:02}", lambda: step)

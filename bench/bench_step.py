@@ -14,7 +14,7 @@ from fused_dni import timing
 
 
 def group(case: w.Case, rule: str) -> str:
-    return f"step {case} {rule}, {w.CYCLE} steps"
+    return f"Is a network's step cheaper by DNI? {case} {rule}, {w.CYCLE} steps"
 
 
 @pytest.mark.parametrize("rule", w.RULES)

@@ -18,7 +18,7 @@ BACKENDS = pytest.mark.parametrize("backend", w.backends())
 @BACKENDS
 def bench_predict(timed, case, kind, backend):
     timed(
-        f"synthesizer predict {case}",
+        f"What does a prediction cost? {case}",
         lambda: w.SynthesizerStep(kind, case, backend).predict,
         lambda: w.check_synthesizer(kind, case, backend),
     )
@@ -31,7 +31,7 @@ def bench_update(timed, case, kind, backend):
     step = w.SynthesizerStep(kind, case, backend)
     prediction = step.predict()
     timed(
-        f"synthesizer update {case}",
+        f"What does training a synthesizer cost? {case}",
         lambda: lambda: step.update(prediction),
         lambda: w.check_synthesizer(kind, case, backend),
     )
@@ -47,7 +47,8 @@ def bench_update_on_a_gpu(timed, case):
         return wg.SynthesizerUpdate(layer, device, "triton", **options)
 
     timed(
-        f"synthesizer update {case} on a GPU",
-        lambda: wg.synchronized(make(layer, device).step),
+        f"What does training a synthesizer cost? {case} on a GPU",
+        lambda: make(layer, device).step,
         lambda: wg.check_layer(make, layer, device),
+        device="cuda",
     )

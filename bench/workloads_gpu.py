@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -88,16 +89,6 @@ def why_no_gpu() -> str | None:
     return dict(registry.report())["triton"]
 
 
-def synchronized(step: Callable[[], object]) -> Callable[[], None]:
-    """A step and the wait for its end, for clocks of the host."""
-
-    def call() -> None:
-        step()
-        torch.cuda.synchronize()
-
-    return call
-
-
 # ------------------------------------------------------------------------------------- one layer
 
 
@@ -123,7 +114,13 @@ class Case(NamedTuple):
 
 
 class Layer:
-    """The tensors of one layer: ``x`` and ``g`` [batch, hidden], labels [batch], parameters."""
+    """The tensors of one layer: ``x`` and ``g`` [batch, hidden], labels [batch], parameters.
+
+    Attributes:
+        affine: whether scale and shift are trained.
+    """
+
+    affine = True
 
     def __init__(
         self,
@@ -142,8 +139,8 @@ class Layer:
         self.x = draw(batch, hidden).to(activations)
         self.g = draw(batch, hidden, scale=1.0 / batch).to(activations)
         self.weight = nn.Parameter(draw(hidden, hidden, scale=hidden**-0.5))
-        self.scale = nn.Parameter(1.0 + draw(hidden, scale=0.1))
-        self.shift = nn.Parameter(draw(hidden, scale=0.1))
+        self.scale = nn.Parameter(1.0 + draw(hidden, scale=0.1), self.affine)
+        self.shift = nn.Parameter(draw(hidden, scale=0.1), self.affine)
         self.running = (draw(hidden), draw(hidden).abs())
         self.labels = torch.randint(0, CLASSES, (batch,), generator=draw.generator, device=device)
         rank = min(RANK, hidden)
@@ -161,22 +158,33 @@ class Layer:
         self.rule = RuleState(kind(rate)).tensors(self.slots)
 
     def parameters(self) -> dict[str, Tensor]:
-        return {"weight": self.weight, "scale": self.scale, "shift": self.shift}
+        vectors = {"scale": self.scale, "shift": self.shift} if self.affine else {}
+        return {"weight": self.weight} | vectors
 
 
 class Decoupled(Layer):
     """The decoupled step: forward, rank-16 label-conditioned synthetic gradient, update."""
 
+    config = CONFIG
+
     def __init__(self, case: Case, device: torch.device, backend: str, **options: Any) -> None:
         super().__init__(case, device, **options)
         self.bound = registry.get(backend).bind_step(
-            self.tensors, CONFIG, self.synthesizer, 0.0, self.rule
+            self.tensors, self.config, self.synthesizer, 0.0, self.rule
         )
 
     def step(self) -> dict[str, Tensor]:
         """h [batch, hidden], and dx [batch, hidden] where it is asked for."""
         made = self.bound(self.x, self.labels, float(self.case.batch), self.case.dx, False)
         return {"h": made.h} if made.dx is None else {"h": made.h, "dx": made.dx}
+
+
+class Inside(Decoupled):
+    """The same with the synthetic gradient at z, that need not go back through ReLU and BatchNorm;
+    no step but one with a target trains scale and shift."""
+
+    affine = False
+    config = replace(CONFIG, interface="preactivation")
 
 
 class Backprop(Layer):
