@@ -5,6 +5,7 @@ forward, drop-in for PyTorch's; and the measurements that say what it buys.
 """
 
 from fused_dni import functional
+from fused_dni.advise import Advice, advise
 from fused_dni.annotate import annotate, from_environment
 from fused_dni.context import condition_on
 from fused_dni.convert import convert, revert
@@ -33,6 +34,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Advice",
     "ConvSynthesizer",
     "Decoupled",
     "DecoupledSequential",
@@ -47,6 +49,7 @@ __all__ = [
     "Schedule",
     "Synthesizer",
     "Verdict",
+    "advise",
     "annotate",
     "backward_boundary",
     "condition_on",

@@ -1,0 +1,154 @@
+"""What is timed: blocks alone in all forms that a plan may need, and whole steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fused_dni import timing
+from fused_dni.advise import forms
+from fused_dni.advise.alone import Alone, backward_of_nothing, held, optimizer_of_nothing
+from fused_dni.advise.blocks import Block
+from fused_dni.advise.forms import Making, interfaces
+from fused_dni.advise.predict import BACKWARD, OPTIMIZER, Blocks, Form, Plan, memory, needed
+from fused_dni.advise.report import STOCK
+from fused_dni.timing import Timing
+from fused_dni.verdict.candidates import Problem, our_step, spread, stock_step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What advice is given on.
+
+    Attributes:
+        model: a copy in training mode.
+        blocks: of it.
+        problem: sample, loss, labels and rule, as the verdict's candidates take them.
+        how: how blocks are made.
+    """
+
+    model: nn.Module
+    blocks: list[Block]
+    problem: Problem
+    how: Making
+
+    def alone(self, index: int, form: Form) -> Alone:
+        """A block alone in one form."""
+        block = self.blocks[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            module = forms.alone(block, form.interface, self.how if form.ours else None).train()
+        spread(module)
+        context = self.problem.context if form.interface is not None else None
+        return Alone(block, module, form.asks, form.target, self.how.rule, context)
+
+    def whole(self, plan: Plan, target_every: int | None) -> Callable[[], None]:
+        """A training step of the whole model by a plan, targets on every so manieth."""
+        kept = not any(block.ours for block in self.blocks) and not plan.interfaces
+        if not plan.ours or kept:
+            return stock_step(copy.deepcopy(self.model), self.problem)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = forms.converted(self.model, self.blocks, plan.interfaces, self.how)
+        spread(model)
+        return our_step(model, self.problem, target_every)
+
+
+def possible(blocks: Sequence[Block]) -> dict[tuple[int, Form], None]:
+    """Every form that a block may take in some plan, in order."""
+    found = needed(blocks, [Plan(ours=False), Plan()])
+    for i, block in enumerate(blocks):
+        kinds = interfaces(block)
+        # Below an interface, and above one, on steps without targets.
+        for asks in dict.fromkeys((block.asks, False)):
+            ours = block.ours
+            found[i, Form(ours, None, False, asks)] = None
+            for kind in kinds:
+                found[i, Form(True, kind, False, asks)] = None
+        for kind in kinds:
+            found[i, Form(True, kind, True, block.asks)] = None
+    return found
+
+
+def measure_blocks(
+    subject: Subject, seconds: float, progress: Callable[[float], None]
+) -> tuple[Blocks, Timing]:
+    """Time all blocks alone in every form, and the whole stock step, interleaved.
+
+    Returns:
+        What was measured of blocks, and the stock step's time in the same run.
+    """
+    blocks = subject.blocks
+    names: dict[tuple[int, Form], str] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    first: dict[object, int] = {}
+    for i, form in possible(blocks):
+        alike = first.setdefault(blocks[i].signature(), i)
+        name = names[i, form] = f"{blocks[alike].name}: {form}"
+        if name not in steps:
+            steps[name] = subject.alone(i, form).step
+    parameter = next(p for p in subject.model.parameters() if p.requires_grad)
+    steps[BACKWARD] = backward_of_nothing()
+    steps[OPTIMIZER] = optimizer_of_nothing(subject.how.rule, parameter)
+    steps[STOCK] = subject.whole(Plan(ours=False), None)
+    times = timing.compare(
+        steps, seconds=seconds, device=subject.problem.sample.device, progress=progress
+    )
+    return Blocks(blocks, times, names), times[STOCK]
+
+
+def measure_plans(
+    subject: Subject,
+    plans: Mapping[str, Plan],
+    seconds: float,
+    progress: Callable[[float], None],
+) -> dict[str, Timing]:
+    """Time whole steps, interleaved: the mean step of each plan's cycle."""
+    steps: dict[str, Callable[[], object]] = {}
+    for name, plan in plans.items():
+        steps[name] = _repeated(subject.whole(plan, plan.k), plan.cycle)
+    times = timing.compare(
+        steps, seconds=seconds, device=subject.problem.sample.device, progress=progress
+    )
+    return {
+        name: timing.combine(name, [(1.0 / plan.cycle, times[name])])
+        for name, plan in plans.items()
+    }
+
+
+def _repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
+    def cycle() -> None:
+        for _ in range(times):
+            step()
+
+    return cycle
+
+
+def measure_memory(
+    subject: Subject, plans: Mapping[str, Plan], progress: Callable[[float], None]
+) -> dict[str, tuple[int, int]]:
+    """Peak bytes of a step of each plan: predicted from the blocks', and measured."""
+    device = subject.problem.sample.device
+    wanted = needed(subject.blocks, list(plans.values()))
+    kept: dict[object, tuple[int, int]] = {}
+    holds: dict[tuple[int, Form], int] = {}
+    peaks: dict[tuple[int, Form], int] = {}
+    for done, (i, form) in enumerate(wanted):
+        key = (subject.blocks[i].signature(), form)
+        if key not in kept:
+            block = subject.alone(i, form)
+            block.step()
+            kept[key] = held(block.forward, device), timing.peak_memory(block.step, device)
+        holds[i, form], peaks[i, form] = kept[key]
+        progress((done + 1) / (len(wanted) + 1))
+    found = {}
+    for name, plan in plans.items():
+        kinds = [1 if target else None for target, _ in plan.steps()]
+        measured = [timing.peak_memory(subject.whole(plan, k), device) for k in kinds]
+        found[name] = memory(subject.blocks, plan, holds, peaks), max(measured)
+    progress(1.0)
+    return found
