@@ -28,10 +28,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+
+from fused_dni.waiting import Stopwatch
 
 Candidate = Callable[[], object]
 
@@ -61,6 +63,8 @@ MAX_SAMPLE = 20e-3
 BLOCK = 3
 #: Fewest rounds of a run limited by ``seconds``: the least that gives a 95 % interval is six.
 MIN_ROUNDS = 8
+#: How many times ``seconds`` a run may last that was asked for a precision.
+PATIENCE = 3.0
 #: Differences below one per cent are reported as none: code placement alone makes them.
 MARGIN = 0.01
 
@@ -110,12 +114,15 @@ class Timing:
         samples: every sample, seconds per call, in the order taken.
         rounds: the median sample of each round; what :func:`differs` pairs.
         repeats: calls in one sample.
+        waited: share of the time on the clock in which no core was free, not counted in the
+            samples (:mod:`fused_dni.waiting`): how busy the machine was.
     """
 
     name: str
     samples: tuple[float, ...]
     rounds: tuple[float, ...]
     repeats: int
+    waited: float = 0.0
 
     @property
     def n(self) -> int:
@@ -159,6 +166,7 @@ class Timing:
             "n": self.n,
             "rounds": len(self.rounds),
             "repeats": self.repeats,
+            "waited": self.waited,
         }
         if samples:
             report["samples"] = list(self.rounds)
@@ -225,27 +233,30 @@ def combine(name: str, parts: Sequence[tuple[float, Timing]]) -> Timing:
         sum(w * v for (w, _), v in zip(parts, values, strict=True))
         for values in zip(*(t.rounds for _, t in parts), strict=True)
     )
-    return Timing(name, rounds, rounds, max(t.repeats for _, t in parts))
+    repeats = max(t.repeats for _, t in parts)
+    return Timing(name, rounds, rounds, repeats, max(t.waited for _, t in parts))
 
 
-def _host_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
-    clock, taken = time.perf_counter, []
-    if isinstance(call, Staged):
-        for _ in range(samples):
+Clock = Callable[[Candidate, int, int], list[float]]
+
+
+def _host_clock(watch: Stopwatch) -> Clock:
+    """Samples on the host: (call, repeats, samples) -> seconds per call of each sample."""
+
+    def sample(call: Candidate, repeats: int) -> float:
+        if isinstance(call, Staged):
             spent = 0.0
             for _ in range(repeats):
-                given = call.prepare()
-                start = clock()
-                call.run(given)
-                spent += clock() - start
-            taken.append(spent / repeats)
-        return taken
-    for _ in range(samples):
-        start = clock()
-        for _ in range(repeats):
-            call()
-        taken.append((clock() - start) / repeats)
-    return taken
+                spent += watch.time(partial(call.run, call.prepare()))
+            return spent / repeats
+
+        def run() -> None:
+            for _ in range(repeats):
+                call()
+
+        return watch.time(run) / repeats
+
+    return lambda call, repeats, samples: [sample(call, repeats) for _ in range(samples)]
 
 
 def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
@@ -275,9 +286,7 @@ def _staged_events(call: Staged, repeats: int) -> float:
     return sum(float(before.elapsed_time(after)) for before, after in pairs) / 1e3
 
 
-def _calibrate(
-    call: Candidate, clock: Callable[[Candidate, int, int], list[float]], min_sample: float
-) -> float:
+def _calibrate(call: Candidate, clock: Clock, min_sample: float) -> float:
     """Seconds of a call, from samples long enough that reading the clock is no part of them."""
     count = 1
     while True:
@@ -305,6 +314,7 @@ def compare(
     *,
     seconds: float | None = None,
     rounds: int | None = None,
+    precision: float | None = None,
     warmup: int = 3,
     min_sample: float = MIN_SAMPLE,
     block: int = BLOCK,
@@ -320,13 +330,18 @@ def compare(
         seconds: budget for the timed rounds of all candidates together; at least ``min_rounds``
             rounds are made whatever they take. Two seconds if neither limit is given.
         rounds: exact number of rounds, instead of ``seconds``.
+        precision: go on beyond ``seconds``, to three times as long at most, until the interval of
+            every candidate's ratio to the first one reaches no further than this share from its
+            middle. It is the width that is looked at, never the outcome: to stop when a difference
+            shows would find differences that are not there.
         warmup: calls of each candidate before anything is timed; at least one.
         min_sample: a sample lasts at least about this long; all last as long as the longest call
             (up to 20 ms), by repetition.
         block: samples that a candidate gives in each round.
         min_rounds: fewest rounds under ``seconds``.
         seed: of the order in which the candidates take their turns, permuted for every round.
-        device: where the work runs; on ``cuda`` the samples are taken by events.
+        device: where the work runs; on ``cuda`` the samples are taken by events, on the host by
+            the clock, less the time in which no core was free (:mod:`fused_dni.waiting`).
         progress: called after every round with the fraction done, 0 to 1.
 
     Returns:
@@ -343,10 +358,39 @@ def compare(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if seconds is None:
         seconds = 2.0
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
-    clock = _cuda_clock if torch.device(device).type == "cuda" else _host_clock
+    for name, value in (("seconds", seconds), ("precision", precision)):
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    with contextlib.closing(Stopwatch()) as watch:
+        cuda = torch.device(device).type == "cuda"
+        clock = _cuda_clock if cuda else _host_clock(watch)
+        repeats = _repeats(candidates, clock, warmup, min_sample)
+        run = _Run(candidates, clock, watch, repeats, block, random.Random(seed))
+        start = time.perf_counter()
+        done, look = 0, min_rounds
+        while True:
+            run.round()
+            done += 1
+            spent = time.perf_counter() - start
+            if rounds is not None:
+                fraction, over = done / rounds, done >= rounds
+            else:
+                fraction = min(spent / seconds, done / min_rounds, 1.0)
+                over = spent >= seconds and done >= min_rounds
+                if over and precision is not None and spent < PATIENCE * seconds:
+                    over = done >= look and run.spread() <= precision
+                    if done >= look:
+                        look = done + max(1, done // 4)  # looking takes longer and longer
+            if progress is not None:
+                progress(1.0 if over else fraction)
+            if over:
+                return run.timings()
 
+
+def _repeats(
+    candidates: Mapping[str, Candidate], clock: Clock, warmup: int, min_sample: float
+) -> dict[str, int]:
+    """Calls in a sample of each candidate, after warming it up."""
     calls: dict[str, float] = {}
     for name, call in candidates.items():
         for _ in range(max(1, warmup)):
@@ -358,39 +402,59 @@ def compare(
     # Samples of one length for all: where other work interrupts now and then, a long sample is
     # hit and a short one is not, and a median of short ones would look better than it is.
     length = max(min_sample, min(max(calls.values()), MAX_SAMPLE))
-    repeats = {name: max(1, round(length / once)) for name, once in calls.items()}
+    return {name: max(1, round(length / once)) for name, once in calls.items()}
 
-    order = list(candidates)
-    shuffle = random.Random(seed).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in order}
-    medians: dict[str, list[float]] = {name: [] for name in order}
-    start = time.perf_counter()
-    done = 0
-    while True:
-        shuffle(order)
+
+class _Run:
+    """The rounds of one :func:`compare`."""
+
+    def __init__(
+        self,
+        candidates: Mapping[str, Candidate],
+        clock: Clock,
+        watch: Stopwatch,
+        repeats: dict[str, int],
+        block: int,
+        order: random.Random,
+    ) -> None:
+        self.candidates, self.clock, self.repeats, self.block = candidates, clock, repeats, block
+        self.watch = watch
+        self.waited = dict.fromkeys(candidates, 0.0)
+        self.shuffle = order.shuffle
+        self.order = list(candidates)
+        self.samples: dict[str, list[float]] = {name: [] for name in candidates}
+        self.medians: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def round(self) -> None:
+        """A block of samples of each candidate, in a new order."""
+        self.shuffle(self.order)
         gc.collect(0)
         with _no_collection():
-            for name in order:
-                call = candidates[name]
+            for name in self.order:
+                call = self.candidates[name]
                 call()
-                taken = clock(call, repeats[name], block)
-                samples[name] += taken
-                medians[name].append(statistics.median(taken))
-        done += 1
-        spent = time.perf_counter() - start
-        if rounds is not None:
-            fraction, over = done / rounds, done >= rounds
-        else:
-            fraction = min(spent / seconds, done / min_rounds, 1.0)
-            over = spent >= seconds and done >= min_rounds
-        if progress is not None:
-            progress(1.0 if over else fraction)
-        if over:
-            break
-    return {
-        name: Timing(name, tuple(samples[name]), tuple(medians[name]), repeats[name])
-        for name in candidates
-    }
+                before = self.watch.waited
+                taken = self.clock(call, self.repeats[name], self.block)
+                self.waited[name] += self.watch.waited - before
+                self.samples[name] += taken
+                self.medians[name].append(statistics.median(taken))
+
+    def spread(self) -> float:
+        """How far the interval of a ratio to the first candidate reaches, as a share of its
+        middle; the worst of them."""
+        found = list(self.timings().values())
+        ratios = [ratio(other, found[0]) for other in found[1:]]
+        return max(((r.high - r.low) / 2.0 / r.median for r in ratios), default=0.0)
+
+    def timings(self) -> dict[str, Timing]:
+        """What has been measured so far."""
+        found = {}
+        for name, samples in self.samples.items():
+            repeats, waited = self.repeats[name], self.waited[name]
+            share = waited / (waited + repeats * sum(samples))
+            rounds = tuple(self.medians[name])
+            found[name] = Timing(name, tuple(samples), rounds, repeats, share)
+        return found
 
 
 def gemm_floor(
