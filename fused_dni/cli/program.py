@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fused_dni import text
+from fused_dni.cli import advise, compare, profile, report, rivals, training, tune, verdict
 from fused_dni.cli import map as map_command
-from fused_dni.cli import training, tune, verdict
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
 
 
@@ -33,11 +33,17 @@ def parser() -> Parser:
     training.add_demo(commands)
     verdict.add_verdict(commands)
     verdict.add_verdict_lstm(commands)
+    advise.add_advise(commands)
     training.add_train(commands)
     for task in training.RECURRENT:
         training.add_recurrent(commands, task)
     tune.add_tune(commands)
     map_command.add_map(commands)
+    compare.add_compare(commands)
+    rivals.add_rivals(commands)
+    rivals.add_interfaces(commands)
+    profile.add_profile(commands)
+    report.add_report(commands)
     env = commands.add_parser(
         "env",
         help="what a bug report needs: versions, backends, threads, compilers, GPU",
@@ -74,6 +80,10 @@ def _version() -> str:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     top = parser()
     words = list(argv)
+    behind: list[str] = []  # what `profile` runs, and nothing of ours
+    if "profile" in words[:2] and "--" in words:
+        cut = words.index("--")
+        words, behind = words[:cut], words[cut + 1 :]
     for i, (word, following) in enumerate(itertools.pairwise(words)):
         if (word == "train" and following in training.RECURRENT) or (word, following) == (
             "verdict",
@@ -94,6 +104,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             text.unknown(what, given, allowed) if allowed else f"unexpected argument {given!r}"
         )
         raise UsageError(f"{message} (see {known.prog} --help)")
+    args.behind = behind
     return args
 
 
