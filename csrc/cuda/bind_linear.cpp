@@ -77,6 +77,15 @@ void read_x(Reader& read, LinearArguments& a) {
   a.x = {x.data, x.stride};
 }
 
+// What a backward needs beside x and h, where the layer has it.
+void read_saved(Reader& read, LinearArguments& a, Need need) {
+  const bool layer = a.normalization == kLayerNormalization;
+  a.normalized =
+      read.contiguous<float>("normalized", {a.rows, a.outputs}, keeps_input(a) ? need : kAbsent);
+  a.rstd = read.vector<float>("rstd", layer ? a.rows : a.outputs,
+                              a.normalization == kNoNormalization ? kAbsent : need);
+}
+
 // A slot of a rule, or of gradients, with what it is called in messages.
 struct Named {
   const char* name;
@@ -207,10 +216,7 @@ std::size_t linear_forward(const py::tuple& items, const py::object& room, std::
   read_x(read, a);
   a.forward = true;
   a.h = read.tensor("h", {a.type}, {a.rows, a.outputs}).data;
-  a.normalized = read.contiguous<float>("normalized", {a.rows, a.outputs}, kOptional);
-  const bool layer = a.normalization == kLayerNormalization;
-  a.rstd = read.vector<float>("rstd", layer ? a.rows : a.outputs,
-                              a.normalization == kNoNormalization ? kAbsent : kOptional);
+  read_saved(read, a, kOptional);
   read.finish();
   return run_linear("linear_forward", a, room, stream);
 }
@@ -225,11 +231,7 @@ std::size_t linear_backward(const py::tuple& items, const py::object& room, std:
   a.synthesizer.source = kGiven;
   read_arriving(read, a);
   a.h = read.tensor("h", {a.type}, {a.rows, a.outputs}).data;
-  const bool normalizes = a.normalization != kNoNormalization;
-  const bool layer = a.normalization == kLayerNormalization;
-  a.normalized = read.contiguous<float>("normalized", {a.rows, a.outputs},
-                                        keeps_input(a) ? kRequired : kAbsent);
-  a.rstd = read.vector<float>("rstd", layer ? a.rows : a.outputs, normalizes ? kRequired : kAbsent);
+  read_saved(read, a, kRequired);
   a.delta = read.contiguous<float>("delta", {a.rows, a.outputs});
   a.dx = read.tensor("dx", {a.type}, {a.rows, a.inputs}, kOptional).data;
   with_slots(a, [&](const Slots& slots) { read_gradients(read, a.trainable, slots); });
@@ -268,11 +270,13 @@ std::size_t linear_step(const py::tuple& items, const py::object& room, std::int
   read_context(read, a.synthesizer, a.rows);
   a.inverse_scale = static_cast<float>(1.0 / read.real());
   a.max_norm = static_cast<float>(read.real());
+  a.interface = static_cast<Interface>(read.integer("interface", kOutput, kPreactivation));
   a.forward = true;
   a.h = read.tensor("h", {a.type}, {a.rows, a.outputs}).data;
   a.scaled = read.contiguous<float>("scaled", {a.rows, a.outputs}, kOptional);
   read_reduced(read, a.synthesizer, a.rows, kOptional);
   a.dx = read.tensor("dx", {a.type}, {a.rows, a.inputs}, kOptional).data;
+  read_saved(read, a, a.interface == kPreactivation ? kOptional : kAbsent);
   read.finish();
   return run_linear("linear_step", a, room, stream);
 }

@@ -39,6 +39,9 @@ PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
       "Set the order in which threads run (0: a fixed one), how many blocks do at once, and "
       "whether "
       "there are clusters.");
+  m.def(
+      "additions", [] { return fused_dni::emulation::machine.additions.load(); },
+      "The last launch's atomic additions to memory: one a block for each barrier of the grid.");
 #else
   m.attr("emulated") = false;
   m.attr("architectures") = FUSED_DNI_ARCHITECTURES;

@@ -18,7 +18,9 @@
 // gradient to weight without a rule, an update prepare, measure, trial and weight. A barrier of the
 // grid stands where a phase reads what other blocks wrote. Where a tile holds all rows (batch
 // normalisation) or all features (layer normalisation), product does the work of normalize and
-// gradient that of delta, and the barriers between them are gone.
+// gradient that of delta, and the barriers between them are gone. With the interface at the
+// preactivation the synthetic gradient is the one at z: gradient leaves it as it is, and there is no
+// delta.
 //
 // Sums over tiles are sums of partial sums in a fixed order: the same input gives the same bits on
 // a grid of the same size. An update is all or nothing: the largest magnitudes of delta and x are known
@@ -98,6 +100,10 @@ FUSED_DNI_BOTH bool is_whole(const LinearArguments& a) {
 FUSED_DNI_BOTH bool has_gradient(const LinearArguments& a) {
   return a.synthesizer.source != kNowhere;
 }
+// Whether that is one at h, to be taken back through activation and normalisation.
+FUSED_DNI_BOTH bool goes_back(const LinearArguments& a) {
+  return has_gradient(a) && a.interface == kOutput;
+}
 // Whether something is trained or wanted behind delta.
 FUSED_DNI_BOTH bool has_slots(const LinearArguments& a) {
   return a.trainable[0] || a.trainable[1] || a.trainable[2] || a.trainable[3];
@@ -124,22 +130,25 @@ std::size_t divide(LinearArguments& a, void* room) {
     if (a.max_norm > 0.0f) take(a.squares, kMostBlocks);
   }
   if (a.forward && has_gradient(a)) {  // a step
-    if (keeps_input(a)) take(a.normalized, n * o);
-    if (a.normalization != kNoNormalization) take(a.rstd, layer ? n : o);
+    if (goes_back(a)) {
+      if (keeps_input(a)) take(a.normalized, n * o);
+      if (a.normalization != kNoNormalization) take(a.rstd, layer ? n : o);
+    }
     if (a.synthesizer.source == kLowRank && a.synthesizer.reduced == nullptr)
       take(a.synthesizer.reduced, n * a.synthesizer.rank);
   }
   if (a.forward && !whole) {
-    if (a.normalized == nullptr) take(a.normalized, n * o);
+    a.z = a.normalized;
+    if (a.z == nullptr) take(a.z, n * o);
     take(a.moments, layer ? across * 2 * n : down * 2 * o);
   }
   if (a.forward && batch && a.statistics && a.running_mean != nullptr && has_gradient(a))
     take(a.batch, 2 * o);
   if (has_gradient(a)) {
     const bool affine = a.norm_weight.parameter != nullptr || a.norm_bias.parameter != nullptr;
-    if (affine || (batch && !whole)) take(a.columns, down * 2 * o);
+    if (goes_back(a) && (affine || (batch && !whole))) take(a.columns, down * 2 * o);
     if (a.bias.parameter != nullptr && !(batch && a.statistics)) take(a.shifts, down * o);
-    if (!whole) {
+    if (goes_back(a) && !whole) {
       take(a.gradient, n * o);
       if (layer) take(a.across, across * 2 * n);
     }
@@ -287,7 +296,7 @@ FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
     FUSED_DNI_BY_FOUR
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
-      a.normalized[at.at(i)] = z.value[i];
+      a.z[at.at(i)] = z.value[i];
       const bool first = layer ? T::column() == 0 : T::row(i) == 0;
       if (!first) continue;
       const int length = layer ? a.rows : a.outputs;
@@ -321,7 +330,7 @@ FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const int line = layer ? T::row(i) : T::column();
-      z.value[i] = a.normalized[at.at(i)];
+      z.value[i] = a.z[at.at(i)];
       mean.value[i] = means.load(line);
       variance.value[i] = variances.load(line);
     }
@@ -380,6 +389,15 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
         g.value[i] *= a.inverse_scale;
       }
     }
+    if (a.squares != nullptr) {
+      FUSED_DNI_BY_FOUR
+      for (int i = 0; i < T::kEach; ++i)
+        if (at.inside(i)) squares += static_cast<double>(g.value[i]) * g.value[i];
+    }
+    if (!goes_back(a)) {
+      largest = fmaxf(largest, leave<C>(a, arena, at, g));
+      continue;
+    }
     // Through the activation and scale.
     const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
     const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
@@ -389,7 +407,6 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
     for (int i = 0; i < T::kEach; ++i) {
       n.value[i] = gn.value[i] = gn_n.value[i] = 0.0f;
       if (!at.inside(i)) continue;
-      if (a.squares != nullptr) squares += static_cast<double>(g.value[i]) * g.value[i];
       const float h = to_float(all_h[at.at(i)]);
       float y = h;
       n.value[i] = h;
@@ -671,7 +688,7 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
     // its block wrote, behind the barriers of a sum.
     if (a.forward && a.synthesizer.source != kDiagonal) grid_barrier(a.barrier);
     gradient<C>(a, arena);
-    if (!whole) {
+    if (goes_back(a) && !whole) {
       grid_barrier(a.barrier);
       delta<C>(a, arena);
     }

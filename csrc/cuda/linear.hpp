@@ -11,6 +11,8 @@ namespace fused_dni::cuda {
 
 // In the order of fused_dni.backends.base.NORMALIZATIONS.
 enum Normalization : int { kNoNormalization, kBatchNormalization, kLayerNormalization };
+// Where a synthetic gradient arrives: at h, or at z (fused_dni.backends.base.INTERFACES).
+enum Interface : int { kOutput, kPreactivation };
 
 // Null where an op has no use for a tensor. What is of x's type is untyped here.
 struct LinearArguments {
@@ -30,6 +32,7 @@ struct LinearArguments {
 
   // Where the gradient at h comes from: a synthesizer, grad_h, or there is none.
   Synthesizer synthesizer;
+  Interface interface = kOutput;  // of a synthesizer
   const void* grad_h = nullptr;  // [N, O], of x's type or
   bool grad_wide = false;        // float32
   float inverse_scale = 1.0f;    // 1 / kappa
@@ -59,6 +62,7 @@ struct LinearArguments {
   double* step = nullptr;
   double* squares = nullptr;
   float* largest = nullptr;
+  float* z = nullptr;  // [N, O]: for normalize to read
   float* moments = nullptr;
   float* batch = nullptr;
   float* gradient = nullptr;

@@ -86,6 +86,7 @@ T shuffle(T value, int from) {
 inline int atomic_add_acquire_release(int* at, int value) {
   const int before = std::atomic_ref<int>(*at).fetch_add(value, std::memory_order_acq_rel);
   emulation::machine.progress.fetch_add(1, std::memory_order_relaxed);
+  emulation::machine.additions.fetch_add(1, std::memory_order_relaxed);
   return before;
 }
 inline int load_acquire(const int* at) {

@@ -184,6 +184,7 @@ void run(const Launch& launch, Status& status) {
   machine.cluster = std::vector<Meetings>(launch.blocks / launch.cluster);
   machine.thread.assign(launch.blocks * launch.threads, {});
   machine.progress = 0;
+  machine.additions = 0;
   machine.stalled = false;
   machine.fault.clear();
   unsigned char* shared = shared_memory(launch.blocks);

@@ -97,6 +97,7 @@ struct Machine {
   std::vector<Meetings> warp, cluster;
   std::vector<Thread> thread;
   std::atomic<std::uint64_t> progress{0};  // grows with whatever may end another thread's wait
+  std::atomic<int> additions{0};           // atomic ones to memory, of the last launch
   std::atomic<bool> stalled{false};        // no thread can go on
   std::string fault;                       // what the first thread at fault did
 };

@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 
 from fused_dni.backends.base import (
     ACTIVATIONS,
-    FROM_OUTPUT,
+    INTERFACES,
     NORMALIZATIONS,
     RULES,
     SYNTHESIZERS,
@@ -49,6 +49,7 @@ from fused_dni.backends.cuda_calls import (
 from fused_dni.backends.cuda_lstm import CudaLSTM
 from fused_dni.backends.shared import (
     empty_prediction,
+    empty_saved,
     moved_statistics,
     split_context,
     updated,
@@ -59,6 +60,7 @@ from fused_dni.reference.synthesizer import check_context
 
 _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
+_INTERFACE = {name: index for index, name in enumerate(INTERFACES)}
 _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
 
@@ -116,23 +118,17 @@ class CudaBackend(CudaLSTM):
     ) -> tuple[Tensor, Saved]:
         """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
         x = _rows(x)
-        rows, features = x.shape[0], layer.weight.shape[0]
-        h = x.new_empty(rows, features)
-        normalized = rstd = None
-        if save and (config.normalization is not None or config.activation not in FROM_OUTPUT):
-            normalized = x.new_empty(rows, features, dtype=torch.float32)
-        if save and config.normalization is not None:
-            size = features if config.normalization == "batch" else rows
-            rstd = x.new_empty(size, dtype=torch.float32)
+        h = x.new_empty(x.shape[0], layer.weight.shape[0])
+        saved = empty_saved(h, config, torch.float32) if save else Saved()
         items = (
             _sizes(x, layer.weight), _config(layer, config, training), _all(layer), described(x),
-            described(h), described(normalized), described(rstd),
+            described(h), *_all(saved),
         )  # fmt: skip
         _run(extension().linear_forward, items, x)
         moved = moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
-        return h, Saved(normalized, rstd)
+        return h, saved
 
     def linear_backward(
         self,
@@ -278,6 +274,7 @@ class _Step:
     ) -> None:
         require_masters(layer[:4], rule.stochastic)
         self.weight, self.synthesizer, self.max_norm = layer.weight, synthesizer, max_norm
+        self.config = config
         # Whoever holds the step holds the tensors whose addresses it has.
         self.kept = (layer, synthesizer, rule)
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
@@ -301,15 +298,18 @@ class _Step:
         labels, vectors = _context(self.synthesizer, context)
         h = x.new_empty(x.shape[0], self.weight.shape[0])
         dx = x.new_empty(x.shape) if need_dx else None
-        prediction = None
+        prediction = saved = None
         if need_prediction:
             prediction = empty_prediction(h, self.synthesizer, torch.float32)
+            if self.config.interface == "preactivation":
+                saved = empty_saved(h, self.config, torch.float32)
 
-        def items(scaled: Tensor | None, reduced: Tensor | None) -> tuple[Any, ...]:
+        def items(prediction: Prediction | None, saved: Saved | None) -> tuple[Any, ...]:
+            scaled, reduced = _all(prediction or (None, None))
             return (
                 _sizes(x, self.weight), *self.fixed, described(x), described(labels),
-                described(vectors), target_scale, self.max_norm, described(h), described(scaled),
-                described(reduced), described(dx),
+                described(vectors), target_scale, self.max_norm, _INTERFACE[self.config.interface],
+                described(h), scaled, reduced, described(dx), *_all(saved or Saved()),
             )  # fmt: skip
 
         op = extension().linear_step
@@ -324,9 +324,9 @@ class _Step:
                 del self.rooms[next(iter(self.rooms))]
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             self.captured[key] = room
-        launch(op, items(*(prediction or (None, None))), room)
+        launch(op, items(prediction, saved), room)
         increment_version(self.written)
-        return Step(h, prediction, dx)
+        return Step(h, prediction, dx, saved)
 
 
 def _run(op: Any, items: tuple[Any, ...], like: Tensor) -> None:
