@@ -3,8 +3,8 @@
 Candidates of one run are compared within rounds (:mod:`fused_dni.timing`); two runs have no rounds
 in common. Between them a machine may have grown warmer, slower or busier. So the interval of a
 ratio is that of two independent medians, widened on both sides by the *noise* between the runs:
-the largest change among the benchmarks' own floors, which are torch's products alone and are the
-same code in both runs.
+the most by which any of the benchmarks' own floors may have changed, by its interval. Floors are
+torch's products alone, the same code in both runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from fused_dni.baseline import facts
-from fused_dni.comparison.files import ComparisonError, Results
+from fused_dni.comparison.files import ComparisonError, Results, Row
 from fused_dni.timing import MARGIN, Ratio
 
 VERSION = 1
@@ -91,11 +91,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any
 
 def _noise(old: Results, new: Results, common: list[str], given: float | None) -> dict[str, Any]:
     floors = {
-        name: new.rows[name].median / old.rows[name].median
+        name: ratio.to_json()
         for name in common
         if FLOOR in name.lower()
+        and math.isfinite((ratio := _ratio(old.rows[name], new.rows[name])).high)
     }
-    worst = max((math.exp(abs(math.log(ratio))) - 1.0 for ratio in floors.values()), default=0.0)
+    bounds = [floor["interval"] for floor in floors.values()]
+    worst = max((max(high, 1.0 / low) - 1.0 for low, high in bounds), default=0.0)
     if given is not None:
         fraction, source = given, "given"
     elif len(floors) < ENOUGH:
@@ -105,11 +107,16 @@ def _noise(old: Results, new: Results, common: list[str], given: float | None) -
     return {"fraction": fraction, "source": source, "floors": floors}
 
 
+def _ratio(old: Row, new: Row, noise: float = 0.0) -> Ratio:
+    """Of two independent medians: at worst one is at its interval's end and the other at its."""
+    low = new.low / old.high / (1.0 + noise)
+    high = new.high / old.low * (1.0 + noise) if old.low else math.inf
+    return Ratio(new.median / old.median, low, high)
+
+
 def _row(name: str, old: Results, new: Results, noise: float) -> dict[str, Any]:
     before, after = old.rows[name], new.rows[name]
-    low = after.low / before.high / (1.0 + noise)
-    high = after.high / before.low * (1.0 + noise) if before.low else math.inf
-    ratio = Ratio(after.median / before.median, low, high)
+    ratio = _ratio(before, after, noise)
     return {
         "name": name,
         "group": after.group,

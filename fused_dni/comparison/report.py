@@ -65,7 +65,8 @@ def _trust(report: dict[str, Any]) -> str:
     floors = len(noise["floors"])
     came = {
         "given": "as given on the command line",
-        "floors": f"the largest change among {floors} floors, the same code in both runs",
+        "floors": f"the most that one of {floors} floors may have changed by, which are the same "
+        "code in both runs",
         "assumed": f"assumed, since only {floors} floors stand in both files",
     }[noise["source"]]
     return (
