@@ -39,6 +39,7 @@ import fused_dni.reference.lstm as reference_lstm
 import fused_dni.reference.synthesizer as reference_synthesizer
 from fused_dni.backends.base import (
     ACTIVATIONS,
+    INTERFACES,
     STATISTICS_SIZE,
     SYNTHESIZERS,
     Backend,
@@ -81,6 +82,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "synthesizer_bias": (True, False),
     "need_dx": (True, False),
     "frozen": (None, "weight", "bias"),
+    "interface": INTERFACES,
 }
 
 
@@ -232,7 +234,13 @@ def make_case(
         elif options["context"] == "vector":
             inputs["context"] = randn(n, k)
         case = Case(
-            LinearConfig(options["normalization"], options["activation"], 1e-5, 0.1),
+            LinearConfig(
+                options["normalization"],
+                options["activation"],
+                1e-5,
+                0.1,
+                options.get("interface", "output"),
+            ),
             options["kind"],
             RULES[options["rule"]],
             float(n),
@@ -274,6 +282,14 @@ def slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
 
 
+def slots_of_step(case: Case) -> tuple[Tensor | None, ...]:
+    """What a decoupled step moves: scale and shift only where a gradient reaches them."""
+    layer = case.layer()
+    if case.config.interface == "preactivation":
+        return (layer.weight, layer.bias, None, None)
+    return slots(layer)
+
+
 def _collect(case: Case, states: dict[str, RuleState], out: dict[str, Any]) -> dict[str, Tensor]:
     for name, p in case.parameters.items():
         out["after." + name] = p.detach()
@@ -286,30 +302,45 @@ def _collect(case: Case, states: dict[str, RuleState], out: dict[str, Any]) -> d
 
 
 def run_step(backend: Backend, case: Case) -> dict[str, Tensor]:
-    """``linear_step_`` twice, the synthesizer trained after each. Mutates ``case``.
+    """``linear_step_`` twice, the synthesizer trained after each; with the interface at the
+    preactivation on the gradient there, and scale and shift with it. Mutates ``case``.
 
     Only once with relu: :func:`make_case` keeps the first step clear of its corner and no other.
     """
     steps = 1 if case.config.activation == "relu" else 2
+    inside = case.config.interface == "preactivation"
     state, synthesizer_state = bind(case)
+    states = {"rule": state, "synthesizer_rule": synthesizer_state}
+    if inside and "norm_weight" in case.parameters:
+        states["norm_rule"] = RuleState(case.rule)
     statistics = case.inputs["x"].new_zeros(STATISTICS_SIZE, dtype=torch.float64)
     x, grad_h, context = case.inputs["x"], case.inputs["grad_h"], case.inputs.get("context")
     out: dict[str, Any] = {}
     for t in range(steps):
         step = backend.linear_step_(
             x, case.layer(), case.config, case.synthesizer(), context, case.target_scale,
-            case.max_norm, state.tensors(slots(case.layer())), case.need_dx, True,
+            case.max_norm, state.tensors(slots_of_step(case)), case.need_dx, True,
         )  # fmt: skip
         assert step.prediction is not None
         assert (step.dx is not None) == case.need_dx
+        assert (step.saved is not None) == inside
+        grad = grad_h
+        if step.saved is not None:
+            made = backend.linear_backward(
+                grad_h, x, step.h, step.saved, case.layer(), case.config, True, False, False
+            )
+            grad = out[f"{t}.delta"] = made.delta
+            if "norm_rule" in states:
+                rule = states["norm_rule"].tensors((None, None, *slots(case.layer())[2:]))
+                backend.linear_update_(x, made, case.layer(), rule)
         backend.synthesizer_update_(
-            step.h, step.prediction, grad_h, case.synthesizer(), context, case.target_scale,
+            step.h, step.prediction, grad, case.synthesizer(), context, case.target_scale,
             statistics, synthesizer_state.tensors(case.synthesizer().parameters()),
         )  # fmt: skip
         out |= {f"{t}.h": step.h, f"{t}.dx": step.dx, f"{t}.scaled": step.prediction.scaled}
         out[f"{t}.reduced"] = step.prediction.reduced
     out["statistics"] = statistics
-    return _collect(case, {"rule": state, "synthesizer_rule": synthesizer_state}, out)
+    return _collect(case, states, out)
 
 
 def run_parts(backend: Backend, case: Case, training: bool = True) -> dict[str, Tensor]:
