@@ -3,17 +3,19 @@
 pytest-benchmark reads its timer before and after a round. On a GPU that is the time to *launch*;
 and a candidate that is to find its caches cold needs something done before each call that must not
 count. So the timer here is one that stands still, but for what :meth:`Clock.measure` adds to it:
-on a CPU the time of its calls, on a GPU the time between two events around them.
+on a CPU the time of its calls, less that in which no core was free; on a GPU the time between two
+events around them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from fused_dni.waiting import Stopwatch
 
 #: Shortest time between two readings, in seconds; shorter calls are repeated (warm ones only).
 MIN_SAMPLE = 200e-6
@@ -23,9 +25,10 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Clock:
-    """Seconds that candidates have taken, per call."""
+    """Seconds that candidates have taken, per call; ``watch`` times them on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
         self._now = 0.0
 
     def now(self) -> float:
@@ -52,19 +55,20 @@ class Clock:
             _evict(device)
         else:
             call()
+
+        def run() -> None:
+            for _ in range(repeats):
+                call()
+
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(repeats):
-                call()
+            run()
             end.record()
             end.synchronize()
             taken = start.elapsed_time(end) / 1e3
         else:
-            before = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            taken = time.perf_counter() - before
+            taken = self._watch.time(run)
         self._now += taken / repeats
 
     def repeats(self, call: Callable[[], object], device: str) -> int:

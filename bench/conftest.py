@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from clocks import Clock
 from fused_dni.baseline import facts
 from fused_dni.comparison.files import PARTS
+from fused_dni.waiting import Stopwatch
 
 #: Most rounds of a benchmark.
 MOST = 2000
@@ -44,11 +46,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
 
 
 @pytest.fixture
-def clock(request: pytest.FixtureRequest) -> Clock:
+def clock(request: pytest.FixtureRequest) -> Iterator[Clock]:
     """Made before ``benchmark``, which takes its timer from the mark."""
-    made = Clock()
-    request.node.add_marker(pytest.mark.benchmark(timer=made.now))
-    return made
+    with contextlib.closing(Stopwatch()) as watch:
+        made = Clock(watch)
+        request.node.add_marker(pytest.mark.benchmark(timer=made.now))
+        yield made
 
 
 @pytest.fixture
