@@ -9,6 +9,9 @@ from typing import Any
 
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 
+#: A number and its unit stay on one line.
+_UNIT = re.compile(r"(\d) (?=%|(?:[µm]?s|[kMGT]?B)\b)")
+
 #: What a cell of a column of numbers looks like: ``1.46 ms``, ``0.98 ~``, ``-``, ``(k = 4)`` not.
 _NUMBER = re.compile(r"([~≈<>≤≥±×+\-−]? ?\d.*|[-–—~]?|n/a|nan|inf)", re.IGNORECASE)
 
@@ -130,6 +133,7 @@ def as_html(blocks: Iterable[Block], facts: Mapping[str, Any]) -> str:
 def _inline(text: str) -> str:
     """A paragraph's text with what little Markdown it may have: code and bold."""
     made = escape(text, quote=False)
+    made = _UNIT.sub("\\1\N{NO-BREAK SPACE}", made)
     made = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", made)
     return re.sub(r"\*\*([^*\n]+)\*\*", r"<strong>\1</strong>", made)
 
