@@ -62,6 +62,8 @@ def everything() -> None:
     layer_step(5, 7, 9, torch.bfloat16, synthesizer=fd.LinearSynthesizer(9), max_norm=0.1,
                update=fd.AdamW(1e-3))  # fmt: skip
     layer_step(5, 7, 9, torch.bfloat16, synthesizer=None)
+    layer_step(40, 6, 20, torch.float32, normalization="layer", interface="preactivation",
+               max_norm=0.1, update=fd.SGD(0.1))  # fmt: skip
     windows(9, num_layers=2, update=fd.Adam(1e-3))
     windows(20)
     window(17, 20, torch.bfloat16)

@@ -32,6 +32,7 @@ from strategies import (
     run_step,
     shapes,
     slots,
+    slots_of_step,
     tolerances,
 )
 from torch import Tensor
@@ -55,13 +56,15 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 emulated = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has its own order and grid")
 TABLE = pairwise(OPTIONS)
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
-          "activation": "tanh", "max_norm": 0.0}  # fmt: skip
+          "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
 # Every barrier has something to do in one of these.
-ORDERED = [
-    *TABLE[::9],
+BARRED = [
     {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank", "context": "label"},
     {**TABLE[0], **SMOOTH, "normalization": "layer", "kind": "diagonal", "context": "label"},
 ]
+ORDERED = [
+    *TABLE[::9], *BARRED, *[{**options, "interface": "preactivation"} for options in BARRED],
+]  # fmt: skip
 FULL = (torch.float32, torch.float32)
 # Several tiles along both axes, the last ones only partly filled, for each shape of tiles: few
 # rows, all rows in a tile, neither all rows nor all features in one.
@@ -102,7 +105,7 @@ def check(
 def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: None) -> None:
     """Right on any grid; on the same grid the same bits, in whatever order threads run."""
     case = make_case(SHAPES[shape], options, 1, *FULL)
-    for run in (run_step, run_parts) if options in ORDERED[-2:] else (run_step,):
+    for run in (run_step, run_parts) if options in BARRED else (run_step,):
         exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
         for resident in (1, 3):
             CUDA.emulate(seed=0, resident=resident)
@@ -180,6 +183,67 @@ def test_precision_is_as_torch_says() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The interface at the preactivation
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+def test_a_step_at_the_preactivation_saves_what_a_forward_would(
+    normalization: str | None, shape: str, poisoned: None
+) -> None:
+    """On demand, and whoever does not ask gets the same of everything else."""
+    options = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "gelu",
+               "kind": "dense", "context": None, "interface": "preactivation"}  # fmt: skip
+    case = make_case(SHAPES[shape], options, 1, *FULL).on(DEVICE)
+    state, _ = bind(case)
+    layer, x = case.layer(), case.inputs["x"]
+    h, saved = BACKEND.linear_forward(x, layer, case.config, True, True)
+    step = BACKEND.bind_step(
+        layer, case.config, case.synthesizer(), 0.0, state.tensors(slots_of_step(case))
+    )
+    parameters = [p for p in slots(layer) if p is not None]
+    before = [p.detach().clone() for p in parameters]
+    asked = step(x, None, case.target_scale, True, True)
+    with torch.no_grad():
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+    unasked = step(x, None, case.target_scale, True, False)
+    assert unasked.prediction is None and unasked.saved is None
+    assert asked.saved is not None and asked.dx is not None and unasked.dx is not None
+    assert torch.equal(asked.h, h) and torch.equal(unasked.h, h)
+    assert torch.equal(asked.dx, unasked.dx)
+    for made, expected in zip(asked.saved, saved, strict=True):
+        assert (made is None) == (expected is None)
+        assert made is None or (expected is not None and torch.equal(made, expected))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("normalization", "saved"), [(None, 0), ("batch", 1), ("layer", 1)], ids=str
+)
+@pytest.mark.parametrize("resident", [1, 3])
+def test_a_step_at_the_preactivation_meets_less_often(
+    normalization: str | None, saved: int, resident: int
+) -> None:
+    """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
+    CUDA.emulate(resident=resident)
+    counts = []
+    for interface in ("output", "preactivation"):
+        options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
+                   "context": None, "interface": interface}  # fmt: skip
+        case = make_case(SHAPES["tall, not whole"], options, 1, *FULL)
+        state, _ = bind(case)
+        BACKEND.linear_step_(
+            case.inputs["x"], case.layer(), case.config, case.synthesizer(), None, 150.0, 0.0,
+            state.tensors(slots_of_step(case)), False, False,
+        )  # fmt: skip
+        counts.append(CUDA.additions() / resident)
+    # h and its product with U^T, delta; and the statistics.
+    assert counts[1] == 3 + (normalization is not None)
+    assert counts[0] - counts[1] == saved
+
+
+# ---------------------------------------------------------------------------------------------
 # All or nothing
 
 
@@ -231,17 +295,21 @@ def test_a_synthesizers_products_are_looked_at(kind: str) -> None:
     assert float(statistics[4]) == 40.0
 
 
-@pytest.mark.parametrize("label", [-1, 7, 2**33])
+@pytest.mark.parametrize(
+    ("label", "interface"),
+    [(-1, "output"), (7, "output"), (2**33, "output"), (7, "preactivation")],
+)
 def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
-    label: int, monkeypatch: pytest.MonkeyPatch
+    label: int, interface: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing waits for the data there: its row is NaN, and the update does not happen."""
     monkeypatch.setattr(adapter, "check_context", lambda *_: None)
-    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam"}
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam",
+               "interface": interface}  # fmt: skip
     case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
     state, other = bind(case)
     layer, tensors = case.layer(), case.synthesizer()
-    own, its = state.tensors(slots(layer)), other.tensors(tensors.parameters())
+    own, its = state.tensors(slots_of_step(case)), other.tensors(tensors.parameters())
     before = [t.detach().clone() for t in (*layer, *tensors.parameters()) if t is not None]
     bad = case.inputs["context"].clone()
     bad[30] = label
@@ -342,9 +410,13 @@ REFUSED: dict[str, tuple[tuple[int, ...], Any, type[Exception], str]] = {
     "labels are int32": ((6,), lambda t: _code(t, 5), TypeError, "labels: got int32, takes int64"),
     "no context": ((6,), None, TypeError, "context: got None"),
     "two contexts": ((7,), lambda _: (64, 0, 45, 7, 7, 1), TypeError, "context: got a tensor"),
-    "h": ((10,), None, TypeError, "h: got None"),
-    "reduced": ((12,), lambda t: (*t[:3], 6, 6, 1), ValueError, r"reduced: got sizes \[45, 6\]"),
-    "dx": ((13,), lambda t: (*t[:4], 21, 1), ValueError, "dx: got strides"),
+    "interface": ((10,), 2, ValueError, "interface: got 2, takes 0 to 1"),
+    "h": ((11,), None, TypeError, "h: got None"),
+    "reduced": ((13,), lambda t: (*t[:3], 6, 6, 1), ValueError, r"reduced: got sizes \[45, 6\]"),
+    "dx": ((14,), lambda t: (*t[:4], 21, 1), ValueError, "dx: got strides"),
+    "saved where the step reads it": (
+        (15,), lambda _: (64, 0, 45, 37, 37, 1), TypeError, "normalized: got a tensor, takes None",
+    ),
     "no tuple": ((2,), None, TypeError, "lacks a tuple"),
 }  # fmt: skip
 

@@ -98,6 +98,18 @@ def test_kernels_that_wait_for_each_other_are_among_them(
     assert any(o["code"]["barriers"] for o in kernels(90).outcomes.values() if o["code"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", MATCH)
+def test_a_step_at_the_preactivation_has_a_barrier_less(
+    kernels: Callable[[int], Compiled], architecture: int
+) -> None:
+    """That of layer norm's row sums on the way back, with rows that do not fit into a tile."""
+    outcomes = kernels(architecture).outcomes
+    output = outcomes["linear_kernel", "step 128x1024 bf16 dense layer gelu"]["code"]
+    inside = outcomes["linear_kernel", "step 128x1024 bf16 preactivation"]["code"]
+    assert inside["barriers"] == output["barriers"] - 1
+
+
 # ---------------------------------------------------------------------------------------------
 # Whether the tool sees what it looks for
 

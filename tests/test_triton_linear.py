@@ -29,6 +29,7 @@ from strategies import (
     run_parts,
     run_step,
     slots,
+    slots_of_step,
     tolerances,
 )
 
@@ -53,7 +54,7 @@ BACKEND = registry.get("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = pairwise(OPTIONS)
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
-          "activation": "tanh", "max_norm": 0.0}  # fmt: skip
+          "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
 
 # Several programs along both axes in every phase, the last ones only partly filled.
 SEVERAL = (
@@ -105,6 +106,68 @@ def test_parts_tile_by_tile(
     with divided(WAYS[way]):
         run = functools.partial(run_parts, training=training)
         check(make_case((35, 20, 37, 19, 33), options, 2, *FULL), FULL, run)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+def test_a_step_at_the_preactivation_saves_what_a_forward_would(
+    normalization: str | None, way: str, poisoned: None
+) -> None:
+    """On demand; and it has no room for a way back that it does not go."""
+    options = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "gelu",
+               "kind": "dense", "context": None, "interface": "preactivation"}  # fmt: skip
+    case = make_case((35, 20, 37, 5, 7), options, 1, *FULL).on(DEVICE)
+    state, _ = bind(case)
+    layer, x = case.layer(), case.inputs["x"]
+    with divided(WAYS[way]):
+        h, saved = BACKEND.linear_forward(x, layer, case.config, True, True)
+        step: Any = BACKEND.bind_step(
+            layer, case.config, case.synthesizer(), 0.0, state.tensors(slots_of_step(case))
+        )
+        before = [p.detach().clone() for p in slots(layer) if p is not None]
+        asked = step(x, None, 35.0, True, True)
+        with torch.no_grad():
+            for p, old in zip([p for p in slots(layer) if p is not None], before, strict=True):
+                p.copy_(old)
+        unasked = step(x, None, 35.0, True, False)
+    assert unasked.prediction is None and unasked.saved is None
+    assert torch.equal(asked.h, h) and torch.equal(unasked.h, h)
+    assert torch.equal(asked.dx, unasked.dx)
+    for made, expected in zip(asked.saved, saved, strict=True):
+        assert (made is None) == (expected is None)
+        assert made is None or torch.equal(made, expected)
+    (room,) = step.rooms.values()
+    t = room.tensors
+    assert (t.normalized, t.rstd, t.columns, t.gradient, t.across) == (None,) * 5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted as kernels are interpreted")
+@pytest.mark.parametrize(
+    ("normalization", "saved"), [(None, 0), ("batch", 1), ("layer", 1)], ids=str
+)
+def test_a_step_at_the_preactivation_meets_less_often(
+    normalization: str | None, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
+    met = []
+    monkeypatch.setattr(linear, "grid_barrier", lambda *_: met.append(1))
+    counts = []
+    for interface in ("output", "preactivation"):
+        options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
+                   "context": None, "interface": interface}  # fmt: skip
+        case = make_case((35, 20, 37, 5, 7), options, 1, *FULL)
+        state, _ = bind(case)
+        rule = state.tensors(slots_of_step(case))
+        met.clear()
+        with divided(ONE):
+            BACKEND.linear_step_(
+                case.inputs["x"], case.layer(), case.config, case.synthesizer(), None, 35.0, 0.0,
+                rule, False, False,
+            )  # fmt: skip
+        counts.append(len(met))
+    # h U^T's parts and their sum, delta; and the statistics.
+    assert counts[1] == 3 + (normalization is not None)
+    assert counts[0] - counts[1] == saved
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -238,17 +301,21 @@ def test_a_synthesizers_products_are_looked_at(way: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("label", [-1, 7, 2**33])
+@pytest.mark.parametrize(
+    ("label", "interface"),
+    [(-1, "output"), (7, "output"), (2**33, "output"), (7, "preactivation")],
+)
 def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
-    way: str, label: int, monkeypatch: pytest.MonkeyPatch
+    way: str, label: int, interface: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing waits for the data there: its row is NaN, and the update does not happen."""
     monkeypatch.setattr(adapter, "check_context", lambda *_: None)
-    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam"}
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam",
+               "interface": interface}  # fmt: skip
     case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
     state, other = bind(case)
     layer, tensors = case.layer(), case.synthesizer()
-    own, its = state.tensors(slots(layer)), other.tensors(tensors.parameters())
+    own, its = state.tensors(slots_of_step(case)), other.tensors(tensors.parameters())
     before = [t.detach().clone() for t in (*layer, *tensors.parameters()) if t is not None]
     bad = case.inputs["context"].clone()
     bad[30] = label
