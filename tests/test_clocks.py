@@ -131,16 +131,14 @@ def bench(*given):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_what_bench_writes_can_be_compared(tmp_path):
     """Both kinds of caches, groups named by their question, enough rounds, and the machine."""
     path = tmp_path / "bench.json"
     limits = ("--benchmark-max-time", "1e-3", "--caches", "both")
-    printed = bench("--benchmark-only", *limits, "--benchmark-json", path)
+    bench("--benchmark-only", *limits, "--benchmark-json", path)
     question = "Is a layer's step cheaper by DNI? 64x256x256, without dx"
-    assert f"'{question}'" in printed and f"'{question}, cold caches'" in printed
     found = json.loads(path.read_text())
     assert found["machine_info"]["fused_dni"]["torch"] == torch.__version__
     assert {b["extra_info"]["caches"]: b["group"] for b in found["benchmarks"]} == {
@@ -150,7 +148,3 @@ def test_what_bench_writes_can_be_compared(tmp_path):
     assert all(len(b["stats"]["data"]) >= 8 for b in found["benchmarks"])
     results = read(path)
     assert [row["verdict"] for row in compare(results, results)["rows"]] == ["inconclusive"] * 2
-
-
-def test_bench_without_timing_calls_once():
-    assert "1 passed" in bench("--benchmark-disable")

@@ -228,10 +228,8 @@ def test_changes_stand_first_and_are_drawn(tmp_path):
     (figure,) = [block for block in made if isinstance(block, Figure)]
     svg = figure.svg()
     assert ">ours<" in svg and svg == figure.svg()
-    assert (
-        "3 floors, the same code in both runs"
-        in [block.text for block in made if isinstance(block, Text)][1]
-    )
+    said = [block.text for block in made if isinstance(block, Text)]
+    assert "one of 3 floors may have changed by" in said[1]
 
 
 @pytest.mark.parametrize(
