@@ -44,7 +44,7 @@ def _blocks() -> list:
     wide = [f"column {i}" for i in range(20)]
     return [
         Heading("Verdict: " + "unbroken" * 30, 1),
-        Text("DNI is **slower** by 12 % than `fused`."),
+        Text("DNI is **slower** by 12 % than `fused`.", lead=True),
         Table(["row", "time", "why"], [["a", "1.46 ms", "x" * 60], ["b", "-", "y"]], "Caption."),
         Heading("Details & <script>alert(1)</script>"),
         Text("<img src=x onerror=alert(1)>"),

@@ -24,7 +24,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     where = facts["gpu"] if facts["where"] == "cuda" else facts["device"]
     return [
         Heading(f"Advice: {report['title']}", 1),
-        Text(sentence(report)),
+        Text(sentence(report), lead=True),
         Heading("The step: predicted and measured"),
         _steps(report),
         Figure("steps", lambda canvas: _draw(report, canvas), "A training step by each plan."),

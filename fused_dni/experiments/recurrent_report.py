@@ -305,7 +305,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
             f"Memory: {timing.PEAK_MEMORY_CPU}."
         ),
-        Text(sentence(outcome)),
+        Text(sentence(outcome), lead=True),
         summary(outcome),
         *curves(outcome),
     ]

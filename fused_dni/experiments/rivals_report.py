@@ -49,7 +49,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             "really took. Errors are on the test set at the end of a run."
         ),
         _table(report),
-        Text(_winner(report)),
+        Text(_winner(report), lead=True),
     ]
     if report["runs"]:
         said.append(

@@ -35,7 +35,7 @@ def _torch(report: dict[str, Any]) -> list[Block]:
     device = any(row["device"] for row in ops)
     spent = sum(row["own"] for row in ranges) or 1.0
     said: list[Block] = [
-        Text(_sentence(report, spent)),
+        Text(_sentence(report, spent), lead=True),
         Heading("By range"),
         Table(
             ["range", "calls", "with what is inside", "own", "share", *["GPU"] * device, "memory"],
@@ -123,7 +123,8 @@ def _ncu(report: dict[str, Any]) -> list[Block]:
     return [
         Text(
             f"{sum(k['launches'] for k in kernels)} launches of {len(kernels)} kernels took "
-            f"{text.seconds(total)}; {most['kernel']} took {100 * share:.0f} % of it."
+            f"{text.seconds(total)}; {most['kernel']} took {100 * share:.0f} % of it.",
+            lead=True,
         ),
         Table(
             ncu.HEADER,

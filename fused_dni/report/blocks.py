@@ -32,9 +32,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph; ``lead`` is the sentence that the report comes down to, set large on a page."""
 
     text: str
+    lead: bool = False
 
 
 @dataclass(frozen=True)

@@ -98,14 +98,13 @@ def as_html(blocks: Iterable[Block], facts: Mapping[str, Any]) -> str:
     """One self-contained page; light or dark as the reader's browser asks.
 
     Args:
-        blocks: the paragraph right behind the title, the verdict's sentence say, is set large.
+        blocks: a heading of level 1 is the title of the page, too.
         facts: of device, versions and command, for the foot of the page; None is left out.
 
     Raises:
         ImportError: there is a figure and matplotlib is missing (see :func:`drawable`).
     """
     title, parts = "fused_dni", []
-    before: Block | None = None
     for number, block in enumerate(blocks):
         if isinstance(block, Heading):
             level = min(block.level, 6)
@@ -113,13 +112,11 @@ def as_html(blocks: Iterable[Block], facts: Mapping[str, Any]) -> str:
                 title = block.text
             parts.append(f"<h{level}>{_inline(block.text)}</h{level}>")
         elif isinstance(block, Text):
-            leads = isinstance(before, Heading) and before.level == 1
-            parts.append(f"<p{' class=lead' * leads}>{_inline(block.text)}</p>")
+            parts.append(f"<p{' class=lead' * block.lead}>{_inline(block.text)}</p>")
         elif isinstance(block, Table):
             parts.append(_table(block))
         else:
             parts.append(_figure(block, f"figure{number}"))
-        before = block
     rows = [
         f"<dt>{escape(str(name))}</dt><dd>{_fact(name, value)}</dd>"
         for name, value in facts.items()

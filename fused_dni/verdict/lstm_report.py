@@ -22,7 +22,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     where = facts["gpu"] if facts["where"] == "cuda" else facts["device"]
     return [
         Heading(f"Verdict: {report['title']}", 1),
-        Text(report["sentence"]),
+        Text(report["sentence"], lead=True),
         Table(header, rows, "A ~ marks a ratio whose interval reaches one."),
         Figure("time-per-step", lambda canvas: _draw(report, canvas), "Time by candidate."),
         *map(Text, report["notes"]),
