@@ -30,6 +30,7 @@ from strategies import (
     set_threads,
     shapes,
     slots,
+    slots_of_step,
     tolerances,
 )
 from torch import Tensor
@@ -37,6 +38,7 @@ from torch import Tensor
 from fused_dni.backends import registry
 from fused_dni.backends.base import (
     ACTIVATIONS,
+    INTERFACES,
     SKIPPED,
     STATISTICS_SIZE,
     STEP,
@@ -44,6 +46,7 @@ from fused_dni.backends.base import (
     Backend,
 )
 from fused_dni.reference import linear, rules, synthesizer
+from fused_dni.rules import RuleState
 
 SERVED = {
     "float32": (torch.float32, torch.float32),
@@ -121,6 +124,22 @@ def test_step(backend: Backend, dtype: str, options: dict[str, Any], poisoned: N
     check(backend, case, dtypes, run_step)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu"])
+def test_step_at_the_preactivation(
+    backend: Backend, activation: str, normalization: str | None, dtype: str, poisoned: None
+) -> None:
+    """Every way back to z; relu's stands in :func:`test_step`."""
+    dtypes = serve(backend, dtype)
+    if is_slow(backend):
+        pytest.skip("the table's rows are enough for a slow backend")
+    row = {**TABLE[0], **SMOOTH, "activation": activation, "normalization": normalization,
+           "rule": "adam", "kind": "lowrank", "context": "label",
+           "interface": "preactivation"}  # fmt: skip
+    check(backend, make_case((31, 19, 37, 5, 7), row, 1, *dtypes), dtypes, run_step)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", SERVED)
 @pytest.mark.parametrize("options", TABLE[::2], ids=named)
@@ -161,7 +180,7 @@ THIN = [
 ]
 
 
-@pytest.mark.parametrize("parts", [False, True], ids=["step", "parts"])
+@pytest.mark.parametrize("what", ["step", "preactivation", "parts"])
 @pytest.mark.parametrize("threads", [2, 4, 7])
 @pytest.mark.parametrize("shape", THIN, ids=str)
 @pytest.mark.parametrize("kind", SYNTHESIZERS)
@@ -170,7 +189,7 @@ def test_more_threads_than_work(
     kind: str,
     shape: tuple[int, int, int, int, int],
     threads: int,
-    parts: bool,
+    what: str,
     poisoned: None,
 ) -> None:
     """Some thread has nothing to do, and its part of a sum is zero."""
@@ -181,10 +200,12 @@ def test_more_threads_than_work(
     row = {**TABLE[3], **SMOOTH, "activation": "tanh", "kind": kind, "context": "label",
            "normalization": "layer" if shape[2] > 1 else None, "rule": "momentum",
            "max_norm": 0.0}  # fmt: skip
+    if what == "preactivation":
+        row["interface"] = what
     case = make_case(shape, row, 3, *dtypes)
     # Twice: the first run leaves something other than zeros in whatever memory is used again.
     for _ in range(2):
-        check(backend, case, dtypes, run_parts if parts else run_step)
+        check(backend, case, dtypes, run_parts if what == "parts" else run_step)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -205,6 +226,7 @@ def test_far_from_zero(backend: Backend, activation: str, dtype: str) -> None:
 @given(
     shape=shapes(least_rows=2),
     row=st.sampled_from(TABLE),
+    interface=st.sampled_from(INTERFACES),
     seed=st.integers(0, 9),
     threads=st.integers(1, 2),
 )
@@ -214,13 +236,14 @@ def test_any_shape(
     parts: bool,
     shape: tuple[int, int, int, int, int],
     row: dict[str, Any],
+    interface: str,
     seed: int,
     threads: int,
 ) -> None:
     dtypes = serve(backend, dtype)
     if is_slow(backend) and seed > 2:
         return
-    case = make_case(shape, row, seed, *dtypes)
+    case = make_case(shape, {**row, "interface": interface}, seed, *dtypes)
     torch.set_num_threads(threads if backend.name == "cpu" else 1)
     check(backend, case, dtypes, run_parts if parts else run_step)
 
@@ -264,7 +287,8 @@ def test_same_input_same_bits(backend: Backend, dtype: str, run: Run, threads: i
     dtypes = serve(backend, dtype)
     set_threads(backend, threads)
     # The reference's bits are torch's affair; the interpreter's, one program after another, too.
-    for row in TABLE[:6] if backend.name == "cpu" else TABLE[:1]:
+    inside = [row for row in TABLE if row["interface"] == "preactivation"]
+    for row in (*TABLE[:6], *inside[:3]) if backend.name == "cpu" else (TABLE[0], inside[0]):
         case = make_case((67, 48, 97, 16, 10), options_of(dtype, row), 4, *dtypes)
         once, twice = run(backend, case.to(*dtypes)), run(backend, case.to(*dtypes))
         for name, t in once.items():
@@ -318,6 +342,68 @@ def test_every_mutated_tensor_moves_its_version(
 
 def snapshot(*tensors: Tensor | None) -> list[Tensor]:
     return [t.detach().clone() for t in tensors if t is not None]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+def test_scale_and_shift_stay_in_a_step_at_the_preactivation(
+    backend: Backend, normalization: str
+) -> None:
+    """No gradient reaches them there; weight and bias move (the bias but for a batch's mean)."""
+    dtypes = serve(backend, "float32")
+    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": "sgd",
+           "activation": "tanh", "interface": "preactivation"}  # fmt: skip
+    case = make_case((9, 8, 7, 3, 4), row, 5, *dtypes)
+    state, _ = bind(case)
+    layer = case.layer()
+    versions = [None if t is None else t._version for t in layer]
+    before = snapshot(*layer)
+    step = backend.linear_step_(
+        case.inputs["x"], layer, case.config, case.synthesizer(), None, case.target_scale, 0.0,
+        state.tensors(slots_of_step(case)), True, False,
+    )  # fmt: skip
+    assert step.prediction is None and step.saved is None
+    moved = [not torch.equal(t, old) for t, old in zip(snapshot(*layer), before, strict=True)]
+    statistics = [True, True] if normalization == "batch" else []
+    assert moved == [True, normalization == "layer", False, False, *statistics]
+    for i in (2, 3):
+        t = layer[i]
+        assert t is not None and t._version == versions[i]
+
+
+@pytest.mark.parametrize("where", ["x", "synthesizer.bias", "grad"])
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+def test_what_is_not_finite_at_the_preactivation_is_skipped(
+    backend: Backend, where: str, normalization: str | None
+) -> None:
+    dtypes = serve(backend, "float32")
+    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": "adamw",
+           "activation": "gelu", "interface": "preactivation"}  # fmt: skip
+    case = make_case((19, 18, 33, 3, 4), row, 6, *dtypes)
+    state, _ = bind(case)
+    norm = RuleState(case.rule)
+    layer, x, grad_h = case.layer(), case.inputs["x"], case.inputs["grad_h"]
+    own = state.tensors(slots_of_step(case))
+    behind = norm.tensors((None, None, layer.norm_weight, layer.norm_bias))
+    with torch.no_grad():
+        {"x": x, "grad": grad_h, "synthesizer.bias": case.parameters["synthesizer.bias"]}[
+            where
+        ].view(-1)[17] = torch.nan
+    watched = (*layer, *own.first, *own.second, *behind.first, *behind.second)
+    before = snapshot(*watched)
+    if where == "grad":
+        h, saved = backend.linear_forward(x, layer, case.config, False, True)
+        made = backend.linear_backward(grad_h, x, h, saved, layer, case.config, True, False, False)
+        backend.linear_update_(x, made, layer, behind)
+        assert behind.hyper[SKIPPED] == 1 and behind.hyper[STEP] == 0
+    else:
+        for max_norm in (0.0, 0.5):
+            backend.linear_step_(
+                x, layer, case.config, case.synthesizer(), None, case.target_scale, max_norm, own,
+                True, True,
+            )  # fmt: skip
+        assert own.hyper[SKIPPED] == 2 and own.hyper[STEP] == 0
+    for t, old in zip(snapshot(*watched), before, strict=True):
+        assert torch.equal(t, old)
 
 
 @pytest.mark.parametrize("where", ["x", "synthesizer.bias", "grad", "target"])
@@ -410,11 +496,14 @@ def test_a_label_out_of_range_changes_nothing(backend: Backend, label: int) -> N
         assert torch.equal(t, old)
 
 
+@pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("normalization", [None, "batch", "layer"])
-def test_dx_uses_the_weights_before_the_update(backend: Backend, normalization: str | None) -> None:
+def test_dx_uses_the_weights_before_the_update(
+    backend: Backend, normalization: str | None, interface: str
+) -> None:
     dtypes = serve(backend, "float32")
     row = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "tanh",
-           "rule": "sgd"}  # fmt: skip
+           "rule": "sgd", "interface": interface}  # fmt: skip
     case = make_case((32, 24, 40, 4, 5), row, 7, *dtypes)
     still = case.to(*dtypes)
     moving, frozen = case, still
@@ -425,7 +514,7 @@ def test_dx_uses_the_weights_before_the_update(backend: Backend, normalization: 
     results = [
         backend.linear_step_(
             c.inputs["x"], c.layer(), c.config, c.synthesizer(), c.inputs.get("context"),
-            c.target_scale, 0.0, s.tensors(slots(c.layer())), True, False,
+            c.target_scale, 0.0, s.tensors(slots_of_step(c)), True, False,
         )
         for c, s in ((moving, state), (frozen, frozen_state))
     ]  # fmt: skip
