@@ -217,11 +217,16 @@ def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="b
 
 @backends
 @pytest.mark.parametrize("context", [None, "labels", "vector"])
-@pytest.mark.parametrize("kind", ["dense", "lowrank", "diagonal"])
-def test_functional_step(backend, context, kind):
+@pytest.mark.parametrize(
+    ("kind", "interface"),
+    [("dense", "output"), ("lowrank", "output"), ("lowrank", "preactivation"),
+     ("diagonal", "output")],
+)  # fmt: skip
+def test_functional_step(backend, context, kind, interface):
     x, layer, synthesizer, rows, bound = tensors(backend, kind, context=context)
-    config = LinearConfig("batch", "gelu")
-    rules = (bound(layer[:4]), bound(synthesizer.parameters()))
+    config = LinearConfig("batch", "gelu", interface=interface)
+    moved = layer[:4] if interface == "output" else (*layer[:2], None, None)
+    rules = (bound(moved), bound(synthesizer.parameters()))
     everything = (x, layer, synthesizer, rows, rules, torch.zeros(STATISTICS_SIZE).double())
     other = copy.deepcopy(everything)
 
@@ -233,7 +238,7 @@ def test_functional_step(backend, context, kind):
             made.h, made.prediction, made.h.sin(), synthesizer, rules[1], context=rows,
             statistics=statistics, backend=backend,
         )  # fmt: skip
-        return made.h, made.dx, made.prediction.scaled
+        return made.h, made.dx, made.prediction.scaled, made.saved
 
     graphs = Graphs()
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
@@ -254,7 +259,7 @@ OPS = torch.ops.fused_dni
 RULE_ARGUMENTS = ("adam", False, False)
 
 
-def arguments(name, backend, normalization, kind, context):
+def arguments(name, backend, normalization, kind, context, interface="output"):
     x, layer, synthesizer, rows, bound = tensors(backend, kind, "adam", context, normalization)
     config = (normalization, "gelu", 1e-5, 0.1)
     h, n, o = double(6, 5), 6, 5
@@ -273,7 +278,8 @@ def arguments(name, backend, normalization, kind, context):
         "linear_forward": (x, *layer, *config, True, True, backend),
         "linear_backward": (h, x, h, normalized, rstd, *layer, *config, True, True, True, backend),
         "linear_step_": (
-            x, *layer, *config, kind, *learned, rows, 6.0, 0.5, *rule(layer[:4]), True, True,
+            x, *layer, *config, interface, kind, *learned, rows, 6.0, 0.5,
+            *rule(layer[:4] if interface == "output" else (*layer[:2], None, None)), True, True,
             backend,
         ),
         "linear_update_": (x, h, *gradients, *layer[:4], *rule(layer[:4]), backend),
@@ -315,9 +321,12 @@ def test_every_registered_op_is_checked():
     ("normalization", "kind", "context"),
     [("batch", "lowrank", "labels"), ("layer", "dense", "vector"), (None, "diagonal", None)],
 )
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(backend, name, normalization, kind, context):
-    given = arguments(name, backend, normalization, kind, context)
+@pytest.mark.parametrize(
+    ("name", "interface"),
+    [*((name, "output") for name in NAMES), ("linear_step_", "preactivation")],
+)
+def test_opcheck(backend, name, interface, normalization, kind, context):
+    given = arguments(name, backend, normalization, kind, context, interface)
     opcheck(getattr(OPS, name).default, given)
 
 

@@ -135,7 +135,7 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, 
     for name, module in model.named_modules():
         if not isinstance(module, DecoupledModule):
             continue
-        for role in ("update", "synthesizer_update", "auxiliary_update"):
+        for role in ("update", "norm_update", "synthesizer_update", "auxiliary_update"):
             rule = getattr(module, role, None)
             if rule is not None:
                 held = (rule.steps, rule.moments())
