@@ -52,9 +52,9 @@ DEFAULT_ARMS = (
 #: Rates at the start, with Adam; docs/rivals.md says how they were found.
 RATES = {
     "exact": 3e-3,
-    "stale-K": 3e-3,
+    "stale-K": 1e-3,
     "delayed": 3e-3,
-    "local": 3e-3,
+    "local": 1e-2,
     "feedback": 3e-3,
     "cdni-K": 3e-3,
     "cdni-z-K": 3e-3,
