@@ -14,7 +14,8 @@ from fused_dni import timing
 from fused_dni.reference import ReferenceBackend
 from fused_dni.verdict import BreakEven, GateError, Verdict, VerdictError, verdict
 from fused_dni.verdict.candidates import Expired, deadline
-from fused_dni.verdict.layer import break_even, often
+from fused_dni.verdict.result import break_even
+from fused_dni.verdict.words import often
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +33,7 @@ def _mlp(norm=nn.BatchNorm1d, size: int = 16) -> nn.Sequential:
     )
 
 
-QUICK = {"seconds": 0.02, "compile": False, "backend": "reference"}
+QUICK = {"seconds": 0.02, "parts": False, "compile": False, "backend": "reference"}
 
 
 @pytest.fixture(scope="module")

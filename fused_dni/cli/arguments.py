@@ -31,6 +31,8 @@ ACTIVATIONS = (
     "mish",
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+#: What `verdict` knows by name.
+SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm")
 
 
 class UsageError(ValueError):
@@ -162,7 +164,7 @@ def built(spec: str) -> Any:
     """What the factory ``package.module:name`` returns, called without arguments."""
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
-        kinds = text.unknown("module", spec, ("linear", "mlp", "lstm"))
+        kinds = text.unknown("module", spec, SEGMENTS)
         raise UsageError(f"{kinds}, or package.module:factory")
     sys.path.insert(0, os.getcwd())  # as `python -m` would
     try:

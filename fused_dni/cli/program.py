@@ -108,13 +108,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+#: Options whose value is a path of the reader's.
+_PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures", "--save")
+
+
 def _command(argv: Sequence[str]) -> str:
     """The command as it goes into a report: without the reader's folders."""
     words, hide = [], False
     for word in argv:
-        words.append("DIR" if hide else word)
-        hide = word in ("--data", "--checkpoint", "--out", "--plot", "--figures")
-        if word.startswith(("--data=", "--checkpoint=", "--out=", "--plot=", "--figures=")):
+        # A number is none: verdict's --out is one of features.
+        words.append("DIR" if hide and not word.isdigit() else word)
+        hide = word in _PATHS
+        if word.startswith(tuple(f"{option}=" for option in _PATHS)):
             words[-1] = word.partition("=")[0] + "=DIR"
     return shlex.join([PROGRAM, *words])
 

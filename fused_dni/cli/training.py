@@ -105,6 +105,12 @@ def add_train(commands: Any) -> None:
         epilog=f"recurrent networks: {', '.join(f'{PROGRAM} train {task}' for task in RECURRENT)}",
     )
     _add_training(train)
+    train.add_argument(
+        "--interface",
+        choices=("output", "preactivation"),
+        help="where synthesizers predict the gradient: at a layer's output, or before its "
+        "normalisation and activation (output)",
+    )
     train.add_argument("--out", metavar="DIR", help="report folder (default: runs/DATASET)")
     train.add_argument(
         "--split-seconds",
@@ -294,6 +300,7 @@ def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> A
         target_every=tuple(args.target_every) if args.target_every else None,
         seeds=tuple(dict.fromkeys(args.seeds)) if args.seeds else None,
         held_out=args.held_out or None,
+        interface=getattr(args, "interface", None),
         **{
             key: getattr(args, key)
             for key in (
@@ -450,6 +457,7 @@ def _demo(args: argparse.Namespace, command: str) -> int:
             context_features=dataset.classes,
             rank=settings.rank,
             seconds=args.seconds,
+            parts=False,
             compile=not args.no_compile,
             compile_limit=45.0,
             backend=settings.backend,

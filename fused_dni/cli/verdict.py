@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,9 @@ from fused_dni.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+
+    from fused_dni.verdict.segments import Segment
 
 
 def add_verdict(commands: Any) -> None:
@@ -35,27 +35,39 @@ def add_verdict(commands: Any) -> None:
         "verdict",
         help="what backprop and DNI cost for a layer or network, and where the break-even is",
         description="Time a training step by stock backprop, compiled backprop, backprop on our "
-        "kernels and DNI (targets on every k-th step), interleaved, with the floor beside them.",
+        "kernels and DNI (targets on every k-th step, by interface and synthesizer), interleaved, "
+        "with the floor beside them; then the parts of a step.",
         epilog="examples:\n"
         f"  {PROGRAM} verdict linear --in 1024 --out 1024 --batch 128 --normalization batch "
         "--activation relu\n"
         f"  {PROGRAM} verdict mlp --width 256 --depth 4 --batch 64 --classes 10\n"
+        f"  {PROGRAM} verdict block --depth 8 --synthesizers dense rank16\n"
+        f"  {PROGRAM} verdict transformer --width 256 --tokens 128 --batch 4\n"
         f"  {PROGRAM} verdict package.module:factory --sample 64x784\n"
         f"  {PROGRAM} verdict lstm --hidden 256 --batch 32 --window 8 --long 40\n\n"
         "A factory is called without arguments and returns a module, or (module, sample).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verdict.add_argument("what", metavar="WHAT", help="linear, mlp, lstm or package.module:factory")
-    shape = verdict.add_argument_group("shape")
+    verdict.add_argument(
+        "what",
+        metavar="SEGMENT",
+        help="linear, mlp, block, conv, transformer, lstm or package.module:factory",
+    )
+    shape = verdict.add_argument_group("segment")
     shape.add_argument("--in", dest="inputs", type=whole(1, "in"), help="input features")
-    shape.add_argument("--out", dest="outputs", type=whole(1, "out"), help="output features")
-    shape.add_argument("--width", type=whole(1, "width"), help="mlp: units of a hidden layer")
-    shape.add_argument("--depth", type=whole(1, "depth"), help="mlp: hidden layers")
+    shape.add_argument(
+        "--out", dest="outputs", type=whole(1, "out"), help="linear: output features"
+    )
+    shape.add_argument("--width", type=whole(1, "width"), help="units, or channels, of a layer")
+    shape.add_argument("--depth", type=whole(1, "depth"), help="mlp, block, conv: layers")
+    shape.add_argument("--size", type=whole(1, "size"), help="conv: side of the maps")
+    shape.add_argument("--tokens", type=whole(1, "tokens"), help="transformer: of a sequence")
+    shape.add_argument("--heads", type=whole(1, "heads"), help="transformer: of the attention")
     shape.add_argument("--batch", type=whole(1, "batch"), help="rows of a batch")
     shape.add_argument(
         "--classes",
         type=whole(1, "classes"),
-        help="mlp: outputs; both: classes that synthesizers are conditioned on (10)",
+        help="that synthesizers are conditioned on (10; for a factory none); mlp: outputs too",
     )
     shape.add_argument("--unconditional", action="store_true", help="no conditioning on classes")
     shape.add_argument("--normalization", choices=("none", "batch", "layer"), help="(batch)")
@@ -67,7 +79,21 @@ def add_verdict(commands: Any) -> None:
     shape.add_argument("--device", default="cpu", help="cpu or cuda")
     how = verdict.add_argument_group("method")
     how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd")
-    how.add_argument("--rank", type=whole(0, "rank"), help="of the synthesizers; 0: dense (16)")
+    how.add_argument(
+        "--interface",
+        nargs="+",
+        choices=("output", "preactivation"),
+        help="where the gradient is predicted (all that differ)",
+    )
+    how.add_argument(
+        "--synthesizers",
+        nargs="+",
+        metavar="NAME",
+        help="dense, rank16 or another rank, diagonal, conv (all that fit)",
+    )
+    how.add_argument(
+        "--rank", type=whole(0, "rank"), help="one synthesizer alone, of this rank; 0: dense"
+    )
     how.add_argument(
         "--target-every",
         nargs="+",
@@ -78,9 +104,11 @@ def add_verdict(commands: Any) -> None:
     )
     how.add_argument("--backend", help="force a backend of our kernels")
     how.add_argument("--no-compile", action="store_true", help="leave compiled backprop out")
+    how.add_argument("--no-parts", action="store_true", help="whole steps alone, not their parts")
     how.add_argument("--seconds", type=positive("seconds"), default=5.0, help="(5)")
     out = verdict.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print the verdict as JSON on stdout")
+    out.add_argument("--save", metavar="FILE", help="write the JSON there")
     out.add_argument("--plot", metavar="PATH", help="draw it into an image file")
     out.add_argument("--quiet", action="store_true", help="no progress")
     common(verdict)
@@ -130,48 +158,56 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     from fused_dni.progress import Progress
     from fused_dni.verdict import verdict
 
-    if args.plot is not None:
-        refuse_unwritable(str(Path(args.plot).parent))
+    for path in (args.plot, args.save):
+        if path is not None:
+            refuse_unwritable(str(Path(path).parent))
+    if args.rank is not None and args.synthesizers is not None:
+        raise UsageError("give --rank or --synthesizers, not both")
     set_threads(args)
     dtype = getattr(torch, args.dtype)
     device = device_named(args.device)
-    module, sample, target, title = _subject(args)
+    segment = _segment(args)
     try:
-        module = module.to(device=device, dtype=dtype)
+        module = segment.module.to(device=device, dtype=dtype)
     except (RuntimeError, TypeError) as error:
         raise UsageError(
             f"cannot take the module to {args.device}, {args.dtype}: {error}"
         ) from None
-    sample = sample.to(device=device, dtype=dtype)
-    if target is not None:
-        target = target.to(device)
+    target = None if segment.target is None else segment.target.to(device)
+    synthesizers = "default" if args.rank is not None else args.synthesizers or "all"
     progress = Progress(enabled=not args.quiet)
-    classes = args.classes or (10 if args.what in ("linear", "mlp") else 0)
     with progress:
         found = verdict(
             module,
-            sample,
+            segment.sample.to(device=device, dtype=dtype),
             target=target,
             update=rule(args.update),
             target_every=[k or None for k in args.target_every],
-            context_features=0 if args.unconditional else classes,
+            interface=args.interface or "all",
+            synthesizer=synthesizers,
+            context_features=0 if args.unconditional else segment.classes,
             rank=args.rank,
             seconds=args.seconds,
+            parts=not args.no_parts,
             compile=not args.no_compile,
             backend=args.backend,
-            title=title,
+            title=segment.title or None,
             progress=progress.update,
         )
+    found.facts["command"] = command
     plotted = found.plot(args.plot) if args.plot is not None else None
+    if args.save is not None:
+        Path(args.save).write_text(found.to_json())
     if args.json:
         print(found.to_json())
     else:
         print(found.table())
         print()
         print(found.sentence())
-        if plotted is not None:
-            print()
-            print(plotted)
+        for path in (plotted, args.save):
+            if path is not None:
+                print()
+                print(path)
     return 0
 
 
@@ -221,65 +257,25 @@ def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _subject(
-    args: argparse.Namespace,
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None, str | None]:
-    """Module, sample, labels and title from the command line."""
+def _segment(args: argparse.Namespace) -> Segment:
+    """What is measured, from the command line."""
     import torch
 
-    module: nn.Module
-    generator = torch.Generator().manual_seed(0)
-    if args.what in ("linear", "mlp"):
-        foreign = {"linear": ("width", "depth", "sample"), "mlp": ("outputs", "sample")}[args.what]
-        refuse(args, foreign)
-        norm = args.normalization or "batch"
-        act = args.activation or "relu"
-        if args.what == "linear":
-            inputs, outputs = args.inputs or 1024, args.outputs or args.inputs or 1024
-            batch = args.batch or 128
-            module = torch.nn.Sequential(*_layer(inputs, outputs, norm, act))
-            title = f"one layer {inputs} to {outputs} ({_named(norm, act)}) at batch {batch}"
-            return module, torch.randn(batch, inputs, generator=generator), None, title
-        width, depth = args.width or 256, args.depth or 4
-        inputs, batch, classes = args.inputs or width, args.batch or 64, args.classes or 10
-        layers = [
-            part for i in range(depth) for part in _layer(width if i else inputs, width, norm, act)
-        ]
-        module = torch.nn.Sequential(*layers, torch.nn.Linear(width, classes))
-        labels = torch.randint(classes, (batch,), generator=generator)
-        title = f"{depth} hidden layers of {width} ({_named(norm, act)}) at batch {batch}"
-        return module, torch.randn(batch, inputs, generator=generator), labels, title
-    refuse(args, ("inputs", "outputs", "width", "depth", "batch", "normalization", "activation"))
+    from fused_dni.verdict import segments
+
+    given = {name: getattr(args, name) for name in segments.options()}
+    if args.what in segments.SEGMENTS:
+        refuse(args, ("sample",))
+        try:
+            return segments.make(args.what, given)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    refuse(args, [name for name in given if name != "classes"])
     module, sample = factory(args.what)
     if sample is None:
         if args.sample is None:
             raise UsageError(f"{args.what} returns a module alone: give --sample, like 64x784")
-        sample = torch.randn(args.sample, generator=generator)
+        sample = torch.randn(args.sample, generator=torch.Generator().manual_seed(0))
     elif args.sample is not None:
         raise UsageError(f"{args.what} brings its own sample: leave --sample out")
-    return module, sample, None, None
-
-
-def _named(norm: str, act: str) -> str:
-    names = {"batch": ["BatchNorm"], "layer": ["LayerNorm"], "none": []}[norm]
-    return ", ".join(["Linear", *names, *([act] if act != "identity" else [])])
-
-
-def _layer(inputs: int, outputs: int, norm: str, act: str) -> Iterator[nn.Module]:
-    from torch import nn
-
-    yield nn.Linear(inputs, outputs, bias=norm != "batch")
-    if norm != "none":
-        yield (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(outputs)
-    made: dict[str, Callable[[], nn.Module]] = {
-        "relu": nn.ReLU,
-        "gelu": nn.GELU,
-        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-        "silu": nn.SiLU,
-        "tanh": nn.Tanh,
-        "sigmoid": nn.Sigmoid,
-        "softplus": nn.Softplus,
-        "mish": nn.Mish,
-    }
-    if act != "identity":
-        yield made[act]()
+    return segments.Segment(module, sample, None, "", args.classes or 0)

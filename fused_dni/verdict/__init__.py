@@ -1,13 +1,15 @@
 """What backprop costs, what DNI costs, and where the break-even is, measured on this machine."""
 
 from fused_dni.verdict.errors import GateError, VerdictError
-from fused_dni.verdict.layer import BreakEven, Verdict, verdict
+from fused_dni.verdict.layer import verdict
 from fused_dni.verdict.lstm import LSTMVerdict, verdict_lstm
+from fused_dni.verdict.result import BreakEven, Variant, Verdict
 
 __all__ = [
     "BreakEven",
     "GateError",
     "LSTMVerdict",
+    "Variant",
     "Verdict",
     "VerdictError",
     "verdict",

@@ -38,7 +38,8 @@ from fused_dni.rules import SGD, Adam, Rule
 from fused_dni.timing import Ratio, Timing
 from fused_dni.verdict.candidates import TIMING_RATE, at_rate, first_line
 from fused_dni.verdict.errors import GateError, VerdictError
-from fused_dni.verdict.layer import cell, facts_of, versus
+from fused_dni.verdict.layer import facts_of
+from fused_dni.verdict.words import cell, versus
 
 #: T2 over T, where T2 is not given.
 LONGER = 5

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from fused_dni import timing
 from fused_dni.baseline import stock_optimizer
-from fused_dni.modules.base import DecoupledModule, Forecast, Lesson
+from fused_dni.modules.base import DecoupledModule, Forecast
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.synthesizers import Synthesizer
 from fused_dni.timing import Candidate, Ratio, Staged, Timing
@@ -289,7 +289,7 @@ def _chain(learners: list[_Phases], *, dx: bool) -> Chain:
         ]
 
     chain: list[tuple[str, Callable[[Any], Any]]] = [
-        ("forward", over(_Phases.forward)),
+        ("forward", over(partial(_Phases.forward, dx=dx))),
         ("predict", over(partial(_Phases.predict, learns=dx))),
         ("local backward, dx" if dx else "local backward", over(partial(_Phases.backward, dx=dx))),
         ("update", over(_Phases.update)),
@@ -352,8 +352,8 @@ class _Phases:
         arrived = torch.randn(h.shape, generator=generator) / h.shape[0]
         self.h, self.arrived = h, arrived.to(device=h.device, dtype=h.dtype)
 
-    def forward(self, _: None = None) -> Passed:
-        return Passed(*self.module.open(self.inputs, self.need_dx))
+    def forward(self, _: None, dx: bool) -> Passed:
+        return Passed(*self.module.open(self.inputs, dx and self.need_dx))
 
     def predict(self, given: Passed, learns: bool) -> Passed:
         return given._replace(forecast=self.module.predict(given.h, self.context, learns))
@@ -373,10 +373,10 @@ class _Phases:
         return Passed(made.h, forecast=made.forecast)
 
     def train(self, given: Passed) -> None:
-        assert given.forecast is not None
-        scale = self.module.scale_of(given.h)
-        lesson = Lesson(given.h, given.forecast, self.context, self.arrived, scale)
-        self.module.learn([lesson])
+        module, forecast = self.module, given.forecast
+        assert forecast is not None
+        lesson = module.lesson(given.h, forecast, self.context, self.arrived, given.trace)
+        module.learn([lesson])
 
     def plainly_predicted(self) -> Tensor:
         """M(h) by PyTorch alone, with its graph."""

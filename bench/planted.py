@@ -1,0 +1,256 @@
+"""Does the instrument tell the truth? Differences and segments are planted, and verdicts counted.
+
+    .venv/bin/python bench/planted.py [--runs 10] [--seconds 1] [--busy 0] [--only PART ...]
+
+prints JSON with the counts. ``differences``: a candidate with 15 % more work, with 15 % less, and
+with the same, so many runs each. ``segments``: modules of which it is known whether synthetic
+gradients pay there. ``sums``: parts of a step against the whole. With ``--busy N`` so many
+processes compete for the cores meanwhile. Exit status 1 if a bound of the counts is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_dni import timing
+from fused_dni.baseline import facts
+from fused_dni.progress import Progress
+from fused_dni.verdict import Verdict, verdict
+from fused_dni.verdict.segments import conv
+
+#: What is planted, and of ten runs how many are to be called rightly; none the other way round.
+PLANTED = {"slower": 1.15, "faster": 1 / 1.15, "inconclusive": 1.0}
+RIGHT = 0.9
+OPPOSITE = {"slower": "faster", "faster": "slower"}
+#: Products that a planted candidate's work is made of, more or fewer of them.
+PRODUCTS = 40
+
+
+class Heavy(nn.Module):
+    """A function without parameters whose backward is far dearer than its forward.
+
+    It is the identity; its backward takes ``products`` matrix products to find that out.
+    """
+
+    def __init__(self, features: int, products: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        orthogonal, _ = torch.linalg.qr(torch.randn(features, features, generator=generator))
+        self.products = products
+        self.register_buffer("rotation", orthogonal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = _Heavy.apply(x, self.rotation, self.products)
+        return made
+
+
+class _Heavy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor, products: int) -> Tensor:
+        ctx.rotation, ctx.products = rotation, products
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        turned = gradient
+        for i in range(ctx.products):  # there and back
+            turned = turned @ (ctx.rotation if i % 2 else ctx.rotation.t())
+        return turned if ctx.products % 2 == 0 else gradient, None, None
+
+
+class Expectation:
+    """A planted segment and what its verdict has to say.
+
+    Args:
+        make: the segment.
+        interface: where.
+        synthesizer: which.
+        k: targets on every k-th step, None for never.
+        allowed: what DNI may be called against backprop on the same kernels.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        interface: str,
+        synthesizer: str,
+        k: int | None,
+        allowed: tuple[str, ...],
+    ) -> None:
+        self.make, self.interface, self.synthesizer = make, interface, synthesizer
+        self.k, self.allowed = k, allowed
+
+    def measure(self, rows: int, features: int, seconds: float, backend: str | None) -> str:
+        """What the verdict says: ``faster``, ``slower`` or ``inconclusive``."""
+        torch.manual_seed(0)
+        found = verdict(
+            self.make(),
+            torch.randn(rows, features),
+            interface=self.interface,
+            synthesizer=self.synthesizer,
+            target_every=(self.k,),
+            seconds=seconds,
+            parts=False,
+            compile=False,
+            backend=backend,
+        )
+        return against_fused(found, self.k)
+
+
+def against_fused(found: Verdict, k: int | None) -> str:
+    """The first variant against backprop on the same kernels."""
+    variant = found.variants[0]
+    return timing.differs(variant.cycle(k), found.timings[variant.base])
+
+
+def segments(features: int = 64, products: int = 60) -> dict[str, Expectation]:
+    """The planted segments, for inputs of so many features."""
+
+    def linear() -> nn.Linear:
+        return nn.Linear(features, features)
+
+    def heavy() -> Heavy:
+        return Heavy(features, products)
+
+    no_gain = ("slower", "inconclusive")
+    return {
+        "a heavy backward in front, no targets": Expectation(
+            lambda: nn.Sequential(heavy(), linear()), "output", "rank4", None, ("faster",)
+        ),
+        "a heavy backward behind, interface at the output": Expectation(
+            lambda: nn.Sequential(linear(), heavy()), "output", "dense", None, no_gain
+        ),
+        "a heavy backward behind, interface at the preactivation": Expectation(
+            lambda: nn.Sequential(linear(), heavy()), "preactivation", "rank4", None, ("faster",)
+        ),
+        "a bare narrow layer, dense synthesizer, k = 1": Expectation(
+            linear, "output", "dense", 1, no_gain
+        ),
+    }
+
+
+def planted_difference(word: str, seconds: float, seed: int) -> str:
+    """What a comparison says of a candidate with so much more or less work."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(64, 64, generator=generator)
+    out = torch.empty(64, 64)
+
+    def work(products: int) -> timing.Candidate:
+        def call() -> None:
+            for _ in range(products):
+                torch.mm(a, a, out=out)
+
+        return call
+
+    ours = round(PRODUCTS * PLANTED[word])
+    found = timing.compare(
+        {"theirs": work(PRODUCTS), "ours": work(ours)}, seconds=seconds, precision=0.02, seed=seed
+    )
+    return timing.differs(found["ours"], found["theirs"])
+
+
+def sums(seconds: float) -> list[dict[str, Any]]:
+    """Parts of a composed step against the step."""
+    segment = conv()
+    found = verdict(
+        segment.module,
+        segment.sample,
+        context_features=segment.classes,
+        target_every=(1, None),
+        compile=False,
+        seconds=seconds,
+    )
+    made: list[dict[str, Any]] = found.report()["parts"]["sums"]
+    return [row for row in made if row["composed"]]
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Other work on the machine, meanwhile."""
+    workers = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _spin() -> None:
+    while True:
+        sum(range(10_000))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10, help="of each planted difference (10)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one comparison (1)")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="competing processes (0)")
+    parser.add_argument("--threads", type=int, default=1, help="(1)")
+    parser.add_argument("--only", nargs="+", choices=("differences", "segments", "sums"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    wanted = args.only or ("differences", "segments", "sums")
+    progress = Progress()
+    report: dict[str, Any] = {"facts": facts(), "busy": args.busy, "runs": args.runs}
+    failures: list[str] = []
+    with busy(args.busy), progress:
+        if "differences" in wanted:
+            report["differences"] = {}
+            for i, word in enumerate(PLANTED):
+                counts: Counter[str] = Counter()
+                for run in range(args.runs):
+                    progress.update("differences", (i + run / args.runs) / len(PLANTED))
+                    counts[planted_difference(word, args.seconds, run)] += 1
+                report["differences"][word] = dict(counts)
+                if counts[word] < RIGHT * args.runs:
+                    failures.append(f"{word}: right in {counts[word]} of {args.runs}")
+                if counts[OPPOSITE.get(word, "")]:
+                    failures.append(f"{word}: called the opposite")
+            progress.update("differences", 1.0)
+        if "segments" in wanted:
+            report["segments"] = {}
+            planted = segments()
+            for i, (name, expectation) in enumerate(planted.items()):
+                progress.update("segments", i / len(planted))
+                said = expectation.measure(128, 64, 2 * args.seconds, None)
+                report["segments"][name] = {"said": said, "allowed": list(expectation.allowed)}
+                if said not in expectation.allowed:
+                    failures.append(f"{name}: {said}")
+            progress.update("segments", 1.0)
+        if "sums" in wanted:
+            progress.update("sums", 0.0)
+            report["sums"] = sums(10 * args.seconds)
+            failures += [
+                f"{row['step']}: sum over step {row['sum over step']['median']:.2f}"
+                for row in report["sums"]
+                if not row["agrees"]
+            ]
+            progress.update("sums", 1.0)
+    report["failures"] = failures
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
