@@ -55,7 +55,7 @@ RATES = {
     "stale-K": 1e-3,
     "delayed": 3e-3,
     "local": 1e-2,
-    "feedback": 3e-3,
+    "feedback": 1e-2,
     "cdni-K": 3e-3,
     "cdni-z-K": 3e-3,
 }
