@@ -146,11 +146,19 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"target_every": (-2,)}, "target_every"),
         ({"rank": -1}, "rank must be at least 0"),
+        ({"interface": "outputs"}, "did you mean 'output'"),
     ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+def test_the_interface_is_that_of_the_decoupled_layers():
+    settings = replace(TINY, interface="preactivation")
+    for name, expected in (("cdni k=1", ["preactivation"] * 2), ("fused", ["output"] * 2)):
+        network = train.build(name, 0, settings, _dataset()).model
+        assert [layer.config.interface for layer in network] == [*expected, "output"]
 
 
 def test_a_batch_larger_than_the_training_set():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni import text, timing
+from fused_dni.backends.base import INTERFACES
 from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.run import (
@@ -69,6 +70,7 @@ class Settings:
         warmup_steps: steps at the start in which layers use the true gradient and synthesizers
             only learn.
         rank: of the synthesizers; 0 for dense.
+        interface: where they predict the gradient: ``output`` or ``preactivation``.
         seeds: one run of every method each.
         held_out: evaluate on the held-out part of the training set, not on the test set.
         backend: force a backend.
@@ -87,6 +89,7 @@ class Settings:
     sg_lr: float = 1.5e-3
     warmup_steps: int = 234
     rank: int = 16
+    interface: str = "output"
     seeds: tuple[int, ...] = (0, 1, 2)
     held_out: bool = False
     backend: str | None = None
@@ -99,6 +102,8 @@ class Settings:
             raise ValueError("at least one method and one seed are needed")
         if self.update not in UPDATES:
             raise ValueError(text.unknown("update", self.update, UPDATES))
+        if self.interface not in INTERFACES:
+            raise ValueError(text.unknown("interface", self.interface, INTERFACES))
         for name, low in (("hidden", 1), ("depth", 1), ("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -288,6 +293,7 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
         synthesizer_update=settings.rule(settings.sg_lr),
         rank=settings.rank or None,
         context_features=dataset.classes if method == "cdni" else 0,
+        interface=settings.interface,
         backend=settings.backend,
         seed=seed,
     )
@@ -560,8 +566,8 @@ SPLIT_METHOD = (
     "backward, optimizer and schedule bookkeeping, picking the batch). By difference of whole "
     "steps: targets = a step with targets less one without (dx, synthesizer update, their "
     "autograd); update = the rest of a step (of one without targets, for cDNI): the backward "
-    "through activation and normalisation, the weight gradient and the rule, for backprop the "
-    "whole backward. Inside one fused step the pieces share launches and caches, so a difference "
+    "through activation and normalisation (but for an interface at the preactivation), the weight "
+    "gradient and the rule, for backprop the whole backward. Inside one fused step the pieces share launches and caches, so a difference "
     "can come out below what the piece would cost alone."
 )
 
