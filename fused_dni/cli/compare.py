@@ -41,7 +41,7 @@ def add_compare(commands: Any) -> None:
 
 def _compare(args: argparse.Namespace, command: str) -> int:
     from fused_dni.comparison import blocks, compare, read
-    from fused_dni.report.blocks import as_text
+    from fused_dni.report import as_text
 
     if args.out is not None:
         refuse_unwritable(str(Path(args.out).parent))

@@ -18,7 +18,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     rows = sorted(report["rows"], key=lambda row: (ORDER.index(row["verdict"]), -_size(row)))
     made: list[Block] = [
         Heading("Two runs compared", 1),
-        Text(sentence(report)),
+        Text(sentence(report), lead=True),
         Text(_trust(report)),
     ]
     if report["differences"]:
@@ -99,5 +99,4 @@ def _draw(rows: list[dict[str, Any]], canvas: Any) -> None:
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["name"].rpartition("::")[2] for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xscale("log")
     axes.set_xlabel("new / old")
