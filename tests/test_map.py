@@ -117,13 +117,18 @@ def test_a_point_is_measured(synthesizer, interface):
     ],
 )
 def test_what_fails_at_a_point_is_its_result(monkeypatch, error, kind):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(layer, "check_gate", fail)
+    monkeypatch.setattr(layer, "verdict", fail)
     found = measure(SMALL, QUICK)
     assert (found["failed"], found["reason"]) == (kind, str(error))
     assert (found["batch"], found["width"], found["synthesizer"]) == (8, 16, "rank16")
+
+
+def test_a_layer_that_no_memory_holds_is_marked():
+    found = measure(Point(2, 10**7, "diagonal"), QUICK)  # its weights are 400 terabytes
+    assert found["failed"] == "memory" and found["reason"]
 
 
 def test_the_gate_is_a_real_one(monkeypatch):

@@ -83,7 +83,7 @@ def add_map(commands: Any) -> None:
     how.add_argument("--device", default="cpu", help="cpu or cuda")
     how.add_argument("--backend", help="force a backend of our kernels")
     how.add_argument(
-        "--seconds", type=positive("seconds"), default=4.0, help="of timing, for each point (4)"
+        "--seconds", type=positive("seconds"), default=2.5, help="of timing, for each point (2.5)"
     )
     out = made.add_argument_group("output")
     out.add_argument("--out", metavar="FILE", default="map.json", help="the map (map.json)")
@@ -99,8 +99,7 @@ def add_map(commands: Any) -> None:
 
 def _map(args: argparse.Namespace, command: str) -> int:
     from fused_dni.map import merge, store
-    from fused_dni.report import blocks_of, load
-    from fused_dni.report.blocks import as_text
+    from fused_dni.report import as_text, blocks_of, load
 
     path = Path(args.out)
     refuse_unwritable(str(path.parent))
@@ -152,6 +151,6 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     try:
         for block in blocks_of(report):
             if isinstance(block, Figure):
-                (folder / f"{block.name}.svg").write_text(block.svg())
+                block.save(folder / f"{block.name}.svg")
     except ModuleNotFoundError as error:
         print(f"{PROGRAM}: no figures: pip install {error.name}", file=sys.stderr)

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-import fused_dni as fd
 from fused_dni import text
+from fused_dni.backends.base import INTERFACES
 from fused_dni.rules import SGD, Rule
-
-SYNTHESIZERS = ("dense", "rank16", "diagonal")
-INTERFACES = ("output", "preactivation")
+from fused_dni.verdict.forms import LINEAR_NAMES, check_name
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,8 @@ class Settings:
         context_features: classes that synthesizers are conditioned on.
         ks: targets on every k-th step, for each k; None is never.
         backend: of our kernels; None for the first that can serve.
-        seconds: budget of the timed rounds of one point.
+        seconds: budget of the timed rounds of one point; a busy machine gets up to three times as
+            long.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -64,7 +62,7 @@ class Settings:
     context_features: int = 10
     ks: tuple[int | None, ...] = (1, 2, 4, 8, 16, None)
     backend: str | None = None
-    seconds: float = 4.0
+    seconds: float = 2.5
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -79,34 +77,10 @@ class Settings:
         }
 
 
-def rank_of(synthesizer: str) -> int | None:
-    """The rank that ``rankR`` names; None for the kinds without one.
-
-    Raises:
-        ValueError: no such kind of synthesizer.
-    """
-    if synthesizer in ("dense", "diagonal"):
-        return None
-    digits = synthesizer.removeprefix("rank")
-    if digits == synthesizer or not digits.isdecimal() or int(digits) < 1:
-        raise ValueError(text.unknown("synthesizer", synthesizer, ("dense", "rankR", "diagonal")))
-    return int(digits)
-
-
-def make_synthesizer(point: Point, settings: Settings) -> nn.Module:
-    """A point's synthesizer, at zero as always."""
-    rank = rank_of(point.synthesizer)
-    where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
-    if point.synthesizer == "diagonal":
-        return fd.DiagonalSynthesizer(point.width, settings.context_features, **where)
-    low = None if rank is None else min(rank, point.width)
-    return fd.LinearSynthesizer(point.width, low, settings.context_features, **where)
-
-
 def make_grid(
     batches: Iterable[int],
     widths: Iterable[int],
-    synthesizers: Iterable[str] = SYNTHESIZERS,
+    synthesizers: Iterable[str] = LINEAR_NAMES,
     interfaces: Iterable[str] = INTERFACES[:1],
 ) -> list[Point]:
     """All points over these, the cheapest first, each once.
@@ -128,7 +102,7 @@ def make_grid(
             raise ValueError(f"a batch must have at least 2 rows, got {point.batch}")
         if point.width < 1:
             raise ValueError(f"a width must be at least 1, got {point.width}")
-        rank_of(point.synthesizer)
+        check_name(point.synthesizer, torch.empty(point.batch, point.width, device="meta"))
         if point.interface not in INTERFACES:
             raise ValueError(text.unknown("interface", point.interface, INTERFACES))
     return sorted(points, key=lambda point: point.batch * point.width**2)

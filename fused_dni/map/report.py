@@ -18,6 +18,8 @@ STRONGEST = 2.0
 LARGEST = 64
 #: Colour of what could not be decided.
 UNDECIDED = "lightgray"
+#: Few enough that the bar of colours is drawn as such, and not as an image.
+SHADES = 32
 FAILED = {"memory": "out of memory", "gate": "wrong", "error": "failed"}
 
 Cell = tuple[float | None, str]  # what is coloured, None for no colour; what is written
@@ -28,6 +30,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     """A map's report, from its JSON."""
     made: list[Block] = [
         Heading("Where the synthetic gradient pays", 1),
+        Text(sentence(report), lead=True),
         Text(
             "One layer (Linear, BatchNorm, ReLU) inside a network, as wide at its input as at its "
             "output. Ratios are times of a training step by DNI, with targets on every k-th step, "
@@ -39,6 +42,26 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     for number, series in enumerate(report["series"].values(), 1):
         made += _series(series, number)
     return made
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """At how many points of the whole map it pays, for each k."""
+    measured = [
+        point
+        for series in report["series"].values()
+        for point in series["points"].values()
+        if "failed" not in point
+    ]
+    counts = []
+    for k in DRAWN:
+        words = [p["ratios"]["fused"][k]["verdict"] for p in measured if k in p["ratios"]["fused"]]
+        if words:
+            counts.append(f"{_when(k)} at {words.count('faster')} of {len(words)}")
+    found = ", ".join(counts) or "not measured"
+    return (
+        "Points at which the synthetic gradient is faster than backprop on the same kernels: "
+        f"{found}."
+    )
 
 
 def _series(series: dict[str, Any], number: int) -> list[Block]:
@@ -184,7 +207,7 @@ def _draw(
     import matplotlib
 
     name, low, high, label = colours()
-    palette = matplotlib.colormaps[name]
+    palette = matplotlib.colormaps[name].resampled(SHADES)
     scale = matplotlib.colors.Normalize(low, high, clip=True)
     batches = sorted({p["batch"] for p in points})
     widths = sorted({p["width"] for p in points})
