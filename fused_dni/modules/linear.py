@@ -511,7 +511,7 @@ class FusedDNILinear(DecoupledModule):
         true = ops.linear_backward(
             backend, arrived.contiguous(), x, h, saved, layer, self.config, True, False, False
         )
-        behind = (x, true)
+        behind: Any = (x, true)
         if self.update is None:
             behind = (None, None, true.norm_weight, true.norm_bias)
         return lesson._replace(arrived=true.delta, behind=behind)
