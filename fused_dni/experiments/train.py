@@ -567,8 +567,8 @@ SPLIT_METHOD = (
     "steps: targets = a step with targets less one without (dx, synthesizer update, their "
     "autograd); update = the rest of a step (of one without targets, for cDNI): the backward "
     "through activation and normalisation (but for an interface at the preactivation), the weight "
-    "gradient and the rule, for backprop the whole backward. Inside one fused step the pieces share "
-    "launches and caches, so a difference can come out below what the piece would cost alone."
+    "gradient and the rule, for backprop the whole backward. Inside one fused step the pieces "
+    "share launches and caches, so a difference can come out below what the piece would cost alone."
 )
 
 
