@@ -36,6 +36,7 @@ from fused_dni.advise.errors import AdviceError
 from fused_dni.advise.forms import Making, interfaces
 from fused_dni.advise.measure import (
     Subject,
+    check,
     measure_blocks,
     measure_memory,
     measure_plans,
@@ -114,6 +115,7 @@ def advise(
         An :class:`Advice`.
 
     Raises:
+        GateError: the converted model's step differs from stock backprop's; nothing is reported.
         AdviceError: the model does not take the sample, has nothing to train, is decoupled
             already, or nothing in it can be converted.
         ValueError: an argument out of range.
@@ -131,6 +133,7 @@ def advise(
     say("finding blocks", 0.0)
     with torch.random.fork_rng(devices=[]):
         subject = pose(model, sample, loss, at_rate(update, TIMING_RATE), classes, backend)
+        gate = check(subject)
         say("finding blocks", 1.0)
         measured, stock_before = measure_blocks(
             subject, _BLOCKS_SHARE * seconds, lambda done: say("measuring blocks", done)
@@ -169,6 +172,7 @@ def advise(
             for name, plan in plans.items()
         },
         "ratios": _ratios(measured, plans, whole),
+        "gate": gate,
         "memory is": (
             timing.PEAK_MEMORY_CUDA if sample.device.type == "cuda" else timing.PEAK_MEMORY_CPU
         ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,14 @@ from fused_dni import timing
 from fused_dni.advise import forms
 from fused_dni.advise.alone import Alone, backward_of_nothing, held, optimizer_of_nothing
 from fused_dni.advise.blocks import Block
+from fused_dni.advise.choose import everywhere_first
 from fused_dni.advise.forms import Making, interfaces
 from fused_dni.advise.predict import BACKWARD, OPTIMIZER, Blocks, Form, Plan, memory, needed
 from fused_dni.advise.report import STOCK
+from fused_dni.rules import Rule
 from fused_dni.timing import Timing
 from fused_dni.verdict.candidates import Problem, our_step, spread, stock_step
+from fused_dni.verdict.gate import check_gate
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,28 @@ class Subject:
             model = forms.converted(self.model, self.blocks, plan.interfaces, self.how)
         spread(model)
         return our_step(model, self.problem, target_every)
+
+
+def check(subject: Subject) -> dict[str, Any] | None:
+    """Check that the converted model makes the step of stock backprop, before anything is timed:
+    with exact gradients, and with interfaces everywhere while they warm up.
+
+    Returns:
+        What was checked, with the deviations found; None for a model in which nothing runs on our
+        kernels, whose blocks are the stock ones.
+
+    Raises:
+        GateError: a step differs.
+    """
+    if not any(block.ours for block in subject.blocks):
+        return None
+
+    def build(interfaces: Any, rule: Rule) -> nn.Module:
+        how = replace(subject.how, rule=rule)
+        return forms.converted(subject.model, subject.blocks, interfaces or {}, how)
+
+    cut = everywhere_first(subject.blocks, 1).interfaces
+    return check_gate(subject.model, subject.blocks[-1].output, subject.problem, build, cut)
 
 
 def possible(blocks: Sequence[Block]) -> dict[tuple[int, Form], None]:
