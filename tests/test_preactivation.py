@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -301,6 +302,50 @@ def test_a_perfect_synthesizer_has_cosine_one():
 
 # ---------------------------------------------------------------------------------------------
 # Everything around it
+
+
+@updates
+def test_a_loss_scale_that_is_told_changes_nothing(rule):
+    model = nn.Sequential(*stack(rule))
+    twin, x = copy.deepcopy(model), double(8, 4)
+    fd.Schedule(twin, loss_scale=8.0)
+    model(x).sum().backward()
+    (8.0 * twin(x).sum()).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p, q)
+        if p.grad is not None:
+            close(8.0 * p.grad, q.grad)
+
+
+@pytest.mark.parametrize("phase", [{}, {"warmup_steps": 1}], ids=["synthetic", "warmup"])
+def test_a_backward_that_raises_changes_nothing(phase):
+    model = nn.Sequential(*stack(fd.Adam(0.1)))
+    fd.Schedule(model, **phase)
+    x = double(8, 4, grad=True)
+
+    def raises(_):
+        raise ArithmeticError("boom")
+
+    x.register_hook(raises)
+    out = model(x)
+    before = twins.snapshot(model)
+    with pytest.raises(ArithmeticError, match="boom"):
+        out.sum().backward()
+    after = twins.snapshot(model)
+    before["grad"] = after["grad"]  # those of the ordinary layer had come by then
+    twins.unchanged(before, after)
+
+
+@updates
+@pytest.mark.parametrize("kind", ["fused", "composed"])
+def test_an_output_that_is_dropped_is_freed(rule, kind):
+    synthesizer = fd.LinearSynthesizer(5) if kind == "fused" else fd.MLPSynthesizer(5, hidden=4)
+    layer = fd.FusedDNILinear(4, 5, normalization="layer", interface="preactivation", update=rule,
+                              synthesizer=synthesizer)  # fmt: skip
+    h = layer(torch.randn(6, 4))
+    gone = weakref.ref(h)
+    del h
+    assert gone() is None
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])

@@ -71,7 +71,7 @@ class _Trace(NamedTuple):
     """What a forward leaves behind for its backward."""
 
     x: Tensor  # [N, I]
-    h: Tensor  # [N, O]
+    h: Tensor  # [N, O], detached: the output itself would keep its own node alive
     saved: Saved
     layer: LinearTensors
     backend: Backend
@@ -461,7 +461,9 @@ class FusedDNILinear(DecoupledModule):
             p = step.prediction
             forecast = None if p is None else Forecast(p.scaled, p, None)
             saved = step.saved
-            trace = None if saved is None else _Trace(x, step.h, saved, layer, backend)
+            trace = None
+            if saved is not None:
+                trace = _Trace(x, step.h.detach(), saved, layer, backend)
             return LocalStep(step.h, (step.dx,), forecast, trace=trace)
         with torch.no_grad():
             return self._step_composed(x, layer, backend, context, need_dx, learns)
@@ -479,7 +481,7 @@ class FusedDNILinear(DecoupledModule):
         self._fit(layer, self.fused_synthesizer(x))
         self.check_labels(context)
         h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
-        trace = _Trace(x, h, saved, layer, backend)
+        trace = _Trace(x, h.detach(), saved, layer, backend)
         forecast = self.predict(h, context, learns)
         made = self._backward(trace, self.synthetic(forecast, h), need_dx)
         if self.update is not None:
