@@ -1,0 +1,587 @@
+"""``docs/verdict.md``: what people say of synthetic gradients, each sentence with its measurement.
+
+    python bench/answers.py measure --data DIR [--only NAME ...]   run the commands below, in order
+    python bench/answers.py render [--check]                       write the page from the results
+
+``measure`` runs on an otherwise idle machine, about half an hour on 2 cores; what it writes to
+``bench/results/verdict`` is committed. ``render`` reads all of it, whatever machine it is from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_dni import text
+from fused_dni.advise import report as advice_report
+from fused_dni.backends.base import ACTIVATIONS
+from fused_dni.baseline import facts
+from fused_dni.experiments import interfaces_report, recurrent_report, rivals_report
+from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of
+from fused_dni.report.blocks import as_markdown
+from fused_dni.verdict import report as verdict_report
+from tables import RESULTS, ROOT, rounded, slug
+
+ANSWERS = RESULTS / "verdict"
+PAGE = ROOT / "docs" / "verdict.md"
+FIGURES = ROOT / "docs" / "verdict"
+
+Report = dict[str, Any]
+NORMS = ("none", "batch", "layer")
+DEPTHS = (1, 2, 4, 8, 16)
+MODELS = ("mlp", "convnet", "lstm_lm")
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def commands(data: str) -> Iterator[tuple[str, list[str]]]:
+    """What is measured: the result's name, and the words behind ``fused-dni``, or a script and its
+    own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``."""
+    bare = ["--normalization", "none", "--activation", "identity"]
+    every = ["--synthesizers", "dense", "rank16", "diagonal"]
+    both = ["--interface", "output", "preactivation"]
+    out = ["--quiet", "--out", "OUT"]
+    for width, batch in ((64, 32), (1024, 128)):
+        shape = ["--in", str(width), "--batch", str(batch)]
+        yield f"dense-{width}", ["verdict", "linear", *shape, *bare, *every, *out]
+    for norm in NORMS:
+        for activation in ACTIVATIONS:
+            layer = ["--in", "512", "--batch", "128", "--normalization", norm]
+            layer += ["--activation", activation, *both, "--no-compile", "--no-parts"]
+            words = ["verdict", "linear", *layer, "--seconds", "4", *out]
+            yield f"activation-{norm}-{activation}", words
+    for depth in DEPTHS:
+        shape = ["--width", "256", "--batch", "64", "--depth", str(depth)]
+        yield f"depth-{depth}", ["verdict", "block", *shape, "--no-compile", *out]
+    for segment in ("conv", "transformer"):
+        yield f"segment-{segment}", ["verdict", segment, "--no-compile", *out]
+    yield "map", ["map", "--interfaces", *both[1:], *out]
+    for model in MODELS:
+        yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
+    yield "interfaces", ["interfaces", "--data", data, *out]
+    yield "rivals", ["rivals", "--data", data, *out]
+    for interface in ("output", "preactivation"):
+        words = ["train", "--data", data, "--methods", "fused", "cdni", "--interface", interface]
+        yield f"mnist-{interface}", [*words, "--quiet", "--no-split", "--out", "FOLDER"]
+    yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
+
+
+def measure(data: str, only: list[str] | None) -> int:
+    """Run the commands whose name contains one of ``only``; the number that failed."""
+    machine = slug(facts()["device"])
+    ANSWERS.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name, words in commands(data):
+        if only and not any(part in name for part in only):
+            continue
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / ("report.json" if "FOLDER" in words else "out.json")
+            places = {"FOLDER": folder, "OUT": str(made)}
+            program = [] if words[0].endswith(".py") else ["-m", "fused_dni.cli"]
+            run = [sys.executable, *program, *(places.get(word, word) for word in words)]
+            done = subprocess.run(run, cwd=ROOT, stdout=subprocess.DEVNULL)
+            if not made.exists():
+                print(f"{name}: failed with status {done.returncode}", flush=True)
+                failed += 1
+                continue
+            report = rounded(json.loads(made.read_text()))
+            path = ANSWERS / f"{machine}-{name}.json"
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    return failed
+
+
+# ------------------------------------------------------------------------------------- questions
+
+
+class Answer(NamedTuple):
+    """What was measured of a claim: a sentence, and what it is read off."""
+
+    sentence: str
+    blocks: list[Block]
+
+
+class Question(NamedTuple):
+    """A claim, what is measured of it, and how results become an answer.
+
+    Attributes:
+        claim: as people say it.
+        about: what is measured, and the caveat. Without figures: those are results.
+        patterns: of the results' names, in bench/results.
+        answer: from the results of one machine that fit; None for a claim left open.
+    """
+
+    claim: str
+    about: str
+    patterns: tuple[str, ...]
+    answer: Callable[[dict[str, Report]], Answer] | None
+
+
+def ratio(found: Report) -> str:
+    """``0.83 (0.81 to 0.85)``, with a ~ where no difference was shown."""
+    mark = "~" if found.get("verdict") == "inconclusive" else ""
+    middle = f"{mark}{found['median']:.2f}"
+    if found.get("interval") is None:
+        return middle
+    low, high = found["interval"]
+    return f"{middle} ({low:.2f} to {high:.2f})"
+
+
+def cycle(variant: Report, k: str) -> Report:
+    """A variant's time at k over backprop on the same kernels."""
+    found: Report = variant["cycles"][k]["ratios"][variant["base"]]
+    return found
+
+
+def dense(reports: dict[str, Report]) -> Answer:
+    """Bare linear layers."""
+    parts, blocks = [], []
+    for report in reports.values():
+        found = [v["break_even"][v["base"]] for v in report["variants"]]
+        evens = [
+            f"{v['synthesizer']}: {verdict_report.even(e)}"
+            for v, e in zip(report["variants"], found, strict=True)
+        ]
+        parts.append(f"For {report['title']} the break-even is, {'; '.join(evens)}.")
+        blocks.append(Text(f"**{report['title']}**"))
+        blocks.append(verdict_report.variants(report))
+    return Answer(" ".join(parts), blocks)
+
+
+def activations(reports: dict[str, Report]) -> Answer:
+    """One layer with every normalisation and activation, both interfaces."""
+    rows, best = [], {"output": [], "preactivation": []}
+    for name, report in reports.items():
+        _, norm, activation = name.split("-")
+        ours = report["timings"]["fused"]["median"]
+        row = [f"{norm}, {activation}", text.seconds(ours)]
+        for variant in report["variants"]:
+            found = [cycle(variant, k) for k in ("1", "4", "never")]
+            best[variant["interface"]].append(found)
+            row += [ratio({**f, "interval": None}) for f in found]
+        rows.append(row)
+    header = ["normalisation, activation", "backprop"]
+    header += [f"{place}, k={k}" for place in ("at h", "at z") for k in ("1", "4", "never")]
+    said = []
+    for place, name in (("output", "the output"), ("preactivation", "the preactivation")):
+        for index, when in ((0, "with targets on every step"), (2, "without targets")):
+            found = [f[index] for f in best[place]]
+            cheaper = sum(f["verdict"] == "faster" for f in found)
+            medians = [f["median"] for f in found]
+            said.append(
+                f"interface at {name}, {when}: cheaper for {cheaper} of {len(found)} layers "
+                f"(ratios {min(medians):.2f} to {max(medians):.2f})"
+            )
+    caption = (
+        "Ratios to backprop on the same kernels; ~: no difference was shown. At h: the interface "
+        "at the output. At z: at the preactivation, where a step without targets does not go back "
+        "through activation and normalisation."
+    )
+    sentence = "; ".join(said)
+    return Answer(sentence[0].upper() + sentence[1:] + ".", [Table(header, rows, caption)])
+
+
+def work(reports: dict[str, Report]) -> Answer:
+    """Parts of a step, and what can be taken away at most."""
+    report = reports["dense-1024"]
+    found = report["parts"]
+    most = found["amdahl"]
+    return Answer(
+        f"Of a step of {report['title']} by backprop on our kernels, synthetic gradients can take "
+        f"away {100 * most['share']:.0f} % at most.",
+        [
+            Text(most["means"]),
+            verdict_report.parts(report),
+            verdict_report.sums(report),
+        ],
+    )
+
+
+def iterations(reports: dict[str, Report]) -> Answer:
+    """The map."""
+    (report,) = reports.values()
+    said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    sentences = [b.text for b in said if isinstance(b, Text) and "synthesizer" in b.text[:40]]
+    shown = [b for b in said if not (isinstance(b, Text) and b.text in sentences)]
+    return Answer(" ".join(sentences), shown)
+
+
+def segments(reports: dict[str, Report]) -> Answer:
+    """Blocks of many layers behind one interface."""
+    rows, said = [], []
+    for report in reports.values():
+        variant = report["variants"][0]
+        found = {k: cycle(variant, k) for k in ("1", "4", "never")}
+        at_most = report["parts"]["amdahl"]["share"]
+        even = verdict_report.even(variant["break_even"][variant["base"]])
+        rows.append(
+            [
+                report["title"],
+                text.seconds(report["timings"]["backprop"]["median"]),
+                text.seconds(report["timings"][variant["base"]]["median"]),
+                *(ratio(f) for f in found.values()),
+                f"{100 * at_most:.0f} %",
+                even,
+            ]
+        )
+        said.append(f"{report['title']}: {even}")
+    header = ["behind one interface", "stock", "ours", "k=1", "k=4", "never", "at most", "pays"]
+    caption = (
+        "Stock and ours: a step of backprop by PyTorch, and on our kernels. Ratios to the latter, "
+        "with 99 % intervals. At most: what synthetic gradients can take away (see above)."
+    )
+    sentence = "From which k it pays, " + "; ".join(said) + "."
+    return Answer(sentence, [Table(header, rows, caption)])
+
+
+def side_by_side(reports: dict[str, Report]) -> Answer:
+    """The critical path, computed from measured parts."""
+    report = reports["depth-1"]
+    path = report["parts"]["critical path"]
+    n, unlocked = path["n"][-1], path["unlocked"][-1]
+    return Answer(
+        f"In a chain of {n} segments like {report['title']}, each on a device of its own, the "
+        f"lowest would update {unlocked:.1f} times as early. This is computed from measured parts, "
+        "not measured.",
+        [verdict_report.critical_path(report), verdict_report.lock(report)],
+    )
+
+
+def future(reports: dict[str, Report]) -> Answer:
+    """The true gradient of the future, by window."""
+    said, blocks = [], []
+    for report in reports.values():
+        outcome = recurrent_report.outcome_of(report)
+        table = recurrent_report.future_table(outcome)
+        row = table.rows[0]
+        last = max(i for i, value in enumerate(row) if value != "-")
+        low, high = table.header[1], table.header[last]
+        name = f"{report['kind'].split()[-1]}, {outcome.settings.amount:,} {outcome.axis}"
+        said.append(f"{name} ({row[0]}): {row[1]} at {low}, {row[last]} at {high}")
+        blocks += [Text(f"**{name}**"), table]
+        blocks += [f for f in recurrent_report.curves(outcome) if f.name in ("future-vs-window",)]
+    return Answer(
+        "Norm of the future's part of a window's parameter gradient over the window's own: "
+        + "; ".join(said)
+        + ".",
+        blocks,
+    )
+
+
+def noise(reports: dict[str, Report]) -> Answer:
+    """Cosine by depth."""
+    (report,) = reports.values()
+    said = []
+    for row in report["networks"]:
+        if row["every"] == 1:
+            found = interfaces_report.mean_of(row, 1, "true_cosine")
+            errors = statistics.fmean(run["error"] for run in row["runs"])
+            if found is not None:
+                said.append(f"{found:.2f} with {row['depth']} (error {100 * errors:.2f} %)")
+    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    return Answer(
+        "Cosine of the lowest layer's synthetic gradient with the true one, by the number of "
+        f"layers, each with an interface: {', '.join(said)}.",
+        shown,
+    )
+
+
+def rivals(reports: dict[str, Report]) -> Answer:
+    """Everything that does not wait."""
+    (report,) = reports.values()
+    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
+    means = {name: statistics.fmean(found) for name, found in errors.items() if found}
+    order = sorted(means, key=lambda name: means[name])
+    listed = ", ".join(f"{name} {100 * means[name]:.2f} %" for name in order)
+    return Answer(f"Error at equal wall-clock, from the best: {listed}.", shown)
+
+
+def accuracy(reports: dict[str, Report]) -> Answer:
+    """MNIST with the interface at either place."""
+    rows = []
+    for name, report in reports.items():
+        for row in report["summary"]:
+            if row["name"].startswith("cdni") or name == "mnist-output":
+                errors = (
+                    f"{row['error_mean']:.2%} ({row['error_min']:.2%} to {row['error_max']:.2%})"
+                )
+                place = name.removeprefix("mnist-") if row["name"].startswith("cdni") else "-"
+                rows.append([row["name"], place, errors, text.seconds(row["seconds_per_step"])])
+    said = ", ".join(f"{r[0]} {r[1]} {r[2].split()[0]}" for r in rows)
+    header = ["method", "interface", "error, mean and range", "step"]
+    return Answer(f"Error on the test set: {said}.".replace(" - ", " "), [Table(header, rows)])
+
+
+def advice(reports: dict[str, Report]) -> Answer:
+    """Predicted and measured steps of whole models."""
+    sentences, shown = [], []
+    for report in reports.values():
+        said = blocks_of(report)
+        sentences.append(advice_report.sentence(report))
+        shown += [b for b in said if isinstance(b, Table)][:2]
+    return Answer(" ".join(sentences), shown)
+
+
+def trust(reports: dict[str, Report]) -> Answer:
+    """Planted differences and segments, and sums of parts."""
+    (report,) = reports.values()
+    runs = report["runs"]
+    said = [
+        f"{found.get(word, 0)} of {runs} {word}" for word, found in report["differences"].items()
+    ]
+    rows = [
+        [f"15 % {word}" if word != "inconclusive" else "no difference", *cells]
+        for word, found in report["differences"].items()
+        for cells in [[str(found.get(w, 0)) for w in ("slower", "inconclusive", "faster")]]
+    ]
+    right = [s["said"] in s["allowed"] for s in report["segments"].values()]
+    asked = [
+        [name, f"{found['said']}", " or ".join(found["allowed"])]
+        for name, found in report["segments"].items()
+    ]
+    sums = [[row["step"], ratio(row["sum over step"])] for row in report["sums"]]
+    return Answer(
+        f"Planted differences were called rightly in {', '.join(said)}; planted segments in "
+        f"{sum(right)} of {len(right)}, with {report['busy']} other processes on the cores.",
+        [
+            Table(["planted", "called slower", "inconclusive", "faster"], rows),
+            Table(["planted segment", "called", "must be"], asked),
+            Table(["composed step", "sum of its parts over it"], sums),
+        ],
+    )
+
+
+QUESTIONS = (
+    Question(
+        "“A simple dense layer probably will not gain”",
+        "A linear layer alone, without normalisation or activation, inside a network: on steps "
+        "with targets its input's producer gets a gradient. Three synthesizers. Time only.",
+        ("verdict/*-dense-*",),
+        dense,
+    ),
+    Question(
+        "“Layers with expensive backprop (batch norm, fancy activations) might gain”",
+        "One layer of 512 units at batch 128 with each normalisation and activation, and the "
+        "interface in both places, synthesizers of the default rank. With the interface at the "
+        "output the update still goes back through activation and normalisation of the layer "
+        "itself; with the interface at the preactivation it does not. Fused kernels make both "
+        "cheap to begin with. Time only: accuracy is the next question but one.",
+        ("verdict/*-activation-*",),
+        activations,
+    ),
+    Question(
+        "“The work is only slid in time”",
+        "What a step consists of, each part timed alone, with its floating-point operations and "
+        "bytes and the floor that they set on this device. On one device a synthetic gradient can "
+        "only leave out what nobody asks for on steps without targets.",
+        ("verdict/*-dense-1024",),
+        work,
+    ),
+    Question(
+        "“Or every iteration is faster”",
+        "The map over batch, width, k and synthesizer. An iteration with targets and one without "
+        "are different things; their mix is k.",
+        ("verdict/*-map",),
+        iterations,
+    ),
+    Question(
+        "“Put one interface behind a whole block, then”",
+        "MLP blocks of growing depth, a block of convolutions and a transformer's block, each with "
+        "one interface at its end. Inside the block gradients are exact, so the deeper the block, "
+        "the smaller the share that a prediction can replace.",
+        ("verdict/*-depth-*", "verdict/*-segment-*"),
+        segments,
+    ),
+    Question(
+        "“When layers run side by side, nobody waits”",
+        "The update lock of the lowest of n segments, each on a device of its own. Not measured: "
+        "no such machine was at hand. Communication would lengthen both sides.",
+        ("verdict/*-depth-*",),
+        side_by_side,
+    ),
+    Question(
+        "“The predicted gradients are negligible anyway”",
+        "For recurrent windows: the norm of what the future contributes to the gradient of a "
+        "window's parameters, over the norm of the window's own contribution, by full backprop "
+        "through trained nets. How well it is predicted is another matter: docs/recurrent.md.",
+        ("*-copy", "*-charlm"),
+        future,
+    ),
+    Question(
+        "“The more interfaces, the noisier”",
+        "Networks of growing depth with an interface behind every layer, trained alike; then each "
+        "synthetic gradient against the true gradient of the whole network. The deepest network "
+        "stands there with fewer interfaces too.",
+        ("verdict/*-interfaces",),
+        noise,
+    ),
+    Question(
+        "“It costs accuracy”",
+        "The paper's network on MNIST, the interface in both places, the same number of steps for "
+        "all.",
+        ("verdict/*-mnist-*",),
+        accuracy,
+    ),
+    Question(
+        "“Anything that does not wait would do as well”",
+        "The rivals (docs/rivals.md): the same network and data, every run the same wall-clock, on "
+        "the same kernels where they serve.",
+        ("verdict/*-rivals",),
+        rivals,
+    ),
+    Question(
+        "“And for my model?”",
+        "`fused-dni advise` for three models: it predicts what converting would do from blocks "
+        "measured alone, converts a copy, and measures that.",
+        ("verdict/*-advice-*",),
+        advice,
+    ),
+    Question(
+        "“Separate machines are just minibatches”",
+        "Left open: whether layers on separate machines gain over data parallelism on the same "
+        "machines is not answered by any figure here.",
+        (),
+        None,
+    ),
+    Question(
+        "“Can such figures be trusted?”",
+        "Differences planted by a calibrated extra delay, and planted equality, on a busy machine; "
+        "segments whose answer is known. `python bench/planted.py`.",
+        ("verdict/*-planted",),
+        trust,
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+HEAD = """# The verdict
+
+Is the synthetic gradient really cheaper? What people say of it, sentence by sentence, each with
+what was measured, where, and by which command. All figures are made from `bench/results` by
+`python bench/answers.py render`; `python bench/answers.py measure --data DIR` measures them on
+another machine. Cheaper, faster and slower mean that the 99 % interval of paired ratios lies
+beyond one by more than a per cent; what backprop is compared with is backprop *on the same
+kernels*, unless it says stock. No figure here is from a GPU yet."""
+
+
+def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
+    """Results by machine and by name, in the order in which they are measured."""
+    order = {name: place for place, (name, _) in enumerate(commands("DIR"))}
+    found: dict[str, dict[str, Report]] = {}
+    for path in sorted(path for p in patterns for path in RESULTS.glob(f"{p}.json")):
+        report = json.loads(path.read_text())
+        machine = slug(where(report)[0])
+        found.setdefault(machine, {})[path.stem.removeprefix(f"{machine}-")] = report
+    return {
+        machine: {name: named[name] for name in sorted(named, key=lambda n: order.get(n, 0))}
+        for machine, named in found.items()
+    }
+
+
+def where(report: Report) -> tuple[str, Report]:
+    """The device, and the facts that go with it."""
+    known = report["facts"]
+    return known["gpu"] or known["device"], known
+
+
+def provenance(reports: dict[str, Report]) -> str:
+    """Device, versions, and the commands."""
+    first = next(iter(reports.values()))
+    device, known = where(first)
+    commits = sorted({str(r["facts"]["commit"]) for r in reports.values()})
+    asked = list(
+        dict.fromkeys(r["facts"]["command"] for r in reports.values() if r["facts"]["command"])
+    )
+    more = f" and {len(asked) - 1} like it" if len(asked) > 1 else ""
+    run = f": `{asked[0]}`{more}" if asked else ""
+    return (
+        f"{device}, {known['threads']} threads, torch {known['torch']}, {known['date']}, commit "
+        f"{', '.join(commits)}{run}."
+    )
+
+
+def answered(question: Question) -> Iterator[tuple[dict[str, Report], Answer]]:
+    """An answer for every machine that has results."""
+    if question.answer is not None:
+        for reports in committed(question.patterns).values():
+            yield reports, question.answer(reports)
+
+
+def page(figures: Path) -> str:
+    """The page; figures are written into a folder."""
+    parts = [HEAD]
+    for number, question in enumerate(QUESTIONS, 1):
+        parts += [f"## {question.claim}", question.about]
+        found = list(answered(question))
+        if question.answer is not None and not found:
+            parts.append("Not measured yet.")
+        for machine, (reports, answer) in enumerate(found, 1):
+            parts += [f"**{answer.sentence}**", provenance(reports)]
+            made = [
+                replace(block, name=f"{number}-{machine}-{place}-{block.name}")
+                if isinstance(block, Figure)
+                else block
+                for place, block in enumerate(answer.blocks, 1)
+            ]
+            parts.append(as_markdown(made, figures, link=f"{FIGURES.name}/"))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def short() -> str:
+    """A line a question, for the README."""
+    rows = []
+    for question in QUESTIONS:
+        found = list(answered(question))
+        said = " ".join(answer.sentence for _, answer in found) or "Open."
+        rows.append([question.claim, said])
+    devices = sorted({where(r)[0] for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()})
+    head = f"Measured on: {', '.join(devices) or 'nothing yet'}."
+    lines = ["| they say | measured |", "| --- | --- |"]
+    lines += [f"| {claim} | {said} |" for claim, said in rows]
+    return head + "\n\n" + "\n".join(lines)
+
+
+def render(check: bool) -> int:
+    """Write the page, or with ``check`` say whether it differs."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = page(Path(folder) if check else FIGURES)
+    if PAGE.exists() and PAGE.read_text() == made:
+        return 0
+    if check:
+        print("docs/verdict.md differs from the results: run python bench/answers.py render")
+        return 1
+    PAGE.write_text(made)
+    print("rewrote docs/verdict.md")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sub = parser.add_subparsers(dest="command", required=True)
+    one = sub.add_parser("measure", help="run what the page is made from")
+    one.add_argument("--data", metavar="DIR", required=True, help="folder of the MNIST files")
+    one.add_argument("--only", nargs="+", metavar="NAME", help="results whose names contain these")
+    two = sub.add_parser("render", help="write docs/verdict.md")
+    two.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
+    given = parser.parse_args(arguments)
+    if given.command == "measure":
+        return 1 if measure(given.data, given.only) else 0
+    return render(given.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""docs/verdict.md is what the committed results say, and every command behind it exists."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import answers
+from fused_dni.cli.program import _parse
+
+
+def test_the_page_is_what_the_results_say():
+    assert answers.render(check=True) == 0
+
+
+def test_a_changed_result_changes_the_page(monkeypatch, tmp_path):
+    (before,) = (page for page in [answers.page(tmp_path)])
+    real = answers.committed
+
+    def changed(patterns):
+        found = real(patterns)
+        for reports in found.values():
+            for report in reports.values():
+                for run in report.get("runs", ()):
+                    for row in run.get("future", ()):
+                        row["parameter_ratio"] = 1234.0
+        return found
+
+    monkeypatch.setattr(answers, "committed", changed)
+    assert answers.page(tmp_path) != before
+
+
+def test_every_figure_of_the_page_is_there_and_no_other():
+    linked = set(re.findall(r"\(verdict/([^)]+\.svg)\)", answers.PAGE.read_text()))
+    assert linked == {path.name for path in answers.FIGURES.iterdir()}
+
+
+def test_every_claim_has_an_answer_or_is_left_open():
+    for question in answers.QUESTIONS:
+        assert (question.answer is None) == (question.patterns == ())
+        for _, answer in answers.answered(question):
+            assert answer.sentence.endswith(".") and answer.blocks
+
+
+@pytest.mark.parametrize("name", [name for name, _ in answers.commands("DIR")])
+def test_a_command_behind_the_page_is_one(name):
+    words = dict(answers.commands("DIR"))[name]
+    if words[0].endswith(".py"):
+        assert (answers.ROOT / words[0]).exists()
+    else:
+        assert _parse(words).command == words[0]
+
+
+def test_measuring_writes_one_file_a_name(monkeypatch, tmp_path):
+    tiny = ["verdict", "linear", "--in", "8", "--batch", "8", "--seconds", "0.02", "--threads", "1"]
+    tiny += ["--no-compile", "--no-parts", "--quiet", "--out", "OUT"]
+    made = [("tiny", tiny), ("wrong", ["verdict", "nothing", "--out", "OUT"]), ("other", tiny)]
+    monkeypatch.setattr(answers, "commands", lambda data: iter(made))
+    monkeypatch.setattr(answers, "ANSWERS", tmp_path)
+    assert answers.measure("DIR", ["tiny", "wrong"]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-tiny.json")
+    assert json.loads(path.read_text())["kind"] == "verdict"
