@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,8 @@ MODELS = ("mlp", "convnet", "lstm_lm")
 
 def commands(data: str) -> Iterator[tuple[str, list[str]]]:
     """What is measured: the result's name, and the words behind ``fused-dni``, or a script and its
-    own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``."""
+    own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
+    that has neither prints its JSON."""
     bare = ["--normalization", "none", "--activation", "identity"]
     every = ["--synthesizers", "dense", "rank16", "diagonal"]
     both = ["--interface", "output", "preactivation"]
@@ -64,6 +66,8 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"depth-{depth}", ["verdict", "block", *shape, "--no-compile", *out]
     for segment in ("conv", "transformer"):
         yield f"segment-{segment}", ["verdict", segment, "--no-compile", *out]
+    lstm = ["--hidden", "256", "--batch", "32", "--window", "8", "--long", "40"]
+    yield "lstm-window", ["verdict", "lstm", *lstm, "--quiet", "--json"]
     yield "map", ["map", "--interfaces", *both[1:], *out]
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
@@ -89,12 +93,17 @@ def measure(data: str, only: list[str] | None) -> int:
             places = {"FOLDER": folder, "OUT": str(made)}
             program = [] if words[0].endswith(".py") else ["-m", "fused_dni.cli"]
             run = [sys.executable, *program, *(places.get(word, word) for word in words)]
-            done = subprocess.run(run, cwd=ROOT, stdout=subprocess.DEVNULL)
-            if not made.exists():
+            done = subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if not {"OUT", "FOLDER"} & set(words):
+                made.write_text(done.stdout)
+            if not made.exists() or not made.stat().st_size:
                 print(f"{name}: failed with status {done.returncode}", flush=True)
                 failed += 1
                 continue
             report = rounded(json.loads(made.read_text()))
+            hidden = {"FOLDER": "DIR", "OUT": "FILE", data: "DIR"}
+            run = ["python" if program == [] else "fused-dni", *(hidden.get(w, w) for w in words)]
+            report["facts"]["command"] = shlex.join(run)
             path = ANSWERS / f"{machine}-{name}.json"
             path.write_text(json.dumps(report, indent=1) + "\n")
     return failed
@@ -241,6 +250,13 @@ def segments(reports: dict[str, Report]) -> Answer:
     )
     sentence = "From which k it pays, " + "; ".join(said) + "."
     return Answer(sentence, [Table(header, rows, caption)])
+
+
+def window(reports: dict[str, Report]) -> Answer:
+    """An LSTM at a short window with the future predicted, and at a long one."""
+    (report,) = reports.values()
+    said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    return Answer(report["sentence"], [b for b in said if isinstance(b, (Table, Figure))])
 
 
 def side_by_side(reports: dict[str, Report]) -> Answer:
@@ -401,6 +417,14 @@ QUESTIONS = (
         "the smaller the share that a prediction can replace.",
         ("verdict/*-depth-*", "verdict/*-segment-*"),
         segments,
+    ),
+    Question(
+        "“The gain is longer sequences”",
+        "An LSTM by DNI at a short window, beside truncated backprop at the same window and backprop "
+        "at a window five times as long: time and peak memory. Whether the short window then learns "
+        "what the long one does: docs/recurrent.md.",
+        ("verdict/*-lstm-window",),
+        window,
     ),
     Question(
         "“When layers run side by side, nobody waits”",
