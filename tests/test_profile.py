@@ -149,7 +149,15 @@ def test_recording_ends_and_the_command_runs_on(tmp_path):
 
     status, found = trace.record(run, tmp_path / "trace.json", 1e-9)
     assert status == 0 and done == [0, 1, 2] and (tmp_path / "trace.json").exists()
-    assert not any(row["calls"] for row in found["ranges"])
+    calls = {row["range"]: row["calls"] for row in found["ranges"]}
+    assert calls["FusedDNILinear: step"] == 1
+
+
+def test_a_command_that_calls_no_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "idle.py").write_text("print('done')")
+    assert cli.main(["profile", "torch", "--", "idle.py"]) == 0
+    assert "recorded; no decoupled layer ran in them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

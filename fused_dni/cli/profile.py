@@ -51,7 +51,9 @@ def add_profile(commands: Any) -> None:
     profile.add_argument("tool", choices=("nsys", "ncu", "torch"))
     what = profile.add_argument_group("what is recorded")
     what.add_argument(
-        "--seconds", type=positive("seconds"), help="torch: record so long at most (5)"
+        "--seconds",
+        type=positive("seconds"),
+        help="torch: of recording, from the first call of a module (5)",
     )
     what.add_argument(
         "--range",

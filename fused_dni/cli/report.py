@@ -34,7 +34,7 @@ def add_report(commands: Any) -> None:
         "--json", action="store_true", help="say as JSON what was read and which files were written"
     )
     report.add_argument("--quiet", action="store_true", help="do not name the files written")
-    common(report)
+    common(report, threads=False)
     report.set_defaults(run=_report)
 
 

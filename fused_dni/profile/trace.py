@@ -21,7 +21,7 @@ NO_OP = "(outside torch's ops)"
 
 
 class _Recorder:
-    """The profiler, which stops after ``seconds`` at the next call of a module."""
+    """The profiler from the first call of a module to the first that comes ``seconds`` later."""
 
     def __init__(self, seconds: float) -> None:
         activities = [ProfilerActivity.CPU]
@@ -29,29 +29,38 @@ class _Recorder:
             activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(activities=activities, profile_memory=True)
         self.seconds = seconds
+        self.started: float | None = None
         self.recorded: float | None = None
 
     def __enter__(self) -> None:
-        self._hook = register_module_forward_pre_hook(self._stop_when_late)
-        with _quiet_stderr():
-            self.profiler.start()
-        self._start = time.perf_counter()
+        self._hook = register_module_forward_pre_hook(self._at_a_call)
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
-        self._stop()
-
-    def _stop_when_late(self, *_: Any) -> None:
-        late = time.perf_counter() - self._start > self.seconds
-        # The profiler belongs to the thread that started it.
-        if late and threading.current_thread() is threading.main_thread():
+        if self.started is None:
+            self._start()
+        if self.recorded is None:
             self._stop()
 
+    def _at_a_call(self, *_: Any) -> None:
+        # The profiler belongs to the thread that starts it.
+        if self.recorded is not None or threading.current_thread() is not threading.main_thread():
+            return
+        if self.started is None:
+            self._start()
+        elif time.perf_counter() - self.started > self.seconds:
+            self._stop()
+
+    def _start(self) -> None:
+        with _quiet_stderr():
+            self.profiler.start()
+        self.started = time.perf_counter()
+
     def _stop(self) -> None:
-        if self.recorded is None:
-            self.recorded = time.perf_counter() - self._start
-            with _quiet_stderr():
-                self.profiler.stop()
+        assert self.started is not None
+        self.recorded = time.perf_counter() - self.started
+        with _quiet_stderr():
+            self.profiler.stop()
 
 
 def record(run: Callable[[], int], trace: Path, seconds: float) -> tuple[int, dict[str, Any]]:
@@ -61,7 +70,7 @@ def record(run: Callable[[], int], trace: Path, seconds: float) -> tuple[int, di
         run: the command; its result is its exit status.
         trace: where the trace goes, for chrome://tracing or ui.perfetto.dev; packed if it ends in
             ``.gz``.
-        seconds: after which recording ends, at the next call of a module. The command runs on.
+        seconds: of recording, from the first call of a module on. The command runs to its end.
 
     Returns:
         The exit status, and ``seconds`` recorded, ``ranges`` and ``ops`` (see :func:`sums`).
