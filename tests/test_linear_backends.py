@@ -557,6 +557,9 @@ WRONG = {
     "context's gradient": _wrong(synthesizer, "context_gradient", lambda c: c * (1 + 2e-5)),
     "epsilon": _wrong(linear, "normalize", lambda r: (r[0], r[1] * (1 + 2e-5), r[2])),
     "variance": _wrong(linear, "normalize", lambda r: (r[0], r[1], r[2]._replace(rows=32))),
+    "gradient at z": _wrong(
+        linear, "preactivation_gradients", lambda g: g._replace(delta=g.delta * (1 + 2e-5))
+    ),
     "rule": _wrong(rules, "sgd", lambda new: new._replace(parameter=new.parameter + 2e-5)),
 }
 
@@ -566,6 +569,8 @@ def test_the_tolerance_catches_a_wrong_formula(what: str) -> None:
     """A backend that errs by 2e-5 in one place does not pass for a float32 one."""
     row = {**TABLE[0], **SMOOTH, "normalization": "batch", "activation": "mish", "rule": "momentum",
            "kind": "lowrank", "context": "label", "max_norm": 0.05}  # fmt: skip
+    if what == "gradient at z":
+        row["interface"] = "preactivation"
     case = make_case((31, 19, 37, 5, 7), row, 1, torch.float32)
     exact, allowed = tolerances(run_step, case, torch.finfo(torch.float32).eps)
     compare(run_step(REFERENCE, case.to(torch.float32, torch.float32)), exact, allowed)

@@ -266,6 +266,27 @@ def test_immediate_delivery_gives_the_same_bits(backend, rule, target_every):
 
 
 @updates
+def test_memory_of_immediate_delivery_does_not_grow(rule):
+    """Beside what the output interface keeps, the input of the layer whose lesson is due."""
+    model = fd.DecoupledSequential(
+        *(inside(6, 6, normalization="layer", update=rule) for _ in range(8))
+    )
+    alive, most = [], 0
+
+    def remember(module, inputs, h):
+        nonlocal most
+        alive.append(weakref.ref(h.untyped_storage()))
+        most = max(most, sum(r() is not None for r in alive))
+
+    for layer in model:
+        layer.register_forward_hook(remember)
+    h = model(double(8, 6))
+    assert len(alive) == 8 and most <= 4
+    del h
+    assert not any(r() is not None for r in alive)
+
+
+@updates
 def test_predictions_are_held_against_the_gradient_at_z(rule):
     model = nn.Sequential(*stack(rule))
     x, y = double(8, 4), torch.randint(3, (8,))
@@ -387,6 +408,16 @@ def test_frozen_scale_and_shift():
     before = kept(layer.norm.parameters())
     layer(double(6, 4)).backward(double(6, 5))
     close(kept(layer.norm.parameters()), before, 0)
+
+
+def test_tied_scales_are_refused_before_anything_changes():
+    layers = [inside(4, 4, normalization="layer", update=fd.SGD(0.1)) for _ in range(2)]
+    layers[1].norm.weight = layers[0].norm.weight
+    h = layers[0](double(6, 4))
+    before = twins.snapshot(layers[1])
+    with pytest.raises(RuntimeError, match="tied between two layers with fused rules"):
+        layers[1](h)
+    twins.unchanged(before, twins.snapshot(layers[1]))
 
 
 def test_only_scale_and_shift_can_learn():

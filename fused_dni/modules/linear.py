@@ -444,6 +444,8 @@ class FusedDNILinear(DecoupledModule):
         if bound.step is None or bound.rule is not rule or bound.key != key:
             check.layer(layer, self.config)
             check.synthesizer(synthesizer, layer.weight)
+            if self.norm_update is not None:  # refuse now what it would refuse in the backward
+                self.norm_update.tensors(self.parameters_behind())
             bound.rule, bound.key = rule, key
             bound.step = backend.bind_step(
                 layer, self.config, synthesizer, self.max_norm or 0.0, rule
@@ -488,7 +490,8 @@ class FusedDNILinear(DecoupledModule):
             ops.linear_update_(backend, x, made, layer, self.update.tensors(self._slots(layer)))
         if not learns:
             return LocalStep(h, (made.x,), None, self._gradients(made))
-        return LocalStep(h, (made.x,), forecast, self._gradients(made), trace)
+        kept = trace if self._inside() else None
+        return LocalStep(h, (made.x,), forecast, self._gradients(made), kept)
 
     def _backward(self, trace: _Trace, gradient: Tensor, need_dx: bool) -> LinearGradients:
         """From the gradient at the interface: that of x on demand, and those of what the interface
