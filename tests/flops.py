@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fused_dni import timing
 from fused_dni.timing import Candidate, Staged, Timing
 
 
@@ -46,3 +47,9 @@ def compare(candidates: Mapping[str, Candidate], **_: Any) -> dict[str, Timing]:
         rounds = (float(flops(call)) + 1e-3,) * 8  # no time is zero
         found[name] = Timing(name, rounds, rounds, 1)
     return found
+
+
+def install(monkeypatch: Any) -> None:
+    """Measure by operations what is measured by time; peak memory, which takes long, not at all."""
+    monkeypatch.setattr(timing, "compare", compare)
+    monkeypatch.setattr(timing, "peak_memory", lambda step, device: 1000)

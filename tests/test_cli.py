@@ -62,7 +62,8 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
         (["verdict"], "required: SEGMENT"),
         (["verdict", "linaer"], "unknown module 'linaer', did you mean 'linear'"),
         (["verdict", "linear", "--width", "3"], "--width does not go with linear"),
-        (["verdict", "mlp", "--out", "3"], "--out does not go with mlp"),
+        (["verdict", "mlp", "--outputs", "3"], "--outputs does not go with mlp"),
+        (["verdict", "linear", "--out", "1024"], "for output features there is --outputs"),
         (["verdict", "conv", "--heads", "3"], "--heads does not go with conv"),
         (["verdict", "transformer", "--heads", "3"], "heads must divide width 128, got 3"),
         (["verdict", "linear", "--sample", "2x2"], "--sample does not go with linear"),
@@ -151,16 +152,18 @@ def test_train_prints_tables_and_paths(capsys, tmp_path):
 
 def test_json_is_all_of_stdout(capsys, tmp_path):
     argv = ["train", *TINY, "--methods", "fused", "--no-split", "--json", "--out", str(tmp_path)]
+    argv += ["--interface", "preactivation"]
     assert cli.main(argv) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["interface"] == "preactivation"
     assert [run["name"] for run in report["runs"]] == ["fused"]
     argv = ["verdict", "linear", "--in", "16", "--batch", "8", "--seconds", "0.02", "--no-compile"]
-    argv += ["--no-parts", "--rank", "4", "--save", str(tmp_path / "verdict.json")]
+    argv += ["--no-parts", "--rank", "4", "--out", str(tmp_path / "verdict.json")]
     assert cli.main([*argv, "--json", "--quiet", "--threads", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "verdict" and "dni k=16" in report["timings"]
     assert report == json.loads((tmp_path / "verdict.json").read_text())
-    assert "--save DIR" in report["facts"]["command"]
+    assert "--out DIR" in report["facts"]["command"]
 
 
 def test_verdict_of_a_factory_with_a_plot(capsys, tmp_path, monkeypatch):
@@ -204,7 +207,7 @@ def test_verdict_of_the_named_shapes(capsys, kind, norm):
     argv = ["verdict", kind, "--in", "12", "--batch", "8", "--normalization", norm, "--quiet"]
     argv += ["--no-compile", "--no-parts", "--seconds", "0.02", "--update", "adam", "--rank", "0"]
     argv += ["--threads", "1", "--target-every", "1"]
-    argv += ["--out", "6"] if kind == "linear" else ["--width", "6", "--depth", "2"]
+    argv += ["--outputs", "6"] if kind == "linear" else ["--width", "6", "--depth", "2"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "floor" in printed and "at batch 8" in printed

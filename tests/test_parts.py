@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from flops import compare
+from flops import install
 from torch import nn
 
 import fused_dni as fd
@@ -63,8 +63,7 @@ CASES = {
 
 @pytest.fixture
 def by_operations(monkeypatch):
-    """Parts are measured by the operations that they make."""
-    monkeypatch.setattr(timing, "compare", compare)
+    install(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)

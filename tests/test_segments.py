@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flops import install
 from torch import nn
 
 from fused_dni.cli import arguments
@@ -17,7 +18,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", segments.SEGMENTS)
-def test_every_segment_is_measured(name):
+def test_every_segment_is_measured(name, monkeypatch):
+    install(monkeypatch)
     torch.manual_seed(0)
     segment = segments.make(name, SMALL[name])
     assert f"at batch {SMALL[name]['batch']}" in segment.title

@@ -7,11 +7,13 @@ import time
 
 import pytest
 import torch
+from flops import flops, install
 from torch import nn
 
 import fused_dni as fd
 from fused_dni import timing
 from fused_dni.reference import ReferenceBackend
+from fused_dni.report import Figure, as_text, blocks_of, load
 from fused_dni.verdict import BreakEven, GateError, Verdict, VerdictError, verdict
 from fused_dni.verdict.candidates import Expired, deadline
 from fused_dni.verdict.result import break_even
@@ -72,7 +74,8 @@ def test_cycles_are_the_weighted_sum_of_their_steps(found):
 
 
 def test_a_cycle_takes_what_its_steps_take():
-    """The claim behind the table, tested: four steps run as a cycle, against the weighted sum."""
+    """The claim behind the table: four steps run as a cycle make the operations of one with targets
+    and three without."""
     x, y = torch.randn(64, 64), torch.arange(64) % 10
 
     def candidate(every):
@@ -90,17 +93,85 @@ def test_a_cycle_takes_what_its_steps_take():
         return step
 
     four = candidate(4)
-    measured = timing.compare(
-        {
-            "cycle": lambda: [four() for _ in range(4)],
-            "with": candidate(1),
-            "without": candidate(None),
-        },
-        rounds=15,
+    cycle = flops(lambda: [four() for _ in range(4)])
+    with_targets, without = flops(candidate(1)), flops(candidate(None))
+    assert with_targets > without
+    assert cycle == with_targets + 3 * without
+
+
+def test_every_interface_with_every_synthesizer_is_a_row(monkeypatch):
+    install(monkeypatch)
+    torch.manual_seed(0)
+    found = verdict(
+        nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()),
+        torch.randn(32, 16),
+        interface="all",
+        synthesizer=("rank4", "diagonal"),
+        target_every=(1, 4, None),
+        **QUICK,
     )
-    summed = timing.combine("summed", [(1.0, measured["with"]), (3.0, measured["without"])])
-    # A wide tolerance: other work on the machine hits the parts of a round unevenly.
-    assert timing.ratio(measured["cycle"], summed).median == pytest.approx(1.0, abs=0.25)
+    rows = ["output, rank 4", "output, diagonal", "preactivation, rank 4"]
+    rows.append("preactivation, diagonal")
+    assert [variant.name for variant in found.variants] == rows
+    first = found.variants[0]
+    assert found.timings["dni k=4"].rounds == first.cycle(4).rounds
+    report = json.loads(found.to_json())
+    for made in report["variants"]:
+        assert set(made["cycles"]) == {"1", "4", "never"}
+        for cycle in made["cycles"].values():
+            assert set(cycle["ratios"]) == {"backprop", "fused"}
+            assert cycle["ratios"]["fused"]["verdict"] in ("faster", "slower", "inconclusive")
+    assert all(row in found.table() for row in rows)
+    assert "Of 4 combinations of interface and synthesizer" in found.sentence()
+    assert len({check["variant"] for check in found.gate["checks"]}) == 4
+
+
+def test_an_interface_is_held_against_backprop_in_its_own_form(monkeypatch):
+    """Whole behind the output, layer by layer at the preactivation: each against the same code."""
+    install(monkeypatch)
+    torch.manual_seed(0)
+    found = verdict(
+        nn.Sequential(nn.Linear(16, 16), nn.PReLU()),
+        torch.randn(32, 16),
+        interface=("output", "preactivation"),
+        target_every=(1,),
+        **QUICK,
+    )
+    assert [(v.form, v.base) for v in found.variants] == [
+        ("segment", "fused"),
+        ("layers", "fused, layers"),
+    ]
+    assert set(found.timings) >= {"fused", "fused, layers"}
+    assert "fused, layers" in found.table()
+
+
+def test_the_report_is_made_from_the_json_alone(monkeypatch, tmp_path):
+    install(monkeypatch)
+    torch.manual_seed(0)
+    found = verdict(
+        _mlp(),
+        torch.randn(32, 16),
+        target=torch.arange(32) % 10,
+        interface="all",
+        context_features=10,
+        **{**QUICK, "parts": True},
+    )
+    path = tmp_path / "verdict.json"
+    path.write_text(found.to_json())
+    loaded = load(path, "verdict")
+    blocks = blocks_of(loaded)
+    said = as_text(blocks)
+    assert found.sentence() in said
+    for heading in ("Interfaces and synthesizers", "Where a step's time goes", "gained at most"):
+        assert heading in said
+    figures = [block for block in blocks if isinstance(block, Figure)]
+    assert [figure.name for figure in figures] == ["verdict", "update-lock"]
+    assert all("<svg" in figure.svg() for figure in figures)
+    made = loaded["parts"]
+    assert made["of"] == "output, rank 16" and 0.0 <= made["amdahl"]["share"] < 1.0
+    assert set(made["floors"]) == set(made["work"])
+    assert {row["step"] for row in made["sums"]} >= {"stock step", "step with targets"}
+    assert "sum / step" in found.table() and "sum / step" in found.table(markdown=True)
 
 
 def test_the_module_is_left_as_it_was():
@@ -192,7 +263,8 @@ def test_the_break_even():
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
 @pytest.mark.parametrize("rule", [fd.SGD(0.1, momentum=0.9), fd.Adam(), fd.AdamW()])
-def test_inside_a_network_with_every_rule(norm, rule):
+def test_inside_a_network_with_every_rule(monkeypatch, norm, rule):
+    install(monkeypatch)
     found = verdict(
         _mlp(norm),
         torch.randn(32, 16),
@@ -284,6 +356,11 @@ def test_the_deadline_is_not_swallowed():
         ({"target_every": (0,)}, "numbers from 1 on"),
         ({"target_every": ()}, "numbers from 1 on"),
         ({"backend": "cuad"}, "backend"),
+        ({"interface": "inside"}, "unknown interface 'inside'"),
+        ({"interface": ()}, "interface must name at least one"),
+        ({"synthesizer": "desne"}, "did you mean 'dense'"),
+        ({"synthesizer": ["conv"]}, "does not fit an output of shape"),
+        ({"module": nn.PReLU(), "interface": "preactivation"}, "stands behind a linear layer"),
     ],
 )
 def test_bad_input(arguments, message):

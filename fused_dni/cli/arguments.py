@@ -154,7 +154,7 @@ def rule(name: str) -> Rule:
 
 
 def refuse(args: argparse.Namespace, names: Sequence[str]) -> None:
-    spelled = {"inputs": "in", "outputs": "out"}
+    spelled = {"inputs": "in"}
     for name in names:
         if getattr(args, name) is not None:
             raise UsageError(f"--{spelled.get(name, name)} does not go with {args.what}")

@@ -109,15 +109,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 #: Options whose value is a path of the reader's.
-_PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures", "--save")
+_PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures")
 
 
 def _command(argv: Sequence[str]) -> str:
     """The command as it goes into a report: without the reader's folders."""
     words, hide = [], False
     for word in argv:
-        # A number is none: verdict's --out is one of features.
-        words.append("DIR" if hide and not word.isdigit() else word)
+        words.append("DIR" if hide else word)
         hide = word in _PATHS
         if word.startswith(tuple(f"{option}=" for option in _PATHS)):
             words[-1] = word.partition("=")[0] + "=DIR"

@@ -38,7 +38,7 @@ def add_verdict(commands: Any) -> None:
         "kernels and DNI (targets on every k-th step, by interface and synthesizer), interleaved, "
         "with the floor beside them; then the parts of a step.",
         epilog="examples:\n"
-        f"  {PROGRAM} verdict linear --in 1024 --out 1024 --batch 128 --normalization batch "
+        f"  {PROGRAM} verdict linear --in 1024 --batch 128 --normalization batch "
         "--activation relu\n"
         f"  {PROGRAM} verdict mlp --width 256 --depth 4 --batch 64 --classes 10\n"
         f"  {PROGRAM} verdict block --depth 8 --synthesizers dense rank16\n"
@@ -108,7 +108,7 @@ def add_verdict(commands: Any) -> None:
     how.add_argument("--seconds", type=positive("seconds"), default=5.0, help="(5)")
     out = verdict.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print the verdict as JSON on stdout")
-    out.add_argument("--save", metavar="FILE", help="write the JSON there")
+    out.add_argument("--out", metavar="FILE", help="write the JSON there")
     out.add_argument("--plot", metavar="PATH", help="draw it into an image file")
     out.add_argument("--quiet", action="store_true", help="no progress")
     common(verdict)
@@ -158,7 +158,12 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     from fused_dni.progress import Progress
     from fused_dni.verdict import verdict
 
-    for path in (args.plot, args.save):
+    if args.out is not None and args.out.isdigit():
+        raise UsageError(
+            f"--out is the file that the JSON goes to, got {args.out!r}; for output features there "
+            "is --outputs"
+        )
+    for path in (args.plot, args.out):
         if path is not None:
             refuse_unwritable(str(Path(path).parent))
     if args.rank is not None and args.synthesizers is not None:
@@ -196,15 +201,15 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
         )
     found.facts["command"] = command
     plotted = found.plot(args.plot) if args.plot is not None else None
-    if args.save is not None:
-        Path(args.save).write_text(found.to_json())
+    if args.out is not None:
+        Path(args.out).write_text(found.to_json())
     if args.json:
         print(found.to_json())
     else:
         print(found.table())
         print()
         print(found.sentence())
-        for path in (plotted, args.save):
+        for path in (plotted, args.out):
             if path is not None:
                 print()
                 print(path)

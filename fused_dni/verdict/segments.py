@@ -149,7 +149,7 @@ SEGMENTS: dict[str, Callable[..., Segment]] = {
     "transformer": transformer,
 }
 #: Option by argument, where they differ.
-OPTIONS = {"inputs": "in", "outputs": "out"}
+OPTIONS = {"inputs": "in"}
 
 
 def options() -> list[str]:
