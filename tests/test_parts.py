@@ -10,6 +10,7 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import timing
 from fused_dni.verdict import parts as p
+from fused_dni.verdict import phases
 from fused_dni.verdict.candidates import at_rate, pose
 from fused_dni.verdict.forms import decouple
 from fused_dni.verdict.work import count
@@ -114,7 +115,7 @@ def test_composed_steps_are_told_from_fused_ones(by_operations):
 def test_the_model_is_left_as_it_was():
     torch.manual_seed(0)
     _, ours, problem = CASES["network"]()
-    sites, uses = p.record(ours, problem)
+    sites, uses = phases.record(ours, problem)
     assert [site.module.synthesizer is None for site in sites] == [False, False, True]
     assert [type(use.module) for use in uses] == [nn.Dropout]
     for module in ours.modules():
@@ -127,7 +128,7 @@ def test_a_disagreeing_sum_is_said():
         return timing.Timing(name, (value,) * 8, (value,) * 8, 1)
 
     times = {"stock forward": 1.0, "stock backward": 2.0, "stock optimizer": 0.5, "stock step": 5.0}
-    times |= dict.fromkeys((*p.CALLS, *p.CALLS_DX, "forward", "step with targets"), 1.0)
+    times |= dict.fromkeys((*phases.CALLS, *phases.CALLS_DX, "forward", "step with targets"), 1.0)
     times["step without targets"] = 1.0
     made = p.sums({name: fixed(name, value) for name, value in times.items()}, nn.Identity())
     assert made[0].ratio.median == pytest.approx(0.7) and not made[0].agrees
