@@ -58,8 +58,8 @@ class LinearConfig:
 
     ``interface`` says which gradient a synthesizer predicts from h: ``"output"``, the one at h,
     which a step takes back through activation and normalisation; or ``"preactivation"``, the one
-    at ``z = x @ weight.T + bias`` itself, so that a step needs no backward through either. Only
-    :meth:`Backend.linear_step_` reads it.
+    at ``z = x @ weight.T + bias`` itself, so that a step needs no backward through either. Of the
+    ops only :meth:`Backend.linear_step_` reads it.
     """
 
     normalization: str | None = None
