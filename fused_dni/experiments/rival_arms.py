@@ -27,7 +27,7 @@ from fused_dni.verdict.candidates import first_line
 #: What a step of each kind is; kinds with ``-K`` are followed by a number.
 KINDS: dict[str, str] = {
     "backprop": "stock backprop, torch.optim with fused=True",
-    "compiled": "the same, forward and loss under torch.compile",
+    "compiled": "stock backprop, forward and loss under torch.compile",
     "in-backward": "stock backprop, a torch.optim optimizer a parameter, stepped in the backward",
     "fused": "backprop on our kernels, each layer updated where its gradient is made",
     "stale-K": "a gradient on every K-th step (our kernels, torch.optim), applied again in between "
@@ -38,8 +38,8 @@ KINDS: dict[str, str] = {
     "feedback": "direct feedback alignment: the error at the logits through fixed random matrices "
     "(our kernels)",
     "cdni-K": "synthetic gradients conditioned on labels, synthesizers trained on every K-th step",
-    "cdni-z-K": "the same, predicted at the preactivation: an update needs no backward through "
-    "activation and normalisation; synthesizers trained on every K-th step",
+    "cdni-z-K": "synthetic gradients at the preactivation, conditioned on labels, synthesizers "
+    "trained on every K-th step",
 }
 #: They compute the same step, so that one rate is right for all.
 EXACT = ("backprop", "compiled", "in-backward", "fused")
