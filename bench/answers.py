@@ -420,9 +420,9 @@ QUESTIONS = (
     ),
     Question(
         "“The gain is longer sequences”",
-        "An LSTM by DNI at a short window, beside truncated backprop at the same window and backprop "
-        "at a window five times as long: time and peak memory. Whether the short window then learns "
-        "what the long one does: docs/recurrent.md.",
+        "An LSTM by DNI at a short window, beside truncated backprop at the same window and "
+        "backprop at a window five times as long: time and peak memory. Whether the short window "
+        "then learns what the long one does: docs/recurrent.md.",
         ("verdict/*-lstm-window",),
         window,
     ),
