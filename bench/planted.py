@@ -1,6 +1,6 @@
 """Does the instrument tell the truth? Differences and segments are planted, and verdicts counted.
 
-    .venv/bin/python bench/planted.py [--runs 10] [--seconds 1] [--busy 0] [--only PART ...]
+    .venv/bin/python bench/planted.py [--runs 10] [--seconds 2] [--busy 0] [--only PART ...]
 
 prints JSON with the counts. ``differences``: a candidate with 15 % more work, with 15 % less, and
 with the same, so many runs each. ``segments``: modules of which it is known whether synthetic
@@ -200,7 +200,7 @@ def _spin() -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=10, help="of each planted difference (10)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one comparison (1)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one comparison (2)")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="competing processes (0)")
     parser.add_argument("--threads", type=int, default=1, help="(1)")
     parser.add_argument("--only", nargs="+", choices=("differences", "segments", "sums"))
@@ -230,14 +230,14 @@ def main(argv: list[str] | None = None) -> int:
             planted = segments()
             for i, (name, expectation) in enumerate(planted.items()):
                 progress.update("segments", i / len(planted))
-                said = expectation.measure(128, 64, 2 * args.seconds, None)
+                said = expectation.measure(128, 64, args.seconds, None)
                 report["segments"][name] = {"said": said, "allowed": list(expectation.allowed)}
                 if said not in expectation.allowed:
                     failures.append(f"{name}: {said}")
             progress.update("segments", 1.0)
         if "sums" in wanted:
             progress.update("sums", 0.0)
-            report["sums"] = sums(10 * args.seconds)
+            report["sums"] = sums(5 * args.seconds)
             failures += [
                 f"{row['step']}: sum over step {row['sum over step']['median']:.2f}"
                 for row in report["sums"]

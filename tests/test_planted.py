@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from flops import install
 
 import planted
 
@@ -32,9 +33,33 @@ def test_the_heavy_function_is_the_identity():
     assert torch.equal(heavy(x), x)
 
 
-def test_the_script_counts(capsys, tmp_path):
-    argv = ["--only", "differences", "--runs", "1", "--seconds", "0.2"]
+def test_the_script_counts_what_was_called_rightly(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(planted, "planted_difference", lambda word, seconds, seed: word)
+    argv = ["--only", "differences", "--runs", "10"]
     assert planted.main([*argv, "--out", str(tmp_path / "planted.json")]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["differences"] == {word: {word: 1} for word in planted.PLANTED}
+    assert report["differences"] == {word: {word: 10} for word in planted.PLANTED}
+    assert report["failures"] == []
     assert report == json.loads((tmp_path / "planted.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "said", "failures"),
+    [(1, "inconclusive", 0), (2, "inconclusive", 2), (1, "opposite", 2)],
+)
+def test_the_script_fails_where_a_bound_is_broken(capsys, monkeypatch, doubtful, said, failures):
+    def called(word, seconds, seed):
+        if seed >= doubtful or word == "inconclusive":
+            return word
+        return planted.OPPOSITE[word] if said == "opposite" else said
+
+    monkeypatch.setattr(planted, "planted_difference", called)
+    assert planted.main(["--only", "differences"]) == (1 if failures else 0)
+    assert len(json.loads(capsys.readouterr().out)["failures"]) == failures
+
+
+def test_a_comparison_is_of_the_work_that_was_planted(monkeypatch):
+    """By operations instead of time: 15 % more, 15 % less, the same."""
+    install(monkeypatch)
+    for word in planted.PLANTED:
+        assert planted.planted_difference(word, 1.0, 0) == word

@@ -44,10 +44,17 @@ def _work(amount: int):
     [(2300, 2000, "slower"), (2000, 2300, "faster"), (2000, 2000, "inconclusive")],
 )
 def test_a_planted_difference_of_15_per_cent_is_called_rightly(ours, theirs, word):
-    timings = timing.compare({"theirs": _work(theirs), "ours": _work(ours)}, rounds=60, block=1)
-    ratio = timing.ratio(timings["ours"], timings["theirs"])
-    assert ratio.low <= ratio.median <= ratio.high
-    assert timing.differs(timings["ours"], timings["theirs"]) == word
+    """Two of three verdicts at least: one of a hundred may be wrong, by what 99 % means."""
+    found = []
+    for seed in range(3):
+        timings = timing.compare(
+            {"theirs": _work(theirs), "ours": _work(ours)}, rounds=120, block=1, seed=seed
+        )
+        ratio = timing.ratio(timings["ours"], timings["theirs"])
+        assert ratio.low <= ratio.median <= ratio.high
+        found.append(timing.differs(timings["ours"], timings["theirs"]))
+    assert found.count(word) >= 2
+    assert {"slower": "faster", "faster": "slower"}.get(word) not in found
 
 
 def _noisy(level: float, seed: int):
