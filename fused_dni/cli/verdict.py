@@ -55,9 +55,7 @@ def add_verdict(commands: Any) -> None:
     )
     shape = verdict.add_argument_group("segment")
     shape.add_argument("--in", dest="inputs", type=whole(1, "in"), help="input features")
-    shape.add_argument(
-        "--out", dest="outputs", type=whole(1, "out"), help="linear: output features"
-    )
+    shape.add_argument("--outputs", type=whole(1, "outputs"), help="linear: output features")
     shape.add_argument("--width", type=whole(1, "width"), help="units, or channels, of a layer")
     shape.add_argument("--depth", type=whole(1, "depth"), help="mlp, block, conv: layers")
     shape.add_argument("--size", type=whole(1, "size"), help="conv: side of the maps")
