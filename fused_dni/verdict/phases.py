@@ -5,7 +5,7 @@
 ``predict``                   their synthesizers' predictions
 ``local backward``            from the prediction to the parameters' gradients
 ``local backward, dx``        the same and the gradient of the input, as on steps with targets
-``update``                    the rule applied to the parameters
+``update``                    the rule applied; of a linear layer also its weight's gradient
 ``fused step``                these four in one call, as in a step without targets
 ``fused step, dx``            the same in a step with targets
 ``train``                     synthesizers learn from what arrived, on steps with targets
@@ -389,9 +389,14 @@ def count_work(plain: nn.Module, model: nn.Module, problem: Problem) -> dict[str
     work["train"] = _total(_count_training(p) for p in learners)
     if not uses and len(learners) == len(sites):
         work["forward"] = work["stock forward"]
-        work["local backward, dx"] = work["stock backward"]
-        work["local backward"] = work.get("stock backward, parameters", work["stock backward"])
-        work["update"] = work["stock optimizer"]
+        whole, update = work["stock backward"], work["stock optimizer"]
+        parameters = work.get("stock backward, parameters", whole)
+        if fuses(model):  # a linear layer makes the product of its weight's gradient in the update
+            work["local backward, dx"] = work.get("stock backward, input", whole)
+            work["update"] = Work(parameters.flops, update.bytes)
+        else:
+            work["local backward, dx"], work["local backward"] = whole, parameters
+            work["update"] = update
     return work
 
 
