@@ -73,9 +73,11 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
     yield "rivals", ["rivals", "--data", data, *out]
-    for interface in ("output", "preactivation"):
-        words = ["train", "--data", data, "--methods", "fused", "cdni", "--interface", interface]
-        yield f"mnist-{interface}", [*words, "--quiet", "--no-split", "--out", "FOLDER"]
+    for interface in both[1:]:
+        for name, rank in (("rank16", "16"), ("dense", "0")):
+            words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
+            words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
+            yield f"mnist-{interface}-{name}", words
     yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
 
 
@@ -323,19 +325,21 @@ def rivals(reports: dict[str, Report]) -> Answer:
 
 
 def accuracy(reports: dict[str, Report]) -> Answer:
-    """MNIST with the interface at either place."""
+    """MNIST with the interface at either place, by the rank of the synthesizers."""
     rows = []
-    for name, report in reports.items():
+    for place, report in enumerate(reports.values()):
+        settings = report["settings"]
+        rank = f"rank {settings['rank']}" if settings["rank"] else "dense"
         for row in report["summary"]:
-            if row["name"].startswith("cdni") or name == "mnist-output":
-                errors = (
-                    f"{row['error_mean']:.2%} ({row['error_min']:.2%} to {row['error_max']:.2%})"
-                )
-                place = name.removeprefix("mnist-") if row["name"].startswith("cdni") else "-"
-                rows.append([row["name"], place, errors, text.seconds(row["seconds_per_step"])])
-    said = ", ".join(f"{r[0]} {r[1]} {r[2].split()[0]}" for r in rows)
-    header = ["method", "interface", "error, mean and range", "step"]
-    return Answer(f"Error on the test set: {said}.".replace(" - ", " "), [Table(header, rows)])
+            ours = row["name"].startswith("cdni")
+            if ours or place == 0:
+                low, high = row["error_min"], row["error_max"]
+                spread = f"{row['error_mean']:.2%} ({low:.2%} to {high:.2%})"
+                how = [settings["interface"], rank] if ours else ["-", "-"]
+                rows.append([row["name"], *how, spread, text.seconds(row["seconds_per_step"])])
+    said = [f"{' '.join(c for c in row[:3] if c != '-')} {row[3].split()[0]}" for row in rows]
+    header = ["method", "interface", "synthesizer", "error, mean and range", "step"]
+    return Answer(f"Error on the test set: {', '.join(said)}.", [Table(header, rows)])
 
 
 def advice(reports: dict[str, Report]) -> Answer:
