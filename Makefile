@@ -3,10 +3,12 @@
 # make lint    the static checks alone
 # make bench   pytest-benchmark suites, grouped by question, floors beside
 # make tables  measure interleaved (minutes, an otherwise idle machine), then rewrite the tables
+# make answers measure what docs/verdict.md says (about half an hour, idle; MNIST=DIR), then write it
 # make clean   remove what was built; make distclean removes the environment too
 #
 # PYTHON=...    interpreter that the environment is made from (3.10 or newer)
 # PIP_ARGS=...  more options for pip, for example the index of CPU-only torch wheels
+# MNIST=...     folder of the four MNIST files, for make answers
 # JOBS=...      processes that run tests, a file each (one a core); 0 for this one alone
 
 SHELL := /bin/bash
@@ -20,6 +22,7 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+MNIST ?= mnist
 JOBS ?= auto
 
 # The first that runs (version managers leave shims that do not), is new enough and can make a venv.
@@ -31,7 +34,7 @@ CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -nam
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint bench tables clean distclean FORCE
+.PHONY: install demo test lint bench tables answers clean distclean FORCE
 
 install: $(INSTALLED)
 
@@ -73,6 +76,10 @@ bench: $(INSTALLED)
 
 tables: $(INSTALLED)
 	@$(BIN)/python bench/tables.py measure
+	@$(BIN)/python bench/tables.py render
+
+answers: $(INSTALLED)
+	@$(BIN)/python bench/answers.py measure --data $(MNIST)
 	@$(BIN)/python bench/tables.py render
 
 clean:

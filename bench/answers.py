@@ -72,7 +72,7 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
-    yield "rivals", ["rivals", "--data", data, *out]
+    yield "rivals", ["rivals", "--data", data, "--tune", *out]
     for interface in both[1:]:
         for name, rank in (("rank16", "16"), ("dense", "0")):
             words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
