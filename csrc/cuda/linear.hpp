@@ -33,9 +33,9 @@ struct LinearArguments {
   // Where the gradient at h comes from: a synthesizer, grad_h, or there is none.
   Synthesizer synthesizer;
   Interface interface = kOutput;  // of a synthesizer
-  const void* grad_h = nullptr;  // [N, O], of x's type or
-  bool grad_wide = false;        // float32
-  float inverse_scale = 1.0f;    // 1 / kappa
+  const void* grad_h = nullptr;   // [N, O], of x's type or
+  bool grad_wide = false;         // float32
+  float inverse_scale = 1.0f;     // 1 / kappa
   float max_norm = 0.0f;
 
   // The rule. Without one, gradients go to the slots' `gradient`.
