@@ -141,7 +141,7 @@ def report() -> dict:
             (0.5, "faster"),
             ["1.25x faster than stock", "2.00x faster than"],
         ),
-        ((1.5, "slower"), (1.2, "slower"), ["does not pay: keep stock backprop"]),
+        ((1.5, "slower"), (1.2, "slower"), ["So no interface pays: keep stock backprop."]),
         ((1.0, "inconclusive"), (1.0, "inconclusive"), ["keep backprop on our kernels"]),
     ],
 )
@@ -162,7 +162,7 @@ def test_where_nothing_pays_the_advice_is_to_keep_backprop(report):
     report["ratios"]["stock backprop"]["our kernels"]["measured"] = _ratio(0.9, "faster")
     report["ratios"]["our kernels"]["everywhere"]["measured"] = _ratio(1.3, "slower")
     said = sentence(report)
-    assert "No interface pays: keep backprop on our kernels." in said
+    assert "So no interface pays: keep backprop on our kernels." in said
     assert "1.30x slower than backprop on our kernels" in said
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import fused_dni as fd
 from fused_dni.advise.advise import pose
 from fused_dni.advise.blocks import survey
-from fused_dni.advise.choose import choose, everywhere
+from fused_dni.advise.choose import best_by_k, choose, everywhere
 from fused_dni.advise.forms import Interface, Making, converted, interfaces
 from fused_dni.advise.measure import possible
 from fused_dni.advise.predict import BACKWARD, OPTIMIZER, Blocks, Form, Plan, memory, runs
@@ -211,20 +211,31 @@ def _planted(saving: float, price: float):
     return time
 
 
+def _choice(measured: Blocks, doubt: float = 0.0) -> Plan | None:
+    return choose(measured, best_by_k(measured), doubt)
+
+
 def test_the_smallest_k_that_pays_is_chosen():
     found = survey(*TINY["mlp"]())
     # Two gradients saved in three steps of four, two synthesizers trained in one: 2 < 3.
-    chosen = choose(_blocks(found, _planted(saving=1.0, price=2.0)))
+    chosen = _choice(_blocks(found, _planted(saving=1.0, price=2.0)))
     assert chosen is not None and chosen.k == 4
     assert dict(chosen.interfaces) == {0: LOW, 1: LOW}
-    free = choose(_blocks(found, _planted(saving=1.0, price=0.0)))
+    free = _choice(_blocks(found, _planted(saving=1.0, price=0.0)))
     assert free is not None and free.k == 2
+
+
+def test_a_gain_within_the_doubt_is_none():
+    """k = 2 saves 1 of 42 (two gradients in every other step), 16 saves 1.9 of 42."""
+    measured = _blocks(survey(*TINY["mlp"]()), _planted(saving=1.0, price=0.0))
+    assert _choice(measured, doubt=0.03).k == 4
+    assert _choice(measured, doubt=0.06) is None
 
 
 def test_where_no_interface_pays_none_is_chosen_and_everywhere_is_everywhere():
     found = survey(*TINY["convnet"]())
     measured = _blocks(found, _planted(saving=1.0, price=1000.0))
-    assert choose(measured) is None
+    assert _choice(measured) is None
     forced = everywhere(measured)
     assert forced is not None and list(forced.interfaces) == [0, 1, 2, 4] and forced.k == 4
     # A model in which nothing can be cut.
@@ -239,7 +250,7 @@ def test_only_the_block_that_pays_gets_an_interface():
         dear = 5.0 if form.interface is not None and i == 0 else 0.0
         return 10.0 + form.asks + dear
 
-    chosen = choose(_blocks(found, time))
+    chosen = _choice(_blocks(found, time))
     assert chosen is not None and set(chosen.interfaces) == {1}
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fused_dni import timing
 from fused_dni.advise.blocks import Block, Loss, survey, tensors
-from fused_dni.advise.choose import LADDER, choose, everywhere
+from fused_dni.advise.choose import best_by_k, choose, everywhere
 from fused_dni.advise.errors import AdviceError
 from fused_dni.advise.forms import Making, interfaces
 from fused_dni.advise.measure import (
@@ -138,11 +138,13 @@ def advise(
         measured, stock_before = measure_blocks(
             subject, _BLOCKS_SHARE * seconds, lambda done: say("measuring blocks", done)
         )
-        proposed = everywhere(measured) if all_blocks else choose(measured)
+        stock = timing.ratio(measured.step(STOCK, Plan(ours=False)), stock_before)
+        ladder = best_by_k(measured)
+        forced = everywhere(measured)
+        proposed = forced if all_blocks else choose(measured, ladder, abs(stock.median - 1.0))
         plans = {STOCK: Plan(ours=False), OURS: Plan()}
         if proposed is not None:
             plans[PROPOSAL] = proposed
-        forced = everywhere(measured)
         if forced is not None and forced != proposed:
             plans[EVERYWHERE] = forced
         whole = measure_plans(
@@ -165,7 +167,8 @@ def advise(
         "asked for all": all_blocks,
         "proposal": None if proposed is None else _plan(subject.blocks, proposed),
         "everywhere": None if forced is None else _plan(subject.blocks, forced),
-        "ladder": list(LADDER),
+        "by k": [_rung(measured, plan) for plan in ladder],
+        "doubt": abs(stock.median - 1.0),
         "drift": drift,
         "steps": {
             name: _step(measured.step(name, plan), whole[name], held[name], drift)
@@ -275,13 +278,23 @@ def _block(subject: Subject, measured: Blocks, index: int, plan: Plan | None) ->
     }
 
 
-def _plan(parts: list[Block], plan: Plan) -> dict[str, Any]:
+def _plan(parts: Sequence[Block], plan: Plan) -> dict[str, Any]:
     return {
         "k": plan.k,
         "interfaces": [
             {"block": parts[i].name, **interface._asdict()}
             for i, interface in sorted(plan.interfaces.items())
         ],
+    }
+
+
+def _rung(measured: Blocks, plan: Plan) -> dict[str, Any]:
+    """The best plan for one k, as predicted."""
+    step = measured.step("by k", plan)
+    return {
+        **_plan(measured.blocks, plan),
+        "predicted": step.to_json(),
+        "over ours": _against(step, measured.step(OURS, Plan())),
     }
 
 

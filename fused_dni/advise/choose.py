@@ -16,15 +16,14 @@ LADDER = (1, 2, 4, 8, 16)
 EVERYWHERE_K = 4
 
 
-def choose(measured: Blocks, ladder: Sequence[int] = LADDER) -> Plan | None:
-    """The plan with the smallest k whose predicted step is faster than backprop on our kernels;
-    None if there is none.
+def best_by_k(measured: Blocks, ks: Sequence[int] = LADDER) -> list[Plan]:
+    """The best plan for each k, perhaps one without interfaces.
 
-    For each k, blocks are gone through from the last one down. A block gets the interface that
-    makes the predicted step shortest, if with it the step is measurably shorter than without.
+    Blocks are gone through from the last one down. A block gets the interface that makes the
+    predicted step shortest, if with it the step is measurably shorter than without.
     """
-    exact = measured.step("exact", Plan())
-    for k in ladder:
+    found = []
+    for k in ks:
         plan = Plan(k=k)
         for i in reversed(range(len(measured.blocks))):
             tried = [with_interface(plan, i, one) for one in interfaces(measured.blocks[i])]
@@ -34,8 +33,22 @@ def choose(measured: Blocks, ladder: Sequence[int] = LADDER) -> Plan | None:
             gain = timing.ratio(measured.step("with", best), measured.step("without", plan))
             if gain.verdict(margin=0.0) == "faster":
                 plan = best
-        chosen = measured.step("chosen", plan)
-        if plan.interfaces and timing.ratio(chosen, exact).verdict() == "faster":
+        found.append(plan)
+    return found
+
+
+def choose(measured: Blocks, plans: Sequence[Plan], doubt: float = 0.0) -> Plan | None:
+    """The first plan whose predicted step is faster than backprop on our kernels; None if there is
+    none.
+
+    Args:
+        doubt: share by which predictions were seen to miss; a gain below it counts as none.
+    """
+    exact = measured.step("exact", Plan())
+    margin = max(timing.MARGIN, doubt)
+    for plan in plans:
+        gain = timing.ratio(measured.step("chosen", plan), exact)
+        if plan.interfaces and gain.verdict(margin) == "faster":
             return plan
     return None
 
