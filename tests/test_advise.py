@@ -30,7 +30,7 @@ def _one_thread(one_thread):
     pass
 
 
-def _once(candidates, *, seconds, device, progress):
+def _once(candidates, *, progress, **limits):
     """In place of ``timing.compare``: every candidate runs once, and takes a millisecond; what a
     step pays once takes a hundredth."""
     for call in candidates.values():

@@ -243,6 +243,19 @@ def test_where_no_interface_pays_none_is_chosen_and_everywhere_is_everywhere():
     assert everywhere(_blocks(head, _planted(1.0, 1.0))) is None
 
 
+def test_a_block_may_pay_only_above_another_interface():
+    """Where a decoupled step that makes a gradient of its input is dear, one that need not is
+    free."""
+    found = survey(*TINY["mlp"]())
+
+    def time(i: int, form: Form) -> float:
+        dear = 20.0 if form.interface is not None and form.asks and not form.target else 0.0
+        return 10.0 + form.asks + dear
+
+    chosen = _choice(_blocks(found, time))
+    assert chosen is not None and set(chosen.interfaces) == {0, 1}
+
+
 def test_only_the_block_that_pays_gets_an_interface():
     found = survey(*TINY["mlp"]())
 

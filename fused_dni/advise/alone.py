@@ -70,7 +70,7 @@ class Alone:
             self._args = (self._args[0], (h.detach(), c.detach()), *self._args[2:])
         return next(tensors(made))
 
-    def step(self) -> None:
+    def step(self, _: object = None) -> None:
         """The block's share of a training step."""
         for t in self._asked:
             t.grad = None
@@ -83,25 +83,25 @@ class Alone:
             self._optimizer.step()
 
 
-def backward_of_nothing() -> Callable[[], None]:
+def backward_of_nothing() -> Callable[[object], None]:
     """What every backward costs, whatever is in it."""
     x = torch.zeros(1, requires_grad=True)
     gradient = torch.ones(1)
 
-    def step() -> None:
+    def step(_: object = None) -> None:
         x.grad = None
         x.view_as(x).backward(gradient)
 
     return step
 
 
-def optimizer_of_nothing(rule: Rule, like: Tensor) -> Callable[[], None]:
+def optimizer_of_nothing(rule: Rule, like: Tensor) -> Callable[[object], None]:
     """What every step of an optimizer costs, whatever it updates."""
     p = nn.Parameter(like.new_zeros(1))
     gradient = torch.ones_like(p)
     optimizer = stock_optimizer(nn.ParameterList([p]), rule)
 
-    def step() -> None:
+    def step(_: object = None) -> None:
         optimizer.zero_grad()
         p.grad = gradient
         optimizer.step()

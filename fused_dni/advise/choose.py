@@ -19,14 +19,15 @@ EVERYWHERE_K = 4
 def best_by_k(measured: Blocks, ks: Sequence[int] = LADDER) -> list[Plan]:
     """The best plan for each k, perhaps one without interfaces.
 
-    Blocks are gone through from the last one down. A block gets the interface that makes the
-    predicted step shortest, if with it the step is measurably shorter than without.
+    Blocks are gone through from the first one up, since a block above an interface has no gradient
+    of its input to make. A block gets the interface that makes the predicted step shortest, if with
+    it the step is measurably shorter than without.
     """
     found = []
     for k in ks:
         plan = Plan(k=k)
-        for i in reversed(range(len(measured.blocks))):
-            tried = [with_interface(plan, i, one) for one in interfaces(measured.blocks[i])]
+        for i, block in enumerate(measured.blocks):
+            tried = [with_interface(plan, i, one) for one in interfaces(block)]
             if not tried:
                 continue
             best = min(tried, key=lambda p: measured.step("tried", p).median)

@@ -2,7 +2,7 @@
 
 A step takes the sum of its blocks' times. What a step pays once and every block alone pays too, the
 start of a backward and of an optimizer, is measured apart and counted once. Not in the sum: what
-the model computes outside of modules, and what blocks do to each other's caches.
+the model computes outside of modules.
 
 Memory is highest in the backward of some block: what the blocks below it still hold, its own peak,
 and what blocks above it have left for the updates at its end.
@@ -25,11 +25,11 @@ BACKWARD, OPTIMIZER = "backward of nothing", "optimizer of nothing"
 
 ASSUMPTIONS = (
     "A step is predicted as the sum of its blocks' times, each measured alone on the inputs that "
-    "it had in the model, in one interleaved run; equal blocks are measured once.",
+    "it had in the model, behind an untimed step of the whole model, in one interleaved run; equal "
+    "blocks are measured once.",
     "The start of a backward and of an optimizer's step, in every block's time, is measured apart "
     "and counted once.",
-    "Not predicted: what the model computes outside of its modules, and what blocks do to each "
-    "other's caches.",
+    "Not predicted: what the model computes outside of its modules.",
     "A cycle of k steps is one with targets and k - 1 without.",
     "Memory is predicted as the highest, over the blocks, of what those below it hold for their "
     "backward, its own peak alone, and what those above it have left for the updates at the "

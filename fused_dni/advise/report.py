@@ -168,7 +168,8 @@ def _by_k(report: dict[str, Any]) -> Table:
         predicted = text.seconds(rung["predicted"]["median"])
         rows.append([f"{rung['k']}", predicted, _mark(rung["over ours"]), behind])
     caption = (
-        "x ours: over backprop on our kernels, as predicted. The smallest k that is faster by more "
+        "Times as in the first run, without the drift; x ours: over backprop on our kernels, as "
+        "predicted. The smallest k that is faster by more "
         f"than the sum of blocks misses the stock step ({100.0 * report['doubt']:.0f} %) is "
         "proposed."
     )
