@@ -59,7 +59,7 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         for activation in ACTIVATIONS:
             layer = ["--in", "512", "--batch", "128", "--normalization", norm]
             layer += ["--activation", activation, *both, "--no-compile", "--no-parts"]
-            words = ["verdict", "linear", *layer, "--seconds", "4", *out]
+            words = ["verdict", "linear", *layer, "--seconds", "2", *out]
             yield f"activation-{norm}-{activation}", words
     for depth in DEPTHS:
         shape = ["--width", "256", "--batch", "64", "--depth", str(depth)]
@@ -68,16 +68,15 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"segment-{segment}", ["verdict", segment, "--no-compile", *out]
     lstm = ["--hidden", "256", "--batch", "32", "--window", "8", "--long", "40"]
     yield "lstm-window", ["verdict", "lstm", *lstm, "--quiet", "--json"]
-    yield "map", ["map", "--interfaces", *both[1:], *out]
+    yield "map", ["map", "--widths", "64", "256", "1024", *out]
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
-    yield "rivals", ["rivals", "--data", data, "--tune", *out]
-    for interface in both[1:]:
-        for name, rank in (("rank16", "16"), ("dense", "0")):
-            words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
-            words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
-            yield f"mnist-{interface}-{name}", words
+    yield "rivals", ["rivals", "--data", data, *out]
+    for interface, rank in (("output", "16"), ("preactivation", "16"), ("preactivation", "0")):
+        words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
+        words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
+        yield f"mnist-{interface}-{rank}", words
     yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
 
 
