@@ -72,7 +72,7 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
-    yield "rivals", ["rivals", "--data", data, *out]
+    yield "rivals", ["rivals", "--data", data, "--seconds-per-run", "3", *out]
     for interface, rank in (("output", "16"), ("preactivation", "16"), ("preactivation", "0")):
         words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
