@@ -69,7 +69,8 @@ lint: $(INSTALLED)
 
 # C++ is compiled with warnings as errors by the installation itself.
 test: lint
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		$(TEST_ARGS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m pytest bench --benchmark-only $(BENCH_ARGS)

@@ -71,7 +71,12 @@ def close(a: Tensor | None, b: Tensor | None, what: str = "", tolerance: float =
 
 def torch_forward(x: Tensor, p: dict[str, Tensor], config: LinearConfig, training: bool) -> Tensor:
     """The layer in PyTorch's own operations; moves the running statistics in ``p``."""
-    y = F.linear(x, p["weight"], p.get("bias"))
+    return torch_above(F.linear(x, p["weight"], p.get("bias")), p, config, training)
+
+
+def torch_above(z: Tensor, p: dict[str, Tensor], config: LinearConfig, training: bool) -> Tensor:
+    """What lies between z and h."""
+    y = z
     scale, shift = p.get("norm_weight"), p.get("norm_bias")
     if config.normalization == "batch":
         y = F.batch_norm(
@@ -111,8 +116,12 @@ def twin_step(case: Case, steps: int) -> dict[str, Tensor]:
     """What :func:`strategies.run_step` does, by autograd and ``torch.optim``."""
     bind(case)
     p = case.parameters
-    own = [t for k, t in p.items() if t.requires_grad and not k.startswith("synthesizer")]
-    optimizer = torch_optimizer(case.rule, own)
+    own = {k: t for k, t in p.items() if t.requires_grad and not k.startswith("synthesizer")}
+    at_output = case.config.interface == "output"
+    # With the interface at z scale and shift learn from what arrives, by a rule of their own.
+    apart = {} if at_output else {k: t for k, t in own.items() if k.startswith("norm")}
+    optimizer = torch_optimizer(case.rule, [t for k, t in own.items() if k not in apart])
+    norm_optimizer = torch_optimizer(case.rule, list(apart.values()))
     regression = torch_optimizer(
         case.rule, [t for k, t in p.items() if k.startswith("synthesizer")]
     )
@@ -120,19 +129,30 @@ def twin_step(case: Case, steps: int) -> dict[str, Tensor]:
     statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
     for t in range(steps):
         x = case.inputs["x"].clone().requires_grad_()
-        h = torch_forward(x, p, case.config, True)
+        z = F.linear(x, p["weight"], p.get("bias"))
+        h = torch_above(z, p, case.config, True)
         scaled = torch_prediction(h.detach(), case, p)
         synthetic = scaled.detach() / case.target_scale
         if 0 < case.max_norm < synthetic.norm():
             synthetic = synthetic * case.max_norm / synthetic.norm()
         optimizer.zero_grad()
-        h.backward(synthetic)
+        arrived = case.inputs["grad_h"]
+        if not at_output:
+            arrived, *moves = torch.autograd.grad(
+                h, [z, *apart.values()], arrived, retain_graph=True
+            )
+        (h if at_output else z).backward(synthetic)
         bias = p.get("bias")
         if case.config.normalization == "batch" and bias is not None and bias.grad is not None:
-            assert bias.grad.abs().max() < 1e-13  # noise, which the reference leaves out
+            if at_output:
+                assert bias.grad.abs().max() < 1e-13  # noise, which the reference leaves out
             bias.grad.zero_()
         optimizer.step()
-        target = case.target_scale * case.inputs["grad_h"]
+        if not at_output:
+            for parameter, move in zip(apart.values(), moves, strict=True):
+                parameter.grad = move
+            norm_optimizer.step()
+        target = case.target_scale * arrived
         regression.zero_grad()
         ((scaled - target) ** 2).sum().div(x.shape[0]).backward()
         s = scaled.detach()

@@ -15,6 +15,7 @@ import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, memory, recurrent, recurrent_report, run
 from fused_dni.report import ReportError
+from fused_dni.report.blocks import as_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -434,7 +435,7 @@ def test_memory_grows_with_the_window_and_not_with_the_sequence():
         assert held[method, 16, 64] > held[method, 4, 64]
     # What a window keeps at the least, h, c and four gates a step, for 32 steps more.
     assert held["fused", 64, 64] - held["fused", 32, 32] >= 32 * 8 * 32 * 6 * 4
-    table = recurrent_report.memory_table(rows)
+    table = as_text([recurrent_report.memory_table(rows)])
     assert "dni T=16" in table and "fused whole sequence" in table
 
 

@@ -231,7 +231,8 @@ def _future(outcome: Outcome) -> dict[str, dict[int, float]]:
         by_window: dict[int, list[float]] = {}
         for run in outcome.of(name):
             for row in run.get("future", ()):
-                by_window.setdefault(row["window"], []).append(row["parameter_ratio"])
+                ratio = row["parameter_ratio"]  # null in a report: nothing to divide by
+                by_window.setdefault(row["window"], []).append(math.inf if ratio is None else ratio)
         made[name] = {w: statistics.median(values) for w, values in by_window.items()}
     return made
 
