@@ -394,7 +394,7 @@ QUESTIONS = (
         "interface in both places, synthesizers of the default rank. With the interface at the "
         "output the update still goes back through activation and normalisation of the layer "
         "itself; with the interface at the preactivation it does not. Fused kernels make both "
-        "cheap to begin with. Time only: accuracy is the next question but one.",
+        "cheap to begin with. Time only: accuracy is a question of its own, below.",
         ("verdict/*-activation-*",),
         activations,
     ),
