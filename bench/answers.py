@@ -68,7 +68,8 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"segment-{segment}", ["verdict", segment, "--no-compile", *out]
     lstm = ["--hidden", "256", "--batch", "32", "--window", "8", "--long", "40"]
     yield "lstm-window", ["verdict", "lstm", *lstm, "--quiet", "--json"]
-    yield "map", ["map", "--widths", "64", "256", "1024", *out]
+    grid = ["--batches", "32", "128", "--widths", "64", "256", "--seconds", "1.5"]
+    yield "map", ["map", *grid, *out]
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
