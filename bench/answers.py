@@ -176,6 +176,8 @@ def activations(reports: dict[str, Report]) -> Answer:
         ours = report["timings"]["fused"]["median"]
         row = [f"{norm}, {activation}", text.seconds(ours)]
         for variant in report["variants"]:
+            if variant["synthesizer"] != "rank 16":
+                continue
             found = [cycle(variant, k) for k in ("1", "4", "never")]
             best[variant["interface"]].append(found)
             row += [ratio({**f, "interval": None}) for f in found]
