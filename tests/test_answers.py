@@ -16,13 +16,15 @@ def test_the_page_is_what_the_results_say():
 
 
 def test_a_changed_result_changes_the_page(monkeypatch, tmp_path):
-    (before,) = (page for page in [answers.page(tmp_path)])
+    before = answers.page(tmp_path)
     real = answers.committed
 
     def changed(patterns):
         found = real(patterns)
         for reports in found.values():
             for report in reports.values():
+                if not str(report.get("kind")).startswith("train "):
+                    continue
                 for run in report.get("runs", ()):
                     for row in run.get("future", ()):
                         row["parameter_ratio"] = 1234.0
