@@ -525,10 +525,16 @@ def where(report: Report) -> tuple[str, Report]:
     return known["gpu"] or known["device"], known
 
 
+def named(report: Report) -> str:
+    """The device and, where it is known, the instruction set of our kernels on it."""
+    device, known = where(report)
+    return f"{device} ({known['isa']})" if known.get("isa") else device
+
+
 def provenance(reports: dict[str, Report]) -> str:
     """Device, versions, and the commands."""
     first = next(iter(reports.values()))
-    device, known = where(first)
+    device, known = named(first), first["facts"]
     commits = sorted({str(r["facts"]["commit"]) for r in reports.values()})
     asked = list(
         dict.fromkeys(r["facts"]["command"] for r in reports.values() if r["facts"]["command"])
@@ -573,9 +579,10 @@ def short() -> str:
     rows = []
     for question in QUESTIONS:
         found = list(answered(question))
-        said = " ".join(answer.sentence for _, answer in found) or "Open."
+        missing = "Not measured yet." if question.answer else "Left open."
+        said = " ".join(answer.sentence for _, answer in found) or missing
         rows.append([question.claim, said])
-    devices = sorted({where(r)[0] for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()})
+    devices = sorted({named(r) for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()})
     head = f"Measured on: {', '.join(devices) or 'nothing yet'}."
     lines = ["| they say | measured |", "| --- | --- |"]
     lines += [f"| {claim} | {said} |" for claim, said in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import subprocess
@@ -40,6 +41,7 @@ def facts(command: str | None = None) -> dict[str, Any]:
     return {
         "device": processor,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "isa": _isa(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,6 +50,15 @@ def facts(command: str | None = None) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _isa() -> str | None:
+    """Instruction set that our C++ kernels run on: one processor's name may stand for several."""
+    try:
+        cpu = importlib.import_module("fused_dni._cpu")
+    except ImportError:
+        return None
+    return str(cpu.isa() if callable(cpu.isa) else cpu.isa)
 
 
 def _git(*arguments: str) -> str | None:
