@@ -24,6 +24,11 @@ constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
 template <class T>
 constexpr Index kPanel = kTileVectors * kLanes<T>;
 
+// Panels that are copied together where the tile is narrow. Every row of a strided B is a page of
+// its own; four cache lines of it at a time cost a quarter of the visits that one at a time does.
+constexpr int kStripPanels = larger(1, 4 * kLineBytes / (kTileVectors * kVectorBytes));
+constexpr int kStripVectors = kStripPanels * kTileVectors;
+
 // Rows of B in use at a time: what stays in the first-level cache (48 KiB on most machines with
 // AVX-512, 32 KiB before) beside the tile's own rows of A and C.
 template <class T>
@@ -114,12 +119,13 @@ FUSED_DNI_INLINE TileFunction<T> tile_for(Index vectors) {
 }
 
 // Calls body(first column, width in elements, vectors) for panels that cover [begin, end), evenly
-// wide so that no narrow one is left over. `begin` is a multiple of the vector width.
-template <class T, class Body>
+// wide so that no narrow one is left over. `begin` is a multiple of the vector width. With
+// kWidest = kStripVectors for strips, likewise.
+template <class T, int kWidest = kTileVectors, class Body>
 FUSED_DNI_INLINE void for_panels(Index begin, Index end, Body&& body) {
   constexpr Index L = kLanes<T>;
   Index vectors = ceil_div(end - begin, L);
-  Index panels = ceil_div(vectors, kTileVectors);
+  Index panels = ceil_div(vectors, kWidest);
   for (Index first = begin; panels > 0; --panels) {
     const Index take = ceil_div(vectors, panels);
     body(first, smaller(take * L, end - first), take);
@@ -179,44 +185,71 @@ void multiply_dots(Index outputs, Index depth, const T* w, const T* x, T* c, Ind
   }
 }
 
+// Rows that a copy asks for ahead of the one it is at: no prefetcher follows from page to page.
+constexpr Index kRowsAhead = 16;
+
+template <class T>
+FUSED_DNI_INLINE void prefetch_row(const T* row, Index width) {
+  for (Index i = 0; i < width; i += kLineBytes / static_cast<Index>(sizeof(T)))
+    __builtin_prefetch(row + i);
+}
+
 // Copies rows [0, rows) of a panel `width` wide to packed rows of kPanel elements, zero-padded.
 template <class T>
 void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
   constexpr Index L = kLanes<T>;
-  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kPanel<T>)
+  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kPanel<T>) {
+    prefetch_row(src + kRowsAhead * src_stride, width);
     for (Index v = 0; v < width; v += L) store(dst + v, load_upto(src + v, width - v));
+  }
 }
 
-// C[rows][width] = keep * C + gain * A B for one panel of a row-major B [depth][..], copied block
-// by block to `packed` (kBlockK * kPanel elements). `width` must be whole vectors, as C is written
-// where it lies. touch(row, count) is called before a tile is begun that will read C, so that C
-// can be fetched meanwhile.
+// Copies rows [0, rows) of a strip, whole vectors wide, to its panels: all of them but the last are
+// kPanel wide, and each is kBlockK rows deep.
+template <class T>
+void pack_strip(const T* src, Index src_stride, Index rows, Index width, T* dst) {
+  constexpr Index L = kLanes<T>;
+  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kPanel<T>) {
+    prefetch_row(src + kRowsAhead * src_stride, width);
+    for (Index p = 0; p < width; p += kPanel<T>)
+      for (Index v = p; v < smaller(width, p + kPanel<T>); v += L)
+        store(dst + p * kBlockK<T> + v - p, load(src + v));
+  }
+}
+
+// C[rows][width] = keep * C + gain * A B for one strip of a row-major B [depth][..], copied block
+// by block to `packed` (kBlockK * kStripPanels * kPanel elements). `width` must be whole vectors,
+// as C is written where it lies. touch(row, count, column, width) is called before a tile is begun
+// that will read C, so that C can be fetched meanwhile.
 template <class T, class Touch>
 FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const T* a, Index a_row,
                                     Index a_col, const T* b, Index b_row, T* packed, T* c,
                                     Index c_row, T keep, T gain, Touch&& touch) {
-  const TileFunction<T> run = tile_for<T>(width / kLanes<T>);
   const Index block = block_depth<T>(depth);
   const bool copy = rows > kTileRows;  // what is read once is read where it lies
   const Index panel_row = copy ? kPanel<T> : b_row;
   for (Index k = 0; k < depth; k += block) {
     const Index count = smaller(block, depth - k);
-    const T* panel = copy ? packed : b + k * b_row;
-    if (copy) pack(b + k * b_row, b_row, count, width, packed);
-    for (Index m = 0; m < rows;) {
-      const Index take = next_rows(rows - m);
-      touch(m, take);
-      run(take, count, a + m * a_row + k * a_col, a_row, a_col, panel, panel_row, c + m * c_row,
-          c_row, k > 0 ? T(1) : keep, gain);
-      m += take;
+    if (copy) pack_strip(b + k * b_row, b_row, count, width, packed);
+    for (Index p = 0; p < width; p += kPanel<T>) {
+      const Index wide = smaller(kPanel<T>, width - p);
+      const TileFunction<T> run = tile_for<T>(wide / kLanes<T>);
+      const T* panel = copy ? packed + p * kBlockK<T> : b + k * b_row + p;
+      for (Index m = 0; m < rows;) {
+        const Index take = next_rows(rows - m);
+        touch(m, take, p, wide);
+        run(take, count, a + m * a_row + k * a_col, a_row, a_col, panel, panel_row,
+            c + m * c_row + p, c_row, k > 0 ? T(1) : keep, gain);
+        m += take;
+      }
     }
   }
 }
 
-// Elements of scratch that multiply_packed needs for `rows` rows of output.
+// Elements of scratch that multiply_packed needs for `rows` rows of output; multiply_into's fit.
 template <class T>
 FUSED_DNI_INLINE Index packed_scratch(Index rows) {
-  return kBlockK<T> * kPanel<T> + rows * kPanel<T>;
+  return (kBlockK<T> * kStripPanels + rows) * kPanel<T>;
 }
 
 // The same product where it is not simply to be stored or added: partial sums stay in scratch, and

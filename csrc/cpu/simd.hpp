@@ -58,8 +58,8 @@ using Mask = typename Simd<T>::M;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-FUSED_DNI_INLINE Index smaller(Index a, Index b) { return a < b ? a : b; }
-FUSED_DNI_INLINE Index larger(Index a, Index b) { return a > b ? a : b; }
+FUSED_DNI_INLINE constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+FUSED_DNI_INLINE constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 FUSED_DNI_INLINE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 FUSED_DNI_INLINE Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 

@@ -64,17 +64,17 @@ struct WeightPhase {
   // Makes of the thread's features of delta what the products need of it; a barrier follows.
   void prepare(Range, bool) const {}
 
-  // dx = delta W if wanted, then panel(i, width, features, scratch) for every panel of W's columns
+  // dx = delta W if wanted, then strip(i, width, features, scratch) for every strip of W's columns
   // and the rows of W that this thread owns of it. The caller has had a barrier behind delta.
-  template <class Panel>
-  void run(const Team& team, void* to, bool wanted, Panel&& panel) const {
+  template <class Strip>
+  void run(const Team& team, void* to, bool wanted, Strip&& strip) const {
     T* grad_x = static_cast<T*>(to);
     T* scratch = packed + team.rank * piece();
     if (grad_x != nullptr) {  // threads share the columns of dx; if those are few, its rows too
       const Grid grid(team, ceil_div(in, kPanel<T>));
       const Range batch = part(rows, kTileRows, grid.minor, grid.minors);
       const Range columns = grid.major_part(in, kLanes<T>);
-      for_panels<T>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+      for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
         write(batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, scratch,
               grad_x + batch.begin * in + i);
       });
@@ -86,8 +86,9 @@ struct WeightPhase {
     const Grid grid(team, ceil_div(out, kLanes<T>));
     const Range features = grid.major_part(out, kLanes<T>);
     const Range columns = part(in, kLanes<T>, grid.minor, grid.minors);
-    for_panels<T>(columns.begin, columns.end,
-                  [&](Index i, Index width, Index) { panel(i, width, features, scratch); });
+    for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+      strip(i, width, features, scratch);
+    });
   }
 
   // dx and the weight's gradient, each if wanted.
@@ -104,7 +105,7 @@ struct WeightPhase {
     with_rule(rule, [&](auto kind) {
       run(team, grad_x, slot.parameter != nullptr,
           [&](Index i, Index width, Range features, T* scratch) {
-            update_panel<decltype(kind)::value>(rule, slot, i, width, features, scratch);
+            update_strip<decltype(kind)::value>(rule, slot, i, width, features, scratch);
           });
     });
   }
@@ -113,14 +114,16 @@ struct WeightPhase {
   bool finite(const Team& team) const {
     Magnitude<T> magnitude;
     run(team, nullptr, true, [&](Index i, Index width, Range features, T* scratch) {
-      multiply_packed(
-          features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i, in,
-          scratch, [](Index, Index) {},
-          [&](Index, Index count, const T* sums) {
-            for (Index r = 0; r < count; ++r)
-              for (Index v = 0; v < width; v += kLanes<T>)
-                magnitude.add(load(sums + r * kPanel<T> + v));
-          });
+      for_panels<T>(i, i + width, [&](Index at, Index wide, Index) {
+        multiply_packed(
+            features.size(), wide, rows, delta + features.begin * stride, stride, 1, x + at, in,
+            scratch, [](Index, Index) {},
+            [&](Index, Index count, const T* sums) {
+              for (Index r = 0; r < count; ++r)
+                for (Index v = 0; v < wide; v += kLanes<T>)
+                  magnitude.add(load(sums + r * kPanel<T> + v));
+            });
+      });
     });
     return is_finite(magnitude.value());
   }
@@ -128,35 +131,37 @@ struct WeightPhase {
  private:
   Index piece() const { return packed_scratch<T>(larger(rows, out)); }
 
-  // A panel of a product with B's and C's rows `in` apart, stored at c.
+  // A strip of a product with B's and C's rows `in` apart, stored at c.
   void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
              const T* b, T* scratch, T* c) const {
     if (width % kLanes<T> == 0) {
       multiply_into(count, width, depth, a, a_row, a_col, b, in, scratch, c, in, T(0), T(1),
-                    [](Index, Index) {});
+                    [](Index, Index, Index, Index) {});
       return;
     }
-    multiply_packed(
-        count, width, depth, a, a_row, a_col, b, in, scratch, [](Index, Index) {},
-        [&](Index m, Index take, const T* sums) {
-          for (Index r = m; r < m + take; ++r, sums += kPanel<T>)
-            for (Index v = 0; v < width; v += kLanes<T>)
-              store_upto(c + r * in + v, load(sums + v), width - v);
-        });
+    for_panels<T>(0, width, [&](Index at, Index wide, Index) {
+      multiply_packed(
+          count, wide, depth, a, a_row, a_col, b + at, in, scratch, [](Index, Index) {},
+          [&](Index m, Index take, const T* sums) {
+            for (Index r = m; r < m + take; ++r, sums += kPanel<T>)
+              for (Index v = 0; v < wide; v += kLanes<T>)
+                store_upto(c + r * in + at + v, load(sums + v), wide - v);
+          });
+    });
   }
 
   template <typename Rule<T>::Kind kKind>
-  void update_panel(const Rule<T>& rule, const Slot<T>& slot, Index i, Index width, Range features,
+  void update_strip(const Rule<T>& rule, const Slot<T>& slot, Index i, Index width, Range features,
                     T* scratch) const {
     const T* a = delta + features.begin * stride;
     const Index first = features.begin * in + i;
-    const auto fetch = [&](Index o, Index count) {
+    const auto fetch = [&](Index o, Index count, Index at, Index wide) {
       for (Index r = o; r < o + count; ++r)
-        for (Index c = 0; c < width; c += kLineBytes / static_cast<Index>(sizeof(T))) {
-          const Index at = first + r * in + c;
-          __builtin_prefetch(slot.parameter + at, 1);
-          if (slot.first) __builtin_prefetch(slot.first + at, 1);
-          if (slot.second) __builtin_prefetch(slot.second + at, 1);
+        for (Index c = at; c < at + wide; c += kLineBytes / static_cast<Index>(sizeof(T))) {
+          const Index place = first + r * in + c;
+          __builtin_prefetch(slot.parameter + place, 1);
+          if (slot.first) __builtin_prefetch(slot.first + place, 1);
+          if (slot.second) __builtin_prefetch(slot.second + place, 1);
         }
     };
     // w - lr (g + decay w) is keep w - lr g: the product's own tile can do that in registers. Not
@@ -166,12 +171,16 @@ struct WeightPhase {
                     slot.parameter + first, in, rule.keep, -rule.lr, fetch);
       return;
     }
-    multiply_packed(features.size(), width, rows, a, stride, 1, x + i, in, scratch, fetch,
-                    [&](Index o, Index count, const T* sums) {
-                      for (Index r = 0; r < count; ++r)
-                        apply_span<T, kKind>(rule, slot, first + (o + r) * in, width,
-                                             sums + r * kPanel<T>);
-                    });
+    for_panels<T>(0, width, [&](Index at, Index wide, Index) {
+      multiply_packed(
+          features.size(), wide, rows, a, stride, 1, x + i + at, in, scratch,
+          [&](Index o, Index count) { fetch(o, count, at, wide); },
+          [&](Index o, Index count, const T* sums) {
+            for (Index r = 0; r < count; ++r)
+              apply_span<T, kKind>(rule, slot, first + (o + r) * in + at, wide,
+                                   sums + r * kPanel<T>);
+          });
+    });
   }
 };
 
