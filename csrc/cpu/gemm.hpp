@@ -28,6 +28,8 @@ constexpr Index kPanel = kTileVectors * kLanes<T>;
 // its own; four cache lines of it at a time cost a quarter of the visits that one at a time does.
 constexpr int kStripPanels = larger(1, 4 * kLineBytes / (kTileVectors * kVectorBytes));
 constexpr int kStripVectors = kStripPanels * kTileVectors;
+template <class T>
+constexpr Index kStrip = kStripPanels * kPanel<T>;
 
 // Rows of B in use at a time: what stays in the first-level cache (48 KiB on most machines with
 // AVX-512, 32 KiB before) beside the tile's own rows of A and C.
@@ -80,11 +82,11 @@ FUSED_DNI_INLINE void tile(Index depth, const T* a, Index a_row, Index a_col, co
   }
 }
 
-// How many rows the next tile takes of `left`: full tiles, and a remainder shared by the last two,
-// because two tiles of four rows keep the multipliers busier than one of six and one of two.
-FUSED_DNI_INLINE Index next_rows(Index left) {
-  if (left >= 2 * kTileRows || left == kTileRows) return kTileRows;
-  return left > kTileRows ? (left + 1) / 2 : left;
+// How many of `left` rows come next: `whole` of them, and a remainder shared by the last two, because
+// two tiles of four rows keep the multipliers busier than one of six and one of two.
+FUSED_DNI_INLINE Index next_rows(Index left, Index whole = kTileRows, Index unit = 1) {
+  if (left >= 2 * whole || left == whole) return whole;
+  return left > whole ? round_up(ceil_div(left, 2), unit) : left;
 }
 
 template <class T, int kVectors>
@@ -204,8 +206,8 @@ void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
   }
 }
 
-// Copies rows [0, rows) of a strip, whole vectors wide, to its panels: all of them but the last are
-// kPanel wide, and each is kBlockK rows deep.
+// Copies rows [0, rows) of a strip to its panels, zero-padded: all of them but the last are kPanel
+// wide, and each is kBlockK rows deep.
 template <class T>
 void pack_strip(const T* src, Index src_stride, Index rows, Index width, T* dst) {
   constexpr Index L = kLanes<T>;
@@ -213,12 +215,12 @@ void pack_strip(const T* src, Index src_stride, Index rows, Index width, T* dst)
     prefetch_row(src + kRowsAhead * src_stride, width);
     for (Index p = 0; p < width; p += kPanel<T>)
       for (Index v = p; v < smaller(width, p + kPanel<T>); v += L)
-        store(dst + p * kBlockK<T> + v - p, load(src + v));
+        store(dst + p * kBlockK<T> + v - p, load_upto(src + v, width - v));
   }
 }
 
 // C[rows][width] = keep * C + gain * A B for one strip of a row-major B [depth][..], copied block
-// by block to `packed` (kBlockK * kStripPanels * kPanel elements). `width` must be whole vectors,
+// by block to `packed` (kBlockK * kStrip elements). `width` must be whole vectors,
 // as C is written where it lies. touch(row, count, column, width) is called before a tile is begun
 // that will read C, so that C can be fetched meanwhile.
 template <class T, class Touch>
@@ -246,38 +248,50 @@ FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const 
   }
 }
 
+// Rows of sums that multiply_packed hands over at a time: a tile's where a strip is one panel, else
+// so many that the panels are not fetched from the second-level cache too often.
+constexpr Index kSumRows = kStripPanels == 1 ? kTileRows : 8 * kTileRows;
+
 // Elements of scratch that multiply_packed needs for `rows` rows of output; multiply_into's fit.
 template <class T>
 FUSED_DNI_INLINE Index packed_scratch(Index rows) {
-  return (kBlockK<T> * kStripPanels + rows) * kPanel<T>;
+  return (kBlockK<T> + larger(rows, kSumRows)) * kStrip<T>;
 }
 
 // The same product where it is not simply to be stored or added: partial sums stay in scratch, and
-// body(row, count, const T* sums [count][kPanel]) gets each finished tile while it is in the
-// first-level cache; touch(row, count) is called before the last block of that tile is begun,
-// so that body can have its data fetched meanwhile.
+// body(row, count, const T* sums [count][kStrip]) gets finished rows while they are in the
+// first-level cache; touch(row, count, column, width) is called before the last block of a tile is
+// begun, so that body can have its data fetched meanwhile.
 template <class T, class Touch, class Body>
 FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, const T* a, Index a_row,
                                       Index a_col, const T* b, Index b_row, T* scratch,
                                       Touch&& touch, Body&& body) {
   T* packed = scratch;
-  T* sums = scratch + kBlockK<T> * kPanel<T>;
-  const TileFunction<T> run = tile_for<T>(ceil_div(width, kLanes<T>));
+  T* sums = scratch + kBlockK<T> * kStrip<T>;
   const Index block = block_depth<T>(depth);
+  // The sums of one group are enough when nothing has to be carried from block to block.
+  const Index sums_row = depth <= block ? 0 : kStrip<T>;
   for (Index k = 0; k < depth; k += block) {
     const Index count = smaller(block, depth - k);
     const bool last = k + count == depth;
-    // One tile of sums is enough when nothing has to be carried from block to block.
-    const Index sums_row = depth <= block ? 0 : kPanel<T>;
-    pack(b + k * b_row, b_row, count, width, packed);
-    for (Index m = 0; m < rows;) {
-      const Index take = next_rows(rows - m);
-      T* tile_sums = sums + m * sums_row;
-      if (last) touch(m, take);
-      run(take, count, a + m * a_row + k * a_col, a_row, a_col, packed, kPanel<T>, tile_sums,
-          kPanel<T>, T(k > 0 ? 1 : 0), T(1));
-      if (last) body(m, take, static_cast<const T*>(tile_sums));
-      m += take;
+    pack_strip(b + k * b_row, b_row, count, width, packed);
+    for (Index first = 0; first < rows;) {
+      const Index group = next_rows(rows - first, kSumRows, kTileRows);
+      T* group_sums = sums + first * sums_row;
+      for (Index p = 0; p < width; p += kPanel<T>) {
+        const Index wide = smaller(kPanel<T>, width - p);
+        const TileFunction<T> run = tile_for<T>(ceil_div(wide, kLanes<T>));
+        for (Index m = 0; m < group;) {
+          const Index take = next_rows(group - m);
+          if (last) touch(first + m, take, p, wide);
+          run(take, count, a + (first + m) * a_row + k * a_col, a_row, a_col,
+              packed + p * kBlockK<T>, kPanel<T>, group_sums + m * kStrip<T> + p, kStrip<T>,
+              T(k > 0 ? 1 : 0), T(1));
+          m += take;
+        }
+      }
+      if (last) body(first, group, static_cast<const T*>(group_sums));
+      first += group;
     }
   }
 }

@@ -161,16 +161,15 @@ struct Trainer {
       }
       multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced, rank_row,
                grad_weight + own.begin * rank_row, rank_row, false);
-      for_panels<T>(own.begin, own.end, [&](Index o, Index width, Index) {
-        multiply_packed(
-            rank, width, rows, q, 1, rank_row, product.x + o, features,
-            panels + team.rank * packed_scratch<T>(rank), [](Index, Index) {},
-            [&](Index r, Index take, const T* tile_sums) {
-              for (Index i = 0; i < take; ++i)
-                for (Index v = 0; v < width; v += kLanes<T>)
-                  store_upto(grad_down + (r + i) * features + o + v,
-                             load(tile_sums + i * kPanel<T> + v), width - v);
-            });
+      for_panels<T, kStripVectors>(own.begin, own.end, [&](Index o, Index width, Index) {
+        multiply_packed(rank, width, rows, q, 1, rank_row, product.x + o, features,
+                        panels + team.rank * packed_scratch<T>(rank), kNoTouch,
+                        [&](Index r, Index take, const T* sums) {
+                          for (Index i = 0; i < take; ++i)
+                            for (Index v = 0; v < width; v += kLanes<T>)
+                              store_upto(grad_down + (r + i) * features + o + v,
+                                         load(sums + i * kStrip<T> + v), width - v);
+                        });
       });
       for (Index o = own.begin; o < own.end; ++o)
         report.include(magnitude_of(grad_weight + o * rank_row, rank));

@@ -43,6 +43,9 @@ struct Grid {
   }
 };
 
+// Where a product reads nothing of C that could be fetched ahead.
+constexpr auto kNoTouch = [](Index, Index, Index, Index) {};
+
 template <class T>
 struct WeightPhase {
   Index rows, in, out, stride;
@@ -114,16 +117,12 @@ struct WeightPhase {
   bool finite(const Team& team) const {
     Magnitude<T> magnitude;
     run(team, nullptr, true, [&](Index i, Index width, Range features, T* scratch) {
-      for_panels<T>(i, i + width, [&](Index at, Index wide, Index) {
-        multiply_packed(
-            features.size(), wide, rows, delta + features.begin * stride, stride, 1, x + at, in,
-            scratch, [](Index, Index) {},
-            [&](Index, Index count, const T* sums) {
-              for (Index r = 0; r < count; ++r)
-                for (Index v = 0; v < wide; v += kLanes<T>)
-                  magnitude.add(load(sums + r * kPanel<T> + v));
-            });
-      });
+      multiply_packed(features.size(), width, rows, delta + features.begin * stride, stride, 1,
+                      x + i, in, scratch, kNoTouch, [&](Index, Index count, const T* sums) {
+                        for (Index r = 0; r < count; ++r)
+                          for (Index v = 0; v < width; v += kLanes<T>)
+                            magnitude.add(load(sums + r * kStrip<T> + v));
+                      });
     });
     return is_finite(magnitude.value());
   }
@@ -136,18 +135,15 @@ struct WeightPhase {
              const T* b, T* scratch, T* c) const {
     if (width % kLanes<T> == 0) {
       multiply_into(count, width, depth, a, a_row, a_col, b, in, scratch, c, in, T(0), T(1),
-                    [](Index, Index, Index, Index) {});
+                    kNoTouch);
       return;
     }
-    for_panels<T>(0, width, [&](Index at, Index wide, Index) {
-      multiply_packed(
-          count, wide, depth, a, a_row, a_col, b + at, in, scratch, [](Index, Index) {},
-          [&](Index m, Index take, const T* sums) {
-            for (Index r = m; r < m + take; ++r, sums += kPanel<T>)
-              for (Index v = 0; v < wide; v += kLanes<T>)
-                store_upto(c + r * in + at + v, load(sums + v), wide - v);
-          });
-    });
+    multiply_packed(count, width, depth, a, a_row, a_col, b, in, scratch, kNoTouch,
+                    [&](Index m, Index take, const T* sums) {
+                      for (Index r = m; r < m + take; ++r, sums += kStrip<T>)
+                        for (Index v = 0; v < width; v += kLanes<T>)
+                          store_upto(c + r * in + v, load(sums + v), width - v);
+                    });
   }
 
   template <typename Rule<T>::Kind kKind>
@@ -155,13 +151,13 @@ struct WeightPhase {
                     T* scratch) const {
     const T* a = delta + features.begin * stride;
     const Index first = features.begin * in + i;
-    const auto fetch = [&](Index o, Index count, Index at, Index wide) {
+    const auto fetch = [&](Index o, Index count, Index column, Index wide) {
       for (Index r = o; r < o + count; ++r)
-        for (Index c = at; c < at + wide; c += kLineBytes / static_cast<Index>(sizeof(T))) {
-          const Index place = first + r * in + c;
-          __builtin_prefetch(slot.parameter + place, 1);
-          if (slot.first) __builtin_prefetch(slot.first + place, 1);
-          if (slot.second) __builtin_prefetch(slot.second + place, 1);
+        for (Index c = column; c < column + wide; c += kLineBytes / static_cast<Index>(sizeof(T))) {
+          const Index at = first + r * in + c;
+          __builtin_prefetch(slot.parameter + at, 1);
+          if (slot.first) __builtin_prefetch(slot.first + at, 1);
+          if (slot.second) __builtin_prefetch(slot.second + at, 1);
         }
     };
     // w - lr (g + decay w) is keep w - lr g: the product's own tile can do that in registers. Not
@@ -171,16 +167,12 @@ struct WeightPhase {
                     slot.parameter + first, in, rule.keep, -rule.lr, fetch);
       return;
     }
-    for_panels<T>(0, width, [&](Index at, Index wide, Index) {
-      multiply_packed(
-          features.size(), wide, rows, a, stride, 1, x + i + at, in, scratch,
-          [&](Index o, Index count) { fetch(o, count, at, wide); },
-          [&](Index o, Index count, const T* sums) {
-            for (Index r = 0; r < count; ++r)
-              apply_span<T, kKind>(rule, slot, first + (o + r) * in + at, wide,
-                                   sums + r * kPanel<T>);
-          });
-    });
+    multiply_packed(features.size(), width, rows, a, stride, 1, x + i, in, scratch, fetch,
+                    [&](Index o, Index count, const T* sums) {
+                      for (Index r = 0; r < count; ++r)
+                        apply_span<T, kKind>(rule, slot, first + (o + r) * in, width,
+                                             sums + r * kStrip<T>);
+                    });
   }
 };
 
