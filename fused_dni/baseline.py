@@ -17,14 +17,29 @@ from torch import nn
 from fused_dni.rules import Rule
 
 
-def stock_optimizer(model: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    """``torch.optim`` with ``fused=True``, by the same formulas as ``rule``."""
+def stock_optimizer(
+    model: nn.Module, rule: Rule, *, captured: bool = False
+) -> torch.optim.Optimizer:
+    """``torch.optim`` with ``fused=True``, by the same formulas as ``rule``.
+
+    Args:
+        model: whose parameters.
+        rule: gives kind and constants.
+        captured: the steps are to be captured in a CUDA graph: the rate is a tensor on the
+            parameters' device, which a replay reads.
+    """
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
-    return kinds[rule.kind](model.parameters(), fused=True, **rule.defaults())
+    parameters = list(model.parameters())
+    options = rule.defaults()
+    if captured:
+        options["lr"] = torch.tensor(options["lr"], device=parameters[0].device)
+        if rule.kind != "sgd":  # SGD has no state that a capture would freeze, and no such option
+            options["capturable"] = True
+    return kinds[rule.kind](parameters, fused=True, **options)
 
 
 def facts(command: str | None = None) -> dict[str, Any]:

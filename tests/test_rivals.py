@@ -9,11 +9,12 @@ import torch
 
 from fused_dni import timing
 from fused_dni.cli import main
-from fused_dni.experiments import data, rival_gate, rivals, rivals_report
+from fused_dni.experiments import data, rival_gate, rival_trainers, rivals, rivals_report
 from fused_dni.experiments.rival_arms import KINDS, Settings, arm, build, defaults
 from fused_dni.experiments.rival_trainers import (
     DelayedTrainer,
     FeedbackTrainer,
+    GraphTrainer,
     LocalTrainer,
     StaleTrainer,
     advance,
@@ -130,6 +131,45 @@ def test_no_delay_and_no_staleness_are_backprop():
     ):
         assert rival_gate.steps_to_check(trainer) == 1
         assert _check(trainer) < 1.0
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1, momentum=0.9), Adam(0.01)], ids=["sgd", "adam"])
+def test_a_replayed_step_is_the_eager_one(monkeypatch, rule):
+    """All but the capture itself: the batch's own memory, the trial steps that leave nothing, and
+    the rate on the device, over steps whose rate falls."""
+    trials = []
+
+    def replay_of(step):
+        trials.extend(step() for _ in range(4))
+        return step
+
+    monkeypatch.setattr(rival_trainers, "replay_of", replay_of)
+    sample = data.Split(*(part[:16] for part in DATA.train))
+    replayed = GraphTrainer("graph", 0, TINY.network(DATA, 0), rule, 6, sample)
+    eager = build(arm("backprop"), 0, TINY, DATA, 6, rule)
+    assert len(trials) == 4
+    for rows in ROWS:
+        for trainer in (replayed, eager):
+            advance(trainer, DATA.train, rows)
+    for (name, a), b in zip(
+        replayed.model.state_dict().items(), eager.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_its_formula():
+    settings = replace(TINY, arms=("graph",), device="cuda")
+    trainer = build(arm("graph"), 0, settings, DATA.to("cuda"), rivals.ENDLESS, SGD(1.0))
+    network, rows = settings.network(DATA, 0), ROWS[:1].cuda()
+    assert rival_gate.check(trainer, network, DATA.to("cuda").train, rows) < 1.0
+
+
+def test_the_graph_is_an_arm_of_gpus_alone():
+    assert "graph" in defaults("digits", device="cuda").arms
+    assert "graph" not in defaults("digits", device="cpu").arms
+    with pytest.raises(ValueError, match="'graph' is a CUDA graph and needs device cuda"):
+        defaults("digits", arms=("graph",))
 
 
 def _check(trainer) -> float:

@@ -43,8 +43,8 @@ def add_rivals(commands: Any) -> None:
         "--arms",
         nargs="+",
         metavar="ARM",
-        help="of backprop, compiled, in-backward, fused, stale-K, delayed, local, feedback, "
-        "cdni-K, cdni-z-K (default: all, with K 4, and 1 and 4 for cdni)",
+        help="of backprop, compiled, graph (cuda alone), in-backward, fused, stale-K, delayed, "
+        "local, feedback, cdni-K, cdni-z-K (default: all, with K 4, and 1 and 4 for cdni)",
     )
     what.add_argument("--seeds", nargs="+", type=whole(0, "a seed"), metavar="SEED", help="(1 2 3)")
     what.add_argument("--hidden", type=whole(1, "hidden"), help="units of a hidden layer (256)")

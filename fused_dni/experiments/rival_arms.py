@@ -15,6 +15,7 @@ from fused_dni.experiments import data, nets
 from fused_dni.experiments.rival_trainers import (
     DelayedTrainer,
     FeedbackTrainer,
+    GraphTrainer,
     InBackwardTrainer,
     LocalTrainer,
     StaleTrainer,
@@ -28,6 +29,7 @@ from fused_dni.verdict.candidates import first_line
 KINDS: dict[str, str] = {
     "backprop": "stock backprop, torch.optim with fused=True",
     "compiled": "stock backprop, forward and loss under torch.compile",
+    "graph": "stock backprop, the whole step replayed as a CUDA graph",
     "in-backward": "stock backprop, a torch.optim optimizer a parameter, stepped in the backward",
     "fused": "backprop on our kernels, each layer updated where its gradient is made",
     "stale-K": "a gradient on every K-th step (our kernels, torch.optim), applied again in between "
@@ -42,10 +44,11 @@ KINDS: dict[str, str] = {
     "trained on every K-th step",
 }
 #: They compute the same step, so that one rate is right for all.
-EXACT = ("backprop", "compiled", "in-backward", "fused")
+EXACT = ("backprop", "compiled", "graph", "in-backward", "fused")
 SYNTHETIC = ("cdni-K", "cdni-z-K")
+#: On a GPU a ``graph`` is among them.
 DEFAULT_ARMS = (
-    *EXACT,
+    *("backprop", "compiled", "in-backward", "fused"),
     *("stale-4", "delayed", "local", "feedback"),
     *("cdni-1", "cdni-4", "cdni-z-1", "cdni-z-4"),
 )
@@ -165,6 +168,10 @@ class Settings:
             raise ValueError("at least one arm and one seed are needed")
         for name in self.arms:
             arm(name)
+        if "graph" in self.arms and torch.device(self.device).type != "cuda":
+            raise ValueError(
+                f"arm 'graph' is a CUDA graph and needs device cuda, got {self.device!r}"
+            )
         for name, low in (("hidden", 1), ("depth", 1), ("batch_size", 2), ("rank", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -209,6 +216,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def defaults(dataset: str, **changes: Any) -> Settings:
     """Settings of a dataset, with ``changes`` where they are not None."""
+    if changes.get("arms") is None and str(changes.get("device")).startswith("cuda"):
+        changes["arms"] = (*DEFAULT_ARMS[:2], "graph", *DEFAULT_ARMS[2:])
     return preset(Settings(dataset=dataset), PRESETS, changes)
 
 
@@ -237,8 +246,8 @@ def build(
     """
     network = settings.network(dataset, seed)
     name = which.name
+    first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
     if which.kind in ("backprop", "compiled"):
-        first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
         if which.kind == "compiled":
             torch.compiler.reset()  # else the ninth network of one process would run uncompiled
         try:
@@ -250,6 +259,8 @@ def build(
                 f"torch.compile does not work here ({first_line(error)}): leave the arm "
                 "'compiled' out"
             ) from error
+    if which.kind == "graph":
+        return GraphTrainer(name, seed, network, rule, steps, first)
     if which.kind == "in-backward":
         return InBackwardTrainer(name, seed, network, rule, steps)
     backend = settings.backend

@@ -9,6 +9,7 @@ DNI do, so that what differs in time is the method.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,61 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Any:
         optimizer.zero_grad()
 
     return step
+
+
+class GraphTrainer(Trainer):
+    """Stock backprop as the replay of one CUDA graph: forward, loss, backward, optimizer.
+
+    The graph has a batch of its own, into which each batch is copied, and a rate on the device,
+    into which the scheduler's is written before a replay.
+    """
+
+    def __init__(
+        self, name: str, seed: int, network: nn.Module, rule: Rule, steps: int, sample: data.Split
+    ) -> None:
+        super().__init__(name, seed)
+        self.model = network.train()
+        self._batch = data.Split(*(part.clone() for part in sample))
+        self._captured = stock_optimizer(network, rule, captured=True)
+        # A scheduler of a rate on a device would launch a kernel an operation.
+        self.optimizer = torch.optim.SGD([torch.zeros(())], lr=rule.defaults()["lr"])
+        self.scheduler = _cosine(self.optimizer, steps)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        self._replay = replay_of(self._step)
+        # The capture's trial steps leave nothing behind. Zeros are what all states begin with.
+        network.load_state_dict(before)
+        for state in self._captured.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _step(self) -> None:
+        self._captured.zero_grad(set_to_none=True)  # gradients are the graph's own memory
+        F.cross_entropy(self.model(self._batch.images), self._batch.labels).backward()
+        self._captured.step()
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self._batch.images.copy_(x)
+        self._batch.labels.copy_(y)
+        self._captured.param_groups[0]["lr"].fill_(self.optimizer.param_groups[0]["lr"])
+        self._replay()
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+def replay_of(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` captured in a CUDA graph, after a warm-up on a stream of its own as PyTorch's notes
+    on CUDA graphs ask for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class OurGradients(Trainer):

@@ -13,6 +13,7 @@ from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 COLOURS = {
     "backprop": "#1b6ca8",
     "compiled": "#6fa8dc",
+    "graph": "#12486f",
     "in-backward": "#88c9a1",
     "fused": "#2e9e5b",
     "stale": "#8d6a9f",
