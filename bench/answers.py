@@ -26,7 +26,7 @@ from fused_dni.advise import report as advice_report
 from fused_dni.backends.base import ACTIVATIONS
 from fused_dni.baseline import facts
 from fused_dni.experiments import interfaces_report, recurrent_report, rivals_report
-from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of
+from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, planted
 from fused_dni.report.blocks import as_markdown
 from fused_dni.verdict import report as verdict_report
 from tables import RESULTS, ROOT, rounded, slug
@@ -357,30 +357,8 @@ def advice(reports: dict[str, Report]) -> Answer:
 def trust(reports: dict[str, Report]) -> Answer:
     """Planted differences and segments, and sums of parts."""
     (report,) = reports.values()
-    runs = report["runs"]
-    said = [
-        f"{found.get(word, 0)} of {runs} {word}" for word, found in report["differences"].items()
-    ]
-    rows = [
-        [f"15 % {word}" if word != "inconclusive" else "no difference", *cells]
-        for word, found in report["differences"].items()
-        for cells in [[str(found.get(w, 0)) for w in ("slower", "inconclusive", "faster")]]
-    ]
-    right = [s["said"] in s["allowed"] for s in report["segments"].values()]
-    asked = [
-        [name, f"{found['said']}", " or ".join(found["allowed"])]
-        for name, found in report["segments"].items()
-    ]
-    sums = [[row["step"], ratio(row["sum over step"])] for row in report["sums"]]
-    return Answer(
-        f"Planted differences were called rightly in {', '.join(said)}; planted segments in "
-        f"{sum(right)} of {len(right)}, with {report['busy']} other processes on the cores.",
-        [
-            Table(["planted", "called slower", "inconclusive", "faster"], rows),
-            Table(["planted segment", "called", "must be"], asked),
-            Table(["composed step", "sum of its parts over it"], sums),
-        ],
-    )
+    tables = [block for block in blocks_of(report) if isinstance(block, Table)]
+    return Answer(planted.sentence(report), [*tables])
 
 
 QUESTIONS = (

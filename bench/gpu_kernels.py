@@ -126,9 +126,9 @@ class Run:
 
     def keep(self, part: str, key: str, group: dict[str, Any]) -> None:
         """Put a group into the results, and those into their file."""
-        if "device" not in self.results:
-            self.results["device"] = facts(self)
-        group |= {name: self.results["device"][name] for name in ("date", "commit", "threads")}
+        if "facts" not in self.results:
+            self.results["facts"] = facts(self)
+        group |= {name: self.results["facts"][name] for name in ("date", "commit", "threads")}
         self.results.setdefault(part, {})[key] = group
         self.save()
         print(f"{part} {key}", flush=True)
@@ -591,10 +591,10 @@ def columns(rows: list[list[str]]) -> str:
 def summary(results: dict[str, Any]) -> str:
     """The figures as text, those that decide most at the end."""
     lines: list[str] = []
-    device = results.get("device", {})
+    facts = results.get("facts", {})
     lines.append(
-        f"{device.get('gpu', device.get('cpu', 'nothing measured'))}, torch {device.get('torch')}, "
-        f"Triton {device.get('triton')}, commit {device.get('commit')}"
+        f"{facts.get('gpu', facts.get('device', 'nothing measured'))}, "
+        f"torch {facts.get('torch')}, Triton {facts.get('triton')}, commit {facts.get('commit')}"
     )
     for part in ("floors", "lstm", "layer"):
         groups = results.get(f"gpu-{part}", {})
@@ -676,7 +676,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
     """The times of both backends where both were measured: of layers whose data are in the cache,
     with SGD and without dx, and of windows."""
     arithmetic = {"bf16": "bfloat16", "fp32": "float32-ieee", "tf32": "float32-tf32"}
-    architecture = f"sm_{results['device']['capability'].replace('.', '')}"
+    architecture = f"sm_{results['facts']['capability'].replace('.', '')}"
     kinds = {"layer": ("linear", DNI, DNI_CUDA), "lstm": ("lstm", OURS, OURS_CUDA)}
     table: measured.Table = {}
     for part, (op, triton_row, cuda_row) in kinds.items():
@@ -695,7 +695,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
 def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    found = grids.get(str(results.get("device", {}).get("multiprocessors")), {})
+    found = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
     launch, barrier = FLOORS["CUDA"]
     return found.get(launch), found.get(barrier)
 

@@ -209,7 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     wanted = args.only or ("differences", "segments", "sums")
     progress = Progress()
-    report: dict[str, Any] = {"facts": facts(), "busy": args.busy, "runs": args.runs}
+    report: dict[str, Any] = {
+        "kind": "planted",
+        "version": 1,
+        "facts": facts(),
+        "busy": args.busy,
+        "runs": args.runs,
+    }
     failures: list[str] = []
     with busy(args.busy), progress:
         if "differences" in wanted:

@@ -45,7 +45,7 @@ def device_facts() -> dict[str, Any]:
     report = environment.report()
     package = report["package"]
     facts = {
-        "cpu": report["processor"]["model"],
+        "device": report["processor"]["model"],
         "flags": report["processor"]["flags"],
         "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),
         "threads": report["threads"]["torch"],
@@ -79,7 +79,7 @@ def slug(text: str) -> str:
 
 def result_path(facts: dict[str, Any], suite: str) -> Path:
     """Where this machine's results of a suite are kept."""
-    return RESULTS / f"{slug(facts['cpu'])}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
+    return RESULTS / f"{slug(facts['device'])}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def save(path: Path, results: dict[str, Any]) -> None:
     """Written whole and moved into place: an interrupted run keeps the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rounded(results), indent=1, sort_keys=True) + "\n")
+    labelled = {"kind": "benchmarks", "version": 1, **results}
+    partial.write_text(json.dumps(rounded(labelled), indent=1, sort_keys=True) + "\n")
     partial.replace(path)
 
 
@@ -395,7 +396,7 @@ def measure(suites: list[str], only: str | None, seconds: float, given: Path | N
         path = given or result_path(facts, suite)
         for key, group in globals()[f"measure_{suite}"](seconds, only):
             results = load(path)
-            results["device"] = facts
+            results["facts"] = facts
             group["commit"], group["date"] = facts["commit"], facts["date"]
             group["threads"] = facts["threads"]
             results.setdefault(suite, {})[key] = group
@@ -478,13 +479,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """One line: machine, threads, versions, when and at which commit."""
-    device = results["device"]
+    facts = results["facts"]
     dates = sorted({group["date"] for group in groups.values()})
     commits = sorted({str(group["commit"]) for group in groups.values()})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     threads = sorted({group["threads"] for group in groups.values()})
     return (
-        f"{device['cpu']}, {' or '.join(map(str, threads))} threads, torch {device['torch']}, "
+        f"{facts['device']}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}, "
         f"{span}, commit {', '.join(commits)}."
     )
 
@@ -837,11 +838,11 @@ def render_lstm_memory(results: dict[str, Any]) -> str:
 
 def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """One line: GPU, versions, when and at which commits."""
-    device = results["device"]
+    facts = results["facts"]
     dates = sorted({group["date"] for group in groups.values()})
     commits = sorted({str(group["commit"]) for group in groups.values()})
     return (
-        f"{device.get('gpu', device['cpu'])}, torch {device['torch']}, Triton {device['triton']}, "
+        f"{facts.get('gpu', facts['device'])}, torch {facts['torch']}, Triton {facts['triton']}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}."
     )
 
@@ -882,7 +883,7 @@ def render_gpu(results: dict[str, Any]) -> str:
     rows = []
     for key, group in groups.items():
         cells = [key, _microseconds(group, group["floor"])]
-        moved = group["bytes"] / results["device"].get("bandwidth", float("inf"))
+        moved = group["bytes"] / results["facts"].get("bandwidth", float("inf"))
         cells.append(f"{moved * 1e6:.3g}")
         cells += [
             _microseconds(group, name)
@@ -944,7 +945,7 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
         "float32."
     )
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    bare = grids.get(str(results["device"].get("multiprocessors")), {}).get("CUDA barrier")
+    bare = grids.get(str(results["facts"].get("multiprocessors")), {}).get("CUDA barrier")
     if bare is not None:
         text += (
             " A time step has two barriers of the grid, forward and backward, which bare take "

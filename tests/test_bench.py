@@ -217,8 +217,8 @@ def test_errors_are_those_of_a_trained_network():
 
 
 def results(**groups):
-    device = {"cpu": "A CPU", "torch": "2.13.0", "threads": 2}
-    return {"device": device, **groups}
+    facts = {"device": "A CPU", "torch": "2.13.0", "threads": 2}
+    return {"facts": facts, **groups}
 
 
 def row(median, per_floor):
@@ -312,7 +312,7 @@ def test_gpu_tables_say_what_was_measured():
             },
         }
     )
-    found["device"] |= {
+    found["facts"] |= {
         "gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12, "multiprocessors": 132
     }  # fmt: skip
     layer, lstm, details = (
@@ -334,7 +334,7 @@ def test_what_is_promised_of_a_gpu_stands_beside_what_was_measured():
     assert all(line.endswith("not measured") for line in found)
     barrier = gpu_group(grids={"132": {"CUDA launch": 2e-6, "CUDA barrier": 0.5e-6}})
     results = {
-        "device": {"multiprocessors": 132},
+        "facts": {"multiprocessors": 132},
         "gpu-layer": {"128/1024 bf16 sgd": gpu_group()},
         "gpu-lstm": {
             "16/1024/128 bf16": gpu_group(steps=128),
@@ -368,7 +368,7 @@ def test_a_gpus_figures_become_the_table_that_auto_chooses_by(tmp_path, capsys):
             "gpu-lstm": {"16/256/128 bf16": gpu_group()},
         }
     )
-    found["device"]["capability"] = "9.0"
+    found["facts"]["capability"] = "9.0"
     path = tmp_path / "kernels.json"
     tables.save(path, found)
     assert gpu_kernels.main([str(path), "--backends"]) == 0
@@ -431,7 +431,7 @@ def test_committed_results_name_machine_versions_and_commit():
                 found["facts"]
             )
             continue
-        assert {"cpu", "torch", "threads", "date", "commit"} <= set(found["device"])
+        assert {"device", "torch", "threads", "date", "commit"} <= set(found["facts"])
         for suite in (*tables.SUITES, "gpu-layer", "gpu-lstm", "gpu-floors"):
             for group in found.get(suite, {}).values():
                 assert group["commit"]

@@ -237,7 +237,7 @@ def test_changes_stand_first_and_are_drawn(tmp_path):
     [
         (None, "cannot read"),
         ("{", "is no JSON"),
-        ("[]", "is neither by pytest bench"),
+        ("[]", "its kind is None"),
         ('{"kind": "verdict", "version": 99, "facts": {}}', "in format 99"),
         ('{"kind": "verdict", "version": 1, "facts": {}}', "holds no times"),
         ('{"machine_info": {}, "benchmarks": []}', "holds no times"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from fused_dni.report import (
 )
 from fused_dni.report.kinds import KINDS
 
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 ROW = {"calls": 2, "total": 0.2, "own": 0.1, "device": 0.0, "memory": 64}
 REPORT = {
     "kind": "profile",
@@ -186,3 +188,40 @@ def test_a_loaded_report_says_its_blocks(written):
     found = blocks_of(load(written(), "profile"))
     assert found[0] == Heading("Profile: python train.py", 1)
     assert isinstance(found[1], Text) and found[1].text.startswith("500 ms recorded; 50 %")
+
+
+# ------------------------------------------------------------------------- benchmarks and planted
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.rglob("*.json")), ids=lambda path: str(path.relative_to(RESULTS))
+)
+def test_every_committed_result_is_a_report(path):
+    made = blocks_of(load(path))
+    assert made[0].level == 1
+    tables = [block for block in made if isinstance(block, Table)]
+    text = as_text(made)
+    assert tables and all(row[0] in text for table in tables for row in table.rows)
+
+
+def test_benchmarks_by_pytest_are_a_report(tmp_path, capsys):
+    """As it writes them: no kind, a version of its own, names with their file."""
+    path = tmp_path / "results.json"
+    benchmarks = [
+        {"fullname": f"bench/b.py::{name}", "group": group, "stats": {"data": [time] * 9}}
+        for name, group, time in (("b", "one", 2e-3), ("a", "one", 1e-3), ("c", None, 5e-3))
+    ]
+    machine = {"python_version": "3.11.1", "cpu": {"brand_raw": "A CPU"}}
+    found = {"machine_info": machine, "benchmarks": benchmarks, "version": "5.2.3"}
+    path.write_text(json.dumps(found))
+    assert cli.main(["report", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 times in 2 groups." in lines
+    assert [line.split() for line in lines if line.startswith(("a ", "b ", "c "))] == [
+        ["a", "1.00", "ms", "1.00", "ms", "to", "1.00", "ms", "1.00"],
+        ["b", "2.00", "ms", "2.00", "ms", "to", "2.00", "ms", "2.00"],
+        ["c", "5.00", "ms", "5.00", "ms", "to", "5.00", "ms", "1.00"],
+    ]
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(path), "-o", str(page)]) == 0
+    assert page.read_text().count("<svg") == 1 and "A CPU" in page.read_text()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fused_dni import timing
-from fused_dni.report.kinds import KINDS, load
+from fused_dni.report.kinds import load
 
-#: ``kind`` of a file by pytest-benchmark, which has none in its JSON.
+#: ``kind`` of a file by pytest-benchmark.
 BENCHMARKS = "pytest-benchmark"
 #: Consecutive parts that a benchmark's rounds are cut into. A median lies between the smallest
 #: and the largest of eight parts' medians with 99 % confidence; and what a machine does for
@@ -64,47 +62,43 @@ def read(path: str | os.PathLike[str]) -> Results:
     """Read either kind of file.
 
     Raises:
-        ComparisonError: it cannot be read, is of another kind, or holds no times.
-        ReportError: a report in a format that this version does not read.
+        ComparisonError: it holds no times, or not what intervals are made from.
+        ReportError: it cannot be read, is none, or is in a format that this version does not read.
     """
     try:
-        found: Any = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ComparisonError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ComparisonError(f"{path} is no JSON: {error}") from error
-    if isinstance(found, dict) and "benchmarks" in found and "machine_info" in found:
-        results = _benchmarks(found, path)
-    elif isinstance(found, dict) and found.get("kind") in KINDS:
-        results = _report(load(path), path)
-    else:
-        raise ComparisonError(
-            f"{path} is neither by pytest bench --benchmark-json nor a report of fused_dni"
-        )
+        results = results_of(load(path))
+    except ComparisonError as error:
+        raise ComparisonError(f"{path} {error}") from error
     if not results.rows:
         raise ComparisonError(f"{path} holds no times")
     return results
 
 
-def _benchmarks(found: dict[str, Any], path: str | os.PathLike[str]) -> Results:
-    machine = found["machine_info"]
-    facts = machine.get("fused_dni") or {
-        "device": machine.get("cpu", {}).get("brand_raw"),
-        "python": machine.get("python_version"),
-    }
+def results_of(report: dict[str, Any]) -> Results:
+    """The times in a loaded report, by name.
+
+    Raises:
+        ComparisonError: it has not what intervals are made from, or is of several runs.
+    """
+    if report["kind"] == BENCHMARKS:
+        return Results(BENCHMARKS, report["facts"], _benchmarks(report))
+    return _report(report)
+
+
+def _benchmarks(report: dict[str, Any]) -> dict[str, Row]:
     rows = {}
-    for benchmark in found["benchmarks"]:
+    for benchmark in report["benchmarks"]:
         rounds = benchmark["stats"].get("data")
         if rounds is None:
             raise ComparisonError(
-                f"{path} has no rounds, which intervals are made from: write it by "
+                "has no rounds, which intervals are made from: write it by "
                 "--benchmark-json, or with --benchmark-save-data"
             )
         low, high = interval(rounds)
         rows[benchmark["fullname"]] = Row(
             benchmark["group"] or "", statistics.median(rounds), low, high
         )
-    return Results(BENCHMARKS, facts, rows)
+    return rows
 
 
 def interval(rounds: Sequence[float]) -> tuple[float, float]:
@@ -117,14 +111,14 @@ def interval(rounds: Sequence[float]) -> tuple[float, float]:
     return timing.median_interval(parts, 0.99)
 
 
-def _report(report: dict[str, Any], path: str | os.PathLike[str]) -> Results:
+def _report(report: dict[str, Any]) -> Results:
     facts, body = report["facts"], report
     if report["kind"] == "map":
         # A series is one device, version and setting: its name says that again, and would keep
         # the points of two versions from meeting.
         if len(report["series"]) != 1:
             raise ComparisonError(
-                f"{path} holds {len(report['series'])} series, of several devices, versions or "
+                f"holds {len(report['series'])} series, of several devices, versions or "
                 "settings: only maps of one can be compared"
             )
         (series,) = report["series"].values()

@@ -37,6 +37,9 @@ KINDS: dict[str, Kind] = {
     "interfaces": Kind("fused_dni.experiments.interfaces_report:blocks", 1),
     "profile": Kind("fused_dni.profile.report:blocks", 1),
     "comparison": Kind("fused_dni.comparison:blocks", 1),
+    "benchmarks": Kind("fused_dni.comparison.single:blocks", 1),
+    "pytest-benchmark": Kind("fused_dni.comparison.single:blocks", 1),
+    "planted": Kind("fused_dni.report.planted:blocks", 1),
 }
 
 
@@ -44,7 +47,8 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
     """Read a report.
 
     Args:
-        path: a JSON file.
+        path: a JSON file; one by ``pytest --benchmark-json``, which says nothing of its kind, is
+            read as of kind ``pytest-benchmark``.
         kind: what it must be; None for any kind.
 
     Raises:
@@ -56,6 +60,8 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
         raise ReportError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ReportError(f"{path} is no JSON: {error}") from error
+    if isinstance(found, dict) and {"benchmarks", "machine_info"} <= found.keys():
+        found = _by_pytest(found)
     name = found.get("kind") if isinstance(found, dict) else None
     if name not in KINDS:
         known = ", ".join(KINDS)
@@ -71,6 +77,20 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any
         )
     report: dict[str, Any] = found
     return report
+
+
+def _by_pytest(found: dict[str, Any]) -> dict[str, Any]:
+    machine = found["machine_info"]
+    facts = machine.get("fused_dni") or {
+        "device": machine.get("cpu", {}).get("brand_raw"),
+        "python": machine.get("python_version"),
+    }
+    return {
+        "kind": "pytest-benchmark",
+        "version": KINDS["pytest-benchmark"].version,
+        "facts": facts,
+        "benchmarks": found["benchmarks"],
+    }
 
 
 def blocks_of(report: dict[str, Any]) -> list[Block]:

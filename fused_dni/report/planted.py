@@ -1,0 +1,55 @@
+"""What the planted differences, segments and sums of ``bench/planted.py`` came to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fused_dni.report.blocks import Block, Heading, Table, Text
+
+WORDS = ("slower", "inconclusive", "faster")
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """A sentence, and a table of each part that was run."""
+    made: list[Block] = [Heading("Planted differences", 1), Text(sentence(report), lead=True)]
+    if found := report.get("differences"):
+        rows = [
+            [
+                "no difference" if word == "inconclusive" else f"15 % {word}",
+                *(str(counts.get(w, 0)) for w in WORDS),
+            ]
+            for word, counts in found.items()
+        ]
+        made.append(Table(["planted", *(f"called {word}" for word in WORDS)], rows))
+    if found := report.get("segments"):
+        rows = [[name, row["said"], " or ".join(row["allowed"])] for name, row in found.items()]
+        made.append(Table(["planted segment", "called", "must be"], rows))
+    if found := report.get("sums"):
+        rows = [
+            [row["step"], f"{row['sum over step']['median']:.2f} {_interval(row['sum over step'])}"]
+            for row in found
+        ]
+        made.append(Table(["composed step", "sum of its parts over it"], rows))
+    return made
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """How many of what was planted was called rightly."""
+    said = []
+    if found := report.get("differences"):
+        right = [f"{found[w].get(w, 0)} of {report['runs']} {w}" for w in found]
+        said.append(f"planted differences were called rightly in {', '.join(right)}")
+    if found := report.get("segments"):
+        right = [row for row in found.values() if row["said"] in row["allowed"]]
+        said.append(f"planted segments in {len(right)} of {len(found)}")
+    if not said:
+        return "Only sums of parts were measured."
+    joined = "; ".join(said)
+    return f"{joined[0].upper()}{joined[1:]}, with {report['busy']} other processes on the cores."
+
+
+def _interval(found: dict[str, Any]) -> str:
+    if found["interval"] is None:
+        return ""
+    low, high = found["interval"]
+    return f"({low:.2f} to {high:.2f})"
