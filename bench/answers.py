@@ -68,12 +68,11 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"segment-{segment}", ["verdict", segment, "--no-compile", *out]
     lstm = ["--hidden", "256", "--batch", "32", "--window", "8", "--long", "40"]
     yield "lstm-window", ["verdict", "lstm", *lstm, "--quiet", "--json"]
-    grid = ["--batches", "32", "128", "--widths", "64", "256", "--seconds", "1.5"]
-    yield "map", ["map", *grid, *out]
+    yield "map", ["map", *out]
     for model in MODELS:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
-    yield "rivals", ["rivals", "--data", data, "--seconds-per-run", "3", *out]
+    yield "rivals", ["rivals", "--data", data, "--tune", *out]
     for interface, rank in (("output", "16"), ("preactivation", "16"), ("preactivation", "0")):
         words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
