@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clusters import clusters
 
 import fused_dni as fd
 from fused_dni.cli import main
-from fused_dni.experiments import data, interfaces, interfaces_report, nets
+from fused_dni.experiments import interfaces, interfaces_report, nets
 from fused_dni.experiments.interfaces import Settings, defaults
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, Table, as_text
@@ -28,26 +29,11 @@ TINY = Settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small have nothing to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Networks this small have nothing to share out.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _dataset(n: int = 96, features: int = 10) -> data.Dataset:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, features, generator=generator) * 2
-    labels = torch.randint(10, (n + 40,), generator=generator)
-    images = centres[labels] + torch.randn(n + 40, features, generator=generator)
-    return data.Dataset(
-        "digits", data.Split(images[:n], labels[:n]), data.Split(images[n:], labels[n:])
-    )
-
-
-DATA = _dataset()
+DATA = clusters()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clusters import clusters
 
 from fused_dni import timing
 from fused_dni.cli import main
@@ -45,26 +46,11 @@ TINY = Settings(
 SOME = replace(TINY, arms=("backprop", "fused", "stale-2", "local", "cdni-2"), seeds=(0, 1))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small have nothing to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Networks this small have nothing to share out.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _dataset(n: int = 96, features: int = 10) -> data.Dataset:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, features, generator=generator) * 2
-    labels = torch.randint(10, (n + 40,), generator=generator)
-    images = centres[labels] + torch.randn(n + 40, features, generator=generator)
-    return data.Dataset(
-        "digits", data.Split(images[:n], labels[:n]), data.Split(images[n:], labels[n:])
-    )
-
-
-DATA = _dataset()
+DATA = clusters()
 ROWS = data.permutation(96, 0, 0).view(-1, 16)
 
 

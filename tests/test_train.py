@@ -11,28 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from clusters import clusters
 
 from fused_dni.experiments import data, nets, report, train
 from fused_dni.experiments.run import CHECKPOINT
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small have nothing to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _dataset(n: int = 160, features: int = 12) -> data.Dataset:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, features, generator=generator) * 2
-    labels = torch.randint(10, (n + 50,), generator=generator)
-    images = centres[labels] + torch.randn(n + 50, features, generator=generator)
-    return data.Dataset(
-        "digits", data.Split(images[:n], labels[:n]), data.Split(images[n:], labels[n:])
-    )
+# Networks this small have nothing to share out.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = train.Settings(
@@ -51,7 +36,7 @@ TINY = train.Settings(
 
 
 def test_a_run_learns_and_every_method_is_reported(tmp_path):
-    outcome = train.train(replace(TINY, epochs=12, seeds=(0, 1)), _dataset())
+    outcome = train.train(replace(TINY, epochs=12, seeds=(0, 1)), clusters(160, 50, 12))
     assert outcome.names() == ["backprop", "fused", "cdni k=1", "cdni k=3"]
     for row in outcome.summary(0.5):
         assert row["error_mean"] < 0.35, row["name"]
@@ -68,7 +53,7 @@ def test_backprop_on_our_kernels_is_stock_backprop():
     """The same weights and batches: in float32 the two runs differ by rounding alone, which SGD
     over 10 steps lets grow little."""
     settings = replace(TINY, methods=("backprop", "fused"), update="sgd", epochs=1)
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     trainers = [train.build(name, 0, settings, dataset) for name in settings.runs()]
     for rows in data.batches(data.permutation(160, 0, 0), 16):
         for trainer in trainers:
@@ -79,7 +64,7 @@ def test_backprop_on_our_kernels_is_stock_backprop():
 
 
 def test_all_methods_start_from_the_same_weights_and_cost_the_same_steps():
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     settings = replace(TINY, methods=("backprop", "fused", "cdni", "dni"))
     starts = [
         next(train.build(name, 7, settings, dataset).model.parameters()).detach()
@@ -93,7 +78,7 @@ def test_all_methods_start_from_the_same_weights_and_cost_the_same_steps():
 
 
 def test_rates_follow_the_cosine_on_fused_rules_too():
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     for name in ("backprop", "cdni k=1"):
         trainer = train.build(name, 0, replace(TINY, sg_lr=5e-3), dataset)
         rates = {group["lr"] for group in trainer.optimizer.param_groups}
@@ -107,7 +92,7 @@ PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")
 
 
 def test_the_report_folder(tmp_path):
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     outcome = train.train(TINY, dataset)
     outcome.split = train.split_time(TINY, dataset, seconds=0.05)
     files = report.write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
@@ -129,7 +114,7 @@ def test_the_report_folder(tmp_path):
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
-    outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), _dataset())
+    outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
     with pytest.raises(report.ReportError, match="cannot write the report"):
         report.write(outcome, tmp_path / "file" / "below")
 
@@ -157,19 +142,19 @@ def test_bad_settings(changes, message):
 def test_the_interface_is_that_of_the_decoupled_layers():
     settings = replace(TINY, interface="preactivation")
     for name, expected in (("cdni k=1", ["preactivation"] * 2), ("fused", ["output"] * 2)):
-        network = train.build(name, 0, settings, _dataset()).model
+        network = train.build(name, 0, settings, clusters(160, 50, 12)).model
         assert [layer.config.interface for layer in network] == [*expected, "output"]
 
 
 def test_a_batch_larger_than_the_training_set():
     with pytest.raises(ValueError, match=r"batch_size 500 is larger than the training set \(160"):
-        train.train(replace(TINY, batch_size=500), _dataset())
+        train.train(replace(TINY, batch_size=500), clusters(160, 50, 12))
 
 
 def test_divergence_is_an_error_that_names_the_method():
     settings = replace(TINY, methods=("backprop",), update="sgd", lr=1e30)
     with pytest.raises(RuntimeError, match="backprop diverged in epoch 1"):
-        train.train(settings, _dataset())
+        train.train(settings, clusters(160, 50, 12))
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -186,7 +171,7 @@ class _Cut(Exception):
 def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch):
     """Cut after every single checkpoint in turn: each continuation ends in the same bits."""
     settings = replace(TINY, seeds=(0, 1), epochs=2)
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     whole = _fingerprints(train.train(settings, dataset))
     assert len(set(whole.values())) == len(whole)
     write, count = train.write_checkpoint, 0
@@ -218,7 +203,7 @@ def _life(folder: str, resume: bool, answer: str) -> None:
     torch.set_num_threads(1)
     outcome = train.train(
         replace(TINY, epochs=2, methods=("backprop", "fused", "cdni")),
-        _dataset(),
+        clusters(160, 50, 12),
         checkpoint=folder,
         resume=resume and (Path(folder) / CHECKPOINT).exists(),
         checkpoint_every=3,
@@ -265,7 +250,7 @@ def test_a_run_killed_at_a_random_moment_twenty_times_out_of_twenty(tmp_path):
 
 
 def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     whole = _fingerprints(train.train(TINY, dataset))
     steps = 0
     step = train.FusedTrainer.step
@@ -289,7 +274,7 @@ def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     settings = replace(TINY, epochs=1)
     with pytest.raises(train.CheckpointError, match=r"no checkpoint at .*start without --resume"):
         train.train(settings, dataset, checkpoint=tmp_path, resume=True)
@@ -310,7 +295,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
 
 
 def test_a_finished_run_resumes_to_its_own_result(tmp_path):
-    dataset = _dataset()
+    dataset = clusters(160, 50, 12)
     first = train.train(TINY, dataset, checkpoint=tmp_path)
     again = train.train(TINY, dataset, checkpoint=tmp_path, resume=True)
     assert _fingerprints(first) == _fingerprints(again)
