@@ -52,7 +52,10 @@ def facts(command: str | None = None) -> dict[str, Any]:
                 break
     except OSError:
         pass
-    commit = _git("describe", "--always", "--dirty", "--abbrev=12")
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    # Results and pages are what a measurement writes, not what it measures.
+    if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs"):
+        commit += "-dirty"
     return {
         "device": processor,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
