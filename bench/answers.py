@@ -29,7 +29,7 @@ from fused_dni.experiments import interfaces_report, recurrent_report, rivals_re
 from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, planted
 from fused_dni.report.blocks import as_markdown
 from fused_dni.verdict import report as verdict_report
-from tables import RESULTS, ROOT, rounded, slug
+from tables import RESULTS, ROOT, named, rounded, slug
 
 ANSWERS = RESULTS / "verdict"
 PAGE = ROOT / "docs" / "verdict.md"
@@ -82,7 +82,7 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
 
 def measure(data: str, only: list[str] | None) -> int:
     """Run the commands whose name contains one of ``only``; the number that failed."""
-    machine = slug(facts()["device"])
+    machine = slug(named(facts()))
     ANSWERS.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, words in commands(data):
@@ -114,10 +114,12 @@ def measure(data: str, only: list[str] | None) -> int:
 
 
 class Answer(NamedTuple):
-    """What was measured of a claim: a sentence, and what it is read off."""
+    """What was measured of a claim: a sentence, what it is read off, and a shorter sentence for the
+    README if the first is long."""
 
     sentence: str
     blocks: list[Block]
+    brief: str = ""
 
 
 class Question(NamedTuple):
@@ -224,7 +226,16 @@ def iterations(reports: dict[str, Report]) -> Answer:
     said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
     sentences = [b.text for b in said if isinstance(b, Text) and "synthesizer" in b.text[:40]]
     shown = [b for b in said if not (isinstance(b, Text) and b.text in sentences)]
-    return Answer(" ".join(sentences), shown)
+    points = [p for s in report["series"].values() for p in s["points"].values() if "ratios" in p]
+    counts = []
+    for k, when in (("1", "k=1"), ("4", "k=4"), ("never", "without targets")):
+        words = [point["ratios"]["fused"][k]["verdict"] for point in points]
+        counts.append(f"{when} {words.count('faster')}, slower {words.count('slower')}")
+    brief = (
+        f"Of {len(points)} points of batch, width and synthesizer, faster than backprop on the "
+        f"same kernels: {'; '.join(counts)}; the others inconclusive."
+    )
+    return Answer(" ".join(sentences), shown, brief)
 
 
 def segments(reports: dict[str, Report]) -> Answer:
@@ -252,14 +263,33 @@ def segments(reports: dict[str, Report]) -> Answer:
         "with 99 % intervals. At most: what synthetic gradients can take away (see above)."
     )
     sentence = "From which k it pays, " + "; ".join(said) + "."
-    return Answer(sentence, [Table(header, rows, caption)])
+    evens = [
+        f"{name.partition('-')[2]}: {row[-1]}" for name, row in zip(reports, rows, strict=True)
+    ]
+    deep = sum(name.startswith("depth") for name in reports)
+    brief = f"From which k it pays, by the number of layers of 256, {', '.join(evens[:deep])}"
+    brief = "; ".join([brief, *evens[deep:]]) + "."
+    return Answer(sentence, [Table(header, rows, caption)], brief)
 
 
 def window(reports: dict[str, Report]) -> Answer:
     """An LSTM at a short window with the future predicted, and at a long one."""
     (report,) = reports.values()
     said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
-    return Answer(report["sentence"], [b for b in said if isinstance(b, (Table, Figure))])
+    short, long = report["window"], report["long"]
+    names = {
+        f"dni T={short}": f"DNI at T={short}",
+        f"fused T={short}": f"truncated backprop at T={short}",
+        f"fused T={long}": f"backprop at T={long}",
+    }
+    each = [
+        f"{words} {text.seconds(report['timings'][name]['median'])} "
+        f"({text.size(report['memory'][name])})"
+        for name, words in names.items()
+    ]
+    brief = f"A time step of {report['title']} and its peak memory, on our kernels: "
+    shown = [b for b in said if isinstance(b, (Table, Figure))]
+    return Answer(report["sentence"], shown, brief + ", ".join(each) + ".")
 
 
 def side_by_side(reports: dict[str, Report]) -> Answer:
@@ -345,12 +375,16 @@ def accuracy(reports: dict[str, Report]) -> Answer:
 
 def advice(reports: dict[str, Report]) -> Answer:
     """Predicted and measured steps of whole models."""
-    sentences, shown = [], []
-    for report in reports.values():
+    sentences, shown, brief = [], [], []
+    for name, report in reports.items():
         said = blocks_of(report)
         sentences.append(advice_report.sentence(report))
         shown += [b for b in said if isinstance(b, Table)][:2]
-    return Answer(" ".join(sentences), shown)
+        found = ratio(report["ratios"]["our kernels"]["proposal"]["measured"])
+        worst = max(abs(step["error %"]) for step in report["steps"].values())
+        brief.append(f"{name.removeprefix('advice-')} {found}, predicted within {worst:.0f} %")
+    start = "The proposal's time over backprop on the same kernels: "
+    return Answer(" ".join(sentences), shown, start + "; ".join(brief) + ".")
 
 
 def trust(reports: dict[str, Report]) -> Answer:
@@ -488,7 +522,7 @@ def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
     found: dict[str, dict[str, Report]] = {}
     for path in sorted(path for p in patterns for path in RESULTS.glob(f"{p}.json")):
         report = json.loads(path.read_text())
-        machine = slug(where(report)[0])
+        machine = slug(named(report["facts"]))
         found.setdefault(machine, {})[path.stem.removeprefix(f"{machine}-")] = report
     return {
         machine: {name: named[name] for name in sorted(named, key=lambda n: order.get(n, 0))}
@@ -496,22 +530,10 @@ def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
     }
 
 
-def where(report: Report) -> tuple[str, Report]:
-    """The device, and the facts that go with it."""
-    known = report["facts"]
-    return known["gpu"] or known["device"], known
-
-
-def named(report: Report) -> str:
-    """The device and, where it is known, the instruction set of our kernels on it."""
-    device, known = where(report)
-    return f"{device} ({known['isa']})" if known.get("isa") else device
-
-
 def provenance(reports: dict[str, Report]) -> str:
     """Device, versions, and the commands."""
     first = next(iter(reports.values()))
-    device, known = named(first), first["facts"]
+    known = first["facts"]
     commits = sorted({str(r["facts"]["commit"]) for r in reports.values()})
     asked = list(
         dict.fromkeys(r["facts"]["command"] for r in reports.values() if r["facts"]["command"])
@@ -519,7 +541,7 @@ def provenance(reports: dict[str, Report]) -> str:
     more = f" and {len(asked) - 1} like it" if len(asked) > 1 else ""
     run = f": `{asked[0]}`{more}" if asked else ""
     return (
-        f"{device}, {known['threads']} threads, torch {known['torch']}, {known['date']}, commit "
+        f"{named(known)}, {known['threads']} threads, torch {known['torch']}, {known['date']}, commit "
         f"{', '.join(commits)}{run}."
     )
 
@@ -557,9 +579,11 @@ def short() -> str:
     for question in QUESTIONS:
         found = list(answered(question))
         missing = "Not measured yet." if question.answer else "Left open."
-        said = " ".join(answer.sentence for _, answer in found) or missing
+        said = " ".join(answer.brief or answer.sentence for _, answer in found) or missing
         rows.append([question.claim, said])
-    devices = sorted({named(r) for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()})
+    devices = sorted(
+        {named(r["facts"]) for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()}
+    )
     head = f"Measured on: {', '.join(devices) or 'nothing yet'}."
     lines = ["| they say | measured |", "| --- | --- |"]
     lines += [f"| {claim} | {said} |" for claim, said in rows]

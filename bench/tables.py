@@ -17,11 +17,9 @@ each other factors.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,36 +38,24 @@ FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
 def device_facts() -> dict[str, Any]:
     """What the figures hold for: machine, versions, threads, commit, date."""
-    from fused_dni import environment
+    from fused_dni import baseline, environment
 
     report = environment.report()
-    package = report["package"]
-    facts = {
-        "device": report["processor"]["model"],
+    facts = baseline.facts()
+    del facts["gpu"]  # one that is there, but not measured here
+    return facts | {
         "flags": report["processor"]["flags"],
         "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),
-        "threads": report["threads"]["torch"],
-        "python": report["python"]["version"],
-        "torch": package["torch"],
-        "fused_dni": package["fused_dni"],
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "C++ compiler": report["package"].get("C++ compiler"),
     }
-    facts |= {key: value for key, value in package.items() if key in ("C++ isa", "C++ compiler")}
-    facts["commit"] = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", "csrc", "fused_dni", "kernels", "bench/*.py")
-    if changed:
-        facts["commit"] = f"{facts['commit']} with changes"
-    return facts
 
 
-def _git(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def named(facts: dict[str, Any]) -> str:
+    """The device: a GPU, or a processor and the instruction set that our kernels run on there (one
+    processor's name may stand for several)."""
+    if facts.get("gpu"):
+        return str(facts["gpu"])
+    return f"{facts['device']} ({facts['isa']})" if facts.get("isa") else str(facts["device"])
 
 
 def slug(text: str) -> str:
@@ -79,7 +65,7 @@ def slug(text: str) -> str:
 
 def result_path(facts: dict[str, Any], suite: str) -> Path:
     """Where this machine's results of a suite are kept."""
-    return RESULTS / f"{slug(facts['device'])}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
+    return RESULTS / f"{slug(named(facts))}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -485,7 +471,7 @@ def provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     threads = sorted({group["threads"] for group in groups.values()})
     return (
-        f"{facts['device']}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}, "
+        f"{named(facts)}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}, "
         f"{span}, commit {', '.join(commits)}."
     )
 
@@ -842,7 +828,7 @@ def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     dates = sorted({group["date"] for group in groups.values()})
     commits = sorted({str(group["commit"]) for group in groups.values()})
     return (
-        f"{facts.get('gpu', facts['device'])}, torch {facts['torch']}, Triton {facts['triton']}, "
+        f"{named(facts)}, torch {facts['torch']}, Triton {facts['triton']}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}."
     )
 
