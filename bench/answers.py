@@ -81,12 +81,12 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def measure(data: str, only: list[str] | None) -> int:
-    """Run the commands whose name contains one of ``only``; the number that failed."""
+    """Run the commands whose name begins with one of ``only``; the number that failed."""
     machine = slug(named(facts()))
     ANSWERS.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, words in commands(data):
-        if only and not any(part in name for part in only):
+        if only and not name.startswith(tuple(only)):
             continue
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -541,8 +541,8 @@ def provenance(reports: dict[str, Report]) -> str:
     more = f" and {len(asked) - 1} like it" if len(asked) > 1 else ""
     run = f": `{asked[0]}`{more}" if asked else ""
     return (
-        f"{named(known)}, {known['threads']} threads, torch {known['torch']}, {known['date']}, commit "
-        f"{', '.join(commits)}{run}."
+        f"{named(known)}, {known['threads']} threads, torch {known['torch']}, {known['date']}, "
+        f"commit {', '.join(commits)}{run}."
     )
 
 
@@ -612,7 +612,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub = parser.add_subparsers(dest="command", required=True)
     one = sub.add_parser("measure", help="run what the page is made from")
     one.add_argument("--data", metavar="DIR", required=True, help="folder of the MNIST files")
-    one.add_argument("--only", nargs="+", metavar="NAME", help="results whose names contain these")
+    one.add_argument("--only", nargs="+", metavar="NAME", help="results whose names begin so")
     two = sub.add_parser("render", help="write docs/verdict.md")
     two.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
     given = parser.parse_args(arguments)
