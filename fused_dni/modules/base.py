@@ -33,9 +33,9 @@ from fused_dni.backends.base import (
 from fused_dni.context import current_context
 from fused_dni.functional import check, ops
 from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
+from fused_dni.functional.update import apply_
 from fused_dni.pending import at_end_of_backward, inside_backward
 from fused_dni.reference.precision import LOW_PRECISION
-from fused_dni.reference.rules import apply_
 from fused_dni.reference.synthesizer import synthetic_gradient
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import Synthesizer
