@@ -72,6 +72,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rule, value):
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
 
 
+def test_a_gradient_whose_square_overflows_is_finite():
+    slots, tensors, made = problem(RULES["sgd"])
+    made[0][2][3] = 1e30
+    update.apply_(slots, made[0], tensors)
+    assert (tensors.hyper[STEP], tensors.hyper[SKIPPED]) == (1, 0)
+    assert slots[2][3].item() == pytest.approx(-1e29)
+
+
 @pytest.mark.parametrize("what", ["strides", "dtypes"])
 def test_what_the_kernels_do_not_take_the_reference_does(what):
     slots, _, made = problem(RULES["adam"])

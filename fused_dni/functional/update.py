@@ -31,12 +31,14 @@ def apply_(
     if len(slots) != sum(rule.trainable) or not _fusable(rule.kind, slots):
         rules.apply_(parameters, gradients, rule)
         return
-    if not rules.finite(gradients, rule):
+    ps, gs, ms, vs = (list(column) for column in zip(*slots, strict=True))
+    # A norm is finite only if all elements are, and takes one pass; squares may overflow, though.
+    norms = torch.stack(torch._foreach_norm(gs, 2))
+    if not norms.isfinite().all() and not rules.finite(gradients, rule):
         rules.skip_(rule)
         return
     hyper = rule.hyper.tolist()
     step = hyper[STEP] + 1
-    ps, gs, ms, vs = (list(column) for column in zip(*slots, strict=True))
     if rule.kind == "sgd":
         torch._fused_sgd_(
             ps,
