@@ -230,10 +230,10 @@ def iterations(reports: dict[str, Report]) -> Answer:
     counts = []
     for k, when in (("1", "k=1"), ("4", "k=4"), ("never", "without targets")):
         words = [point["ratios"]["fused"][k]["verdict"] for point in points]
-        counts.append(f"{when} {words.count('faster')}, slower {words.count('slower')}")
+        counts.append(f"{when}: {words.count('faster')} (slower at {words.count('slower')})")
     brief = (
         f"Of {len(points)} points of batch, width and synthesizer, faster than backprop on the "
-        f"same kernels: {'; '.join(counts)}; the others inconclusive."
+        f"same kernels at {', '.join(counts)}; the others inconclusive."
     )
     return Answer(" ".join(sentences), shown, brief)
 
