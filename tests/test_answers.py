@@ -44,6 +44,7 @@ def test_every_claim_has_an_answer_or_is_left_open():
         assert (question.answer is None) == (question.patterns == ())
         for _, answer in answers.answered(question):
             assert answer.sentence.endswith(".") and answer.blocks
+            assert len(answer.brief or answer.sentence) < 600  # a row of the README's table
 
 
 @pytest.mark.parametrize("name", [name for name, _ in answers.commands("DIR")])
