@@ -417,10 +417,10 @@ def test_groups_are_ordered_by_number():
 def test_saving_keeps_the_old_file_when_interrupted(tmp_path):
     path = tmp_path / "results.json"
     tables.save(path, {"a": 1.23456789})
-    assert json.loads(path.read_text()) == {"a": 1.23457}
+    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
     with pytest.raises(TypeError):
         tables.save(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1.23457}
+    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
 
 
 def test_committed_results_name_machine_versions_and_commit():
