@@ -251,6 +251,7 @@ FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const 
 // Rows of sums that multiply_packed hands over at a time: a tile's where a strip is one panel, else
 // so many that the panels are not fetched from the second-level cache too often.
 constexpr Index kSumRows = kStripPanels == 1 ? kTileRows : 8 * kTileRows;
+constexpr Index kSumUnit = kStripPanels == 1 ? 1 : kTileRows;
 
 // Elements of scratch that multiply_packed needs for `rows` rows of output; multiply_into's fit.
 template <class T>
@@ -276,7 +277,7 @@ FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, cons
     const bool last = k + count == depth;
     pack_strip(b + k * b_row, b_row, count, width, packed);
     for (Index first = 0; first < rows;) {
-      const Index group = next_rows(rows - first, kSumRows, kTileRows);
+      const Index group = next_rows(rows - first, kSumRows, kSumUnit);
       T* group_sums = sums + first * sums_row;
       for (Index p = 0; p < width; p += kPanel<T>) {
         const Index wide = smaller(kPanel<T>, width - p);
