@@ -1,24 +1,34 @@
-"""Builds the extensions ``fused_dni._cpu`` and, where there is an nvcc, ``fused_dni._cuda``;
-everything declarative stands in pyproject.toml.
+"""Builds the extensions ``fused_dni.backends._cpu`` and ``fused_dni.backends._cuda``; everything
+declarative stands in pyproject.toml.
 
 The CPU's kernels are compiled once per instruction set, with different flags and into different
 namespaces, and linked into one module that chooses at run time. setuptools has one set of flags an
 extension and compiles one file after another, so the work goes to ninja: it runs the compilers in
 parallel and knows from their dependency files what a changed header touches.
 
-nvcc needs no GPU. It is looked for in ``$CUDA_HOME/bin``, on the path and in ``/usr/local/cuda``;
-``FUSED_DNI_CUDA_ARCHS`` says what it compiles for ("80;90a"; "none" leaves the CUDA part out).
+nvcc needs no GPU, but minutes, so it compiles for the GPUs that nvidia-smi lists; where there is
+none, there is no CUDA part. Three environment variables change that:
+
+FUSED_DNI_CUDA_ARCHS  what to compile for: "80;90a", "all" that the toolkit knows, or "none"
+CUDA_HOME             where nvcc is, in front of the path and /usr/local/cuda
+FUSED_DNI_WERROR      1 makes warnings errors, as ``make test`` has it
+
+What cannot be built is left out, and the package installs all the same: ``build.json`` beside the
+extensions says why, and ``fused-dni env`` repeats it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import ninja
 import pybind11
@@ -34,9 +44,11 @@ COMMON = ["dispatch.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
 KERNELS = ["linear.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp", "lstm_update.cpp"]
 BF16_KERNELS = ["linear_bf16.cpp"]
 
+# Another compiler's new warning must not break an installation.
+STRICT = os.environ.get("FUSED_DNI_WERROR", "0") not in ("", "0")
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden",
-    "-Wall", "-Wextra", "-Werror",
+    "-Wall", "-Wextra", *(["-Werror"] if STRICT else []),
 ]  # fmt: skip
 # Square roots need no errno, and a * b + c may be one instruction wherever there is one.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -49,48 +61,116 @@ ISAS = {
 }
 
 NVCC_FLAGS = [
-    "-std=c++17", "-O3", "-Werror", "all-warnings", "-cudart", "static",
-    "--compiler-options", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
+    "-std=c++17", "-O3", *(["-Werror", "all-warnings"] if STRICT else []), "-cudart", "static",
+    "--compiler-options",
+    "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if STRICT else ""),
 ]  # fmt: skip
 OLDEST_NVCC = (12, 4)
 
 
-def _find_nvcc() -> tuple[str, tuple[int, int]] | None:
-    """nvcc and its version, if there is one that is new enough."""
+class Missing(Exception):
+    """Why a part is left out, in one line that says how to get it."""
+
+
+class CudaBuild(NamedTuple):
+    """How the CUDA part is compiled."""
+
+    nvcc: str
+    architectures: list[str]
+
+
+def _cuda_build() -> CudaBuild:
+    """What to compile the CUDA part with, and for which architectures.
+
+    Raises:
+        Missing: there is nothing to compile it with or for.
+    """
+    asked = os.environ.get("FUSED_DNI_CUDA_ARCHS", "").strip().lower()
+    if asked == "none":
+        raise Missing("FUSED_DNI_CUDA_ARCHS said none when it was installed")
+    names = _present() if not asked else [] if asked == "all" else re.split(r"[;,\s]+", asked)
+    for name in names:
+        if not re.fullmatch(r"\d{2,3}[af]?", name) or int(name.rstrip("af")) < 80:
+            raise Missing(
+                f"FUSED_DNI_CUDA_ARCHS={asked!r} is not a list of compute capabilities from 80 up "
+                'separated by semicolons, for example "80;90a", nor "all" or "none"'
+            )
+    if not names and asked != "all":
+        raise Missing(
+            "nvidia-smi listed no GPU of compute capability 8.0 or newer when it was installed; "
+            'FUSED_DNI_CUDA_ARCHS="90a" builds for one that is elsewhere'
+        )
+    nvcc, version = _find_nvcc()
+    if asked == "all":
+        names = ["80", "90a", *(["100", "120"] if version >= (12, 8) else [])]
+    return CudaBuild(nvcc, names)
+
+
+def _present() -> list[str]:
+    """Compute capabilities of this machine's GPUs, as nvcc names them."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    said = subprocess.run(
+        [smi, "--query-gpu=compute_cap", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    ).stdout  # fmt: skip
+    found = {int(major) * 10 + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", said)}
+    return ["90a" if cc == 90 else str(cc) for cc in sorted(found) if cc >= 80]
+
+
+def _find_nvcc() -> tuple[str, tuple[int, int]]:
+    """nvcc and its version.
+
+    Raises:
+        Missing: there is none, or it is too old.
+    """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    old = ""
     for path in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if not path or not os.access(path, os.X_OK):
             continue
         said = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True
+            [path, "--version"], capture_output=True, text=True, check=False
         ).stdout
         found = re.search(r"release (\d+)\.(\d+)", said)
         version = (int(found[1]), int(found[2])) if found else (0, 0)
         if version >= OLDEST_NVCC:
             return path, version
-        print(f"{path} is of CUDA {version[0]}.{version[1]}: 12.4 or newer is needed")
-    return None
+        old = old or f"{path} is of CUDA {version[0]}.{version[1]}, "
+    raise Missing(
+        f"{old or 'there was no nvcc on the path, in CUDA_HOME or in /usr/local/cuda, '}"
+        "and it needs CUDA 12.4 or newer when it is installed"
+    )
 
 
-def _architectures(version: tuple[int, int]) -> list[str]:
-    """What to compile for: as asked, or what this toolkit knows of sm_80 and newer."""
-    asked = os.environ.get("FUSED_DNI_CUDA_ARCHS", "")
-    if asked.strip().lower() == "none":
-        return []
-    if asked.strip():
-        names = re.split(r"[;,\s]+", asked.strip())
-        for name in names:
-            if not re.fullmatch(r"\d{2,3}[af]?", name) or int(name.rstrip("af")) < 80:
-                raise SystemExit(
-                    f"FUSED_DNI_CUDA_ARCHS: got {asked!r}, takes compute capabilities from 80 up "
-                    'separated by semicolons, for example "80;90a", or "none"'
-                )
-        return names
-    return ["80", "90a", *(["100", "120"] if version >= (12, 8) else [])]
+def _compiler() -> str:
+    """The C++ compiler's command.
+
+    Raises:
+        Missing: there is none.
+    """
+    command = os.environ.get("CXX") or "c++"
+    if shutil.which(shlex.split(command)[0]) is None:
+        raise Missing(
+            f"there was no C++ compiler ({command}) when it was installed: install one (Debian, "
+            "Ubuntu: apt install g++), or name it in CXX"
+        )
+    return command
 
 
 class NinjaBuild(build_ext):
     """``build_ext`` whose compiling and linking is done by ninja."""
+
+    def run(self) -> None:
+        self.left_out: dict[str, str] = {}
+        super().run()
+        # In a work tree (pip install -e) as in a wheel: beside the extensions.
+        folder = Path(self.get_ext_fullpath("fused_dni.backends._cpu")).resolve().parent
+        if self.inplace:
+            folder = ROOT / "fused_dni" / "backends"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.json").write_text(json.dumps({"left out": self.left_out}) + "\n")
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -98,17 +178,32 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder / "build.ninja", "w", encoding="utf-8") as file:
-            write = self._write_cuda if name == "_cuda" else self._write_cpu
-            write(Writer(file), target)
+        try:
+            with open(folder / "build.ninja", "w", encoding="utf-8") as file:
+                writer = Writer(file)
+                if name == "_cuda":
+                    self._write_cuda(writer, target, _cuda_build())
+                else:
+                    self._write_cpu(writer, target, _compiler())
+        except Missing as missing:
+            print(f"{extension.name} is not built: {missing}")
+            self.left_out[name] = str(missing)
+            for stale in (target, ROOT / "fused_dni" / "backends" / target.name):
+                stale.unlink(missing_ok=True)
+            return
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         if self.verbose:
             command.append("-v")
-        subprocess.run(command, check=True)
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError:
+            if STRICT or name != "_cuda":
+                raise
+            self.left_out[name] = "nvcc failed when it was installed: pip install -v shows how"
 
-    def _write_cpu(self, build: Writer, target: Path) -> None:
+    def _write_cpu(self, build: Writer, target: Path, compiler: str) -> None:
         includes = [f"-isystem{path}" for path in (pybind11.get_include(), *_python_includes())]
-        build.variable("cxx", os.environ.get("CXX", "c++"))
+        build.variable("cxx", compiler)
         build.variable("flags", [*FLAGS, *includes])
         build.variable("user", os.environ.get("CXXFLAGS", ""))
         build.variable("ldflags", os.environ.get("LDFLAGS", ""))
@@ -135,12 +230,11 @@ class NinjaBuild(build_ext):
         build.build(str(target), "link", objects)
         build.default(str(target))
 
-    def _write_cuda(self, build: Writer, target: Path) -> None:
-        assert NVCC is not None
+    def _write_cuda(self, build: Writer, target: Path, how: CudaBuild) -> None:
         includes = [f"-isystem={path}" for path in (pybind11.get_include(), *_python_includes())]
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-        listed = f"""'-DFUSED_DNI_ARCHITECTURES="{" ".join(ARCHITECTURES)}"'"""
-        build.variable("nvcc", NVCC[0])
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in how.architectures]
+        listed = f"""'-DFUSED_DNI_ARCHITECTURES="{" ".join(how.architectures)}"'"""
+        build.variable("nvcc", how.nvcc)
         build.variable("flags", [*NVCC_FLAGS, listed, *includes])
         build.variable("codes", codes)
         build.rule(
@@ -165,31 +259,26 @@ def _python_includes() -> list[str]:
     return sorted({paths["include"], paths["platinclude"]})
 
 
-NVCC = _find_nvcc()
-ARCHITECTURES = _architectures(NVCC[1]) if NVCC else []
 CUDA_SOURCES = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])
+CPU_SOURCES = [CPU / name for name in [*COMMON, *KERNELS, *BF16_KERNELS]]
+# Optional: without one of them, or both, the package installs and says so.
 EXTENSIONS = [
     Extension(
-        "fused_dni._cpu",
-        [f"csrc/cpu/{name}" for name in [*COMMON, *KERNELS, *BF16_KERNELS]],
+        f"fused_dni.backends.{name}",
+        [str(source.relative_to(ROOT)) for source in sources],
         language="c++",
+        optional=not STRICT,
     )
+    for name, sources in (("_cpu", CPU_SOURCES), ("_cuda", CUDA_SOURCES))
 ]
-if ARCHITECTURES:
-    EXTENSIONS.append(
-        Extension(
-            "fused_dni._cuda", [str(s.relative_to(ROOT)) for s in CUDA_SOURCES], language="c++"
-        )
-    )
-else:
-    print("without CUDA kernels: no nvcc of CUDA 12.4 or newer, or FUSED_DNI_CUDA_ARCHS=none")
 
 setup(
     packages=[*find_packages(include=["fused_dni", "fused_dni.*"]), "fused_dni.kernels"],
     package_dir={"fused_dni": "fused_dni", "fused_dni.kernels": "kernels"},
     package_data={
         "fused_dni": ["py.typed"],
-        "fused_dni.backends": ["*.json"],
+        "fused_dni.backends": ["*.json", "*.pyi"],
+        "fused_dni.ops": ["*.json"],
         "fused_dni.kernels": ["*.json"],
     },
     ext_modules=EXTENSIONS,

@@ -21,14 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_dni import text
-from fused_dni.advise import report as advice_report
-from fused_dni.backends.base import ACTIVATIONS
-from fused_dni.baseline import facts
-from fused_dni.experiments import interfaces_report, recurrent_report, rivals_report
-from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, planted
+from fused_dni.measure.baseline import facts
+from fused_dni.ops.types import ACTIVATIONS
+from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, text
 from fused_dni.report.blocks import as_markdown
-from fused_dni.verdict import report as verdict_report
+from fused_dni.report.kinds import advice as advice_report
+from fused_dni.report.kinds import interfaces as interfaces_report
+from fused_dni.report.kinds import planted
+from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.kinds import rivals as rivals_report
+from fused_dni.report.kinds import verdict as verdict_report
 from tables import RESULTS, ROOT, named, rounded, slug
 
 ANSWERS = RESULTS / "verdict"

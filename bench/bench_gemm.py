@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import fused_dni as fd
 import workloads as w
-from fused_dni import timing
-from fused_dni.backends.base import LinearConfig, LinearGradients, LinearTensors, Saved
 from fused_dni.backends.cpu import CpuBackend
+from fused_dni.measure import timing
+from fused_dni.ops.types import LinearConfig, LinearGradients, LinearTensors, Saved
 from fused_dni.rules import RuleState
 
 ROWS = (1, 8, 32, 64, 128, 256, 1024)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 import workloads as w
-from fused_dni import timing
+from fused_dni.measure import timing
 
 
 @pytest.mark.parametrize("depth", w.MEMORY_DEPTHS)

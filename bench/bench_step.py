@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 import workloads as w
-from fused_dni import timing
+from fused_dni.measure import timing
 
 
 def group(case: w.Case, rule: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fused_dni.waiting import Stopwatch
+from fused_dni.measure.waiting import Stopwatch
 
 #: Shortest time between two readings, in seconds; shorter calls are repeated (warm ones only).
 MIN_SAMPLE = 200e-6

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from clocks import Clock
-from fused_dni.baseline import facts
-from fused_dni.comparison.files import PARTS
-from fused_dni.waiting import Stopwatch
+from fused_dni.measure.baseline import facts
+from fused_dni.measure.waiting import Stopwatch
+from fused_dni.report.times import PARTS
 
 #: Most rounds of a benchmark.
 MOST = 2000

@@ -8,7 +8,7 @@
 
 A candidate is checked against float64 before it is timed (:mod:`workloads_gpu`); one that fails is
 in the results with that reason and no figure. Candidates of a group are measured together
-(``fused_dni.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
+(``fused_dni.measure.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
 a text with the same name beside it, are rewritten after every group, the groups that matter most
 come first, and when the time is up the rest is left out.
 The CUDA backend's rows stand beside those of Triton's. Where it was not built they hold the reason.
@@ -36,8 +36,10 @@ from fused_dni.kernels.launch import Launch
 
 import tables
 import workloads_gpu as w
-from fused_dni.backends import cuda_calls, measured, registry, triton_lstm
-from fused_dni.profile import ncu
+from fused_dni.backends.cuda import calls as cuda_calls
+from fused_dni.backends.triton import lstm as triton_lstm
+from fused_dni.measure.profile import ncu
+from fused_dni.ops import measured, registry
 from gpu_baselines import graphed
 from workloads_lstm import _within
 

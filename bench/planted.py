@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_dni import timing
-from fused_dni.baseline import facts
-from fused_dni.progress import Progress
-from fused_dni.verdict import Verdict, verdict
-from fused_dni.verdict.segments import conv
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import facts
+from fused_dni.measure.verdict import Verdict, verdict
+from fused_dni.measure.verdict.segments import conv
+from fused_dni.report.progress import Progress
 
 #: What is planted, and of ten runs how many are to be called rightly; none the other way round.
 PLANTED = {"slower": 1.15, "faster": 1 / 1.15, "inconclusive": 1.0}

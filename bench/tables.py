@@ -6,8 +6,8 @@
 
 What ``bench/gpu.sh`` measured becomes part of them as ``bench/results/<device>-gpu.json``.
 
-``measure`` takes every group of candidates *together* (``fused_dni.timing.compare``), checks each
-candidate first (``workloads.check_*``) and merges what it measured into
+``measure`` takes every group of candidates *together* (``fused_dni.measure.timing.compare``),
+checks each candidate first (``workloads.check_*``) and merges what it measured into
 ``bench/results/<device>-cpu.json`` (``-lstm.json`` for that suite), so that single groups can be
 measured again. A candidate that fails its check, or that cannot run, stands in the table with that
 reason and no figure. Measure on an otherwise idle machine: two thread pools on the same cores cost
@@ -38,7 +38,7 @@ FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
 def device_facts() -> dict[str, Any]:
     """What the figures hold for: machine, versions, threads, commit, date."""
-    from fused_dni import baseline, environment
+    from fused_dni.measure import baseline, environment
 
     report = environment.report()
     facts = baseline.facts()
@@ -104,8 +104,8 @@ def compared(
     **options: Any,
 ) -> dict[str, Any]:
     """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any.
-    ``options`` are more of :func:`fused_dni.timing.compare`."""
-    from fused_dni import timing
+    ``options`` are more of :func:`fused_dni.measure.timing.compare`."""
+    from fused_dni.measure import timing
 
     timings = timing.compare(candidates, seconds=seconds, **options)
     rows: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
     import torch
 
     import workloads as w
-    from fused_dni import timing
+    from fused_dni.measure import timing
 
     for case in w.CASES:
         for rule in w.RULES:
@@ -256,7 +256,7 @@ def measure_synthesizer(seconds: float, only: str | None) -> Iterator[tuple[str,
 def measure_memory(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Peak memory of a step by depth, measured, in bytes."""
     import workloads as w
-    from fused_dni import timing
+    from fused_dni.measure import timing
 
     curves: dict[str, Any] = {
         "what": timing.PEAK_MEMORY_CPU,
@@ -1011,8 +1011,8 @@ def render_training(report: dict[str, Any]) -> str:
 
 def render_recurrent(report: dict[str, Any]) -> str:
     """What one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
-    from fused_dni.experiments import recurrent_report
     from fused_dni.report.blocks import as_markdown
+    from fused_dni.report.kinds import recurrent as recurrent_report
 
     outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
@@ -1027,8 +1027,8 @@ def render_recurrent(report: dict[str, Any]) -> str:
 
 def render_future(report: dict[str, Any]) -> str:
     """The true gradient of the future beside the window's own, and beside what was predicted."""
-    from fused_dni.experiments import recurrent_report
     from fused_dni.report.blocks import as_markdown
+    from fused_dni.report.kinds import recurrent as recurrent_report
 
     outcome = recurrent_report.outcome_of(report)
     left_out = as_markdown([recurrent_report.future_table(outcome)], RESULTS)

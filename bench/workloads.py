@@ -377,7 +377,7 @@ SHAPES = (Shape(64, 256, 256), Shape(256, 784, 256), Shape(128, 512, 512), Shape
 def backends() -> list[str]:
     """The backends that can run here on a CPU. Triton's interpreter is not among them: its time
     says nothing."""
-    from fused_dni.backends import registry
+    from fused_dni.ops import registry
 
     found = [name for name, reason in registry.report() if reason is None]
     return [name for name in found if name != "triton"]
@@ -521,8 +521,8 @@ class SynthesizerStep:
     def __init__(
         self, kind: str, case: Case, backend: str, dtype: torch.dtype = torch.float32
     ) -> None:
-        from fused_dni.backends import registry
-        from fused_dni.backends.base import STATISTICS_SIZE
+        from fused_dni.ops import registry
+        from fused_dni.ops.types import STATISTICS_SIZE
         from fused_dni.rules import RuleState
 
         self.backend = registry.get(backend)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni import timing
-from fused_dni.backends import registry
-from fused_dni.backends.base import (
+from fused_dni.measure import timing
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
     STATISTICS_SIZE,
     LinearConfig,
     LinearTensors,

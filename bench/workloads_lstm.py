@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni import timing
-from fused_dni.verdict.candidates import Expired, deadline
+from fused_dni.measure import timing
+from fused_dni.measure.verdict.candidates import Expired, deadline
 from workloads import Disagreement
 
 #: Rate at which candidates are timed: they are to stay where they are.
@@ -475,7 +475,7 @@ MEMORY_LENGTHS = (32, 64, 128, 256, 512)
 def memory_curves() -> dict[str, Any]:
     """Peak bytes of training once on a sequence: against T, where the last window is the whole
     sequence, and against the sequence's length, beside backprop through all of it."""
-    from fused_dni.experiments.memory import sequence_memory
+    from fused_dni.measure.memory import sequence_memory
 
     def peak(method: str, window: int, sequence: int) -> int:
         size = {"inputs": MEMORY_HIDDEN, "hidden": MEMORY_HIDDEN}

@@ -4,8 +4,10 @@ Layers that predict their own gradient (Jaderberg et al. 2016, arXiv 1608.05343)
 forward, drop-in for PyTorch's; and the measurements that say what it buys.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fused_dni import functional
-from fused_dni.advise import Advice, advise
 from fused_dni.annotate import annotate, from_environment
 from fused_dni.context import condition_on
 from fused_dni.convert import convert, revert
@@ -28,7 +30,10 @@ from fused_dni.synthesizers import (
     MLPSynthesizer,
     Synthesizer,
 )
-from fused_dni.verdict import LSTMVerdict, Verdict, verdict, verdict_lstm
+
+if TYPE_CHECKING:
+    from fused_dni.measure.advise import Advice, advise
+    from fused_dni.measure.verdict import LSTMVerdict, Verdict, verdict, verdict_lstm
 
 __all__ = [
     "SGD",
@@ -61,5 +66,27 @@ __all__ = [
     "verdict",
     "verdict_lstm",
 ]
+
+# The instrument, by the module that holds it: a training loop does not wait for its import.
+_LATE = {
+    "Advice": "fused_dni.measure.advise",
+    "advise": "fused_dni.measure.advise",
+    "LSTMVerdict": "fused_dni.measure.verdict",
+    "Verdict": "fused_dni.measure.verdict",
+    "verdict": "fused_dni.measure.verdict",
+    "verdict_lstm": "fused_dni.measure.verdict",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})
+
 
 from_environment()

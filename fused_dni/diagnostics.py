@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fused_dni.backends.base import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 from fused_dni.modules.base import DecoupledModule, Forecast, Phase
 from fused_dni.modules.recurrent import Recurrent
+from fused_dni.ops.types import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 
 
 def diagnostics(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fused_dni.backends.base import HYPER_SIZE, SKIPPED, STEP, RuleTensors
-from fused_dni.reference.precision import accumulator
+from fused_dni.backends.common.precision import accumulator
+from fused_dni.ops.types import HYPER_SIZE, SKIPPED, STEP, RuleTensors
 
 
 def _check(name: str, value: float, low: float, high: float = math.inf) -> None:

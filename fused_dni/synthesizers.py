@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_dni.backends.base import SynthesizerTensors
+from fused_dni.ops.types import SynthesizerTensors
 
 
 def _positive(name: str, value: int) -> None:

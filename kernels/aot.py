@@ -34,8 +34,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_dni import text
-from fused_dni.progress import Progress
+from fused_dni.report import text
+from fused_dni.report.progress import Progress
 
 # What a block may have: KiB of shared memory by architecture (CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability"), columns of Blackwell's tensor memory.

@@ -14,7 +14,7 @@ from triton import knobs
 
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
-# Indices into a rule's hyper-parameters: fused_dni.backends.base.RuleTensors (a test compares).
+# Indices into a rule's hyper-parameters: fused_dni.ops.types.RuleTensors (a test compares).
 LR: tl.constexpr = tl.constexpr(0)
 BETA1: tl.constexpr = tl.constexpr(1)
 BETA2: tl.constexpr = tl.constexpr(2)
@@ -71,7 +71,7 @@ def grid_barrier(state, programs):
 
 
 # ---------------------------------------------------------------------------------------------
-# Activation functions: formulas and names as in fused_dni.reference.activation
+# Activation functions: formulas and names as in fused_dni.backends.reference.activation
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def slope(y, h, NAME: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------
-# Update rules: formulas as in fused_dni.reference.rules
+# Update rules: formulas as in fused_dni.backends.reference.rules
 
 
 @triton.jit

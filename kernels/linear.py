@@ -1,7 +1,7 @@
 """The linear layer on a GPU: forward, synthetic gradient and update, in one launch or in several.
 
 One kernel is all ops. Its work is a list of phases over tiles of matrices; the formulas stand in
-fused_dni.reference.linear. With x [N, I], W [O, I], h [N, O]:
+fused_dni.backends.reference.linear. With x [N, I], W [O, I], h [N, O]:
 
 =========  ================  ==================================================================
 PREPARE    x, W              x's largest magnitude; W in the type that products take, if wanted

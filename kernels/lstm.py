@@ -1,7 +1,7 @@
 """The LSTM on a GPU: a window of steps in one launch, a step in one launch, and the update.
 
-Formulas stand in fused_dni.reference.lstm. T steps, B rows, H hidden units, gates in the order
-i f g o of the parameters' rows. What does not depend on the state is left to the caller and a
+Formulas stand in fused_dni.backends.reference.lstm. T steps, B rows, H hidden units, gates in the
+order i f g o of the parameters' rows. What does not depend on the state is left to the caller and a
 matrix library: the inputs' part x W_ih^T of z, for all steps at once, and behind the backward dx
 and the weights' gradients, products over all steps. What is left is a chain of T small products:
 
@@ -109,7 +109,7 @@ class Rows(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """The synthesizer at a window's end: fused_dni.backends.base.LSTMBoundary."""
+    """The synthesizer at a window's end: fused_dni.ops.types.LSTMBoundary."""
 
     h: Any  # [L, B, H]: the final state
     c: Any  # [L, B, H]
@@ -1175,7 +1175,7 @@ def plan_cell_backward(
 
 class Rule(NamedTuple):
     """An update rule over the slots of all layers, four a layer: as
-    :class:`fused_dni.backends.base.RuleTensors`."""
+    :class:`fused_dni.ops.types.RuleTensors`."""
 
     kind: str
     nesterov: bool
@@ -1215,7 +1215,7 @@ def plan_update(
 
     Measure what bounds the products, try the products where the bounds do not show them to be
     finite, and apply, each for all layers before the next. Mutates what
-    :meth:`fused_dni.backends.base.Backend.lstm_update_` says.
+    :meth:`fused_dni.ops.types.Backend.lstm_update_` says.
     """
     measure, trial, apply = [], [], []
     momentum = rule.kind == "sgd" and any(m is not None for m in rule.first)

@@ -1,7 +1,7 @@
 """The synthesizer on a GPU: its prediction, and its regression in one launch.
 
-Formulas stand in fused_dni.reference.synthesizer. With h [N, O], e = 2 / N (M(h) - kappa g) [N, O],
-a low-rank M's U [R, O] and V [O, R]:
+Formulas stand in fused_dni.backends.reference.synthesizer. With h [N, O], e = 2 / N (M(h) - kappa
+g) [N, O], a low-rank M's U [R, O] and V [O, R]:
 
 =======  ================  ====================================================================
 PARTS    tiles of [N, O]   predicting: h U^T over the tile; training: e V over the tile, column

@@ -153,7 +153,7 @@ def _mixed(h):
 @triton.jit
 def round_at_random(value, start, at, step, SLOT: tl.constexpr):
     """float32 values of the elements ``start + at`` as bfloat16, each one of its two neighbours,
-    right in the mean; the same bits as fused_dni.reference.rules.rounded_at_random."""
+    right in the mean; the same bits as fused_dni.backends.reference.rules.rounded_at_random."""
     seed = ((step.to(tl.int64) * 1024 + SLOT) * 0x9E3779B1) & 0xFFFFFFFF
     element = (start + at).to(tl.uint32)
     up = _mixed(_mixed(element) ^ seed.to(tl.uint32)) & 0xFFFF

@@ -27,7 +27,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from fused_dni import timing
+from fused_dni.measure import timing
 
 T = TypeVar("T", bound=NamedTuple)
 

@@ -106,7 +106,7 @@ def one_thread(_isolated: None) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The most that kernels take, from what tests recorded as "machine code": the kernel,
     registers, stack, shared memory (bytes), tensor-core instructions, whether a bound is broken."""
-    from fused_dni import text
+    from fused_dni.report import text
 
     found: dict[str, list[list[Any]]] = {}
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):

@@ -1,4 +1,4 @@
-// The Python module: fused_dni._cuda, or _cuda_emulated where the same sources run on a CPU.
+// The Python module: fused_dni.backends._cuda, or _cuda_emulated where the same sources run on a CPU.
 #include <pybind11/pybind11.h>
 
 #include "binding.hpp"

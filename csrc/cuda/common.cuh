@@ -76,9 +76,9 @@ FUSED_DNI_DEVICE float magnitude(float value) {
   return std::isnan(value) ? INFINITY : std::fabs(value);
 }
 
-// ---- Activation functions: fused_dni.reference.activation ----------------------------------------
+// ---- Activation functions: fused_dni.backends.reference.activation ----------------------------------------
 
-// In the order of fused_dni.backends.base.ACTIVATIONS.
+// In the order of fused_dni.ops.types.ACTIVATIONS.
 enum Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kSoftplus, kMish };
 
 // Whether the derivative is a function of the output (FROM_OUTPUT).
@@ -140,12 +140,12 @@ FUSED_DNI_DEVICE float slope(float y, float h, int activation) {
   }
 }
 
-// ---- Update rules: fused_dni.reference.rules ------------------------------------------------------
+// ---- Update rules: fused_dni.backends.reference.rules ------------------------------------------------------
 
-// In the order of fused_dni.backends.base.RULES.
+// In the order of fused_dni.ops.types.RULES.
 enum RuleKind { kNoRule = -1, kSgd, kAdam, kAdamW };
 
-// Indices into a rule's hyper-parameters: fused_dni.backends.base.RuleTensors.
+// Indices into a rule's hyper-parameters: fused_dni.ops.types.RuleTensors.
 enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kStep, kSkipped };
 
 // What a rule multiplies by in one step, from hyper-parameters in double, where 1 - beta and the

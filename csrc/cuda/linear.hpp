@@ -9,9 +9,9 @@
 
 namespace fused_dni::cuda {
 
-// In the order of fused_dni.backends.base.NORMALIZATIONS.
+// In the order of fused_dni.ops.types.NORMALIZATIONS.
 enum Normalization : int { kNoNormalization, kBatchNormalization, kLayerNormalization };
-// Where a synthetic gradient arrives: at h, or at z (fused_dni.backends.base.INTERFACES).
+// Where a synthetic gradient arrives: at h, or at z (fused_dni.ops.types.INTERFACES).
 enum Interface : int { kOutput, kPreactivation };
 
 // Null where an op has no use for a tensor. What is of x's type is untyped here.

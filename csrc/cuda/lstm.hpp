@@ -56,7 +56,7 @@ struct LSTMForward {
   LSTMPlan plan;
 };
 
-// The synthesizer at a window's end: fused_dni.backends.base.LSTMBoundary.
+// The synthesizer at a window's end: fused_dni.ops.types.LSTMBoundary.
 struct LSTMEnds {
   int kind;           // in the order of SYNTHESIZERS; -1 for none
   const void *h, *c;  // [L, B, H]: the final state

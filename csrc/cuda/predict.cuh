@@ -1,5 +1,5 @@
 // What a synthesizer predicts, tile by tile: for the linear layer's step and for the synthesizer's
-// own ops. Formulas: fused_dni.reference.synthesizer.
+// own ops. Formulas: fused_dni.backends.reference.synthesizer.
 #pragma once
 
 #include "synthesizer.hpp"

@@ -12,7 +12,7 @@ namespace fused_dni::cuda {
 // Of a workspace, the first bytes: the grid's barrier, to be zero before its first use.
 inline constexpr std::size_t kBarrierBytes = 128;
 
-// In the order of fused_dni.backends.base.SYNTHESIZERS, and what else a gradient may come from.
+// In the order of fused_dni.ops.types.SYNTHESIZERS, and what else a gradient may come from.
 enum Source : int { kDense, kLowRank, kDiagonal, kGiven, kNowhere };
 
 struct Synthesizer {

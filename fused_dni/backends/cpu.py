@@ -1,4 +1,4 @@
-"""The C++ backend: ``csrc/cpu`` behind the signature of :mod:`fused_dni.backends.base`.
+"""The C++ backend: ``csrc/cpu`` behind the signature of :mod:`fused_dni.ops.types`.
 
 Tensors go over as addresses, looked up anew on every call; outputs are allocated here. The kernels
 run on PyTorch's own OpenMP threads (torch is imported before the extension, so that both share
@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_dni import _cpu
-from fused_dni.backends.base import (
+from fused_dni.backends.common.built import why_left_out
+from fused_dni.backends.common.tensors import (
+    empty_prediction,
+    empty_saved,
+    moved_statistics,
+    split_context,
+    updated,
+)
+from fused_dni.ops.types import (
     ACTIVATIONS,
     NORMALIZATIONS,
     RULES,
@@ -45,13 +52,11 @@ from fused_dni.backends.base import (
     Step,
     SynthesizerTensors,
 )
-from fused_dni.backends.shared import (
-    empty_prediction,
-    empty_saved,
-    moved_statistics,
-    split_context,
-    updated,
-)
+
+try:
+    from fused_dni.backends import _cpu
+except ImportError as error:
+    raise ImportError(f"fused_dni.backends._cpu {why_left_out('_cpu')}") from error
 
 _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
@@ -145,7 +150,7 @@ def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
 
 
 class CpuBackend:
-    """:class:`fused_dni.backends.base.Backend` in C++, for float32, float64 and
+    """:class:`fused_dni.ops.types.Backend` in C++, for float32, float64 and
     bfloat16 with float32 parameters."""
 
     name = "cpu"
@@ -168,7 +173,7 @@ class CpuBackend:
     def linear_forward(
         self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
     ) -> tuple[Tensor, Saved]:
-        """See :meth:`fused_dni.backends.base.Backend.linear_forward`."""
+        """See :meth:`fused_dni.ops.types.Backend.linear_forward`."""
         given, dtype = x.dtype, layer.weight.dtype
         x, kernel = _input(x, dtype)
         h = x.new_empty(x.shape[0], layer.weight.shape[0])
@@ -195,7 +200,7 @@ class CpuBackend:
         need_dx: bool,
         need_weight: bool,
     ) -> LinearGradients:
-        """See :meth:`fused_dni.backends.base.Backend.linear_backward`."""
+        """See :meth:`fused_dni.ops.types.Backend.linear_backward`."""
         given, dtype = x.dtype, layer.weight.dtype
         x, kernel = _input(x, dtype)
         h, grad_h = _as(h, x.dtype), _as(grad_h, dtype)
@@ -226,7 +231,7 @@ class CpuBackend:
     def linear_update_(
         self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
     ) -> None:
-        """See :meth:`fused_dni.backends.base.Backend.linear_update_`."""
+        """See :meth:`fused_dni.ops.types.Backend.linear_update_`."""
         x, kernel = _input(x, layer.weight.dtype)
         delta = gradients.delta.contiguous()
         _cpu.linear_update(
@@ -256,7 +261,7 @@ class CpuBackend:
         need_dx: bool,
         need_prediction: bool,
     ) -> Step:
-        """See :meth:`fused_dni.backends.base.Backend.linear_step_`."""
+        """See :meth:`fused_dni.ops.types.Backend.linear_step_`."""
         step = self.bind_step(layer, config, synthesizer, max_norm, rule)
         return step(x, context, target_scale, need_dx, need_prediction)
 
@@ -268,13 +273,13 @@ class CpuBackend:
         max_norm: float,
         rule: RuleTensors,
     ) -> BoundStep:
-        """See :meth:`fused_dni.backends.base.Backend.bind_step`."""
+        """See :meth:`fused_dni.ops.types.Backend.bind_step`."""
         return _Step(layer, config, synthesizer, max_norm, rule)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
     ) -> Prediction:
-        """See :meth:`fused_dni.backends.base.Backend.synthesizer_predict`."""
+        """See :meth:`fused_dni.ops.types.Backend.synthesizer_predict`."""
         h = _as(h, synthesizer.weight.dtype)
         prediction = empty_prediction(h, synthesizer, synthesizer.weight.dtype)
         given, context = _context(synthesizer, context)
@@ -301,7 +306,7 @@ class CpuBackend:
         target_scale: float,
         statistics: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """See :meth:`fused_dni.backends.base.Backend.synthesizer_gradients`."""
+        """See :meth:`fused_dni.ops.types.Backend.synthesizer_gradients`."""
         gradients = tuple(
             [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
         )
@@ -323,7 +328,7 @@ class CpuBackend:
         statistics: Tensor,
         rule: RuleTensors,
     ) -> None:
-        """See :meth:`fused_dni.backends.base.Backend.synthesizer_update_`."""
+        """See :meth:`fused_dni.ops.types.Backend.synthesizer_update_`."""
         _train(
             h, prediction, grad_h, synthesizer, context, target_scale, statistics, _rule(rule), []
         )  # fmt: skip
@@ -339,7 +344,7 @@ class CpuBackend:
         dropout: tuple[Tensor, ...],
         save: bool,
     ) -> LSTMTrace:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_forward`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_forward`."""
         dtype = layers[0].weight_ih.dtype
         x, h, c = _as(x, dtype), _as(h, dtype), _as(c, dtype)
         masks = [_as(mask, dtype) for mask in dropout]
@@ -383,7 +388,7 @@ class CpuBackend:
         need_dx: bool,
         need_weights: bool,
     ) -> LSTMGradients:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_backward`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
         made, arguments, _kept = _lstm_backward(
             (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx, need_weights
         )
@@ -407,7 +412,7 @@ class CpuBackend:
         boundary: LSTMBoundary,
         statistics: Tensor | None,
     ) -> LSTMClosed:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_close`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_close`."""
         synthesizer, ended, *factors, learns, entrance = boundary
         made, arguments, _kept = _lstm_backward(
             (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx, need_weights
@@ -461,7 +466,7 @@ class CpuBackend:
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
     ) -> None:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_update_`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_update_`."""
         dtype = layers[0].weight_ih.dtype
         rows = tuple([LSTMRows(*[_as(t, dtype) for t in layer]) for layer in rows])
         parameters = tuple(chain.from_iterable(layers))
@@ -480,7 +485,7 @@ class CpuBackend:
     def lstm_cell_forward(
         self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
     ) -> CellTrace:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_cell_forward`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_forward`."""
         dtype = layer.weight_ih.dtype
         x, h, c = _as(x, dtype), _as(h, dtype), _as(c, dtype)
         batch, size = h.shape
@@ -516,7 +521,7 @@ class CpuBackend:
         need_dx: bool,
         need_weights: bool,
     ) -> CellGradients:
-        """See :meth:`fused_dni.backends.base.Backend.lstm_cell_backward`."""
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_backward`."""
         if trace.gates is None:
             raise ValueError("this trace is of a forward without save")
         dtype = trace.gates.dtype

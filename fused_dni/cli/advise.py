@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fused_dni.advise.blocks import Loss
+    from fused_dni.measure.advise.blocks import Loss
 
 
 def add_advise(commands: Any) -> None:
@@ -69,8 +69,8 @@ def add_advise(commands: Any) -> None:
 
 
 def _advise(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.advise import advise
-    from fused_dni.progress import Progress
+    from fused_dni.measure.advise import advise
+    from fused_dni.report.progress import Progress
 
     if args.out is not None:
         refuse_unwritable(str(Path(args.out).parent))

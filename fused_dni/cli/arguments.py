@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fused_dni import text
+from fused_dni.report import text
 
 if TYPE_CHECKING:
     import torch

@@ -40,7 +40,7 @@ def add_compare(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.comparison import blocks, compare, read
+    from fused_dni.measure.compare import blocks, compare, read
     from fused_dni.report import as_text
 
     if args.out is not None:

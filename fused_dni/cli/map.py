@@ -98,7 +98,7 @@ def add_map(commands: Any) -> None:
 
 
 def _map(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.map import merge, store
+    from fused_dni.measure.map import merge, store
     from fused_dni.report import as_text, blocks_of, load
 
     path = Path(args.out)
@@ -119,10 +119,10 @@ def _map(args: argparse.Namespace, command: str) -> int:
 def _measured(args: argparse.Namespace, path: Path, command: str) -> dict[str, Any]:
     import torch
 
-    from fused_dni.backends import registry
-    from fused_dni.map import Settings, make_grid
-    from fused_dni.map.sweep import sweep
-    from fused_dni.progress import Progress
+    from fused_dni.measure.map import Settings, make_grid
+    from fused_dni.measure.map.sweep import sweep
+    from fused_dni.ops import registry
+    from fused_dni.report.progress import Progress
 
     set_threads(args)
     try:

@@ -94,7 +94,7 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     made = _in_this_process(args, folder) if args.tool == "torch" else _by_nsight(args, folder)
     if made is None:
         return 1
-    from fused_dni.baseline import facts
+    from fused_dni.measure.baseline import facts
 
     report.update(made, facts=facts(command))
     (folder / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -103,8 +103,8 @@ def _profile(args: argparse.Namespace, command: str) -> int:
 
 
 def _in_this_process(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from fused_dni.profile import trace
-    from fused_dni.profile.command import InProcess
+    from fused_dni.measure.profile import trace
+    from fused_dni.measure.profile.command import InProcess
 
     profiled = InProcess(args.behind)
     refuse_unwritable(args.out)
@@ -119,8 +119,8 @@ def _in_this_process(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _by_nsight(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """The report's part; None, and a line that says why, if there is no such tool."""
     from fused_dni.annotate import VARIABLE
-    from fused_dni.profile import ncu, nsys
-    from fused_dni.profile.command import as_process
+    from fused_dni.measure.profile import ncu, nsys
+    from fused_dni.measure.profile.command import as_process
 
     profiled = as_process(args.behind)
     refuse_unwritable(args.out)

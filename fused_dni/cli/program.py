@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fused_dni import text
 from fused_dni.cli import advise, compare, profile, report, rivals, training, tune, verdict
 from fused_dni.cli import map as map_command
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
+from fused_dni.report import text
 
 
 def parser() -> Parser:
@@ -56,7 +56,7 @@ def parser() -> Parser:
 
 
 def _env(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.environment import format_report, report
+    from fused_dni.measure.environment import format_report, report
 
     found = report()
     if args.json:

@@ -130,8 +130,8 @@ def _add_output(command: argparse.ArgumentParser, file: str) -> None:
 def _rivals(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import rival_arms, rivals
     from fused_dni.experiments.run import Interrupted
-    from fused_dni.progress import Progress
     from fused_dni.report import load
+    from fused_dni.report.progress import Progress
 
     settings = rival_arms.defaults(dataset_named(args), **_given(args, rival_arms.Settings))
     device_named(settings.device)
@@ -159,7 +159,7 @@ def _rivals(args: argparse.Namespace, command: str) -> int:
 
 def _interfaces(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import interfaces
-    from fused_dni.progress import Progress
+    from fused_dni.report.progress import Progress
 
     settings = interfaces.defaults(dataset_named(args), **_given(args, interfaces.Settings))
     out = _writable(args.out)

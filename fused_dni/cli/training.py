@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fused_dni.experiments.characters import Text
     from fused_dni.experiments.data import Dataset
     from fused_dni.experiments.train import Outcome
-    from fused_dni.progress import Progress
-    from fused_dni.verdict import Verdict
+    from fused_dni.measure.verdict import Verdict
+    from fused_dni.report.progress import Progress
 
 #: Commands of two words: ``train copy``.
 RECURRENT = ("charlm", "copy", "repeat-copy")
@@ -291,7 +291,7 @@ def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> A
     """Data, settings and progress of a training command; what is wrong shows before anything
     runs."""
     from fused_dni.experiments.train import defaults
-    from fused_dni.progress import Progress
+    from fused_dni.report.progress import Progress
 
     name = dataset_named(args)
     settings = defaults(
@@ -333,7 +333,7 @@ def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> A
 
 def _run_training(args: argparse.Namespace, command: str, split_seconds: float | None) -> Any:
     from fused_dni.experiments import train
-    from fused_dni.progress import Progress
+    from fused_dni.report.progress import Progress
 
     if args.out is None:
         args.out = f"runs/{'mnist' if args.data else args.dataset or 'digits'}"
@@ -359,7 +359,7 @@ def _run_training(args: argparse.Namespace, command: str, split_seconds: float |
 
 
 def _train(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.experiments import report
+    from fused_dni.report.kinds import train as report
 
     outcome, _, _ = _run_training(args, command, None if args.no_split else args.split_seconds)
     files = report.write(outcome, args.out, command=command)
@@ -368,9 +368,11 @@ def _train(args: argparse.Namespace, command: str) -> int:
 
 
 def _train_recurrent(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.experiments import memory, recurrent, recurrent_report
-    from fused_dni.progress import Progress
+    from fused_dni.experiments import recurrent
+    from fused_dni.measure import memory
     from fused_dni.report.blocks import Block, as_text
+    from fused_dni.report.kinds import recurrent as recurrent_report
+    from fused_dni.report.progress import Progress
 
     given = {
         name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value
@@ -439,9 +441,10 @@ def _text(path: str | None, validation: float) -> Text:
 
 
 def _demo(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.experiments import data, nets, report
-    from fused_dni.progress import Progress
-    from fused_dni.verdict import verdict
+    from fused_dni.experiments import data, nets
+    from fused_dni.measure.verdict import verdict
+    from fused_dni.report.kinds import train as report
+    from fused_dni.report.progress import Progress
 
     outcome, settings, dataset = _run_training(args, command, 3.0)
     rows = data.permutation(len(dataset.train.labels), 0, 0)[: settings.batch_size]
@@ -473,8 +476,8 @@ def _demo(args: argparse.Namespace, command: str) -> int:
 def _print_training(
     args: argparse.Namespace, outcome: Outcome, files: Sequence[Path], verdict: Verdict | None
 ) -> None:
-    from fused_dni.experiments import report
     from fused_dni.report.blocks import Block, as_text
+    from fused_dni.report.kinds import train as report
 
     if args.json:
         print(files[0].read_text(), end="")

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fused_dni import text
 from fused_dni.cli.arguments import (
     ACTIVATIONS,
     DTYPES,
@@ -19,9 +18,10 @@ from fused_dni.cli.arguments import (
     rule,
     whole,
 )
+from fused_dni.report import text
 
 if TYPE_CHECKING:
-    from fused_dni.backends.base import Backend
+    from fused_dni.ops.types import Backend
 
 
 def add_tune(commands: Any) -> None:
@@ -69,10 +69,10 @@ def add_tune(commands: Any) -> None:
 def _tune(args: argparse.Namespace, command: str) -> int:
     import torch
 
-    from fused_dni import tune
-    from fused_dni.backends import registry
-    from fused_dni.backends.base import LinearConfig
-    from fused_dni.progress import Progress
+    from fused_dni.measure import tune
+    from fused_dni.ops import registry
+    from fused_dni.ops.types import LinearConfig
+    from fused_dni.report.progress import Progress
 
     refuse(args, ("window",) if args.what == "linear" else ("normalization", "activation", "rank"))
     kind = tune.LSTMScratch if args.what == "lstm" else tune.LinearScratch

@@ -27,7 +27,7 @@ from fused_dni.cli.arguments import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from fused_dni.verdict.segments import Segment
+    from fused_dni.measure.verdict.segments import Segment
 
 
 def add_verdict(commands: Any) -> None:
@@ -153,8 +153,8 @@ def add_verdict_lstm(commands: Any) -> None:
 def _verdict(args: argparse.Namespace, command: str) -> int:
     import torch
 
-    from fused_dni.progress import Progress
-    from fused_dni.verdict import verdict
+    from fused_dni.measure.verdict import verdict
+    from fused_dni.report.progress import Progress
 
     if args.out is not None and args.out.isdigit():
         raise UsageError(
@@ -218,7 +218,7 @@ def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
     import torch
 
     import fused_dni as fd
-    from fused_dni.progress import Progress
+    from fused_dni.report.progress import Progress
 
     set_threads(args)
     device = device_named(args.device)
@@ -264,7 +264,7 @@ def _segment(args: argparse.Namespace) -> Segment:
     """What is measured, from the command line."""
     import torch
 
-    from fused_dni.verdict import segments
+    from fused_dni.measure.verdict import segments
 
     given = {name: getattr(args, name) for name in segments.options()}
     if args.what in segments.SEGMENTS:

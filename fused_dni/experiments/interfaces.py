@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_dni as fd
-from fused_dni.baseline import facts
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.run import plain, preset, refuse_divergence
 from fused_dni.experiments.train import FusedTrainer
-from fused_dni.progress import Progress
+from fused_dni.measure.baseline import facts
+from fused_dni.report.progress import Progress
 from fused_dni.rules import Adam
 
 VERSION = 1

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni import text, timing
 from fused_dni.experiments import future, sequences
 from fused_dni.experiments.characters import Text, streams
 from fused_dni.experiments.run import (
@@ -45,7 +44,9 @@ from fused_dni.experiments.run import (
     refuse_divergence,
     write_checkpoint,
 )
-from fused_dni.progress import Progress
+from fused_dni.measure import timing
+from fused_dni.report import text
+from fused_dni.report.progress import Progress
 
 TASKS = ("charlm", *sequences.TASKS)
 METHODS = ("backprop", "fused", "dni", "dni+aux")
@@ -665,11 +666,12 @@ def costs(
 
     The piece is what lies between two updates, in a text; a batch of episodes at level
     :data:`COST_LEVEL` of the curriculum, in a copy task. Times are interleaved (see
-    :func:`fused_dni.timing.compare`), so that nothing that happened during the training is in them.
+    :func:`fused_dni.measure.timing.compare`), so that nothing that happened during the training is
+    in them.
 
     Returns:
-        By arm ``peak_memory`` (bytes, :func:`fused_dni.timing.peak_memory`), ``timing`` (seconds a
-        piece) and ``units``, the characters or steps of a piece.
+        By arm ``peak_memory`` (bytes, :func:`fused_dni.measure.timing.peak_memory`), ``timing``
+        (seconds a piece) and ``units``, the characters or steps of a piece.
     """
     endless = replace(settings, amount=1 << 50, lr=1e-6, sg_lr=1e-6)
     pieces = {arm.name: _piece(arm, endless, source) for arm in settings.arms()}
@@ -711,7 +713,7 @@ class Outcome:
     (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
     also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
     ``costs`` is what :func:`costs` gives, ``memory_curve`` what
-    :func:`fused_dni.experiments.memory.memory_curve` gives, each if it was asked for.
+    :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked for.
     """
 
     settings: Settings

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fused_dni import text
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.rival_trainers import (
     DelayedTrainer,
@@ -22,8 +21,9 @@ from fused_dni.experiments.rival_trainers import (
 )
 from fused_dni.experiments.run import preset
 from fused_dni.experiments.train import UPDATES, FusedTrainer, StockTrainer, Trainer
+from fused_dni.measure.verdict.candidates import first_line
+from fused_dni.report import text
 from fused_dni.rules import SGD, Rule
-from fused_dni.verdict.candidates import first_line
 
 #: What a step of each kind is; kinds with ``-K`` are followed by a number.
 KINDS: dict[str, str] = {

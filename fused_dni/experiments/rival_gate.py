@@ -26,7 +26,7 @@ from fused_dni.experiments.rival_trainers import (
     advance,
 )
 from fused_dni.experiments.train import Trainer
-from fused_dni.verdict.errors import GateError
+from fused_dni.measure.verdict.errors import GateError
 
 
 def check(trainer: Trainer, network: nn.Sequential, split: data.Split, rows: Tensor) -> float:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.train import Trainer, _cosine
+from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.rules import Rule
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dni import timing
-from fused_dni.baseline import facts
 from fused_dni.experiments import data, rival_gate
 from fused_dni.experiments.rival_arms import (
     EXACT,
@@ -32,11 +30,13 @@ from fused_dni.experiments.rival_arms import (
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance
 from fused_dni.experiments.run import Interrupted, Stop, plain, refuse_divergence
 from fused_dni.experiments.train import StockTrainer, Trainer
-from fused_dni.progress import Progress
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import facts
+from fused_dni.measure.timing import Timing
+from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, spread
+from fused_dni.measure.verdict.errors import GateError
+from fused_dni.report.progress import Progress
 from fused_dni.rules import SGD
-from fused_dni.timing import Timing
-from fused_dni.verdict.candidates import TIMING_RATE, at_rate, spread
-from fused_dni.verdict.errors import GateError
 
 VERSION = 1
 #: Rates that :func:`tune` tries.

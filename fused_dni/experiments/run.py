@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fused_dni import text
+from fused_dni.report import text
 
 S = TypeVar("S", bound=Any)
 CHECKPOINT = "train.pt"

@@ -24,9 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni import text, timing
-from fused_dni.backends.base import INTERFACES
-from fused_dni.baseline import stock_optimizer
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.run import (
     VERSION,
@@ -39,8 +36,12 @@ from fused_dni.experiments.run import (
     refuse_divergence,
     write_checkpoint,
 )
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.modules.base import DecoupledModule
-from fused_dni.progress import Progress
+from fused_dni.ops.types import INTERFACES
+from fused_dni.report import text
+from fused_dni.report.progress import Progress
 from fused_dni.rules import SGD, Adam, AdamW, Rule
 
 METHODS = ("backprop", "compiled", "fused", "cdni", "dni")

@@ -1,10 +1,6 @@
 """The fused ops as functions of tensors."""
 
-from fused_dni.backends import registry
 from fused_dni.functional.linear import linear, linear_step_
 from fused_dni.functional.synthesizer import synthesizer_predict, synthesizer_update_
 
 __all__ = ["linear", "linear_step_", "synthesizer_predict", "synthesizer_update_"]
-
-# All backends are loaded here: torch.compile, which may be what asks first, traces no import.
-registry.report()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_dni.backends.base import (
+from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
     NORMALIZATIONS,

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import (
+from fused_dni import ops
+from fused_dni.backends.common.synthesizer import synthetic_gradient
+from fused_dni.functional import check
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
     FROM_OUTPUT,
     Backend,
     LinearConfig,
@@ -25,8 +28,6 @@ from fused_dni.backends.base import (
     Step,
     SynthesizerTensors,
 )
-from fused_dni.functional import check, ops
-from fused_dni.reference.synthesizer import synthetic_gradient
 
 TWICE = (
     "a decoupled layer's node was run backward a second time: its local gradient would be "
@@ -305,7 +306,7 @@ def linear(
         running_mean, running_var: [O]; needed by "batch", which moves them in training (mutated).
         training: batch statistics (and moving the running ones) instead of the running ones.
         eps, momentum: as in ``nn.BatchNorm1d`` / ``nn.LayerNorm``.
-        activation: one of ``fused_dni.backends.base.ACTIVATIONS``.
+        activation: one of ``fused_dni.ops.types.ACTIVATIONS``.
         backend: force one by name.
 
     Returns:

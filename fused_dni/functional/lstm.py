@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_dni.backends.base import (
+from fused_dni import ops
+from fused_dni.ops.types import (
     Backend,
     CellGradients,
     CellTrace,
@@ -23,7 +24,6 @@ from fused_dni.backends.base import (
     LSTMRows,
     LSTMTrace,
 )
-from fused_dni.functional import lstm_ops as ops
 
 TWICE = (
     "a window's backward was run a second time (its state or output was used by a later loss): run "

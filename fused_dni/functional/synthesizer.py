@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import STATISTICS_SIZE, Prediction, RuleTensors, SynthesizerTensors
-from fused_dni.functional import ops
+from fused_dni import ops
+from fused_dni.ops import registry
+from fused_dni.ops.types import STATISTICS_SIZE, Prediction, RuleTensors, SynthesizerTensors
 
 
 def synthesizer_predict(
@@ -52,7 +52,7 @@ def synthesizer_update_(
         synthesizer, rule: mutated.
         context: as in :func:`synthesizer_predict`.
         target_scale: kappa; None for N.
-        statistics: float64 [5] sums to add to, see ``fused_dni.backends.base``; mutated.
+        statistics: float64 [5] sums to add to, see ``fused_dni.ops.types``; mutated.
         backend: force one by name.
 
     A target that is not finite changes nothing but the rule's skip counter.

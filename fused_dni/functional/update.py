@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_dni.backends.base import BETA1, BETA2, EPS, LR, STEP, WEIGHT_DECAY, RuleTensors
-from fused_dni.reference import rules
+from fused_dni.backends.reference import rules
+from fused_dni.ops.types import BETA1, BETA2, EPS, LR, STEP, WEIGHT_DECAY, RuleTensors
 
 
 @torch.no_grad()
 def apply_(
     parameters: Sequence[Tensor | None], gradients: Sequence[Tensor | None], rule: RuleTensors
 ) -> None:
-    """As :func:`fused_dni.reference.rules.apply_`, in one pass over memory.
+    """As :func:`fused_dni.backends.reference.rules.apply_`, in one pass over memory.
 
     The kernels are those behind ``torch.optim``'s ``fused=True``. What they do not take (bfloat16
     rounded at random, parameters of several dtypes or devices, or that are not contiguous) the

@@ -23,26 +23,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_dni.backends.base import (
+from fused_dni import ops
+from fused_dni.backends.common.precision import LOW_PRECISION
+from fused_dni.backends.common.synthesizer import synthetic_gradient
+from fused_dni.context import current_context
+from fused_dni.functional import check
+from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
+from fused_dni.functional.update import apply_
+from fused_dni.modules.pending import at_end_of_backward, inside_backward
+from fused_dni.ops.types import (
     STATISTICS_SIZE,
     Backend,
     Prediction,
     RuleTensors,
     SynthesizerTensors,
 )
-from fused_dni.context import current_context
-from fused_dni.functional import check, ops
-from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
-from fused_dni.functional.update import apply_
-from fused_dni.pending import at_end_of_backward, inside_backward
-from fused_dni.reference.precision import LOW_PRECISION
-from fused_dni.reference.synthesizer import synthetic_gradient
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import Synthesizer
 
 # Set on the output of a decoupled module whose synthesizer is not trained in this step. A decoupled
 # consumer that sees it computes no gradient for its input.
 NO_TARGET = "_fused_dni_no_target"
+
+
+# What no trace can follow (a rule in the forward, what a module remembers of a state): a compiled
+# model falls back to eager there, and fullgraph=True says so. Never a decorator: that would import
+# torch._dynamo with this file.
+untraced = torch.compiler.disable
 
 
 @dataclass(frozen=True)

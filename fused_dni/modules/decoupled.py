@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import Backend
 from fused_dni.context import fold_context
 from fused_dni.modules.base import (
     NO_TARGET,
@@ -18,6 +16,8 @@ from fused_dni.modules.base import (
     run_apart,
     sum_slots,
 )
+from fused_dni.ops import registry
+from fused_dni.ops.types import Backend
 from fused_dni.rules import Rule
 
 

@@ -9,8 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import (
+from fused_dni import ops
+from fused_dni.context import fold_context
+from fused_dni.functional import check
+from fused_dni.functional.linear import linear_tensors, preactivation_gradients
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, Lesson, LocalStep, untraced
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
     Backend,
     BoundStep,
     LinearConfig,
@@ -20,10 +25,6 @@ from fused_dni.backends.base import (
     Saved,
     SynthesizerTensors,
 )
-from fused_dni.context import fold_context
-from fused_dni.functional import check, ops
-from fused_dni.functional.linear import linear_tensors, preactivation_gradients
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, Lesson, LocalStep
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import LinearSynthesizer
 
@@ -273,7 +274,7 @@ class FusedDNILinear(DecoupledModule):
         if decoupled and self.delivery is not None:
             h = self.deliver(inputs, rows)
         elif self.update is not None:
-            run = _untraced(self.ruled_forward) if tracing else self.ruled_forward
+            run = untraced(self.ruled_forward) if tracing else self.ruled_forward
             h = run(inputs, (x,), rows, need_dx)
         elif decoupled:
             h = self._local(inputs, rows, need_dx)
@@ -699,11 +700,6 @@ def why_not_fusable(linear: nn.Module, norm: nn.Module | None = None) -> str | N
     if size != linear.out_features:
         return f"norm has {size} features, the linear layer {linear.out_features}"
     return None
-
-
-# A rule in the forward cannot be traced: a compiled model falls back to eager there, and
-# fullgraph=True says so.
-_untraced = torch.compiler.disable
 
 
 def _sum(parts: list[Any]) -> Tensor | None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import LSTMBoundary, LSTMClosed, LSTMGradients, LSTMLayer
-from fused_dni.functional import check, lstm_ops
+from fused_dni import ops
+from fused_dni.backends.common.windows import state_rows
+from fused_dni.functional import check
 from fused_dni.functional.lstm import Window, lstm_window
-from fused_dni.modules.base import Forecast, Lesson
+from fused_dni.modules.base import Forecast, Lesson, untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     Arrival,
@@ -23,9 +23,9 @@ from fused_dni.modules.recurrent import (
     Recurrent,
     Slots,
     State,
-    untraced,
 )
-from fused_dni.reference.lstm_close import state_rows
+from fused_dni.ops import registry
+from fused_dni.ops.types import LSTMBoundary, LSTMClosed, LSTMGradients, LSTMLayer
 from fused_dni.rules import Rule
 
 
@@ -333,7 +333,7 @@ class FusedDNILSTM(Recurrent):
                 backend, x, h, c, layers, lengths, masks, ends, self, learners
             )
         else:
-            trace = lstm_ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
+            trace = ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
             output, h, c = trace.hidden[-1, 1:], trace.h, trace.c
         if probing:
             h, c = self._probe(h, c, ended, context, scale)
@@ -380,7 +380,7 @@ class FusedDNILSTM(Recurrent):
         values: list[Any] = [
             own[name] if name in own else getattr(self, name) for name in self._names
         ]
-        return lstm_ops.layers_of(values, self.bias)
+        return ops.layers_of(values, self.bias)
 
     def _stock(
         self, input: Tensor | PackedSequence, hx: State | None

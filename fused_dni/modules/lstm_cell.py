@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import LSTMLayer, LSTMRows
-from fused_dni.functional import check, lstm_ops
+from fused_dni import ops
+from fused_dni.functional import check
 from fused_dni.functional.lstm import lstm_cell, origin
+from fused_dni.modules.base import untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     Arrival,
@@ -21,8 +21,9 @@ from fused_dni.modules.recurrent import (
     Recurrent,
     Slots,
     State,
-    untraced,
 )
+from fused_dni.ops import registry
+from fused_dni.ops.types import LSTMLayer, LSTMRows
 from fused_dni.rules import Rule
 
 
@@ -194,9 +195,7 @@ class FusedDNILSTMCell(Recurrent):
         decoupled = self._decoupled(x)
         backend = registry.resolve(self.backend, x, layer.weight_ih, "lstm")
         if not torch.is_grad_enabled():
-            trace = lstm_ops.lstm_cell_forward(
-                backend, x, h.contiguous(), c.contiguous(), layer, False
-            )
+            trace = ops.lstm_cell_forward(backend, x, h.contiguous(), c.contiguous(), layer, False)
             h, c = trace.h, trace.c
         else:
             ends = None
@@ -220,7 +219,6 @@ class FusedDNILSTMCell(Recurrent):
             return _StepEnds(self, 1 if before.closes else before.steps + 1, before.entrance)
         return _StepEnds(self, 1, None)
 
-    @torch.compiler.disable
     def boundary(
         self,
         state: State,
@@ -246,6 +244,13 @@ class FusedDNILSTMCell(Recurrent):
         Raises:
             RuntimeError: a state that this cell's last step did not make.
         """
+        run = untraced(self._boundary) if torch.compiler.is_compiling() else self._boundary
+        made: State = run(state, end_of_sequence, context)
+        return made
+
+    def _boundary(
+        self, state: State, end_of_sequence: Tensor | None, context: Tensor | None
+    ) -> State:
         check.pair(state, "state")
         h, c = state
         batch = 1 if h.dim() == 1 else h.shape[0]

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fused_dni.backends import registry
-from fused_dni.backends.base import (
+from fused_dni import ops
+from fused_dni.backends.common.windows import clip_rows, inject, rows_state, state_rows
+from fused_dni.context import fold_context
+from fused_dni.functional import check
+from fused_dni.functional.lstm import origin
+from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
+from fused_dni.modules.pending import at_end_of_backward
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
     STATISTICS_SIZE,
     Backend,
     LSTMBoundary,
@@ -25,12 +32,6 @@ from fused_dni.backends.base import (
     Prediction,
     SynthesizerTensors,
 )
-from fused_dni.context import fold_context
-from fused_dni.functional import check, lstm_ops, ops
-from fused_dni.functional.lstm import origin
-from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
-from fused_dni.pending import at_end_of_backward
-from fused_dni.reference.lstm_close import clip_rows, inject, rows_state, state_rows
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import LinearSynthesizer, Synthesizer
 
@@ -371,7 +372,7 @@ class Recurrent(DecoupledModule):
         ]
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not tracing:  # what is traced or transformed has no addresses
-            tensors = lstm_ops.flat(layers)
+            tensors = ops.flat(layers)
             for head in heads:
                 tensors += [p for p in (() if head is None else head.parameters()) if p is not None]
             fits = [(p.data_ptr(), p.shape, p.is_contiguous()) for p in tensors]
@@ -515,7 +516,7 @@ class Recurrent(DecoupledModule):
         layers = self._layers()
         backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih, "lstm")
         rule = self.update.tensors(self.local_parameters())
-        lstm_ops.lstm_update_(backend, rows, layers, rule)
+        ops.lstm_update_(backend, rows, layers, rule)
 
     # -- what both forwards need -----------------------------------------------------------------
 
@@ -618,8 +619,3 @@ def _tensors(state: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     else:
         raise TypeError(f"state must be tensors in tuples or lists, got {type(state).__name__}")
-
-
-# What reads what no trace can see: a compiled model falls back to eager there, and fullgraph=True
-# says so.
-untraced = torch.compiler.disable

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_dni.functional.linear import TWICE
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson, run_apart
-from fused_dni.pending import at_end_of_backward
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson, run_apart, untraced
+from fused_dni.modules.pending import at_end_of_backward
 
 
 class DecoupledSequential(nn.Sequential):
@@ -34,7 +34,6 @@ class DecoupledSequential(nn.Sequential):
         *modules: as ``nn.Sequential``. Decoupled modules without synthesizer count as ordinary.
     """
 
-    @torch.compiler.disable
     def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
         """Run the modules in turn.
 
@@ -46,6 +45,11 @@ class DecoupledSequential(nn.Sequential):
         Returns:
             What the last module returns.
         """
+        run = untraced(self._run) if torch.compiler.is_compiling() else self._run
+        out: Tensor = run(input, context)
+        return out
+
+    def _run(self, input: Tensor, context: Tensor | None) -> Tensor:
         modules = list(self)
         interfaces = [i for i, m in enumerate(modules) if _decouples(m)]
         if not self.training or not torch.is_grad_enabled() or not interfaces:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_dni import text
+from fused_dni.report import text
 
 #: Two reports of the same data give the same file.
 _STYLE: Any = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}

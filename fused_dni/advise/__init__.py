@@ -1,6 +1,0 @@
-"""Where in a whole model decoupled interfaces pay, predicted and then measured."""
-
-from fused_dni.advise.advise import Advice, advise
-from fused_dni.advise.errors import AdviceError
-
-__all__ = ["Advice", "AdviceError", "advise"]

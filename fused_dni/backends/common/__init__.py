@@ -1,0 +1,1 @@
+"""What several backends share: precision, contexts, workspaces, the ends of a window."""

@@ -1,0 +1,132 @@
+"""The synthesizer's formulas in PyTorch's own operations, on any device.
+
+Jaderberg et al. 2016 (arXiv 1608.05343), section 2. With h [N, O] and a context (class indices [N]
+or vectors [N, K])::
+
+    dense      M(h) = h A^T + C[context] + c               A [O, O], C [O, K], c [O]
+    low rank   M(h) = (h U^T) V^T + C[context] + c         U [R, O], V [O, R]
+    diagonal   M(h) = a * h + C[context] + c               a [O]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_dni.backends.common.precision import accumulator, product, sum_rows
+from fused_dni.ops.types import Prediction, SynthesizerTensors
+
+
+def is_label(context: Tensor) -> bool:
+    """Whether a context is class indices (any integer dtype) and not conditioning vectors."""
+    return not context.is_floating_point()
+
+
+def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
+    """Refuse a context that does not go with the synthesizer (synchronises with the device).
+
+    Raises:
+        ValueError: context given to an unconditional synthesizer, or missing from a conditional.
+        IndexError: a class index outside ``[0, K)``.
+    """
+    if (context is None) != (synthesizer.context_weight is None):
+        raise ValueError(
+            "this synthesizer takes a context, got none"
+            if context is None
+            else "this synthesizer takes no context, got one"
+        )
+    if context is None or synthesizer.context_weight is None or not is_label(context):
+        return
+    classes = synthesizer.context_weight.shape[1]
+    low, high = (int(v) for v in torch.aminmax(context))
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise IndexError(f"label {wrong} is out of range: the synthesizer knows {classes} classes")
+
+
+def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
+    """``C[:, label]`` or ``context C^T``, [N, O]."""
+    weight = synthesizer.context_weight
+    assert weight is not None
+    dtype = accumulator(weight)
+    if is_label(context):
+        return weight.t()[context.long()].to(dtype)  # [K, O] -> [N, O]
+    return product(context, weight.t(), h.dtype, dtype)  # [N, K] @ [K, O] -> [N, O]
+
+
+def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Tensor:
+    """``dC = e^T onehot(label)`` or ``e^T context``, [O, K]."""
+    if is_label(context):
+        by_class = e.new_zeros(classes, e.shape[1])  # [K, O]
+        return by_class.index_add_(0, context.long(), e).t().contiguous()  # [O, K]
+    return product(e.t(), context, h.dtype, e.dtype)  # [O, N] @ [N, K] -> [O, K]
+
+
+@torch.no_grad()
+def synthesizer_predict(
+    h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
+) -> Prediction:
+    """``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], in the accumulator's dtype.
+
+    Raises:
+        ValueError: unknown kind, or a context that does not go with the synthesizer.
+        IndexError: a class index outside ``[0, K)``.
+    """
+    check_context(synthesizer, context)
+    kind, weight, down, _, bias = synthesizer
+    dtype = accumulator(weight)
+    reduced = None
+    if kind == "dense":
+        scaled = product(h, weight.t(), h.dtype, dtype)  # [N, O] @ [O, O] -> [N, O]
+    elif kind == "lowrank":
+        assert down is not None
+        reduced = product(h, down.t(), h.dtype, dtype)  # [N, O] @ [O, R] -> [N, R]
+        scaled = product(reduced, weight.t(), h.dtype, dtype)  # [N, R] @ [R, O] -> [N, O]
+    elif kind == "diagonal":
+        scaled = h.to(dtype) * weight.to(dtype)  # [N, O] * [O] -> [N, O]
+    else:
+        raise ValueError(f"unknown synthesizer {kind!r}")
+    if context is not None:
+        scaled = scaled + context_term(h, synthesizer, context)
+    if bias is not None:
+        scaled = scaled + bias.to(dtype)
+    return Prediction(scaled, reduced)
+
+
+def synthetic_gradient(prediction: Prediction, target_scale: float, max_norm: float) -> Tensor:
+    """``M(h) / kappa`` [N, O], scaled down to a Frobenius norm of ``max_norm`` if that is positive
+    and exceeded. The norm is summed in float64, so that finite elements have a finite norm."""
+    synthetic = prediction.scaled / target_scale
+    if max_norm > 0:
+        norm = torch.linalg.vector_norm(synthetic, dtype=torch.float64)
+        synthetic = synthetic * (max_norm / norm).clamp(max=1.0).to(synthetic.dtype)
+    return synthetic
+
+
+def gradients_of_error(
+    e: Tensor,
+    h: Tensor,
+    prediction: Prediction,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients, slot by slot, of what has the gradient ``e`` [N, O] at ``M(h)``, in e's dtype."""
+    kind, weight, down, context_weight, bias = synthesizer
+    dtype = e.dtype
+    d_down = None
+    if kind == "dense":
+        d_weight = product(e.t(), h, h.dtype, dtype)  # [O, N] @ [N, O] -> [O, O]
+    elif kind == "lowrank":
+        assert down is not None and prediction.reduced is not None
+        d_weight = product(e.t(), prediction.reduced, h.dtype, dtype)  # [O, N] @ [N, R] -> [O, R]
+        back = product(e, weight, h.dtype, dtype)  # [N, O] @ [O, R] -> [N, R]
+        d_down = product(back.t(), h, h.dtype, dtype)  # [R, N] @ [N, O] -> [R, O]
+    elif kind == "diagonal":
+        d_weight = sum_rows(e * h.to(dtype))  # [N, O] -> [O]
+    else:
+        raise ValueError(f"unknown synthesizer {kind!r}")
+    d_context = None
+    if context is not None and context_weight is not None:
+        d_context = context_gradient(e, h, context, context_weight.shape[1])  # [O, K]
+    d_bias = sum_rows(e) if bias is not None else None  # [N, O] -> [O]
+    return (d_weight, d_down, d_context, d_bias)

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels (``csrc/cuda``) as a backend."""

@@ -1,0 +1,340 @@
+"""The LSTM of the CUDA backend: ``csrc/cuda/lstm_*.cu``, a launch an op.
+
+A window's steps, the products around them, the prediction at its end and the weights' gradients run
+in one cooperative launch, a cell's step in the same kernels as a window of one. The update is a
+launch of its own: a layer that is used twice in a backward is updated once.
+
+Everything but parameters, which are float32, is of x's dtype; kernels compute in float32. Where x
+is float16 the gates' gradients are float32 inside and rounded when they are handed out. Nothing
+waits for the device but :meth:`CudaLSTM.lstm_close` without statistics.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fused_dni.backends.common.closing import close_window
+from fused_dni.backends.common.precision import require_masters
+from fused_dni.backends.common.tensors import updated
+from fused_dni.backends.cuda.calls import described, extension, ieee, on, stream
+from fused_dni.ops.types import (
+    RULES,
+    SYNTHESIZERS,
+    CellGradients,
+    CellTrace,
+    LSTMBoundary,
+    LSTMClosed,
+    LSTMGradients,
+    LSTMLayer,
+    LSTMRows,
+    LSTMTrace,
+    RuleTensors,
+)
+
+_Layers = tuple[tuple[Any, ...], ...]
+
+
+class CudaLSTM:
+    """The LSTM's ops of :class:`fused_dni.ops.types.Backend`, of up to sixteen layers.
+
+    Recurrent weights stay on chip for all steps up to the sizes that csrc/cuda/lstm.cuh states.
+    """
+
+    @torch.no_grad()
+    def lstm_forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        save: bool,
+    ) -> LSTMTrace:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_forward`."""
+        (steps, batch, _), (depth, _, size) = x.shape, h.shape
+        kept = depth if save else 1
+        hidden = x.new_empty(kept, steps + 1, batch, size)
+        cells = x.new_empty(depth, steps + 1, batch, size) if save else None
+        gates, last_h, last_c = _forward(x, h, c, layers, lengths, dropout, save, hidden, cells)
+        return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
+
+    @torch.no_grad()
+    def lstm_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> LSTMGradients:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
+        return _window_backward(
+            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
+            need_weights, None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def lstm_close(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+        boundary: LSTMBoundary,
+        statistics: Tensor | None,
+    ) -> LSTMClosed:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_close`.
+
+        The synthetic gradient is predicted and added in the backward's launch.
+        """
+
+        def backward(
+            grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
+        ) -> LSTMGradients:
+            return _window_backward(
+                (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
+                need_weights, boundary,
+            )  # fmt: skip
+
+        return close_window(backward, grad_h, grad_c, trace, boundary, statistics)
+
+    @torch.no_grad()
+    def lstm_update_(
+        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    ) -> None:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_update_`.
+
+        Raises:
+            TypeError: bfloat16 or float16 parameters.
+        """
+        parameters = tuple(chain.from_iterable(layers))
+        require_masters(parameters, rule.stochastic)
+        like, cuda = rows[0].hidden, extension()
+        operands = [LSTMRows(*[t.contiguous() for t in of]) for of in rows]
+        described_layers = []
+        for k, of in enumerate(operands):
+            slots = []
+            for slot in range(4 * k, 4 * k + 4):
+                trained = (parameters[slot], rule.first[slot], rule.second[slot])
+                slots += [described(t if rule.trainable[slot] else None) for t in trained]
+            described_layers.append((*of.input.shape, *map(described, of), *slots))
+        workspace = like.new_empty(3 * len(layers) + 1, cuda.lstm_most_blocks, dtype=torch.float32)
+        barrier = _barrier(like)
+        with on(like.device):
+            cuda.lstm_update(
+                (
+                    len(layers), like.shape[1], ieee(), RULES.index(rule.kind),
+                    rule.nesterov, described(rule.hyper), tuple(described_layers),
+                    described(workspace), described(barrier), stream(like.device),
+                )
+            )  # fmt: skip
+        increment_version(updated(parameters, rule))
+
+    @torch.no_grad()
+    def lstm_cell_forward(
+        self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
+    ) -> CellTrace:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_forward`."""
+        room = x.new_empty(1, 2, *h.shape)
+        gates, new_h, new_c = _forward(
+            x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), (layer,), None, (), save, room, None
+        )
+        return CellTrace(new_h[0], new_c[0], gates[0, 0] if save else None)
+
+    @torch.no_grad()
+    def lstm_cell_backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layer: LSTMLayer,
+        trace: CellTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> CellGradients:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_backward`."""
+        if trace.gates is None:
+            raise ValueError("this trace is of a forward without save")
+        before, c_before, behind = (_as(t, x.dtype)[None, None] for t in (h, c, trace.c))
+        arriving = (None, *[None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c)])
+        made = _backward(
+            arriving, x.unsqueeze(0), (layer,), None, (), (before, c_before, behind),
+            trace.gates[None, None], need_dx, need_weights, None, None,
+        )  # fmt: skip
+        return CellGradients(
+            made.delta[0, 0],
+            made.h[0],
+            made.c[0],
+            None if made.x is None else made.x[0],
+            made.layers[0] if need_weights else None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Launches
+
+
+def _forward(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    layers: tuple[LSTMLayer, ...],
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    save: bool,
+    hidden: Tensor,
+    cells: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, h and c behind the last step; fills ``hidden`` and ``cells``."""
+    (steps, batch, features), (depth, _, size) = x.shape, h.shape
+    x, h, c, lengths = x.contiguous(), _as(h, x.dtype), _as(c, x.dtype), _contiguous(lengths)
+    dropout = tuple([t.contiguous() for t in dropout])
+    gates = x.new_empty(hidden.shape[0], steps, batch, 4 * size)
+    last_h, last_c = torch.empty_like(h), torch.empty_like(c)
+    below = x.new_empty(steps, batch, size) if dropout else None
+    carry = x.new_empty(batch, size, dtype=torch.float32)
+    barrier = _barrier(x)
+    with on(x.device):
+        extension().lstm_forward(
+            (
+                steps, batch, features, size, depth, ieee(), save, described(x),
+                described(h), described(c), _described_layers(layers), described(lengths),
+                tuple(map(described, dropout)), described(hidden), described(cells),
+                described(gates), described(last_h), described(last_c), described(below),
+                described(carry), described(barrier), stream(x.device),
+            )
+        )  # fmt: skip
+    return gates, last_h, last_c
+
+
+def _window_backward(
+    arriving: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    layers: tuple[LSTMLayer, ...],
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    trace: LSTMTrace,
+    need_dx: bool,
+    need_weights: bool,
+    boundary: LSTMBoundary | None,
+) -> LSTMGradients:
+    if trace.cells is None or trace.gates is None:
+        raise ValueError("this trace is of a forward without save")
+    return _backward(
+        arriving, x, layers, lengths, dropout, (trace.hidden, trace.cells, None), trace.gates,
+        need_dx, need_weights, boundary, (trace.h, trace.c),
+    )  # fmt: skip
+
+
+def _backward(
+    arriving: tuple[Tensor | None, ...],
+    x: Tensor,
+    layers: tuple[LSTMLayer, ...],
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    states: tuple[Tensor, Tensor, Tensor | None],
+    gates: Tensor,
+    need_dx: bool,
+    need_weights: bool,
+    boundary: LSTMBoundary | None,
+    final: tuple[Tensor, Tensor] | None,
+) -> LSTMGradients:
+    """``states`` are h and c at the entrance and behind each step [L, T + 1, B, H]; or, of one step
+    alone, h and c before it and c behind it [1, 1, B, H]. ``final`` is what a ``boundary`` reads.
+    """
+    (steps, batch, features), (depth, _, _, wide) = x.shape, gates.shape
+    size = wide // 4
+    x, lengths = x.contiguous(), _contiguous(lengths)
+    dropout = tuple([t.contiguous() for t in dropout])
+    arriving = tuple([None if g is None else _as(g, x.dtype) for g in arriving])
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # of delta, inside
+    delta = torch.empty_like(gates, dtype=dtype)
+    d_h, d_c = x.new_empty(depth, batch, size), x.new_empty(depth, batch, size)
+    dx = torch.empty_like(x) if need_dx else None
+    above = x.new_empty(steps, batch, size, dtype=dtype) if depth > 1 else None
+    carry = x.new_empty(batch, size, dtype=torch.float32)
+    barrier = _barrier(x)
+    made: list[LSTMLayer] = []
+    staged: list[Tensor | None] = []
+    if need_weights:
+        for k, layer in enumerate(layers):
+            bias = None if layer.bias_ih is None else torch.empty_like(layer.bias_ih)
+            made.append(
+                LSTMLayer(
+                    torch.empty_like(layer.weight_ih), torch.empty_like(layer.weight_hh), bias, bias
+                )
+            )
+            differs = lengths is not None if k == 0 else bool(dropout)
+            room = x.new_empty(steps, batch, features if k == 0 else size) if differs else None
+            staged.append(room)
+    gradients: _Layers = tuple(
+        tuple(map(described, (*layer[:3], room)))
+        for layer, room in zip(made, staged, strict=True)
+    ) or ((),) * depth  # fmt: skip
+    reduced, predicted = None, None
+    ended, synthesizer, rank = None, None, 0
+    if boundary is not None:
+        synthesizer, ended = boundary.synthesizer, _contiguous(boundary.ended)
+        if synthesizer.down is not None:
+            rank = synthesizer.down.shape[0]
+            reduced = x.new_empty(batch, rank, dtype=dtype)
+        if synthesizer.kind != "diagonal":
+            predicted = x.new_empty(batch, 2 * depth * size, dtype=torch.float32)
+    behind = () if states[2] is None else (described(states[2]),)
+    with on(x.device):
+        extension().lstm_backward(
+            (
+                steps, batch, features, size, depth, ieee(), need_dx, need_weights,
+                described(x), _described_layers(layers), described(lengths),
+                tuple(map(described, dropout)), *map(described, arriving),
+                states[0].shape[1], described(states[0]), described(states[1]), *behind,
+                described(gates),
+                -1 if synthesizer is None else SYNTHESIZERS.index(synthesizer.kind), rank,
+                *((None,) * 2 if synthesizer is None else map(described, final or ())),
+                *((None,) * 3 if synthesizer is None else map(
+                    described, (synthesizer.weight, synthesizer.down, synthesizer.bias))),
+                described(ended),
+                0.0 if boundary is None else boundary.strength / boundary.target_scale,
+                described(reduced), described(predicted), described(delta), described(d_h),
+                described(d_c), described(dx), described(above), gradients, described(carry),
+                described(barrier), stream(x.device),
+            )
+        )  # fmt: skip
+    return LSTMGradients(delta.to(x.dtype), d_h, d_c, dx, tuple(made))
+
+
+def _described_layers(layers: tuple[LSTMLayer, ...]) -> _Layers:
+    return tuple([tuple(map(described, layer)) for layer in layers])
+
+
+def _barrier(like: Tensor) -> Tensor:
+    """The word at which the blocks of one launch meet."""
+    return like.new_zeros(1, dtype=torch.int32)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of this dtype."""
+    return tensor.to(dtype).contiguous()

@@ -1,0 +1,1 @@
+"""Triton kernels (``kernels/``) as a backend."""

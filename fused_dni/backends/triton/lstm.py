@@ -1,0 +1,398 @@
+"""The LSTM of the Triton backend: ``fused_dni.kernels.lstm`` and a matrix library's products.
+
+What depends on the state from step to step runs in our kernels. The inputs' part of all steps, dx
+and the weights' gradients are products of [T * B] rows: torch's own.
+
+Everything but parameters is of x's dtype; kernels compute in float32. Where x is float16 the gates'
+gradients are float32 inside and rounded when they are handed out. Nothing waits for the device but
+:meth:`TritonLSTM.lstm_close` without statistics, whose lesson has as many rows as the data say.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from triton.runtime import driver
+
+from fused_dni.backends.common.closing import close_window
+from fused_dni.backends.common.precision import product, require_masters
+from fused_dni.backends.common.tensors import updated
+from fused_dni.backends.common.windows import alive_steps, layer_input
+from fused_dni.backends.triton.launching import precision, run
+from fused_dni.kernels import lstm, tuning
+from fused_dni.ops.types import (
+    CellGradients,
+    CellTrace,
+    LSTMBoundary,
+    LSTMClosed,
+    LSTMGradients,
+    LSTMLayer,
+    LSTMRows,
+    LSTMTrace,
+    RuleTensors,
+)
+
+
+class TritonLSTM:
+    """The LSTM's ops of :class:`fused_dni.ops.types.Backend`."""
+
+    @torch.no_grad()
+    def lstm_forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        save: bool,
+    ) -> LSTMTrace:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_forward`."""
+        (steps, batch, _), (depth, _, size) = x.shape, h.shape
+        h, c, lengths = _as(h, x.dtype), _as(c, x.dtype), _contiguous(lengths)
+        products = _forward_products(x.dtype)
+        tiles = _window_tiles("lstm_forward", x, size, products)
+        # Without save a layer's room is the next one's.
+        kept = depth if save else 1
+        gates = x.new_empty(kept, steps, batch, 4 * size)
+        cells = x.new_empty(depth, steps + 1, batch, size) if save else None
+        hidden = x.new_empty(kept, steps + 1, batch, size)
+        last_h, last_c = torch.empty_like(h), torch.empty_like(c)
+        barrier = x.new_zeros(lstm.barriers(tiles, batch), dtype=torch.int32)
+        carry = x.new_empty(batch, size, dtype=torch.float32)
+        below = x
+        for k, layer in enumerate(layers):
+            place = k if save else 0
+            if k > 0:
+                below = hidden[k - 1 if save else 0, 1:]
+                if dropout:
+                    below = below * dropout[k - 1]
+            torch.mm(
+                below.reshape(steps * batch, -1),
+                layer.weight_ih.to(x.dtype).t(),
+                out=gates[place].view(steps * batch, 4 * size),
+            )
+            hidden[place, 0] = h[k]
+            if cells is not None:
+                cells[k, 0] = c[k]
+            trace = lstm.Trace(
+                hidden[place],
+                last_h[k],
+                last_c[k],
+                None if cells is None else cells[k],
+                gates[place],
+            )
+            launches = lstm.plan_forward(
+                lstm.Layer(*layer), c[k], trace, lengths, carry, barrier, save, tiles, products
+            )
+            run(launches, x.device)
+            if not tiles.persistent:
+                last_c[k] = carry
+        return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
+
+    @torch.no_grad()
+    def lstm_backward(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> LSTMGradients:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
+        return _backward(
+            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
+            need_weights, None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def lstm_close(
+        self,
+        grad_output: Tensor | None,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        layers: tuple[LSTMLayer, ...],
+        lengths: Tensor | None,
+        dropout: tuple[Tensor, ...],
+        trace: LSTMTrace,
+        need_dx: bool,
+        need_weights: bool,
+        boundary: LSTMBoundary,
+        statistics: Tensor | None,
+    ) -> LSTMClosed:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_close`.
+
+        The synthetic gradient is predicted and added where the backward begins, in its kernel.
+        """
+
+        def backward(
+            grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
+        ) -> LSTMGradients:
+            return _backward(
+                (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
+                need_weights, boundary,
+            )  # fmt: skip
+
+        return close_window(backward, grad_h, grad_c, trace, boundary, statistics)
+
+    @torch.no_grad()
+    def lstm_update_(
+        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    ) -> None:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_update_`.
+
+        Raises:
+            TypeError: bfloat16 or float16 parameters.
+        """
+        parameters = tuple(chain.from_iterable(layers))
+        require_masters(parameters, rule.stochastic)
+        like = rows[0].hidden
+        size, products = like.shape[1], _backward_products(like.dtype)
+        tiles = tuning.choose(
+            "lstm_update",
+            (rows[0].delta.shape[0], size, products.width),
+            like.dtype,
+            like.device,
+            lambda: lstm.update_tiles(size, machine(like.device)),
+        )
+        launches = lstm.plan_update(
+            tuple([lstm.Rows(*[t.contiguous() for t in of]) for of in rows]),
+            tuple([lstm.Layer(*layer) for layer in layers]),
+            lstm.Rule(*rule),
+            lstm.UpdateWorkspace.allocate(len(layers), like),
+            tiles,
+            products,
+        )
+        run(launches, like.device)
+        increment_version(updated(parameters, rule))
+
+    @torch.no_grad()
+    def lstm_cell_forward(
+        self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
+    ) -> CellTrace:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_forward`."""
+        x, h, c = x.contiguous(), _as(h, x.dtype), _as(c, x.dtype)
+        batch, size = h.shape
+        products = _forward_products(x.dtype)
+        gates = h.new_empty(batch, 4 * size) if save else None
+        trace = CellTrace(torch.empty_like(h), torch.empty_like(c), gates)
+        launches = lstm.plan_cell_forward(
+            x, h, c, lstm.Layer(*layer), *trace, _cell_tiles(h, products), products
+        )
+        run(launches, x.device)
+        return trace
+
+    @torch.no_grad()
+    def lstm_cell_backward(
+        self,
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        layer: LSTMLayer,
+        trace: CellTrace,
+        need_dx: bool,
+        need_weights: bool,
+    ) -> CellGradients:
+        """See :meth:`fused_dni.ops.types.Backend.lstm_cell_backward`."""
+        if trace.gates is None:
+            raise ValueError("this trace is of a forward without save")
+        h, c = _as(h, x.dtype), _as(c, x.dtype)
+        products = _backward_products(x.dtype)
+        delta = torch.empty_like(trace.gates, dtype=products.dtype)
+        d_c = torch.empty_like(c)
+        launches = lstm.plan_cell_backward(
+            _contiguous(grad_h), _contiguous(grad_c), c, trace.c, trace.gates, layer.weight_hh,
+            delta, d_c, _cell_tiles(h, products), products,
+        )  # fmt: skip
+        run(launches, x.device)
+        return CellGradients(
+            delta.to(x.dtype),
+            product(delta, layer.weight_hh, x.dtype, x.dtype),  # [B, 4H] @ [4H, H] -> [B, H]
+            d_c,
+            product(delta, layer.weight_ih, x.dtype, x.dtype) if need_dx else None,  # [B, I]
+            _weight_gradients(x, h, delta, layer) if need_weights else None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# A window's backward
+
+
+def _backward(
+    arriving: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    layers: tuple[LSTMLayer, ...],
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    trace: LSTMTrace,
+    need_dx: bool,
+    need_weights: bool,
+    boundary: LSTMBoundary | None,
+) -> LSTMGradients:
+    """From the top layer down; ``boundary`` is given if its synthetic gradient is to be added."""
+    hidden, last_h, last_c, cells, gates = trace
+    if cells is None or gates is None:
+        raise ValueError("this trace is of a forward without save")
+    depth, batch, size = last_h.shape
+    steps, dtype = x.shape[0], x.dtype
+    above, grad_h, grad_c = (_contiguous(g) for g in arriving)
+    lengths = _contiguous(lengths)
+    products = _backward_products(dtype)
+    tiles = _window_tiles("lstm_backward", x, size, products)
+    delta = torch.empty_like(gates, dtype=products.dtype)
+    d_h, d_c = torch.empty_like(last_h), torch.empty_like(last_c)
+    barrier = x.new_zeros(lstm.barriers(tiles, batch), dtype=torch.int32)
+    carry = x.new_empty(batch, size, dtype=torch.float32)
+    ends, start = None, None
+    if boundary is not None:
+        ends = _ends(boundary, last_h, last_c)
+        start = (torch.empty_like(carry), torch.empty_like(carry))
+    alive = None if lengths is None else alive_steps(steps, lengths, x)
+    made: list[LSTMLayer] = []
+    dx = None
+    for k in reversed(range(depth)):
+        layer = layers[k]
+        launches = lstm.plan_backward(
+            lstm.Layer(*layer),
+            (above, None if grad_h is None else grad_h[k], None if grad_c is None else grad_c[k]),
+            lstm.Trace(hidden[k], last_h[k], last_c[k], cells[k], gates[k]),
+            lengths,
+            lstm.Gradients(delta[k], d_h[k], d_c[k]),
+            ends,
+            "none" if boundary is None else boundary.synthesizer.kind,
+            k,
+            start,
+            carry,
+            barrier,
+            tiles,
+            products,
+        )
+        run(launches, x.device)
+        if not tiles.persistent:
+            d_h[k] = product(delta[k, 0], layer.weight_hh, dtype, dtype)  # [B, 4H] @ [4H, H]
+            d_c[k] = carry
+        of_rows = delta[k].flatten(0, 1)  # [T, B, 4H] -> [T * B, 4H]
+        if need_weights:
+            below = _layer_input(k, x, hidden, dropout, alive)
+            made.insert(
+                0,
+                _weight_gradients(
+                    below.flatten(0, 1), hidden[k, :-1].flatten(0, 1), of_rows, layer
+                ),
+            )
+        if k > 0 or need_dx:
+            dx = product(of_rows, layer.weight_ih, dtype, dtype).view(steps, batch, -1)
+            if k > 0 and dropout:
+                dx = dx * dropout[k - 1]
+            above = dx
+    return LSTMGradients(delta.to(dtype), d_h, d_c, dx if need_dx else None, tuple(made))
+
+
+def _layer_input(
+    index: int, x: Tensor, hidden: Tensor, dropout: tuple[Tensor, ...], alive: Tensor | None
+) -> Tensor:
+    """What layer ``index`` reads, [T, B, I or H]; without a copy where no row has ended."""
+    if alive is not None:
+        return layer_input(index, x, hidden, dropout, alive)
+    if index == 0:
+        return x
+    below = hidden[index - 1, 1:]
+    return below * dropout[index - 1] if dropout else below
+
+
+def _weight_gradients(x: Tensor, h: Tensor, delta: Tensor, layer: LSTMLayer) -> LSTMLayer:
+    """``delta^T x``, ``delta^T h``, delta's column sums; each of its parameter's dtype."""
+    bias = None
+    if layer.bias_ih is not None:
+        bias = delta.sum(0, dtype=torch.float32).to(layer.bias_ih.dtype)  # [N, 4H] -> [4H]
+    return LSTMLayer(
+        product(delta.t(), x, x.dtype, layer.weight_ih.dtype),  # [4H, N] @ [N, I]
+        product(delta.t(), h, x.dtype, layer.weight_hh.dtype),  # [4H, N] @ [N, H]
+        bias,
+        bias,
+    )
+
+
+def _ends(boundary: LSTMBoundary, h: Tensor, c: Tensor) -> lstm.Ends:
+    synthesizer, ended = boundary.synthesizer, boundary.ended
+    down = synthesizer.down
+    return lstm.Ends(
+        h,
+        c,
+        synthesizer.weight,
+        down,
+        synthesizer.bias,
+        _contiguous(ended),
+        boundary.strength / boundary.target_scale,
+        0 if down is None else down.shape[0],
+        h.shape[0],
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Dtypes, devices, tiles
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of this dtype."""
+    return tensor.to(dtype).contiguous()
+
+
+def _float32() -> str:
+    """How our kernels multiply float32 operands: see fused_dni.kernels.lstm."""
+    return "tf32x3" if precision() == "ieee" else "tf32"
+
+
+def _forward_products(dtype: torch.dtype) -> lstm.Products:
+    """For an x of this dtype."""
+    return lstm.Products(dtype, _float32() if dtype == torch.float32 else "tf32")
+
+
+def _backward_products(dtype: torch.dtype) -> lstm.Products:
+    """For an x of this dtype: a gradient has no room in float16."""
+    if dtype == torch.float16:
+        return lstm.Products(torch.float32, "tf32")
+    return _forward_products(dtype)
+
+
+@functools.cache
+def machine(device: torch.device) -> lstm.Machine | None:
+    """None for the interpreter."""
+    if device.type != "cuda":
+        return None
+    properties = driver.active.utils.get_device_properties(device.index)
+    return lstm.Machine(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def _window_tiles(op: str, x: Tensor, size: int, products: lstm.Products) -> lstm.WindowTiles:
+    batch, width = x.shape[1], products.width
+
+    def default() -> lstm.WindowTiles:
+        return lstm.window_tiles(batch, size, width, op == "lstm_backward", machine(x.device))
+
+    return tuning.choose(op, (batch, size, width), x.dtype, x.device, default)
+
+
+def _cell_tiles(h: Tensor, products: lstm.Products) -> lstm.WindowTiles:
+    (batch, size), width = h.shape, products.width
+
+    def default() -> lstm.WindowTiles:
+        return lstm.step_tiles(batch, size, width, machine(h.device))
+
+    return tuning.choose("lstm_cell", (batch, size, width), h.dtype, h.device, default)

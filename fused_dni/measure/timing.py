@@ -1,0 +1,598 @@
+"""Side-by-side measuring: interleaved candidates, medians with intervals, honest comparisons.
+
+Two timings taken one after the other on a machine that also does other things differ for reasons
+that have nothing to do with the code. So candidates are measured *together*: each round gives every
+candidate one block of samples, in an order permuted anew for each round by a fixed seed, and two
+candidates are compared by the ratios within rounds, which the drift of the machine leaves alone.
+
+::
+
+    timings = compare({"ours": ours, "theirs": theirs}, seconds=2.0)
+    print(timings["ours"].median, timings["ours"].interval)
+    print(differs(timings["ours"], timings["theirs"]))  # "faster", "slower" or "inconclusive"
+
+Candidates are called without arguments; what they return is dropped. A candidate that trains goes
+on training while it is timed: give each its own model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import os
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from fused_dni.measure.waiting import Stopwatch
+
+Candidate = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A candidate of which only the second half is timed: ``run(prepare())``.
+
+    For what can be done only once to each thing prepared, like the backward of a graph, and for
+    what is to find its caches as its predecessor leaves them. A sample lasts as long as the other
+    candidates' do with both halves.
+    """
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        """Both halves, as warm-up does."""
+        return self.run(self.prepare())
+
+
+#: Shortest sample, in seconds: well above the clock's resolution and the cost of reading it.
+MIN_SAMPLE = 200e-6
+#: Shorter candidates are repeated to the length of the longest, up to this.
+MAX_SAMPLE = 20e-3
+#: Samples that a candidate gives in one round; a call before them, not timed, warms its caches.
+BLOCK = 3
+#: Fewest rounds of a run limited by ``seconds``: the least that gives a 95 % interval is six.
+MIN_ROUNDS = 8
+#: How many times ``seconds`` a run may last that was asked for a precision.
+PATIENCE = 3.0
+#: Differences below one per cent are reported as none: code placement alone makes them.
+MARGIN = 0.01
+
+
+@lru_cache(maxsize=1024)
+def _rank(n: int, confidence: float) -> int | None:
+    """Largest rank r (from 0) with P(x_(r) <= median <= x_(n-1-r)) >= confidence, None if none."""
+    allowed = (1.0 - confidence) / 2.0
+    if n > 1000:  # the normal approximation is exact to a rank there
+        z = statistics.NormalDist().inv_cdf(1.0 - allowed)
+        return max(0, math.floor((n - z * math.sqrt(n)) / 2.0) - 1)
+    below, rank = 0, None
+    for r in range(n // 2):
+        below += math.comb(n, r)
+        if below / 2**n > allowed:
+            break
+        rank = r
+    return rank
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the median by order statistics: no assumption on the distribution.
+
+    Returns ``(-inf, inf)`` if there are too few values for this confidence (below six for 95 %).
+    """
+    rank = _rank(len(values), confidence)
+    if rank is None:
+        return (-math.inf, math.inf)
+    ordered = sorted(values)
+    return (ordered[rank], ordered[len(ordered) - 1 - rank])
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one candidate.
+
+    Attributes:
+        name: the candidate's name in :func:`compare`.
+        samples: every sample, seconds per call, in the order taken.
+        rounds: the median sample of each round; what :func:`differs` pairs.
+        repeats: calls in one sample.
+        waited: share of the time on the clock in which no core was free, not counted in the
+            samples (:mod:`fused_dni.measure.waiting`): how busy the machine was.
+    """
+
+    name: str
+    samples: tuple[float, ...]
+    rounds: tuple[float, ...]
+    repeats: int
+    waited: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """How many samples were taken."""
+        return len(self.samples)
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def p10(self) -> float:
+        """10th percentile of the samples."""
+        return _quantile(self.samples, 0.10)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile of the samples."""
+        return _quantile(self.samples, 0.90)
+
+    @property
+    def iqr(self) -> float:
+        """Distance between the quartiles of the samples."""
+        return _quantile(self.samples, 0.75) - _quantile(self.samples, 0.25)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the median (order statistics over the rounds)."""
+        return median_interval(self.rounds)
+
+    def to_json(self, *, samples: bool = False) -> dict[str, Any]:
+        """Plain numbers, seconds; with ``samples`` also every round's median."""
+        low, high = self.interval
+        report: dict[str, Any] = {
+            "median": self.median,
+            "p10": self.p10,
+            "p90": self.p90,
+            "iqr": self.iqr,
+            "interval": [low, high] if math.isfinite(low) else None,
+            "n": self.n,
+            "rounds": len(self.rounds),
+            "repeats": self.repeats,
+            "waited": self.waited,
+        }
+        if samples:
+            report["samples"] = list(self.rounds)
+        return report
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of ``a`` over time of ``b``: the median of the rounds' ratios and its interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float = MARGIN) -> str:
+        """``faster``, ``slower`` (``a`` against ``b``), or ``inconclusive``: the interval reaches
+        within ``margin`` of one, or there were too few rounds for an interval."""
+        if self.high < 1.0 - margin:
+            return "faster"
+        if self.low > 1.0 + margin:
+            return "slower"
+        return "inconclusive"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        known = math.isfinite(self.high)
+        return {"median": self.median, "interval": [self.low, self.high] if known else None}
+
+
+def ratio(a: Timing, b: Timing, confidence: float = 0.99) -> Ratio:
+    """Ratio of ``a`` to ``b``, paired round by round; both from the same :func:`compare`.
+
+    Raises:
+        ValueError: the two have different numbers of rounds, so they were not measured together.
+    """
+    if len(a.rounds) != len(b.rounds):
+        raise ValueError(
+            f"{a.name!r} has {len(a.rounds)} rounds and {b.name!r} has {len(b.rounds)}: "
+            "only timings from one compare() can be paired"
+        )
+    ratios = [x / y for x, y in zip(a.rounds, b.rounds, strict=True)]
+    low, high = median_interval(ratios, confidence)
+    return Ratio(statistics.median(ratios), max(low, 0.0), high)
+
+
+def differs(a: Timing, b: Timing, *, confidence: float = 0.99, margin: float = MARGIN) -> str:
+    """Whether ``a`` is ``"faster"`` or ``"slower"`` than ``b``, or the data are ``"inconclusive"``.
+
+    The verdict is that of the confidence interval of the median of paired ratios, and asks for a
+    difference of at least ``margin``. The interval is at 99 %, not 95: a table makes many
+    comparisons.
+    """
+    return ratio(a, b, confidence).verdict(margin)
+
+
+def combine(name: str, parts: Sequence[tuple[float, Timing]]) -> Timing:
+    """Weighted sum of candidates of one :func:`compare`, round by round: ``sum(w * t)``.
+
+    For the average of a cycle whose steps were timed apart. Spread and pairing stay those of the
+    rounds; ``samples`` are the rounds, since single samples of two candidates do not belong
+    together.
+    """
+    rounds = tuple(
+        sum(w * v for (w, _), v in zip(parts, values, strict=True))
+        for values in zip(*(t.rounds for _, t in parts), strict=True)
+    )
+    repeats = max(t.repeats for _, t in parts)
+    return Timing(name, rounds, rounds, repeats, max(t.waited for _, t in parts))
+
+
+Clock = Callable[[Candidate, int, int], list[float]]
+
+
+def _host_clock(watch: Stopwatch) -> Clock:
+    """Samples on the host: (call, repeats, samples) -> seconds per call of each sample."""
+
+    def sample(call: Candidate, repeats: int) -> float:
+        if isinstance(call, Staged):
+            spent = 0.0
+            for _ in range(repeats):
+                spent += watch.time(partial(call.run, call.prepare()))
+            return spent / repeats
+
+        def run() -> None:
+            for _ in range(repeats):
+                call()
+
+        return watch.time(run) / repeats
+
+    return lambda call, repeats, samples: [sample(call, repeats) for _ in range(samples)]
+
+
+def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
+    if isinstance(call, Staged):
+        return [_staged_events(call, repeats) / repeats for _ in range(samples)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        for _ in range(repeats):
+            call()
+        mark.record()
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / 1e3 / repeats for a, b in itertools.pairwise(marks)]
+
+
+def _staged_events(call: Staged, repeats: int) -> float:
+    """Seconds between events around ``run`` alone, summed over the repeats."""
+    pairs = []
+    for _ in range(repeats):
+        given = call.prepare()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call.run(given)
+        after.record()
+        pairs.append((before, after))
+    torch.cuda.synchronize()
+    return sum(float(before.elapsed_time(after)) for before, after in pairs) / 1e3
+
+
+def _calibrate(call: Candidate, clock: Clock, min_sample: float) -> float:
+    """Seconds of a call, from samples long enough that reading the clock is no part of them."""
+    count = 1
+    while True:
+        once = max(min(clock(call, count, 3)), 1e-9)
+        wanted = max(1, math.ceil(min_sample / once))
+        if wanted <= 2 * count:
+            return once
+        count = wanted
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside a sample: it would be charged to whoever is being timed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def compare(
+    candidates: Mapping[str, Candidate],
+    *,
+    seconds: float | None = None,
+    rounds: int | None = None,
+    precision: float | None = None,
+    warmup: int = 3,
+    min_sample: float = MIN_SAMPLE,
+    block: int = BLOCK,
+    min_rounds: int = MIN_ROUNDS,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Timing]:
+    """Measure all candidates together.
+
+    Args:
+        candidates: name -> callable without arguments.
+        seconds: budget for the timed rounds of all candidates together; at least ``min_rounds``
+            rounds are made whatever they take. Two seconds if neither limit is given.
+        rounds: exact number of rounds, instead of ``seconds``.
+        precision: go on beyond ``seconds``, to three times as long at most, until the interval of
+            every candidate's ratio to the first one reaches no further than this share from its
+            middle. It is the width that is looked at, never the outcome: to stop when a difference
+            shows would find differences that are not there.
+        warmup: calls of each candidate before anything is timed; at least one.
+        min_sample: a sample lasts at least about this long; all last as long as the longest call
+            (up to 20 ms), by repetition.
+        block: samples that a candidate gives in each round.
+        min_rounds: fewest rounds under ``seconds``.
+        seed: of the order in which the candidates take their turns, permuted for every round.
+        device: where the work runs; on ``cuda`` the samples are taken by events, on the host by
+            the clock, less the time in which no core was free (:mod:`fused_dni.measure.waiting`).
+        progress: called after every round with the fraction done, 0 to 1.
+
+    Returns:
+        One :class:`Timing` a candidate, in the order given.
+
+    Raises:
+        ValueError: no candidates, both limits, or a limit that is not positive.
+    """
+    if not candidates:
+        raise ValueError("compare() needs at least one candidate")
+    if seconds is not None and rounds is not None:
+        raise ValueError("give compare() seconds or rounds, not both")
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if seconds is None:
+        seconds = 2.0
+    for name, value in (("seconds", seconds), ("precision", precision)):
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    with contextlib.closing(Stopwatch()) as watch:
+        cuda = torch.device(device).type == "cuda"
+        clock = _cuda_clock if cuda else _host_clock(watch)
+        repeats = _repeats(candidates, clock, warmup, min_sample)
+        run = _Run(candidates, clock, watch, repeats, block, random.Random(seed))
+        start = time.perf_counter()
+        done, look = 0, min_rounds
+        while True:
+            run.round()
+            done += 1
+            spent = time.perf_counter() - start
+            if rounds is not None:
+                fraction, over = done / rounds, done >= rounds
+            else:
+                fraction = min(spent / seconds, done / min_rounds, 1.0)
+                over = spent >= seconds and done >= min_rounds
+                if over and precision is not None and spent < PATIENCE * seconds:
+                    over = done >= look and run.spread() <= precision
+                    if done >= look:
+                        look = done + max(1, done // 4)  # looking takes longer and longer
+            if progress is not None:
+                progress(1.0 if over else fraction)
+            if over:
+                return run.timings()
+
+
+def _repeats(
+    candidates: Mapping[str, Candidate], clock: Clock, warmup: int, min_sample: float
+) -> dict[str, int]:
+    """Calls in a sample of each candidate, after warming it up."""
+    calls: dict[str, float] = {}
+    for name, call in candidates.items():
+        for _ in range(max(1, warmup)):
+            call()
+        with _no_collection():
+            # Both halves of a staged call: its samples are to last as long as the others'.
+            whole = call.__call__ if isinstance(call, Staged) else call
+            calls[name] = _calibrate(whole, clock, min_sample)
+    # Samples of one length for all: where other work interrupts now and then, a long sample is
+    # hit and a short one is not, and a median of short ones would look better than it is.
+    length = max(min_sample, min(max(calls.values()), MAX_SAMPLE))
+    return {name: max(1, round(length / once)) for name, once in calls.items()}
+
+
+class _Run:
+    """The rounds of one :func:`compare`."""
+
+    def __init__(
+        self,
+        candidates: Mapping[str, Candidate],
+        clock: Clock,
+        watch: Stopwatch,
+        repeats: dict[str, int],
+        block: int,
+        order: random.Random,
+    ) -> None:
+        self.candidates, self.clock, self.repeats, self.block = candidates, clock, repeats, block
+        self.watch = watch
+        self.waited = dict.fromkeys(candidates, 0.0)
+        self.shuffle = order.shuffle
+        self.order = list(candidates)
+        self.samples: dict[str, list[float]] = {name: [] for name in candidates}
+        self.medians: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def round(self) -> None:
+        """A block of samples of each candidate, in a new order."""
+        self.shuffle(self.order)
+        gc.collect(0)
+        with _no_collection():
+            for name in self.order:
+                call = self.candidates[name]
+                call()
+                before = self.watch.waited
+                taken = self.clock(call, self.repeats[name], self.block)
+                self.waited[name] += self.watch.waited - before
+                self.samples[name] += taken
+                self.medians[name].append(statistics.median(taken))
+
+    def spread(self) -> float:
+        """How far the interval of a ratio to the first candidate reaches, as a share of its
+        middle; the worst of them."""
+        found = list(self.timings().values())
+        ratios = [ratio(other, found[0]) for other in found[1:]]
+        return max(((r.high - r.low) / 2.0 / r.median for r in ratios), default=0.0)
+
+    def timings(self) -> dict[str, Timing]:
+        """What has been measured so far."""
+        found = {}
+        for name, samples in self.samples.items():
+            repeats, waited = self.repeats[name], self.waited[name]
+            share = waited / (waited + repeats * sum(samples))
+            rounds = tuple(self.medians[name])
+            found[name] = Timing(name, tuple(samples), rounds, repeats, share)
+        return found
+
+
+def gemm_floor(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Candidate:
+    """The matrix products that no training step of these layers can avoid, alone.
+
+    For each ``(rows, in_features, out_features)``: the forward product ``[N, I] @ [I, O]`` and the
+    weight gradient's ``[O, N] @ [N, I]``, by ``torch.mm(out=)`` on contiguous operands of their
+    own. Put it in the same :func:`compare` as the steps it is the floor of.
+    """
+    products = []
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    for rows, inputs, outputs in shapes:
+        products.append((make(rows, inputs), make(inputs, outputs), make(rows, outputs)))
+        products.append((make(outputs, rows), make(rows, inputs), make(outputs, inputs)))
+
+    def floor() -> None:
+        with torch.no_grad():
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+
+    return floor
+
+
+def lstm_floor(
+    steps: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    layers: int = 1,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Candidate:
+    """The matrix products that no window of an LSTM can avoid, alone.
+
+    For each layer: the input projection, as one product over the window, and T recurrent products,
+    one after the other; with ``backward`` T products of the gates' gradients with the recurrent
+    weight, one after the other, and, as one product over the window each, the gradients of both
+    weights and of the layer's input. By ``torch.mm(out=)`` on contiguous operands of their own.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    rows, gates = steps * batch, 4 * hidden
+    # (a, b, out, times) of each layer: the first one reads the inputs, the others a layer.
+    products = []
+    for features in (inputs, *(hidden,) * (layers - 1)):
+        products.append((make(rows, features), make(features, gates), make(rows, gates), 1))
+        products.append((make(batch, hidden), make(hidden, gates), make(batch, gates), steps))
+        if backward:
+            products.append((make(batch, gates), make(gates, hidden), make(batch, hidden), steps))
+            for size in (features, hidden):
+                products.append((make(gates, rows), make(rows, size), make(gates, size), 1))
+            products.append((make(rows, gates), make(gates, features), make(rows, features), 1))
+
+    def floor() -> None:
+        with torch.no_grad():
+            for a, b, out, times in products:
+                for _ in range(times):
+                    torch.mm(a, b, out=out)
+
+    return floor
+
+
+#: What :func:`peak_memory` measures, for reports.
+PEAK_MEMORY_CPU = (
+    "peak bytes held from torch's CPU allocator during a step, above parameters, optimizer state "
+    "and inputs (torch.profiler memory events; scratch that a backend keeps for itself is not seen)"
+)
+PEAK_MEMORY_CUDA = (
+    "peak bytes held from torch's CUDA allocator during a step, above what was held before it"
+)
+
+
+def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
+    """Peak bytes that ``step`` holds above what outlives it: activations, gradients, scratch.
+
+    Measured, not computed. CPU: the allocation and release events of torch's allocator, recorded
+    by ``torch.profiler`` over two consecutive steps after a warm one; the second step's peak
+    counts, in which the release of everything the first one left (gradients, say) is known too.
+    What lives from before both steps (parameters, moments, inputs) is not counted. CUDA:
+    ``torch.cuda.max_memory_allocated``.
+    """
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+
+    from torch.profiler import ProfilerActivity, profile
+
+    with _quiet_stderr(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step()
+            middle = time.time_ns()
+            step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    held = peak = 0
+    for when, size in events:
+        if when >= middle:
+            peak = max(peak, held)
+        held += size
+    return max(peak, held)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's native notices go to file descriptor 2, past ``sys.stderr``; drop them."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

@@ -1,0 +1,17 @@
+"""What backprop costs, what DNI costs, and where the break-even is, measured on this machine."""
+
+from fused_dni.measure.verdict.errors import GateError, VerdictError
+from fused_dni.measure.verdict.layer import verdict
+from fused_dni.measure.verdict.lstm import LSTMVerdict, verdict_lstm
+from fused_dni.measure.verdict.result import BreakEven, Variant, Verdict
+
+__all__ = [
+    "BreakEven",
+    "GateError",
+    "LSTMVerdict",
+    "Variant",
+    "Verdict",
+    "VerdictError",
+    "verdict",
+    "verdict_lstm",
+]

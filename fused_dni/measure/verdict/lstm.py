@@ -1,0 +1,514 @@
+"""What credit beyond the window costs, for your LSTM, on your device.
+
+DNI at a window of T steps promises the quality of backprop through a longer window, T2, at T's
+memory. :func:`verdict_lstm` takes an LSTM and a window of its input and builds, from the same
+weights,
+
+====================  ============================================================================
+``dni T``             windows of T with the synthetic gradient of their future
+``fused T``           truncated backprop at T on the same kernels: no credit beyond the window
+``backprop T``        the same by ``nn.LSTM`` with ``torch.optim``'s ``fused=True`` optimizer
+``fused T2``          backprop at the longer window, on our kernels
+``backprop T2``       the same by ``nn.LSTM``
+``floor T``           the matrix products that no window of T can avoid, alone
+====================  ============================================================================
+
+and measures a training step of each, interleaved in one process (:mod:`fused_dni.measure.timing`),
+and its peak memory. Windows differ in length, so times are per time step of the sequence. Which T2
+reaches the quality of DNI at T is not measured here: ``fused-dni train charlm`` does that.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.timing import Ratio, Timing
+from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line
+from fused_dni.measure.verdict.errors import GateError, VerdictError
+from fused_dni.measure.verdict.layer import facts_of
+from fused_dni.modules.lstm import FusedDNILSTM
+from fused_dni.optim import FusedOptimizer
+from fused_dni.report import text
+from fused_dni.report.words import cell, versus
+from fused_dni.rules import SGD, Adam, Rule
+
+#: T2 over T, where T2 is not given.
+LONGER = 5
+#: Memory that differs by less counts as the same.
+MEMORY_MARGIN = 0.01
+
+PER_STEP = (
+    "per time step of the sequence: a training step (a window, forward, backward and "
+    "update) divided by its window. The update is made after every window, so a longer window has "
+    "fewer."
+)
+
+
+@dataclass
+class LSTMVerdict:
+    """Result of :func:`verdict_lstm`.
+
+    Attributes:
+        title: what was measured.
+        window, long: T and T2.
+        timings: seconds per time step of the sequence by candidate, in the order of the table.
+        memory: peak bytes of a training step by candidate.
+        memory_is: what these bytes are.
+        gate: what was checked before anything was timed, with the deviations found.
+        facts: device, versions, settings.
+        notes: what the reader should know.
+    """
+
+    title: str
+    window: int
+    long: int
+    timings: dict[str, Timing]
+    memory: dict[str, int]
+    memory_is: str
+    gate: dict[str, Any]
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dni(self) -> str:
+        """The row of DNI at T."""
+        return f"dni T={self.window}"
+
+    def ratio(self, name: str, base: str) -> Ratio:
+        """Time of one candidate over another's, per time step."""
+        return timing.ratio(self.timings[name], self.timings[base])
+
+    def cheaper(self, base: str) -> dict[str, str]:
+        """Whether ``dni`` or the row ``base`` is cheaper, in ``time`` and in ``memory``:
+        ``inconclusive`` where the intervals of the times overlap, ``same`` for memory within one
+        per cent."""
+        words = {"faster": "dni", "slower": base, "inconclusive": "inconclusive"}
+        ours, theirs = self.memory[self.dni], self.memory[base]
+        held = "same"
+        if abs(ours - theirs) > MEMORY_MARGIN * theirs:
+            held = "dni" if ours < theirs else base
+        return {"time": words[self.ratio(self.dni, base).verdict()], "memory": held}
+
+    def to_json(self) -> str:
+        """Everything, as a JSON text."""
+        others = [name for name in self.memory if name != self.dni]
+        report = {
+            "kind": "verdict lstm",
+            "version": 1,
+            "title": self.title,
+            "sentence": self.sentence(),
+            "window": self.window,
+            "long": self.long,
+            "facts": self.facts,
+            "timings": {name: value.to_json() for name, value in self.timings.items()},
+            "memory": self.memory,
+            "memory_is": self.memory_is,
+            "ratios": {
+                base: {
+                    name: {
+                        **self.ratio(name, base).to_json(),
+                        "verdict": self.ratio(name, base).verdict(),
+                    }
+                    for name in self.timings
+                    if name != base
+                }
+                for base in self.timings
+            },
+            "cheaper": {base: self.cheaper(base) for base in others},
+            "gate": self.gate,
+            "per_step": PER_STEP,
+            "notes": self.notes,
+        }
+        return json.dumps(report, indent=1)
+
+    def table(self, *, markdown: bool = False) -> str:
+        """A row a candidate: time per time step, spread, ratios to the floor, to truncated backprop
+        at T and at T2 on the same kernels, peak memory.
+
+        A ``~`` marks a ratio whose interval reaches one: no difference could be shown.
+        """
+        bases = [f"floor T={self.window}", f"fused T={self.window}", f"fused T={self.long}"]
+        header = ["time step", "median", "p10", "p90", *(f"x {base}" for base in bases), "memory"]
+        rows = []
+        for name, value in self.timings.items():
+            ratios = [
+                "1" if name == base else cell(self.ratio(name, base), marked=base != bases[0])
+                for base in bases
+            ]
+            times = [text.seconds(t) for t in (value.median, value.p10, value.p90)]
+            rows.append([name, *times, *ratios, text.size(self.memory.get(name))])
+        lines = [text.table(header, rows, markdown=markdown), "", *self.notes]
+        lines += [f"memory: {self.memory_is}", f"times: {PER_STEP}"]
+        return ("\n\n" if markdown else "\n").join(line for line in lines if line or not markdown)
+
+    def sentence(self) -> str:
+        """What is cheaper, in plain English."""
+        short, long = f"T={self.window}", f"T={self.long}"
+        unit = "thread" if self.facts["threads"] == 1 else "threads"
+        where = f"{self.facts['threads']} CPU {unit}"
+        if self.facts["where"] == "cuda":
+            where = self.facts["gpu"]
+
+        def took(name: str) -> str:
+            return text.seconds(self.timings[name].median)
+
+        parts = [
+            f"On {where} a time step of {self.title} takes {took(self.dni)} by DNI at {short}; by "
+            f"truncated backprop at {short} {took(f'fused {short}')} on the same kernels and "
+            f"{took(f'backprop {short}')} by nn.LSTM; by backprop at {long} "
+            f"{took(f'fused {long}')} and {took(f'backprop {long}')}."
+        ]
+        parts.append(
+            "The synthetic gradient itself: DNI is "
+            f"{versus(self.ratio(self.dni, f'fused {short}'))} truncated backprop at {short} on "
+            f"the same kernels, {self._memory(f'fused {short}')}."
+        )
+        parts.append(
+            f"What it replaces: DNI at {short} is {versus(self.ratio(self.dni, f'fused {long}'))} "
+            f"backprop at {long} on the same kernels, {self._memory(f'fused {long}')}. "
+            + self._cheaper(f"fused {long}", f"backprop at {long}")
+        )
+        parts.append(
+            f"It is {versus(self.ratio(self.dni, f'backprop {long}'))} nn.LSTM at {long}, "
+            f"{self._memory(f'backprop {long}')}; that mixes kernels and method."
+        )
+        parts.append(
+            f"Whether DNI at {short} reaches the quality of backprop at {long} is yours to "
+            f"establish: fused-dni train charlm --windows {self.window} --long {self.long}."
+        )
+        return " ".join(parts)
+
+    def _memory(self, base: str) -> str:
+        ours, theirs = self.memory[self.dni], self.memory[base]
+        held = self.cheaper(base)["memory"]
+        if held == "same":
+            return f"at the same peak memory ({text.size(ours)})"
+        more, less = max(ours, theirs), min(ours, theirs)
+        word = "less" if held == "dni" else "more"
+        return f"at {more / less:.2f}x {word} peak memory ({text.size(ours)}, {text.size(theirs)})"
+
+    def _cheaper(self, base: str, called: str) -> str:
+        names = {"dni": "DNI", base: called}
+        found = self.cheaper(base)
+        time, memory = found["time"], found["memory"]
+        if time == memory:
+            return f"{names[time]} is cheaper in both.".replace("backprop", "Backprop")
+        in_time = (
+            "time is inconclusive, the intervals overlap"
+            if time == "inconclusive"
+            else f"{names[time]} is cheaper in time"
+        )
+        in_memory = "memory is the same" if memory == "same" else f"{names[memory]} in memory"
+        if memory != "same" and time == "inconclusive":
+            in_memory = f"{names[memory]} is cheaper in memory"
+        made = f"{in_time}; {in_memory}."
+        return made[0].upper() + made[1:]
+
+
+# ------------------------------------------------------------------------------------------ steps
+
+
+class _Stream:
+    """An LSTM trained window by window inside a network: a fixed gradient arrives at its outputs,
+    and its input's producer asks for one. The state goes on from window to window."""
+
+    def __init__(
+        self,
+        lstm: nn.Module,
+        window: Tensor,
+        arriving: Tensor,
+        rule: Rule,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.lstm, self.arriving = lstm, arriving
+        self.x = window.detach().clone().requires_grad_()
+        self.options = options or {}
+        self.optimizer: torch.optim.Optimizer
+        self.ours = isinstance(lstm, FusedDNILSTM)
+        self.optimizer = FusedOptimizer(lstm) if self.ours else stock_optimizer(lstm, rule)
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def step(self) -> None:
+        """A window, its backward and its update."""
+        if not self.ours:
+            self.optimizer.zero_grad()
+        self.x.grad = None
+        output, (h, c) = self.lstm(self.x, self.state, **self.options)
+        output.backward(self.arriving)
+        self.optimizer.step()
+        self.state = h.detach(), c.detach()
+
+
+@dataclass
+class _Problem:
+    """What all candidates are made from."""
+
+    plain: nn.LSTM
+    options: dict[str, Any]  # of the decoupled LSTM
+    sample: Tensor  # a window of T2
+    arriving: Tensor  # of T2 steps too
+    backend: str | None
+
+    def part(self, whole: Tensor, steps: int) -> Tensor:
+        """The first ``steps`` of a tensor with steps and rows."""
+        return whole.narrow(1 if self.plain.batch_first else 0, 0, steps).contiguous()
+
+    def stream(self, kind: str, steps: int, rule: Rule, **options: Any) -> _Stream:
+        """A candidate: ``backprop``, ``fused`` or ``dni`` at a window, from the same weights."""
+        lstm: nn.Module = copy.deepcopy(self.plain)
+        batch = self.sample.shape[0 if self.plain.batch_first else 1]
+        call: dict[str, Any] = {}
+        if kind != "backprop":
+            chosen: dict[str, Any] = {"synthesizer": None}
+            if kind == "dni":
+                chosen = {**self.options, "synthesizer": copy.deepcopy(self.options["synthesizer"])}
+            assert isinstance(lstm, nn.LSTM)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                lstm = FusedDNILSTM.from_lstm(
+                    lstm, update=rule, backend=self.backend, **{**chosen, **options}
+                )
+            classes = getattr(lstm.synthesizer, "context_features", 0)
+            if classes:
+                generator = torch.Generator().manual_seed(0)
+                labels = torch.randint(classes, (batch,), generator=generator)
+                call["context"] = labels.to(self.sample.device)
+        x, arriving = self.part(self.sample, steps), self.part(self.arriving, steps)
+        # From a loss that is a mean over the steps and rows of the window.
+        return _Stream(lstm, x, arriving / (steps * batch), rule, call)
+
+
+def _gate(problem: _Problem, window: int, long: int) -> dict[str, Any]:
+    """Check that the candidates compute the same windows before timing them.
+
+    Two windows with SGD at rate 1 move every parameter by its gradients. Compared with ``nn.LSTM``:
+    truncated backprop on our kernels at both windows, and DNI at T with a factor of zero on the
+    synthetic gradient; there the synthesizer has to learn.
+    """
+    rule = SGD(1.0)
+    problem = _Problem(**{**vars(problem), "plain": copy.deepcopy(problem.plain)})
+    problem.plain.dropout = 0.0  # masks are drawn anew by each
+    eps = torch.finfo(problem.sample.dtype).eps
+    report: dict[str, Any] = {"checks": []}
+    start = dict(problem.plain.named_parameters())
+
+    def moved(stream: _Stream) -> dict[str, Tensor]:
+        before = {name: p.detach().clone() for name, p in stream.lstm.named_parameters()}
+        for _ in range(2):
+            stream.step()
+        return {name: p.detach() - before[name] for name, p in stream.lstm.named_parameters()}
+
+    for name, steps, options in (
+        ("fused", window, {}),
+        ("fused", long, {}),
+        ("dni", window, {"sg_scale": 0.0, "auxiliary": False}),
+    ):
+        wanted = moved(problem.stream("backprop", steps, rule))
+        found = moved(problem.stream(name, steps, rule, **options))
+        # The roundings of a sum grow with the root of its length, and every step and layer adds
+        # its own. The subtraction rounds at the weight's size.
+        rows = problem.sample.numel() // problem.sample.shape[-1]
+        length = max(rows, *(p.shape[0] for p in start.values()))
+        share = 8.0 * eps * math.sqrt(length) * math.sqrt(2 * steps * problem.plain.num_layers)
+        worst = 0.0
+        for parameter, move in wanted.items():
+            wrong = (found[parameter] - move).abs().max().item()
+            size = start[parameter].detach().abs().max().item()
+            allowed = share * move.abs().max().item() + 8.0 * eps * size
+            worst = max(worst, wrong / allowed if math.isfinite(wrong) else math.inf)
+        row = f"{name} T={steps}"
+        report["checks"].append({"name": row, "deviation_of_tolerance": worst})
+        if not worst <= 1.0:
+            raise GateError(
+                f"no verdict: {row} disagrees with nn.LSTM by {worst:.3g} times the tolerance "
+                "after two windows, so their times must not be compared"
+            )
+        pupils = [move for key, move in found.items() if key.startswith("synthesizer.")]
+        if name == "dni" and not any(bool(move.any()) for move in pupils):
+            raise GateError("no verdict: the synthesizer did not learn in a window")
+    return report
+
+
+# ----------------------------------------------------------------------------------------- verdict
+
+
+def verdict_lstm(
+    lstm: nn.LSTM | FusedDNILSTM,
+    sample: Tensor,
+    *,
+    long: int | None = None,
+    update: Rule | None = None,
+    synthesizer: nn.Module | str = "default",
+    seconds: float = 5.0,
+    backend: str | None = None,
+    title: str | None = None,
+    progress: Callable[[str, float], None] | bool = False,
+) -> LSTMVerdict:
+    """Measure what an LSTM costs by DNI at a window, by truncated backprop there, and by backprop
+    at a longer window, on this machine.
+
+    Args:
+        lstm: an ``nn.LSTM``, or a :class:`fused_dni.FusedDNILSTM`, whose synthesizer, auxiliary
+            head and factor on the synthetic gradient are then those measured. It is not changed.
+        sample: a window of input [T, B, I] ([B, T, I] with ``batch_first``); it fixes T, batch and
+            dtype.
+        long: T2, the window that reaches the same quality by backprop; by default five times T.
+        update: rule, by default ``Adam``. Its rate is replaced while timing.
+        synthesizer: as in ``FusedDNILSTM``; "default" for the one that ``lstm`` has, if any.
+        seconds: budget of the timed rounds of all candidates together.
+        backend: force a backend of our kernels.
+        title: name in table and sentence.
+        progress: called with what is being done and the fraction done; True for bars.
+
+    Returns:
+        A :class:`LSTMVerdict`.
+
+    Raises:
+        GateError: a candidate's windows do not agree with nn.LSTM's; nothing is reported.
+        VerdictError: ``lstm`` and ``sample`` do not fit, or the LSTM has no decoupled form.
+        ValueError: an argument out of range.
+    """
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    if progress is True:
+        from fused_dni.report.progress import Progress
+
+        progress = Progress().update
+    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    update = update or Adam()
+    rule = at_rate(update, TIMING_RATE)
+    problem, window, long = _pose(lstm, sample, long, synthesizer, backend)
+
+    say("checking", 0.0)
+    gate = _gate(problem, window, long)
+    say("checking", 1.0)
+
+    streams: dict[str, tuple[int, _Stream]] = {}
+    for kind, steps in (
+        ("dni", window),
+        ("fused", window),
+        ("backprop", window),
+        ("fused", long),
+        ("backprop", long),
+    ):
+        streams[f"{kind} T={steps}"] = steps, problem.stream(kind, steps, rule)
+    _spread(streams[f"dni T={window}"][1].lstm)
+    calls: dict[str, Callable[[], object]] = {name: s.step for name, (_, s) in streams.items()}
+    batch = problem.sample.shape[0 if problem.plain.batch_first else 1]
+    calls[f"floor T={window}"] = timing.lstm_floor(
+        window,
+        batch,
+        problem.plain.input_size,
+        problem.plain.hidden_size,
+        problem.plain.num_layers,
+        dtype=sample.dtype,
+        device=sample.device,
+    )
+    measured = timing.compare(
+        calls,
+        seconds=seconds,
+        device=sample.device,
+        progress=lambda fraction: say("measuring", fraction),
+    )
+    per_step = {
+        name: timing.combine(name, [(1 / streams[name][0] if name in streams else 1 / window, t)])
+        for name, t in measured.items()
+    }
+    memory = {
+        name: timing.peak_memory(stream.step, sample.device)
+        for name, (_, stream) in streams.items()
+    }
+    facts = facts_of(sample, update, problem.options["synthesizer"], 0, backend)
+    return LSTMVerdict(
+        title=title or _title(problem.plain, batch),
+        window=window,
+        long=long,
+        timings=per_step,
+        memory=memory,
+        memory_is=(
+            timing.PEAK_MEMORY_CUDA if sample.device.type == "cuda" else timing.PEAK_MEMORY_CPU
+        ),
+        gate=gate,
+        facts=facts,
+    )
+
+
+def _pose(
+    lstm: nn.LSTM | FusedDNILSTM,
+    sample: Tensor,
+    long: int | None,
+    synthesizer: nn.Module | str,
+    backend: str | None,
+) -> tuple[_Problem, int, int]:
+    """Check the arguments and make what all candidates are made from; T and T2."""
+    options: dict[str, Any] = {"synthesizer": synthesizer}
+    if isinstance(lstm, FusedDNILSTM):
+        if synthesizer == "default" and lstm.synthesizer is not None:
+            options["synthesizer"] = lstm.synthesizer
+        options |= {
+            "auxiliary": lstm.auxiliary_head is not None,
+            "sg_scale": lstm.sg_scale,
+            "max_norm": lstm.max_norm,
+            "target_scale": lstm.target_scale,
+        }
+        backend = backend or lstm.backend
+        lstm = lstm.to_lstm()
+    if type(lstm) is not nn.LSTM:
+        raise VerdictError(f"lstm must be an nn.LSTM or FusedDNILSTM, got {type(lstm).__name__}")
+    if lstm.bidirectional or lstm.proj_size:
+        what = "a bidirectional LSTM" if lstm.bidirectional else "an LSTM with projections"
+        raise VerdictError(f"{what} has no decoupled form")
+    if not isinstance(sample, Tensor) or not sample.is_floating_point():
+        got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+        raise VerdictError(f"sample must be a floating-point tensor, got {got}")
+    order = "[B, T, I]" if lstm.batch_first else "[T, B, I]"
+    if sample.dim() != 3 or sample.shape[2] != lstm.input_size or not sample.numel():
+        raise VerdictError(
+            f"sample must be a window {order} with I = {lstm.input_size}, got {list(sample.shape)}"
+        )
+    axis = 1 if lstm.batch_first else 0
+    window = sample.shape[axis]
+    long = LONGER * window if long is None else long
+    if long <= window:
+        raise VerdictError(f"long must be longer than the window of {window} steps, got {long}")
+    plain = copy.deepcopy(lstm).train()
+    repeats = [1, 1, 1]
+    repeats[axis] = -(-long // window)
+    whole = sample.detach().repeat(repeats).narrow(axis, 0, long)
+    generator = torch.Generator().manual_seed(0)
+    arriving = torch.randn(*whole.shape[:2], plain.hidden_size, generator=generator)
+    problem = _Problem(
+        plain, options, whole, arriving.to(device=sample.device, dtype=sample.dtype), backend
+    )
+    try:
+        with torch.no_grad():
+            plain(sample)
+        problem.stream("dni", window, SGD())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise VerdictError(f"the LSTM cannot be measured: {first_line(error)}") from error
+    return problem, window, long
+
+
+def _spread(lstm: nn.Module) -> None:
+    """Give heads that start at zero small numbers, so that what is timed is ordinary."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in lstm.named_parameters():
+            if name.startswith(("synthesizer.", "auxiliary_head.")):
+                noise = torch.randn(p.shape, generator=generator) * 0.01
+                p.add_(noise.to(device=p.device, dtype=p.dtype))
+
+
+def _title(lstm: nn.LSTM, batch: int) -> str:
+    layers = "" if lstm.num_layers == 1 else f", {lstm.num_layers} layers,"
+    return f"an LSTM {lstm.input_size} to {lstm.hidden_size}{layers} at batch {batch}"

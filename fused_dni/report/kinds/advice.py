@@ -1,0 +1,249 @@
+"""What the JSON of an advice says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fused_dni.report import text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+
+STOCK, OURS, PROPOSAL, EVERYWHERE = "stock backprop", "our kernels", "proposal", "everywhere"
+
+_LONG = {
+    STOCK: "stock backprop",
+    OURS: "backprop on our kernels",
+    PROPOSAL: "the proposal",
+    EVERYWHERE: "interfaces everywhere",
+}
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """The advice; whole steps, predicted and measured; the model's blocks; what each interface
+    costs; assumptions."""
+    facts = report["facts"]
+    where = facts["gpu"] if facts["where"] == "cuda" else facts["device"]
+    return [
+        Heading(f"Advice: {report['title']}", 1),
+        Text(sentence(report), lead=True),
+        Heading("The step: predicted and measured"),
+        _steps(report),
+        Figure("steps", lambda canvas: _draw(report, canvas), "A training step by each plan."),
+        Heading("The best plan for each k, as predicted"),
+        _by_k(report),
+        Heading("The model's blocks"),
+        _blocks(report),
+        *_interfaces(report),
+        Heading("What is assumed"),
+        *map(Text, report["assumptions"]),
+        Text(f"Memory: {report['memory is']}."),
+        Text(
+            f"{where}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
+            f"commit {facts['commit'] or 'unknown'}."
+        ),
+    ]
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """The advice in plain English: what pays, what was measured, how good the prediction was."""
+    facts, steps = report["facts"], report["steps"]
+    unit = "thread" if facts["threads"] == 1 else "threads"
+    where = facts["gpu"] if facts["where"] == "cuda" else f"{facts['threads']} CPU {unit}"
+    took = {name: text.seconds(step["measured"]["median"]) for name, step in steps.items()}
+    parts = [
+        f"On {where} a training step of {report['title']} takes {took[STOCK]} by stock backprop "
+        f"and {took[OURS]} by backprop on our kernels, {_versus(report, OURS, STOCK)}."
+    ]
+    keep = _keep(report)
+    if PROPOSAL in steps:
+        parts.append(_proposed(report))
+    else:
+        parts.append("No interface was predicted to pay.")
+    forced = report["everywhere"]
+    if EVERYWHERE in steps and forced is not None:
+        parts.append(
+            f"An interface behind every block that can have one, {_often(forced['k'])}, takes "
+            f"{took[EVERYWHERE]}, {_versus(report, EVERYWHERE, OURS)}."
+        )
+    paying = [name for name in (PROPOSAL, EVERYWHERE) if name in steps and _pays(report, name)]
+    if paying:
+        best = min(paying, key=lambda name: float(steps[name]["measured"]["median"]))
+        parts.append(f"So, for time alone, take {_LONG[best]}.")
+    else:
+        parts.append(f"So no interface pays: keep {_LONG[keep]}.")
+    worst = max(abs(step["error %"]) for step in steps.values())
+    parts.append(f"Predicted steps were within {worst:.0f} % of the measured ones.")
+    if report["proposal"] is not None or forced is not None:
+        parts.append("What interfaces cost in accuracy is not predicted: `train` measures it.")
+    return " ".join(parts)
+
+
+def _keep(report: dict[str, Any]) -> str:
+    """The better of the two backprops, as measured."""
+    slower = report["ratios"][STOCK][OURS]["measured"]["verdict"] == "slower"
+    return STOCK if slower else OURS
+
+
+def _pays(report: dict[str, Any], name: str) -> bool:
+    """Whether a plan was measured faster than backprop on our kernels, and than what one would
+    keep otherwise."""
+    bases = {OURS, _keep(report)}
+    return all(report["ratios"][b][name]["measured"]["verdict"] == "faster" for b in bases)
+
+
+def _proposed(report: dict[str, Any]) -> str:
+    plan = report["proposal"]
+    named = [
+        f"{one['block']} ({one['synthesizer']}"
+        + ("" if one["place"] == "output" else f", at the {one['place']}")
+        + ")"
+        for one in plan["interfaces"]
+    ]
+    asked = " (asked for, whether or not it pays)" if report["asked for all"] else ""
+    found = report["ratios"][OURS][PROPOSAL]
+    took = text.seconds(report["steps"][PROPOSAL]["measured"]["median"])
+    return (
+        f"Proposal{asked}: an interface behind {', '.join(named)}, {_often(plan['k'])}. It was "
+        f"predicted to be {_word(found['predicted'])} backprop on our kernels; measured, the step "
+        f"takes {took}, {_versus(report, PROPOSAL, OURS)} and "
+        f"{_versus(report, PROPOSAL, STOCK)}."
+    )
+
+
+def _often(k: int) -> str:
+    return "with targets on every step" if k == 1 else f"with targets on one step in {k}"
+
+
+def _versus(report: dict[str, Any], name: str, base: str) -> str:
+    return f"{_word(report['ratios'][base][name]['measured'])} {_LONG[base]}"
+
+
+def _word(ratio: dict[str, Any]) -> str:
+    """What a ratio of times says: ``1.20x faster than``."""
+    if ratio["verdict"] == "inconclusive":
+        return "not measurably different from"
+    times = 1.0 / ratio["median"] if ratio["verdict"] == "faster" else ratio["median"]
+    return f"{times:.2f}x {ratio['verdict']} than"
+
+
+def _steps(report: dict[str, Any]) -> Table:
+    rows = []
+    for name, step in report["steps"].items():
+        memory = step["memory"]
+        rows.append([
+            name,
+            text.seconds(step["predicted"]["median"]),
+            text.seconds(step["measured"]["median"]),
+            _per_cent(step["error %"]),
+            *(_ratio(report, name, base) for base in (STOCK, OURS)),
+            text.size(memory["predicted"]),
+            text.size(memory["measured"]),
+            _per_cent(memory["error %"]),
+        ])  # fmt: skip
+    header = ["step", "predicted", "measured", "error", "x stock", "x ours"]
+    header += ["memory predicted", "measured", "error"]
+    drift = 100.0 * (report["drift"] - 1.0)
+    caption = (
+        "x: measured time over that of stock backprop and of backprop on our kernels; a ~ marks a "
+        "ratio whose interval reaches one. Predictions are multiplied by the machine's drift "
+        f"between the two runs ({drift:+.0f} %), which the stock step in both of them shows."
+    )
+    return Table(header, rows, caption)
+
+
+def _ratio(report: dict[str, Any], name: str, base: str) -> str:
+    if name == base:
+        return "1"
+    found = report["ratios"][base][name]["measured"]
+    return f"{'~' if found['verdict'] == 'inconclusive' else ''}{found['median']:.2f}"
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.0f} %"
+
+
+def _by_k(report: dict[str, Any]) -> Table:
+    rows = []
+    for rung in report["by k"]:
+        behind = ", ".join(one["block"] for one in rung["interfaces"]) or "none"
+        predicted = text.seconds(rung["predicted"]["median"])
+        rows.append([f"{rung['k']}", predicted, _mark(rung["over ours"]), behind])
+    caption = (
+        "Times as in the first run, without the drift; x ours: over backprop on our kernels, as "
+        "predicted. The smallest k that is faster by more "
+        f"than the sum of blocks misses the stock step ({100.0 * report['doubt']:.0f} %) is "
+        "proposed."
+    )
+    return Table(["k", "step", "x ours", "interfaces behind"], rows, caption)
+
+
+def _blocks(report: dict[str, Any]) -> Table:
+    rows = []
+    for block in report["blocks"]:
+        chosen = block["chosen"]
+        rows.append([
+            block["name"],
+            block["what"],
+            "x".join(map(str, block["output"])) or "scalar",
+            f"{block['parameters']:,}",
+            f"{block['forward flops'] / 1e6:.3g}",
+            text.seconds(block["stock"]["median"]),
+            text.seconds(block["exact"]["median"]),
+            "-" if chosen is None else f"{chosen['synthesizer']}, {chosen['place']}",
+        ])  # fmt: skip
+    header = ["block", "modules", "output", "parameters", "MFLOP", "stock", "ours", "proposed"]
+    reasons: dict[str, list[str]] = {}
+    for block in report["blocks"]:
+        if block["why not"] and block["kind"] != "loss":
+            reasons.setdefault(block["why not"], []).append(block["name"])
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return Table(
+        header,
+        rows,
+        "MFLOP: of the forward. Times: forward, backward and update alone, by stock modules and "
+        "with the exact gradient on our kernels (where a block has no form there, stock)."
+        + (f" Without an interface: {why}." if why else ""),
+    )
+
+
+def _interfaces(report: dict[str, Any]) -> list[Block]:
+    rows = [
+        [
+            block["name"],
+            one["synthesizer"],
+            one["place"],
+            *(
+                f"{text.seconds(one[when]['median'])} ({_mark(one['ratios'][when])})"
+                for when in ("with targets", "without targets")
+            ),
+        ]
+        for block in report["blocks"]
+        for one in block["interfaces"]
+    ]
+    if not rows:
+        return []
+    header = ["block", "synthesizer", "place", "step with targets", "without"]
+    caption = (
+        "In brackets: over the block's time with the exact gradient. Without targets the block "
+        "stands above another interface, so that nothing asks for a gradient of its input; what "
+        "the block above an interface saves is not in its row."
+    )
+    return [Heading("What each interface costs its block"), Table(header, rows, caption)]
+
+
+def _mark(ratio: dict[str, Any]) -> str:
+    return f"{'~' if ratio['verdict'] == 'inconclusive' else ''}{ratio['median']:.2f}"
+
+
+def _draw(report: dict[str, Any], canvas: Any) -> None:
+    axes = canvas.add_subplot()
+    names = list(report["steps"])
+    longest = max(report["steps"][name]["measured"]["median"] for name in names)
+    scale, unit = (1e3, "ms") if longest >= 1e-3 else (1e6, "µs")
+    for kind, shift, colour in (("predicted", 0.2, "#6fa8dc"), ("measured", -0.2, "#1b6ca8")):
+        values = [scale * report["steps"][name][kind]["median"] for name in names]
+        at = [shift - i for i in range(len(names))]
+        axes.barh(at, values, height=0.38, color=colour, label=kind)
+    axes.set_yticks([-i for i in range(len(names))], names)
+    axes.set_xlabel(f"training step, {unit}")
+    axes.grid(True, axis="x", alpha=0.2)
+    axes.legend(frameon=False)

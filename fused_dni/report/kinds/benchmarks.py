@@ -1,0 +1,75 @@
+"""What one file of benchmarks says: by ``pytest bench --benchmark-json``, or by bench/tables.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fused_dni.report import text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.times import Row, results_of
+
+#: Groups that are drawn; a page of many more is read by its tables.
+DRAWN = 24
+COLOUR = "#1b6ca8"
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """A table and a figure a group, fastest first."""
+    results = results_of(report)
+    groups: dict[str, dict[str, Row]] = {}
+    for name, row in results.rows.items():
+        groups.setdefault(row.group, {})[name] = row
+    count = len(results.rows)
+    said = f"{count} time{'' if count == 1 else 's'} in {len(groups)} group"
+    made: list[Block] = [
+        Heading("Benchmarks", 1),
+        Text(f"{said}{'' if len(groups) == 1 else 's'}.", lead=True),
+        Text(
+            "Medians with their 99 % intervals. What stands in one group was measured in one run; "
+            "how two files differ, `fused-dni compare` tells."
+        ),
+    ]
+    for at, (group, rows) in enumerate(groups.items()):
+        rows = dict(sorted(rows.items(), key=lambda item: item[1].median))
+        named = {_short(name): row for name, row in rows.items()}
+        rows = named if len(named) == len(rows) else rows
+        fastest = min(row.median for row in rows.values())
+        made.append(Heading(group.removesuffix("/rows") or "no group"))
+        made.append(
+            Table(
+                ["benchmark", "median", "interval", "over the fastest"],
+                [
+                    [name, text.seconds(row.median), _interval(row), f"{row.median / fastest:.2f}"]
+                    for name, row in rows.items()
+                ],
+            )
+        )
+        if at < DRAWN and len(rows) > 1:
+            made.append(_figure(f"group-{at + 1}", rows))
+    return made
+
+
+def _short(name: str) -> str:
+    """Without the file of a test and the group of a row."""
+    return name.rpartition("::")[2] if "::" in name else name.rpartition("/rows/")[2]
+
+
+def _interval(row: Row) -> str:
+    if not math.isfinite(row.high):
+        return "too few rounds"
+    return f"{text.seconds(row.low)} to {text.seconds(row.high)}"
+
+
+def _figure(name: str, rows: dict[str, Row]) -> Figure:
+    def draw(canvas: Any) -> None:
+        axes = canvas.add_subplot()
+        axes.barh(range(len(rows)), [1e6 * row.median for row in rows.values()], color=COLOUR)
+        for at, row in enumerate(rows.values()):
+            if math.isfinite(row.high):
+                axes.plot([1e6 * row.low, 1e6 * row.high], [at, at], color="black", linewidth=1.2)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("microseconds; lines: 99 % interval of the median")
+
+    return Figure(name, draw, "Shorter is faster.", (8.0, 1.0 + 0.26 * len(rows)))

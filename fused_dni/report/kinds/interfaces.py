@@ -1,0 +1,150 @@
+"""What a report of interfaces says: cosine of the synthetic gradient by layer and depth."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fused_dni.experiments.interfaces import named
+from fused_dni.report import text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+
+COLOURS = ("#edae49", "#e07b54", "#d1495b", "#8d2f45", "#1b6ca8", "#6fa8dc")
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """The report of :func:`fused_dni.experiments.interfaces.measure`."""
+    settings, where = report["settings"], report["facts"]
+    networks = report["networks"]
+    deepest = max(row["depth"] for row in networks)
+    each = [row for row in networks if row["every"] == 1]
+    spaced = [row for row in networks if row["every"] and row["depth"] == deepest]
+    said: list[Block] = [
+        Heading(f"Synthetic and true gradients by depth, on {report['dataset']}", 1),
+        Text(
+            f"{where['device']}, threads {where['threads']}, torch {where['torch']}, commit "
+            f"{where['commit'] or 'unknown'}."
+        ),
+        Text(
+            f"Hidden layers of {settings['hidden']} (Linear, BatchNorm, ReLU) trained by "
+            f"label-conditioned DNI for {settings['steps']} steps of batch "
+            f"{settings['batch_size']}, Adam at {settings['lr']:g} (synthesizers "
+            f"{settings['sg_lr']:g}), cosine to zero, {100 * settings['warmup']:.0f} % of the "
+            "steps for warm-up, targets on every step. Then each layer's synthetic gradient is "
+            "held against the true gradient of the whole network on "
+            f"{settings['batches']} training batches. Mean over {len(settings['seeds'])} seeds."
+        ),
+        Heading("Error"),
+        _errors(report),
+        Heading("Cosine with the true gradient, by layer"),
+        _by_layer(networks, deepest, "true_cosine"),
+        _figure("cosine-by-depth", each, "an interface behind every layer"),
+    ]
+    if len(spaced) > 1:
+        said.append(_figure("cosine-by-spacing", spaced, f"{deepest} layers, fewer interfaces"))
+    said += [
+        Heading("Size against the true gradient, by layer"),
+        _by_layer(networks, deepest, "true_norm_ratio"),
+        Heading("Cosine with what arrived, by layer"),
+        Text(
+            "What a synthesizer is trained on is itself made of the prediction above it. A high "
+            "cosine here beside a low one above means that it predicts well what is no longer the "
+            "gradient."
+        ),
+        _by_layer(networks, deepest, "arrived_cosine"),
+    ]
+    return said
+
+
+def mean_of(row: dict[str, Any], layer: int, name: str) -> float | None:
+    """Mean over seeds of what ``name`` was at an interface; None if there is none."""
+    found = values_of(row, layer, name)
+    return statistics.fmean(found) if found else None
+
+
+def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
+    """A value a seed; none where there is no interface or nothing to divide by."""
+    return [
+        at[name]
+        for run in row["runs"]
+        for at in run["layers"]
+        if at["layer"] == layer and at[name] is not None
+    ]
+
+
+def _errors(report: dict[str, Any]) -> Table:
+    networks = report["networks"]
+    exact = {row["depth"]: _errors_of(row) for row in networks if row["every"] == 0}
+    lines = []
+    for row in networks:
+        if row["every"]:
+            found = _errors_of(row)
+            lines.append(
+                [named(row["depth"], row["every"]), *_spread(found), *_spread(exact[row["depth"]])]
+            )
+    return Table(["network", "error", "range", "backprop", "range"], lines)
+
+
+def _errors_of(row: dict[str, Any]) -> list[float]:
+    return [100 * run["error"] for run in row["runs"]]
+
+
+def _spread(values: Sequence[float]) -> tuple[str, str]:
+    several = len(values) > 1
+    between = f"{min(values):.2f}-{max(values):.2f}" if several else "-"
+    return f"{statistics.fmean(values):.2f} %", between
+
+
+def _by_layer(networks: list[dict[str, Any]], deepest: int, name: str) -> Table:
+    lines = []
+    for row in networks:
+        if row["every"]:
+            means = [mean_of(row, layer, name) for layer in range(1, deepest + 1)]
+            lines.append(
+                [
+                    named(row["depth"], row["every"]),
+                    *("" if mean is None else text.significant(mean, 2) for mean in means),
+                ]
+            )
+    header = ["network", *(f"layer {layer}" for layer in range(1, deepest + 1))]
+    return Table(header, lines, "Layer 1 reads the input.")
+
+
+def _figure(name: str, rows: list[dict[str, Any]], what: str) -> Figure:
+    return Figure(
+        name,
+        functools.partial(_draw, rows),
+        "Cosine of the synthetic with the true gradient against the number of layers between the "
+        f"interface and the head: {what}. Bars: range over seeds.",
+    )
+
+
+def _draw(rows: list[dict[str, Any]], canvas: Any) -> None:
+    axes = canvas.add_subplot()
+    for colour, row in zip(COLOURS * len(rows), rows, strict=False):
+        layers = [at["layer"] for at in row["runs"][0]["layers"]]
+        found = {layer: values_of(row, layer, "true_cosine") for layer in layers}
+        shown = [layer for layer in layers if found[layer]]
+        means = [statistics.fmean(found[layer]) for layer in shown]
+        bars = [
+            [mean - min(found[layer]) for mean, layer in zip(means, shown, strict=True)],
+            [max(found[layer]) - mean for mean, layer in zip(means, shown, strict=True)],
+        ]
+        axes.errorbar(
+            [row["depth"] - layer for layer in shown],
+            means,
+            yerr=bars,
+            marker="o",
+            capsize=3,
+            color=colour,
+            label=named(row["depth"], row["every"]),
+        )
+    axes.axhline(0.0, color="#777777", linewidth=0.8)
+    axes.set_ylim(top=1.0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layers between the interface and the head")
+    axes.set_ylabel("cosine with the true gradient")
+    axes.grid(True, alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)

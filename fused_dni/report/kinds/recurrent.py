@@ -1,0 +1,441 @@
+"""The report of a recurrent run: ``report.json``, and what it says as blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fused_dni.experiments.recurrent import COST_LEVEL, Outcome, Settings
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import facts
+from fused_dni.report import text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.kinds.train import COLOURS, write_folder
+
+#: What is plotted, by the column of the histories on the horizontal axis.
+CURVES = {
+    "charlm": {"bits-vs-characters": "characters", "bits-vs-wall-clock": "seconds"},
+    "copy": {"solved-vs-steps": "steps", "solved-vs-wall-clock": "seconds"},
+}
+CURVES["repeat-copy"] = CURVES["copy"]
+PROBE_PLOTS = ("future-vs-window", "prediction-vs-training")
+AXES = {
+    "characters": "characters seen",
+    "seconds": "training wall-clock, seconds",
+    "steps": "training steps",
+    "bits": "validation, bits per character",
+}
+
+
+def _judged(outcome: Outcome) -> str:
+    """What the task is judged by, in words."""
+    return {
+        "charlm": "bits per character",
+        "copy": "longest length solved",
+        "repeat-copy": "longest episode solved, steps",
+    }[outcome.settings.task]
+
+
+def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
+    """The whole report as plain data."""
+    report = {
+        "kind": f"train {outcome.settings.task}",
+        "version": 1,
+        "facts": facts(command),
+        "settings": asdict(outcome.settings),
+        "data": outcome.data,
+        "memory_method": timing.PEAK_MEMORY_CPU,
+        "summary": outcome.summary(),
+        "sentence": sentence(outcome),
+        "costs": outcome.costs,
+        "runs": outcome.runs,
+        "memory_curve": outcome.memory_curve,
+        "notes": outcome.notes,
+    }
+    made: dict[str, Any] = _finite(report)
+    return made
+
+
+def _finite(value: Any) -> Any:
+    """Null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------- verdict
+
+
+def gap_closed(outcome: Outcome, name: str) -> float | None:
+    """Share of the distance in bits from truncated backprop at an arm's window to truncated
+    backprop at the longest window that the arm covers, by means over seeds; None where there is no
+    such distance: no arm to measure it by, or the longer window is not better."""
+    rows = {row["name"]: row for row in outcome.summary()}
+    arm = rows[name]
+    short, long = _references(outcome, arm)
+    if short is None or long is None or short is arm:
+        return None
+    gap = short["bits_mean"] - long["bits_mean"]
+    return (short["bits_mean"] - arm["bits_mean"]) / gap if gap > 0.0 else None
+
+
+def _references(
+    outcome: Outcome, arm: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Truncated backprop at the arm's window and at the longest: on our kernels, if there."""
+    exact = [row for row in outcome.summary() if not row["method"].startswith("dni")]
+    method = "fused" if any(row["method"] == "fused" for row in exact) else "backprop"
+    exact = [row for row in exact if row["method"] == method]
+    short = next((row for row in exact if row["window"] == arm["window"]), None)
+    longer = [row for row in exact if row["window"] > arm["window"]]
+    return short, max(longer, key=lambda row: int(row["window"]), default=None)
+
+
+def sentence(outcome: Outcome) -> str:
+    """What the numbers say, and no more: a clause for every arm that predicts."""
+    said = []
+    for row in outcome.summary():
+        if not row["method"].startswith("dni"):
+            continue
+        short, long = _references(outcome, row)
+        if short is not None:
+            say = _characters if outcome.settings.task == "charlm" else _copying
+            said.append(say(outcome, row, short, long))
+    if not said:
+        return "No arm with synthetic gradients ran beside truncated backprop at the same window."
+    seeds = len(outcome.settings.seeds)
+    ending = "one seed, so no spread is known" if seeds == 1 else f"means of {seeds} seeds"
+    return " ".join(said) + f" ({ending[0].upper()}{ending[1:]}.)"
+
+
+def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) -> str:
+    """``1.71 (1.70 to 1.72) against 1.75 (...)``."""
+    parts = []
+    for r in (row, other):
+        low, high = r[f"{key}_min"], r[f"{key}_max"]
+        spread = f" ({low:{form}} to {high:{form}})" if len(r[key]) > 1 else ""
+        parts.append(f"{r[f'{key}_mean']:{form}}{spread}")
+    return " against ".join(parts)
+
+
+def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
+    """How sure the order of two arms is, from the ranges of their seeds."""
+    if len(row[key]) == 1:
+        return ""
+    overlap = row[f"{key}_min"] <= other[f"{key}_max"] and other[f"{key}_min"] <= row[f"{key}_max"]
+    return ", and the seeds' ranges overlap" if overlap else ", and the seeds' ranges are apart"
+
+
+def _characters(
+    outcome: Outcome, row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None
+) -> str:
+    name, window = row["method"], row["window"]
+    difference = row["bits_mean"] - short["bits_mean"]
+    if abs(difference) < 5e-4:
+        which = "no difference at the third decimal"
+    else:
+        which = f"{'worse' if difference > 0 else 'better'} by {abs(difference):.3f}"
+    said = (
+        f"{name} at T={window}: {_against(row, short, 'bits', '.3f')} bits per character of "
+        f"truncated backprop at T={window}, {which}{_apart(row, short, 'bits')}"
+    )
+    closed = gap_closed(outcome, row["name"])
+    if long is not None:
+        there = f"truncated backprop at T={long['window']} ({long['bits_mean']:.3f})"
+        if closed is None:
+            said += f"; {there} is no better than at T={window} here, so there is no gap to close"
+        else:
+            gap = short["bits_mean"] - long["bits_mean"]
+            said += f"; of the gap of {gap:.3f} to {there} it closes {100 * closed:.0f} %"
+    return f"{said}.{_costs(row, short, long, 'character')}"
+
+
+def _copying(
+    outcome: Outcome, row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None
+) -> str:
+    name, window, steps = row["method"], row["window"], outcome.settings.amount
+    said = (
+        f"{name} at T={window} after {steps} steps: {_judged(outcome)} "
+        f"{_against(row, short, 'solved', '.3g')} of truncated backprop at T={window}"
+    )
+    if short["solved_mean"] > 0:
+        said += f", {row['solved_mean'] / short['solved_mean']:.2f} times"
+    return f"{said}{_apart(row, short, 'solved')}.{_costs(row, short, long, 'step')}"
+
+
+def _costs(
+    row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None, unit: str
+) -> str:
+    def both(r: dict[str, Any]) -> str:
+        return f"{text.size(r['peak_memory'])} and {text.seconds(r[f'seconds_per_{unit}'])}"
+
+    if row["peak_memory"] is None:
+        return ""
+    said = f" Peak memory and time per {unit}: {both(row)}, truncated backprop {both(short)}"
+    if long is not None:
+        said += f", at T={long['window']} {both(long)}"
+    return said + "."
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def summary(outcome: Outcome) -> Table:
+    """A row an arm."""
+    unit = outcome.axis[:-1]
+    characters = outcome.settings.task == "charlm"
+    judged = "bits/char" if characters else "solved"
+    header = ["arm", judged, "range", f"per {unit}", "total", "peak memory"]
+    if characters:
+        header.append("gap closed")
+    form, lines = ".3f" if characters else ".3g", []
+    for row in outcome.summary():
+        low, high = row[f"{outcome.key}_min"], row[f"{outcome.key}_max"]
+        line = [
+            row["name"],
+            f"{row[f'{outcome.key}_mean']:{form}}",
+            f"{low:{form}}-{high:{form}}" if len(row[outcome.key]) > 1 else "-",
+            text.seconds(row[f"seconds_per_{unit}"]),
+            text.seconds(row["seconds_total"]),
+            text.size(row["peak_memory"]),
+        ]
+        if characters:
+            closed = gap_closed(outcome, row["name"])
+            line.append("-" if closed is None else f"{100 * closed:.0f} %")
+        lines.append(line)
+    return Table(header, lines)
+
+
+def future_table(outcome: Outcome) -> Table:
+    """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
+    found = _future(outcome)
+    windows = sorted({window for rows in found.values() for window in rows})
+    lines = [
+        [name, *(f"{rows[w]:.2g}" if w in rows else "-" for w in windows)]
+        for name, rows in found.items()
+    ]
+    return Table(["future / own, trained by", *(f"T={w}" for w in windows)], lines)
+
+
+def _future(outcome: Outcome) -> dict[str, dict[int, float]]:
+    """``parameter_ratio`` by arm and window."""
+    made: dict[str, dict[int, float]] = {}
+    for name in outcome.names():
+        by_window: dict[int, list[float]] = {}
+        for run in outcome.of(name):
+            for row in run.get("future", ()):
+                ratio = row["parameter_ratio"]  # null in a report: nothing to divide by
+                by_window.setdefault(row["window"], []).append(math.inf if ratio is None else ratio)
+        made[name] = {w: statistics.median(values) for w, values in by_window.items()}
+    return made
+
+
+def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Peak memory, a row a method and window, a column a length of the sequence."""
+    lengths = sorted({row["sequence"] for row in rows})
+    by_arm: dict[str, dict[int, int]] = {}
+    for row in rows:
+        whole = row["window"] == row["sequence"] and row["window"] == max(
+            r["window"] for r in rows if r["sequence"] == row["sequence"]
+        )
+        name = f"{row['method']} {'whole sequence' if whole else 'T=' + str(row['window'])}"
+        by_arm.setdefault(name, {})[row["sequence"]] = row["bytes"]
+    lines = [[name, *(text.size(held.get(s)) for s in lengths)] for name, held in by_arm.items()]
+    return Table(["peak memory", *(f"S={s}" for s in lengths)], lines)
+
+
+# ------------------------------------------------------------------------------------------ blocks
+
+
+def outcome_of(report: dict[str, Any]) -> Outcome:
+    """The outcome that a report was written from."""
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()
+    }
+    return Outcome(
+        Settings(**settings),
+        report["data"],
+        report["runs"],
+        report["costs"],
+        report["memory_curve"],
+        report["notes"],
+    )
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """What a report says: settings, the sentence, tables and curves."""
+    outcome, where = outcome_of(report), report["facts"]
+    s = outcome.settings
+    seeds = len(s.seeds)
+    updates = f"an update every {s.update_every} steps" if s.update_every else "one a window"
+    if s.task == "charlm":
+        d = outcome.data
+        subject = f"{d['name']}: characters, LSTM {s.hidden}"
+        what = (
+            f"{s.amount} characters for every arm, {s.batch_size} streams, {updates}; validated on "
+            f"the last {d['validation_characters']} of {d['name']}'s characters, "
+            f"{d['symbols']} symbols"
+        )
+    else:
+        subject = f"{s.task}: LSTM {s.hidden}"
+        what = (
+            f"{s.amount} batches of {s.batch_size} episodes for every arm, symbols of {s.width} "
+            "bits, an update a window"
+        )
+    said: list[Block] = [
+        Heading(subject, 1),
+        Text(
+            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+            f"commit {where['commit'] or 'unknown'}."
+        ),
+        Text(
+            f"{what}; Adam at {s.lr:g} (truncated backprop {s.exact_lr or s.lr:g}, synthesizers "
+            f"{s.sg_lr:g}), "
+            f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
+            f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; {seeds} "
+            f"seed{'s' if seeds > 1 else ''}. Total times are of training alone, arms taking "
+            "turns; "
+            f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
+            f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
+            f"Memory: {timing.PEAK_MEMORY_CPU}."
+        ),
+        Text(sentence(outcome), lead=True),
+        summary(outcome),
+        *curves(outcome),
+    ]
+    if s.probe:
+        said += [
+            Heading("The gradient of the future"),
+            Text(
+                "Norm of the future's contribution to the parameter gradient of a window over the "
+                "norm of the window's own, by full backprop after the training "
+                "(`fused_dni.experiments.future`: every term is defined there):"
+            ),
+            future_table(outcome),
+        ]
+    if outcome.memory_curve:
+        said += [Heading("Peak memory"), memory_table(outcome.memory_curve)]
+    return [*said, *map(Text, outcome.notes)]
+
+
+def write(
+    outcome: Outcome, folder: str | os.PathLike[str], *, command: str | None = None
+) -> list[Path]:
+    """Write ``report.json``, ``report.md`` and its plots into ``folder`` (made if needed).
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    report = as_json(outcome, command)
+    return write_folder(report, blocks(report), folder)
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def curves(outcome: Outcome) -> list[Figure]:
+    """The task's measure against data and wall-clock, and what the probe found."""
+    subject = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
+    made = [
+        Figure(name, functools.partial(_measure, outcome, key), f"{subject}: {name}.")
+        for name, key in CURVES[outcome.settings.task].items()
+    ]
+    # Where windows have no loss of their own at all there is no ratio to draw.
+    ratios = {
+        arm: {window: ratio for window, ratio in rows.items() if 0.0 < ratio < math.inf}
+        for arm, rows in _future(outcome).items()
+    }
+    if any(ratios.values()):
+        draw: Callable[[Any], None] = functools.partial(_draw_future, ratios)
+        said = f"{subject}: the gradient of the future over the window's own, by window."
+        made.append(Figure(PROBE_PLOTS[0], draw, said))
+    predicted = {
+        arm: [
+            [{**row, **row["prediction"]} for row in run["history"] if row.get("prediction")]
+            for run in outcome.of(arm)
+        ]
+        for arm in outcome.names()
+    }
+    predicted = {arm: histories for arm, histories in predicted.items() if all(histories)}
+    if predicted:
+        draw = functools.partial(_draw_prediction, predicted, outcome.axis)
+        said = f"{subject}: the prediction beside the true gradient, during training."
+        made.append(Figure(PROBE_PLOTS[1], draw, said, (6.4, 6.0)))
+    return made
+
+
+def _measure(outcome: Outcome, key: str, canvas: Any) -> None:
+    axes = canvas.add_subplot()
+    for i, arm in enumerate(outcome.names()):
+        _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, i, arm)
+    axes.set_xlabel(AXES[key])
+    axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
+    axes.set_xlim(left=0)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_future(ratios: dict[str, dict[int, float]], canvas: Any) -> None:
+    from matplotlib.ticker import FormatStrFormatter
+
+    axes = canvas.add_subplot()
+    for i, (arm, rows) in enumerate(ratios.items()):
+        axes.plot(list(rows), list(rows.values()), "o-", color=_colour(i), label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlabel("window T")
+    axes.set_ylabel("gradient of the future / window's own")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_prediction(predicted: dict[str, Any], axis: str, canvas: Any) -> None:
+    panels = canvas.subplots(2, 1, sharex=True)
+    for axes, key, label in zip(
+        panels,
+        ("prediction_cosine", "prediction_norm_ratio"),
+        ("cosine", "norm ratio"),
+        strict=True,
+    ):
+        for i, (arm, histories) in enumerate(predicted.items()):
+            _curve(axes, histories, axis, key, i, arm)
+        axes.axhline(0.0, color="black", linewidth=0.6)
+        axes.grid(True, alpha=0.2)
+        axes.set_ylabel(f"prediction and true gradient: {label}")
+    panels[1].set_xlabel(AXES[axis])
+    panels[0].legend(frameon=False, fontsize=8)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _curve(
+    axes: Any, histories: list[list[dict[str, Any]]], x: str, y: str, i: int, label: str
+) -> None:
+    """The median over seeds, the seeds thin behind it."""
+    for rows in histories if len(histories) > 1 else []:
+        axes.plot(
+            [row[x] for row in rows],
+            [row[y] for row in rows],
+            color=_colour(i),
+            alpha=0.25,
+            linewidth=0.8,
+        )
+    points = min(len(rows) for rows in histories)
+    axes.plot(
+        [statistics.median([rows[e][x] for rows in histories]) for e in range(points)],
+        [statistics.median([rows[e][y] for rows in histories]) for e in range(points)],
+        color=_colour(i),
+        linewidth=1.8,
+        label=label,
+    )

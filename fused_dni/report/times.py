@@ -1,0 +1,141 @@
+"""What is compared: files by ``pytest bench --benchmark-json``, and this package's own reports."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fused_dni.measure import timing
+from fused_dni.report.kinds import load
+
+#: ``kind`` of a file by pytest-benchmark.
+BENCHMARKS = "pytest-benchmark"
+#: Consecutive parts that a benchmark's rounds are cut into. A median lies between the smallest
+#: and the largest of eight parts' medians with 99 % confidence; and what a machine does for
+#: seconds moves whole parts, which rounds taken as independent would not show.
+PARTS = 8
+#: Widens an interval of 95 %, which reports keep, to one of 99 % (of a normal distribution).
+WIDER = statistics.NormalDist().inv_cdf(0.995) / statistics.NormalDist().inv_cdf(0.975)
+
+
+class ComparisonError(ValueError):
+    """The files cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A benchmark.
+
+    Attributes:
+        group: the question that it belongs to; "" if none is stated.
+        median: seconds.
+        low, high: the median's 99 % interval, seconds; 0 and infinity if there is none.
+    """
+
+    group: str
+    median: float
+    low: float = 0.0
+    high: float = math.inf
+
+
+@dataclass(frozen=True)
+class Results:
+    """A file's contents.
+
+    Attributes:
+        kind: ``pytest-benchmark``, or that of a report.
+        facts: machine, versions and settings.
+        rows: by name.
+    """
+
+    kind: str
+    facts: dict[str, Any]
+    rows: dict[str, Row]
+
+
+def read(path: str | os.PathLike[str]) -> Results:
+    """Read either kind of file.
+
+    Raises:
+        ComparisonError: it holds no times, or not what intervals are made from.
+        ReportError: it cannot be read, is none, or is in a format that this version does not read.
+    """
+    try:
+        results = results_of(load(path))
+    except ComparisonError as error:
+        raise ComparisonError(f"{path} {error}") from error
+    if not results.rows:
+        raise ComparisonError(f"{path} holds no times")
+    return results
+
+
+def results_of(report: dict[str, Any]) -> Results:
+    """The times in a loaded report, by name.
+
+    Raises:
+        ComparisonError: it has not what intervals are made from, or is of several runs.
+    """
+    if report["kind"] == BENCHMARKS:
+        return Results(BENCHMARKS, report["facts"], _benchmarks(report))
+    return _report(report)
+
+
+def _benchmarks(report: dict[str, Any]) -> dict[str, Row]:
+    rows = {}
+    for benchmark in report["benchmarks"]:
+        rounds = benchmark["stats"].get("data")
+        if rounds is None:
+            raise ComparisonError(
+                "has no rounds, which intervals are made from: write it by "
+                "--benchmark-json, or with --benchmark-save-data"
+            )
+        low, high = interval(rounds)
+        rows[benchmark["fullname"]] = Row(
+            benchmark["group"] or "", statistics.median(rounds), low, high
+        )
+    return rows
+
+
+def interval(rounds: Sequence[float]) -> tuple[float, float]:
+    """99 % interval of the median, from the medians of consecutive parts; 0 and infinity for fewer
+    rounds than parts."""
+    if len(rounds) < PARTS:
+        return 0.0, math.inf
+    cuts = [len(rounds) * part // PARTS for part in range(PARTS + 1)]
+    parts = [statistics.median(rounds[a:b]) for a, b in itertools.pairwise(cuts)]
+    return timing.median_interval(parts, 0.99)
+
+
+def _report(report: dict[str, Any]) -> Results:
+    facts, body = report["facts"], report
+    if report["kind"] == "map":
+        # A series is one device, version and setting: its name says that again, and would keep
+        # the points of two versions from meeting.
+        if len(report["series"]) != 1:
+            raise ComparisonError(
+                f"holds {len(report['series'])} series, of several devices, versions or "
+                "settings: only maps of one can be compared"
+            )
+        (series,) = report["series"].values()
+        facts, body = {**series["facts"], **series["settings"]}, series["points"]
+    return Results(report["kind"], facts, dict(_timings(body, "")))
+
+
+def _timings(value: Any, name: str) -> Iterator[tuple[str, Row]]:
+    """Every :meth:`fused_dni.measure.timing.Timing.to_json` inside, by its path."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return
+    if {"median", "p10", "p90", "rounds"} <= value.keys():
+        median, found = value["median"], value["interval"]
+        bounds = [median * (bound / median) ** WIDER for bound in found] if found else []
+        yield name, Row(name.rpartition("/")[0], median, *bounds)
+        return
+    for key, item in value.items():
+        yield from _timings(item, f"{name}/{key}" if name else str(key))

@@ -1,0 +1,778 @@
+"""The benchmarks' own correctness: gates that close, tables that are what was measured, scripts
+that say what is missing. Nothing here takes a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_gemm
+import gpu_baselines
+import gpu_kernels
+import tables
+import workloads as w
+import workloads_gpu as wg
+import workloads_lstm as wl
+from fused_dni.ops import measured, registry
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = w.Case(16, 32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Nothing here is large enough to share; waiting threads would cost the other tests."""
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------ gates
+
+
+@pytest.mark.parametrize("rule", w.RULES)
+@pytest.mark.parametrize("method", [m for m in w.METHODS if not m.compiled], ids=lambda m: m.name)
+def test_every_eager_row_passes_its_gate(method, rule):
+    w.check_step(SMALL, rule, method)
+
+
+@pytest.mark.parametrize("kind", ["eager", "ours", "dni"])
+@pytest.mark.parametrize("dx", [False, True])
+def test_layers_pass_their_gate(kind, dx):
+    w.check_layer(w.Shape(16, 24, 32), kind, dx)
+
+
+@pytest.mark.parametrize("backend", w.backends())
+@pytest.mark.parametrize("kind", w.KINDS)
+def test_synthesizers_pass_their_gate(kind, backend):
+    w.check_synthesizer(kind, SMALL, backend)
+
+
+@pytest.mark.parametrize("method", [w.STOCK, w.OURS, w.DNI_4], ids=lambda m: m.name)
+def test_gate_closes_on_a_wrong_step(method, monkeypatch):
+    """A candidate that scales one layer's update by 1 % is not timed."""
+    right = w.Training.step
+
+    def wrong(self, x, y):
+        weight = self.parameters()["1.weight"]
+        before = weight.clone()
+        loss = right(self, x, y)
+        if weight.dtype == torch.float32:
+            weight.add_(weight - before, alpha=0.01)
+        return loss
+
+    monkeypatch.setattr(w.Training, "step", wrong)
+    with pytest.raises(w.Disagreement, match=r"1\.weight|float64 has"):
+        w.check_step(SMALL, "sgd", method)
+
+
+TINY = wl.Shape(3, 8, 5, 2)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "method", [m for m in wl.WINDOW_METHODS if not m.compiled], ids=lambda m: m.name
+)
+def test_lstm_windows_pass_their_gate(method, backward):
+    wl.check_window(TINY, method, backward=backward)
+
+
+@pytest.mark.parametrize("method", wl.STEP_METHODS, ids=lambda m: m.name)
+def test_lstm_steps_pass_their_gate(method):
+    wl.check_training(TINY, method)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_cells_pass_their_gate(ours, backward):
+    wl.check_cell(wl.Shape(3, 8, 1), ours, backward=backward)
+
+
+def test_unrolled_steps_are_the_lstm():
+    """What is compiled, uncompiled."""
+    window = wl.Window(TINY, wl.STOCK)
+    output, (h, c) = wl.unrolled(window.x, *window.state, window.parameters)
+    expected, (last_h, last_c) = window.forward()
+    for got, want in ((output, expected), (h, last_h), (c, last_c)):
+        torch.testing.assert_close(got, want)
+
+
+def test_too_many_steps_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(wl, "UNROLLED", 9)  # two layers of five steps
+    with pytest.raises(RuntimeError, match="compiled only up to 9 unrolled steps"):
+        wl.check_window(TINY, wl.UNROLLED_LOOP, backward=True)
+
+
+def test_gate_closes_on_a_wrong_window(monkeypatch):
+    """A state's gradient that is off by a thousandth."""
+    right = wl.make
+
+    def wrong(shape, method, dtype=torch.float32, backend=None, lr=wl.RATE):
+        made = right(shape, method, dtype, backend, lr)
+        if dtype == torch.float32:
+            with torch.no_grad():
+                made.weight_hh_l1[0] *= 1.001
+        return made
+
+    monkeypatch.setattr(wl, "make", wrong)
+    with pytest.raises(wl.Disagreement, match="allowed"):
+        wl.check_window(TINY, wl.OURS, backward=True)
+
+
+@pytest.mark.parametrize("method", [wl.DNI, wl.DNI_STEP], ids=lambda m: m.name)
+def test_gate_closes_on_a_boundary_left_out(method, monkeypatch):
+    """A synthesizer that is trained but not used costs nearly as much and is not the method."""
+    right = wl.make
+
+    def wrong(shape, method, dtype=torch.float32, backend=None, lr=wl.RATE):
+        made = right(shape, method, dtype, backend, lr)
+        if dtype == torch.float32:
+            made.sg_scale = 0.0
+        return made
+
+    monkeypatch.setattr(wl, "make", wrong)
+    with pytest.raises(wl.Disagreement, match="is off by"):
+        if method.rule:
+            wl.check_training(TINY, method)
+        else:
+            wl.check_window(TINY, method, backward=True)
+
+
+def test_lstm_floor_is_the_products_of_a_window(monkeypatch):
+    """2 M N K each: two forward (input and recurrent), two more for each of them backward."""
+    done = []
+    real = torch.mm
+
+    def counted(a, b, *, out):
+        done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return real(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    batch, hidden, steps, layers = TINY
+    product = 2 * batch * steps * hidden * 4 * hidden * layers
+    wl.floor(TINY, backward=False)()
+    assert sum(done) == 2 * product
+    done.clear()
+    wl.floor(TINY, backward=True)()
+    assert sum(done) == 6 * product
+
+
+def test_a_candidate_that_fails_has_a_reason_and_no_figure(capsys):
+    def broken():
+        raise w.Disagreement("off by 1.0")
+
+    candidates, failures = tables.gather({"good": lambda: lambda: None, "bad": broken})
+    assert list(candidates) == ["good"]
+    assert failures == {"bad": "Disagreement: off by 1.0"}
+    assert "bad" in capsys.readouterr().err
+
+
+def test_never_means_that_no_synthesizer_moves():
+    training = w.Training(SMALL, "adam", w.DNI_NEVER)
+    training.scramble_synthesizers()
+    before = copy.deepcopy(training.model.state_dict())
+    w.stepper(training)()
+    after = training.model.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any(".synthesizer." in key for key in moved)
+    assert any(key.endswith("0.weight") for key in moved)
+
+
+def test_targets_on_every_fourth_step_train_once_a_cycle():
+    training = w.Training(SMALL, "adam", w.DNI_4)
+    w.stepper(training, w.CYCLE)()
+    first = training.model[0]
+    assert first.synthesizer_update.steps == 1
+    assert first.update.steps == w.CYCLE
+
+
+@pytest.mark.parametrize(("features", "side"), [(256, 28), (512, 28), (1024, 28), (256, 8)])
+def test_images_are_resampled_to_the_width(features, side):
+    images = torch.rand(5, side * side)
+    rows = w.resampled(images, features)
+    assert rows.shape == (5, features)
+    assert torch.allclose(rows.mean(1), images.mean(1), atol=0.05)
+    with pytest.raises(ValueError, match="power of two"):
+        w.resampled(images, 300)
+    with pytest.raises(ValueError, match="not square"):
+        w.resampled(images[:, :-1], features)
+
+
+def test_errors_are_those_of_a_trained_network():
+    from fused_dni.experiments import data
+
+    digits = data.load("digits")
+    errors = list(w.train_error(digits, w.Case(64, 64), "adam", w.STOCK, epochs=3, seed=0))
+    assert len(errors) == 3
+    assert errors[-1] < 15.0
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def results(**groups):
+    facts = {"device": "A CPU", "torch": "2.13.0", "threads": 2}
+    return {"facts": facts, **groups}
+
+
+def row(median, per_floor):
+    return {
+        "median": median,
+        "interval": [median * 0.9, median * 1.1],
+        "per_floor": {"median": per_floor, "interval": None},
+    }
+
+
+STEP = {
+    "64/256 sgd": {
+        "date": "2026-01-01",
+        "commit": "abc",
+        "threads": 2,
+        "floor": "floor",
+        "order": ["floor", "ours", "broken"],
+        "rows": {
+            "floor": row(1e-3, 1.0),
+            "ours": row(1.5e-3, 1.5),
+            "broken": {"failed": "Disagreement: no"},
+        },
+        "ratios": {"ours / theirs": {"median": 0.5, "interval": [0.4, 0.6]}},
+    }
+}
+
+
+def test_documents_are_what_the_results_say():
+    assert tables.render(check=True) == 0
+
+
+def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
+    text = "before\n<!-- table: step -->\nold\n<!-- end of table -->\nafter\n"
+    found = results(
+        step=STEP,
+        errors={
+            "data": "mnist",
+            "epochs": 5,
+            "rows": {"64/256 sgd": {"ours": {"errors": [2.0], "mean": 2.0}}},
+        },
+    )
+    new = tables.render_document(text, lambda _: [found])
+    assert new.startswith("before\n")
+    assert new.endswith("<!-- end of table -->\nafter\n")
+    assert "| ours | 1.5 (1.35–1.65) | 1.50 | 2.00 |" in new
+    assert "| broken | – | – | not measured |" in new
+    assert "broken: Disagreement: no" in new
+    assert "| 64/256 sgd | 0.50 (0.40–0.60) |" in new
+    assert "old" not in new
+    assert tables.render_document(new, lambda _: [found]) == new
+
+
+def gpu_group(**more):
+    return {
+        "date": "2026-01-01",
+        "commit": "abc",
+        "threads": 16,
+        "floor": "floor",
+        "order": ["floor", "DNI", "stock"],
+        "rows": {
+            "floor": row(8e-6, 1.0),
+            "DNI": row(12e-6, 1.5),
+            "DNI, one launch": row(11e-6, 1.4),
+            "DNI, CUDA": row(9e-6, 1.1),
+            "ours": row(50e-6, 2.0),
+            "ours, CUDA": row(42e-6, 1.8),
+            "stock": {"failed": "Disagreement: no"},
+        },
+        "ratios": {
+            "stock, compiled / DNI": {"median": 2.5, "interval": [2.4, 2.6]},
+            "nn.LSTM / ours": {"median": 0.5, "interval": None},
+            "DNI / DNI, CUDA": {"median": 1.33, "interval": None},
+            "nn.LSTM / ours, CUDA": {"median": 1.2, "interval": None},
+        },
+        **more,
+    }
+
+
+def test_gpu_tables_say_what_was_measured():
+    found = results(
+        **{
+            "gpu-layer": {"128/1024 bf16 sgd": gpu_group(bytes=3_000_000)},
+            "gpu-lstm": {"16/256/128 bf16": gpu_group(steps=20)},
+            "gpu-floors": {
+                "barrier": gpu_group(
+                    grids={
+                        "132": {"launch": 3e-6, "barrier": 1e-6, "CUDA barrier": 0.9e-6},
+                        "8": {"CUDA launch": 2.5e-6, "CUDA barrier": 0.5e-6},
+                    }
+                )
+            },
+        }
+    )
+    found["facts"] |= {
+        "gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12, "multiprocessors": 132
+    }  # fmt: skip
+    layer, lstm, details = (
+        tables.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
+    )
+    for text in (layer, lstm, details):
+        assert text.startswith("A GPU, torch 2.13.0, Triton 3.7.1, 2026-01-01, commit abc.")
+    # floor, bytes, as chosen, one launch, several, over the floor, stock, compiled, ..., CUDA
+    cells = "8 | 1 | 12 | 11 | – | 1.50 | – | 2.50 (2.40–2.60) | – | – | – | 9 | – | – | – | 1.33 |"
+    assert f"| 128/1024 bf16 sgd | {cells}" in layer
+    cells = "8 | – | 50 | – | 42 | 2.1 | 0.50 | – | – | 1.20 | – | – |"
+    assert f"| 16/256/128 bf16 | {cells}" in lstm and "which bare take 1.8 µs." in lstm
+    assert "| DNI | 12 | 1.50 |" in details and "stock: Disagreement: no" in details
+    assert "| 8 | – | – | 2.5 | 0.5 |\n| 132 | 3 | 1 | – | 0.9 |" in details
+
+
+def test_what_is_promised_of_a_gpu_stands_beside_what_was_measured():
+    found = gpu_kernels.promises({})
+    assert all(line.endswith("not measured") for line in found)
+    barrier = gpu_group(grids={"132": {"CUDA launch": 2e-6, "CUDA barrier": 0.5e-6}})
+    results = {
+        "facts": {"multiprocessors": 132},
+        "gpu-layer": {"128/1024 bf16 sgd": gpu_group()},
+        "gpu-lstm": {
+            "16/1024/128 bf16": gpu_group(steps=128),
+            "16/256/128 bf16": gpu_group(steps=128),
+            "16/256/128 fp32": gpu_group(steps=128),
+        },
+    }
+    lines = gpu_kernels.promises(results)
+    assert "128/1024 bf16 sgd: DNI / DNI, CUDA (at least 1): 1.33" in lines
+    assert "128/1024 bf16 sgd: stock / DNI, CUDA (at least 2): not measured" in lines
+    assert lines[-2:] == [  # in the order of their weight
+        "16/256/128 bf16: nn.LSTM / ours, CUDA (at least 1): 1.20; 0.328 us a step",
+        "16/1024/128 bf16: nn.LSTM / ours, CUDA: 1.20; 0.328 us a step",
+    ]
+    lines = gpu_kernels.promises(results | {"gpu-floors": {"barrier": barrier}})
+    assert "128/1024 bf16 sgd: DNI, CUDA: 9 us; a launch and 3 bare barriers: 3.5 us" in lines
+    assert lines[-1].endswith("; 0.328 us a step, its 2 bare barriers 1")
+
+
+def test_a_gpus_figures_become_the_table_that_auto_chooses_by(tmp_path, capsys):
+    found = results(
+        **{
+            "gpu-layer": {
+                "128/1024 bf16 sgd": gpu_group(),
+                "64/256 tf32 sgd": gpu_group(),
+                "512/1024 bf16 sgd, cold": gpu_group(),
+                "128/1024 bf16 adam": gpu_group(),
+                "128/1024 bf16 sgd with dx": gpu_group(),
+                "64/256 bf16 sgd": gpu_group(rows={"DNI": row(12e-6, 1.5)}),
+            },
+            "gpu-lstm": {"16/256/128 bf16": gpu_group()},
+        }
+    )
+    found["facts"]["capability"] = "9.0"
+    path = tmp_path / "kernels.json"
+    tables.save(path, found)
+    assert gpu_kernels.main([str(path), "--backends"]) == 0
+    (tmp_path / "backends.json").write_text(capsys.readouterr().out)
+    dni, window = {"cuda": 9e-6, "triton": 12e-6}, {"cuda": 42e-6, "triton": 50e-6}
+    assert measured._read(tmp_path / "backends.json") == {
+        measured.Entry("linear", "sm_90", "bfloat16", (128, 1024, 1024)): dni,
+        measured.Entry("linear", "sm_90", "float32-tf32", (64, 256, 256)): dni,
+        measured.Entry("lstm", "sm_90", "bfloat16", (128, 16, 256, 256)): window,
+    }
+
+
+def test_windows_of_a_gpu_are_each_measured_once_and_the_promised_first():
+    windows = gpu_kernels.WINDOWS
+    assert len(set(windows)) == len(windows) == 30
+    assert gpu_kernels.LONG_WINDOW in windows[:10]
+    assert max(h for b, h, t in windows[:19] if (b, h, t) != gpu_kernels.LONG_WINDOW) == 640
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-lstm", "gpu-details"])
+def test_without_a_gpu_the_tables_say_so(name):
+    assert tables.RENDERERS[name][1]([]) == "No GPU figure has been measured yet."
+    assert tables.RENDERERS[name][1]([results()]) == "Not measured yet."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: nonsense -->\n<!-- end of table -->", "unknown table"),
+        ("<!-- table: step -->\n", "no end marker"),
+    ],
+)
+def test_bad_markers_are_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        tables.render_document(text, lambda _: [])
+
+
+def test_groups_are_ordered_by_number():
+    assert tables.ordered({"128/1024 sgd": 0, "64/256 sgd": 0, "128/512 adam": 0}) == [
+        "64/256 sgd",
+        "128/512 adam",
+        "128/1024 sgd",
+    ]
+
+
+def test_saving_keeps_the_old_file_when_interrupted(tmp_path):
+    path = tmp_path / "results.json"
+    tables.save(path, {"a": 1.23456789})
+    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
+    with pytest.raises(TypeError):
+        tables.save(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
+
+
+def test_committed_results_name_machine_versions_and_commit():
+    for path in tables.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        if found.get("kind", "").startswith("train"):
+            assert {"device", "torch", "threads", "date", "commit", "command"} <= set(
+                found["facts"]
+            )
+            continue
+        assert {"device", "torch", "threads", "date", "commit"} <= set(found["facts"])
+        for suite in (*tables.SUITES, "gpu-layer", "gpu-lstm", "gpu-floors"):
+            for group in found.get(suite, {}).values():
+                assert group["commit"]
+                assert group["date"]
+
+
+def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
+    """The whole path from candidates to JSON to Markdown, on sizes that take no time."""
+    monkeypatch.setattr(w, "CASES", (SMALL,))
+    monkeypatch.setattr(w, "RULES", ("sgd",))
+    monkeypatch.setattr(w, "METHODS", (w.STOCK, w.DNI_4))
+    monkeypatch.setattr(w, "SHAPES", (w.Shape(16, 24, 32),))
+    monkeypatch.setattr(w, "MEMORY_DEPTHS", (1, 2))
+    monkeypatch.setattr(w, "MEMORY_CASE", SMALL)
+    monkeypatch.setattr(bench_gemm, "ROWS", (3,))
+    monkeypatch.setattr(bench_gemm, "FEATURES", (16,))
+    monkeypatch.setattr(wl, "SHAPES", (TINY._replace(layers=1), TINY))
+    monkeypatch.setattr(wl, "BOUNDARY_STEPS", (2,))
+    monkeypatch.setattr(wl, "UNROLLED", 1)
+    monkeypatch.setattr(wl, "MEMORY_SEQUENCE", 16)
+    monkeypatch.setattr(wl, "MEMORY_WINDOWS", (4,))
+    monkeypatch.setattr(wl, "MEMORY_LENGTHS", (16, 32))
+    real = w.check_layer
+
+    def check(shape, kind, dx, backend=None):  # compiling takes longer than the rest
+        if kind == "compiled":
+            raise NotImplementedError("not compiled in this test")
+        real(shape, kind, dx, backend)
+
+    monkeypatch.setattr(w, "check_layer", check)
+    path = tmp_path / "results.json"
+    tables.measure(list(tables.SUITES), None, 0.05, path)
+    found = json.loads(path.read_text())
+    rows = found["step"]["16/32 sgd"]["rows"]
+    assert rows[w.DNI_4.name]["per_floor"]["median"] > 0
+    assert found["step"]["16/32 sgd"]["ratios"]["DNI k=4 / stock eager"]["median"] > 0
+    assert found["linear"]["16x24x32 without dx"]["rows"]["stock compiled"]["failed"]
+    lstm = found["lstm"]
+    assert lstm["3/8/5 forward+backward"]["rows"]["unrolled steps, compiled"]["failed"]
+    assert lstm["3/8/5, 2 layers training step"]["ratios"]["nn.LSTM / DNI"]["median"] > 0
+    assert lstm["3/8/2 boundary"]["ratios"]["DNI / ours"]["median"] > 0
+    for suite in (*tables.SUITES, "lstm-details", "lstm-memory"):
+        assert "| " in tables.RENDERERS[suite][1]([found])
+    details = tables.RENDERERS["lstm-details"][1]([found])
+    assert "compiled at 3/8/5 forward+backward: RuntimeError: compiled only up to 1" in details
+    assert "x the floor" in capsys.readouterr().out
+
+
+def test_memory_of_dni_grows_with_the_window_and_not_with_the_sequence(monkeypatch):
+    """The committed curve's claim, at a small size: a window's worth, whatever the sequence;
+    backprop through the whole sequence holds all of it."""
+    monkeypatch.setattr(wl, "MEMORY_HIDDEN", 16)
+    monkeypatch.setattr(wl, "MEMORY_SEQUENCE", 64)
+    monkeypatch.setattr(wl, "MEMORY_WINDOWS", (8, 16, 32))
+    monkeypatch.setattr(wl, "MEMORY_LENGTHS", (32, 64, 128))
+    curves = wl.memory_curves()
+    lengths, windows = curves["by_length"], curves["by_window"]
+    assert lengths["dni"][0] == lengths["dni"][1] == lengths["dni"][2]
+    through = lengths["through"]["fused"]
+    assert through[2] - through[1] == 2 * (through[1] - through[0]) > 0
+    w8, w16, w32, whole = windows["dni"]
+    assert w8 < w16 < w32 < whole
+    # What a step of the window keeps is the same for every window: gates, states, their gradients.
+    assert w32 - w16 == pytest.approx(2 * (w16 - w8), rel=0.1)
+
+
+def test_errors_are_merged_into_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(w, "CASES", (w.Case(64, 64),))
+    monkeypatch.setattr(w, "METHODS", (w.STOCK, w.DNI_4))
+    path = tmp_path / "results.json"
+    tables.errors(None, "adam", 1, 1, path, keep=False)
+    rows = json.loads(path.read_text())["errors"]["rows"]["64/64 adam"]
+    assert set(rows) == {w.STOCK.name, w.DNI_4.name}
+    assert all(0.0 <= entry["mean"] <= 100.0 for entry in rows.values())
+
+
+# -------------------------------------------------------------------------------------------- GPU
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
+    done = run("bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", PYTHON=sys.executable)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--help"], ["out", "soon"], ["out", "9", "more"]])
+def test_gpu_script_explains_its_use(given, tmp_path):
+    done = run("bash", ROOT / "bench" / "gpu.sh", *given)
+    assert done.returncode == 2
+    assert done.stderr == "usage: bench/gpu.sh OUT [SECONDS]\n"
+
+
+def test_gpu_script_without_torch(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = run("bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", PYTHON=str(python))
+    assert done.returncode == 2
+    assert "cannot import torch" in done.stderr
+
+
+def test_gpu_script_goes_on_when_parts_fail(tmp_path):
+    """With an interpreter that pretends to a GPU: every part fails, each is named, the last line
+    says so, and the script ends by itself."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "no such part" >&2\nexit 7\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = run("bash", ROOT / "bench" / "gpu.sh", out, PYTHON=str(python))
+    assert done.returncode == 1
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    sanitizers = [
+        [f"{tool}-{backend}" for tool in ("memcheck", "racecheck", "synccheck")]
+        if shutil.which("compute-sanitizer")
+        else []
+        for backend in ("cuda", "triton")
+    ]
+    names = ["environment", "build", "build-without-cuda", "report", "tests", "layer", "floors"]
+    names += ["lstm", *sanitizers[0], "baselines", *(["ncu"] if shutil.which("ncu") else [])]
+    names += [*sanitizers[1], "tune"]
+    assert [line.split()[1].strip(":") for line in failures] == names
+    assert all("exit status 7" in line for line in failures[:8])
+    assert "==== build" in (out / "log.txt").read_text()
+    assert "no such part" in (out / "log.txt").read_text()
+    assert (out / "summary.txt").read_text() == done.stdout
+    assert {path.name for path in out.iterdir()} == {"log.txt", "summary.txt"}
+
+
+def test_gpu_script_runs_the_parts_that_are_asked_for(tmp_path):
+    """With tools that pretend to be there, and say what they were started with."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, script in {
+        "python": '[ "$2" != venv ] || mkdir -p "$4/lib/python3/site-packages"',
+        "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors of $*"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    out = tmp_path / "out"
+    path = f"{tools}:{os.environ['PATH']}"
+    asked = {"ONLY": "floors synccheck-cuda", "PATH": path, "PYTHON": str(tools / "python")}
+    done = run("bash", ROOT / "bench" / "gpu.sh", out, **asked)
+    names = [line.split(":")[0] for line in (out / "log.txt").read_text().splitlines()]
+    assert [name[5:] for name in names if name.startswith("==== ")] == [
+        "environment", "build", "floors", "synccheck-cuda"
+    ]  # fmt: skip
+    (line,) = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    assert line.startswith("synccheck, cuda: ERROR SUMMARY: 0 errors of --tool synccheck ")
+    assert line.endswith("bench/gpu_kernels.py --profile --tiny --backend cuda")
+    assert done.returncode == 0 and "no part has failed" in done.stdout
+
+
+def test_gpu_baselines_run_on_a_cpu(tmp_path):
+    file = tmp_path / "baselines.json"
+    assert gpu_baselines.main([str(file), "--device", "cpu", "--tiny", "--seconds", "120"]) == 0
+    found = json.loads(file.read_text())
+    assert set(found) == {part.__name__ for part in gpu_baselines.PARTS} | {"part_seconds"}
+    assert found["network"]["us"]["8/16 sgd"]["eager"] > 0
+    text = file.with_suffix(".txt").read_text()
+    assert text.index("gaps") < text.index("network")  # what decides most comes last
+    assert "FAILED" not in text
+
+
+def test_gpu_baselines_keep_what_they_have_when_time_is_up(tmp_path):
+    file = tmp_path / "baselines.json"
+    assert gpu_baselines.main([str(file), "--device", "cpu", "--tiny", "--seconds", "0"]) == 1
+    found = json.loads(file.read_text())
+    assert found["device"]["torch"] == torch.__version__
+    assert found["gemm"] == {"failed": "NoTimeLeftError: no time left"}
+    assert "no time left" in gpu_baselines.summary(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_baselines_without_a_gpu(tmp_path, capsys):
+    assert gpu_baselines.main([str(tmp_path / "b.json")]) == 3
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself there")
+
+
+@pytest.mark.slow
+@INTERPRETED
+def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
+    """The whole script on sizes that only show that it runs: gates, tiles, floors, text."""
+    file = tmp_path / "kernels.json"
+    assert gpu_kernels.main([str(file), "--device", "cpu", "--tiny"]) == 0
+    found = json.loads(file.read_text())
+    rows = found["gpu-layer"]["8/16 bf16 sgd"]["rows"]
+    assert [name for name, row in rows.items() if "failed" in row] == []
+    assert {gpu_kernels.DNI, gpu_kernels.BACKPROP, gpu_kernels.STOCK} < rows.keys()
+    cuda = {gpu_kernels.DNI_CUDA, gpu_kernels.BACKPROP_CUDA, gpu_kernels.SYNTHESIZER_CUDA}
+    assert cuda < rows.keys()
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["ratios"]["DNI / DNI, CUDA"]["median"] > 0
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["tiles"]["linear_step"]["launches"] == "one"
+    with_dx = found["gpu-layer"]["8/16 fp32 adam with dx, cold"]["rows"]
+    assert [name for name, row in with_dx.items() if "failed" in row] == []
+    window = found["gpu-lstm"]["4/16/3 fp32"]
+    assert [name for name, row in window["rows"].items() if "failed" in row] == []
+    assert window["ratios"]["nn.LSTM / ours"]["median"] > 0
+    assert window["ratios"]["nn.LSTM / ours, CUDA"]["median"] > 0
+    grid = found["gpu-floors"]["barrier"]["grids"]["1"]
+    assert grid.keys() == {"launch", "barrier", "CUDA launch", "CUDA barrier"}
+    assert grid["launch"] > 0 and grid["CUDA launch"] > 0
+    text = file.with_suffix(".txt").read_text()
+    assert "4096/4096 bf16 sgd: DNI / its two products (at most 1.5): not measured" in text
+    for suite in ("gpu", "gpu-lstm", "gpu-details"):
+        assert "| " in tables.RENDERERS[suite][1]([found])
+
+
+@INTERPRETED
+def test_gpu_kernels_keep_what_they_have_when_time_is_up(tmp_path, one_thread):
+    file = tmp_path / "kernels.json"
+    given = [str(file), "--device", "cpu", "--tiny", "--seconds", "0", "--part", "layer"]
+    assert gpu_kernels.main([*given, "--backend", "cpu"]) == 1
+    found = json.loads(file.read_text())
+    assert list(found["gpu-layer"]) == ["8/16 bf16 sgd"]
+    assert found["failed"] == {"layer": "no time left after 8/16 bf16 sgd"}
+    assert "FAILED layer: no time left" in file.with_suffix(".txt").read_text()
+
+
+@INTERPRETED
+def test_gpu_kernels_go_on_when_a_group_fails(tmp_path, monkeypatch, one_thread):
+    real = gpu_kernels.layer_group
+
+    def group(run, case, cold):
+        if not cold:
+            raise RuntimeError("planted")
+        return real(run, case, cold)
+
+    monkeypatch.setattr(gpu_kernels, "layer_group", group)
+    file = tmp_path / "kernels.json"
+    given = [str(file), "--device", "cpu", "--tiny", "--part", "layer", "--backend", "cpu"]
+    assert gpu_kernels.main(given) == 1
+    found = json.loads(file.read_text())
+    assert list(found["gpu-layer"]) == ["8/16 fp32 adam with dx, cold"]
+    assert found["failed"] == {"layer 8/16 bf16 sgd": "RuntimeError: planted"}
+
+
+@INTERPRETED
+def test_gpu_kernels_that_are_profiled_all_run(capsys, one_thread):
+    assert gpu_kernels.main(["--profile", "--device", "cpu", "--tiny"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["triton: Decoupled 16/32", "triton: Backprop 16/32"]
+    assert len(printed) == 8 and printed[4] == "cuda: Decoupled 16/32"
+
+
+@INTERPRETED
+def test_gpu_kernels_without_the_cuda_backend(tmp_path, monkeypatch, capsys, one_thread):
+    """It was not built: its rows hold the reason, all else is measured."""
+    monkeypatch.setitem(registry._loaded, "cuda", "was not built")
+    file, tiny = tmp_path / "kernels.json", ["--device", "cpu", "--tiny"]
+    parts = [word for part in ("floors", "lstm") for word in ("--part", part)]
+    assert gpu_kernels.main([str(file), *tiny, *parts, "--backend", "cpu"]) == 0
+    found = json.loads(file.read_text())
+    rows = found["gpu-lstm"]["4/16/3 fp32"]["rows"]
+    assert "was not built" in rows[gpu_kernels.OURS_CUDA]["failed"]
+    assert rows[gpu_kernels.OURS]["median"] > 0
+    assert found["gpu-floors"]["barrier"]["grids"]["1"].keys() == {"launch", "barrier"}
+    capsys.readouterr()
+    assert gpu_kernels.main(["--profile", *tiny]) == 1
+    printed = capsys.readouterr()
+    assert "was not built" in printed.err and len(printed.out.splitlines()) == 4
+
+
+@INTERPRETED
+def test_gpu_kernels_without_a_gpu(tmp_path, capsys):
+    assert gpu_kernels.main([str(tmp_path / "k.json")]) == 3
+    assert "no CUDA device" in capsys.readouterr().err
+    assert gpu_kernels.main([str(tmp_path / "k.json"), "--device", "cpu", "--backend", "cuba"]) == 1
+    assert "unknown backend 'cuba'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [wg.Decoupled, wg.Backprop, wg.SynthesizerUpdate])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_gate_of_a_layer_opens_and_closes(kind, rule):
+    """Open for the C++ kernels, closed where a hundredth of the gradient is lost."""
+    case = wg.Case(16, 24, "fp32", rule, kind is not wg.SynthesizerUpdate)
+    device = torch.device("cpu")
+
+    def right(case, device, **options):
+        return kind(case, device, "cpu", **options)
+
+    def wrong(case, device, **options):
+        layer = right(case, device, **options)
+        rule = layer.own if kind is wg.SynthesizerUpdate else layer.rule
+        rule.hyper[0] *= 1.5 if rule.kind == "adam" else 1.01
+        return layer
+
+    wg.check_layer(right, case, device)
+    with pytest.raises(w.Disagreement, match="is off by"):
+        wg.check_layer(wrong, case, device)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gate_of_stock_layers_opens(precision):
+    """As they are compared with in the tables: autocast, autograd, a fused optimizer."""
+    for rule in ("sgd", "adam"):
+        case = wg.Case(16, 24, precision, rule, True)
+        wg.check_layer(wg.Stock, case, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.001), ("bf16", 1.3)])
+def test_gate_of_a_window_opens_and_closes(precision, factor):
+    case, device = wg.WindowCase(3, 16, 5, precision), torch.device("cpu")
+
+    def right(case, device):
+        return wg.OurWindow(case, device, wg.operand(precision), "reference")
+
+    def wrong(case, device):
+        window = right(case, device)
+        window.layer.weight_hh.mul_(factor)
+        return window
+
+    wg.check_window(right, case, device)
+    with pytest.raises(w.Disagreement, match="is off by"):
+        wg.check_window(wrong, case, device)
+
+
+def test_what_ncu_saw_becomes_a_table():
+    metric = "gpu__time_duration.sum"
+    text = (
+        "==PROF== Connected\n"
+        f'"ID","Kernel Name","{metric}","launch__grid_size"\n'
+        '"","","us",""\n'
+        '"0","linear_kernel","12.5","132"\n'
+    )
+    row = gpu_kernels.ncu_table(text).splitlines()[-1]
+    assert row.split()[:4] == ["linear_kernel", "1", "12.5", "µs"] and row.split()[-1] == "132"
+    assert gpu_kernels.ncu_table("==ERROR== no permission\n") == "ncu reported no kernel"

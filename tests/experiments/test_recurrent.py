@@ -1,0 +1,623 @@
+"""Recurrent runs: arms see the same, true gradients are true, reports say what was measured."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_dni as fd
+from fused_dni import cli
+from fused_dni.experiments import characters, future, recurrent, run
+from fused_dni.measure import memory
+from fused_dni.report import ReportError
+from fused_dni.report.blocks import as_text
+from fused_dni.report.kinds import recurrent as recurrent_report
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _verse(length: int = 6000) -> str:
+    """Text with something to learn at a distance: whoever opened a bracket closes it."""
+    generator = torch.Generator().manual_seed(0)
+    words = []
+    while sum(map(len, words)) < length:
+        pick = int(torch.randint(6, (), generator=generator))
+        words.append(("(ab)", "[ba]", "<abab>", "(ba)", "[abab] ", "x")[pick])
+    return "".join(words)[:length]
+
+
+SOURCE = characters.split(_verse(), 0.2, "verse")
+CHARLM = recurrent.defaults(
+    "charlm",
+    windows=(4,),
+    long=(9,),
+    hidden=16,
+    batch_size=4,
+    amount=8_000,
+    evaluations=2,
+    embedding=6,
+    lr=1e-2,
+)
+COPY = recurrent.defaults(
+    "copy", windows=(3,), hidden=12, batch_size=4, amount=30, evaluations=3, seeds=(0, 1), width=2
+)
+ALL = ("backprop", "fused", "dni", "dni+aux")
+
+
+def _fingerprints(outcome: recurrent.Outcome) -> dict[str, str]:
+    return {f"{r['name']} {r['seed']}": r["fingerprint"] for r in outcome.runs}
+
+
+# -------------------------------------------------------------------------------------------- arms
+
+
+def test_every_arm_of_charlm_learns_and_sees_the_same_amount():
+    outcome = recurrent.train(replace(CHARLM, methods=ALL), SOURCE)
+    assert outcome.names() == [*(f"{m} T=4" for m in ALL), "backprop T=9", "fused T=9"]
+    uniform = math.log2(SOURCE.classes)
+    for r in outcome.runs:
+        assert [row["characters"] for row in r["history"]][-1] == 8_000
+        assert r["history"][-1]["bits"] < 0.8 * uniform, r["name"]
+        assert r["history"][-1]["seconds"] > r["history"][0]["seconds"] > 0
+        # windows, but for the shorter ones where a stream ends
+        span = len(SOURCE.train) // 4 - 1
+        passes, rest = divmod(2_000, span)
+        t = r["window"]
+        assert r["history"][-1]["updates"] == passes * -(-span // t) + -(-rest // t)
+    assert all(row["peak_memory"] is None for row in outcome.summary())
+    outcome.costs = recurrent.costs(replace(CHARLM, methods=ALL), SOURCE, seconds=0.05)
+    for row in outcome.summary():
+        assert row["peak_memory"] > 0 and 0 < row["seconds_per_character"] < 1
+
+
+def test_truncated_backprop_on_our_kernels_is_that_of_nn_lstm():
+    """The same weights and data: the runs differ by rounding alone."""
+    settings = replace(CHARLM, methods=("backprop", "fused"), amount=800)
+    outcome = recurrent.train(settings, SOURCE)
+    stock, ours = (outcome.of(name)[0]["history"][-1]["bits"] for name in outcome.names()[:2])
+    # 50 Adam steps: rounding of 1e-7 grows little at this rate
+    assert ours == pytest.approx(stock, abs=1e-4)
+
+
+def test_arms_start_from_the_same_weights_whatever_their_heads_draw():
+    trainers = [
+        recurrent.build(arm, 3, replace(CHARLM, methods=ALL), SOURCE)
+        for arm in replace(CHARLM, methods=ALL).arms()
+    ]
+    first = [p.detach().clone() for p in trainers[0].trained]
+    for trainer in trainers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(first, trainer.trained, strict=True))
+    assert isinstance(trainers[0].net.lstm, nn.LSTM)
+    synthetic = trainers[2].net.lstm
+    assert isinstance(synthetic, fd.FusedDNILSTM) and synthetic.auxiliary_head is None
+    assert trainers[3].net.lstm.auxiliary_head is not None
+
+
+def test_truncated_backprop_may_have_a_rate_of_its_own():
+    for exact, expected in ((0.0, 1e-2), (3e-3, 3e-3)):
+        settings = replace(CHARLM, exact_lr=exact)
+        rates = {
+            method: recurrent.build(recurrent.Arm(method, 4), 0, settings, SOURCE).optimizer
+            for method in ("backprop", "fused", "dni")
+        }
+        lrs = {name: optimizer.param_groups[0]["lr"] for name, optimizer in rates.items()}
+        assert lrs == {"backprop": expected, "fused": expected, "dni": 1e-2}
+
+
+def test_gradients_are_summed_until_an_update_is_due():
+    """Two windows of 4 and one of 8 per update of 8: without a future they are the same step."""
+    settings = replace(CHARLM, methods=("fused",), update_every=8, amount=8 * 4, clip=0.0)
+    trainer = recurrent.build(recurrent.Arm("fused", 4), 0, settings, SOURCE)
+    trainer.step()
+    assert trainer.updates == 0 and trainer.trained[0].grad is not None
+    trainer.step()
+    assert trainer.updates == 1 and trainer.trained[0].grad is None
+    whole = recurrent.build(recurrent.Arm("fused", 8), 0, settings, SOURCE)
+    assert settings.divisor(trainer.arm) == settings.divisor(whole.arm) == 32
+
+
+def test_synthesizers_learn_and_are_asked_for():
+    """After some windows of a DNI arm M's parameters have moved, and those of its head."""
+    settings = replace(CHARLM, amount=400)
+    trainer = recurrent.build(recurrent.Arm("dni+aux", 4), 0, settings, SOURCE)
+    for _ in range(20):
+        trainer.step()
+    synthesizer = trainer.synthesizer(4)
+    assert synthesizer is not None and trainer.synthesizer(5) is None
+    assert float(synthesizer.weight.detach().abs().sum()) > 0
+    assert float(trainer.net.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
+
+
+def test_nothing_is_injected_during_the_warm_up():
+    """With all of the run a warm-up, a DNI arm is truncated backprop, bit by bit, and M learns."""
+    settings = replace(CHARLM, amount=400, warmup=1.0, backend="reference")
+    trainers = [
+        recurrent.build(recurrent.Arm(method, 4), 0, settings, SOURCE)
+        for method in ("fused", "dni")
+    ]
+    for _ in range(20):
+        for trainer in trainers:
+            trainer.step()
+    for a, b in zip(*(trainer.trained for trainer in trainers), strict=True):
+        assert torch.equal(a, b)
+    assert float(trainers[1].net.lstm.synthesizer.weight.detach().abs().sum()) > 0
+    started = recurrent.build(recurrent.Arm("dni", 4), 0, replace(settings, warmup=0.4), SOURCE)
+    assert started.schedule.warmup_steps == 10  # of 25 windows
+
+
+def test_every_synthesizer_of_the_command_line_runs():
+    for name in recurrent.SYNTHESIZERS:
+        settings = replace(CHARLM, synthesizer=name, sg_hidden=8, amount=160)
+        trainer = recurrent.build(recurrent.Arm("dni", 4), 0, settings, SOURCE)
+        for _ in range(5):
+            trainer.step()
+        run.refuse_divergence(trainer.net, name)
+
+
+def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
+    settings = replace(
+        COPY,
+        hidden=24,
+        width=1,
+        amount=500,
+        seeds=(0,),
+        methods=("fused",),
+        windows=(8,),
+        exact_lr=1e-2,
+    )
+    (found,) = recurrent.train(settings).runs
+    assert found["history"][-1]["solved"] >= 1
+    assert found["history"][-1]["length"] == found["history"][-1]["solved"] + 1
+    trainer = recurrent.build(recurrent.Arm("dni", 3), 0, COPY, None)
+    trainer.curriculum.level = 5  # 13 steps, 6 before the first that counts
+    trainer.train_on(trainer.draw(0), 3)
+    assert trainer.updates == 5
+    exact = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
+    exact.curriculum.level = 5
+    exact.train_on(exact.draw(0), 3)
+    assert exact.updates == 3
+
+
+def test_the_error_of_an_episode_is_in_bits_per_bit():
+    trainer = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
+    with torch.no_grad():
+        trainer.net.head.weight.zero_()
+        trainer.net.head.bias.zero_()
+    trainer.settings = replace(COPY, lr=0.0)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    assert trainer.train_on(trainer.draw(0), 3) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_validation_bits_charge_for_what_cannot_be_predicted():
+    source = characters.split("abab" * 50 + "aXba" * 12, 0.19)
+    assert source.unknown > 0
+    settings = replace(CHARLM, batch_size=2)
+    trainer = recurrent.build(recurrent.Arm("fused", 4), 0, settings, source)
+    with torch.no_grad():
+        trainer.net.head.weight.zero_()
+        trainer.net.head.bias.zero_()
+    targets = trainer.validation[1:]
+    unknown = int((targets == len(source.symbols)).sum())
+    expected = math.log2(3) + unknown * source.unknown_bits / targets.numel()
+    assert trainer.validate() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_state_is_carried_through_the_validation_part(monkeypatch):
+    trainer = recurrent.build(recurrent.Arm("fused", 4), 0, CHARLM, SOURCE)
+    whole = trainer.validate()
+    monkeypatch.setattr(recurrent, "VALIDATION_WINDOW", 7)
+    assert trainer.validate() == pytest.approx(whole, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "chralm"}, "did you mean 'charlm'"),
+        ({"methods": ("dnii",)}, "did you mean 'dni'"),
+        ({"methods": ()}, "at least one method"),
+        ({"windows": ()}, "one window"),
+        ({"windows": (0,)}, "a window must have at least 1 step"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"lr": -1.0}, "lr must be finite"),
+        ({"sg_scale": math.inf}, "sg_scale must be finite"),
+        ({"target_scale": 0.0}, "target_scale must be positive"),
+        ({"threshold": 2.0}, "threshold must lie in"),
+        ({"warmup": 1.5}, "warmup must lie in"),
+        ({"task": "copy", "warmup": 0.1}, "and be 0 for copy tasks"),
+        ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
+        ({"embedding": -1}, "embedding must be at least 0"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CHARLM, **changes)
+
+
+def test_a_text_that_is_too_short():
+    short = characters.split("a short text, too short", 0.1, "short")
+    with pytest.raises(ValueError, match=r"short has 21 characters .* too short for 4 streams"):
+        recurrent.train(CHARLM, short)
+    with pytest.raises(ValueError, match="needs a text"):
+        recurrent.train(CHARLM)
+
+
+def test_divergence_is_an_error_that_names_the_arm():
+    settings = replace(CHARLM, methods=("fused",), long=(), lr=1e38, cosine=False)
+    with pytest.raises(RuntimeError, match="fused T=4 diverged"):
+        recurrent.train(settings, SOURCE)
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+class _Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("task", ["charlm", "copy"])
+def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch, task):
+    settings, source = (replace(CHARLM, amount=1600), SOURCE) if task == "charlm" else (COPY, None)
+    monkeypatch.setattr(recurrent, "CHUNK", 7)
+    whole = _fingerprints(recurrent.train(settings, source))
+    assert len(set(whole.values())) == len(whole)
+    assert whole == _fingerprints(recurrent.train(settings, source))
+    write, count = recurrent.write_checkpoint, 0
+
+    def cutting(folder, state):
+        nonlocal count
+        write(folder, state)
+        count += 1
+        if count % 4 == 0:
+            raise _Cut
+
+    monkeypatch.setattr(recurrent, "write_checkpoint", cutting)
+    for attempt in range(100):
+        try:
+            outcome = recurrent.train(
+                settings, source, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=0.0
+            )
+            break
+        except _Cut:
+            continue
+    assert attempt > 3
+    assert _fingerprints(outcome) == whole
+    for r in outcome.runs:
+        assert len(r["history"]) == settings.evaluations
+
+
+def test_checkpoints_of_another_run_or_text_are_refused(tmp_path):
+    settings = replace(CHARLM, amount=160, evaluations=1, methods=("fused",), long=())
+    recurrent.train(settings, SOURCE, checkpoint=tmp_path)
+    with pytest.raises(run.CheckpointError, match="another run: hidden 16 there, 8 now"):
+        recurrent.train(replace(settings, hidden=8), SOURCE, checkpoint=tmp_path, resume=True)
+    other = characters.split(_verse(5000), 0.2, "verse")
+    with pytest.raises(run.CheckpointError, match="another text"):
+        recurrent.train(settings, other, checkpoint=tmp_path, resume=True)
+    with pytest.raises(run.CheckpointError, match="needs --checkpoint"):
+        recurrent.train(settings, SOURCE, resume=True)
+
+
+def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
+    whole = _fingerprints(recurrent.train(COPY))
+    steps = 0
+    step = recurrent.CopyTrainer.step
+
+    def counting(self):
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self)
+
+    monkeypatch.setattr(recurrent.CopyTrainer, "step", counting)
+    with pytest.raises(run.Interrupted, match="add --resume to continue"):
+        recurrent.train(COPY, checkpoint=tmp_path)
+    assert _fingerprints(recurrent.train(COPY, checkpoint=tmp_path, resume=True)) == whole
+
+
+# ---------------------------------------------------------------------------- true future gradient
+
+
+class _Exact(nn.Module):
+    """A synthesizer that knows the truth, row by row of the state that it is shown."""
+
+    def __init__(self, table: list[tuple[torch.Tensor, torch.Tensor]], factor: float) -> None:
+        super().__init__()
+        self.table, self.factor = table, factor
+
+    def forward(self, rows, context=None):
+        for state, gradient in self.table:
+            if torch.equal(state, rows):
+                return self.factor * gradient
+        raise AssertionError("asked at a state that is no boundary")
+
+
+def _small(layers: int = 2):
+    net = recurrent.SequenceNet(nn.Identity(), nn.LSTM(3, 5, layers), nn.Linear(5, 4)).double()
+    inputs = torch.randn(12, 2, 3, dtype=torch.float64)
+    targets = torch.randint(4, (12, 2))
+
+    def losses(logits, start):
+        target = targets[start : start + len(logits)].flatten()
+        return F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
+
+    return net, inputs, losses
+
+
+def _norm(tensors) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+
+
+def test_the_future_is_what_full_backprop_has_and_truncated_backprop_lacks():
+    """Written out again for one boundary, in the middle of 12 steps."""
+    net, inputs, losses = _small()
+    found = future.future_gradient(net, inputs, losses, 6)
+    assert found["boundaries"] == 1 and found["horizon"] == 6
+    parameters = list(net.lstm.parameters())
+    output, (h, c) = net.lstm(inputs[:6])
+    own_loss = losses(net.head(output), 0)
+    own = torch.autograd.grad(own_loss, parameters, retain_graph=True)
+    own_h = torch.autograd.grad(own_loss, output, retain_graph=True)[0][-1]
+    later = losses(net.head(net.lstm(inputs[6:], (h, c))[0]), 6)
+    gh, gc = torch.autograd.grad(later, (h, c), retain_graph=True)
+    through = torch.autograd.grad((h, c), parameters, (gh, gc))
+    # derived: float64, a few hundred terms
+    assert found["state_future"] == pytest.approx(_norm((gh, gc)), rel=1e-12)
+    assert found["state_own"] == pytest.approx(_norm([own_h]), rel=1e-12)
+    assert found["parameter_own"] == pytest.approx(_norm(own), rel=1e-12)
+    assert found["parameter_future"] == pytest.approx(_norm(through), rel=1e-12)
+    assert found["parameter_ratio"] == pytest.approx(_norm(through) / _norm(own), rel=1e-12)
+    both = [a + b for a, b in zip(own, through, strict=True)]
+    inner = sum(float((a * b).sum()) for a, b in zip(own, both, strict=True))
+    assert found["parameter_cosine"] == pytest.approx(inner / _norm(own) / _norm(both), rel=1e-12)
+
+
+def test_a_synthesizer_that_knows_the_future_gets_full_marks():
+    net, inputs, losses = _small()
+    table, state = [], None
+    for start in (0, 4):
+        _, state = net.lstm(inputs[start : start + 4], state)
+        h, c = (t.detach().requires_grad_() for t in state)
+        # loss from here to the end as a function of the state alone
+        loss = losses(net.head(net.lstm(inputs[start + 4 :], (h, c))[0]), start + 4)
+        gh, gc = torch.autograd.grad(loss, (h, c))
+        rows = [torch.cat((a[0], b[0], a[1], b[1]), 1).detach() for a, b in ((h, c), (gh, gc))]
+        table.append((rows[0], rows[1]))
+        state = (h.detach(), c.detach())
+    found = future.future_gradient(
+        net, inputs, losses, 4, synthesizer=_Exact(table, 3.0), target_scale=3.0
+    )
+    assert found["boundaries"] == 2
+    assert found["prediction_cosine"] == pytest.approx(1.0, abs=1e-12)
+    assert found["prediction_norm_ratio"] == pytest.approx(1.0, abs=1e-12)
+    wrong = future.future_gradient(
+        net, inputs, losses, 4, synthesizer=_Exact(table, -6.0), target_scale=3.0
+    )
+    assert wrong["prediction_cosine"] == pytest.approx(-1.0, abs=1e-12)
+    assert wrong["prediction_norm_ratio"] == pytest.approx(2.0, abs=1e-12)
+
+
+def test_windows_without_a_loss_have_nothing_of_their_own():
+    net, inputs, losses = _small(1)
+
+    def late(logits, start):
+        return losses(logits, start) if start >= 8 else logits[:0].sum()
+
+    found = future.future_gradient(net, inputs, late, 4)
+    assert found["parameter_own"] == 0.0 and found["parameter_ratio"] == math.inf
+    assert found["state_future"] > 0 and math.isnan(found["parameter_cosine"])
+
+
+def test_boundaries_whose_future_is_cut_off_are_left_out():
+    net, inputs, losses = _small(1)
+    assert future.future_gradient(net, inputs, losses, 2, horizon=6)["boundaries"] == 3
+    with pytest.raises(ValueError, match=r"no boundary of windows of 8 in 12 steps has 6 behind"):
+        future.future_gradient(net, inputs, losses, 8, horizon=6)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_memory_grows_with_the_window_and_not_with_the_sequence():
+    rows = memory.memory_curve(("fused", "dni"), (4, 16), (32, 64), batch=8, inputs=32, hidden=32)
+    held = {(row["method"], row["window"], row["sequence"]): row["bytes"] for row in rows}
+    for method in ("fused", "dni"):
+        for window in (4, 16):
+            assert held[method, window, 32] == held[method, window, 64]
+        assert held[method, 16, 64] > held[method, 4, 64]
+    # What a window keeps at the least, h, c and four gates a step, for 32 steps more.
+    assert held["fused", 64, 64] - held["fused", 32, 32] >= 32 * 8 * 32 * 6 * 4
+    table = as_text([recurrent_report.memory_table(rows)])
+    assert "dni T=16" in table and "fused whole sequence" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("fsued", 4, 8), "did you mean 'fused'"), (("dni", 0, 8), "must be at least 1, got 0")],
+)
+def test_bad_input_of_the_memory_curve(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        memory.sequence_memory(*arguments)
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+KEYS = {
+    "kind",
+    "version",
+    "facts",
+    "settings",
+    "data",
+    "memory_method",
+    "summary",
+    "sentence",
+    "runs",
+}
+KEYS |= {"costs", "memory_curve", "notes"}
+
+
+@pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy"])
+def test_the_report_folder(tmp_path, monkeypatch, task):
+    for name, value in (("CARRIED", 4), ("REGION", 16), ("HORIZON", 8), ("WINDOWS", (1, 2))):
+        monkeypatch.setattr(future, name, value)
+    settings, source = (replace(CHARLM, amount=800), SOURCE) if task == "charlm" else (COPY, None)
+    # Every length counts as solved, so that episodes soon have boundaries behind a loss.
+    settings = replace(settings, task=task, probe=True, windows=(2,), threshold=1.0)
+    outcome = recurrent.train(settings, source)
+    outcome.costs = recurrent.costs(settings, source, seconds=0.05)
+    outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
+    files = recurrent_report.write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
+    names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
+    plots = {f"{name}.png" for name in names}
+    assert {f.name for f in files} == {"report.json", "report.md", *plots}
+    for path in files[2:]:
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    read = json.loads(files[0].read_text())
+    assert set(read) == KEYS and read["kind"] == f"train {task}"
+    assert len(read["runs"]) == len(settings.arms()) * len(settings.seeds)
+    for r in read["runs"]:
+        assert [row["window"] for row in r["future"]] == [1, 2]
+        # null where no window has a loss of its own
+        assert all(
+            row["parameter_ratio"] is None or row["parameter_ratio"] > 0 for row in r["future"]
+        )
+        for row in r["history"]:
+            assert ("prediction" in row) == r["method"].startswith("dni")
+    written = files[1].read_text()
+    assert recurrent_report.sentence(outcome) in written
+    for name in (*outcome.names(), *plots, "S=8"):
+        assert name in written
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    outcome = recurrent.train(replace(COPY, amount=3, seeds=(0,)))
+    with pytest.raises(ReportError, match="cannot write the report"):
+        recurrent_report.write(outcome, tmp_path / "file" / "below")
+
+
+def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
+    """The sentence for arms that ended so; names like ``dni8``."""
+    key, axis = ("bits", "characters") if task == "charlm" else ("solved", "steps")
+    runs = []
+    for name, values in finals.items():
+        method, window = name.rstrip("0123456789"), int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        for seed, value in zip(seeds, values, strict=True):
+            row = {key: value, axis: 1000.0, "seconds": 3.0}
+            label = f"{method} T={window}"
+            runs.append({"name": label, "method": method, "window": window, "seed": seed})
+            runs[-1]["history"] = [row]
+    settings = recurrent.defaults(task, seeds=seeds, amount=1000)
+    costs = {
+        r["name"]: {
+            "peak_memory": 1_000_000 * r["window"],
+            "timing": {"median": 0.002},
+            "units": 1,
+        }
+        for r in runs
+    }
+    return recurrent_report.sentence(recurrent.Outcome(settings, {}, runs, costs))
+
+
+def test_the_sentence_claims_what_was_measured():
+    said = _told("charlm", (0,), fused8=[2.0], dni8=[1.9], fused40=[1.8])
+    assert "1.900 against 2.000" in said and "better by 0.100" in said
+    assert "closes 50 %" in said and "8.00 MB" in said and "40.0 MB" in said
+    assert "2.00 ms" in said and "One seed, so no spread is known" in said
+    said = _told("charlm", (0, 1), fused8=[2.0, 2.1], dni8=[2.05, 2.2], fused40=[1.8, 1.8])
+    assert "worse by 0.075, and the seeds' ranges overlap" in said and "closes -30 %" in said
+    said = _told("charlm", (0,), fused8=[2.0], dni8=[2.0001], fused40=[2.2])
+    assert "no difference at the third decimal" in said
+    assert "there is no gap to close" in said and "closes" not in said
+    said = _told("copy", (0, 1), fused4=[4.0, 6.0], dni4=[9.0, 11.0])
+    assert "10 (9 to 11) against 5 (4 to 6)" in said and "2.00 times" in said
+    assert "ranges are apart" in said and "longest length solved" in said
+    assert "times" not in _told("copy", (0,), fused4=[0.0], dni4=[2.0])
+    assert _told("charlm", (0,), fused8=[2.0]).startswith("No arm with synthetic gradients")
+
+
+# ------------------------------------------------------------------------------------ command line
+
+SMALL = ["--hidden", "8", "--batch-size", "4", "--evaluations", "2", "--quiet", "--threads", "1"]
+SMALL += ["--seconds", "0.05"]
+
+
+@pytest.fixture
+def verse(tmp_path):
+    path = tmp_path / "verse.txt"
+    path.write_text(_verse())
+    return str(path)
+
+
+def test_train_charlm_prints_table_sentence_and_paths(capsys, tmp_path, verse):
+    out = tmp_path / "report"
+    argv = ["train", "charlm", "--data", verse, *SMALL, "--characters", "800", "--out", str(out)]
+    assert cli.main([*argv, "--windows", "4", "--long", "8"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for word in ("dni+aux T=4", "fused T=8", "gap closed", "truncated backprop at T=4"):
+        assert word in captured.out
+    assert str(out / "bits-vs-characters.png") in captured.out
+    command = json.loads((out / "report.json").read_text())["facts"]["command"]
+    assert command.startswith("fused-dni train charlm --data DIR") and verse not in command
+
+
+@pytest.mark.parametrize("task", ["copy", "repeat-copy"])
+def test_train_copy_as_json_with_everything(capsys, tmp_path, monkeypatch, task):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", task, *SMALL, "--steps", "4", "--seeds", "0", "--probe", "--json"]
+    assert cli.main(argv) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["kind"] == f"train {task}" and read["runs"][0]["future"]
+    assert (tmp_path / "runs" / task / "solved-vs-steps.png").exists()
+
+
+def test_the_memory_curve_on_the_command_line(capsys, tmp_path):
+    argv = ["train", "copy", *SMALL, "--steps", "2", "--seeds", "0", "--methods", "fused", "dni"]
+    assert cli.main([*argv, "--memory", "--out", str(tmp_path)]) == 0
+    assert "dni T=32" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "report.json").read_text())["memory_curve"]
+    assert {row["sequence"] for row in rows} == set(memory.SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["charlm"], "charlm needs a text, --data PATH: any UTF-8 text"),
+        (["charlm", "--data", "none.txt"], "none.txt does not exist"),
+        (["charlm", "--data", "empty.txt"], "empty.txt is empty"),
+        (["charlm", "--data", "binary"], "is binary"),
+        (["charlm", "--data", "latin"], "is not UTF-8 text"),
+        (["charlm", "--data", "short.txt"], "too short for 32 streams"),
+        (["charlm", "--data", "verse.txt", "--validation", "2"], "between 0 and 1"),
+        (["charlm", "--data", "verse.txt", "--methods", "bptt"], "unknown method 'bptt'"),
+        (["charlm", "--steps", "3"], "unknown option '--steps'"),
+        (["copy", "--data", "verse.txt"], "unknown option '--data'"),
+        (["copy", "--windows", "0"], "a window must be a whole number from 1 on, got '0'"),
+        (["copy", "--window", "3"], "did you mean '--windows'"),
+        (["copy", "--resume"], "--resume needs --checkpoint DIR"),
+        (["repeat-copy", "--threshold", "3"], "threshold must lie in"),
+        (["copy", "--out", "verse.txt/below"], "cannot write to"),
+        (["copy", "--backend", "cpuu"], "backend"),
+        (["copyy"], "unexpected argument 'copyy'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, verse, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary").write_bytes(bytes(range(64)))
+    (tmp_path / "latin").write_bytes("naïveté".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("A word.")
+    assert cli.main(["train", *argv, "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err

@@ -1,0 +1,303 @@
+"""Training runs: methods agree where they must, reports parse, and a killed run loses nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from clusters import clusters
+
+from fused_dni.experiments import data, nets, train
+from fused_dni.experiments.run import CHECKPOINT
+from fused_dni.report.kinds import train as report
+
+# Networks this small have nothing to share out.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+TINY = train.Settings(
+    dataset="digits",
+    target_every=(1, 3),
+    hidden=16,
+    depth=2,
+    epochs=3,
+    batch_size=16,
+    warmup_steps=4,
+    rank=4,
+    lr=1e-2,
+    seeds=(0,),
+    sg_lr=1e-2,
+)
+
+
+def test_a_run_learns_and_every_method_is_reported(tmp_path):
+    outcome = train.train(replace(TINY, epochs=12, seeds=(0, 1)), clusters(160, 50, 12))
+    assert outcome.names() == ["backprop", "fused", "cdni k=1", "cdni k=3"]
+    for row in outcome.summary(0.5):
+        assert row["error_mean"] < 0.35, row["name"]
+        assert len(row["errors"]) == 2 and row["seconds_per_epoch"] > 0
+        assert row["seconds_to_threshold"] <= row["seconds_total"] * 1.5
+    for run in outcome.runs:
+        assert [row["epoch"] for row in run["history"]] == list(range(1, 13))
+        assert run["history"][-1]["steps"] == 120
+        ends = [row["seconds"] for row in run["history"]]
+        assert ends == sorted(ends)
+
+
+def test_backprop_on_our_kernels_is_stock_backprop():
+    """The same weights and batches: in float32 the two runs differ by rounding alone, which SGD
+    over 10 steps lets grow little."""
+    settings = replace(TINY, methods=("backprop", "fused"), update="sgd", epochs=1)
+    dataset = clusters(160, 50, 12)
+    trainers = [train.build(name, 0, settings, dataset) for name in settings.runs()]
+    for rows in data.batches(data.permutation(160, 0, 0), 16):
+        for trainer in trainers:
+            trainer.step(*data.pick(dataset.train, rows))
+    stock, ours = (list(t.model.parameters()) for t in trainers)
+    for a, b in zip(stock, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_all_methods_start_from_the_same_weights_and_cost_the_same_steps():
+    dataset = clusters(160, 50, 12)
+    settings = replace(TINY, methods=("backprop", "fused", "cdni", "dni"))
+    starts = [
+        next(train.build(name, 7, settings, dataset).model.parameters()).detach()
+        for name in settings.runs()
+    ]
+    assert len(starts) == 6
+    assert all(torch.equal(starts[0], start) for start in starts[1:])
+    before = torch.random.get_rng_state()
+    nets.plain(4, 4, 1, 2, seed=9)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_rates_follow_the_cosine_on_fused_rules_too():
+    dataset = clusters(160, 50, 12)
+    for name in ("backprop", "cdni k=1"):
+        trainer = train.build(name, 0, replace(TINY, sg_lr=5e-3), dataset)
+        rates = {group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == ({1e-2} if name == "backprop" else {1e-2, 5e-3})
+        for _ in range(30):
+            trainer.step(dataset.train.images[:16], dataset.train.labels[:16])
+        assert all(group["lr"] == pytest.approx(0.0) for group in trainer.optimizer.param_groups)
+
+
+PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")
+
+
+def test_the_report_folder(tmp_path):
+    dataset = clusters(160, 50, 12)
+    outcome = train.train(TINY, dataset)
+    outcome.split = train.split_time(TINY, dataset, seconds=0.05)
+    files = report.write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
+    assert {f.name for f in files} == {"report.json", "report.md", *PLOTS}
+    assert all(f.stat().st_size > 200 for f in files)
+    read = json.loads(files[0].read_text())
+    assert read["kind"] == "train" and read["facts"]["torch"] == torch.__version__
+    assert len(read["runs"]) == 4 and len(read["summary"]) == 4
+    for name, parts in read["split"]["pieces"].items():
+        whole = sum(v for k, v in parts.items() if k != "total")
+        assert parts["total"] == pytest.approx(whole)
+        assert parts["targets"] == 0 or name.startswith("cdni")
+    written = files[1].read_text()
+    for name in outcome.names():
+        assert f"| {name}" in written
+    for path in files[2:]:
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.name in written
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
+    with pytest.raises(report.ReportError, match="cannot write the report"):
+        report.write(outcome, tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("bakprop",)}, "did you mean 'backprop'"),
+        ({"methods": ()}, "at least one method"),
+        ({"update": "adamm"}, "did you mean 'adam'"),
+        ({"lr": -1.0}, "lr must be"),
+        ({"sg_lr": float("nan")}, "lr must be"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"target_every": (-2,)}, "target_every"),
+        ({"rank": -1}, "rank must be at least 0"),
+        ({"interface": "outputs"}, "did you mean 'output'"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+def test_the_interface_is_that_of_the_decoupled_layers():
+    settings = replace(TINY, interface="preactivation")
+    for name, expected in (("cdni k=1", ["preactivation"] * 2), ("fused", ["output"] * 2)):
+        network = train.build(name, 0, settings, clusters(160, 50, 12)).model
+        assert [layer.config.interface for layer in network] == [*expected, "output"]
+
+
+def test_a_batch_larger_than_the_training_set():
+    with pytest.raises(ValueError, match=r"batch_size 500 is larger than the training set \(160"):
+        train.train(replace(TINY, batch_size=500), clusters(160, 50, 12))
+
+
+def test_divergence_is_an_error_that_names_the_method():
+    settings = replace(TINY, methods=("backprop",), update="sgd", lr=1e30)
+    with pytest.raises(RuntimeError, match="backprop diverged in epoch 1"):
+        train.train(settings, clusters(160, 50, 12))
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def _fingerprints(outcome: train.Outcome) -> dict[str, str]:
+    return {f"{run['name']} {run['seed']}": run["fingerprint"] for run in outcome.runs}
+
+
+class _Cut(Exception):
+    pass
+
+
+def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch):
+    """Cut after every single checkpoint in turn: each continuation ends in the same bits."""
+    settings = replace(TINY, seeds=(0, 1), epochs=2)
+    dataset = clusters(160, 50, 12)
+    whole = _fingerprints(train.train(settings, dataset))
+    assert len(set(whole.values())) == len(whole)
+    write, count = train.write_checkpoint, 0
+
+    def cutting(folder, state):
+        nonlocal count
+        write(folder, state)
+        count += 1
+        if count % 3 == 0:
+            raise _Cut
+
+    monkeypatch.setattr(train, "write_checkpoint", cutting)
+    for attempt in range(100):
+        try:
+            outcome = train.train(
+                settings, dataset, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=4
+            )
+            break
+        except _Cut:
+            continue
+    assert attempt > 5
+    assert _fingerprints(outcome) == whole
+    assert len(outcome.of("fused")[0]["history"]) == 2
+    assert outcome.of("fused")[0]["history"][-1]["steps"] == 20
+
+
+def _life(folder: str, resume: bool, answer: str) -> None:
+    """One process's life: train, and if nobody kills it, write down the fingerprints."""
+    torch.set_num_threads(1)
+    outcome = train.train(
+        replace(TINY, epochs=2, methods=("backprop", "fused", "cdni")),
+        clusters(160, 50, 12),
+        checkpoint=folder,
+        resume=resume and (Path(folder) / CHECKPOINT).exists(),
+        checkpoint_every=3,
+    )
+    Path(answer).write_text(json.dumps(_fingerprints(outcome)))
+
+
+def test_a_run_killed_at_a_random_moment_twenty_times_out_of_twenty(tmp_path):
+    """SIGKILL at a random moment (which may fall into the writing of a checkpoint), then resumed:
+    bitwise the parameters of an uninterrupted run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fused_dni.experiments.train", "fused_dni.backends.reference"])
+
+    def live(name: str, resume: bool, kill_after: float | None) -> float:
+        process = context.Process(
+            target=_life,
+            args=(str(tmp_path / name), resume, str(tmp_path / f"{name}.json")),
+        )
+        start = time.monotonic()
+        process.start()
+        process.join(kill_after)
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        elif kill_after is None:
+            assert process.exitcode == 0
+        return time.monotonic() - start
+
+    live("first", False, None)  # the first starts the server, whose imports take their time
+    duration = live("whole", False, None)
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert whole == json.loads((tmp_path / "first.json").read_text())
+    generator = random.Random(0)
+    cut = 0
+    for i in range(20):
+        name = f"run{i}"
+        live(name, False, generator.uniform(0.1, 1.0) * duration)
+        if not (tmp_path / f"{name}.json").exists():
+            cut += 1
+            live(name, True, None)
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == whole, i
+    assert cut >= 5  # durations differ on a busy machine
+
+
+def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
+    dataset = clusters(160, 50, 12)
+    whole = _fingerprints(train.train(TINY, dataset))
+    steps = 0
+    step = train.FusedTrainer.step
+
+    def counting(self, x, y):
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, x, y)
+
+    monkeypatch.setattr(train.FusedTrainer, "step", counting)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(train.Interrupted, match="add --resume to continue"):
+        train.train(TINY, dataset, checkpoint=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert _fingerprints(train.train(TINY, dataset, checkpoint=tmp_path, resume=True)) == whole
+    steps = 0
+    with pytest.raises(train.Interrupted, match="nothing was kept"):
+        train.train(TINY, dataset)
+
+
+def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
+    dataset = clusters(160, 50, 12)
+    settings = replace(TINY, epochs=1)
+    with pytest.raises(train.CheckpointError, match=r"no checkpoint at .*start without --resume"):
+        train.train(settings, dataset, checkpoint=tmp_path, resume=True)
+    with pytest.raises(train.CheckpointError, match="needs --checkpoint"):
+        train.train(settings, dataset, resume=True)
+    train.train(settings, dataset, checkpoint=tmp_path)
+    with pytest.raises(train.CheckpointError, match="another run: hidden 16 there, 8 now"):
+        train.train(replace(settings, hidden=8), dataset, checkpoint=tmp_path, resume=True)
+    path = tmp_path / CHECKPOINT
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", b"\x80\x04N."):
+        path.write_bytes(broken)
+        with pytest.raises(train.CheckpointError, match=r"damaged|not a checkpoint"):
+            train.train(settings, dataset, checkpoint=tmp_path, resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(train.CheckpointError, match="cannot write"):
+        train.train(settings, dataset, checkpoint=tmp_path / "file")
+
+
+def test_a_finished_run_resumes_to_its_own_result(tmp_path):
+    dataset = clusters(160, 50, 12)
+    first = train.train(TINY, dataset, checkpoint=tmp_path)
+    again = train.train(TINY, dataset, checkpoint=tmp_path, resume=True)
+    assert _fingerprints(first) == _fingerprints(again)
+    assert not [p for p in tmp_path.iterdir() if p.name != CHECKPOINT]

@@ -1,0 +1,152 @@
+"""The machine code of the CUDA kernels, of the extension that is installed, for every architecture
+that it was built for: no GPU is needed. NVIDIA's disassembler comes with Triton."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import importlib.util
+import re
+import subprocess
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+from triton import knobs
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("fused_dni.backends._cuda") is None,
+    reason="fused_dni.backends._cuda was not built: no nvcc, or FUSED_DNI_CUDA_ARCHS=none",
+)
+
+ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+class Bound(NamedTuple):
+    """What one kernel function may take, over all that it is compiled for."""
+
+    registers: int
+    # Bytes of a thread: registers that went through memory, and tiles that functions hand on.
+    stack: int
+    variants: int  # what it is compiled for: precisions, types, shapes of tiles
+    products: bool = True  # of tensor cores, where operands are not float32's own
+
+
+# A block has 256 threads: 255 registers each are all that there are.
+BOUNDS = {
+    "linear_kernel": Bound(200, 704, 12),
+    "synthesizer_kernel": Bound(192, 512, 4),
+    "forward_kernel": Bound(255, 144, 4),  # on sm_80; 48 elsewhere
+    "backward_kernel": Bound(255, 96, 4),  # on sm_80; 64 elsewhere
+    "update_kernel": Bound(192, 32, 4),
+    "barriers_kernel": Bound(32, 0, 1, products=False),
+}
+
+
+class Code(NamedTuple):
+    """What is read off one kernel."""
+
+    kernel: str  # as in BOUNDS
+    signature: str
+    registers: int
+    stack: int
+    instructions: collections.Counter[str]
+    acquires: int  # waits for other blocks
+    renewed: int  # of these, those behind which the first-level cache is emptied
+
+
+def disassembled(architecture: str) -> list[Code]:
+    """All kernels of the extension for an architecture."""
+    path = importlib.import_module("fused_dni.backends._cuda").__file__
+    tool = [knobs.nvidia.cuobjdump.path, "-arch", f"sm_{architecture}"]
+    usage = subprocess.run([*tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    resources = {
+        name: (int(registers), int(stack) + int(local))
+        for name, registers, stack, local in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout
+        )
+    }
+    listing = subprocess.run([*tool, "-sass", path], capture_output=True, text=True, check=True)
+    parts = re.split(r"^\s*Function : (\S+)\s*$", listing.stdout, flags=re.MULTILINE)
+    found = []
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        # "  /*0040*/  @!P0 LDG.E.128 R4, ..." without its encoding.
+        body = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
+        waits = [i for i, what in enumerate(body) if re.match(r"LD\S*\.STRONG\.GPU", what)]
+        kernel = re.search(r"\d+([a-z_]+_kernel)(?=I|E|N)", name)
+        assert kernel is not None, name
+        found.append(
+            Code(
+                kernel[1],
+                name,
+                *resources[name],
+                collections.Counter(body),
+                len(waits),
+                sum("CCTL.IVALL" in body[i : i + 4] for i in waits),
+            )
+        )
+    return found
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest) -> tuple[str, list[Code]]:
+    built = importlib.import_module("fused_dni.backends._cuda").architectures.split()
+    if request.param not in built:
+        pytest.skip(
+            f"fused_dni.backends._cuda was built for {' '.join(built)}, not for {request.param}"
+        )
+    return request.param, disassembled(request.param)
+
+
+def has(code: Code, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, what) for what in code.instructions)
+
+
+def test_every_kernel_keeps_to_its_bounds(
+    kernels: tuple[str, list[Code]], record_property: Callable[[str, object], None]
+) -> None:
+    architecture, codes = kernels
+    broken = []
+    for code in codes:
+        bound = BOUNDS[code.kernel]
+        exact = "4Fp32" in code.signature
+        # Operands come by sixteen bytes, float16 that products take as TF32 by eight.
+        wide = r"LDG\.E\.(128|64).*" if "Tf32E6__half" in code.signature else r"LDG\.E\.128.*"
+        cores = ["mma"] if has(code, r"HMMA\..*") else []
+        faults = [
+            code.registers > bound.registers and f"{code.registers} registers",
+            code.stack > bound.stack and f"{code.stack} bytes of stack",
+            bound.products and not exact and not cores and "no tensor-core instruction",
+            bound.products and not has(code, wide) and "no wide load",
+        ]
+        broken += [f"{code.signature}: {fault}" for fault in faults if fault]
+        record_property(
+            "machine code",
+            [
+                f"csrc/cuda {code.kernel}, sm_{architecture}",
+                code.registers,
+                code.stack,
+                0,
+                cores,
+                any(faults),
+            ],
+        )
+    assert broken == []
+
+
+def test_every_kernel_is_there(kernels: tuple[str, list[Code]]) -> None:
+    _, codes = kernels
+    counts = collections.Counter(code.kernel for code in codes)
+    assert counts == {name: bound.variants for name, bound in BOUNDS.items()}
+
+
+def test_what_other_blocks_write_is_read_through_the_coherent_cache(
+    kernels: tuple[str, list[Code]],
+) -> None:
+    """Blocks read what others wrote in the same launch: nothing may come through the read-only
+    path, and a wait for other blocks empties the first-level cache. (What no emulation shows.)"""
+    _, codes = kernels
+    for code in codes:
+        assert not has(code, r"LDG\..*CONSTANT.*"), code.signature
+        assert code.renewed == code.acquires, code.signature
+        assert code.acquires > 0, code.signature

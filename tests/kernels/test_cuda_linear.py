@@ -1,0 +1,697 @@
+"""The CUDA kernels of the linear layer and its synthesizer: what is theirs alone.
+
+That the backend computes what the reference does is tested in test_linear_backends.py. Here: tiles
+across blocks, the order in which threads run, grids of a few blocks, low precision, updates that
+are all or nothing, what the bindings refuse, workspaces; and, on a GPU, many blocks, CUDA graphs,
+streams. Without a GPU the kernels run on the CPU, see csrc/host_emulation/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    OPTIONS,
+    Case,
+    Run,
+    bind,
+    compare,
+    make_case,
+    named,
+    pairwise,
+    run_parts,
+    run_step,
+    shapes,
+    slots,
+    slots_of_step,
+    tolerances,
+)
+from torch import Tensor
+
+import fused_dni as fd
+from fused_dni.functional import linear_step_
+from fused_dni.ops import registry
+from fused_dni.ops import types as base
+from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, LinearGradients
+
+_why_not = dict(registry.report())["cuda"]
+if _why_not is not None:
+    pytest.skip(f"cuda {_why_not}", allow_module_level=True)
+
+from fused_dni.backends.cuda import backend as adapter  # noqa: E402
+from fused_dni.backends.cuda.calls import BARRIER_BYTES, TYPES, extension  # noqa: E402
+
+BACKEND = registry.get("cuda")
+CUDA = extension()
+DEVICE = "cpu" if CUDA.emulated else "cuda"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+emulated = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has its own order and grid")
+TABLE = pairwise(OPTIONS)
+SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
+          "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
+# Every barrier has something to do in one of these.
+BARRED = [
+    {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank", "context": "label"},
+    {**TABLE[0], **SMOOTH, "normalization": "layer", "kind": "diagonal", "context": "label"},
+]
+ORDERED = [
+    *TABLE[::9], *BARRED, *[{**options, "interface": "preactivation"} for options in BARRED],
+]  # fmt: skip
+FULL = (torch.float32, torch.float32)
+# Several tiles along both axes, the last ones only partly filled, for each shape of tiles: few
+# rows, all rows in a tile, neither all rows nor all features in one.
+SHAPES = {
+    "flat": (19, 20, 37, 5, 7),
+    "tall": (45, 20, 37, 5, 7),
+    "tall, not whole": (150, 20, 37, 5, 7),
+    "square": (261, 20, 75, 5, 35),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_usual(one_thread: None) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    if CUDA.emulated:
+        CUDA.emulate()
+
+
+def results(case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> dict[str, Tensor]:
+    return {name: t.cpu() for name, t in run(BACKEND, case.to(*dtypes).on(DEVICE)).items()}
+
+
+def check(
+    case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run, eps: float = 0.0
+) -> dict[str, Tensor]:
+    """One op's results against the float64 reference's, within derived tolerances."""
+    exact, allowed = tolerances(run, case, eps or torch.finfo(dtypes[0]).eps)
+    got = results(case, dtypes, run)
+    compare(got, exact, allowed)
+    return got
+
+
+@emulated
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", ORDERED, ids=named)
+def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: None) -> None:
+    """Right on any grid; on the same grid the same bits, in whatever order threads run."""
+    case = make_case(SHAPES[shape], options, 1, *FULL)
+    for run in (run_step, run_parts) if options in BARRED else (run_step,):
+        exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
+        for resident in (1, 3):
+            CUDA.emulate(seed=0, resident=resident)
+            compare(results(case, FULL, run), exact, allowed)
+        CUDA.emulate(seed=0, resident=2)
+        once = results(case, FULL, run)
+        compare(once, exact, allowed)
+        for seed in (1, 2):
+            CUDA.emulate(seed=seed, resident=2)
+            for name, t in results(case, FULL, run).items():
+                assert torch.equal(t, once[name]), name
+
+
+@emulated
+@settings(max_examples=12)
+@given(
+    shape=shapes(least_rows=2),
+    row=st.sampled_from(TABLE),
+    parts=st.booleans(),
+    order=st.integers(1, 1000),
+    resident=st.integers(1, 4),
+)
+def test_any_shape_in_any_order(
+    shape: tuple[int, int, int, int, int],
+    row: dict[str, Any],
+    parts: bool,
+    order: int,
+    resident: int,
+) -> None:
+    run = run_parts if parts else run_step
+    case = make_case(shape, row, 1, *FULL)
+    CUDA.emulate(seed=order, resident=resident)
+    got = check(case, FULL, run)
+    CUDA.emulate(seed=order + 1, resident=resident)
+    for name, t in results(case, FULL, run).items():
+        assert torch.equal(t, got[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", ["tall, not whole", "square"])
+@pytest.mark.parametrize("options", TABLE[4::9], ids=named)
+def test_parts(options: dict[str, Any], shape: str, training: bool, poisoned: None) -> None:
+    run = functools.partial(run_parts, training=training)
+    check(make_case(SHAPES[shape], options, 2, *FULL), FULL, run)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("x", ["tf32", "float16", "bfloat16"])
+def test_tensor_cores(x: str, normalization: str | None, shape: str, poisoned: None) -> None:
+    kind = {None: "dense", "batch": "lowrank", "layer": "diagonal"}[normalization]
+    context = {None: "vector", "batch": "label", "layer": "vector"}[normalization]
+    options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": kind,
+               "context": context, "rule": "momentum"}  # fmt: skip
+    dtype, eps = FULL[0], 2.0**-10
+    if x == "tf32":
+        torch.set_float32_matmul_precision("high")
+    else:
+        dtype = getattr(torch, x)
+        eps = torch.finfo(dtype).eps
+    dtypes = (dtype, torch.float32)
+    check(make_case(SHAPES[shape], options, 3, *dtypes), dtypes, run_step, eps)
+    if shape == "tall":
+        check(make_case(SHAPES[shape], options, 3, *dtypes), dtypes, run_parts, eps)
+
+
+def test_precision_is_as_torch_says() -> None:
+    """IEEE arithmetic where it says "highest": then, and only then, float32's own tolerance."""
+    options = {**TABLE[0], **SMOOTH, "normalization": None, "rule": "sgd"}
+    case = make_case((45, 61, 37, 5, 7), options, 3, *FULL)
+    check(case, FULL, run_step)
+    torch.set_float32_matmul_precision("high")
+    with pytest.raises(AssertionError, match="should be"):
+        check(case, FULL, run_step)
+
+
+# ---------------------------------------------------------------------------------------------
+# The interface at the preactivation
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+def test_a_step_at_the_preactivation_saves_what_a_forward_would(
+    normalization: str | None, shape: str, poisoned: None
+) -> None:
+    """On demand, and whoever does not ask gets the same of everything else."""
+    options = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "gelu",
+               "kind": "dense", "context": None, "interface": "preactivation"}  # fmt: skip
+    case = make_case(SHAPES[shape], options, 1, *FULL).on(DEVICE)
+    state, _ = bind(case)
+    layer, x = case.layer(), case.inputs["x"]
+    h, saved = BACKEND.linear_forward(x, layer, case.config, True, True)
+    step = BACKEND.bind_step(
+        layer, case.config, case.synthesizer(), 0.0, state.tensors(slots_of_step(case))
+    )
+    parameters = [p for p in slots(layer) if p is not None]
+    before = [p.detach().clone() for p in parameters]
+    asked = step(x, None, case.target_scale, True, True)
+    with torch.no_grad():
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+    unasked = step(x, None, case.target_scale, True, False)
+    assert unasked.prediction is None and unasked.saved is None
+    assert asked.saved is not None and asked.dx is not None and unasked.dx is not None
+    assert torch.equal(asked.h, h) and torch.equal(unasked.h, h)
+    assert torch.equal(asked.dx, unasked.dx)
+    for made, expected in zip(asked.saved, saved, strict=True):
+        assert (made is None) == (expected is None)
+        assert made is None or (expected is not None and torch.equal(made, expected))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("normalization", "saved"), [(None, 0), ("batch", 1), ("layer", 1)], ids=str
+)
+@pytest.mark.parametrize("resident", [1, 3])
+def test_a_step_at_the_preactivation_meets_less_often(
+    normalization: str | None, saved: int, resident: int
+) -> None:
+    """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
+    CUDA.emulate(resident=resident)
+    counts = []
+    for interface in ("output", "preactivation"):
+        options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
+                   "context": None, "interface": interface}  # fmt: skip
+        case = make_case(SHAPES["tall, not whole"], options, 1, *FULL)
+        state, _ = bind(case)
+        BACKEND.linear_step_(
+            case.inputs["x"], case.layer(), case.config, case.synthesizer(), None, 150.0, 0.0,
+            state.tensors(slots_of_step(case)), False, False,
+        )  # fmt: skip
+        counts.append(CUDA.additions() / resident)
+    # h and its product with U^T, delta; and the statistics.
+    assert counts[1] == 3 + (normalization is not None)
+    assert counts[0] - counts[1] == saved
+
+
+# ---------------------------------------------------------------------------------------------
+# All or nothing
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_products_are_looked_at_where_bounds_do_not_tell(rule: str) -> None:
+    """Rows of 1e30 in delta and x that meet only zeros are applied; those that meet, skipped."""
+    options = {**TABLE[0], **SMOOTH, "normalization": None, "rule": rule}
+    case = make_case((40, 35, 41, 5, 7), options, 6, *FULL).on(DEVICE)
+    state, _ = bind(case)
+    x, layer = torch.zeros_like(case.inputs["x"]), case.layer()
+    delta = torch.zeros_like(case.inputs["grad_h"])
+    delta[0], x[39] = 1e30, 1e30
+    made = LinearGradients(delta, bias=torch.zeros(41, device=DEVICE))
+    BACKEND.linear_update_(x, made, layer, state.tensors(slots(layer)))
+    assert (state.steps, state.skipped) == (1, 0)
+    before = [p.detach().clone() for p in slots(layer) if p is not None]
+    x[0] = 1e30
+    BACKEND.linear_update_(x, made, layer, state.tensors(slots(layer)))
+    assert (state.steps, state.skipped) == (1, 1)
+    after = [p for p in slots(layer) if p is not None]
+    assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "lowrank", "diagonal"])
+def test_a_synthesizers_products_are_looked_at(kind: str) -> None:
+    options = {**TABLE[0], **SMOOTH, "normalization": None, "kind": kind, "context": "label",
+               "rule": "sgd"}  # fmt: skip
+    case = make_case((40, 35, 41, 5, 7), options, 6, *FULL).on(DEVICE)
+    _, state = bind(case)
+    tensors, context = case.synthesizer(), case.inputs["context"]
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=DEVICE)
+    h = torch.zeros_like(case.inputs["grad_h"])
+    h[39] = 1e25
+    prediction = BACKEND.synthesizer_predict(h, tensors, context)
+    zero = prediction._replace(scaled=torch.zeros_like(prediction.scaled))
+    if kind == "lowrank":  # what goes back through V is larger than e
+        assert prediction.reduced is not None
+        zero = zero._replace(reduced=torch.zeros_like(prediction.reduced))
+    grad = torch.zeros_like(h)
+    for row, steps, skipped in ((0, 1, 0), (39, 1, 1)):
+        grad[row] = 1e25
+        before = [p.detach().clone() for p in tensors.parameters() if p is not None]
+        BACKEND.synthesizer_update_(
+            h, zero, grad, tensors, context, 1.0, statistics, state.tensors(tensors.parameters())
+        )
+        assert (state.steps, state.skipped) == (steps, skipped)
+    after = [p for p in tensors.parameters() if p is not None]
+    assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
+    assert float(statistics[4]) == 40.0
+
+
+@pytest.mark.parametrize(
+    ("label", "interface"),
+    [(-1, "output"), (7, "output"), (2**33, "output"), (7, "preactivation")],
+)
+def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
+    label: int, interface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits for the data there: its row is NaN, and the update does not happen."""
+    monkeypatch.setattr(adapter, "check_context", lambda *_: None)
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam",
+               "interface": interface}  # fmt: skip
+    case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
+    state, other = bind(case)
+    layer, tensors = case.layer(), case.synthesizer()
+    own, its = state.tensors(slots_of_step(case)), other.tensors(tensors.parameters())
+    before = [t.detach().clone() for t in (*layer, *tensors.parameters()) if t is not None]
+    bad = case.inputs["context"].clone()
+    bad[30] = label
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=DEVICE)
+    step = BACKEND.linear_step_(
+        case.inputs["x"], layer, case.config, tensors, bad, 37.0, 0.0, own, False, True
+    )
+    assert step.prediction is not None
+    known = torch.arange(37) != 30
+    assert torch.isfinite(step.prediction.scaled[known.to(DEVICE)]).all()
+    assert torch.isnan(step.prediction.scaled[30]).all()
+    good = BACKEND.synthesizer_predict(step.h, tensors, case.inputs["context"])
+    BACKEND.synthesizer_update_(
+        step.h, good, case.inputs["grad_h"], tensors, bad, 37.0, statistics, its
+    )
+    after = [t for t in (*layer, *tensors.parameters()) if t is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    for hyper in (own.hyper, its.hyper):
+        assert hyper[SKIPPED] == 1 and hyper[STEP] == 0
+
+
+@pytest.mark.parametrize("rows", [45, 150, 261])
+def test_a_bias_before_a_batchs_own_statistics_does_not_move(rows: int) -> None:
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "rule": "nesterov"}
+    case = make_case((rows, 20, 37, 5, 7), options, 7, *FULL)
+    bias = case.parameters["bias"].clone()
+    got = results(case, FULL, run_step)
+    assert torch.equal(got["after.bias"], bias)
+    assert not torch.equal(got["after.norm_bias"], case.parameters["norm_bias"])
+
+
+# ---------------------------------------------------------------------------------------------
+# What the bindings refuse, before a launch
+
+Items = tuple[Any, ...]
+
+
+def _recorded(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Any]:
+    """The launches of a call: (op, arguments, room), each of which went well."""
+    made: list[Any] = []
+
+    def launch(op: Any, items: Items, room: Tensor) -> None:
+        made.append((op, items, room))
+        op(items, (room.data_ptr(), 4 * room.numel()), 0)
+
+    monkeypatch.setattr(adapter, "launch", launch)
+    call()
+    return made
+
+
+def _changed(items: Items, at: tuple[int, ...], to: Any) -> Items:
+    """With another value in one place; ``to`` may be a function of the old one."""
+    first, *rest = at
+    new = _changed(items[first], tuple(rest), to) if rest else to
+    if not rest and callable(to):
+        new = to(items[first])
+    return (*items[:first], new, *items[first + 1 :])
+
+
+def _code(t: Items, code: int) -> Items:
+    return (t[0], code, *t[2:])
+
+
+# In a step's arguments: where, what instead, and what is said of it.
+REFUSED: dict[str, tuple[tuple[int, ...], Any, type[Exception], str]] = {
+    "no rows": ((0, 0), 0, ValueError, "rows: got 0, takes 1 to"),
+    "x is float64": ((0, 3), 3, TypeError, "x: type code 3 is none of float32"),
+    "activation": ((1, 2), 9, ValueError, "activation: got 9, takes 0 to 8"),
+    "no weight": ((2, 0), None, TypeError, "weight: got None, takes a tensor"),
+    "weight's type": (
+        (2, 0), lambda t: _code(t, 1), TypeError, "weight: got bfloat16, takes float32",
+    ),
+    "weight's sizes": (
+        (2, 0), lambda t: (*t[:2], t[3], t[2], t[2], 1), ValueError,
+        r"weight: got sizes \[20, 37\], takes \[37, 20\]",
+    ),
+    "weight's strides": (
+        (2, 0), lambda t: (*t[:4], 1, t[2]), ValueError, "weight: got strides .* contiguous",
+    ),
+    "bias's address": ((2, 1), lambda t: (t[0] + 2, *t[1:]), ValueError, "bias: got address"),
+    "no address": ((2, 1), lambda t: (0, *t[1:]), ValueError, "bias: got address 0"),
+    "half of the running statistics": ((2, 5), None, TypeError, "running_var: got None"),
+    "rule": ((3, 0), 3, ValueError, "rule: got 3, takes 0 to 2"),
+    "hyper": ((3, 2), lambda t: (*t[:2], 6, 1), ValueError, r"hyper: got sizes \[6\]"),
+    "no moment": ((3, 3, 0), None, TypeError, "first moment of weight: got None"),
+    "a moment's type": ((3, 4, 1), lambda t: _code(t, 3), TypeError, "second moment of bias: got"),
+    "trainable, not there": ((2, 2), None, TypeError, "norm_weight: got None, .* is trainable"),
+    "synthesizer": ((4, 0), 3, ValueError, "synthesizer: got 3, takes 0 to 2"),
+    "rank": ((4, 1), 0, ValueError, "rank: got 0, takes 1 to"),
+    "another rank": ((4, 1), 6, ValueError, r"synthesizer weight: got sizes \[37, 5\]"),
+    "no down": ((4, 4), None, TypeError, "down: got None"),
+    "unwanted context": ((4, 2), 0, TypeError, "context_weight: got a tensor, takes None"),
+    "rows of x overlap": (
+        (5,), lambda t: (*t[:4], 19, 1), ValueError, "x: got strides .* do not overlap",
+    ),
+    "x is of another type": ((5,), lambda t: _code(t, 2), TypeError, "x: got float16, takes"),
+    "unknown type": ((5,), lambda t: _code(t, -1), TypeError, "x: got type code -1"),
+    "labels are int32": ((6,), lambda t: _code(t, 5), TypeError, "labels: got int32, takes int64"),
+    "no context": ((6,), None, TypeError, "context: got None"),
+    "two contexts": ((7,), lambda _: (64, 0, 45, 7, 7, 1), TypeError, "context: got a tensor"),
+    "interface": ((10,), 2, ValueError, "interface: got 2, takes 0 to 1"),
+    "h": ((11,), None, TypeError, "h: got None"),
+    "reduced": ((13,), lambda t: (*t[:3], 6, 6, 1), ValueError, r"reduced: got sizes \[45, 6\]"),
+    "dx": ((14,), lambda t: (*t[:4], 21, 1), ValueError, "dx: got strides"),
+    "saved where the step reads it": (
+        (15,), lambda _: (64, 0, 45, 37, 37, 1), TypeError, "normalized: got a tensor, takes None",
+    ),
+    "no tuple": ((2,), None, TypeError, "lacks a tuple"),
+}  # fmt: skip
+
+
+def _step_case() -> tuple[Case, Callable[[], Any]]:
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank",
+               "context": "label", "rule": "adam"}  # fmt: skip
+    case = make_case((45, 20, 37, 5, 7), options, 4, *FULL).on(DEVICE)
+    state, _ = bind(case)
+    return case, lambda: BACKEND.linear_step_(
+        case.inputs["x"], case.layer(), case.config, case.synthesizer(), case.inputs["context"],
+        45.0, 0.0, state.tensors(slots(case.layer())), True, True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_step_refuses(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, step = _step_case()
+    ((op, items, room),) = _recorded(monkeypatch, step)
+    before = {name: p.detach().clone() for name, p in case.parameters.items()}
+    at, to, error, message = REFUSED[what]
+    for given_room in (None, (room.data_ptr(), 4 * room.numel())):
+        with pytest.raises(error, match=message):
+            op(_changed(items, at, to), given_room, 0)
+    for name, p in case.parameters.items():
+        assert torch.equal(p, before[name]), name
+
+
+def test_too_few_too_many_and_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((op, items, room),) = _recorded(monkeypatch, _step_case()[1])
+    where, size = room.data_ptr(), 4 * room.numel()
+    with pytest.raises(TypeError, match="too few items"):
+        op(items[:-1], None, 0)
+    with pytest.raises(TypeError, match="too many items"):
+        op((*items, None), None, 0)
+    needed = op(items, None, 0)
+    assert BARRIER_BYTES < needed <= size
+    for bad, message in (
+        ((where, needed - 1), rf"got {needed - 1} bytes, takes {needed}"),
+        ((where + 4, size), "multiple of 16"),
+        ((0, size), "other than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(items, bad, 0)
+
+
+def test_the_parts_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**TABLE[0], **SMOOTH, "normalization": None, "activation": "gelu", "bias": False,
+               "kind": "diagonal", "context": "vector", "rule": "sgd"}  # fmt: skip
+    case = make_case((19, 20, 37, 5, 7), options, 4, *FULL).on(DEVICE)
+    made = _recorded(monkeypatch, lambda: run_parts(BACKEND, case))
+    calls = {op.__name__: (op, items) for op, items, _ in made}
+    vector = (64, 0, 37, 1)
+    for name, at, to, error, message in (
+        ("linear_forward", (6,), vector, TypeError, "rstd: got a tensor, takes None"),
+        ("linear_forward", (2, 4), vector, TypeError, "running_mean: got a tensor"),
+        ("linear_backward", (6,), None, TypeError, "normalized: got None"),
+        ("linear_backward", (8,), None, TypeError, "delta: got None"),
+        ("linear_backward", (11,), vector, TypeError, "gradient of bias: got a tensor"),
+        ("linear_update", (3,), None, TypeError, "delta: got None"),
+        ("linear_update", (7, 4, 0), (64, 0, 37, 20, 20, 1), TypeError, "second moment of weight"),
+        ("synthesizer_predict", (4,), None, TypeError, "context: got None"),
+        ("synthesizer_predict", (6,), vector, TypeError, "reduced: got a tensor"),
+        ("synthesizer_gradients", (9,), (64, 3, 4, 1), ValueError, "statistics: got sizes"),
+        ("synthesizer_gradients", (11,), vector, TypeError, "gradient of down: got a tensor"),
+        ("synthesizer_gradients", (10,), (64, 0, 36, 1), ValueError, "gradient of synthesizer w"),
+    ):  # fmt: skip
+        op, items = calls[name]
+        with pytest.raises(error, match=message):
+            op(_changed(items, at, to), None, 0)
+
+
+@emulated
+def test_a_failed_launch_is_an_exception_with_its_name() -> None:
+    _, step = _step_case()
+    CUDA.emulate(resident=0)
+    name = "cudaErrorCooperativeLaunchTooLarge"
+    what = rf"linear_step \(x \[45, 20\], weight \[37, 20\]\): {name}: asks for 1 blocks"
+    with pytest.raises(RuntimeError, match=what) as caught:
+        step()
+    assert isinstance(caught.value, CUDA.CudaError)
+    assert caught.value.name == name and caught.value.code == 720
+    CUDA.emulate()
+    step()
+
+
+# ---------------------------------------------------------------------------------------------
+# Plans
+
+
+def _enumerators(name: str, file: str) -> list[str]:
+    """What an enum of the sources lists, without its k."""
+    text = (SOURCES / file).read_text()
+    found = re.search(rf"enum {name}\b[^{{]*{{([^}}]*)}}", text)
+    assert found is not None
+    return [entry.split("=")[0].strip()[1:] for entry in found[1].split(",")]
+
+
+def test_constants_are_those_of_the_signature() -> None:
+    assert _enumerators("Type", "matrix.hpp") == [
+        str(dtype).removeprefix("torch.").capitalize() for dtype in TYPES
+    ]
+    assert list(TYPES.values()) == list(range(len(TYPES)))
+
+    def plain(names: Any) -> list[str]:
+        return [str(name).replace("_", "").lower() for name in names]
+
+    assert plain(_enumerators("Activation", "common.cuh")) == plain(base.ACTIVATIONS)
+    assert plain(_enumerators("RuleKind", "common.cuh"))[1:] == plain(base.RULES)
+    assert plain(_enumerators("Source", "synthesizer.hpp"))[:3] == plain(base.SYNTHESIZERS)
+    assert plain(_enumerators("Interface", "linear.hpp")) == list(base.INTERFACES)
+    assert _enumerators("Normalization", "linear.hpp")[1:] == [
+        f"{name.capitalize()}Normalization" for name in base.NORMALIZATIONS if name
+    ]
+    hyper = [name.upper() for name in _enumerators("Hyper", "common.cuh")]
+    hyper[hyper.index("WEIGHTDECAY")] = "WEIGHT_DECAY"
+    assert [getattr(base, name) for name in hyper] == list(range(base.HYPER_SIZE))
+
+
+def test_a_step_keeps_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a bound step allocates from call to call are its results."""
+    case = make_case((37, 35, 41, 5, 7), {**TABLE[0], **SMOOTH, "kind": "lowrank",
+                                          "context": None}, 8, *FULL).on(DEVICE)  # fmt: skip
+    state, _ = bind(case)
+    step = BACKEND.bind_step(
+        case.layer(), case.config, case.synthesizer(), 0.0, state.tensors(slots(case.layer()))
+    )
+    made = []
+    real = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(args)
+        return real(self, *args, **kwargs)
+
+    step(case.inputs["x"], None, 37.0, False, True)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    step(case.inputs["x"], None, 37.0, False, True)
+    assert len(made) == len(("h", "scaled", "reduced"))
+
+
+def test_a_step_forgets_shapes_that_do_not_come_back() -> None:
+    """But for a few; and it follows kappa."""
+    case = make_case((37, 35, 41, 5, 7), {**TABLE[0], **SMOOTH, "normalization": None,
+                                          "kind": "diagonal", "context": None, "rule": "sgd"},
+                     8, *FULL).on(DEVICE)  # fmt: skip
+    state, _ = bind(case)
+    rule = state.tensors(slots(case.layer()))
+    step: Any = BACKEND.bind_step(case.layer(), case.config, case.synthesizer(), 0.0, rule)
+    for rows in (16, 17, 18, 19, 20, 21):
+        step(case.inputs["x"][:rows], None, float(rows), False, False)
+    assert [key[0] for key in step.rooms] == [18, 19, 20, 21]
+    moved = []
+    for scale in (21.0, 42.0):
+        before = [p.detach().clone() for p in slots(case.layer()) if p is not None]
+        step(case.inputs["x"][:21], None, scale, False, False)
+        after = [p for p in slots(case.layer()) if p is not None]
+        moved.append(after[0].detach() - before[0])
+        with torch.no_grad():
+            for p, q in zip(after, before, strict=True):
+                p.copy_(q)
+    torch.testing.assert_close(2 * moved[1], moved[0], rtol=1e-4, atol=1e-5)
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.zeros(2, 2, device=DEVICE)
+    for x in (one, one.half(), one.bfloat16()):
+        assert BACKEND.why_not(x, one) is None
+    assert "float32 parameters" in str(BACKEND.why_not(one.double(), one.double()))
+    assert "float32 parameters" in str(BACKEND.why_not(one.bfloat16(), one.bfloat16()))
+    assert "one device" in str(BACKEND.why_not(one, one.to("meta")))
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve this call: it serves a float32"):
+        fd.functional.linear(one.double(), one.double(), backend="cuda")
+    monkeypatch.setattr(BACKEND, "emulated", False)
+    cpu = torch.zeros(2, 2)
+    assert "serves tensors on cuda, got x on cpu" in str(BACKEND.why_not(cpu, cpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a CUDA device" in str(BACKEND.available())
+
+
+def test_compiled_step() -> None:
+    """Through the registered op, in one graph."""
+    options = {**TABLE[0], **SMOOTH, "kind": "lowrank", "context": "label", "rule": "adam"}
+    case = make_case((19, 16, 24, 5, 7), options, 9, *FULL).on(DEVICE)
+    twin = replace(case).to(*FULL).on(DEVICE)
+    made = []
+    for c, compiled in ((case, True), (twin, False)):
+        state, _ = bind(c)
+        layer, tensors = c.layer(), c.synthesizer()
+        detached = layer._replace(**{
+            k: None if t is None else t.detach() for k, t in layer._asdict().items()
+        })  # fmt: skip
+        rule = state.tensors(slots(layer))
+
+        def step(x, labels, layer=detached, c=c, tensors=tensors, rule=rule):  # type: ignore[no-untyped-def]
+            return linear_step_(x, layer, c.config, tensors, rule, context=labels, backend="cuda")
+
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        with torch.no_grad():
+            out = run(c.inputs["x"], c.inputs["context"])
+        made.append((out.h, out.prediction.scaled, *[p for p in layer if p is not None]))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+
+gpu = pytest.mark.gpu
+LARGE = {
+    "flat": (30, 200, 328, 16, 10),
+    "tall": (128, 200, 328, 16, 10),
+    "square": (300, 200, 328, 16, 10),
+}
+TRAINED = {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank", "context": "label",
+           "rule": "adam"}  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("options", TABLE[::4], ids=named)
+def test_gpu_step(options: dict[str, Any], shape: str) -> None:
+    check(make_case(LARGE[shape], options, 1, *FULL), FULL, run_step)
+
+
+@gpu
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpu_low_precision(dtype: torch.dtype, shape: str) -> None:
+    options = {**TRAINED, "rule": "momentum"}
+    dtypes = (dtype, torch.float32)
+    check(make_case(LARGE[shape], options, 2, *dtypes), dtypes, run_step)
+
+
+@gpu
+@pytest.mark.parametrize("shape", LARGE)
+def test_gpu_same_input_same_bits(shape: str) -> None:
+    case = make_case(LARGE[shape], {**TRAINED, "max_norm": 0.05}, 4, *FULL)
+    once = results(case, FULL, run_step)
+    for _ in range(20):
+        for name, t in results(case, FULL, run_step).items():
+            assert torch.equal(t, once[name]), name
+
+
+@gpu
+@pytest.mark.parametrize("shape", LARGE)
+def test_gpu_graph_and_stream(shape: str) -> None:
+    """Replayed steps are steps, the rule's counters too; nothing needs the default stream."""
+    made = []
+    for captured in (True, False):
+        case = make_case(LARGE[shape], TRAINED, 5, *FULL).on(DEVICE)
+        state, _ = bind(case)
+        step = BACKEND.bind_step(
+            case.layer(), case.config, case.synthesizer(), 0.0, state.tensors(slots(case.layer()))
+        )
+
+        def run(step=step, case=case):  # type: ignore[no-untyped-def]
+            return step(case.inputs["x"], case.inputs["context"], 300.0, True, True)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            out = run()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run()
+            for _ in range(5):
+                graph.replay()
+        else:
+            for _ in range(5):
+                out = run()
+        torch.cuda.synchronize()
+        assert state.steps == 6
+        made.append((out.h, out.dx, *[p for p in case.layer() if p is not None]))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)

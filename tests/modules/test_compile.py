@@ -1,0 +1,357 @@
+"""``torch.compile(fullgraph=True)``, ``opcheck`` and ``gradcheck``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import twins
+from torch import nn
+from torch.library import opcheck
+from twins import BACKENDS, close, double, linear
+
+import fused_dni as fd
+from fused_dni.ops.types import (
+    HYPER_SIZE,
+    STATISTICS_SIZE,
+    LinearConfig,
+    LinearTensors,
+    RuleTensors,
+    SynthesizerTensors,
+)
+from fused_dni.rules import RuleState
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "fresh"),
+    # Warnings of the compiler about itself, which "error" would turn into failures of it.
+    pytest.mark.filterwarnings("ignore"),
+]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A compiler backend that counts the graphs it is given, on top of ``aot_eager``."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def network(backend=None, **options):
+    return nn.Sequential(
+        linear(4, 6, normalization="batch", activation="relu", backend=backend, context_features=3),
+        linear(6, 6, normalization="layer", activation="gelu", backend=backend,
+               synthesizer=fd.DiagonalSynthesizer(6, dtype=torch.float64)),
+        linear(6, 5, activation="silu", backend=backend,
+               synthesizer=fd.LinearSynthesizer(5, dtype=torch.float64)),
+        linear(5, 3, synthesizer=None, backend=backend),
+    )  # fmt: skip
+
+
+@backends
+@pytest.mark.parametrize("grad", [True, False])
+def test_inference(backend, grad):
+    model = network(backend).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        for n in (6, 9):
+            x = double(n, 4)
+            close(compiled(x), model(x), 0)
+
+
+def test_training_mode_without_gradients():
+    model, twin = (m := network()), copy.deepcopy(m)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = double(6, 4)
+    with torch.no_grad():
+        close(compiled(x), twin(x), 0)
+    close(dict(model.state_dict()), dict(twin.state_dict()), 0)
+
+
+def train(model, run, steps, schedule, seed=0):
+    """Gradients and losses; one training step of several calls of ``run``."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    out = []
+    for _ in range(steps):
+        x, y = double(8, 4, grad=True), torch.randint(3, (8,))
+        optimizer.zero_grad()
+        with fd.condition_on(y):
+            loss = F.cross_entropy(run(x), y)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        out += [loss.detach(), x.grad]
+    return out
+
+
+@backends
+def test_training_without_a_rule(backend):
+    """Eager equals compiled; targets and none are two graphs, and nothing else makes a third."""
+    model = network(backend)
+    twin, graphs = copy.deepcopy(model), Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    a = train(model, compiled, 8, fd.Schedule(model, target_every=3))
+    assert graphs.count == 2
+    b = train(twin, twin, 8, fd.Schedule(twin, target_every=3))
+    close(a, b, 1e-12)
+    close(dict(model.state_dict()), dict(twin.state_dict()), 1e-12)
+    for layer, other in zip(model, twin, strict=True):
+        close(layer.statistics, other.statistics, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 2}, {"mix": 0.5}, {"loss_scale": 8.0}])
+def test_other_phases(schedule):
+    model = network()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    a = train(model, compiled, 3, fd.Schedule(model, **schedule))
+    b = train(twin, twin, 3, fd.Schedule(twin, **schedule))
+    close(a, b, 1e-12)
+    close(dict(model.state_dict()), dict(twin.state_dict()), 1e-12)
+
+
+def test_whole_step_with_the_loss_inside():
+    model = network()
+    twin = copy.deepcopy(model)
+    x, y = double(8, 4), torch.randint(3, (8,))
+
+    def loss(m, x, y):
+        h = m[0](x, context=y)
+        for layer in list(m)[1:]:
+            h = layer(h)
+        return F.cross_entropy(h, y)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(model, x, y).backward()
+    loss(twin, x, y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p.grad, q.grad, 1e-12)
+
+
+def test_inductor():
+    """The default compiler, once: float32, a training step and inference."""
+    model = nn.Sequential(
+        fd.FusedDNILinear(4, 6, normalization="batch", activation="relu"),
+        fd.FusedDNILinear(6, 3, synthesizer=None),
+    )
+    twins.disturb(model[0].synthesizer)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    F.cross_entropy(compiled(x), y).backward()
+    F.cross_entropy(twin(x), y).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    model.eval(), twin.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), twin(x))
+
+
+@pytest.mark.parametrize("synthesizer", ["default", None])
+def test_a_rule_is_not_traced(synthesizer):
+    """A fused rule in a compiled model: refused under fullgraph, eager between graphs without."""
+    rule = fd.SGD(0.1)
+    layer = linear(4, 5, update=rule, synthesizer=synthesizer)
+    model = nn.Sequential(nn.Linear(4, 4).double(), layer)
+    twin, x = copy.deepcopy(model), double(6, 4)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    compiled = torch.compile(model, backend="aot_eager")
+    for m in (compiled, twin):
+        m(x).square().sum().backward()
+    close(dict(model.state_dict()), dict(twin.state_dict()), 1e-12)
+    close(model[0].weight.grad, twin[0].weight.grad, 1e-12)
+
+
+def test_immediate_delivery_is_not_traced():
+    model = fd.DecoupledSequential(linear(4, 5), linear(5, 3))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(double(6, 4))
+
+
+# ---------------------------------------------------------------------------------------------
+# The functional step
+
+
+def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="batch"):
+    """Detached tensors of a decoupled step."""
+    n, i, o, k, r = 6, 4, 5, 3, 2
+    vector = lambda: double(o)  # noqa: E731
+    affine = normalization is not None
+    stats = (vector(), torch.rand(o, dtype=torch.float64) + 0.5) if normalization == "batch" else ()
+    layer = LinearTensors(
+        double(o, i), vector(), *(vector() if affine else None for _ in range(2)), *stats
+    )
+    weight = {"dense": (o, o), "lowrank": (o, r), "diagonal": (o,)}[kind]
+    synthesizer = SynthesizerTensors(
+        kind,
+        double(*weight),
+        double(r, o) if kind == "lowrank" else None,
+        double(o, k) if context is not None else None,
+        vector(),
+    )
+    rows = {None: None, "labels": torch.randint(k, (n,)), "vector": double(n, k)}[context]
+
+    def bound(slots):
+        state = RuleState({"adam": fd.Adam(0.01), "sgd": fd.SGD(0.1, momentum=0.9)}[rule])
+        slots = [None if t is None else nn.Parameter(t) for t in slots]
+        return state.tensors(slots)
+
+    return double(n, i), layer, synthesizer, rows, bound
+
+
+@backends
+@pytest.mark.parametrize("context", [None, "labels", "vector"])
+@pytest.mark.parametrize(
+    ("kind", "interface"),
+    [("dense", "output"), ("lowrank", "output"), ("lowrank", "preactivation"),
+     ("diagonal", "output")],
+)  # fmt: skip
+def test_functional_step(backend, context, kind, interface):
+    x, layer, synthesizer, rows, bound = tensors(backend, kind, context=context)
+    config = LinearConfig("batch", "gelu", interface=interface)
+    moved = layer[:4] if interface == "output" else (*layer[:2], None, None)
+    rules = (bound(moved), bound(synthesizer.parameters()))
+    everything = (x, layer, synthesizer, rows, rules, torch.zeros(STATISTICS_SIZE).double())
+    other = copy.deepcopy(everything)
+
+    def step(x, layer, synthesizer, rows, rules, statistics):
+        made = fd.functional.linear_step_(
+            x, layer, config, synthesizer, rules[0], context=rows, need_dx=True, backend=backend
+        )
+        fd.functional.synthesizer_update_(
+            made.h, made.prediction, made.h.sin(), synthesizer, rules[1], context=rows,
+            statistics=statistics, backend=backend,
+        )  # fmt: skip
+        return made.h, made.dx, made.prediction.scaled, made.saved
+
+    graphs = Graphs()
+    compiled = torch.compile(step, fullgraph=True, backend=graphs)
+    for rate in (0.01, 0.02, 0.03, 0.04):  # the rate is data: no new graph
+        for mine in (everything, other):
+            mine[4][0].hyper[0] = rate
+        close(compiled(*everything), step(*other), 1e-12)
+    assert graphs.count == 1
+    flat = [t for t in torch.utils._pytree.tree_leaves(everything) if isinstance(t, torch.Tensor)]
+    flat_other = [t for t in torch.utils._pytree.tree_leaves(other) if isinstance(t, torch.Tensor)]
+    close(flat, flat_other, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# opcheck and gradcheck
+
+OPS = torch.ops.fused_dni
+RULE_ARGUMENTS = ("adam", False, False)
+
+
+def arguments(name, backend, normalization, kind, context, interface="output"):
+    x, layer, synthesizer, rows, bound = tensors(backend, kind, "adam", context, normalization)
+    config = (normalization, "gelu", 1e-5, 0.1)
+    h, n, o = double(6, 5), 6, 5
+    normalized = double(n, o)
+    rstd = {"batch": double(o).abs(), "layer": double(n).abs(), None: None}[normalization]
+    learned = synthesizer.parameters()
+
+    def rule(slots):
+        r = bound(slots)
+        there = [[t for t in m if t is not None] for m in (r.first, r.second)]
+        return (*RULE_ARGUMENTS, r.hyper, *there, list(r.trainable))
+
+    gradients = [double(o) if t is not None else None for t in layer[1:4]]
+    reduced = double(n, 2) if kind == "lowrank" else None
+    return {
+        "linear_forward": (x, *layer, *config, True, True, backend),
+        "linear_backward": (h, x, h, normalized, rstd, *layer, *config, True, True, True, backend),
+        "linear_step_": (
+            x, *layer, *config, interface, kind, *learned, rows, 6.0, 0.5,
+            *rule(layer[:4] if interface == "output" else (*layer[:2], None, None)), True, True,
+            backend,
+        ),
+        "linear_update_": (x, h, *gradients, *layer[:4], *rule(layer[:4]), backend),
+        "synthesizer_predict": (h, kind, *learned, rows, backend),
+        "synthesizer_gradients": (
+            h, h.cos(), reduced, h.sin(), kind, *learned, rows, 6.0,
+            torch.zeros(STATISTICS_SIZE).double(), backend,
+        ),
+        "synthesizer_update_": (
+            h, h.cos(), reduced, h.sin(), kind, *learned, rows, 6.0,
+            torch.zeros(STATISTICS_SIZE).double(), *rule(learned), backend,
+        ),
+    }[name]  # fmt: skip
+
+
+NAMES = (
+    "linear_forward",
+    "linear_backward",
+    "linear_step_",
+    "linear_update_",
+    "synthesizer_predict",
+    "synthesizer_gradients",
+    "synthesizer_update_",
+)
+
+
+def test_every_registered_op_is_checked():
+    registered = {
+        s.name.split("::")[1]
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("fused_dni::")
+    }
+    # the LSTM's: test_lstm_compile.py
+    assert {name for name in registered if not name.startswith("lstm_")} == set(NAMES)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("normalization", "kind", "context"),
+    [("batch", "lowrank", "labels"), ("layer", "dense", "vector"), (None, "diagonal", None)],
+)
+@pytest.mark.parametrize(
+    ("name", "interface"),
+    [*((name, "output") for name in NAMES), ("linear_step_", "preactivation")],
+)
+def test_opcheck(backend, name, interface, normalization, kind, context):
+    given = arguments(name, backend, normalization, kind, context, interface)
+    opcheck(getattr(OPS, name).default, given)
+
+
+def test_hyper_is_as_long_as_it_is_said_to_be():
+    assert RuleState(fd.SGD(0.1)).hyper.shape == (HYPER_SIZE,)
+    assert isinstance(tensors("reference")[4]([double(2)]), RuleTensors)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("normalization", "training"),
+    [(None, True), ("layer", True), ("batch", True), ("batch", False)],
+)
+@pytest.mark.parametrize("activation", twins.ACTIVATIONS)
+def test_gradcheck(backend, activation, normalization, training):
+    torch.manual_seed(4)
+    x, weight, bias = double(2, 3, 4, grad=True), double(5, 4, grad=True), double(5, grad=True)
+    vectors = (double(5, grad=True), double(5, grad=True)) if normalization else (None, None)
+    mean, var = double(5), torch.rand(5, dtype=torch.float64) + 0.5
+
+    def f(x, weight, bias, norm_weight, norm_bias):
+        return fd.functional.linear(
+            x, weight, bias, normalization=normalization, norm_weight=norm_weight,
+            norm_bias=norm_bias, running_mean=mean.clone(), running_var=var.clone(),
+            training=training, activation=activation, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias, *vectors))

@@ -1,0 +1,111 @@
+"""The synthesizers: shapes, zero start, protocol, and one formula in two forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twins
+from torch import nn
+from twins import BACKENDS, close, double
+
+import fused_dni as fd
+from fused_dni.ops import registry
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MADE = {
+    "dense": lambda k: fd.LinearSynthesizer(5, context_features=k, dtype=torch.float64),
+    "lowrank": lambda k: fd.LinearSynthesizer(5, 2, k, dtype=torch.float64),
+    "diagonal": lambda k: fd.DiagonalSynthesizer(5, k, dtype=torch.float64),
+    "mlp": lambda k: fd.MLPSynthesizer(5, 4, 2, k, dtype=torch.float64),
+}
+
+
+def context(k, kind, n=6):
+    if not k:
+        return None
+    return torch.randint(k, (n,)) if kind == "labels" else double(n, k)
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("kind", ["labels", "vector"])
+def test_starts_at_zero_and_learns(name, k, kind):
+    m = MADE[name](k)
+    h, rows = double(6, 5), context(k, kind)
+    assert m(h, rows).shape == h.shape and not m(h, rows).any()
+    optimizer = torch.optim.Adam(m.parameters(), 0.05)
+    target = h.flip(1) + 1
+    first = None
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (m(h, rows) - target).square().mean()
+        loss.backward()
+        first = first or loss.item()
+        optimizer.step()
+    assert loss.item() < 0.9 * first
+    assert all(p.grad is not None for p in m.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dense", "lowrank", "diagonal"])
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("kind", ["labels", "vector"])
+def test_forward_is_what_the_kernels_predict(backend, name, k, kind):
+    m = MADE[name](k)
+    twins.disturb(m)
+    h, rows = double(6, 5), context(k, kind)
+    fused = m.fused()
+    assert fused.kind == name
+    assert {id(p) for p in m.parameters()} == {id(p) for p in fused.parameters() if p is not None}
+    made = registry.get(backend).synthesizer_predict(h, fused, rows)
+    close(made.scaled, m(h, rows), 1e-13)
+    made = fd.functional.synthesizer_predict(h, fused, rows, backend=backend)
+    close(made.scaled, m(h, rows), 1e-13)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions(k, dims):
+    m = fd.ConvSynthesizer(4, hidden=3, layers=2, kernel_size=3, context_features=k, dims=dims)
+    h = torch.randn(6, 4, *(5,) * dims)
+    assert m(h, torch.randint(3, (6,)) if k else None).shape == h.shape
+    assert not m(h, torch.randint(3, (6,)) if k else None).any()
+    with pytest.raises(RuntimeError, match=rf"h must have {dims + 2} dimensions"):
+        m(torch.randn(6, 4), None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fd.LinearSynthesizer(0), "features must be at least 1, got 0"),
+        (lambda: fd.LinearSynthesizer(4, 5), r"rank must be in \[1, features=4\] or None, got 5"),
+        (lambda: fd.LinearSynthesizer(4, 0), "rank must be in"),
+        (lambda: fd.DiagonalSynthesizer(4, -1), "context_features must be at least 0, got -1"),
+        (lambda: fd.MLPSynthesizer(4, 0), "hidden must be at least 1, got 0"),
+        (lambda: fd.MLPSynthesizer(4, 4, 0), "layers must be at least 1, got 0"),
+        (lambda: fd.ConvSynthesizer(4, 4, kernel_size=2), "kernel_size must be odd and positive"),
+        (lambda: fd.ConvSynthesizer(4, 4, dims=4), "dims must be 1, 2 or 3, got 4"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_context_missing(name):
+    with pytest.raises(ValueError, match="context is missing"):
+        MADE[name](3)(double(6, 5), None)
+
+
+def test_the_default():
+    layer = fd.FusedDNILinear(4, 40, context_features=3)
+    assert isinstance(layer.synthesizer, fd.LinearSynthesizer)
+    assert layer.synthesizer.rank == 16 and layer.synthesizer.context_features == 3
+    assert fd.FusedDNILinear(4, 5).synthesizer.rank == 5
+
+
+def test_a_parametrized_synthesizer_has_no_fused_form():
+    m = nn.utils.parametrizations.weight_norm(fd.LinearSynthesizer(5))
+    assert m.fused() is None
