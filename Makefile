@@ -1,5 +1,6 @@
 # make demo    install, then train stock backprop, fused backprop and cDNI and print the verdict
-# make test    install, then linters, type checker and the whole test suite
+# make test    install with what tests need, then linters, type checker and the test suite
+# make test-all  the same, and the repetitions of what `make test` proves once
 # make lint    the static checks alone
 # make bench   pytest-benchmark suites, grouped by question, floors beside
 # make tables  measure interleaved (minutes, an otherwise idle machine), then rewrite the tables
@@ -9,7 +10,9 @@
 # PYTHON=...    interpreter that the environment is made from (3.10 or newer)
 # PIP_ARGS=...  more options for pip, for example the index of CPU-only torch wheels
 # MNIST=...     folder of the four MNIST files, for make answers
-# JOBS=...      processes that run tests, a file each (one a core); 0 for this one alone
+# JOBS=...      processes that run tests (one a core); 0 for this one alone
+#
+# FUSED_DNI_CUDA_ARCHS: see setup.py; by default CUDA kernels are built for the GPUs that are there.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -33,10 +36,13 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
 CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
+# The same with the tools that tests need, compiled with warnings as errors.
+TOOLS := $(VENV)/.installed-for-tests
 
-.PHONY: install demo test lint bench tables answers clean distclean FORCE
+.PHONY: install install-for-tests demo lint test test-all bench tables answers clean distclean FORCE
 
 install: $(INSTALLED)
+install-for-tests: $(TOOLS)
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -46,22 +52,31 @@ $(BIN)/python:
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 
+# What pip leaves to be compiled at its first import is mostly never imported.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 $(BIN)/python -m pip install -qq \
+	-c constraints.txt $(PIP_ARGS)
+
 # An extension that somebody deleted (git clean) is built again, stamp or no stamp.
-ifeq ($(wildcard fused_dni/_cpu*.so),)
-$(INSTALLED): FORCE
+ifeq ($(wildcard fused_dni/backends/build.json),)
+$(INSTALLED) $(TOOLS): FORCE
 endif
 $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
-	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."
-	@export PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	$(BIN)/python -m pip install -qq -c constraints.txt --upgrade pip $(PIP_ARGS) && \
-	$(BIN)/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt \
-		$(PIP_ARGS) -e ".[test]"
-	@touch $@
+	@for input in $(BUILD_INPUTS) fused_dni/backends/build.json; do \
+		[ -e $$input -a $(TOOLS) -nt $$input ] || stale=yes; done; \
+	if [ -z "$${stale-}" ]; then touch $@; exit; fi; \
+	echo "Installing fused_dni (the first time takes minutes) ..."; \
+	$(PIP) --upgrade pip && $(PIP) --build-constraint constraints.txt -e ".[demo]" && \
+	$(BIN)/fused-dni env --left-out && touch $@
+$(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
+	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."; \
+	export FUSED_DNI_WERROR=1; \
+	$(PIP) --upgrade pip && $(PIP) --build-constraint constraints.txt -e ".[test]" && \
+	$(BIN)/fused-dni env --left-out && touch $@
 
 demo: $(INSTALLED)
 	@$(BIN)/fused-dni demo $(DEMO_ARGS)
 
-lint: $(INSTALLED)
+lint: $(TOOLS)
 	@echo "ruff check";  $(BIN)/ruff check .
 	@echo "ruff format"; $(BIN)/ruff format --check .
 	@echo "mypy";        $(BIN)/mypy
@@ -72,20 +87,20 @@ test: lint
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 		$(TEST_ARGS)
 
-bench: $(INSTALLED)
+bench: $(TOOLS)
 	@$(BIN)/python -m pytest bench --benchmark-only $(BENCH_ARGS)
 
-tables: $(INSTALLED)
+tables: $(TOOLS)
 	@$(BIN)/python bench/tables.py measure
 	@$(BIN)/python bench/tables.py render
 
-answers: $(INSTALLED)
+answers: $(TOOLS)
 	@$(BIN)/python bench/answers.py measure --data $(MNIST)
 	@$(BIN)/python bench/tables.py render
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs
-	rm -f fused_dni/*.so $(INSTALLED)
+	rm -f fused_dni/backends/*.so fused_dni/backends/build.json $(INSTALLED) $(TOOLS)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -25,18 +25,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fused_dni.functional.linear import _Linear
-from fused_dni.functional.lstm import _Cell, _Window
-from fused_dni.modules.base import DecoupledModule, Phase, _Deferred, _Returned, _Stepped
-from fused_dni.modules.lstm_cell import _Boundary
-from fused_dni.modules.sequential import DecoupledSequential, _Delivered
+from fused_dni.functional.node import Node
+from fused_dni.modules.base import DecoupledModule, Phase
+from fused_dni.modules.sequential import DecoupledSequential
 from fused_dni.schedule import Schedule
 
 #: Set to 1, it turns annotation on for a whole process, before its first line: how ``fused-dni
@@ -51,21 +49,11 @@ PHASES = {
     "close": "local backward",
     "lesson_gradients": "learn",
     "learn": "learn",
-    "_head_learns_from": "learn",
+    "head_learns_from": "learn",
     "apply_update": "update",
 }
 
-#: The nodes whose backward is a layer's.
-NODES: tuple[type[torch.autograd.Function], ...] = (
-    _Returned,
-    _Stepped,
-    _Deferred,
-    _Linear,
-    _Window,
-    _Cell,
-    _Boundary,
-    _Delivered,
-)
+C = TypeVar("C")
 
 
 class _Open(threading.local):
@@ -137,7 +125,7 @@ def _on() -> None:
             for method, phase in PHASES.items():
                 if method in vars(layer):
                     _replace(layer, method, _in_range(vars(layer)[method], phase))
-        for node in NODES:
+        for node in _subclasses(Node)[1:]:
             _replace(node, "forward", staticmethod(_owned(node.forward)))
             _replace(node, "backward", staticmethod(_in_owners_range(node.backward)))
         _replace(Schedule, "step", _marked(Schedule.step))
@@ -160,7 +148,7 @@ def _replace(owner: type, name: str, new: Any) -> None:
     _undo.append(lambda: setattr(owner, name, old))
 
 
-def _subclasses(cls: type[DecoupledModule]) -> list[type[DecoupledModule]]:
+def _subclasses(cls: type[C]) -> list[type[C]]:
     """A class and all that is derived from it, each once."""
     found = {cls: None}
     for derived in cls.__subclasses__():

@@ -51,13 +51,22 @@ def parser() -> Parser:
         "cannot serve, thread pools, compilers, GPU.",
     )
     env.add_argument("--json", action="store_true", help="as JSON")
+    env.add_argument(
+        "--left-out",
+        action="store_true",
+        help="only what the installation left out, and how to get it",
+    )
     common(env, threads=False)
     return top
 
 
 def _env(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.environment import format_report, report
+    from fused_dni.measure.environment import format_report, left_out, report
 
+    if args.left_out:
+        for line in left_out():
+            print(line)
+        return 0
     found = report()
     if args.json:
         import json

@@ -1,6 +1,6 @@
-"""The fused linear layer as differentiable function: exact, or with a synthetic gradient.
+"""The fused linear layer as differentiable function, and its decoupled step.
 
-Nothing here changes a parameter. Gradients are returned by the node, so hooks, accumulation,
+The function changes no parameter. Gradients are returned by the node, so hooks, accumulation,
 clipping, DDP and any ``torch.optim`` optimizer see them as they see those of ``F.linear``.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
-from fused_dni.backends.common.synthesizer import synthetic_gradient
 from fused_dni.functional import check
+from fused_dni.functional.node import Node
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     FROM_OUTPUT,
@@ -22,87 +22,62 @@ from fused_dni.ops.types import (
     LinearConfig,
     LinearGradients,
     LinearTensors,
-    Prediction,
     RuleTensors,
     Saved,
     Step,
     SynthesizerTensors,
 )
 
-TWICE = (
-    "a decoupled layer's node was run backward a second time: its local gradient would be "
-    "delivered twice; run the forward again (retain_graph=True does not help here)"
-)
+
+class LinearUse(NamedTuple):
+    """One use of a layer: what its forward leaves behind for its backward."""
+
+    x: Tensor  # [N, I]
+    h: Tensor  # [N, O], detached: the output itself would keep its own node alive
+    saved: Saved
+    layer: LinearTensors
+    config: LinearConfig
+    training: bool
+    backend: Backend
 
 
-class Locality(NamedTuple):
-    """How a decoupled layer's gradient is made in this call.
-
-    Attributes:
-        kind: the synthesizer's kind.
-        true_share: share of the arriving gradient in the gradient used: 0 is plain DNI, 1 warm-up,
-            between them mixing.
-        target: train the synthesizer on what arrives.
-        target_scale: kappa.
-        max_norm: bound of the synthetic gradient's Frobenius norm; 0 for none.
-        loss_scale: factor on the loss, as of a ``GradScaler``.
-    """
-
-    kind: str
-    true_share: float
-    target: bool
-    target_scale: float
-    max_norm: float
-    loss_scale: float
+def forward_use(
+    x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, backend: Backend
+) -> tuple[Tensor, LinearUse]:
+    """Run the forward: h [N, O], and what :func:`backward_use` reads."""
+    h, saved = ops.linear_forward(backend, x, layer, config, training, True)
+    return h, LinearUse(x, h.detach(), saved, layer, config, training, backend)
 
 
-def mixed_gradient(
-    arrived: Tensor | None,
-    scaled: Tensor | None,
-    share: float,
-    target_scale: float,
-    max_norm: float,
-) -> Tensor | None:
-    """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from ``scaled`` =
-    M(h); None if that has no defined part."""
-    if share == 1.0 or scaled is None:
-        return arrived
-    synthetic = synthetic_gradient(Prediction(scaled), target_scale, max_norm)
-    if share == 0.0:
-        return synthetic
-    if arrived is None:
-        return (1.0 - share) * synthetic
-    return share * arrived.to(synthetic.dtype) + (1.0 - share) * synthetic
-
-
-def preactivation_gradients(
-    backend: Backend,
-    delta: Tensor,
-    x: Tensor,
-    h: Tensor,
-    layer: LinearTensors,
-    config: LinearConfig,
-    need_dx: bool,
-    need_weight: bool,
+def backward_use(
+    use: LinearUse, gradient: Tensor, need_dx: bool, need_weight: bool
 ) -> LinearGradients:
-    """From a gradient at z [N, O] alone: those of x and weight on demand, and the bias's (zero in
-    front of a batch normalisation in training, which removes what a bias does). No other is known.
-    h [N, O] is not read, but for its shape."""
+    """Take a gradient at h [N, O] back through the whole layer."""
+    x, h, saved, layer, config, training, backend = use
+    return ops.linear_backward(
+        backend, gradient.contiguous(), x, h, saved, layer, config, training, need_dx, need_weight
+    )
+
+
+def backward_from_preactivation(
+    use: LinearUse, gradient: Tensor, need_dx: bool, need_weight: bool
+) -> LinearGradients:
+    """Take a gradient at z [N, O] alone back: those of x and weight on demand, and the bias's (zero
+    in front of a batch normalisation in training, which removes what a bias does). No other is
+    known."""
+    x, h, _, layer, config, _, backend = use
     bare = LinearTensors(layer.weight, layer.bias)
     made = ops.linear_backward(
-        backend, delta, x, h, Saved(), bare, LinearConfig(), True, need_dx, need_weight
-    )
+        backend, gradient.contiguous(), x, h, Saved(), bare, LinearConfig(), True, need_dx,
+        need_weight,
+    )  # fmt: skip
     if made.bias is not None and config.normalization == "batch":
         made = made._replace(bias=torch.zeros_like(made.bias))
     return made
 
 
-class _Linear(torch.autograd.Function):
-    """Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not.
-
-    With the interface at the preactivation what arrives at h is taken back to z first, on steps
-    with targets; the normalisation's scale and shift get their true gradients there.
-    """
+class LinearNode(Node):
+    """The exact layer. Inputs: x and four slots, which are differentiable; then what is not."""
 
     @staticmethod
     def forward(
@@ -112,171 +87,59 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
-        synthesizer_weight: Tensor | None,
-        down: Tensor | None,
-        context_weight: Tensor | None,
-        synthesizer_bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        context: Tensor | None,
-        statistics: Tensor | None,
         config: LinearConfig,
         training: bool,
         backend: Backend,
-        how: Locality | None,
         need_dx: bool,
     ) -> Tensor:
         layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
-        h, saved = ops.linear_forward(backend, x, layer, config, training, save=True)
+        h, saved = ops.linear_forward(backend, x, layer, config, training, True)
         ctx.set_materialize_grads(False)
-        # An exact layer whose derivative does not need h leaves it to be overwritten behind it.
+        # A layer whose derivative does not need h leaves it to be overwritten behind it.
         reads_h = config.activation in FROM_OUTPUT and config.activation != "identity"
-        keep = how is not None or reads_h
-        ctx.save_for_backward(
-            x,
-            h if keep else None,
-            *saved,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            synthesizer_weight,
-            down,
-            context_weight,
-            synthesizer_bias,
-            context,
-        )
-        ctx.statistics = statistics
+        kept = h if reads_h else None
+        ctx.save_for_backward(x, kept, *saved, weight, bias, norm_weight, norm_bias)
         ctx.running = (running_mean, running_var)
-        ctx.how = how
-        ctx.need_dx = need_dx
         ctx.call = (config, training, backend)
-        ctx.spent = False
+        ctx.need_dx = need_dx
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        config, training, backend = ctx.call
-        how: Locality | None = ctx.how
-        none: tuple[Tensor | None, ...] = (None,) * 18
-        if how is None and arrived is None:
+        none: tuple[Tensor | None, ...] = (None,) * 11
+        if arrived is None:
             return none
-        (x, h, normalized, rstd, weight, bias, norm_weight, norm_bias, *slots, context) = (
-            ctx.saved_tensors
+        x, h, normalized, rstd, *slots = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        use = LinearUse(
+            x,
+            arrived if h is None else h,  # not read then, but for its shape
+            Saved(normalized, rstd),
+            LinearTensors(*slots, *ctx.running),
+            *ctx.call,
         )
-        layer = LinearTensors(weight, bias, norm_weight, norm_bias, *ctx.running)
-        saved = Saved(normalized, rstd)
-        scale = 1.0
-        prediction: Prediction | None = None
-        gradient = arrived
-        inside = how is not None and config.interface == "preactivation"
-        behind: tuple[Tensor | None, ...] = (None, None)
-        trained: tuple[Tensor | None, ...] = (None,) * 4
-        if how is not None:
-            if not torch.compiler.is_compiling():
-                if ctx.spent:
-                    raise RuntimeError(TWICE)
-                ctx.spent = True
-            scale = how.loss_scale
-            if scale != 1.0 and arrived is not None:
-                arrived = arrived / scale
-            learns = how.target and arrived is not None
-            if inside and learns and arrived is not None:
-                true = ops.linear_backward(
-                    backend,
-                    arrived.contiguous(),
-                    x,
-                    h,
-                    saved,
-                    layer,
-                    config,
-                    training,
-                    False,
-                    False,
-                )
-                arrived, behind = true.delta, (true.norm_weight, true.norm_bias)
-            tensors = SynthesizerTensors(how.kind, *slots)
-            if learns or how.true_share < 1.0:
-                prediction = ops.synthesizer_predict(backend, h, tensors, context)
-            gradient = mixed_gradient(
-                arrived,
-                None if prediction is None else prediction.scaled,
-                how.true_share,
-                how.target_scale,
-                how.max_norm,
-            )
-            if learns and prediction is not None and arrived is not None:
-                trained = ops.synthesizer_gradients(
-                    backend,
-                    h,
-                    prediction,
-                    arrived.contiguous(),
-                    tensors,
-                    context,
-                    how.target_scale,
-                    ctx.statistics,
-                )
-            if gradient is None:
-                return none
-        assert gradient is not None
-        gradient = gradient.contiguous()
-        need_dx, need_weight = ctx.need_dx and ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        if inside:
-            made = preactivation_gradients(
-                backend, gradient, x, h, layer, config, need_dx, need_weight
-            )
-        else:
-            made = ops.linear_backward(
-                backend,
-                gradient,
-                x,
-                gradient if h is None else h,  # not read then, but for its shape
-                saved,
-                layer,
-                config,
-                training,
-                need_dx,
-                need_weight,
-            )
-            behind = (made.norm_weight, made.norm_bias)
-        out = (made.x, made.weight, made.bias, *behind, *trained)
-        wanted = [t if want else None for t, want in zip(out, ctx.needs_input_grad, strict=False)]
-        if scale != 1.0:
-            wanted = [None if t is None else t * scale for t in wanted]
-        return (*wanted, *none[len(wanted) :])
+        made = backward_use(use, arrived, ctx.need_dx and wants[0], wants[1])
+        out = (made.x, made.weight, made.bias, made.norm_weight, made.norm_bias)
+        wanted = [t if want else None for t, want in zip(out, wants, strict=False)]
+        return (*wanted, *none[5:])
 
 
-def linear_tensors(
+def exact_linear(
     x: Tensor,
     layer: LinearTensors,
     config: LinearConfig,
     training: bool,
     backend: Backend,
-    synthesizer: SynthesizerTensors | None = None,
-    context: Tensor | None = None,
-    statistics: Tensor | None = None,
-    how: Locality | None = None,
     need_dx: bool = True,
 ) -> Tensor:
-    """:class:`_Linear` on checked two-dimensional tensors (what the modules call).
+    """:class:`LinearNode` on checked two-dimensional tensors (what the modules call).
 
     ``need_dx=False`` says that the producer of x wants no gradient though x asks for one.
     """
-    slots = (None, None, None, None) if synthesizer is None else synthesizer.parameters()
-    h: Tensor = _Linear.apply(
-        x,
-        *layer[:4],
-        *slots,
-        *layer[4:],
-        context,
-        statistics,
-        config,
-        training,
-        backend,
-        how,
-        need_dx,
-    )
+    h: Tensor = LinearNode.apply(x, *layer, config, training, backend, need_dx)
     return h
 
 
@@ -322,7 +185,7 @@ def linear(
     check.layer(layer, config)
     x = check.rows(input, weight, "input")
     check.batch(x, config, training)
-    h = linear_tensors(x, layer, config, training, registry.resolve(backend, x, weight))
+    h = exact_linear(x, layer, config, training, registry.resolve(backend, x, weight))
     return h.reshape(*input.shape[:-1], weight.shape[0])
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
+from fused_dni.functional.node import Node, spend
 from fused_dni.ops.types import (
     Backend,
     CellGradients,
@@ -92,7 +92,7 @@ class Call(NamedTuple):
     need_dx: bool
 
 
-class _Window(torch.autograd.Function):
+class WindowNode(Node):
     """Trailing tensors: dropout masks, the layers' parameters, the learners' parameters."""
 
     @staticmethod
@@ -123,10 +123,8 @@ class _Window(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         ends: Ends | None = ctx.ends
-        if ends is not None and not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise RuntimeError(TWICE)
-            ctx.spent = True
+        if ends is not None:
+            spend(ctx, TWICE)
         (x, lengths, *rest) = ctx.saved_tensors
         trace = LSTMTrace(*rest[:5])
         dropout = tuple(rest[5 : 5 + call.dropout])
@@ -192,7 +190,7 @@ class CellEnds(Protocol):
         ...
 
 
-class _Cell(torch.autograd.Function):
+class CellNode(Node):
     """Trailing tensors: the layer's parameters, the learners' parameters."""
 
     @staticmethod
@@ -221,10 +219,8 @@ class _Cell(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         ends: CellEnds | None = ctx.ends
-        if ends is not None and not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise RuntimeError(TWICE)
-            ctx.spent = True
+        if ends is not None:
+            spend(ctx, TWICE)
         (x, h, c, *rest) = ctx.saved_tensors
         trace = CellTrace(*rest[:3])
         parameters = rest[3:]
@@ -282,14 +278,14 @@ def lstm_window(
     learners: tuple[Tensor, ...] = (),
     need_dx: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:class:`_Window` on checked tensors: output [T, B, H] and the final h and c [L, B, H].
+    """:class:`WindowNode` on checked tensors: output [T, B, H] and the final h and c [L, B, H].
 
     ``site`` is remembered on the node: the module to which the states belong. ``learners`` are the
     parameters whose gradients ``ends.leave`` returns.
     """
     bias = layers[0].bias_ih is not None
     call = Call(backend, bias, len(dropout), len(learners), need_dx)
-    made: tuple[Tensor, Tensor, Tensor] = _Window.apply(
+    made: tuple[Tensor, Tensor, Tensor] = WindowNode.apply(
         call, ends, site, x, h, c, lengths, *dropout, *ops.flat(layers), *learners
     )
     return made
@@ -306,9 +302,9 @@ def lstm_cell(
     learners: tuple[Tensor, ...] = (),
     need_dx: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:class:`_Cell` on checked tensors: the next h and c [B, H]; see :func:`lstm_window`."""
+    """:class:`CellNode` on checked tensors: the next h and c [B, H]; see :func:`lstm_window`."""
     call = Call(backend, layer.bias_ih is not None, 0, len(learners), need_dx)
-    made: tuple[Tensor, Tensor] = _Cell.apply(
+    made: tuple[Tensor, Tensor] = CellNode.apply(
         call, ends, site, x, h, c, *ops.flat((layer,)), *learners
     )
     return made

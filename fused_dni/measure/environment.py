@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fused_dni.backends.common.built import why_left_out
+from fused_dni.backends.common import built
 
 #: Processor flags that decide which code runs, here or in torch's own products.
 FLAGS = (
@@ -148,13 +148,19 @@ def _package() -> dict[str, Any]:
     return facts
 
 
+def left_out() -> list[str]:
+    """Say in a line each what the installation left out, and how to get it."""
+    kernels = {"_cpu": "C++", "_cuda": "CUDA"}
+    return [f"without the {kernels[name]} kernels: {why}" for name, why in built.left_out().items()]
+
+
 def _extension() -> dict[str, Any]:
     """What the compiled extension says of itself: every public function that takes nothing and
     answers with plain data about the build (``isa``, ``compiler`` and the like)."""
     try:
         cpu = importlib.import_module("fused_dni.backends._cpu")
     except ImportError:
-        return {"C++ extension": why_left_out("_cpu")}
+        return {"C++ extension": built.why_left_out("_cpu")}
     facts: dict[str, Any] = {"C++ extension": getattr(cpu, "__file__", "built in")}
     for name in ("isa", "isas", "available_isas", "supported_isas", "compiler", "build_info"):
         value = getattr(cpu, name, None)
@@ -170,7 +176,7 @@ def _cuda_extension() -> dict[str, Any]:
     try:
         cuda = importlib.import_module("fused_dni.backends._cuda")
     except ImportError:
-        return {"CUDA extension": why_left_out("_cuda")}
+        return {"CUDA extension": built.why_left_out("_cuda")}
     return {
         "CUDA extension": cuda.__file__,
         "CUDA toolkit of the build": cuda.toolkit,

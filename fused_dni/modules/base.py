@@ -1,14 +1,9 @@
-"""What all decoupled modules share: the synthesizer's side, the rules, the phase, the nodes.
+"""What all decoupled modules share: the synthesizer's side, the rules, the phase.
 
-A decoupled module's forward ends in one of four ways:
-
-=============================  ================================================================
-eval, or gradients disabled    the plain module
-no rule                        a node that returns local gradients (each module has its own)
-rule, synthetic gradient       :class:`_Stepped`: updated in the forward, dx delivered later
-rule, true gradient needed     :class:`_Deferred`: backprop, warm-up, mixing; updated at the end of
-                               the backward
-=============================  ================================================================
+A tensor's way goes down: a module's forward (:mod:`~fused_dni.modules.linear`, ``decoupled``,
+``sequential``) hands it to a node (:mod:`~fused_dni.modules.nodes`), which calls what the module
+does of a training step (:mod:`~fused_dni.modules.steps`) and what stands here, and these call the
+ops. Nothing here or there calls back up.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import ops
@@ -28,9 +22,8 @@ from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.common.synthesizer import synthetic_gradient
 from fused_dni.context import current_context
 from fused_dni.functional import check
-from fused_dni.functional.linear import TWICE, Locality, mixed_gradient
 from fused_dni.functional.update import apply_
-from fused_dni.modules.pending import at_end_of_backward, inside_backward
+from fused_dni.modules.pending import inside_backward
 from fused_dni.ops.types import (
     STATISTICS_SIZE,
     Backend,
@@ -44,7 +37,6 @@ from fused_dni.synthesizers import Synthesizer
 # Set on the output of a decoupled module whose synthesizer is not trained in this step. A decoupled
 # consumer that sees it computes no gradient for its input.
 NO_TARGET = "_fused_dni_no_target"
-
 
 # What no trace can follow (a rule in the forward, what a module remembers of a state): a compiled
 # model falls back to eager there, and fullgraph=True says so. Never a decorator: that would import
@@ -80,6 +72,25 @@ class Phase:
         return self.mix if self.target else 0.0
 
 
+class How(NamedTuple):
+    """How a layer's gradient is made in one backward.
+
+    Attributes:
+        true_share: share of the arriving gradient in the gradient used: 0 is plain DNI, 1 backprop
+            or warm-up, between them mixing.
+        learns: the synthesizer is trained on what arrives.
+        target_scale: kappa.
+        max_norm: bound of the synthetic gradient's Frobenius norm; 0 for none.
+        loss_scale: factor on the loss, as of a ``GradScaler``; None for none.
+    """
+
+    true_share: float
+    learns: bool
+    target_scale: float
+    max_norm: float
+    loss_scale: float | None
+
+
 class Forecast(NamedTuple):
     """A prediction on its way to be trained: ``scaled`` = M(h), by fused kernels (``prediction``)
     or by a module under autograd (``graph``: M(h) with its graph, None if it will not learn)."""
@@ -111,61 +122,6 @@ class LocalStep(NamedTuple):
     # Where there is no rule: the local gradients, in the order of `local_parameters()`.
     gradients: tuple[Tensor | None, ...] = ()
     trace: Any = None  # what `lesson()` needs, where a module takes what arrives further
-
-
-class Delivery:
-    """Immediate delivery: one call of a module that updates at once and hands its dx back.
-
-    :class:`fused_dni.DecoupledSequential` sets it on the module around the call, so that forward
-    hooks run as ever. ``dx`` and ``gradients`` (without a rule) are there after :meth:`run`.
-    """
-
-    def __init__(self, module: DecoupledModule, need_dx: bool, learns: bool) -> None:
-        self.module = module
-        self.need_dx = need_dx
-        self.learns = learns
-        self.dx: Tensor | None = None
-        self.gradients: tuple[Tensor | None, ...] = ()
-        self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
-
-    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Call the module; its output is sealed: a backward through it is an error."""
-        self.module.delivery = self
-        try:
-            h: Tensor = self.module(x, context=context)
-        finally:
-            self.module.delivery = None
-        return h
-
-    def take(self, step: LocalStep, context: Tensor | None) -> None:
-        """The module's side of :meth:`run`."""
-        self.dx = step.dx[0]
-        self.gradients = step.gradients
-        if step.forecast is not None:
-            self._waiting = (step, step.forecast, context)
-
-    def lesson(self, arrived: Tensor) -> Lesson:
-        """What the synthesizer learns from a gradient that arrived at the output."""
-        assert self._waiting is not None
-        step, forecast, context = self._waiting
-        arrived = arrived.reshape(step.h.shape)
-        return self.module.lesson(step.h, forecast, context, arrived, step.trace)
-
-
-class _Sealed(torch.autograd.Function):
-    """An activation inside a container: its gradient is taken there and goes no further."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, _anchor: Tensor) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "immediate delivery: an activation inside a DecoupledSequential has one consumer, the "
-            "next module; a backward came through a second one (for deferred delivery put the "
-            "modules into nn.Sequential)"
-        )
 
 
 class DecoupledModule(nn.Module):
@@ -205,7 +161,7 @@ class DecoupledModule(nn.Module):
         self.target_scale = target_scale
         self.max_norm = max_norm
         self.phase = Phase()
-        self.delivery: Delivery | None = None
+        self.delivery: Any = None  # set around a call whose dx goes down at once: nodes.Delivery
         self.update = None if update is None else RuleState(update)
         self.synthesizer_update: RuleState | None = None
         # Sums over what the synthesizer was trained on (see backends.base.STATISTICS_SIZE).
@@ -237,28 +193,6 @@ class DecoupledModule(nn.Module):
         """The slots that ``update`` works on."""
         raise NotImplementedError
 
-    def step_locally(
-        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
-    ) -> LocalStep:
-        """Forward, prediction and, with a rule, the update; gradients in the result without.
-
-        Nothing that is returned carries a graph."""
-        raise NotImplementedError
-
-    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
-        """Forward only; h and what :meth:`close` needs."""
-        raise NotImplementedError
-
-    def close(
-        self, trace: Any, gradient: Tensor, need_dx: bool
-    ) -> tuple[tuple[Tensor | None, ...], Any]:
-        """Backward of :meth:`open`: gradients of the inputs, and a contribution to an update."""
-        raise NotImplementedError
-
-    def apply_update(self, contributions: list[Any]) -> None:
-        """Apply ``update`` to the sum of contributions."""
-        raise NotImplementedError
-
     def parameters_behind(self) -> tuple[Tensor | None, ...]:
         """The slots between where the gradient is predicted and the output: no prediction reaches
         them, and they learn with the synthesizer. None by default, as h is the output."""
@@ -267,13 +201,9 @@ class DecoupledModule(nn.Module):
     def lesson(
         self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
     ) -> Lesson:
-        """What is learned from the gradient that arrived at h; ``trace`` is that of :meth:`open`
-        or of :meth:`step_locally`."""
+        """What is learned from the gradient that arrived at h; ``trace`` is what the forward left
+        behind (see :mod:`fused_dni.modules.steps`)."""
         return Lesson(h, forecast, context, arrived, self.scale_of(h))
-
-    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
-        """What :meth:`close` reads and no graph watches: a change in place is to be an error."""
-        return ()
 
     # -- the synthesizer's side ----------------------------------------------------------------
 
@@ -325,16 +255,15 @@ class DecoupledModule(nn.Module):
             Prediction(forecast.scaled), self.scale_of(h), self.max_norm or 0.0
         )
 
-    def locality(self, h_rows: int, fused: SynthesizerTensors) -> Locality:
-        """This step's way of making a gradient, for the functional layer."""
+    def how(self, rows: int) -> How:
+        """How this step's gradient is made, where that is in the backward; h has so many rows."""
         phase = self.phase
-        return Locality(
-            fused.kind,
+        return How(
             phase.true_share,
             phase.target or phase.warmup,
-            float(h_rows) if self.target_scale is None else self.target_scale,
+            float(rows) if self.target_scale is None else self.target_scale,
             self.max_norm or 0.0,
-            phase.loss_scale or 1.0,
+            phase.loss_scale,
         )
 
     def statistics_on(self, device: torch.device) -> Tensor:
@@ -399,7 +328,7 @@ class DecoupledModule(nn.Module):
         made = [self.lesson_gradients(lesson) for lesson in lessons]
         apply_given(self.synthesizer_parameters(), sum_slots(made), rule)
 
-    # -- forward -------------------------------------------------------------------------------
+    # -- what a forward asks first -------------------------------------------------------------
 
     def given_context(self, context: Tensor | None, features: int | None) -> Tensor | None:
         """The context of this call: the argument, else the surrounding ``condition_on``.
@@ -450,34 +379,6 @@ class DecoupledModule(nn.Module):
                 "fused_dni.Schedule(model, loss_scale=scaler), or bfloat16"
             )
 
-    def ruled_forward(
-        self,
-        inputs: tuple[Any, ...],
-        asked: tuple[Tensor, ...],
-        context: Tensor | None,
-        need_dx: bool,
-    ) -> Tensor:
-        """Forward with a fused rule in training.
-
-        Args:
-            inputs: what the module is called with; asked: its tensors that can ask for gradients.
-            need_dx: whether any producer wants one.
-        """
-        self.refuse_fused_rule()
-        phase = self.phase
-        if self._modules["synthesizer"] is None or phase.true_share > 0.0:
-            self.refuse_later(context)
-            anchor = _anchor((*self.local_parameters(), *self.learners()))
-            h: Tensor = _Deferred.apply(self, inputs, context, need_dx, anchor, *asked)
-            return h
-        learns = phase.target
-        asks = any(t.requires_grad for t in asked)
-        if not learns and not asks:
-            return self.step_locally(inputs, context, False, False).h
-        anchor = _anchor(self.learners()) if learns else None
-        stepped: Tensor = _Stepped.apply(self, inputs, context, need_dx, learns, anchor, *asked)
-        return stepped
-
     def refuse_later(self, context: Tensor | None) -> None:
         """Raise now for what an update at the end of the backward would raise for."""
         for _, rule, slots in self.rules():
@@ -487,181 +388,6 @@ class DecoupledModule(nn.Module):
     def check_labels(self, context: Tensor | None) -> None:
         """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
         check.labels(context, getattr(self.synthesizer, "context_features", None) or 0)
-
-    def deliver(self, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
-        """Forward inside a :class:`Delivery`."""
-        assert self.delivery is not None
-        if self.update is not None:
-            self.refuse_fused_rule()
-        with torch.no_grad():
-            step = self.step_locally(inputs, context, self.delivery.need_dx, self.delivery.learns)
-        self.delivery.take(step, context)
-        with torch.enable_grad():
-            h: Tensor = _Sealed.apply(step.h, torch.empty(0, requires_grad=True))
-        return h
-
-    def unruled_forward(
-        self,
-        inputs: tuple[Any, ...],
-        asked: tuple[Tensor, ...],
-        context: Tensor | None,
-        need_dx: bool,
-    ) -> Tensor:
-        """Forward without a rule in training: the node returns all gradients. Arguments as in
-        :meth:`ruled_forward`."""
-        assert self.synthesizer is not None
-        self.check_labels(context)
-        parameters = (*self.local_parameters(), *self.learners())
-        h: Tensor = _Returned.apply(self, inputs, context, need_dx, len(asked), *asked, *parameters)
-        return h
-
-
-class _Returned(torch.autograd.Function):
-    """No rule: gradients of inputs, parameters and synthesizer are returned by the node."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        module: DecoupledModule,
-        inputs: tuple[Any, ...],
-        context: Tensor | None,
-        need_dx: bool,
-        asked: int,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        h, ctx.trace = module.open(inputs, need_dx)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
-        ctx.phase = module.phase
-        # Saved so that autograd sees a change between forward and backward.
-        ctx.save_for_backward(h, *tensors[asked:], *module.watched(inputs, need_dx))
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(TWICE)
-        ctx.spent = True
-        module: DecoupledModule = ctx.module
-        phase: Phase = ctx.phase
-        h = ctx.saved_tensors[0]
-        scale = phase.loss_scale
-        if scale is not None and arrived is not None:
-            arrived = arrived / scale
-        learns = arrived is not None and (phase.target or phase.warmup)
-        forecast = module.predict(h, ctx.context, learns)
-        trained: tuple[Tensor | None, ...] = (None,) * len(module.learners())
-        if learns and arrived is not None:
-            lesson = module.lesson(h, forecast, ctx.context, arrived, ctx.trace)
-            arrived = lesson.arrived
-            trained = (*(lesson.behind or ()), *module.lesson_gradients(lesson))
-        kappa, share, limit = module.scale_of(h), phase.true_share, module.max_norm or 0.0
-        gradient = mixed_gradient(arrived, forecast.scaled, share, kappa, limit)
-        if gradient is None:  # warm-up, and nothing arrived
-            return (None,) * len(ctx.needs_input_grad)
-        dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
-        ctx.trace = None
-        out = (*dx, *made, *trained)
-        if scale is not None:
-            out = tuple(None if t is None else t * scale for t in out)
-        wanted = ctx.needs_input_grad[5:]
-        return (None,) * 5 + tuple(t if w else None for t, w in zip(out, wanted, strict=True))
-
-
-class _Stepped(torch.autograd.Function):
-    """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        module: DecoupledModule,
-        inputs: tuple[Any, ...],
-        context: Tensor | None,
-        need_dx: bool,
-        learns: bool,
-        anchor: Tensor | None,
-        *asked: Tensor,
-    ) -> Tensor:
-        step = module.step_locally(inputs, context, need_dx, learns)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.context, ctx.spent = module, context, False
-        ctx.dx, ctx.forecast, ctx.trace = step.dx, step.forecast, step.trace
-        ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(step.h, *(module.parameters_behind() if learns else ()))
-        return step.h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(TWICE)
-        ctx.spent = True
-        module: DecoupledModule = ctx.module
-        dx = ctx.dx
-        scale = ctx.loss_scale
-        if ctx.forecast is not None and arrived is not None:
-            h = ctx.saved_tensors[0]
-            if scale is not None:
-                arrived = arrived / scale
-            lesson = module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace)
-            at_end_of_backward((id(module), "learn"), module.learn, lesson)
-        if scale is not None:
-            dx = tuple(None if t is None else t * scale for t in dx)
-        ctx.dx = ctx.forecast = ctx.trace = None
-        return (None, None, None, None, None, None, *dx)
-
-
-class _Deferred(torch.autograd.Function):
-    """Backprop, warm-up and mixing with a rule: the update waits for the end of the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        module: DecoupledModule,
-        inputs: tuple[Any, ...],
-        context: Tensor | None,
-        need_dx: bool,
-        anchor: Tensor | None,
-        *asked: Tensor,
-    ) -> Tensor:
-        h, ctx.trace = module.open(inputs, need_dx)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
-        ctx.phase, ctx.asked = module.phase, len(asked)
-        ctx.save_for_backward(h, *module.watched(inputs, need_dx))
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(TWICE)
-        ctx.spent = True
-        module: DecoupledModule = ctx.module
-        phase: Phase = ctx.phase
-        none: tuple[Tensor | None, ...] = (None,) * (5 + ctx.asked)
-        if arrived is None:
-            return none
-        h = ctx.saved_tensors[0]
-        scale = phase.loss_scale
-        if scale is not None:
-            arrived = arrived / scale
-        gradient: Tensor | None = arrived
-        if module._modules["synthesizer"] is not None:
-            forecast = module.predict(h, ctx.context, learns=True)
-            lesson = module.lesson(h, forecast, ctx.context, arrived, ctx.trace)
-            kappa, limit = module.scale_of(h), module.max_norm or 0.0
-            share = phase.true_share
-            gradient = mixed_gradient(lesson.arrived, forecast.scaled, share, kappa, limit)
-            at_end_of_backward((id(module), "learn"), module.learn, lesson)
-        assert gradient is not None
-        dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)
-        ctx.trace = None
-        at_end_of_backward((id(module), "update"), module.apply_update, contribution)
-        if scale is not None:
-            dx = tuple(None if t is None else t * scale for t in dx)
-        return none[:5] + dx
 
 
 def run_apart(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, dict[int, Tensor]]:
@@ -705,11 +431,6 @@ def apply_given(
     given = tuple(t and g is not None for t, g in zip(rule.trainable, gradients, strict=True))
     if any(given):
         apply_(parameters, gradients, rule._replace(trainable=given))
-
-
-def _anchor(parameters: Any) -> Tensor | None:
-    """A parameter that makes a node's output require a gradient though none is returned for it."""
-    return next((p for p in parameters if p is not None and p.requires_grad), None)
 
 
 def _inside_checkpoint() -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,15 @@ from torch import Tensor, nn
 from fused_dni import ops
 from fused_dni.context import fold_context
 from fused_dni.functional import check
-from fused_dni.functional.linear import linear_tensors, preactivation_gradients
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Forecast, Lesson, LocalStep, untraced
+from fused_dni.functional.linear import exact_linear
+from fused_dni.modules import nodes
+from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     Backend,
-    BoundStep,
     LinearConfig,
-    LinearGradients,
     LinearTensors,
-    RuleTensors,
-    Saved,
-    SynthesizerTensors,
 )
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import LinearSynthesizer
@@ -55,30 +51,10 @@ def activation_name(module: nn.Module) -> str | None:
     return "identity" if type(module) is nn.Identity else None
 
 
-class _Binding:
-    """A bound step and what it was bound to; empty again in a copied or unpickled layer."""
-
-    def __init__(self) -> None:
-        self.step: BoundStep | None = None
-        self.rule: RuleTensors | None = None
-        self.key: tuple[Any, ...] = ()
-        self.fits: list[int | None] = []  # addresses that have been checked
-
-    def __reduce__(self) -> tuple[type[_Binding], tuple[()]]:
-        return _Binding, ()
+_Binding = Binding  # whole modules that were pickled look it up here
 
 
-class _Trace(NamedTuple):
-    """What a forward leaves behind for its backward."""
-
-    x: Tensor  # [N, I]
-    h: Tensor  # [N, O], detached: the output itself would keep its own node alive
-    saved: Saved
-    layer: LinearTensors
-    backend: Backend
-
-
-class FusedDNILinear(DecoupledModule):
+class FusedDNILinear(LinearSteps):
     """A linear layer, with optional normalisation and activation, that predicts its own gradient.
 
     ``h = activation(normalization(x @ weight.T + bias))``. In training a synthesizer predicts
@@ -209,7 +185,7 @@ class FusedDNILinear(DecoupledModule):
             self.norm = nn.LayerNorm(out_features, eps, **factory)
         else:
             self.register_module("norm", None)
-        self._binding = _Binding()
+        self._binding = Binding()
         self._flat = False  # whether input must be [N, I]: see from_linear
         self.attach(synthesizer, synthesizer_update or update)
         # Scale and shift do not move in a step, but with the synthesizer: a rule with counts of its
@@ -242,7 +218,8 @@ class FusedDNILinear(DecoupledModule):
         training, grad = self.training, torch.is_grad_enabled()
         if training:
             check.batch(x, config, True)
-            if config.normalization == "batch" and not cast(nn.Module, self.norm).training:
+            norm = self._modules["norm"]
+            if norm is not None and config.normalization == "batch" and not norm.training:
                 raise RuntimeError(
                     "norm is in eval mode but its layer is training: batch statistics are part of "
                     "the fused layer; put the whole layer into eval mode, or keep the "
@@ -262,7 +239,7 @@ class FusedDNILinear(DecoupledModule):
         need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
         if not training:
             self._fit(layer)
-            h = linear_tensors(x, layer, config, False, backend, need_dx=need_dx)
+            h = exact_linear(x, layer, config, False, backend, need_dx)
             return self._unfold(h, input)
         phase = self.phase
         if x.dtype is torch.float16 and (decoupled or self.update is not None):
@@ -270,17 +247,17 @@ class FusedDNILinear(DecoupledModule):
         if phase.probe is not None:
             self._fit(layer, self.fused_synthesizer(x))
             return self._probed(x, input, layer, backend, rows)
-        inputs = (x, layer, backend)
+        inputs = LinearInputs(x, layer, backend)
         if decoupled and self.delivery is not None:
-            h = self.deliver(inputs, rows)
+            h = nodes.delivered(self, inputs, rows)
         elif self.update is not None:
-            run = untraced(self.ruled_forward) if tracing else self.ruled_forward
-            h = run(inputs, (x,), rows, need_dx)
+            run = untraced(nodes.ruled) if tracing else nodes.ruled
+            h = run(self, inputs, (x,), rows, need_dx)
         elif decoupled:
             h = self._local(inputs, rows, need_dx)
         else:
             self._fit(layer)
-            h = linear_tensors(x, layer, config, True, backend, need_dx=need_dx)
+            h = exact_linear(x, layer, config, True, backend, need_dx)
         self._count_batch()
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
@@ -302,31 +279,28 @@ class FusedDNILinear(DecoupledModule):
             return context
         return fold_context(context, input.shape[:-1], features, input)
 
-    def _local(
-        self,
-        inputs: tuple[Tensor, LinearTensors, Backend],
-        context: Tensor | None,
-        need_dx: bool,
-    ) -> Tensor:
+    def _local(self, use: LinearInputs, context: Tensor | None, need_dx: bool) -> Tensor:
         """Without a rule: local gradients are returned by the node."""
-        x, layer, backend = inputs
+        x, layer, backend = use
         fused = self.fused_synthesizer(x)
         if fused is None:
-            return self.unruled_forward(inputs, (x,), context, need_dx)
+            return nodes.unruled(self, use, (x,), context, need_dx)
         self._fit(layer, fused)
         self.check_labels(context)
-        return linear_tensors(
+        h: Tensor = nodes.Local.apply(
             x,
-            layer,
-            self.config,
-            True,
-            backend,
-            fused,
+            *layer[:4],
+            *fused.parameters(),
+            *layer[4:],
             context,
             self.statistics_on(x.device),
-            self.locality(x.shape[0], fused),
+            self.config,
+            backend,
+            fused.kind,
+            self.how(x.shape[0]),
             need_dx,
         )
+        return h
 
     def _probed(
         self,
@@ -344,237 +318,11 @@ class FusedDNILinear(DecoupledModule):
             rows = nn.Sequential(*self._parts_behind())(z)
             self.probe(z, rows, context)
             return self._unfold(rows, input)
-        rows = linear_tensors(x, layer, self.config, True, backend)
+        rows = exact_linear(x, layer, self.config, True, backend)
         self._count_batch()
         h = self._unfold(rows, input)
         self.probe(h, rows, context)
         return h
-
-    # -- what the base class asks for ----------------------------------------------------------
-
-    def _layer(self) -> LinearTensors:
-        # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
-        own = self._parameters
-        norm = self._modules["norm"]
-        if "weight" in own and "bias" in own:
-            weight, bias = cast(Tensor, own["weight"]), own["bias"]
-        else:  # parametrized
-            weight, bias = self.weight, self.bias
-        if norm is None:
-            return LinearTensors(weight, bias)
-        own = norm._parameters
-        stats = norm._buffers
-        if "weight" in own and "bias" in own:
-            scale, shift = own["weight"], own["bias"]
-        else:
-            scale, shift = cast(Any, norm.weight), cast(Any, norm.bias)
-        return LinearTensors(
-            weight,
-            bias,
-            scale,
-            shift,
-            stats.get("running_mean"),
-            stats.get("running_var"),
-        )
-
-    def _count_batch(self) -> None:
-        if self.training and self.config.normalization == "batch":
-            counter = cast(nn.Module, self._modules["norm"])._buffers["num_batches_tracked"]
-            if counter is not None:
-                counter.add_(1)
-
-    def _inside(self) -> bool:
-        """Whether the gradient is predicted in front of normalisation and activation."""
-        inside = self.config.interface == "preactivation"
-        return inside and self._modules["synthesizer"] is not None
-
-    def _slots(self, layer: LinearTensors) -> tuple[Tensor | None, ...]:
-        """What ``update`` works on."""
-        return (layer.weight, layer.bias, None, None) if self._inside() else layer[:4]
-
-    def local_parameters(self) -> tuple[Tensor | None, ...]:
-        return self._slots(self._layer())
-
-    def parameters_behind(self) -> tuple[Tensor | None, ...]:
-        if not self._inside():
-            return ()
-        layer = self._layer()
-        return (None, None, layer.norm_weight, layer.norm_bias)
-
-    def rules(self) -> Iterator[tuple[str, RuleState, tuple[Tensor | None, ...]]]:
-        yield from super().rules()
-        if self.norm_update is not None:
-            yield "norm", self.norm_update, self.parameters_behind()
-
-    @property
-    def skipped_updates(self) -> int:
-        behind = 0 if self.norm_update is None else self.norm_update.skipped
-        return super().skipped_updates + behind
-
-    def synthesizer_backend(self, h: Tensor) -> Backend:
-        return registry.resolve(self.backend, h, self.weight)
-
-    def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
-        """Refuse tensors that do not go together; kernels take their addresses on trust."""
-        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not tracing:  # what is traced or transformed has no addresses
-            learned = () if synthesizer is None else synthesizer.parameters()
-            fits = [None if t is None else t.data_ptr() for t in (*layer, *learned)]
-            if fits == self._binding.fits:
-                return
-        check.layer(layer, self.config)
-        if synthesizer is not None:
-            check.synthesizer(synthesizer, layer.weight)
-        if not tracing:
-            self._binding.fits = fits
-
-    def _bound(
-        self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
-    ) -> BoundStep:
-        """The decoupled step over these tensors, bound anew when one of them has moved."""
-        assert self.update is not None
-        rule = self.update.tensors(self._slots(layer))
-        tensors = (*layer, *synthesizer.parameters())
-        key = (
-            backend,
-            self.config,
-            self.max_norm,
-            [None if t is None else t.data_ptr() for t in tensors],
-        )
-        bound = self._binding
-        if bound.step is None or bound.rule is not rule or bound.key != key:
-            check.layer(layer, self.config)
-            check.synthesizer(synthesizer, layer.weight)
-            if self.norm_update is not None:  # refuse now what it would refuse in the backward
-                self.norm_update.tensors(self.parameters_behind())
-            bound.rule, bound.key = rule, key
-            bound.step = backend.bind_step(
-                layer, self.config, synthesizer, self.max_norm or 0.0, rule
-            )
-        return bound.step
-
-    def step_locally(
-        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
-    ) -> LocalStep:
-        x, layer, backend = inputs
-        fused = self.fused_synthesizer(x)
-        if self.update is not None and fused is not None:
-            run = self._bound(layer, backend, fused)
-            step = run(x, context, self.scale_of(x), need_dx, learns)
-            p = step.prediction
-            forecast = None if p is None else Forecast(p.scaled, p, None)
-            saved = step.saved
-            trace = None
-            if saved is not None:
-                trace = _Trace(x, step.h.detach(), saved, layer, backend)
-            return LocalStep(step.h, (step.dx,), forecast, trace=trace)
-        with torch.no_grad():
-            return self._step_composed(x, layer, backend, context, need_dx, learns)
-
-    def _step_composed(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        backend: Backend,
-        context: Tensor | None,
-        need_dx: bool,
-        learns: bool,
-    ) -> LocalStep:
-        """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
-        self._fit(layer, self.fused_synthesizer(x))
-        self.check_labels(context)
-        h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
-        trace = _Trace(x, h.detach(), saved, layer, backend)
-        forecast = self.predict(h, context, learns)
-        made = self._backward(trace, self.synthetic(forecast, h), need_dx)
-        if self.update is not None:
-            ops.linear_update_(backend, x, made, layer, self.update.tensors(self._slots(layer)))
-        if not learns:
-            return LocalStep(h, (made.x,), None, self._gradients(made))
-        kept = trace if self._inside() else None
-        return LocalStep(h, (made.x,), forecast, self._gradients(made), kept)
-
-    def _backward(self, trace: _Trace, gradient: Tensor, need_dx: bool) -> LinearGradients:
-        """From the gradient at the interface: that of x on demand, and those of what the interface
-        lets it reach (the weight's only where it is returned)."""
-        x, h, saved, layer, backend = trace
-        gradient, need_weight = gradient.contiguous(), self.update is None
-        if self._inside():
-            return preactivation_gradients(
-                backend, gradient, x, h, layer, self.config, need_dx, need_weight
-            )
-        return ops.linear_backward(
-            backend, gradient, x, h, saved, layer, self.config, True, need_dx, need_weight
-        )
-
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
-        lesson = super().lesson(h, forecast, context, arrived, trace)
-        if not self._inside():
-            return lesson
-        x, _, saved, layer, backend = trace
-        true = ops.linear_backward(
-            backend, arrived.contiguous(), x, h, saved, layer, self.config, True, False, False
-        )
-        behind: Any = (x, true)
-        if self.update is None:
-            behind = (None, None, true.norm_weight, true.norm_bias)
-        return lesson._replace(arrived=true.delta, behind=behind)
-
-    def learn(self, lessons: list[Lesson]) -> None:
-        super().learn(lessons)
-        if self.norm_update is not None:
-            made = [lesson.behind for lesson in lessons]
-            self._apply_rule(self.norm_update, self.parameters_behind(), made)
-
-    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
-        x, layer, _ = inputs
-        read = (x, layer.weight if need_dx else None, layer.norm_weight, layer.norm_bias)
-        return tuple(t for t in read if t is not None)
-
-    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
-        x, layer, backend = inputs
-        self._fit(layer, self.fused_synthesizer(x))
-        h, saved = ops.linear_forward(backend, x, layer, self.config, True, True)
-        return h, _Trace(x, h.detach(), saved, layer, backend)
-
-    def close(
-        self, trace: Any, gradient: Tensor, need_dx: bool
-    ) -> tuple[tuple[Tensor | None, ...], Any]:
-        made = self._backward(trace, gradient, need_dx)
-        if self.update is None:
-            return (made.x,), self._gradients(made)
-        return (made.x,), (trace.x, made._replace(x=None))
-
-    def apply_update(self, contributions: list[Any]) -> None:
-        assert self.update is not None
-        self._apply_rule(self.update, self.local_parameters(), contributions)
-
-    def _apply_rule(
-        self,
-        rule: RuleState,
-        slots: tuple[Tensor | None, ...],
-        contributions: list[tuple[Tensor, LinearGradients]],
-    ) -> None:
-        """Apply a rule over these slots to the sum of contributions."""
-        x, made = contributions[0]
-        if len(contributions) > 1:  # used several times: sums over uses are sums over rows
-            x = torch.cat([c[0] for c in contributions])
-            uses = [c[1] for c in contributions]
-            made = LinearGradients(
-                torch.cat([u.delta for u in uses]),
-                None,
-                None,
-                *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
-            )
-        layer = self._layer()
-        backend = registry.resolve(self.backend, x, layer.weight)
-        ops.linear_update_(backend, x, made, layer, rule.tensors(slots))
-
-    @staticmethod
-    def _gradients(made: LinearGradients) -> tuple[Tensor | None, ...]:
-        return made[2:]
 
     # -- conversion ----------------------------------------------------------------------------
 
@@ -700,7 +448,3 @@ def why_not_fusable(linear: nn.Module, norm: nn.Module | None = None) -> str | N
     if size != linear.out_features:
         return f"norm has {size} features, the linear layer {linear.out_features}"
     return None
-
-
-def _sum(parts: list[Any]) -> Tensor | None:
-    return None if parts[0] is None else torch.stack(parts).sum(0)

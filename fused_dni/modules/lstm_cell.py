@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fused_dni import ops
 from fused_dni.functional import check
 from fused_dni.functional.lstm import lstm_cell, origin
+from fused_dni.functional.node import Node
 from fused_dni.modules.base import untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
@@ -62,7 +63,7 @@ class _StepEnds:
         return self.site.teach(lessons, [], self.loss_scale)
 
 
-class _Boundary(torch.autograd.Function):
+class Boundary(Node):
     """The entrance of a cell's window: the state goes on, its gradient stays here."""
 
     @staticmethod
@@ -299,7 +300,7 @@ class FusedDNILSTMCell(Recurrent):
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )
-        made: State = _Boundary.apply(self, Entrance(context), h, c, *anchors)
+        made: State = Boundary.apply(self, Entrance(context), h, c, *anchors)
         return made
 
     def _layers(self) -> tuple[LSTMLayer, ...]:

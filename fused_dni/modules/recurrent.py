@@ -394,7 +394,7 @@ class Recurrent(DecoupledModule):
             if lessons:
                 self.learn_later(self._lesson(joined(lessons)))
             if heads:
-                at_end_of_backward((id(self), "head"), self._head_learns_from, joined(heads))
+                at_end_of_backward((id(self), "head"), self.head_learns_from, joined(heads))
             return ()
         slots = self.synthesizer_parameters()
         made: Slots = (None,) * len(slots)
@@ -465,7 +465,7 @@ class Recurrent(DecoupledModule):
             self.auxiliary_statistics,
         )
 
-    def _head_learns_from(self, examples: list[Example]) -> None:
+    def head_learns_from(self, examples: list[Example]) -> None:
         """Train the auxiliary head by its rule on the sum of what each window teaches."""
         assert self.auxiliary_update is not None
         rule = self.auxiliary_update.tensors(self.auxiliary_parameters())

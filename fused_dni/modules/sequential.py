@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_dni.functional.linear import TWICE
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Delivery, Lesson, run_apart, untraced
-from fused_dni.modules.pending import at_end_of_backward
+from fused_dni.functional.node import Node, spend
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
+from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
 
 
 class DecoupledSequential(nn.Sequential):
@@ -60,7 +60,7 @@ class DecoupledSequential(nn.Sequential):
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
             return _plain(modules, input, context)
         target = phases[-1].target
-        h: Tensor = _Delivered.apply(body, context, target, input, *_owed(body, target))
+        h: Tensor = Delivered.apply(body, context, target, input, *_owed(body, target))
         if not target:
             setattr(h, NO_TARGET, True)
         return _plain(modules[split:], h, context)
@@ -142,7 +142,7 @@ def _teach(module: DecoupledModule, lesson: Lesson, grads: _Gradients) -> None:
     grads.add(module.synthesizer_parameters(), module.lesson_gradients(lesson))
 
 
-class _Delivered(torch.autograd.Function):
+class Delivered(Node):
     """The whole container up to its last decoupled module, as one node."""
 
     @staticmethod
@@ -197,21 +197,16 @@ class _Delivered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(TWICE)
-        ctx.spent = True
+        spend(ctx, TWICE)
         _ = ctx.saved_tensors  # raises if the output was changed in place
         last: Delivery = ctx.last
-        scale = ctx.loss_scale
+        arrived = unscaled(arrived, ctx.loss_scale)
         if arrived is not None and last.learns:
-            lesson = last.lesson(arrived if scale is None else arrived / scale)
-            module = last.module
-            if module.synthesizer_update is not None:
-                at_end_of_backward((id(module), "learn"), module.learn, lesson)
+            lesson = last.lesson(arrived)
+            if last.module.synthesizer_update is not None:
+                teach_later(last.module, lesson)
             else:
-                _teach(module, lesson, ctx.grads)
+                _teach(last.module, lesson, ctx.grads)
         out = (ctx.dx, *(ctx.grads.of.get(i) for i in ctx.parameters))
-        if scale is not None:
-            out = tuple(None if t is None else t * scale for t in out)
         ctx.last = ctx.dx = ctx.grads = None
-        return (None,) * 3 + out
+        return (None,) * 3 + rescaled(out, ctx.loss_scale)

@@ -14,15 +14,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_dni as fd
 from fused_dni.annotate import VARIABLE, from_environment
-from fused_dni.modules.base import DecoupledModule, _Stepped
+from fused_dni.modules.base import DecoupledModule
+from fused_dni.modules.nodes import Stepped
+from fused_dni.modules.steps import LinearSteps, SegmentSteps
 from fused_dni.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _methods() -> dict[tuple[type, str], object]:
-    classes = [DecoupledModule, Schedule, _Stepped, fd.FusedDNILinear, fd.Decoupled]
-    classes += [fd.FusedDNILSTM, fd.FusedDNILSTMCell, fd.DecoupledSequential]
+    classes = [DecoupledModule, LinearSteps, SegmentSteps, Schedule, Stepped, fd.FusedDNILinear]
+    classes += [fd.Decoupled, fd.FusedDNILSTM, fd.FusedDNILSTMCell, fd.DecoupledSequential]
     return {(c, n): m for c in classes for n, m in vars(c).items() if callable(m)}
 
 
@@ -57,7 +59,7 @@ def test_off_no_method_is_touched_and_no_range_appears():
     before = _methods()
     with fd.annotate():
         changed = [key for key, method in _methods().items() if method is not before[key]]
-    assert (fd.FusedDNILinear, "step_locally") in changed and (Schedule, "step") in changed
+    assert (LinearSteps, "step_locally") in changed and (Schedule, "step") in changed
     after = _methods()
     assert all(after[key] is method for key, method in before.items())
     assert _recorded(lambda: _train(_model(), torch.ones(2, 4))) == []

@@ -5,6 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+EXTENSIONS = ("_cpu", "_cuda")
+
+
+def left_out() -> dict[str, str]:
+    """Read which extensions the installation left out, and why; empty if it does not tell."""
+    try:
+        said = json.loads((Path(__file__).parents[1] / "build.json").read_text())["left out"]
+        return {name: str(said[name]) for name in EXTENSIONS if name in said}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
 
 def why_left_out(extension: str) -> str:
     """Say why an extension is not there, in a line that begins behind its name.
@@ -12,8 +23,7 @@ def why_left_out(extension: str) -> str:
     Args:
         extension: ``_cpu`` or ``_cuda``.
     """
-    try:
-        said = json.loads((Path(__file__).parents[1] / "build.json").read_text())["left out"]
-        return f"was not built: {said[extension]}"
-    except (OSError, ValueError, KeyError, TypeError):
+    reason = left_out().get(extension)
+    if reason is None:
         return "was not built, or not for this Python: install fused_dni again"
+    return f"was not built: {reason}"

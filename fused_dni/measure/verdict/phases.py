@@ -37,6 +37,7 @@ from fused_dni.measure.verdict.candidates import Problem, our_step, stock_step
 from fused_dni.measure.verdict.work import Work, count
 from fused_dni.modules.base import DecoupledModule, Forecast
 from fused_dni.modules.linear import FusedDNILinear
+from fused_dni.modules.nodes import Call, watching
 from fused_dni.synthesizers import Synthesizer
 
 STOCK = ("stock forward", "stock backward", "stock optimizer")
@@ -115,15 +116,6 @@ def stock_parts(module: nn.Module, problem: Problem) -> dict[str, Candidate]:
 # --------------------------------------------------------------------------------------- decoupled
 
 
-class _Site(NamedTuple):
-    """A decoupled module and what one step called it with."""
-
-    module: DecoupledModule
-    inputs: tuple[Any, ...]
-    context: Tensor | None
-    need_dx: bool
-
-
 class _Use(NamedTuple):
     """A module that is not decoupled, and what one step called it with."""
 
@@ -180,37 +172,18 @@ def _chain(learners: list[_Phases], *, dx: bool) -> Chain:
     return [*chain, ("train", over(_Phases.train))] if dx else chain
 
 
-def record(model: nn.Module, problem: Problem) -> tuple[list[_Site], list[_Use]]:
+def record(model: nn.Module, problem: Problem) -> tuple[list[Call], list[_Use]]:
     """What one step with targets calls the modules with. The model is trained by that step."""
-    sites: list[_Site] = []
+    sites: list[Call] = []
     uses: list[_Use] = []
-
-    def watch(module: DecoupledModule) -> None:
-        ruled = module.ruled_forward
-
-        def forward(
-            inputs: tuple[Any, ...],
-            asked: tuple[Tensor, ...],
-            context: Tensor | None,
-            need_dx: bool,
-        ) -> Tensor:
-            sites.append(_Site(module, inputs, context, need_dx))
-            return ruled(inputs, asked, context, need_dx)
-
-        module.ruled_forward = forward  # type: ignore[method-assign]
-
-    layers = list(_decoupled(model))
     handles = [
         module.register_forward_pre_hook(lambda m, inputs: uses.append(_Use(m, inputs)))
         for module in _not_decoupled(model)
     ]
-    for layer in layers:
-        watch(layer)
     try:
-        our_step(model, problem, 1)()
+        with watching(sites.append):
+            our_step(model, problem, 1)()
     finally:
-        for layer in layers:
-            del layer.ruled_forward
         for handle in handles:
             handle.remove()
     return sites, uses
@@ -228,7 +201,7 @@ class Passed(NamedTuple):
 class _Phases:
     """The phases of one decoupled module's step, called apart."""
 
-    def __init__(self, site: _Site) -> None:
+    def __init__(self, site: Call) -> None:
         self.module, self.inputs, self.context, self.need_dx = site
         h, _ = self.module.open(self.inputs, False)
         generator = torch.Generator().manual_seed(3)

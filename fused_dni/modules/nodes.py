@@ -1,0 +1,499 @@
+"""The autograd nodes of decoupled layers, and the recipe that they share.
+
+=============================  ================================================================
+eval, or gradients disabled    no node of this file: the plain module
+no rule                        :class:`Local` where a fused synthesizer and a linear layer can be
+                               traced, else :class:`Late`: the node returns local gradients
+rule, synthetic gradient       :class:`Stepped`: updated in the forward, dx delivered later
+rule, true gradient needed     :class:`Late`: backprop, warm-up, mixing; updated at the end of the
+                               backward
+inside a container             :class:`Delivery`: updated in the forward, dx handed over there
+=============================  ================================================================
+
+A backward takes these steps, those that it needs and in this order:
+
+========  =========================================================================================
+spend     a second backward would deliver twice: an error (:func:`fused_dni.functional.node.spend`)
+unscale   the loss scale is taken out of what arrived (:func:`unscaled`)
+predict   M(h), unless the forward did
+teach     what arrived is taken to the interface and made a lesson, which trains the synthesizer at
+          the end of the backward by its rule, or whose gradients are returned (:func:`received`)
+mix       true and synthetic gradient (:func:`mixed_gradient`)
+close     back through the layer: dx, and its own gradients or a contribution to its update
+rescale   the loss scale is put back into what is returned (:func:`rescaled`)
+========  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_dni import ops
+from fused_dni.backends.common.synthesizer import synthetic_gradient
+from fused_dni.functional.linear import (
+    LinearUse,
+    backward_from_preactivation,
+    backward_use,
+)
+from fused_dni.functional.node import Node, spend
+from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
+from fused_dni.modules.pending import at_end_of_backward
+from fused_dni.modules.steps import Steps
+from fused_dni.ops.types import (
+    Backend,
+    LinearConfig,
+    LinearTensors,
+    Prediction,
+    Saved,
+    SynthesizerTensors,
+)
+
+TWICE = (
+    "a decoupled layer's node was run backward a second time: its local gradient would be "
+    "delivered twice; run the forward again (retain_graph=True does not help here)"
+)
+
+Slots = tuple[Tensor | None, ...]
+
+
+# ---------------------------------------------------------------------------------------------
+# The recipe
+
+
+class Site(Protocol):
+    """What the recipe asks of a layer."""
+
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+        """Run the synthesizer on h."""
+        ...
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        """Take what arrived at h to the interface, for the synthesizer to learn from."""
+        ...
+
+
+def unscaled(arrived: Tensor | None, loss_scale: float | None) -> Tensor | None:
+    """Take the loss scale out of what arrived."""
+    return arrived if arrived is None or loss_scale is None else arrived / loss_scale
+
+
+def rescaled(made: Slots, loss_scale: float | None) -> Slots:
+    """Put the loss scale back into what a node returns."""
+    if loss_scale is None:
+        return made
+    return tuple(None if t is None else t * loss_scale for t in made)
+
+
+def mixed_gradient(arrived: Tensor | None, scaled: Tensor | None, how: How) -> Tensor | None:
+    """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from ``scaled`` =
+    M(h); None if that has no defined part."""
+    share = how.true_share
+    if share == 1.0 or scaled is None:
+        return arrived
+    synthetic = synthetic_gradient(Prediction(scaled), how.target_scale, how.max_norm)
+    if share == 0.0:
+        return synthetic
+    if arrived is None:
+        return (1.0 - share) * synthetic
+    return share * arrived.to(synthetic.dtype) + (1.0 - share) * synthetic
+
+
+def received(
+    site: Site,
+    how: How,
+    h: Tensor,
+    context: Tensor | None,
+    trace: Any,
+    arrived: Tensor | None,
+) -> tuple[Tensor | None, Lesson | None]:
+    """Make of what arrived the gradient at the interface that the layer's update is made from (None
+    if there is none), and the synthesizer's lesson (None if it learns nothing)."""
+    arrived = unscaled(arrived, how.loss_scale)
+    learns = how.learns and arrived is not None
+    if not learns and how.true_share == 1.0:
+        return arrived, None
+    forecast = site.predict(h, context, learns)
+    lesson = None
+    if learns and arrived is not None:
+        lesson = site.lesson(h, forecast, context, arrived, trace)
+        arrived = lesson.arrived
+    return mixed_gradient(arrived, forecast.scaled, how), lesson
+
+
+def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
+    """Train the synthesizer by its rule at the end of the running backward."""
+    at_end_of_backward((id(module), "learn"), module.learn, lesson)
+
+
+# ---------------------------------------------------------------------------------------------
+# The nodes
+
+
+class Late(Node):
+    """The gradient is made in the backward.
+
+    Without a rule the node returns it for inputs, parameters and synthesizer, which are the
+    trailing tensors. With one there is an anchor in the parameters' place, and rules are applied at
+    the end of the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: Steps,
+        inputs: tuple[Any, ...],
+        context: Tensor | None,
+        need_dx: bool,
+        asked: int,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        h, ctx.trace = module.open(inputs, need_dx)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
+        ctx.asked = asked
+        ctx.how = module.how(h.shape[0])
+        # Saved so that autograd sees a change between forward and backward.
+        returned = tensors[asked:] if module.update is None else ()
+        ctx.save_for_backward(h, *returned, *module.watched(inputs, need_dx))
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        module: Steps = ctx.module
+        how: How = ctx.how
+        wants = ctx.needs_input_grad
+        h = ctx.saved_tensors[0]
+        ruled = module.update is not None
+        gradient, lesson = arrived, None
+        if module._modules["synthesizer"] is None:
+            gradient = unscaled(arrived, how.loss_scale)
+        elif arrived is not None or not ruled:  # with a rule nothing moves where nothing arrives
+            gradient, lesson = received(module, how, h, ctx.context, ctx.trace, arrived)
+        if gradient is None:
+            return (None,) * len(wants)
+        learned: Slots = ()
+        if ruled:
+            if lesson is not None:
+                teach_later(module, lesson)
+        elif lesson is not None:
+            learned = (*(lesson.behind or ()), *module.lesson_gradients(lesson))
+        dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
+        ctx.trace = None
+        if ruled:
+            at_end_of_backward((id(module), "update"), module.apply_update, made)
+            return (*(None,) * 5, *rescaled(dx, how.loss_scale), None)
+        out = rescaled((*dx, *made, *learned), how.loss_scale)
+        wanted = [t if want else None for t, want in zip(out, wants[5:], strict=False)]
+        return (*(None,) * 5, *wanted, *(None,) * (len(wants) - 5 - len(wanted)))
+
+
+class Stepped(Node):
+    """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: Steps,
+        inputs: tuple[Any, ...],
+        context: Tensor | None,
+        need_dx: bool,
+        learns: bool,
+        anchor: Tensor | None,
+        *asked: Tensor,
+    ) -> Tensor:
+        step = module.step_locally(inputs, context, need_dx, learns)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.context, ctx.spent = module, context, False
+        ctx.dx, ctx.forecast, ctx.trace = step.dx, step.forecast, step.trace
+        ctx.loss_scale = module.phase.loss_scale
+        ctx.save_for_backward(step.h, *(module.parameters_behind() if learns else ()))
+        return step.h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        scale = ctx.loss_scale
+        arrived = unscaled(arrived, scale)
+        if ctx.forecast is not None and arrived is not None:
+            module: Steps = ctx.module
+            h = ctx.saved_tensors[0]
+            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace))
+        dx = rescaled(ctx.dx, scale)
+        ctx.dx = ctx.forecast = ctx.trace = None
+        return (None, None, None, None, None, None, *dx)
+
+
+class Local(Node):
+    """:class:`Late` of a linear layer with a fused synthesizer and without a rule, on tensors
+    alone: ``torch.compile`` follows it.
+
+    Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        synthesizer_weight: Tensor,
+        down: Tensor | None,
+        context_weight: Tensor | None,
+        synthesizer_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        context: Tensor | None,
+        statistics: Tensor,
+        config: LinearConfig,
+        backend: Backend,
+        kind: str,
+        how: How,
+        need_dx: bool,
+    ) -> Tensor:
+        layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
+        h, saved = ops.linear_forward(backend, x, layer, config, True, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x,
+            h,
+            *saved,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            synthesizer_weight,
+            down,
+            context_weight,
+            synthesizer_bias,
+            context,
+        )
+        ctx.running, ctx.statistics = (running_mean, running_var), statistics
+        ctx.call, ctx.kind = (config, True, backend), kind
+        ctx.how, ctx.need_dx, ctx.spent = how, need_dx, False
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        how: How = ctx.how
+        x, h, normalized, rstd, *slots, context = ctx.saved_tensors
+        layer = LinearTensors(*slots[:4], *ctx.running)
+        use = LinearUse(x, h, Saved(normalized, rstd), layer, *ctx.call)
+        synthesizer = SynthesizerTensors(ctx.kind, *slots[4:])
+        site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics)
+        none: Slots = (None,) * 18
+        gradient, lesson = received(site, how, h, context, use, arrived)
+        if gradient is None:
+            return none
+        trained = none[:4] if lesson is None else site.lesson_gradients(lesson)
+        wants = ctx.needs_input_grad
+        need_dx, need_weight = ctx.need_dx and wants[0], wants[1]
+        if use.config.interface == "preactivation":
+            made = backward_from_preactivation(use, gradient, need_dx, need_weight)
+            behind = (None, None) if lesson is None else lesson.behind[2:]
+        else:
+            made = backward_use(use, gradient, need_dx, need_weight)
+            behind = (made.norm_weight, made.norm_bias)
+        out = rescaled((made.x, made.weight, made.bias, *behind, *trained), how.loss_scale)
+        wanted = [t if want else None for t, want in zip(out, wants, strict=False)]
+        return (*wanted, *none[len(wanted) :])
+
+
+class _TensorSite:
+    """A linear layer's tensors and its synthesizer's, as :class:`Site`."""
+
+    def __init__(
+        self,
+        synthesizer: SynthesizerTensors,
+        use: LinearUse,
+        target_scale: float,
+        statistics: Tensor,
+    ) -> None:
+        self.synthesizer, self.use = synthesizer, use
+        self.target_scale, self.statistics = target_scale, statistics
+
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+        made = ops.synthesizer_predict(self.use.backend, h, self.synthesizer, context)
+        return Forecast(made.scaled, made, None)
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        if self.use.config.interface == "output":
+            return Lesson(h, forecast, context, arrived, self.target_scale)
+        true = backward_use(self.use, arrived, False, False)
+        behind = (None, None, true.norm_weight, true.norm_bias)
+        return Lesson(h, forecast, context, true.delta, self.target_scale, behind)
+
+    def lesson_gradients(self, lesson: Lesson) -> Slots:
+        assert lesson.forecast.prediction is not None
+        return ops.synthesizer_gradients(
+            self.use.backend,
+            lesson.h,
+            lesson.forecast.prediction,
+            lesson.arrived.contiguous(),
+            self.synthesizer,
+            lesson.context,
+            lesson.target_scale,
+            self.statistics,
+        )
+
+
+class Sealed(Node):
+    """An activation inside a container: its gradient is taken there and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, _anchor: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Slots:
+        raise RuntimeError(
+            "immediate delivery: an activation inside a DecoupledSequential has one consumer, the "
+            "next module; a backward came through a second one (for deferred delivery put the "
+            "modules into nn.Sequential)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# What a module's forward calls
+
+
+class Call(NamedTuple):
+    """A call of a decoupled module with a rule, as :func:`watching` reports it."""
+
+    module: Steps
+    inputs: tuple[Any, ...]
+    context: Tensor | None
+    need_dx: bool
+
+
+_watchers: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def watching(report: Callable[[Call], None]) -> Iterator[None]:
+    """Have every call of a decoupled module with a rule reported, inside the ``with`` block."""
+    _watchers.append(report)
+    try:
+        yield
+    finally:
+        _watchers.remove(report)
+
+
+def ruled(
+    module: Steps,
+    inputs: tuple[Any, ...],
+    asked: tuple[Tensor, ...],
+    context: Tensor | None,
+    need_dx: bool,
+) -> Tensor:
+    """Run a module with a rule in training.
+
+    Args:
+        inputs: what the module is called with; asked: its tensors that can ask for gradients.
+        need_dx: whether any producer wants one.
+    """
+    for report in _watchers:
+        report(Call(module, inputs, context, need_dx))
+    module.refuse_fused_rule()
+    phase = module.phase
+    if module._modules["synthesizer"] is None or phase.true_share > 0.0:
+        module.refuse_later(context)
+        anchor = _anchor((*module.local_parameters(), *module.learners()))
+        h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, anchor)
+        return h
+    learns = phase.target
+    if not learns and not any([t.requires_grad for t in asked]):
+        return module.step_locally(inputs, context, False, False).h
+    anchor = _anchor(module.learners()) if learns else None
+    stepped: Tensor = Stepped.apply(module, inputs, context, need_dx, learns, anchor, *asked)
+    return stepped
+
+
+def unruled(
+    module: Steps,
+    inputs: tuple[Any, ...],
+    asked: tuple[Tensor, ...],
+    context: Tensor | None,
+    need_dx: bool,
+) -> Tensor:
+    """Run a module without a rule in training; arguments as of :func:`ruled`."""
+    module.check_labels(context)
+    parameters = (*module.local_parameters(), *module.learners())
+    h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, *parameters)
+    return h
+
+
+class Delivery:
+    """Immediate delivery: one call of a module that updates at once and hands its dx back.
+
+    :class:`fused_dni.DecoupledSequential` sets it on the module around the call, so that forward
+    hooks run as ever. ``dx`` and ``gradients`` (without a rule) are there after :meth:`run`.
+    """
+
+    def __init__(self, module: DecoupledModule, need_dx: bool, learns: bool) -> None:
+        self.module = module
+        self.need_dx = need_dx
+        self.learns = learns
+        self.dx: Tensor | None = None
+        self.gradients: Slots = ()
+        self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
+
+    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Call the module; its output is sealed: a backward through it is an error."""
+        self.module.delivery = self
+        try:
+            h: Tensor = self.module(x, context=context)
+        finally:
+            self.module.delivery = None
+        return h
+
+    def take(self, step: LocalStep, context: Tensor | None) -> None:
+        """The module's side of :meth:`run`."""
+        self.dx = step.dx[0]
+        self.gradients = step.gradients
+        if step.forecast is not None:
+            self._waiting = (step, step.forecast, context)
+
+    def lesson(self, arrived: Tensor) -> Lesson:
+        """What the synthesizer learns from a gradient that arrived at the output."""
+        assert self._waiting is not None
+        step, forecast, context = self._waiting
+        arrived = arrived.reshape(step.h.shape)
+        return self.module.lesson(step.h, forecast, context, arrived, step.trace)
+
+
+def delivered(module: Steps, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
+    """Run a module inside a :class:`Delivery`."""
+    delivery: Delivery = module.delivery
+    if module.update is not None:
+        module.refuse_fused_rule()
+    with torch.no_grad():
+        step = module.step_locally(inputs, context, delivery.need_dx, delivery.learns)
+    delivery.take(step, context)
+    with torch.enable_grad():
+        h: Tensor = Sealed.apply(step.h, torch.empty(0, requires_grad=True))
+    return h
+
+
+def _anchor(parameters: Slots) -> Tensor | None:
+    """A parameter that makes a node's output require a gradient though none is returned for it."""
+    for p in parameters:
+        if p is not None and p.requires_grad:
+            return p
+    return None

@@ -1,0 +1,416 @@
+"""What a node asks of a module: a step from its own prediction, or a forward and a backward, and
+the update. For linear layers on fused kernels, and for any segment under autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_dni import ops
+from fused_dni.functional import check
+from fused_dni.functional.linear import (
+    LinearUse,
+    backward_from_preactivation,
+    backward_use,
+    forward_use,
+)
+from fused_dni.modules.base import (
+    NO_TARGET,
+    DecoupledModule,
+    Forecast,
+    Lesson,
+    LocalStep,
+    apply_given,
+    run_apart,
+    sum_slots,
+)
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
+    Backend,
+    BoundStep,
+    LinearConfig,
+    LinearGradients,
+    LinearTensors,
+    RuleTensors,
+    SynthesizerTensors,
+)
+from fused_dni.rules import RuleState
+
+Slots = tuple[Tensor | None, ...]
+
+
+class Steps(DecoupledModule):
+    """A decoupled module whose training steps nodes run (:mod:`fused_dni.modules.nodes`)."""
+
+    def step_locally(
+        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+    ) -> LocalStep:
+        """Run forward, prediction and, with a rule, the update; gradients in the result without.
+
+        Nothing that is returned carries a graph."""
+        raise NotImplementedError
+
+    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+        """Run the forward alone; h and what :meth:`close` needs."""
+        raise NotImplementedError
+
+    def close(self, trace: Any, gradient: Tensor, need_dx: bool) -> tuple[Slots, Any]:
+        """Run the backward of :meth:`open`: gradients of the inputs, and a contribution to an
+        update (without a rule, the gradients of ``local_parameters()``)."""
+        raise NotImplementedError
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        """Apply ``update`` to the sum of contributions."""
+        raise NotImplementedError
+
+    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+        """Name what :meth:`close` reads and no graph watches: a change in place is to be an
+        error."""
+        return ()
+
+
+# ---------------------------------------------------------------------------------------------
+# Linear layers
+
+
+class Binding:
+    """A bound step and what it was bound to; empty again in a copied or unpickled layer."""
+
+    def __init__(self) -> None:
+        self.step: BoundStep | None = None
+        self.rule: RuleTensors | None = None
+        self.key: tuple[Any, ...] = ()
+        self.fits: list[int | None] = []  # addresses that have been checked
+
+    def __reduce__(self) -> tuple[type[Binding], tuple[()]]:
+        return Binding, ()
+
+
+class LinearInputs(NamedTuple):
+    """What a linear layer's step is called with."""
+
+    x: Tensor  # [N, I]
+    layer: LinearTensors
+    backend: Backend
+
+
+class LinearSteps(Steps):
+    """A linear layer, as nodes see it."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    norm: nn.BatchNorm1d | nn.LayerNorm | None
+    config: LinearConfig
+    backend: str | None
+    norm_update: RuleState | None
+    _binding: Binding
+
+    def _layer(self) -> LinearTensors:
+        # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
+        own = self._parameters
+        norm = self._modules["norm"]
+        if "weight" in own and "bias" in own:
+            weight, bias = own["weight"], own["bias"]
+        else:  # parametrized
+            weight, bias = self.weight, self.bias
+        if norm is None:
+            return LinearTensors(weight, bias)
+        own = norm._parameters
+        stats = norm._buffers
+        if "weight" in own and "bias" in own:
+            scale, shift = own["weight"], own["bias"]
+        else:
+            scale, shift = norm.weight, norm.bias
+        return LinearTensors(
+            weight,
+            bias,
+            scale,
+            shift,
+            stats.get("running_mean"),
+            stats.get("running_var"),
+        )
+
+    def _count_batch(self) -> None:
+        if self.training and self.config.normalization == "batch":
+            norm = self._modules["norm"]
+            assert norm is not None
+            counter = norm._buffers["num_batches_tracked"]
+            if counter is not None:
+                counter.add_(1)
+
+    def _inside(self) -> bool:
+        """Whether the gradient is predicted in front of normalisation and activation."""
+        inside = self.config.interface == "preactivation"
+        return inside and self._modules["synthesizer"] is not None
+
+    def _slots(self, layer: LinearTensors) -> Slots:
+        """What ``update`` works on."""
+        return (layer.weight, layer.bias, None, None) if self._inside() else layer[:4]
+
+    def local_parameters(self) -> Slots:
+        return self._slots(self._layer())
+
+    def parameters_behind(self) -> Slots:
+        if not self._inside():
+            return ()
+        layer = self._layer()
+        return (None, None, layer.norm_weight, layer.norm_bias)
+
+    def rules(self) -> Iterator[tuple[str, RuleState, Slots]]:
+        yield from super().rules()
+        if self.norm_update is not None:
+            yield "norm", self.norm_update, self.parameters_behind()
+
+    @property
+    def skipped_updates(self) -> int:
+        behind = 0 if self.norm_update is None else self.norm_update.skipped
+        return super().skipped_updates + behind
+
+    def synthesizer_backend(self, h: Tensor) -> Backend:
+        return registry.resolve(self.backend, h, self.weight)
+
+    def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
+        """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not tracing:  # what is traced or transformed has no addresses
+            learned = () if synthesizer is None else synthesizer.parameters()
+            fits = [None if t is None else t.data_ptr() for t in (*layer, *learned)]
+            if fits == self._binding.fits:
+                return
+        check.layer(layer, self.config)
+        if synthesizer is not None:
+            check.synthesizer(synthesizer, layer.weight)
+        if not tracing:
+            self._binding.fits = fits
+
+    def _bound(
+        self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
+    ) -> BoundStep:
+        """The decoupled step over these tensors, bound anew when one of them has moved."""
+        assert self.update is not None
+        rule = self.update.tensors(self._slots(layer))
+        tensors = (*layer, *synthesizer.parameters())
+        key = (
+            backend,
+            self.config,
+            self.max_norm,
+            [None if t is None else t.data_ptr() for t in tensors],
+        )
+        bound = self._binding
+        if bound.step is None or bound.rule is not rule or bound.key != key:
+            check.layer(layer, self.config)
+            check.synthesizer(synthesizer, layer.weight)
+            if self.norm_update is not None:  # refuse now what it would refuse in the backward
+                self.norm_update.tensors(self.parameters_behind())
+            bound.rule, bound.key = rule, key
+            bound.step = backend.bind_step(
+                layer, self.config, synthesizer, self.max_norm or 0.0, rule
+            )
+        return bound.step
+
+    def step_locally(
+        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+    ) -> LocalStep:
+        x, layer, backend = inputs
+        fused = self.fused_synthesizer(x)
+        if self.update is not None and fused is not None:
+            run = self._bound(layer, backend, fused)
+            step = run(x, context, self.scale_of(x), need_dx, learns)
+            p = step.prediction
+            forecast = None if p is None else Forecast(p.scaled, p, None)
+            saved = step.saved
+            trace = None
+            if saved is not None:
+                trace = LinearUse(x, step.h.detach(), saved, layer, self.config, True, backend)
+            return LocalStep(step.h, (step.dx,), forecast, trace=trace)
+        with torch.no_grad():
+            return self._step_composed(x, layer, backend, context, need_dx, learns)
+
+    def _step_composed(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        backend: Backend,
+        context: Tensor | None,
+        need_dx: bool,
+        learns: bool,
+    ) -> LocalStep:
+        """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
+        self._fit(layer, self.fused_synthesizer(x))
+        self.check_labels(context)
+        h, trace = forward_use(x, layer, self.config, True, backend)
+        forecast = self.predict(h, context, learns)
+        made = self._backward(trace, self.synthetic(forecast, h), need_dx)
+        if self.update is not None:
+            ops.linear_update_(backend, x, made, layer, self.update.tensors(self._slots(layer)))
+        if not learns:
+            return LocalStep(h, (made.x,), None, self._gradients(made))
+        kept = trace if self._inside() else None
+        return LocalStep(h, (made.x,), forecast, self._gradients(made), kept)
+
+    def _backward(self, use: LinearUse, gradient: Tensor, need_dx: bool) -> LinearGradients:
+        """From the gradient at the interface: that of x on demand, and those of what the interface
+        lets it reach (the weight's only where it is returned)."""
+        back = backward_from_preactivation if self._inside() else backward_use
+        return back(use, gradient, need_dx, self.update is None)
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        lesson = super().lesson(h, forecast, context, arrived, trace)
+        if not self._inside():
+            return lesson
+        true = backward_use(trace, arrived, False, False)
+        behind: Any = (trace.x, true)
+        if self.update is None:
+            behind = (None, None, true.norm_weight, true.norm_bias)
+        return lesson._replace(arrived=true.delta, behind=behind)
+
+    def learn(self, lessons: list[Lesson]) -> None:
+        super().learn(lessons)
+        if self.norm_update is not None:
+            made = [lesson.behind for lesson in lessons]
+            self._apply_rule(self.norm_update, self.parameters_behind(), made)
+
+    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+        x, layer, _ = inputs
+        read = (x, layer.weight if need_dx else None, layer.norm_weight, layer.norm_bias)
+        return tuple([t for t in read if t is not None])
+
+    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+        x, layer, backend = inputs
+        self._fit(layer, self.fused_synthesizer(x))
+        return forward_use(x, layer, self.config, True, backend)
+
+    def close(self, trace: Any, gradient: Tensor, need_dx: bool) -> tuple[Slots, Any]:
+        made = self._backward(trace, gradient, need_dx)
+        if self.update is None:
+            return (made.x,), self._gradients(made)
+        return (made.x,), (trace.x, made._replace(x=None))
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        assert self.update is not None
+        self._apply_rule(self.update, self.local_parameters(), contributions)
+
+    def _apply_rule(
+        self,
+        rule: RuleState,
+        slots: Slots,
+        contributions: list[tuple[Tensor, LinearGradients]],
+    ) -> None:
+        """Apply a rule over these slots to the sum of contributions."""
+        x, made = contributions[0]
+        if len(contributions) > 1:  # used several times: sums over uses are sums over rows
+            x = torch.cat([c[0] for c in contributions])
+            uses = [c[1] for c in contributions]
+            made = LinearGradients(
+                torch.cat([u.delta for u in uses]),
+                None,
+                None,
+                *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
+            )
+        layer = self._layer()
+        backend = registry.resolve(self.backend, x, layer.weight)
+        ops.linear_update_(backend, x, made, layer, rule.tensors(slots))
+
+    @staticmethod
+    def _gradients(made: LinearGradients) -> Slots:
+        return made[2:]
+
+
+def _sum(parts: list[Any]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack(parts).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Any segment
+
+
+class Inner(NamedTuple):
+    """A run of the segment: its output with its graph, and the inputs to differentiate for; by the
+    identity of a parameter, what stood in for it (see :func:`run_apart`)."""
+
+    h: Tensor
+    leaves: list[Tensor | None]
+    aliases: dict[int, Tensor]
+
+
+class SegmentSteps(Steps):
+    """Any module under autograd, as nodes see it."""
+
+    module: nn.Module
+
+    def local_parameters(self) -> Slots:
+        return tuple(self.module.parameters())
+
+    def synthesizer_backend(self, h: Tensor) -> Backend:
+        assert self.synthesizer is not None
+        return registry.resolve(None, h, next(self.synthesizer.parameters()))
+
+    def _inner(self, inputs: tuple[Any, ...], need_dx: bool) -> Inner:
+        """Run the segment in a graph of its own."""
+        leaves: list[Tensor | None] = []
+        cut: list[Any] = []
+        for t in inputs:
+            if isinstance(t, Tensor):
+                wanted = need_dx and t.requires_grad and not hasattr(t, NO_TARGET)
+                t = t.detach().requires_grad_(wanted)
+                leaves.append(t if wanted else None)
+            cut.append(t)
+        with torch.enable_grad():
+            if self.update is not None:  # gradients are used here: hooks see them here
+                return Inner(self._run(tuple(cut)), leaves, {})
+            h, aliases = run_apart(self.module, *cut)
+            return Inner(self._checked(h), leaves, aliases)
+
+    def _differentiate(self, inner: Inner, gradient: Tensor) -> tuple[Slots, Slots]:
+        h, leaves, aliases = inner
+        slots = [*leaves, *(aliases.get(id(p), p) for p in self.local_parameters())]
+        wanted = [t for t in slots if t is not None and t.requires_grad]
+        made: Slots = ()
+        if wanted and h.requires_grad:
+            made = torch.autograd.grad(h, wanted, gradient.to(h.dtype), allow_unused=True)
+        by_id = {id(t): g for t, g in zip(wanted, made, strict=False)}
+        out = tuple(None if t is None else by_id.get(id(t)) for t in slots)
+        return out[: len(leaves)], out[len(leaves) :]
+
+    def step_locally(
+        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+    ) -> LocalStep:
+        self.check_labels(context)
+        inner = self._inner(inputs, need_dx)
+        h = inner.h.detach()
+        forecast = self.predict(h, context, learns)
+        dx, made = self._differentiate(inner, self.synthetic(forecast, h).detach())
+        if self.update is not None:
+            self.apply_update([made])
+            made = ()
+        return LocalStep(h, dx, forecast if learns else None, made)
+
+    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+        inner = self._inner(inputs, need_dx)
+        return inner.h.detach(), inner
+
+    def close(self, trace: Any, gradient: Tensor, need_dx: bool) -> tuple[Slots, Any]:
+        return self._differentiate(trace, gradient)
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        assert self.update is not None
+        slots = self.local_parameters()
+        apply_given(slots, sum_slots(contributions), self.update.tensors(slots))
+
+    def _run(self, inputs: tuple[Any, ...]) -> Tensor:
+        return self._checked(self.module(*inputs))
+
+    @staticmethod
+    def _checked(h: Any) -> Tensor:
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                "the decoupled segment must return one tensor, got "
+                f"{type(h).__name__}; wrap it so that it does"
+            )
+        return h
