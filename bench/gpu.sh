@@ -121,7 +121,8 @@ if ! part build 200 "${install[@]}" &&
   # Triton needs no compiler of ours: the package as it would be installed, without the C++.
   mkdir -p "$WORK/unbuilt"
   cp -r fused_dni "$WORK/unbuilt" && cp -r kernels "$WORK/unbuilt/fused_dni/kernels"
-  export PYTHONPATH="$WORK/unbuilt" PYTHONSAFEPATH=1
+  # (A safe path leaves the folder of a script out.)
+  export PYTHONPATH="$WORK/unbuilt:$ROOT/bench" PYTHONSAFEPATH=1
 fi
 part report 60 "$RUN" -m fused_dni env --json && cp "$WORK/report.log" "$OUT/environment.json"
 

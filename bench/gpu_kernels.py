@@ -6,7 +6,7 @@
     python bench/gpu_kernels.py OUT/kernels.json --backends
                                                     both backends' times, as a table for `auto`
 
-A candidate is checked against float64 before it is timed (:mod:`workloads_gpu`); one that fails is
+A candidate is checked against float64 before it is timed (:mod:`workloads.gpu`); one that fails is
 in the results with that reason and no figure. Candidates of a group are measured together
 (``fused_dni.measure.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
 a text with the same name beside it, are rewritten after every group, the groups that matter most
@@ -34,14 +34,16 @@ from fused_dni.kernels import lstm, tuning
 from fused_dni.kernels.common import grid_barrier
 from fused_dni.kernels.launch import Launch
 
-import tables
-import workloads_gpu as w
+import stored
 from fused_dni.backends.cuda import calls as cuda_calls
 from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
 from gpu_baselines import graphed
-from workloads_lstm import _within
+from groups import compared, device_facts, gather
+from pages.cells import interval
+from workloads import gpu as w
+from workloads import within
 
 Maker = Callable[[], Callable[[], object]]
 #: Names, and what measures the group of that name.
@@ -110,7 +112,7 @@ class Run:
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.backend, self.tiny = backend, tiny
         self.deadline = time.monotonic() + seconds
-        self.results: dict[str, Any] = tables.load(path) if path is not None else {}
+        self.results: dict[str, Any] = stored.load(path) if path is not None else {}
         self.failed = False
 
     @property
@@ -130,8 +132,7 @@ class Run:
         """Put a group into the results, and those into their file."""
         if "facts" not in self.results:
             self.results["facts"] = facts(self)
-        group |= {name: self.results["facts"][name] for name in ("date", "commit", "threads")}
-        self.results.setdefault(part, {})[key] = group
+        stored.put(self.results, part, key, group)
         self.save()
         print(f"{part} {key}", flush=True)
 
@@ -144,7 +145,7 @@ class Run:
     def save(self) -> None:
         """The results, and their figures as text."""
         assert self.path is not None
-        tables.save(self.path, self.results)
+        stored.save(self.path, self.results)
         self.path.with_suffix(".txt").write_text(summary(self.results) + "\n")
 
     def replayed(self, steps: list[Callable[[], object]]) -> Callable[[], object]:
@@ -172,7 +173,7 @@ def repeated(steps: list[Callable[[], object]]) -> Callable[[], None]:
 
 def facts(run: Run) -> dict[str, Any]:
     """What the figures hold for."""
-    found = tables.device_facts() | {"triton": triton.__version__}
+    found = device_facts() | {"triton": triton.__version__}
     if run.cuda:
         properties = torch.cuda.get_device_properties(run.device)
         found |= {
@@ -191,7 +192,7 @@ def bandwidth(run: Run) -> float:
     """Bytes a second of a large copy, those read and those written."""
     there = torch.empty(2**28 if run.cuda else 2**16, device=run.device).normal_()
     here = torch.empty_like(there)
-    taken = tables.compared({"copy": lambda: here.copy_(there)}, {}, **run.limits(0.1))
+    taken = compared({"copy": lambda: here.copy_(there)}, {}, **run.limits(0.1))
     return 2.0 * there.nbytes / taken["rows"]["copy"]["median"]
 
 
@@ -256,7 +257,7 @@ class Candidates:
         """Given up if compiling takes too long."""
 
         def made() -> Callable[[], object]:
-            with _within(COMPILE_LIMIT):
+            with within(COMPILE_LIMIT):
                 return maker()
 
         return made
@@ -372,10 +373,10 @@ def timed(
     run: Run, makers: dict[str, Maker], floor: str, steps: int, pairs: dict[str, str]
 ) -> dict[str, Any]:
     """Check, build and time the candidates of a group."""
-    candidates, failures = tables.gather(makers)
+    candidates, failures = gather(makers)
     if floor not in candidates:
         raise RuntimeError(f"not even the floor runs: {failures[floor]}")
-    return tables.compared(
+    return compared(
         candidates,
         failures,
         floor=floor,
@@ -511,7 +512,7 @@ def barrier_group(run: Run) -> dict[str, Any]:
 
             makers[name("Triton", programs, meetings)] = triton
             makers[name("CUDA", programs, meetings)] = cuda
-    group = tables.compared(*tables.gather(makers), steps=launches, **run.limits(3.0))
+    group = compared(*gather(makers), steps=launches, **run.limits(3.0))
     group["grids"] = {}
     for programs in grids:
         found = group["grids"][str(programs)] = {}
@@ -618,7 +619,7 @@ def summary(results: dict[str, Any]) -> str:
                 )
             lines.append(columns(rows))
             for label, ratio in group["ratios"].items():
-                lines.append(f"{label}: {tables.interval(ratio)}")
+                lines.append(f"{label}: {interval(ratio)}")
     for part, reason in results.get("failed", {}).items():
         lines.append(f"FAILED {part}: {reason}")
     lines += promises(results)
@@ -632,7 +633,7 @@ def promises(results: dict[str, Any]) -> list[str]:
 
     def ratio(group: dict[str, Any], label: str) -> str:
         found = group.get("ratios", {}).get(label)
-        return "not measured" if found is None else tables.interval(found)
+        return "not measured" if found is None else interval(found)
 
     lines = []
     for dni, backprop in ((DNI, BACKPROP), (DNI_CUDA, BACKPROP_CUDA)):
@@ -727,7 +728,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.file is None and not given.profile:
         parser.error("which file?")
     if given.backends:
-        print(measured.text(backend_table(tables.load(given.file))), end="")
+        print(measured.text(backend_table(stored.load(given.file))), end="")
         return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)

@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_gemm
 import gpu_baselines
 import gpu_kernels
-import tables
-import workloads as w
-import workloads_gpu as wg
-import workloads_lstm as wl
+import groups
+import measuring
+import stored
 from fused_dni.ops import measured, registry
+from pages import cells, documents
+from workloads import Disagreement, accuracy, backends, gemm, linear, memory, synthesizer
+from workloads import gpu as wg
+from workloads import lstm as wl
+from workloads import step as w
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = w.Case(16, 32)
@@ -45,13 +48,13 @@ def test_every_eager_row_passes_its_gate(method, rule):
 @pytest.mark.parametrize("kind", ["eager", "ours", "dni"])
 @pytest.mark.parametrize("dx", [False, True])
 def test_layers_pass_their_gate(kind, dx):
-    w.check_layer(w.Shape(16, 24, 32), kind, dx)
+    linear.check_layer(linear.Shape(16, 24, 32), kind, dx)
 
 
-@pytest.mark.parametrize("backend", w.backends())
-@pytest.mark.parametrize("kind", w.KINDS)
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("kind", synthesizer.KINDS)
 def test_synthesizers_pass_their_gate(kind, backend):
-    w.check_synthesizer(kind, SMALL, backend)
+    synthesizer.check_synthesizer(kind, SMALL, backend)
 
 
 @pytest.mark.parametrize("method", [w.STOCK, w.OURS, w.DNI_4], ids=lambda m: m.name)
@@ -68,7 +71,7 @@ def test_gate_closes_on_a_wrong_step(method, monkeypatch):
         return loss
 
     monkeypatch.setattr(w.Training, "step", wrong)
-    with pytest.raises(w.Disagreement, match=r"1\.weight|float64 has"):
+    with pytest.raises(Disagreement, match=r"1\.weight|float64 has"):
         w.check_step(SMALL, "sgd", method)
 
 
@@ -165,9 +168,9 @@ def test_lstm_floor_is_the_products_of_a_window(monkeypatch):
 
 def test_a_candidate_that_fails_has_a_reason_and_no_figure(capsys):
     def broken():
-        raise w.Disagreement("off by 1.0")
+        raise Disagreement("off by 1.0")
 
-    candidates, failures = tables.gather({"good": lambda: lambda: None, "bad": broken})
+    candidates, failures = groups.gather({"good": lambda: lambda: None, "bad": broken})
     assert list(candidates) == ["good"]
     assert failures == {"bad": "Disagreement: off by 1.0"}
     assert "bad" in capsys.readouterr().err
@@ -195,20 +198,20 @@ def test_targets_on_every_fourth_step_train_once_a_cycle():
 @pytest.mark.parametrize(("features", "side"), [(256, 28), (512, 28), (1024, 28), (256, 8)])
 def test_images_are_resampled_to_the_width(features, side):
     images = torch.rand(5, side * side)
-    rows = w.resampled(images, features)
+    rows = accuracy.resampled(images, features)
     assert rows.shape == (5, features)
     assert torch.allclose(rows.mean(1), images.mean(1), atol=0.05)
     with pytest.raises(ValueError, match="power of two"):
-        w.resampled(images, 300)
+        accuracy.resampled(images, 300)
     with pytest.raises(ValueError, match="not square"):
-        w.resampled(images[:, :-1], features)
+        accuracy.resampled(images[:, :-1], features)
 
 
 def test_errors_are_those_of_a_trained_network():
     from fused_dni.experiments import data
 
     digits = data.load("digits")
-    errors = list(w.train_error(digits, w.Case(64, 64), "adam", w.STOCK, epochs=3, seed=0))
+    errors = list(accuracy.train_error(digits, w.Case(64, 64), "adam", w.STOCK, epochs=3, seed=0))
     assert len(errors) == 3
     assert errors[-1] < 15.0
 
@@ -247,7 +250,7 @@ STEP = {
 
 
 def test_documents_are_what_the_results_say():
-    assert tables.render(check=True) == 0
+    assert documents.render(check=True) == 0
 
 
 def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
@@ -260,7 +263,7 @@ def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
             "rows": {"64/256 sgd": {"ours": {"errors": [2.0], "mean": 2.0}}},
         },
     )
-    new = tables.render_document(text, lambda _: [found])
+    new = documents.render_document(text, lambda _: [found])
     assert new.startswith("before\n")
     assert new.endswith("<!-- end of table -->\nafter\n")
     assert "| ours | 1.5 (1.35–1.65) | 1.50 | 2.00 |" in new
@@ -268,7 +271,7 @@ def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
     assert "broken: Disagreement: no" in new
     assert "| 64/256 sgd | 0.50 (0.40–0.60) |" in new
     assert "old" not in new
-    assert tables.render_document(new, lambda _: [found]) == new
+    assert documents.render_document(new, lambda _: [found]) == new
 
 
 def gpu_group(**more):
@@ -316,7 +319,7 @@ def test_gpu_tables_say_what_was_measured():
         "gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12, "multiprocessors": 132
     }  # fmt: skip
     layer, lstm, details = (
-        tables.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
+        documents.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
     )
     for text in (layer, lstm, details):
         assert text.startswith("A GPU, torch 2.13.0, Triton 3.7.1, 2026-01-01, commit abc.")
@@ -370,7 +373,7 @@ def test_a_gpus_figures_become_the_table_that_auto_chooses_by(tmp_path, capsys):
     )
     found["facts"]["capability"] = "9.0"
     path = tmp_path / "kernels.json"
-    tables.save(path, found)
+    stored.save(path, found)
     assert gpu_kernels.main([str(path), "--backends"]) == 0
     (tmp_path / "backends.json").write_text(capsys.readouterr().out)
     dni, window = {"cuda": 9e-6, "triton": 12e-6}, {"cuda": 42e-6, "triton": 50e-6}
@@ -390,8 +393,8 @@ def test_windows_of_a_gpu_are_each_measured_once_and_the_promised_first():
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-lstm", "gpu-details"])
 def test_without_a_gpu_the_tables_say_so(name):
-    assert tables.RENDERERS[name][1]([]) == "No GPU figure has been measured yet."
-    assert tables.RENDERERS[name][1]([results()]) == "Not measured yet."
+    assert documents.RENDERERS[name][1]([]) == "No GPU figure has been measured yet."
+    assert documents.RENDERERS[name][1]([results()]) == "Not measured yet."
 
 
 @pytest.mark.parametrize(
@@ -403,11 +406,11 @@ def test_without_a_gpu_the_tables_say_so(name):
 )
 def test_bad_markers_are_errors(text, message):
     with pytest.raises(ValueError, match=message):
-        tables.render_document(text, lambda _: [])
+        documents.render_document(text, lambda _: [])
 
 
 def test_groups_are_ordered_by_number():
-    assert tables.ordered({"128/1024 sgd": 0, "64/256 sgd": 0, "128/512 adam": 0}) == [
+    assert cells.ordered({"128/1024 sgd": 0, "64/256 sgd": 0, "128/512 adam": 0}) == [
         "64/256 sgd",
         "128/512 adam",
         "128/1024 sgd",
@@ -416,15 +419,15 @@ def test_groups_are_ordered_by_number():
 
 def test_saving_keeps_the_old_file_when_interrupted(tmp_path):
     path = tmp_path / "results.json"
-    tables.save(path, {"a": 1.23456789})
+    stored.save(path, {"a": 1.23456789})
     assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
     with pytest.raises(TypeError):
-        tables.save(path, {"a": object()})
+        stored.save(path, {"a": object()})
     assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
 
 
 def test_committed_results_name_machine_versions_and_commit():
-    for path in tables.RESULTS.glob("*.json"):
+    for path in stored.RESULTS.glob("*.json"):
         found = json.loads(path.read_text())
         if found.get("kind", "").startswith("train"):
             assert {"device", "torch", "threads", "date", "commit", "command"} <= set(
@@ -432,7 +435,7 @@ def test_committed_results_name_machine_versions_and_commit():
             )
             continue
         assert {"device", "torch", "threads", "date", "commit"} <= set(found["facts"])
-        for suite in (*tables.SUITES, "gpu-layer", "gpu-lstm", "gpu-floors"):
+        for suite in (*measuring.SUITES, "gpu-layer", "gpu-lstm", "gpu-floors"):
             for group in found.get(suite, {}).values():
                 assert group["commit"]
                 assert group["date"]
@@ -443,27 +446,27 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(w, "CASES", (SMALL,))
     monkeypatch.setattr(w, "RULES", ("sgd",))
     monkeypatch.setattr(w, "METHODS", (w.STOCK, w.DNI_4))
-    monkeypatch.setattr(w, "SHAPES", (w.Shape(16, 24, 32),))
-    monkeypatch.setattr(w, "MEMORY_DEPTHS", (1, 2))
-    monkeypatch.setattr(w, "MEMORY_CASE", SMALL)
-    monkeypatch.setattr(bench_gemm, "ROWS", (3,))
-    monkeypatch.setattr(bench_gemm, "FEATURES", (16,))
+    monkeypatch.setattr(linear, "SHAPES", (linear.Shape(16, 24, 32),))
+    monkeypatch.setattr(memory, "DEPTHS", (1, 2))
+    monkeypatch.setattr(memory, "CASE", SMALL)
+    monkeypatch.setattr(gemm, "ROWS", (3,))
+    monkeypatch.setattr(gemm, "FEATURES", (16,))
     monkeypatch.setattr(wl, "SHAPES", (TINY._replace(layers=1), TINY))
     monkeypatch.setattr(wl, "BOUNDARY_STEPS", (2,))
     monkeypatch.setattr(wl, "UNROLLED", 1)
     monkeypatch.setattr(wl, "MEMORY_SEQUENCE", 16)
     monkeypatch.setattr(wl, "MEMORY_WINDOWS", (4,))
     monkeypatch.setattr(wl, "MEMORY_LENGTHS", (16, 32))
-    real = w.check_layer
+    real = linear.check_layer
 
     def check(shape, kind, dx, backend=None):  # compiling takes longer than the rest
         if kind == "compiled":
             raise NotImplementedError("not compiled in this test")
         real(shape, kind, dx, backend)
 
-    monkeypatch.setattr(w, "check_layer", check)
+    monkeypatch.setattr(linear, "check_layer", check)
     path = tmp_path / "results.json"
-    tables.measure(list(tables.SUITES), None, 0.05, path)
+    measuring.measure(list(measuring.SUITES), None, 0.05, path)
     found = json.loads(path.read_text())
     rows = found["step"]["16/32 sgd"]["rows"]
     assert rows[w.DNI_4.name]["per_floor"]["median"] > 0
@@ -473,9 +476,9 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     assert lstm["3/8/5 forward+backward"]["rows"]["unrolled steps, compiled"]["failed"]
     assert lstm["3/8/5, 2 layers training step"]["ratios"]["nn.LSTM / DNI"]["median"] > 0
     assert lstm["3/8/2 boundary"]["ratios"]["DNI / ours"]["median"] > 0
-    for suite in (*tables.SUITES, "lstm-details", "lstm-memory"):
-        assert "| " in tables.RENDERERS[suite][1]([found])
-    details = tables.RENDERERS["lstm-details"][1]([found])
+    for suite in (*measuring.SUITES, "lstm-details", "lstm-memory"):
+        assert "| " in documents.RENDERERS[suite][1]([found])
+    details = documents.RENDERERS["lstm-details"][1]([found])
     assert "compiled at 3/8/5 forward+backward: RuntimeError: compiled only up to 1" in details
     assert "x the floor" in capsys.readouterr().out
 
@@ -502,7 +505,7 @@ def test_errors_are_merged_into_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(w, "CASES", (w.Case(64, 64),))
     monkeypatch.setattr(w, "METHODS", (w.STOCK, w.DNI_4))
     path = tmp_path / "results.json"
-    tables.errors(None, "adam", 1, 1, path, keep=False)
+    measuring.errors(None, "adam", 1, 1, path, keep=False)
     rows = json.loads(path.read_text())["errors"]["rows"]["64/64 adam"]
     assert set(rows) == {w.STOCK.name, w.DNI_4.name}
     assert all(0.0 <= entry["mean"] <= 100.0 for entry in rows.values())
@@ -653,7 +656,7 @@ def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
     text = file.with_suffix(".txt").read_text()
     assert "4096/4096 bf16 sgd: DNI / its two products (at most 1.5): not measured" in text
     for suite in ("gpu", "gpu-lstm", "gpu-details"):
-        assert "| " in tables.RENDERERS[suite][1]([found])
+        assert "| " in documents.RENDERERS[suite][1]([found])
 
 
 @INTERPRETED
@@ -736,7 +739,7 @@ def test_gate_of_a_layer_opens_and_closes(kind, rule):
         return layer
 
     wg.check_layer(right, case, device)
-    with pytest.raises(w.Disagreement, match="is off by"):
+    with pytest.raises(Disagreement, match="is off by"):
         wg.check_layer(wrong, case, device)
 
 
@@ -761,7 +764,7 @@ def test_gate_of_a_window_opens_and_closes(precision, factor):
         return window
 
     wg.check_window(right, case, device)
-    with pytest.raises(w.Disagreement, match="is off by"):
+    with pytest.raises(Disagreement, match="is off by"):
         wg.check_window(wrong, case, device)
 
 

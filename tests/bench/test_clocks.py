@@ -125,7 +125,7 @@ def bench(*given):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     one = ("-k", "bench_layer_floor and 64x256x256 and no_dx", "-q", "-p", "no:cacheprovider")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/bench_linear.py", *one, *map(str, given)],
+        [sys.executable, "-m", "pytest", "bench/suites/bench_linear.py", *one, *map(str, given)],
         cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-import workloads as w
 from fused_dni.measure import timing
+from workloads import step as w
 
 
 def group(case: w.Case, rule: str) -> str:

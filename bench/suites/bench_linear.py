@@ -8,28 +8,12 @@ import torch
 from torch import nn
 
 import fused_dni as fd
-import workloads as w
-import workloads_gpu as wg
+from workloads import backends
+from workloads import gpu as wg
+from workloads import linear as w
 
 SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
-BACKENDS = pytest.mark.parametrize("backend", w.backends())
-
-
-def products(shape: w.Shape, dx: bool, forward_only: bool = False):
-    """The products that cannot be avoided: forward, weight gradient, and dx if asked for."""
-    n, i, o = shape
-    x, wt, h = torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)
-    d, dt, dw = torch.randn(n, o), torch.randn(o, n), torch.empty(o, i)
-    weight, gx = torch.randn(o, i), torch.empty(n, i)
-
-    def floor() -> None:
-        torch.mm(x, wt, out=h)
-        if not forward_only:
-            torch.mm(dt, x, out=dw)
-            if dx:
-                torch.mm(d, weight, out=gx)
-
-    return floor
+BACKENDS = pytest.mark.parametrize("backend", backends())
 
 
 def forward_group(shape: w.Shape) -> str:
@@ -38,12 +22,12 @@ def forward_group(shape: w.Shape) -> str:
 
 @SHAPES
 def bench_forward_floor(timed, shape):
-    timed(forward_group(shape), lambda: products(shape, False, forward_only=True))
+    timed(forward_group(shape), lambda: w.products(shape, False, forward_only=True))
 
 
 @SHAPES
 def bench_forward_stock(timed, shape):
-    linear, norm = w._layer_parts(shape, torch.float32)
+    linear, norm = w.parts(shape, torch.float32)
     layer = nn.Sequential(linear, norm, nn.ReLU()).eval()
     x = w.layer_data(shape)[0]
 
@@ -57,7 +41,7 @@ def bench_forward_stock(timed, shape):
 @SHAPES
 @BACKENDS
 def bench_forward_ours(timed, shape, backend):
-    linear, norm = w._layer_parts(shape, torch.float32)
+    linear, norm = w.parts(shape, torch.float32)
     layer = fd.FusedDNILinear.from_linear(linear, norm, "relu", backend=backend).eval()
     x = w.layer_data(shape)[0]
 
@@ -83,7 +67,7 @@ DX = pytest.mark.parametrize("dx", [False, True], ids=["no_dx", "dx"])
 @SHAPES
 @DX
 def bench_layer_floor(timed, shape, dx):
-    timed(step_group(shape, dx), lambda: products(shape, dx))
+    timed(step_group(shape, dx), lambda: w.products(shape, dx))
 
 
 @SHAPES

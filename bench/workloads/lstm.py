@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.measure import timing
-from fused_dni.measure.verdict.candidates import Expired, deadline
-from workloads import Disagreement
+from workloads import RATE, Disagreement, within
 
-#: Rate at which candidates are timed: they are to stay where they are.
-RATE = 1e-6
 #: Windows in the check of a training step.
 CHECKED = 3
 #: What is compiled: so many unrolled steps in all layers together, so wide. Beyond, compiling takes
@@ -342,22 +339,10 @@ def check_window(
     if reason is not None:
         raise RuntimeError(reason)
     window = Window(shape, method, backend=backend)
-    with _within(COMPILE_LIMIT if method.compiled else None):
+    with within(COMPILE_LIMIT if method.compiled else None):
         found = _results(window, backward)
     _agree(what, found, _exact_results(shape, method.synthesizer, backward), rounding(shape))
     return window
-
-
-@contextlib.contextmanager
-def _within(seconds: float | None) -> Iterator[None]:
-    if seconds is None:
-        yield
-        return
-    try:
-        with deadline(seconds):
-            yield
-    except Expired:
-        raise RuntimeError(f"compiling took more than {seconds:g} s") from None
 
 
 def _moved(training: Training) -> dict[str, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import workloads as w
-import workloads_gpu as wg
+from workloads import backends, step
+from workloads import gpu as wg
+from workloads import synthesizer as w
 
-CASES = pytest.mark.parametrize("case", w.CASES, ids=str)
+CASES = pytest.mark.parametrize("case", step.CASES, ids=str)
 KINDS = pytest.mark.parametrize("kind", w.KINDS)
-BACKENDS = pytest.mark.parametrize("backend", w.backends())
+BACKENDS = pytest.mark.parametrize("backend", backends())
 
 
 @CASES

@@ -33,12 +33,10 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
-from workloads import CLASSES, RANK, Disagreement
-from workloads_lstm import rounding
+from workloads import CLASSES, RANK, RATE, Disagreement
+from workloads.lstm import Shape, rounding
 
 PRECISIONS = ("bf16", "fp32", "tf32")
-#: Rate at which candidates are timed: they are to stay where they are.
-RATE = 1e-6
 CONFIG = LinearConfig("batch", "relu")
 #: What a step may be off by, in norm. Operands are rounded once more where delta and h are handed
 #: on: by 2^-9 in bfloat16, 2^-11 in tf32 (which hardware may cut instead: 2^-10). In float32 it is
@@ -474,7 +472,7 @@ def _stock_errors(case: WindowCase, device: torch.device) -> dict[str, float]:
 def check_window(make: Callable[..., Window], case: WindowCase, device: torch.device) -> None:
     """A window of ``make(case, device)`` against ``nn.LSTM`` in float64.
 
-    In float32 it is held to what rounding explains (:func:`workloads_lstm.rounding`). With rounded
+    In float32 it is held to what rounding explains (:func:`workloads.lstm.rounding`). With rounded
     operands errors add up over the steps: there it may be twice as far off as ``nn.LSTM`` of the
     same precision is, and half of the bound of a layer besides.
 
@@ -483,8 +481,6 @@ def check_window(make: Callable[..., Window], case: WindowCase, device: torch.de
     """
     found, expected = _doubles(make(case, device).step()), _exact_window(case, device)
     if case.precision == "fp32":
-        from workloads_lstm import Shape
-
         exactly = rounding(Shape(*case[:3]))
         _compare(str(case), found, expected, lambda name: exactly)
         return

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import workloads_gpu as wg
-import workloads_lstm as w
+from workloads import gpu as wg
+from workloads import lstm as w
 
 SHAPES = pytest.mark.parametrize("shape", w.SHAPES, ids=str)
 CELLS = pytest.mark.parametrize("shape", w.cell_shapes(), ids=lambda s: f"{s.batch}/{s.hidden}")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import pytest
 
-import workloads as w
 from fused_dni.measure import timing
+from workloads import memory as w
 
 
-@pytest.mark.parametrize("depth", w.MEMORY_DEPTHS)
+@pytest.mark.parametrize("depth", w.DEPTHS)
 @pytest.mark.parametrize("method", ["stock", "deferred", "immediate"])
 def bench_memory(timed, benchmark, method, depth):
-    step = w.memory_step(method, depth)
+    step = w.step(method, depth)
     peak = timing.peak_memory(step)
     benchmark.extra_info["peak_bytes"] = peak
     print(f"{method:10} depth {depth:3}: {peak / 2**20:8.2f} MiB at the peak of a step")

@@ -1,0 +1,76 @@
+"""Candidates that are measured *together*, and what the figures hold for.
+
+Each candidate is checked first. One that fails its check, or that cannot run, is in the results
+with that reason and no figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fused_dni.measure import baseline, environment, timing
+
+
+def device_facts() -> dict[str, Any]:
+    """What the figures hold for: machine, versions, threads, commit, date."""
+    report = environment.report()
+    facts = baseline.facts()
+    del facts["gpu"]  # one that is there, but not measured here
+    return facts | {
+        "flags": report["processor"]["flags"],
+        "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),
+        "C++ compiler": report["package"].get("C++ compiler"),
+    }
+
+
+def compared(
+    candidates: dict[str, Callable[[], object]],
+    failures: dict[str, str],
+    *,
+    floor: str | None = None,
+    seconds: float | None = None,
+    steps: int = 1,
+    against: dict[str, str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any.
+    ``options`` are more of :func:`fused_dni.measure.timing.compare`."""
+    timings = timing.compare(candidates, seconds=seconds, **options)
+    rows: dict[str, Any] = {}
+    for name, taken in timings.items():
+        row = taken.to_json()
+        for key in ("median", "p10", "p90", "iqr"):
+            row[key] /= steps
+        if row["interval"]:
+            row["interval"] = [bound / steps for bound in row["interval"]]
+        if floor is not None:
+            row["per_floor"] = timing.ratio(taken, timings[floor]).to_json()
+        rows[name] = row
+    for name, reason in failures.items():
+        rows[name] = {"failed": reason}
+    group: dict[str, Any] = {"floor": floor, "rows": rows, "order": [*candidates, *failures]}
+    group["ratios"] = {
+        label: timing.ratio(timings[top], timings[bottom]).to_json()
+        for label, (top, _, bottom) in {
+            label: pair.partition(" / ") for label, pair in (against or {}).items()
+        }.items()
+        if top in timings and bottom in timings
+    }
+    return group
+
+
+def gather(
+    makers: dict[str, Callable[[], Callable[[], object]]],
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Check and build candidates; those that fail are kept as reasons."""
+    candidates, failures = {}, {}
+    for name, make in makers.items():
+        try:
+            candidates[name] = make()
+        except Exception as error:  # compilers raise what they like
+            lines = str(error).splitlines() or [""]
+            failures[name] = f"{type(error).__name__}: {lines[0]}"
+            print(f"  no figure for {name}: {failures[name]}", file=sys.stderr)
+    return candidates, failures

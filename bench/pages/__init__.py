@@ -1,0 +1,1 @@
+"""The pages that are made from the committed results: tables, and docs/verdict.md."""

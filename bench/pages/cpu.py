@@ -1,0 +1,177 @@
+"""Tables of a CPU's results: whole steps, layers, synthesizers, memory, products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pages.cells import interval, milliseconds, ordered, provenance, table
+
+
+def error_of(results: dict[str, Any], key: str, name: str) -> str:
+    """Test error of a row, mean over its seeds; of a compiled row, that of the eager one."""
+    trained = name.replace("compiled", "eager")
+    entry = results.get("errors", {}).get("rows", {}).get(key, {}).get(trained)
+    if entry is None:
+        return "–" if name.startswith("floor") else "not measured"
+    return f"{entry['mean']:.2f}" if "mean" in entry else "failed"
+
+
+def render_step(results: dict[str, Any]) -> str:
+    """The step table: a table a rule and size, errors beside the speeds, then the ratios."""
+    groups = results.get("step", {})
+    if not groups:
+        return "Not measured yet."
+    found = results.get("errors", {})
+    parts = [provenance(results, groups)]
+    if found:
+        seeds = max(
+            (len(e.get("errors", ())) for rows in found["rows"].values() for e in rows.values()),
+            default=0,
+        )
+        parts[0] += (
+            f" Test error: {found['data']}, {found['epochs']} epochs, "
+            f"{seeds} seed{'s' if seeds != 1 else ''}, images resampled to the network's width."
+        )
+    parts.append(
+        "Milliseconds a step: median of interleaved rounds (95 % interval). "
+        "The floor is the forward and the weight-gradient product of the four hidden layers, "
+        "`torch.mm(out=)`, measured in the same run."
+    )
+    for key in ordered(groups):
+        group = groups[key]
+        case, _, rule = key.partition(" ")
+        batch, _, hidden = case.partition("/")
+        rows = []
+        for name in group["order"]:
+            row = group["rows"][name]
+            if "failed" in row:
+                rows.append([name, "–", "–", error_of(results, key, name)])
+                continue
+            ratio = f"{row['per_floor']['median']:.2f}"
+            rows.append([name, milliseconds(row), ratio, error_of(results, key, name)])
+        title = f"**B={batch}, H={hidden}, {rule.upper() if rule == 'sgd' else rule.title()}**"
+        parts.append(title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows))
+        failed = [
+            f"{name}: {row['failed']}" for name, row in group["rows"].items() if "failed" in row
+        ]
+        if failed:
+            parts.append("No figure: " + "; ".join(failed) + ".")
+    parts.append(render_ratios(groups))
+    return "\n\n".join(parts)
+
+
+# Columns of the summary, by the name of the row they show.
+SUMMARY = {
+    "stock backprop, eager, fused optimizer": "stock eager",
+    "stock backprop, compiled, fused optimizer": "stock compiled",
+    "backprop on our kernels": "backprop, our kernels",
+    "DNI, targets on every step": "DNI k=1",
+    "DNI, targets on every 4th step": "DNI k=4",
+    "DNI, never a target": "DNI, never",
+    "stock backprop, eager, bf16": "stock eager, bf16",
+    "DNI, targets on every 4th step, bf16": "DNI k=4, bf16",
+}
+
+
+def render_summary(results: dict[str, Any]) -> str:
+    """The step table in one: time over the floor and test error, a row a size and rule."""
+    groups = results.get("step", {})
+    if not groups:
+        return "Not measured yet."
+    rows = []
+    for key in ordered(groups):
+        made = groups[key]["rows"]
+        floor = next(row for name, row in made.items() if name.startswith("floor"))
+        cells = [key, f"{floor['median'] * 1e3:.2f}"]
+        for name in SUMMARY:
+            row = made.get(name, {})
+            time = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+            cells.append(f"{time} · {error_of(results, key, name)} %")
+        rows.append(cells)
+    header = ["B/H, rule", "floor, ms", *SUMMARY.values()]
+    what = "Each cell: time of a step over the floor · test error."
+    return "\n\n".join(
+        [
+            f"{provenance(results, groups)} {what}",
+            table(header, rows),
+            render_ratios(groups),
+        ]
+    )
+
+
+def render_ratios(groups: dict[str, Any]) -> str:
+    """Paired ratios of times, one column a ratio."""
+    keys = ordered(groups)
+    labels = list(dict.fromkeys(label for key in keys for label in groups[key]["ratios"]))
+    rows = []
+    for key in keys:
+        cells = [key]
+        for label in labels:
+            ratio = groups[key]["ratios"].get(label)
+            cells.append("–" if ratio is None else interval(ratio))
+        rows.append(cells)
+    return "Ratios of times (99 % interval), below one is faster:\n\n" + table(
+        ["B/H, rule", *labels], rows
+    )
+
+
+def render_groups(results: dict[str, Any], suite: str) -> str:
+    """Groups of one suite as tables of time and ratio to the floor."""
+    groups = results.get(suite, {})
+    if not groups:
+        return "Not measured yet."
+    parts = [provenance(results, groups)]
+    for key in ordered(groups):
+        rows = []
+        for name in groups[key]["order"]:
+            row = groups[key]["rows"][name]
+            if "failed" in row:
+                rows.append([name, "–", "–"])
+                continue
+            microseconds = f"{row['median'] * 1e6:.3g}"
+            rows.append([name, microseconds, f"{row['per_floor']['median']:.2f}"])
+        parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
+    return "\n\n".join(parts)
+
+
+def render_memory(results: dict[str, Any]) -> str:
+    """The curve of peak memory over depth."""
+    groups = results.get("memory", {})
+    if not groups:
+        return "Not measured yet."
+    curve = groups["curve"]
+    names = {
+        "stock": "stock backprop",
+        "deferred": "DNI, nn.Sequential (deferred)",
+        "immediate": "DNI, DecoupledSequential (immediate)",
+    }
+    rows = [
+        [label, *(f"{size / 2**20:.2f}" for size in curve[method])]
+        for method, label in names.items()
+    ]
+    text = (
+        f"MiB at the peak of a training step, layers {curve['hidden']} wide, batch "
+        f"{curve['batch']}, by depth. Measured: {curve['what']}."
+    )
+    header = ["depth", *map(str, curve["depths"])]
+    return "\n\n".join([provenance(results, groups), text, table(header, rows)])
+
+
+def render_gemm(results: dict[str, Any]) -> str:
+    """Products: torch's rate, ours, and their ratio, by shape."""
+    groups = results.get("gemm", {})
+    if not groups:
+        return "Not measured yet."
+    measured = groups["crossover"]["gflops"]
+    rows, slower = [], []
+    for count, features, rates in measured:
+        cells = [f"{count} × {features}"]
+        for product, (theirs, ours) in rates.items():
+            cells.append(f"{theirs:.0f} / {ours:.0f} ({ours / theirs:.2f})")
+            if ours < theirs:
+                slower.append(f"{product} {count}×{features}")
+        rows.append(cells)
+    text = "GFLOP/s: torch / ours (ratio), float32, one call from Python each."
+    last = "torch is the faster one at: " + (", ".join(slower) or "none of these") + "."
+    header = ["rows × features", *measured[0][2]]
+    return "\n\n".join([provenance(results, groups), text, table(header, rows), last])

@@ -1,0 +1,160 @@
+"""Tables of what ``bench/gpu.sh`` measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pages.cells import interval, table
+from stored import named
+
+
+def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
+    """One line: GPU, versions, when and at which commits."""
+    facts = results["facts"]
+    dates = sorted({group["date"] for group in groups.values()})
+    commits = sorted({str(group["commit"]) for group in groups.values()})
+    return (
+        f"{named(facts)}, torch {facts['torch']}, Triton {facts['triton']}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}."
+    )
+
+
+def _microseconds(group: dict[str, Any], name: str, steps: int = 1) -> str:
+    row = group["rows"].get(name, {})
+    return f"{row['median'] / steps * 1e6:.3g}" if "median" in row else "–"
+
+
+def _over_floor(group: dict[str, Any], name: str) -> str:
+    row = group["rows"].get(name, {})
+    return f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+
+
+def _ratio(group: dict[str, Any], label: str) -> str:
+    ratio = group["ratios"].get(label)
+    return "–" if ratio is None else interval(ratio)
+
+
+def render_gpu(results: dict[str, Any]) -> str:
+    """The decoupled step of one layer: launches, floor, and what it is compared with."""
+    groups = results.get("gpu-layer", {})
+    if not groups:
+        return "Not measured yet."
+    others = {
+        "stock": "stock",
+        "stock, compiled": "compiled",
+        "stock, max-autotune": "max-autotune",
+        "stock, max-autotune, its own graphs": "max-autotune, own graphs",
+        "backprop, our kernels": "backprop, our kernels",
+    }
+    rivals = {
+        "stock": "stock",
+        "stock, max-autotune": "max-autotune",
+        "backprop, CUDA kernels": "backprop, CUDA",
+        "DNI": "DNI",
+    }
+    rows = []
+    for key, group in groups.items():
+        cells = [key, _microseconds(group, group["floor"])]
+        moved = group["bytes"] / results["facts"].get("bandwidth", float("inf"))
+        cells.append(f"{moved * 1e6:.3g}")
+        cells += [
+            _microseconds(group, name)
+            for name in ("DNI", "DNI, one launch", "DNI, several launches")
+        ]
+        cells.append(_over_floor(group, "DNI"))
+        cells += [_ratio(group, f"{name} / DNI") for name in others]
+        cells.append(_microseconds(group, "DNI, CUDA"))
+        cells += [_ratio(group, f"{name} / DNI, CUDA") for name in rivals]
+        rows.append(cells)
+    header = ["B/H, products, rule", "floor, µs", "bytes, µs", "DNI, µs", "one launch", "several"]
+    header += ["DNI × floor", *(f"{name} / DNI" for name in others.values())]
+    header += ["DNI, CUDA, µs", *(f"{name} / DNI, CUDA" for name in rivals.values())]
+    text = (
+        "One Linear-BatchNorm-ReLU step, all as replays of CUDA graphs: forward, rank-16 "
+        "label-conditioned synthetic gradient, update, float32 weights; without dx and with data "
+        "in the cache unless it says otherwise. The floor is its two products (three with dx) by "
+        "`torch.mm(out=)` in the same run; bytes: what has to be moved over the bandwidth of a "
+        "copy. Then times in as many launches as said, and ratios of times (99 % interval), above "
+        "one where ours is faster: stock backprop of the same layer from a given gradient with a "
+        "fused optimizer, the same compiled, and backprop on our own kernels. Triton's kernels but "
+        "for the last columns, which are those in CUDA C++."
+    )
+    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+
+
+def render_gpu_lstm(results: dict[str, Any]) -> str:
+    """Windows of an LSTM against cuDNN's, whichever way it falls."""
+    groups = results.get("gpu-lstm", {})
+    if not groups:
+        return "Not measured yet."
+    times = ("nn.LSTM", "ours", "ours, a launch a step", "ours, CUDA")
+    ratios = {
+        "nn.LSTM / ours": "nn.LSTM / ours",
+        "nn.LSTM, eager / ours, eager": "eager",
+        "forward": "forward",
+        "nn.LSTM / ours, CUDA": "nn.LSTM / CUDA",
+        "ours / ours, CUDA": "ours / CUDA",
+        "forward, CUDA": "forward, CUDA",
+    }
+    rows = [
+        [
+            key,
+            _microseconds(group, group["floor"]),
+            *(_microseconds(group, name) for name in times),
+            _microseconds(group, "ours, CUDA", group["steps"]),
+            *(_ratio(group, label) for label in ratios),
+        ]
+        for key, group in groups.items()
+    ]
+    header = ["B/H/T, products", "floor, µs", "nn.LSTM, µs", "ours, µs", "a launch a step, µs"]
+    header += ["CUDA, µs", "CUDA, µs a time step", *ratios.values()]
+    text = (
+        "Forward and backward of a window, gradients of weights and input, input size H, as "
+        "replays of CUDA graphs. Ours is a persistent kernel where the weights fit. The floor is "
+        "the products that cannot be avoided, by `torch.mm(out=)`. Ratios of times (99 % "
+        "interval), above one where ours is faster; some without a graph, or of the forward alone. "
+        "Ours is Triton's; CUDA is the one in CUDA C++, with parameters and their gradients in "
+        "float32."
+    )
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    bare = grids.get(str(results["facts"].get("multiprocessors")), {}).get("CUDA barrier")
+    if bare is not None:
+        text += (
+            " A time step has two barriers of the grid, forward and backward, which bare take "
+            f"{2 * bare * 1e6:.3g} µs."
+        )
+    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+
+
+def render_gpu_details(results: dict[str, Any]) -> str:
+    """All candidates of all groups, and what a launch and a grid barrier cost."""
+    parts = []
+    for suite in ("gpu-layer", "gpu-lstm"):
+        groups = results.get(suite, {})
+        for key, group in groups.items():
+            rows = [
+                [name, _microseconds(group, name), _over_floor(group, name)]
+                for name in group["order"]
+            ]
+            parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
+            failed = [f"{n}: {r['failed']}" for n, r in group["rows"].items() if "failed" in r]
+            if failed:
+                parts.append("No figure: " + "; ".join(failed) + ".")
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    if grids:
+        names = ("launch", "barrier", "CUDA launch", "CUDA barrier")
+        rows = [
+            [programs, *(f"{found[n] * 1e6:.3g}" if n in found else "–" for n in names)]
+            for programs, found in sorted(grids.items(), key=lambda grid: int(grid[0]))
+        ]
+        parts.append(
+            "A cooperative launch that does nothing, and a barrier of all its programs, of Triton "
+            "and of CUDA C++:"
+        )
+        parts.append(table(["programs", *(f"{name}, µs" for name in names)], rows))
+    measured = {
+        k: g for s in ("gpu-layer", "gpu-lstm", "gpu-floors") for k, g in results.get(s, {}).items()
+    }
+    if not measured:
+        return "Not measured yet."
+    return "\n\n".join([_gpu_provenance(results, measured), *parts])

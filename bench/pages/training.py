@@ -1,0 +1,106 @@
+"""Tables of ``fused-dni train``: errors, ranks, recurrent nets."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from fused_dni.report.blocks import as_markdown
+from fused_dni.report.kinds import recurrent as recurrent_report
+from pages.cells import table
+from stored import RESULTS
+
+
+def render_training(report: dict[str, Any]) -> str:
+    """Errors and wall-clock of one ``fused-dni train`` run."""
+    facts, settings = report["facts"], report["settings"]
+    stock = report["summary"][0]["seconds_per_epoch"]
+    names = {
+        "backprop": "stock backprop, eager, fused optimizer",
+        "fused": "backprop on our kernels",
+        "cdni k=1": "cDNI, targets on every step",
+        "cdni k=4": "cDNI, targets on every 4th step",
+    }
+    rows = [
+        [
+            names.get(row["name"], row["name"]),
+            f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})",
+            f"{row['seconds_per_epoch'] * 1e3:.0f}",
+            f"{row['seconds_per_epoch'] / stock:.2f}",
+            f"{row['seconds_to_threshold']:.2f} s"
+            if row["seconds_to_threshold"]
+            else "not reached",
+        ]
+        for row in report["summary"]
+    ]
+    header = ["", f"error, {report['evaluated_on']}", "epoch, ms", "÷ first row"]
+    header.append(f"to {report['summary'][0]['threshold']:.0%}")
+    text = (
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}: `{facts['command']}`. {settings['depth']} hidden layers of "
+        f"{settings['hidden']}, batch {settings['batch_size']}, {settings['epochs']} epochs, "
+        f"{len(settings['seeds'])} seeds (mean, range), {settings['update']} at "
+        f"{settings['lr']:g}, synthesizers of rank {settings['rank'] or 'O (dense)'} at "
+        f"{settings['sg_lr']:g}, {settings['warmup_steps']} steps of warm-up."
+    )
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def render_recurrent(report: dict[str, Any]) -> str:
+    """What one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    outcome, facts = recurrent_report.outcome_of(report), report["facts"]
+    s = outcome.settings
+    said = (
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
+        f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
+    )
+    rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
+    return f"{said}\n\n{rows}\n\n{recurrent_report.sentence(outcome)}"
+
+
+def render_future(report: dict[str, Any]) -> str:
+    """The true gradient of the future beside the window's own, and beside what was predicted."""
+    outcome = recurrent_report.outcome_of(report)
+    left_out = as_markdown([recurrent_report.future_table(outcome)], RESULTS)
+    shares = (0.1, 0.25, 0.5, 0.75, 1.0)
+    rows = []
+    for name in outcome.names():
+        runs = [[r for r in run["history"] if r.get("prediction")] for run in outcome.of(name)]
+        if not all(runs) or not any("prediction_cosine" in r["prediction"] for r in runs[0]):
+            continue
+        for key in ("cosine", "norm_ratio"):
+            cells = []
+            for share in shares:
+                at = [run[max(0, round(share * len(run)) - 1)]["prediction"] for run in runs]
+                found = [r[f"prediction_{key}"] for r in at if r[f"prediction_{key}"] is not None]
+                cells.append(f"{statistics.median(found):.3f}" if found else "-")
+            rows.append([f"{name}, {key.replace('_', ' ')}", *cells])
+    header = ["prediction against truth, by share of the training"]
+    predicted = table([*header, *(f"{share:.0%}" for share in shares)], rows)
+    return f"{left_out}\n\n{predicted}"
+
+
+def render_ranks(reports: list[dict[str, Any]]) -> str:
+    """Error by rank of the synthesizer, one ``fused-dni train --held-out --rank`` run each."""
+    if not reports:
+        return "Not measured yet."
+    reports = sorted(reports, key=lambda report: report["settings"]["rank"] or 10**9)
+    names = [row["name"] for row in reports[0]["summary"]]
+    rows = [
+        [
+            str(report["settings"]["rank"] or "dense"),
+            *(
+                f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})"
+                for row in report["summary"]
+            ),
+        ]
+        for report in reports
+    ]
+    facts = reports[0]["facts"]
+    text = (
+        f"Error, {reports[0]['evaluated_on']}, mean and range of "
+        f"{len(reports[0]['settings']['seeds'])} seeds. {facts['device']}, {facts['date']}, commit "
+        f"{facts['commit']}: `{facts['command']}`."
+    )
+    return f"{text}\n\n{table(['rank', *names], rows)}"
