@@ -274,6 +274,7 @@ EXTENSIONS = [
 
 setup(
     packages=[*find_packages(include=["fused_dni", "fused_dni.*"]), "fused_dni.kernels"],
+    py_modules=["fused_dni_launcher"],
     package_dir={"fused_dni": "fused_dni", "fused_dni.kernels": "kernels"},
     package_data={
         "fused_dni": ["py.typed"],

@@ -1,6 +1,12 @@
-"""Where the types of the ops stood before :mod:`fused_dni.ops.types`: whole modules pickled then
-look ``LinearConfig`` up here."""
+"""Where the types of the ops stood before :mod:`fused_dni.ops.types`: what was pickled then looks
+them up here."""
 
-from fused_dni.ops.types import ACTIVATIONS, LinearConfig
+from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "LinearConfig"]
+from typing import Any
+
+from fused_dni.ops import types
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(types, name)
