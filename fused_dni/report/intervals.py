@@ -25,9 +25,15 @@ def _rank(n: int, confidence: float) -> int | None:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the median by order statistics: no assumption on the distribution.
+    """Bound the median by order statistics, without an assumption on the distribution.
 
-    Returns ``(-inf, inf)`` if there are too few values for this confidence (below six for 95 %).
+    Args:
+        values: the sample.
+        confidence: that the median lies within the bounds.
+
+    Returns:
+        The lower and the upper bound; ``(-inf, inf)`` if there are too few values for this
+        confidence (below six for 95 %).
     """
     rank = _rank(len(values), confidence)
     if rank is None:

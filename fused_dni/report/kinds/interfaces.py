@@ -58,7 +58,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
 
 
 def named(depth: int, every: int) -> str:
-    """A network's name in progress and reports."""
+    """Name a network, in progress and reports; ``every`` as in a report's ``networks``."""
     layers = f"{depth} layer{'s' if depth > 1 else ''}"
     if every == 0:
         return f"{layers}, backprop"

@@ -123,7 +123,7 @@ _SHARES = ("bandwidth_share", "memory_share", "tensor_share", "occupancy")
 
 
 def rows(kernels: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Kernels that ncu saw, as the rows of a table under :data:`HEADER`."""
+    """Put the kernels that ncu saw into rows of a table under :data:`HEADER`."""
     return [
         [
             kernel["kernel"],

@@ -63,15 +63,15 @@ class Outcome:
         return "characters" if self.settings.task == "charlm" else "steps"
 
     def names(self) -> list[str]:
-        """The arms in order."""
+        """List the arms in order."""
         return list(dict.fromkeys(run["name"] for run in self.runs))
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        """The runs of an arm, one a seed."""
+        """Select the runs of an arm, one a seed."""
         return [run for run in self.runs if run["name"] == name]
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row an arm: final values, seconds of the whole training, and costs where measured."""
+        """Sum up every arm in a row: final values, seconds of the training, costs if measured."""
         rows = []
         for name in self.names():
             runs = self.of(name)

@@ -37,15 +37,15 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """The methods in order."""
+        """List the methods in order."""
         return list(dict.fromkeys(run["name"] for run in self.runs))
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        """The runs of a method, one a seed."""
+        """Select the runs of a method, one a seed."""
         return [run for run in self.runs if run["name"] == name]
 
     def summary(self, threshold: float | None = None) -> list[dict[str, Any]]:
-        """A row a method: errors, seconds per epoch, seconds to the threshold accuracy.
+        """Sum up every method in a row: errors, seconds per epoch, seconds to an accuracy.
 
         ``seconds_to_threshold`` is the median over seeds of the training time at the end of the
         first epoch whose accuracy is at least ``threshold``; None if a seed never got there.
