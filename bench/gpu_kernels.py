@@ -39,6 +39,7 @@ from fused_dni.backends.cuda import calls as cuda_calls
 from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
+from fused_dni.report.kinds import profile as profile_report
 from gpu_baselines import graphed
 from groups import compared, device_facts, gather
 from pages.cells import interval
@@ -576,7 +577,9 @@ def profile(run: Run) -> None:
 def ncu_table(written: str) -> str:
     """The output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
     kernels = ncu.read(written)
-    return columns([list(ncu.HEADER), *ncu.rows(kernels)]) if kernels else "ncu reported no kernel"
+    if not kernels:
+        return "ncu reported no kernel"
+    return columns([list(profile_report.HEADER), *profile_report.rows(kernels)])
 
 
 # ------------------------------------------------------------------------------------- summary

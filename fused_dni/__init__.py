@@ -32,7 +32,7 @@ from fused_dni.synthesizers import (
 )
 
 if TYPE_CHECKING:
-    from fused_dni.measure.advise import Advice, advise
+    from fused_dni.measure.advise.advise import Advice, advise
     from fused_dni.measure.verdict import LSTMVerdict, Verdict, verdict, verdict_lstm
 
 __all__ = [

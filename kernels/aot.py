@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,12 +31,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_dni.kernels.launch import Launch, Specimen
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from fused_dni.report import text
-from fused_dni.report.progress import Progress
 
 # What a block may have: KiB of shared memory by architecture (CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability"), columns of Blackwell's tensor memory.
@@ -239,7 +239,11 @@ HEADER = [
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A line for each outcome, and below it what is broken."""
-    lines = [text.table(HEADER, [outcome.row() for outcome in outcomes])]
+    rows = [HEADER, *(outcome.row() for outcome in outcomes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+    lines = [form.format(*row).rstrip() for row in rows]
     lines += [f"{o.kernel}: {o.specimen}: {'; '.join(o.broken)}" for o in outcomes if o.broken]
     return "\n".join(lines)
 
@@ -321,6 +325,32 @@ def examine(specimens: list[Specimen], architecture: int, jobs: int) -> Iterator
                 yield _outcome(specimens[i], None, ["not compiled: the compiler crashed"])
 
 
+def _counted(outcomes: Iterator[Outcome], total: int, name: str) -> Iterator[Outcome]:
+    """The outcomes, and on stderr how many of them there are: a bar on a terminal, elsewhere a line
+    every ten seconds and one at the end."""
+    terminal = sys.stderr.isatty()
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        auto_refresh=False,  # by a thread, beside which workers would be forked
+        disable=not terminal,
+    )
+    last = time.monotonic()
+    with bars:
+        task = bars.add_task(name, total=total, note="")
+        for count, outcome in enumerate(outcomes, 1):
+            bars.update(task, completed=count, note=outcome.specimen, refresh=True)
+            if not terminal and (count == total or time.monotonic() - last >= 10.0):
+                last = time.monotonic()
+                said = f"{name}: {100 * count / total:.0f} %  {outcome.specimen}"
+                print(said, file=sys.stderr, flush=True)
+            yield outcome
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0; 1 a bound is broken; 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -342,12 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if not specimens:
         parser.error(f"no specimen has {given.match!r} in its name")
-    progress = Progress()
-    outcomes = []
-    with progress:
-        for outcome in examine(specimens, given.arch, max(given.jobs, 1)):
-            outcomes.append(outcome)
-            progress.update(f"sm_{given.arch}", len(outcomes) / len(specimens), outcome.specimen)
+    ready = examine(specimens, given.arch, max(given.jobs, 1))
+    outcomes = list(_counted(ready, len(specimens), f"sm_{given.arch}"))
     order = [(s.launch.kernel.__name__, s.name) for s in specimens]
     outcomes.sort(key=lambda outcome: order.index(outcome[:2]))
     print(table(outcomes))

@@ -1,7 +1,7 @@
 """Which tiles a kernel runs with: forced, measured here, measured by us, or by rule of thumb.
 
 A choice belongs to an op, a variant of it, an architecture, a dtype and a shape. Choices that
-:func:`tune` measured are kept on disk, in ``tiles.json`` under :func:`folder`; ``tuned.json``
+``fused-dni tune`` measured are kept on disk, in ``tiles.json`` under :func:`folder`; ``tuned.json``
 beside this file, if there is one, holds those that come with the package. Both are read once a
 process::
 
@@ -18,25 +18,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-
-from fused_dni.measure import timing
 
 T = TypeVar("T", bound=NamedTuple)
 
 FORMAT = 1
 _FILE = "tiles.json"
 _SHIPPED = Path(__file__).with_name("tuned.json")
-#: Launches in one sample on a GPU: replayed as one CUDA graph, so that the time of a kernel of a
-#: few microseconds is its own and not that of launching it.
-_LAUNCHES = 20
 
 _Table = dict[str, Any]  # fields of the tiles, by :meth:`Choice.entry`
 
@@ -204,111 +197,3 @@ def _read(path: Path) -> _Table:
         return {}
     choices = held.get("choices")
     return choices if isinstance(choices, dict) else {}
-
-
-# ---------------------------------------------------------------------------------------------
-# Measuring
-
-
-@dataclass(frozen=True)
-class Trial(Generic[T]):
-    """A candidate and what came of it.
-
-    Attributes:
-        tiles: the candidate.
-        timing: of one call; None if it was skipped.
-        skipped: why it was: it did not compile, or asked for more than the device has.
-    """
-
-    tiles: T
-    timing: timing.Timing | None
-    skipped: str | None = None
-
-
-def tune(
-    choice: Choice,
-    candidates: Iterable[T],
-    prepare: Callable[[T], Callable[[], object]],
-    *,
-    seconds: float = 1.0,
-    report: Callable[[Trial[T]], object] | None = None,
-) -> T:
-    """Measure candidates against each other and :func:`remember` the fastest.
-
-    Args:
-        choice: what they are candidates for.
-        candidates: the tiles to try.
-        prepare: gives a callable that runs the op with these tiles. It is called many times, so it
-            has to work on copies that nobody needs; nothing else is touched, and the state of
-            torch's random number generators is put back.
-        seconds: budget of the timed calls, of all candidates together; compiling comes on top.
-        report: called with every trial, the fastest first and the skipped ones last. Without it,
-            those that were skipped are logged as warnings.
-
-    Raises:
-        RuntimeError: the current stream is capturing a CUDA graph, or no candidate runs.
-        OSError: the result cannot be written.
-    """
-    op, device = choice.op, choice.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "tiles cannot be tuned while a CUDA graph is being captured: tune before the capture"
-        )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trials = _measure(candidates, prepare, device, seconds)
-    for trial in trials:
-        if report is not None:
-            report(trial)
-        elif trial.skipped is not None:
-            logging.getLogger(__name__).warning("%s: %s: %s", op, trial.tiles, trial.skipped)
-    if not trials or trials[0].timing is None:
-        reasons = "; ".join(f"{trial.tiles}: {trial.skipped}" for trial in trials)
-        raise RuntimeError(f"no candidate for {op} runs on {device}: {reasons or 'none was given'}")
-    remember(choice, trials[0].tiles)
-    return trials[0].tiles
-
-
-def _measure(
-    candidates: Iterable[T],
-    prepare: Callable[[T], Callable[[], object]],
-    device: torch.device,
-    seconds: float,
-) -> list[Trial[T]]:
-    """A trial each, the fastest first, the skipped ones last."""
-    calls: dict[str, Callable[[], object]] = {}
-    tried: dict[str, T] = {}
-    skipped: list[Trial[T]] = []
-    launches = _LAUNCHES if device.type == "cuda" else 1
-    for tiles in dict.fromkeys(candidates):
-        try:
-            call = prepare(tiles)
-            call()  # compiles
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                call = _graph(call, launches)
-        except Exception as error:  # compilers raise what they like
-            lines = str(error).splitlines() or [""]
-            skipped.append(Trial(tiles, None, f"{type(error).__name__}: {lines[0]}"))
-            continue
-        calls[str(tiles)], tried[str(tiles)] = call, tiles
-    if not calls:
-        return skipped
-    taken = timing.compare(calls, seconds=seconds, device=device)
-    trials = [
-        Trial(tried[name], timing.combine(name, [(1 / launches, each)]))
-        for name, each in taken.items()
-    ]
-    return sorted(trials, key=lambda trial: trial.timing.median) + skipped  # type: ignore[union-attr]
-
-
-def _graph(call: Callable[[], object], launches: int) -> Callable[[], object]:
-    """``launches`` calls as the replay of one CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            call()
-
-    def replay(held: Callable[[], object] = call) -> None:  # a graph does not hold its tensors
-        graph.replay()
-
-    return replay

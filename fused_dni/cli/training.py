@@ -22,8 +22,8 @@ from fused_dni.cli.arguments import (
 if TYPE_CHECKING:
     from fused_dni.experiments.characters import Text
     from fused_dni.experiments.data import Dataset
-    from fused_dni.experiments.train import Outcome
     from fused_dni.measure.verdict import Verdict
+    from fused_dni.report.kinds.train import Outcome
     from fused_dni.report.progress import Progress
 
 #: Commands of two words: ``train copy``.
@@ -359,16 +359,17 @@ def _run_training(args: argparse.Namespace, command: str, split_seconds: float |
 
 
 def _train(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.report.kinds import train as report
+    from fused_dni.experiments.train_report import write
 
     outcome, _, _ = _run_training(args, command, None if args.no_split else args.split_seconds)
-    files = report.write(outcome, args.out, command=command)
+    files = write(outcome, args.out, command=command)
     _print_training(args, outcome, files, None)
     return 0
 
 
 def _train_recurrent(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import recurrent
+    from fused_dni.experiments.recurrent_report import write
     from fused_dni.measure import memory
     from fused_dni.report.blocks import Block, as_text
     from fused_dni.report.kinds import recurrent as recurrent_report
@@ -413,7 +414,7 @@ def _train_recurrent(args: argparse.Namespace, command: str) -> int:
                 backend=settings.backend,
                 progress=lambda fraction: progress.update("memory curve", fraction),
             )
-    files = recurrent_report.write(outcome, args.out, command=command)
+    files = write(outcome, args.out, command=command)
     if args.json:
         print(files[0].read_text(), end="")
         return 0
@@ -442,8 +443,8 @@ def _text(path: str | None, validation: float) -> Text:
 
 def _demo(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import data, nets
+    from fused_dni.experiments.train_report import write
     from fused_dni.measure.verdict import verdict
-    from fused_dni.report.kinds import train as report
     from fused_dni.report.progress import Progress
 
     outcome, settings, dataset = _run_training(args, command, 3.0)
@@ -468,7 +469,7 @@ def _demo(args: argparse.Namespace, command: str) -> int:
             f"at batch {settings.batch_size} with {settings.update.capitalize()}",
             progress=progress.update,
         )
-    files = report.write(outcome, args.out, command=command, verdict=found)
+    files = write(outcome, args.out, command=command, verdict=found)
     _print_training(args, outcome, files, found)
     return 0
 

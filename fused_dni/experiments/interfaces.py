@@ -24,6 +24,7 @@ from fused_dni.experiments import data, nets
 from fused_dni.experiments.run import plain, preset, refuse_divergence
 from fused_dni.experiments.train import FusedTrainer
 from fused_dni.measure.baseline import facts
+from fused_dni.report.kinds.interfaces import named
 from fused_dni.report.progress import Progress
 from fused_dni.rules import Adam
 
@@ -165,16 +166,6 @@ def measure(
         "dataset": dataset.name,
         "networks": rows,
     }
-
-
-def named(depth: int, every: int) -> str:
-    """A network's name in progress and reports."""
-    layers = f"{depth} layer{'s' if depth > 1 else ''}"
-    if every == 0:
-        return f"{layers}, backprop"
-    if every == 1:
-        return f"{layers}, an interface each"
-    return f"{layers}, an interface every {every}"
 
 
 def _run(

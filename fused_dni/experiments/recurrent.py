@@ -19,10 +19,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from fused_dni.experiments.run import (
 )
 from fused_dni.measure import timing
 from fused_dni.report import text
+from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
 
 TASKS = ("charlm", *sequences.TASKS)
@@ -57,8 +57,7 @@ CHUNK = 20
 VALIDATION_STREAMS = 16
 #: Steps of the validation text that are read in one call.
 VALIDATION_WINDOW = 256
-#: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
-COST_LEVEL = 19
+
 
 State = tuple[Tensor, Tensor]
 
@@ -703,69 +702,6 @@ def _piece(arm: Arm, settings: Settings, source: Text | None) -> timing.Candidat
 
 
 # --------------------------------------------------------------------------------------------- run
-
-
-@dataclass
-class Outcome:
-    """What a finished run has to report.
-
-    ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
-    (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
-    also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
-    ``costs`` is what :func:`costs` gives, ``memory_curve`` what
-    :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked for.
-    """
-
-    settings: Settings
-    data: dict[str, Any]
-    runs: list[dict[str, Any]]
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    memory_curve: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        """What the task is judged by: a column of the histories."""
-        return "bits" if self.settings.task == "charlm" else "solved"
-
-    @property
-    def axis(self) -> str:
-        """What training is counted in: a column of the histories."""
-        return "characters" if self.settings.task == "charlm" else "steps"
-
-    def names(self) -> list[str]:
-        """The arms in order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """The runs of an arm, one a seed."""
-        return [run for run in self.runs if run["name"] == name]
-
-    def summary(self) -> list[dict[str, Any]]:
-        """A row an arm: final values, seconds of the whole training, and costs where measured."""
-        rows = []
-        for name in self.names():
-            runs = self.of(name)
-            final = [run["history"][-1][self.key] for run in runs]
-            cost = self.costs.get(name)
-            unit = None if cost is None else cost["timing"]["median"] / cost["units"]
-            rows.append(
-                {
-                    "name": name,
-                    "method": runs[0]["method"],
-                    "window": runs[0]["window"],
-                    f"{self.key}_mean": statistics.fmean(final),
-                    f"{self.key}_min": min(final),
-                    f"{self.key}_max": max(final),
-                    self.key: final,
-                    f"seconds_per_{self.axis[:-1]}": unit,
-                    "seconds_total": statistics.median(
-                        [run["history"][-1]["seconds"] for run in runs]
-                    ),
-                    "peak_memory": None if cost is None else cost["peak_memory"],
-                }
-            )
-        return rows
 
 
 def train(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_dni.measure.errors import Interrupted as Interrupted
 from fused_dni.report import text
 
 S = TypeVar("S", bound=Any)
@@ -26,10 +27,6 @@ VERSION = 1
 
 class CheckpointError(ValueError):
     """A checkpoint is absent, broken or of another run; the message says which."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and did, at a step's end; the message says what was kept."""
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -12,10 +12,9 @@ any moment and resumed from its last checkpoint it continues bit by bit as if no
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.ops.types import INTERFACES
 from fused_dni.report import text
+from fused_dni.report.kinds.train import Outcome
 from fused_dni.report.progress import Progress
 from fused_dni.rules import SGD, Adam, AdamW, Rule
 
@@ -139,8 +139,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mnist": {},
     "digits": {"epochs": 25, "batch_size": 64, "warmup_steps": 44},
 }
-#: Accuracy whose wall-clock is reported.
-THRESHOLD = {"mnist": 0.98, "digits": 0.96}
 
 
 def defaults(dataset: str, **changes: Any) -> Settings:
@@ -320,80 +318,6 @@ def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:
 
 
 # ------------------------------------------------------------------------------------------- run
-
-
-@dataclass
-class Outcome:
-    """What a finished run has to report.
-
-    ``runs`` holds, for each method and seed, ``name``, ``seed``, ``history`` (a row an epoch:
-    epoch, steps, seconds since the start, error), ``fingerprint`` of the final parameters and, for
-    ``compiled``, ``compile_seconds``.
-    """
-
-    settings: Settings
-    dataset: str
-    runs: list[dict[str, Any]]
-    steps_per_epoch: int
-    split: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def names(self) -> list[str]:
-        """The methods in order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """The runs of a method, one a seed."""
-        return [run for run in self.runs if run["name"] == name]
-
-    def summary(self, threshold: float | None = None) -> list[dict[str, Any]]:
-        """A row a method: errors, seconds per epoch, seconds to the threshold accuracy.
-
-        ``seconds_to_threshold`` is the median over seeds of the training time at the end of the
-        first epoch whose accuracy is at least ``threshold``; None if a seed never got there.
-        """
-        threshold = THRESHOLD[self.settings.dataset] if threshold is None else threshold
-        rows = []
-        for name in self.names():
-            runs = self.of(name)
-            final = [run["history"][-1]["error"] for run in runs]
-            epochs: list[float] = []
-            reached: list[float | None] = []
-            for run in runs:
-                ends = [row["seconds"] for row in run["history"]]
-                epochs += [b - a for a, b in zip([0.0, *ends], ends, strict=False)]
-                reached.append(
-                    next(
-                        (
-                            row["seconds"]
-                            for row in run["history"]
-                            if row["error"] <= 1 - threshold + 1e-12
-                        ),
-                        None,
-                    )
-                )
-            known = [value for value in reached if value is not None]
-            rows.append(
-                {
-                    "name": name,
-                    "error_mean": statistics.fmean(final),
-                    "error_min": min(final),
-                    "error_max": max(final),
-                    "errors": final,
-                    "seconds_per_epoch": statistics.median(epochs),
-                    "seconds_per_epoch_range": [min(epochs), max(epochs)],
-                    "seconds_per_step": statistics.median(epochs) / self.steps_per_epoch,
-                    "seconds_total": statistics.median(
-                        [run["history"][-1]["seconds"] for run in runs]
-                    ),
-                    "threshold": threshold,
-                    "seconds_to_threshold": (
-                        statistics.median(known) if len(known) == len(reached) else None
-                    ),
-                    "seeds_that_reached_threshold": len(known),
-                }
-            )
-        return rows
 
 
 def train(

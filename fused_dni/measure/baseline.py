@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import subprocess
@@ -73,10 +72,10 @@ def facts(command: str | None = None) -> dict[str, Any]:
 def _isa() -> str | None:
     """Instruction set that our C++ kernels run on: one processor's name may stand for several."""
     try:
-        cpu = importlib.import_module("fused_dni.backends._cpu")
+        import fused_dni.backends._cpu as cpu
     except ImportError:
         return None
-    return str(cpu.isa() if callable(cpu.isa) else cpu.isa)
+    return cpu.isa()
 
 
 def _git(*arguments: str) -> str | None:

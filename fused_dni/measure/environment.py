@@ -7,7 +7,6 @@ nothing here raises because a tool, a library or a file is missing.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -158,7 +157,7 @@ def _extension() -> dict[str, Any]:
     """What the compiled extension says of itself: every public function that takes nothing and
     answers with plain data about the build (``isa``, ``compiler`` and the like)."""
     try:
-        cpu = importlib.import_module("fused_dni.backends._cpu")
+        import fused_dni.backends._cpu as cpu
     except ImportError:
         return {"C++ extension": built.why_left_out("_cpu")}
     facts: dict[str, Any] = {"C++ extension": getattr(cpu, "__file__", "built in")}
@@ -174,7 +173,7 @@ def _extension() -> dict[str, Any]:
 def _cuda_extension() -> dict[str, Any]:
     """Whether the CUDA part is there, what it was built with and for."""
     try:
-        cuda = importlib.import_module("fused_dni.backends._cuda")
+        import fused_dni.backends._cuda as cuda
     except ImportError:
         return {"CUDA extension": built.why_left_out("_cuda")}
     return {
@@ -256,7 +255,9 @@ def _threads() -> dict[str, Any]:
     except ImportError:
         facts["torch"] = None
     with contextlib.suppress(ImportError):  # so that its OpenMP runtime, if any, is counted
-        facts["our kernels"] = importlib.import_module("fused_dni.backends._cpu").max_threads()
+        import fused_dni.backends._cpu as cpu
+
+        facts["our kernels"] = cpu.max_threads()
     libraries = openmp_libraries()
     facts["OpenMP runtimes"] = libraries
     facts["one OpenMP pool"] = len(libraries) <= 1
@@ -265,19 +266,19 @@ def _threads() -> dict[str, Any]:
 
 def _backends() -> dict[str, Any]:
     try:
-        registry = importlib.import_module("fused_dni.ops.registry")
+        from fused_dni.ops import registry
     except ImportError as error:
         return {"error": f"registry cannot be imported: {error}"}
-    found = registry.report()
     return {
         name: "serves" if reason is None else f"cannot serve: {reason}"
-        for name, reason in dict(found).items()
+        for name, reason in registry.report()
     }
 
 
 def _measured() -> dict[str, Any]:
     """The tables by which a backend is chosen on a GPU: where they lie, and who won what."""
-    measured = importlib.import_module("fused_dni.ops.measured")
+    from fused_dni.ops import measured
+
     entries = {
         entry: seconds for table in reversed(measured.tables()) for entry, seconds in table.items()
     }

@@ -28,12 +28,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
 from fused_dni.measure.waiting import Stopwatch
+from fused_dni.report.intervals import median_interval
 
 Candidate = Callable[[], object]
 
@@ -67,34 +68,6 @@ MIN_ROUNDS = 8
 PATIENCE = 3.0
 #: Differences below one per cent are reported as none: code placement alone makes them.
 MARGIN = 0.01
-
-
-@lru_cache(maxsize=1024)
-def _rank(n: int, confidence: float) -> int | None:
-    """Largest rank r (from 0) with P(x_(r) <= median <= x_(n-1-r)) >= confidence, None if none."""
-    allowed = (1.0 - confidence) / 2.0
-    if n > 1000:  # the normal approximation is exact to a rank there
-        z = statistics.NormalDist().inv_cdf(1.0 - allowed)
-        return max(0, math.floor((n - z * math.sqrt(n)) / 2.0) - 1)
-    below, rank = 0, None
-    for r in range(n // 2):
-        below += math.comb(n, r)
-        if below / 2**n > allowed:
-            break
-        rank = r
-    return rank
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the median by order statistics: no assumption on the distribution.
-
-    Returns ``(-inf, inf)`` if there are too few values for this confidence (below six for 95 %).
-    """
-    rank = _rank(len(values), confidence)
-    if rank is None:
-        return (-math.inf, math.inf)
-    ordered = sorted(values)
-    return (ordered[rank], ordered[len(ordered) - 1 - rank])
 
 
 def _quantile(values: Sequence[float], q: float) -> float:

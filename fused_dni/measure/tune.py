@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_dni.kernels import tuning
 from fused_dni.measure import timing
+from fused_dni.measure.tiles import measure
+from fused_dni.measure.tiles import tune as tune_tiles
 from fused_dni.ops import measured, registry
 from fused_dni.ops.types import (
     STATISTICS_SIZE,
@@ -39,7 +42,7 @@ class Tuned:
         choice: what was chosen for: op, shape, dtype, device (``fused_dni.kernels.tuning.Choice``).
         tiles: the tiles from now on.
         usual: those before.
-        trials: all candidates (``fused_dni.kernels.tuning.Trial``), the fastest first.
+        trials: all candidates (``fused_dni.measure.tiles.Trial``), the fastest first.
     """
 
     choice: Any
@@ -359,7 +362,6 @@ def tune(
         RuntimeError: the current stream is capturing a CUDA graph, or no candidate of an op runs.
         OSError: the result cannot be written.
     """
-    from fused_dni.kernels import tuning
 
     def scratch() -> LinearScratch | LSTMScratch:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -387,7 +389,7 @@ def tune(
             return run
 
         trials: list[Any] = []
-        tiles = tuning.tune(choice, tried, prepare, seconds=seconds, report=trials.append)
+        tiles = tune_tiles(choice, tried, prepare, seconds=seconds, report=trials.append)
         yield Tuned(choice, tiles, usual, trials)
 
 
@@ -412,8 +414,6 @@ def rank(
         RuntimeError: the current stream is capturing a CUDA graph.
         OSError: the result cannot be written.
     """
-    from fused_dni.kernels import tuning
-
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("backends cannot be timed while a CUDA graph is being captured")
     names = measured.BACKENDS
@@ -431,7 +431,7 @@ def rank(
     # Candidates of a choice are tiles elsewhere; nothing is asked of them but to be told apart.
     candidates: Any = names
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trials = tuning._measure(candidates, prepare, device, seconds)
+        trials = measure(candidates, prepare, device, seconds)
     timings = {str(trial.tiles): trial.timing for trial in trials if trial.timing is not None}
     skipped = {str(trial.tiles): trial.skipped for trial in trials if trial.skipped is not None}
     if not made:
@@ -447,8 +447,6 @@ def rank(
 def report(found: list[Tuned], ranked: Ranked | None, device: torch.device) -> dict[str, Any]:
     """What was found, where it holds and where it is kept, as plain data."""
     import triton
-
-    from fused_dni.kernels import tuning
 
     cuda = device.type == "cuda"
     return {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fused_dni.measure import timing
+from fused_dni.report.intervals import median_interval
 from fused_dni.report.kinds import load
 
 #: ``kind`` of a file by pytest-benchmark.
@@ -108,7 +108,7 @@ def interval(rounds: Sequence[float]) -> tuple[float, float]:
         return 0.0, math.inf
     cuts = [len(rounds) * part // PARTS for part in range(PARTS + 1)]
     parts = [statistics.median(rounds[a:b]) for a, b in itertools.pairwise(cuts)]
-    return timing.median_interval(parts, 0.99)
+    return median_interval(parts, 0.99)
 
 
 def _report(report: dict[str, Any]) -> Results:

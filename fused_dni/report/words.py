@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from fused_dni.measure.timing import Ratio
+
+class Ratio(Protocol):
+    """A ratio of two times and how sure it is: :class:`fused_dni.measure.timing.Ratio`."""
+
+    @property
+    def median(self) -> float: ...
+
+    def verdict(self) -> str: ...
 
 
 def versus(found: Ratio) -> str:

@@ -15,7 +15,7 @@ from fused_dni.kernels import linear, tuning
 import fused_dni
 from fused_dni import cli
 from fused_dni.cli import arguments
-from fused_dni.measure import timing, tune
+from fused_dni.measure import tiles, timing, tune
 from fused_dni.ops import measured, registry
 from fused_dni.ops import types as base
 
@@ -369,8 +369,8 @@ def test_what_was_tuned_is_a_line_a_candidate():
     choice = tuning.Choice("linear_step", (128, 1024, 1024), torch.bfloat16, torch.device("cpu"))
     rounds = (10e-6, 11e-6, 12e-6)
     trials = [
-        tuning.Trial(best, timing.Timing("", rounds, rounds, 1)),
-        tuning.Trial(large, None, "OutOfResources: shared memory"),
+        tiles.Trial(best, timing.Timing("", rounds, rounds, 1)),
+        tiles.Trial(large, None, "OutOfResources: shared memory"),
     ]
     head, first, second = tune.Tuned(choice, best, usual, trials).table().splitlines()
     assert head.endswith("linear_step 128x1024x1024 bfloat16")

@@ -14,6 +14,7 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, recurrent, run
+from fused_dni.experiments.recurrent_report import write
 from fused_dni.measure import memory
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
@@ -476,7 +477,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     outcome = recurrent.train(settings, source)
     outcome.costs = recurrent.costs(settings, source, seconds=0.05)
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
-    files = recurrent_report.write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
+    files = write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
     names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
     plots = {f"{name}.png" for name in names}
     assert {f.name for f in files} == {"report.json", "report.md", *plots}
@@ -503,7 +504,7 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = recurrent.train(replace(COPY, amount=3, seeds=(0,)))
     with pytest.raises(ReportError, match="cannot write the report"):
-        recurrent_report.write(outcome, tmp_path / "file" / "below")
+        write(outcome, tmp_path / "file" / "below")
 
 
 def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:

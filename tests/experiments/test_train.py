@@ -15,7 +15,8 @@ from clusters import clusters
 
 from fused_dni.experiments import data, nets, train
 from fused_dni.experiments.run import CHECKPOINT
-from fused_dni.report.kinds import train as report
+from fused_dni.experiments.train_report import write
+from fused_dni.report.kinds import ReportError
 
 # Networks this small have nothing to share out.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +97,7 @@ def test_the_report_folder(tmp_path):
     dataset = clusters(160, 50, 12)
     outcome = train.train(TINY, dataset)
     outcome.split = train.split_time(TINY, dataset, seconds=0.05)
-    files = report.write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
+    files = write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
     assert {f.name for f in files} == {"report.json", "report.md", *PLOTS}
     assert all(f.stat().st_size > 200 for f in files)
     read = json.loads(files[0].read_text())
@@ -116,8 +117,8 @@ def test_the_report_folder(tmp_path):
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
-    with pytest.raises(report.ReportError, match="cannot write the report"):
-        report.write(outcome, tmp_path / "file" / "below")
+    with pytest.raises(ReportError, match="cannot write the report"):
+        write(outcome, tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from fused_dni.kernels import tuning
 from fused_dni.kernels.tuning import Choice
 
+from fused_dni.measure import tiles
+
 CPU = torch.device("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -258,7 +260,7 @@ def sleeper(tiles):
 def test_the_fastest_is_remembered_and_the_others_are_reported(cache, monkeypatch):
     trials = []
     candidates = [Tiles(8), Tiles(13), Tiles(1), Tiles(8)]
-    best = tuning.tune(
+    best = tiles.tune(
         Choice("op", (8, 8), F32, CPU), candidates, sleeper, seconds=0.1, report=trials.append
     )
     assert best == Tiles(1)
@@ -271,7 +273,7 @@ def test_the_fastest_is_remembered_and_the_others_are_reported(cache, monkeypatc
 
 
 def test_skipped_candidates_are_logged(caplog):
-    tuning.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1), Tiles(13)], sleeper, seconds=0.01)
+    tiles.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1), Tiles(13)], sleeper, seconds=0.01)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "Tiles(block=13" in record.getMessage()
 
@@ -281,7 +283,7 @@ def test_skipped_candidates_are_logged(caplog):
 )
 def test_no_candidate_is_an_error_and_nothing_is_kept(cache, candidates, message):
     with pytest.raises(RuntimeError, match=f"no candidate for op runs on cpu: .*{message}"):
-        tuning.tune(Choice("op", (8, 8), F32, CPU), candidates, sleeper)
+        tiles.tune(Choice("op", (8, 8), F32, CPU), candidates, sleeper)
     assert not cache.exists()
     assert tuning.choose("op", (8, 8), F32, CPU, usual) == usual()
 
@@ -295,7 +297,7 @@ def test_random_numbers_go_on_as_if_nothing_was_measured():
         scratch = torch.randn(64)
         return lambda: scratch.normal_()
 
-    tuning.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1)], prepare, seconds=0.01)
+    tiles.tune(Choice("op", (8, 8), F32, CPU), [Tiles(1)], prepare, seconds=0.01)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -306,7 +308,7 @@ def test_nothing_is_measured_inside_a_capture(monkeypatch):
         raise AssertionError("prepared")
 
     with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
-        tuning.tune(Choice("op", (8, 8), F32, torch.device("cuda", 0)), [Tiles(1)], prepare)
+        tiles.tune(Choice("op", (8, 8), F32, torch.device("cuda", 0)), [Tiles(1)], prepare)
 
 
 @pytest.mark.gpu
@@ -320,7 +322,7 @@ def test_a_gpu_is_timed_by_replays():
         return lambda: scratch.mul_(1.0)
 
     before = torch.cuda.get_rng_state(device)
-    best = tuning.tune(
+    best = tiles.tune(
         Choice("op", (8,), F32, device),
         [Tiles(64), Tiles(1)],
         prepare,
@@ -333,4 +335,4 @@ def test_a_gpu_is_timed_by_replays():
     assert trials[1].timing.median > 4 * trials[0].timing.median
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="being captured"):
-        tuning.tune(Choice("op", (8,), F32, device), [Tiles(1)], prepare)
+        tiles.tune(Choice("op", (8,), F32, device), [Tiles(1)], prepare)

@@ -104,7 +104,7 @@ def test_tools_that_are_missing_or_fail_are_none(monkeypatch, tmp_path):
 def test_report_without_extension_and_proc(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_dni.backends._cpu", None)
     monkeypatch.setattr(environment, "Path", _NoFiles)
-    assert environment._package()["C++ extension"].startswith("not built: ")
+    assert environment._package()["C++ extension"].startswith("was not built")
     assert environment.openmp_libraries() == []
     assert environment._processor()["flags"] == []
 
@@ -121,7 +121,7 @@ def test_one_openmp_pool():
     code = """
 import torch
 import fused_dni
-from fused_dni import environment
+from fused_dni.measure import environment
 torch.set_num_threads(2)
 layer = fused_dni.FusedDNILinear(64, 64, update=fused_dni.SGD(0.1), backend="cpu")
 layer(torch.randn(64, 64))

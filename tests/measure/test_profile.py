@@ -15,6 +15,7 @@ import fused_dni as fd
 from fused_dni import cli
 from fused_dni.measure.profile import command, ncu, nsys, trace
 from fused_dni.report import as_text, blocks_of, load
+from fused_dni.report.kinds import profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,8 +245,8 @@ def test_what_ncu_wrote_is_read():
     assert large["stalls"] == {"barrier": 0.75, "long_scoreboard": 0.25}
     assert small["bandwidth"] is small["occupancy"] is None and small["stalls"] == {}
     assert ncu.read("==ERROR== ERR_NVGPUCTRPERM\n") == []
-    for row in ncu.rows([large, small]):
-        assert len(row) == len(ncu.HEADER)
+    for row in profile.rows([large, small]):
+        assert len(row) == len(profile.HEADER)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fused_dni.measure import timing
+from fused_dni.report import intervals
 
 
 def _spin(seconds: float):
@@ -158,7 +159,7 @@ def test_the_interval_of_the_median_covers_what_it_claims(n):
 
 
 def test_the_normal_approximation_joins_the_exact_ranks():
-    exact, approximate = timing._rank(1000, 0.95), timing._rank(1001, 0.95)
+    exact, approximate = intervals._rank(1000, 0.95), intervals._rank(1001, 0.95)
     assert approximate <= exact <= approximate + 2
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fused_dni.experiments.run import Interrupted
+from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.map import store
 from fused_dni.measure.map.grid import Point, Settings
 from fused_dni.measure.map.layer import measure

@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-PROGRAM = "fused-dni"
+#: Our own program, and the package that ``python -m`` runs it from.
+PROGRAM, PACKAGE = "fused-dni", "fused_dni"
 _PYTHON = re.compile(r"python(\d+(\.\d+)*)?(\.exe)?")
 
 
@@ -25,7 +26,7 @@ def as_process(words: Sequence[str]) -> list[str]:
         _refuse_missing(first)
         return [sys.executable, *words]
     if first == PROGRAM:
-        return [sys.executable, "-m", "fused_dni", *words[1:]]
+        return [sys.executable, "-m", PACKAGE, *words[1:]]
     if shutil.which(first) is None:
         raise ValueError(f"there is no program {first!r} to profile")
     return list(words)
@@ -45,7 +46,7 @@ class InProcess:
         named = bool(_PYTHON.fullmatch(Path(words[0]).name))
         rest = list(words[1:]) if named else list(words)
         if rest[:1] == [PROGRAM] and not named:
-            self.kind, self.target, self.arguments = "program", PROGRAM, rest[1:]
+            self.kind, self.target, self.arguments = "module", PACKAGE, rest[1:]
         elif rest[:1] == ["-m"] and len(rest) > 1:
             self.kind, self.target, self.arguments = "module", rest[1], rest[2:]
         elif rest and rest[0].endswith(".py"):
@@ -59,10 +60,6 @@ class InProcess:
 
     def run(self) -> int:
         """Run it to its end and return its exit status; an error of its own is printed."""
-        if self.kind == "program":
-            from fused_dni.cli import main
-
-            return main(self.arguments)
         argv, path = sys.argv, list(sys.path)
         sys.argv = [self.target, *self.arguments]
         try:

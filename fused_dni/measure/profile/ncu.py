@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_dni.report import text
-
 MISSING = (
     "ncu is not on PATH: install NVIDIA Nsight Compute (package nsight-compute of NVIDIA's CUDA "
     "repository, or developer.nvidia.com/nsight-compute)"
@@ -136,40 +134,3 @@ def _number(given: str | None, unit: str | None) -> float | None:
         return value
     seconds, size = match.groups()
     return value * (_OF_A_BYTE[size.lower()] if size is not None else _OF_A_SECOND[seconds.lower()])
-
-
-HEADER = (
-    "kernel", "launches", "time", "DRAM", "of its peak", "memory system", "tensor cores",
-    "occupancy", "warps wait for", "registers", "shared memory", "programs",
-)  # fmt: skip
-_SHARES = ("bandwidth_share", "memory_share", "tensor_share", "occupancy")
-
-
-def rows(kernels: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What :func:`read` found, as the rows of a table under :data:`HEADER`."""
-    return [
-        [
-            kernel["kernel"],
-            str(kernel["launches"]),
-            text.seconds(kernel["time"]),
-            "-" if kernel["bandwidth"] is None else f"{text.size(kernel['bandwidth'])}/s",
-            *(_percent(kernel[name]) for name in _SHARES),
-            ", ".join(
-                f"{reason.replace('_', ' ')} {_percent(share)}"
-                for reason, share in list(kernel["stalls"].items())[:2]
-            )
-            or "-",
-            _whole(kernel["registers"]),
-            text.size(kernel["shared_memory"]),
-            _whole(kernel["programs"]),
-        ]
-        for kernel in kernels
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"

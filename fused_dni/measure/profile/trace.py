@@ -14,10 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fused_dni.annotate import annotate
 from fused_dni.measure.timing import _quiet_stderr
-
-#: The range of what lies in none, and the op of what is none of torch's: our kernels, Python.
-NOWHERE = "(no range)"
-NO_OP = "(outside torch's ops)"
+from fused_dni.report.kinds.profile import NO_OP, NOWHERE
 
 
 class _Recorder:

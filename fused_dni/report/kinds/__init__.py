@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
     "rivals": Kind("fused_dni.report.kinds.rivals:blocks", 1),
     "interfaces": Kind("fused_dni.report.kinds.interfaces:blocks", 1),
     "profile": Kind("fused_dni.report.kinds.profile:blocks", 1),
-    "comparison": Kind("fused_dni.comparison:blocks", 1),
+    "comparison": Kind("fused_dni.report.kinds.comparison:blocks", 1),
     "benchmarks": Kind("fused_dni.report.kinds.benchmarks:blocks", 1),
     "pytest-benchmark": Kind("fused_dni.report.kinds.benchmarks:blocks", 1),
     "planted": Kind("fused_dni.report.kinds.planted:blocks", 1),

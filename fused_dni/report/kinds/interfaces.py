@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fused_dni.experiments.interfaces import named
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 
@@ -56,6 +55,16 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         _by_layer(networks, deepest, "arrived_cosine"),
     ]
     return said
+
+
+def named(depth: int, every: int) -> str:
+    """Name a network, in progress and reports; ``every`` as in a report's ``networks``."""
+    layers = f"{depth} layer{'s' if depth > 1 else ''}"
+    if every == 0:
+        return f"{layers}, backprop"
+    if every == 1:
+        return f"{layers}, an interface each"
+    return f"{layers}, an interface every {every}"
 
 
 def mean_of(row: dict[str, Any], layer: int, name: str) -> float | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
-from fused_dni.measure.profile import ncu
-from fused_dni.measure.profile.trace import NO_OP, NOWHERE
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 
+#: The range of what lies in none, and the op of what is none of torch's: our kernels, Python.
+NOWHERE = "(no range)"
+NO_OP = "(outside torch's ops)"
 #: Rows of a table of ranges or ops, and bars of the figure.
 ROWS = 30
 BARS = 12
@@ -113,6 +115,43 @@ def _bars(ranges: list[dict[str, Any]]) -> Figure:
 # -------------------------------------------------------------------------------------- Nsight
 
 
+HEADER = (
+    "kernel", "launches", "time", "DRAM", "of its peak", "memory system", "tensor cores",
+    "occupancy", "warps wait for", "registers", "shared memory", "programs",
+)  # fmt: skip
+_SHARES = ("bandwidth_share", "memory_share", "tensor_share", "occupancy")
+
+
+def rows(kernels: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Put the kernels that ncu saw into rows of a table under :data:`HEADER`."""
+    return [
+        [
+            kernel["kernel"],
+            str(kernel["launches"]),
+            text.seconds(kernel["time"]),
+            "-" if kernel["bandwidth"] is None else f"{text.size(kernel['bandwidth'])}/s",
+            *(_percent(kernel[name]) for name in _SHARES),
+            ", ".join(
+                f"{reason.replace('_', ' ')} {_percent(share)}"
+                for reason, share in list(kernel["stalls"].items())[:2]
+            )
+            or "-",
+            _whole(kernel["registers"]),
+            text.size(kernel["shared_memory"]),
+            _whole(kernel["programs"]),
+        ]
+        for kernel in kernels
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
 def _ncu(report: dict[str, Any]) -> list[Block]:
     kernels = report["kernels"]
     if not kernels:
@@ -127,8 +166,8 @@ def _ncu(report: dict[str, Any]) -> list[Block]:
             lead=True,
         ),
         Table(
-            ncu.HEADER,
-            ncu.rows(kernels),
+            HEADER,
+            rows(kernels),
             "Medians over launches of one shape. DRAM: bytes moved over the kernel's time, and "
             "that beside the peak of this GPU; memory system: the busiest of its levels; tensor "
             "cores: cycles in which they work; occupancy: warps resident of those that could be; "

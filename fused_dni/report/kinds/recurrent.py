@@ -1,23 +1,23 @@
-"""The report of a recurrent run: ``report.json``, and what it says as blocks."""
+"""What the report of a recurrent run says: the sentence, tables and curves."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from fused_dni.experiments.recurrent import COST_LEVEL, Outcome, Settings
-from fused_dni.measure import timing
-from fused_dni.measure.baseline import facts
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-from fused_dni.report.kinds.train import COLOURS, write_folder
+from fused_dni.report.kinds.train import COLOURS
 
+#: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
+COST_LEVEL = 19
+#: What reports from before there was such a setting were measured with.
+ADDED = {"exact_lr": 0.0}
 #: What is plotted, by the column of the histories on the horizontal axis.
 CURVES = {
     "charlm": {"bits-vs-characters": "characters", "bits-vs-wall-clock": "seconds"},
@@ -33,6 +33,70 @@ AXES = {
 }
 
 
+@dataclass
+class Outcome:
+    """What a finished run has to report.
+
+    ``settings`` are those of the experiment, or what a report keeps of them, by the same names.
+    ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
+    (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
+    also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
+    ``costs`` is what :func:`fused_dni.experiments.recurrent.costs` gives, ``memory_curve`` what
+    :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked for.
+    """
+
+    settings: Any
+    data: dict[str, Any]
+    runs: list[dict[str, Any]]
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memory_curve: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """What the task is judged by: a column of the histories."""
+        return "bits" if self.settings.task == "charlm" else "solved"
+
+    @property
+    def axis(self) -> str:
+        """What training is counted in: a column of the histories."""
+        return "characters" if self.settings.task == "charlm" else "steps"
+
+    def names(self) -> list[str]:
+        """List the arms in order."""
+        return list(dict.fromkeys(run["name"] for run in self.runs))
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """Select the runs of an arm, one a seed."""
+        return [run for run in self.runs if run["name"] == name]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Sum up every arm in a row: final values, seconds of the training, costs if measured."""
+        rows = []
+        for name in self.names():
+            runs = self.of(name)
+            final = [run["history"][-1][self.key] for run in runs]
+            cost = self.costs.get(name)
+            unit = None if cost is None else cost["timing"]["median"] / cost["units"]
+            rows.append(
+                {
+                    "name": name,
+                    "method": runs[0]["method"],
+                    "window": runs[0]["window"],
+                    f"{self.key}_mean": statistics.fmean(final),
+                    f"{self.key}_min": min(final),
+                    f"{self.key}_max": max(final),
+                    self.key: final,
+                    f"seconds_per_{self.axis[:-1]}": unit,
+                    "seconds_total": statistics.median(
+                        [run["history"][-1]["seconds"] for run in runs]
+                    ),
+                    "peak_memory": None if cost is None else cost["peak_memory"],
+                }
+            )
+        return rows
+
+
 def _judged(outcome: Outcome) -> str:
     """What the task is judged by, in words."""
     return {
@@ -40,35 +104,6 @@ def _judged(outcome: Outcome) -> str:
         "copy": "longest length solved",
         "repeat-copy": "longest episode solved, steps",
     }[outcome.settings.task]
-
-
-def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
-    """The whole report as plain data."""
-    report = {
-        "kind": f"train {outcome.settings.task}",
-        "version": 1,
-        "facts": facts(command),
-        "settings": asdict(outcome.settings),
-        "data": outcome.data,
-        "memory_method": timing.PEAK_MEMORY_CPU,
-        "summary": outcome.summary(),
-        "sentence": sentence(outcome),
-        "costs": outcome.costs,
-        "runs": outcome.runs,
-        "memory_curve": outcome.memory_curve,
-        "notes": outcome.notes,
-    }
-    made: dict[str, Any] = _finite(report)
-    return made
-
-
-def _finite(value: Any) -> Any:
-    """Null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ----------------------------------------------------------------------------------------- verdict
@@ -257,11 +292,8 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def outcome_of(report: dict[str, Any]) -> Outcome:
     """The outcome that a report was written from."""
-    settings: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in report["settings"].items()
-    }
     return Outcome(
-        Settings(**settings),
+        SimpleNamespace(**{**ADDED, **report["settings"]}),
         report["data"],
         report["runs"],
         report["costs"],
@@ -305,7 +337,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             "turns; "
             f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
             f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
-            f"Memory: {timing.PEAK_MEMORY_CPU}."
+            f"Memory: {report['memory_method']}."
         ),
         Text(sentence(outcome), lead=True),
         summary(outcome),
@@ -324,18 +356,6 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     if outcome.memory_curve:
         said += [Heading("Peak memory"), memory_table(outcome.memory_curve)]
     return [*said, *map(Text, outcome.notes)]
-
-
-def write(
-    outcome: Outcome, folder: str | os.PathLike[str], *, command: str | None = None
-) -> list[Path]:
-    """Write ``report.json``, ``report.md`` and its plots into ``folder`` (made if needed).
-
-    Raises:
-        ReportError: the folder cannot be written.
-    """
-    report = as_json(outcome, command)
-    return write_folder(report, blocks(report), folder)
 
 
 # ------------------------------------------------------------------------------------------- plots
