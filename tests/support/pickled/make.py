@@ -2,8 +2,8 @@
 
     python tests/support/pickled/make.py FILE
 
-``0.1.0.pt.gz`` beside this file was written by commit 6f88877: what it holds must still load, and go on
-as it did there.
+``0.1.0.pt.gz`` beside this file was written by commit 6f88877: what it holds must still load, and
+go on as it did there.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def here() -> dict[str, str]:
     """What the bits of a step depend on, beside its formulas."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    rows = {
-        line.split(":")[0].strip(): line.split(":")[-1].strip() for line in lines if ":" in line
-    }
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    cut = [line.partition(":") for line in lines]
+    rows = {name.strip(): value.strip() for name, _, value in cut}
     return {
         "torch": torch.__version__,
         "processor": " ".join(rows.get(name, "") for name in ("model name", "cpu family", "model")),
