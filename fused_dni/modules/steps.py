@@ -4,7 +4,7 @@ the update. For linear layers on fused kernels, and for any segment under autogr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class LinearSteps(Steps):
 
     def _layer(self) -> LinearTensors:
         # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
-        own = self._parameters
+        own: Mapping[str, Any] = self._parameters
         norm = self._modules["norm"]
         if "weight" in own and "bias" in own:
             weight, bias = own["weight"], own["bias"]
@@ -124,7 +124,8 @@ class LinearSteps(Steps):
         if "weight" in own and "bias" in own:
             scale, shift = own["weight"], own["bias"]
         else:
-            scale, shift = norm.weight, norm.bias
+            parametrized: Any = norm
+            scale, shift = parametrized.weight, parametrized.bias
         return LinearTensors(
             weight,
             bias,
