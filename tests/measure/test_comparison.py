@@ -272,3 +272,9 @@ def test_command_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "of kind pytest-benchmark, the second of verdict" in capsys.readouterr().err
     assert cli.main(["compare", *given, "--noise", "much"]) == 2
     assert "a rate must be" in capsys.readouterr().err
+
+
+def test_files_from_before_the_suites_had_a_folder_are_compared(tmp_path):
+    old = {f"bench/bench_{name}.py::bench": rounds(1e-3, name) for name in FLOORS}
+    new = {name.replace("bench/", "bench/suites/", 1): data for name, data in old.items()}
+    assert words(compare(*pair(tmp_path, old, new))).keys() == old.keys()
