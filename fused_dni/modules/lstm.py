@@ -13,6 +13,7 @@ from fused_dni.backends.common.windows import state_rows
 from fused_dni.functional import check
 from fused_dni.functional.lstm import Window, lstm_window
 from fused_dni.modules.base import Forecast, Lesson, untraced
+from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     Arrival,
@@ -52,7 +53,7 @@ class _WindowEnds:
         if closed.lesson is not None:
             rows, grad, prediction = closed.lesson
             forecast = Forecast(prediction.scaled, prediction, None)
-            site.learn_later(Lesson(rows, forecast, None, grad, self.exit.target_scale))
+            teach_later(site, Lesson(rows, forecast, None, grad, self.exit.target_scale))
         return ()
 
     def arrive(

@@ -92,11 +92,11 @@ def rescaled(made: Slots, loss_scale: float | None) -> Slots:
     return tuple(None if t is None else t * loss_scale for t in made)
 
 
-def mixed_gradient(arrived: Tensor | None, scaled: Tensor | None, how: How) -> Tensor | None:
+def mixed_gradient(arrived: Tensor | None, scaled: Tensor, how: How) -> Tensor | None:
     """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from ``scaled`` =
     M(h); None if that has no defined part."""
     share = how.true_share
-    if share == 1.0 or scaled is None:
+    if share == 1.0:
         return arrived
     synthetic = synthetic_gradient(Prediction(scaled), how.target_scale, how.max_norm)
     if share == 0.0:

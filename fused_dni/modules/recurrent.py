@@ -21,6 +21,7 @@ from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.lstm import origin
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
+from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.pending import at_end_of_backward
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
@@ -392,7 +393,7 @@ class Recurrent(DecoupledModule):
         otherwise return their parameters' gradients, in the order of :meth:`_learners`."""
         if self.update is not None:
             if lessons:
-                self.learn_later(self._lesson(joined(lessons)))
+                teach_later(self, self._lesson(joined(lessons)))
             if heads:
                 at_end_of_backward((id(self), "head"), self.head_learns_from, joined(heads))
             return ()
@@ -429,10 +430,6 @@ class Recurrent(DecoupledModule):
         weight = rows.shape[0] / continued.sum().clamp(min=1)
         scaled, grad = (torch.where(continued, t * weight, 0.0) for t in (prediction.scaled, grad))
         return prediction._replace(scaled=scaled), grad
-
-    def learn_later(self, lesson: Lesson) -> None:
-        """Train the synthesizer by its rule at the end of the backward."""
-        at_end_of_backward((id(self), "learn"), self.learn, lesson)
 
     def auxiliary_gradient(self, example: Example) -> Tensor:
         """What the auxiliary head's squared error at an entrance sends to the state there.
