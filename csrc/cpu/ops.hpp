@@ -1,6 +1,6 @@
 // The ops' arguments: plain pointers and sizes, the same for every instruction set.
 //
-// Shapes are those of fused_dni/backends/base.py: N rows, I and O features in and out, rank R, K
+// Shapes are those of fused_dni/ops/types.py: N rows, I and O features in and out, rank R, K
 // context features. Matrices are row-major and contiguous; elements are float or double, as the
 // function that is called says. A null pointer is a tensor that is not there (or not wanted).
 #pragma once

@@ -1,6 +1,6 @@
 // Bindings of the linear layer's and the synthesizer's ops.
 //
-// Arguments come as nested tuples, which fused_dni/backends/cuda.py makes in the order in which
+// Arguments come as nested tuples, which fused_dni/backends/cuda/calls.py makes in the order in which
 // they are read here. Every op takes room for its workspace as (address, bytes), or None, and then
 // only says how many bytes it takes.
 #include <climits>

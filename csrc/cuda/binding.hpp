@@ -2,7 +2,7 @@
 // takes, before anything is launched; a Status becomes a Python exception.
 //
 // A tensor comes as None or as (address, type, sizes ..., strides ...), see `described` in
-// fused_dni/backends/cuda.py. What it must be like stands where it is read: a TypeError or
+// fused_dni/backends/cuda/calls.py. What it must be like stands where it is read: a TypeError or
 // ValueError names the argument, what was given and what is taken.
 #pragma once
 

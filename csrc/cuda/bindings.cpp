@@ -20,7 +20,7 @@ void bind_lstm(pybind11::module_& m);
 
 PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
   using namespace fused_dni::cuda;
-  m.doc() = "Kernels in CUDA C++; fused_dni/backends/cuda.py is their face.";
+  m.doc() = "Kernels in CUDA C++; fused_dni/backends/cuda is their face.";
   bind_error(m);
   bind_linear(m);
   bind_lstm(m);

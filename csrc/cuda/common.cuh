@@ -1,5 +1,5 @@
 // What kernels share: the grid's barrier, sums over a block, activation functions, update rules.
-// Formulas as in kernels/common.py and fused_dni/reference.
+// Formulas as in kernels/common.py and fused_dni/backends/reference.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // The linear layer on a GPU: forward, synthetic gradient and update in one cooperative launch.
 //
 // One kernel is all ops. With x [N, I], W [O, I], h [N, O] its phases are (formulas stand in
-// fused_dni/reference/linear.py):
+// fused_dni/backends/reference/linear.py):
 //
 //   prepare    x               its largest magnitude
 //   product    tiles of [N, O] z = x W^T + b and its statistics over the tile

@@ -1,7 +1,7 @@
-// The LSTM's ops: one cooperative launch each. Formulas stand in fused_dni/reference/lstm.py.
+// The LSTM's ops: one cooperative launch each. Formulas stand in fused_dni/backends/reference/lstm.py.
 //
 // T steps, B rows, I inputs, H hidden units, L layers. Tensors are contiguous, as in
-// fused_dni/backends/base.py, of x's type but for parameters (float32) and where a comment says so.
+// fused_dni/ops/types.py, of x's type but for parameters (float32) and where a comment says so.
 // `type` is x's, `exact` asks for IEEE products of float32.
 #pragma once
 

@@ -5,7 +5,7 @@
 
 namespace fused_dni::cuda {
 
-// Types of elements; fused_dni/backends/cuda.py has the same table (a test compares).
+// Types of elements; fused_dni/backends/cuda/calls.py has the same table (a test compares).
 enum Type : int { kFloat32, kBfloat16, kFloat16, kFloat64, kInt64, kInt32, kBool, kUint8 };
 
 // Row-major: element (r, c) lies at data[r * stride + c]. Vectors are plain addresses.

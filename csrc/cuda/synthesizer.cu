@@ -1,6 +1,6 @@
 // The synthesizer on a GPU: its prediction, and its regression in one cooperative launch.
 //
-// Formulas stand in fused_dni/reference/synthesizer.py. With h [N, O], e = 2 / N (M(h) - kappa g)
+// Formulas stand in fused_dni/backends/common/synthesizer.py. With h [N, O], e = 2 / N (M(h) - kappa g)
 // [N, O], a low-rank M's U [R, O] and V [O, R]:
 //
 //   predict  [N, R], tiles of [N, O]  h U^T and, behind a barrier, M(h)

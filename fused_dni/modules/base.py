@@ -164,7 +164,7 @@ class DecoupledModule(nn.Module):
         self.delivery: Any = None  # set around a call whose dx goes down at once: nodes.Delivery
         self.update = None if update is None else RuleState(update)
         self.synthesizer_update: RuleState | None = None
-        # Sums over what the synthesizer was trained on (see backends.base.STATISTICS_SIZE).
+        # Sums over what the synthesizer was trained on (see ops.types.STATISTICS_SIZE).
         self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
 
     def attach(self, synthesizer: nn.Module | None, rule: Rule | None) -> None:

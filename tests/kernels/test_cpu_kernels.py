@@ -362,7 +362,7 @@ def test_more_threads_than_cores_and_callers() -> None:
 def test_one_thread_pool() -> None:
     """PyTorch's OpenMP and ours are one library: two pools on the same cores cost a factor."""
     code = """
-import torch, fused_dni._cpu
+import torch, fused_dni.backends._cpu
 maps = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}
 assert len(maps) == 1, maps
 torch.set_num_threads(3)
