@@ -34,6 +34,23 @@ settings.register_profile(
 settings.load_profile("fused_dni")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test for each backend: one case after another, and in each the backends, so that what
+    they are compared with is derived once for all of them (strategies.tolerances)."""
+    first: dict[str, int] = {}
+
+    def place(index_and_item: tuple[int, pytest.Item]) -> tuple[int, ...]:
+        index, item = index_and_item
+        indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+        if "backend" not in indices:
+            return (index,)
+        backend = indices.pop("backend")
+        function = item.nodeid.partition("[")[0]
+        return (first.setdefault(function, index), *indices.values(), backend)
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
+
+
 class _PatchOnce:
     """Triton's interpreter patches the language for a launch, and then again for every call of a
     device function in it, which takes a third of the time and, but for the first function of a
