@@ -162,6 +162,20 @@ def _compiler() -> str:
 class NinjaBuild(build_ext):
     """``build_ext`` whose compiling and linking is done by ninja."""
 
+    user_options = [  # noqa: RUF012  (setuptools')
+        *build_ext.user_options,
+        ("only=", None, "the one extension to build, for example _cuda (tests/support/built.py)"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.only: str | None = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.only is not None:
+            self.extensions = [e for e in self.extensions if e.name.endswith(f".{self.only}")]
+
     def run(self) -> None:
         self.left_out: dict[str, str] = {}
         super().run()
@@ -188,7 +202,8 @@ class NinjaBuild(build_ext):
         except Missing as missing:
             print(f"{extension.name} is not built: {missing}")
             self.left_out[name] = str(missing)
-            for stale in (target, ROOT / "fused_dni" / "backends" / target.name):
+            installed = ROOT / "fused_dni" / "backends" / target.name
+            for stale in (target, *([installed] if self.only is None else [])):
                 stale.unlink(missing_ok=True)
             return
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# What Triton compiles is kept with everything else that is built, for all processes and later runs
+# (by what it is made of: a changed kernel is compiled again).
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are interpreted, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,36 +35,29 @@ settings.register_profile(
 settings.load_profile("fused_dni")
 
 
-class _PatchOnce:
-    """Triton's interpreter patches the language for a launch, and then again for every call of a
-    device function in it, which takes a third of the time and, but for the first function of a
-    module, changes nothing."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test for each backend: one case after another, and in each the backends, so that what
+    they are compared with is derived once for all of them (strategies.tolerances)."""
+    first: dict[str, int] = {}
 
-    def __init__(self, patch: Callable[..., Any]) -> None:
-        self.patch: Callable[..., Any] = patch
-        self.scopes: dict[str, Any] = {}  # by module
+    def place(index_and_item: tuple[int, pytest.Item]) -> tuple[int, ...]:
+        index, item = index_and_item
+        indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+        if "backend" not in indices:
+            return (index,)
+        backend = indices.pop("backend")
+        function = item.nodeid.partition("[")[0]
+        return (first.setdefault(function, index), *indices.values(), backend)
 
-    def __call__(self, function: Any) -> Any:
-        module = function.__globals__["__name__"]
-        if module not in self.scopes:
-            self.scopes[module] = self.patch(function)
-        return self
-
-    def restore(self) -> None:
-        while self.scopes:
-            self.scopes.popitem()[1].restore()
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from triton.runtime import interpreter
+        import interpreter
 
-        interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)
-        # As compiled kernels: no check of every sum of integers, and infinities without a warning.
-        builder = interpreter.interpreter_builder
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-        np.seterr(over="ignore", invalid="ignore")
+        interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)

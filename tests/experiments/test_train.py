@@ -213,7 +213,8 @@ def _life(folder: str, resume: bool, answer: str) -> None:
     Path(answer).write_text(json.dumps(_fingerprints(outcome)))
 
 
-def test_a_run_killed_at_a_random_moment_twenty_times_out_of_twenty(tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.repeat)])
+def test_a_run_killed_at_a_random_moment(tmp_path, times):
     """SIGKILL at a random moment (which may fall into the writing of a checkpoint), then resumed:
     bitwise the parameters of an uninterrupted run."""
     context = multiprocessing.get_context("forkserver")
@@ -241,14 +242,14 @@ def test_a_run_killed_at_a_random_moment_twenty_times_out_of_twenty(tmp_path):
     assert whole == json.loads((tmp_path / "first.json").read_text())
     generator = random.Random(0)
     cut = 0
-    for i in range(20):
+    for i in range(times):
         name = f"run{i}"
         live(name, False, generator.uniform(0.1, 1.0) * duration)
         if not (tmp_path / f"{name}.json").exists():
             cut += 1
             live(name, True, None)
         assert json.loads((tmp_path / f"{name}.json").read_text()) == whole, i
-    assert cut >= 5  # durations differ on a busy machine
+    assert cut >= times // 4 + (times < 4)  # durations differ on a busy machine
 
 
 def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):

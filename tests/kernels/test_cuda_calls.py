@@ -4,16 +4,14 @@ an error of the runtime's says. What its bindings refuse: test_cuda_linear.py, t
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import types
 
+import built
 import pytest
 import torch
 
 from fused_dni.backends.cuda import backend as cuda
 from fused_dni.backends.cuda import calls as cuda_calls
-
-NOT_BUILT = importlib.util.find_spec("fused_dni.backends._cuda") is None
 
 
 def pretend(
@@ -70,20 +68,19 @@ def test_a_driver_older_than_the_toolkit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reason == "was built with CUDA 13.0, the driver is for 12.4"
 
 
-@pytest.mark.skipif(NOT_BUILT, reason="fused_dni.backends._cuda was not built")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_a_launch_without_a_driver_says_so() -> None:
     """The real extension, where nothing can be launched."""
-    built = importlib.import_module("fused_dni.backends._cuda")
-    assert built.driver() == "0.0"
+    extension = built.cuda_extension()
+    assert extension.driver() == "0.0"
     word = torch.zeros(1, dtype=torch.int32)
     call = (1, 1, 1, cuda_calls.described(word), 0)
-    with pytest.raises(built.CudaError, match=r"grid_barriers \(count \[1\]\): ") as caught:
-        built.grid_barriers(call)
+    with pytest.raises(extension.CudaError, match=r"grid_barriers \(count \[1\]\): ") as caught:
+        extension.grid_barriers(call)
     assert caught.value.name == "cudaErrorInsufficientDriver"
     assert caught.value.code == 35
-    assert f"built with CUDA {built.toolkit}, no driver was found" in str(caught.value)
-    assert issubclass(built.CudaError, RuntimeError)
+    assert f"built with CUDA {extension.toolkit}, no driver was found" in str(caught.value)
+    assert issubclass(extension.CudaError, RuntimeError)
 
 
 def test_an_extension_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,20 @@
-"""The machine code of the CUDA kernels, of the extension that is installed, for every architecture
-that it was built for: no GPU is needed. NVIDIA's disassembler comes with Triton."""
+"""The machine code of the CUDA kernels, for every architecture: no GPU is needed, and what is
+installed is for this machine's alone, so that it is built here (support/built.py: minutes, and then
+only what has changed). NVIDIA's disassembler comes with Triton."""
 
 from __future__ import annotations
 
 import collections
-import importlib
-import importlib.util
 import re
 import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
+import built
 import pytest
 from triton import knobs
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("fused_dni.backends._cuda") is None,
-    reason="fused_dni.backends._cuda was not built: no nvcc, or FUSED_DNI_CUDA_ARCHS=none",
-)
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("80", "90a", "100", "120")
 
@@ -57,7 +54,7 @@ class Code(NamedTuple):
 
 def disassembled(architecture: str) -> list[Code]:
     """All kernels of the extension for an architecture."""
-    path = importlib.import_module("fused_dni.backends._cuda").__file__
+    path = str(built.cuda_extension().__file__)
     tool = [knobs.nvidia.cuobjdump.path, "-arch", f"sm_{architecture}"]
     usage = subprocess.run([*tool, "-res-usage", path], capture_output=True, text=True, check=True)
     resources = {
@@ -90,11 +87,9 @@ def disassembled(architecture: str) -> list[Code]:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request: pytest.FixtureRequest) -> tuple[str, list[Code]]:
-    built = importlib.import_module("fused_dni.backends._cuda").architectures.split()
-    if request.param not in built:
-        pytest.skip(
-            f"fused_dni.backends._cuda was built for {' '.join(built)}, not for {request.param}"
-        )
+    made = built.cuda_extension().architectures.split()
+    if request.param not in made:
+        pytest.skip(f"this nvcc makes code for {' '.join(made)}, not for {request.param}")
     return request.param, disassembled(request.param)
 
 

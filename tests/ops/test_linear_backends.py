@@ -27,6 +27,7 @@ from strategies import (
     pairwise,
     run_parts,
     run_step,
+    same_examples,
     set_threads,
     shapes,
     slots,
@@ -224,6 +225,7 @@ def test_far_from_zero(backend: Backend, activation: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("parts", [False, True], ids=["step", "parts"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@same_examples
 @given(
     shape=shapes(least_rows=2),
     row=st.sampled_from(TABLE),

@@ -35,6 +35,7 @@ from strategies import (
     run_cell,
     run_close,
     run_window,
+    same_examples,
     set_threads,
     tolerances,
 )
@@ -159,6 +160,7 @@ def test_corner_shapes(
 
 @pytest.mark.parametrize("dtype", SERVED)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@same_examples
 @given(
     shape=lstm_shapes(),
     row=st.sampled_from(TABLE),
@@ -191,6 +193,7 @@ def test_closing(backend: Backend, options: dict[str, Any], dtype: str, poisoned
 
 
 @pytest.mark.parametrize("dtype", SERVED)
+@same_examples
 @given(
     shape=lstm_shapes(),
     row=st.sampled_from(CLOSINGS),

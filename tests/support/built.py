@@ -1,0 +1,67 @@
+"""What tests need compiled beyond what is installed, under build/, and again only as far as sources
+change; several processes may ask at once.
+
+    python tests/support/built.py
+
+builds all of it ahead of the tests (which do it themselves otherwise).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """One process at a time."""
+    BUILD.mkdir(exist_ok=True)
+    with open(BUILD / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def cuda_extension() -> ModuleType:
+    """``_cuda`` for all architectures, warnings being errors: an installation has it for the GPUs
+    of its machine alone. Not what ``fused_dni`` imports."""
+    if os.environ.get("FUSED_DNI_CUDA_ARCHS", "").strip().lower() == "none":
+        pytest.skip("FUSED_DNI_CUDA_ARCHS says none")
+    folder = BUILD / "cuda"
+    with alone("cuda"):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--only", "_cuda",
+             "--build-lib", str(folder), "--build-temp", str(folder / "objects")],
+            cwd=ROOT,
+            env={**os.environ, "FUSED_DNI_CUDA_ARCHS": "all", "FUSED_DNI_WERROR": "1"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    there = folder / "fused_dni" / "backends"
+    left_out = json.loads((there / "build.json").read_text())["left out"]
+    if left_out:
+        pytest.skip(f"not built: {left_out['_cuda']}")
+    (path,) = there.glob("_cuda.*.so")
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    print(cuda_extension().__file__)
