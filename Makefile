@@ -82,10 +82,14 @@ lint: $(TOOLS)
 	@echo "mypy";        $(BIN)/mypy
 	@echo "clang-format"; $(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-# C++ is compiled with warnings as errors by the installation itself.
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# C++ is compiled with warnings as errors by the installation itself, CUDA by a test.
 test: lint
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-		$(TEST_ARGS)
+	@$(PYTEST) $(TEST_ARGS)
+
+test-all: lint
+	@$(PYTEST) -m "" $(TEST_ARGS)
 
 bench: $(TOOLS)
 	@$(BIN)/python -m pytest bench --benchmark-only $(BENCH_ARGS)
