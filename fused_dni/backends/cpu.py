@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_dni.backends.common.built import why_left_out
+from fused_dni.backends.common.built import why_missing
 from fused_dni.backends.common.tensors import (
     empty_prediction,
     empty_saved,
@@ -54,9 +54,9 @@ from fused_dni.ops.types import (
 )
 
 try:
-    from fused_dni.backends import _cpu
+    import fused_dni.backends._cpu as _cpu
 except ImportError as error:
-    raise ImportError(f"fused_dni.backends._cpu {why_left_out('_cpu')}") from error
+    raise ImportError(f"fused_dni.backends._cpu {why_missing('_cpu', error)}") from error
 
 _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}

@@ -158,8 +158,8 @@ def _extension() -> dict[str, Any]:
     answers with plain data about the build (``isa``, ``compiler`` and the like)."""
     try:
         import fused_dni.backends._cpu as cpu
-    except ImportError:
-        return {"C++ extension": built.why_left_out("_cpu")}
+    except ImportError as error:
+        return {"C++ extension": built.why_missing("_cpu", error)}
     facts: dict[str, Any] = {"C++ extension": getattr(cpu, "__file__", "built in")}
     for name in ("isa", "isas", "available_isas", "supported_isas", "compiler", "build_info"):
         value = getattr(cpu, name, None)
@@ -174,8 +174,8 @@ def _cuda_extension() -> dict[str, Any]:
     """Whether the CUDA part is there, what it was built with and for."""
     try:
         import fused_dni.backends._cuda as cuda
-    except ImportError:
-        return {"CUDA extension": built.why_left_out("_cuda")}
+    except ImportError as error:
+        return {"CUDA extension": built.why_missing("_cuda", error)}
     return {
         "CUDA extension": cuda.__file__,
         "CUDA toolkit of the build": cuda.toolkit,

@@ -113,7 +113,9 @@ def test_warnings_are_errors_only_where_that_is_asked_for(
     assert "export FUSED_DNI_WERROR=1" in (ROOT / "Makefile").read_text()
 
 
-def test_without_a_compiler_the_rest_is_built(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["build"], ["build_ext", "--inplace"]], ids=" ".join)
+def test_without_a_compiler_the_rest_is_built(tmp_path: Path, command: list[str]) -> None:
+    """Where warnings are errors, too; in place is how an editable installation builds."""
     copy = tmp_path / "fused_dni"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "build.json")
     for name in ("fused_dni", "kernels", "csrc"):
@@ -121,16 +123,17 @@ def test_without_a_compiler_the_rest_is_built(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_dni_launcher.py"):
         shutil.copy(ROOT / name, copy)
     environment = {**os.environ, "CXX": "/nowhere/c++", "FUSED_DNI_CUDA_ARCHS": "none"}
-    environment.pop("FUSED_DNI_WERROR", None)
+    environment["FUSED_DNI_WERROR"] = "1"
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build"],
+        [sys.executable, "setup.py", "-q", *command],
         cwd=copy, env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    (said,) = copy.glob("build/lib*/fused_dni/backends/build.json")
+    where = "build/lib*/fused_dni" if command == ["build"] else "fused_dni"
+    (said,) = copy.glob(f"{where}/backends/build.json")
     left_out = json.loads(said.read_text())["left out"]
     assert left_out.keys() == {"_cpu", "_cuda"}
     assert "no C++ compiler (/nowhere/c++)" in left_out["_cpu"] and "CXX" in left_out["_cpu"]
-    assert not list(copy.glob("build/lib*/fused_dni/backends/*.so"))
+    assert not list(copy.rglob("*.so"))
 
 
 def test_what_was_left_out_is_said(
@@ -139,5 +142,10 @@ def test_what_was_left_out_is_said(
     monkeypatch.setattr(built, "left_out", lambda: {"_cuda": "there was no nvcc"})
     assert main(["env", "--left-out"]) == 0
     assert capsys.readouterr().out == "without the CUDA kernels: there was no nvcc\n"
-    assert built.why_left_out("_cuda") == "was not built: there was no nvcc"
-    assert "install fused_dni again" in built.why_left_out("_cpu")
+    absent = ModuleNotFoundError("No module named 'fused_dni.backends._cuda'")
+    assert built.why_missing("_cuda", absent) == "was not built: there was no nvcc"
+    assert "install fused_dni again" in built.why_missing("_cpu", absent)
+    broken = ImportError("undefined symbol: add_lstm")
+    assert built.why_missing("_cpu", broken).endswith(
+        "cannot be loaded: undefined symbol: add_lstm"
+    )

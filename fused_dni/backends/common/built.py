@@ -17,12 +17,15 @@ def left_out() -> dict[str, str]:
         return {}
 
 
-def why_left_out(extension: str) -> str:
-    """Say why an extension is not there, in a line that begins behind its name.
+def why_missing(extension: str, error: ImportError) -> str:
+    """Say why an extension cannot be imported, in a line that begins behind its name.
 
     Args:
         extension: ``_cpu`` or ``_cuda``.
+        error: what its import raised.
     """
+    if not isinstance(error, ModuleNotFoundError):
+        return f"was built, but cannot be loaded: {error}"
     reason = left_out().get(extension)
     if reason is None:
         return "was not built, or not for this Python: install fused_dni again"

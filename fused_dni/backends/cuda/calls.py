@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dni.backends.common.built import why_left_out
+from fused_dni.backends.common.built import why_missing
 
 # Codes of csrc/cuda/matrix.hpp.
 TYPES = {
@@ -44,8 +44,8 @@ def extension() -> Any:
     if not path:
         try:
             return importlib.import_module("fused_dni.backends._cuda")
-        except ModuleNotFoundError as error:
-            raise ImportError(f"fused_dni.backends._cuda {why_left_out('_cuda')}") from error
+        except ImportError as error:
+            raise ImportError(f"fused_dni.backends._cuda {why_missing('_cuda', error)}") from error
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"FUSED_DNI_CUDA_EMULATION={path!r} is no Python extension")
