@@ -23,6 +23,8 @@ import workloads_gpu as wg
 import workloads_lstm as wl
 from fused_dni.ops import measured, registry
 
+pytestmark = pytest.mark.slow(70)
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = w.Case(16, 32)
 

@@ -18,7 +18,7 @@ from fused_dni.experiments.run import CHECKPOINT
 from fused_dni.report.kinds import train as report
 
 # Networks this small have nothing to share out.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
 
 
 TINY = train.Settings(
