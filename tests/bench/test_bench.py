@@ -26,6 +26,8 @@ from workloads import gpu as wg
 from workloads import lstm as wl
 from workloads import step as w
 
+pytestmark = pytest.mark.slow(70)
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = w.Case(16, 32)
 

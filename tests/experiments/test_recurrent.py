@@ -20,7 +20,7 @@ from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
 from fused_dni.report.kinds import recurrent as recurrent_report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(150), pytest.mark.usefixtures("one_thread")]
 
 
 def _verse(length: int = 6000) -> str:
@@ -49,6 +49,14 @@ COPY = recurrent.defaults(
     "copy", windows=(3,), hidden=12, batch_size=4, amount=30, evaluations=3, seeds=(0, 1), width=2
 )
 ALL = ("backprop", "fused", "dni", "dni+aux")
+
+
+@pytest.fixture(autouse=True)
+def _small_costs(monkeypatch):
+    """What a piece of training costs is measured again and again; how long its episodes are decides
+    nothing here, and took half of this file's time."""
+    for module in (recurrent, recurrent_report):
+        monkeypatch.setattr(module, "COST_LEVEL", 2)
 
 
 def _fingerprints(outcome: recurrent.Outcome) -> dict[str, str]:

@@ -19,7 +19,7 @@ from fused_dni.experiments.train_report import write
 from fused_dni.report.kinds import ReportError
 
 # Networks this small have nothing to share out.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
 
 
 TINY = train.Settings(

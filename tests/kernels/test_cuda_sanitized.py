@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 build = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))["build"]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(120)
 
 
 def runtime(name: str) -> str:

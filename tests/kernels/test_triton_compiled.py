@@ -22,6 +22,8 @@ import pytest
 import torch
 from fused_dni.kernels import aot
 
+pytestmark = pytest.mark.slow(450)
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 # What has to be in a specimen's name, by architecture: all of them take minutes of a processor.
 MATCH = {80: "bf16", 90: "", 100: "bf16"}
@@ -72,7 +74,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Compile
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "kernel", "specimen"), CASES)
 def test_machine_code_keeps_to_its_bounds(
     kernels: Callable[[int], Compiled],
@@ -90,7 +91,6 @@ def test_machine_code_keeps_to_its_bounds(
     assert not outcome["broken"], outcome
 
 
-@pytest.mark.slow
 def test_kernels_that_wait_for_each_other_are_among_them(
     kernels: Callable[[int], Compiled],
 ) -> None:
@@ -98,7 +98,6 @@ def test_kernels_that_wait_for_each_other_are_among_them(
     assert any(o["code"]["barriers"] for o in kernels(90).outcomes.values() if o["code"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MATCH)
 def test_a_step_at_the_preactivation_has_a_barrier_less(
     kernels: Callable[[int], Compiled], architecture: int

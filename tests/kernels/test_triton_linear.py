@@ -39,6 +39,8 @@ from fused_dni.ops import registry
 from fused_dni.ops import types as base
 from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, LinearGradients
 
+pytestmark = pytest.mark.slow(100)
+
 registry_reason = dict(registry.report())["triton"]
 if registry_reason is not None:
     pytest.skip(f"triton {registry_reason}", allow_module_level=True)

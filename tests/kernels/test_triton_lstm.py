@@ -39,6 +39,8 @@ import fused_dni as fd
 from fused_dni.ops import registry
 from fused_dni.ops.types import STEP, LSTMBoundary, LSTMRows, RuleTensors, SynthesizerTensors
 
+pytestmark = pytest.mark.slow(40)
+
 registry_reason = dict(registry.report())["triton"]
 if registry_reason is not None:
     pytest.skip(f"triton {registry_reason}", allow_module_level=True)

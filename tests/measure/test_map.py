@@ -19,6 +19,8 @@ from fused_dni.report import Figure, Table, Text, load
 from fused_dni.report.blocks import as_text
 from fused_dni.report.kinds.map import blocks
 
+pytestmark = pytest.mark.slow(40)
+
 QUICK = Settings(backend="cpu", seconds=0.02, ks=(1, 4, None))
 SMALL = Point(8, 16, "rank16")
 

@@ -13,6 +13,8 @@ from fused_dni.measure import timing
 from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict import GateError, LSTMVerdict, VerdictError, verdict_lstm
 
+pytestmark = pytest.mark.slow(40)
+
 QUICK = {"seconds": 0.02, "backend": "reference"}
 ROWS = ["dni T=3", "fused T=3", "backprop T=3", "fused T=6", "backprop T=6", "floor T=3"]
 

@@ -24,6 +24,7 @@ from fused_dni.ops.types import (
 from fused_dni.rules import RuleState
 
 pytestmark = [
+    pytest.mark.slow(75),
     pytest.mark.usefixtures("one_thread", "fresh"),
     # Warnings of the compiler about itself, which "error" would turn into failures of it.
     pytest.mark.filterwarnings("ignore"),

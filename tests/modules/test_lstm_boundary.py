@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fused_dni as fd
 from fused_dni.modules.recurrent import AUXILIARY_WEIGHT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 2, 5
 RATE = 0.1

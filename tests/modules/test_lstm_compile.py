@@ -13,6 +13,7 @@ from torch.library import opcheck
 import fused_dni as fd
 
 pytestmark = [
+    pytest.mark.slow(200),
     pytest.mark.usefixtures("one_thread", "fresh"),
     # Warnings of the compiler about itself, which "error" would turn into failures of it.
     pytest.mark.filterwarnings("ignore"),

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_dni as fd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(50), pytest.mark.usefixtures("one_thread")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 kinds = pytest.mark.parametrize("kind", ["window", "cell"])
 STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 2, 5

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fused_dni as fd
 from fused_dni.ops import registry
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 6
 LENGTHS = torch.tensor([3, 5, 1])

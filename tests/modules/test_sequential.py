@@ -15,7 +15,7 @@ from twins import BACKENDS, Plain, close, double, linear, present
 
 import fused_dni as fd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow(50), pytest.mark.usefixtures("one_thread")]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 rules = pytest.mark.parametrize(
     "rule", [None, fd.SGD(0.1, momentum=0.9), fd.Adam(0.01)], ids=["returned", "sgd", "adam"]

@@ -50,6 +50,8 @@ from fused_dni.ops.types import (
 )
 from fused_dni.rules import RuleState
 
+pytestmark = pytest.mark.slow(150)
+
 SERVED = {
     "float32": (torch.float32, torch.float32),
     "float64": (torch.float64, torch.float64),

@@ -45,6 +45,8 @@ from fused_dni.backends.reference import lstm, rules
 from fused_dni.ops import registry
 from fused_dni.ops.types import SKIPPED, STEP, SYNTHESIZERS, Backend, LSTMGradients, LSTMTrace
 
+pytestmark = pytest.mark.slow(220)
+
 # The package shows the function of this name.
 lstm_close = importlib.import_module("fused_dni.backends.reference.lstm_close")
 

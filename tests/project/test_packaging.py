@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow(70)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -81,7 +83,6 @@ def installed(distributions, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_wheel_holds_what_runs_and_nothing_else(distributions):
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         names = wheel.namelist()
@@ -94,7 +95,6 @@ def test_wheel_holds_what_runs_and_nothing_else(distributions):
     assert any(name.endswith("/LICENSE") for name in names)
 
 
-@pytest.mark.slow
 def test_sdist_holds_the_sources(distributions):
     with tarfile.open(distributions["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -103,7 +103,6 @@ def test_sdist_holds_the_sources(distributions):
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "kernels/__init__.py"} <= names
 
 
-@pytest.mark.slow
 def test_wheel_works_outside_the_repository(installed):
     code = """
 import json, torch, fused_dni, fused_dni.kernels
@@ -116,7 +115,6 @@ print(json.dumps([fused_dni.__file__, fused_dni.kernels.__file__, _cpu.__file__]
     assert all(path.startswith(str(installed)) for path in paths), paths
 
 
-@pytest.mark.slow
 def test_wheel_installs_the_command(installed):
     report = json.loads(run(installed / "bin" / "fused-dni", "env", "--json", cwd=installed))
     assert report["package"]["location"].startswith(str(installed))
