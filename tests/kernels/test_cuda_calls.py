@@ -95,7 +95,7 @@ def test_an_extension_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib, "import_module", absent)
     # What the installation says (setup.py), which depends on the machine.
     monkeypatch.setattr(
-        cuda_calls, "why_left_out", lambda name: f"was not built: no nvcc for {name}"
+        cuda_calls, "why_missing", lambda name, error: f"was not built: no nvcc for {name}"
     )
     with pytest.raises(ImportError, match=r"_cuda was not built: no nvcc for _cuda$"):
         cuda_calls.extension.__wrapped__()
