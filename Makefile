@@ -36,7 +36,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
 CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
-# The same with the tools that tests need, compiled with warnings as errors.
+# The same with the tools that tests need, compiled with warnings as errors, and with CUDA for all
+# architectures under build/.
 TOOLS := $(VENV)/.installed-for-tests
 
 .PHONY: install install-for-tests demo lint test test-all bench tables answers clean distclean FORCE
@@ -71,7 +72,7 @@ $(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
 	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."; \
 	export FUSED_DNI_WERROR=1; \
 	$(PIP) --upgrade pip && $(PIP) --build-constraint constraints.txt -e ".[test]" && \
-	$(BIN)/fused-dni env --left-out && touch $@
+	$(BIN)/fused-dni env --left-out && $(BIN)/python tests/support/built.py && touch $@
 
 demo: $(INSTALLED)
 	@$(BIN)/fused-dni demo $(DEMO_ARGS)
@@ -84,7 +85,7 @@ lint: $(TOOLS)
 
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# C++ is compiled with warnings as errors by the installation itself, CUDA by a test.
+# C++ and CUDA (for all architectures) are compiled with warnings as errors by the installation.
 test: lint
 	@$(PYTEST) $(TEST_ARGS)
 
