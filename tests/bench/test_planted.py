@@ -1,12 +1,14 @@
 """Segments of which it is known whether synthetic gradients pay there: the verdict finds out."""
 
 import json
+import random
 
 import pytest
 import torch
 from flops import install
 
 import planted
+from fused_dni.measure import timing
 
 EXPECTED = planted.segments(features=32, products=80)
 
@@ -19,8 +21,26 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+def _spread(compare):
+    """A comparison whose rounds differ by 3 %, each candidate's on their own."""
+
+    def compared(candidates, **options):
+        found = {}
+        for name, made in compare(candidates, **options).items():
+            draw = random.Random(name)
+            rounds = tuple(made.median * (1 + 0.03 * draw.gauss(0, 1)) for _ in range(32))
+            found[name] = timing.Timing(name, rounds, rounds, 1)
+        return found
+
+    return compared
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_planted_segment_comes_out_right(name):
+def test_a_planted_segment_comes_out_right(name, monkeypatch):
+    """By operations instead of time, with a spread as times have it: one product more or less among
+    a hundred and sixty is not to be called a difference."""
+    install(monkeypatch)
+    monkeypatch.setattr(timing, "compare", _spread(timing.compare))
     assert EXPECTED[name].measure(64, 32, 0.1, "reference") in EXPECTED[name].allowed
 
 
