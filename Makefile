@@ -36,8 +36,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
 CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
-# The same with the tools that tests need, compiled with warnings as errors, and with CUDA for all
-# architectures under build/.
+# The same with the tools that tests need, compiled with warnings as errors, and under build/ the CUDA
+# sources for all architectures and, emulated, for a CPU.
 TOOLS := $(VENV)/.installed-for-tests
 
 .PHONY: install install-for-tests demo lint test test-all bench tables answers clean distclean FORCE

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,8 +65,17 @@ def cuda_extension() -> ModuleType:
     return module
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Build the CUDA sources for a CPU, plain and with each sanitizer, and for every GPU."""
+    emulation = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))
+    for sanitize in emulation["SANITIZERS"]:
+        name = f"host_emulation_{sanitize}" if sanitize else "host_emulation"
+        emulation["build"](BUILD / name, sanitize)
     try:
         cuda_extension()
     except pytest.skip.Exception as without:
         print(f"without CUDA for all architectures: {without.msg}")
+
+
+if __name__ == "__main__":
+    main()
