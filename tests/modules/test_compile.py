@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import twins
+from strategies import paired
 from torch import nn
 from torch.library import opcheck
 from twins import BACKENDS, close, double, linear
@@ -216,13 +217,12 @@ def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="b
     return double(n, i), layer, synthesizer, rows, bound
 
 
-@backends
-@pytest.mark.parametrize("context", [None, "labels", "vector"])
-@pytest.mark.parametrize(
-    ("kind", "interface"),
-    [("dense", "output"), ("lowrank", "output"), ("lowrank", "preactivation"),
-     ("diagonal", "output")],
-)  # fmt: skip
+@paired(
+    backend=BACKENDS,
+    context=(None, "labels", "vector"),
+    kind=("dense", "lowrank", "diagonal"),
+    interface=("output", "preactivation"),
+)
 def test_functional_step(backend, context, kind, interface):
     x, layer, synthesizer, rows, bound = tensors(backend, kind, context=context)
     config = LinearConfig("batch", "gelu", interface=interface)
@@ -317,16 +317,14 @@ def test_every_registered_op_is_checked():
     assert {name for name in registered if not name.startswith("lstm_")} == set(NAMES)
 
 
-@backends
-@pytest.mark.parametrize(
-    ("normalization", "kind", "context"),
-    [("batch", "lowrank", "labels"), ("layer", "dense", "vector"), (None, "diagonal", None)],
-)
-@pytest.mark.parametrize(
-    ("name", "interface"),
-    [*((name, "output") for name in NAMES), ("linear_step_", "preactivation")],
-)
-def test_opcheck(backend, name, interface, normalization, kind, context):
+OPTIONS = [("batch", "lowrank", "labels"), ("layer", "dense", "vector"), (None, "diagonal", None)]
+CALLS = [*((name, "output") for name in NAMES), ("linear_step_", "preactivation")]
+
+
+@paired(backend=BACKENDS, call=CALLS, options=OPTIONS)
+def test_opcheck(backend, call, options):
+    name, interface = call
+    normalization, kind, context = options
     given = arguments(name, backend, normalization, kind, context, interface)
     opcheck(getattr(OPS, name).default, given)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import twins
+from strategies import paired
 from torch import nn
 from twins import BACKENDS, NORMALIZATIONS, Plain, close, double, kept, linear, present
 
@@ -366,23 +367,21 @@ def perfect_stack(normalization, activations, rule, backend, sizes=(6, 8, 7, 5),
     return layers
 
 
-@backends
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "returned"])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize(
-    ("name", "activations"),
-    [
-        ("sgd", ("relu", "tanh", "gelu")),
-        ("momentum", ("mish", "sigmoid", "identity")),
-        ("adam", ("relu", "silu", "gelu_tanh")),
-        ("adamw", ("softplus", "relu", "tanh")),
-    ],
-)
-def test_perfect_synthesizer_is_backprop(backend, fused, normalization, name, activations):
+PERFECT = {
+    "sgd": ("relu", "tanh", "gelu"),
+    "momentum": ("mish", "sigmoid", "identity"),
+    "adam": ("relu", "silu", "gelu_tanh"),
+    "adamw": ("softplus", "relu", "tanh"),
+}
+
+
+@paired(backend=BACKENDS, way=("fused", "returned"), normalization=NORMALIZATIONS, name=PERFECT)
+def test_perfect_synthesizer_is_backprop(backend, way, normalization, name):
     """Fifty steps, each prediction replaced by the gradient that an independent network of plain
     PyTorch modules found by backprop on the same data."""
     rule, make = RULES[name]
-    layers = perfect_stack(normalization, activations, rule if fused else None, backend)
+    fused = way == "fused"
+    layers = perfect_stack(normalization, PERFECT[name], rule if fused else None, backend)
     plain = [Plain(layer) for layer in layers]
     theirs = make([p for m in plain for p in m.parameters()])
     mine = None if fused else make([p for m in layers for p in m.parameters() if p.requires_grad])

@@ -124,6 +124,13 @@ def named(row: dict[str, Any]) -> str:
     return "-".join(str(v) for v in row.values())
 
 
+def paired(**options: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by rows in which every two arguments meet in all their values."""
+    rows = [tuple(row.values()) for row in pairwise(options)]
+    ids = ["-".join(str(v) for v in row) for row in rows]
+    return pytest.mark.parametrize(tuple(options), rows, ids=ids)
+
+
 # ---------------------------------------------------------------------------------------------
 # Shapes
 
