@@ -6,9 +6,11 @@ Label conditioning (cDNI) is what makes deep decoupling train (Jaderberg et al. 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +27,52 @@ class _OfThread(threading.local):
 _traced = _OfThread()
 
 
+class _Span(NamedTuple):
+    """A :func:`condition_on` that has ended: the autograd nodes that were made inside it, by their
+    numbers, which count up in each thread."""
+
+    first: int
+    behind: int
+    context: Tensor
+
+
+# Those in which something was checkpointed, the latest last: a forward that a backward runs again
+# finds its context here. Bounded, as nobody says when the last backward has run.
+_spans: deque[_Span] = deque(maxlen=64)
+_checkpointed: ContextVar[bool] = ContextVar("fused_dni_checkpointed", default=False)
+
+
+def note_checkpoint() -> None:
+    """Say that what runs now may be run again by a backward, outside of its context: in training
+    without gradients (a checkpoint of the reentrant kind), or under saved-tensor hooks."""
+    _checkpointed.set(True)
+
+
+def _context_of_recomputed() -> Tensor | None:
+    """The context in which the node was made that the running backward runs anew."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return None
+    number = node._sequence_nr()
+    spans = [span for span in _spans if span.first <= number < span.behind]
+    if not spans:
+        return None
+    # The innermost of nested ones. Threads count for themselves: their spans may overlap otherwise.
+    inner = max(spans, key=lambda span: span.first)
+    if any(span.behind < inner.behind for span in spans):
+        raise RuntimeError(
+            "activation checkpointing: contexts of several threads fit what is run again; pass "
+            "context=... to the checkpointed function instead of fused_dni.condition_on"
+        )
+    return inner.context
+
+
 @contextmanager
 def condition_on(context: Tensor) -> Iterator[None]:
     """Give ``context`` to every decoupled layer whose forward runs inside.
 
-    The context is captured by the layers in their forward, so the backward may run outside. It is
+    The context is captured by the layers in their forward, so the backward may run outside, also
+    one that runs a checkpointed forward again (``torch.utils.checkpoint``). It is
     local to the thread or asyncio task and may be nested (the innermost counts). Layers built with
     ``context_features=0`` ignore it. Around a compiled model it is local to the thread alone.
 
@@ -45,18 +88,29 @@ def condition_on(context: Tensor) -> Iterator[None]:
         raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
     token, outer = _current.set(context), _traced.context
     _traced.context = context
+    first, noted = torch.autograd._get_sequence_nr(), _checkpointed.set(False)
     try:
         yield
     finally:
         _current.reset(token)
         _traced.context = outer
+        if _checkpointed.get():
+            _spans.append(_Span(first, torch.autograd._get_sequence_nr(), context))
+        _checkpointed.reset(noted)
 
 
 def current_context() -> Tensor | None:
     """The innermost :func:`condition_on`'s context, or None outside of one."""
     if torch.compiler.is_compiling():
         return _traced.context
-    return _current.get()
+    if _spans and torch._C._current_graph_task_id() != -1:
+        made_in = _context_of_recomputed()
+        if made_in is not None:
+            return made_in
+    context = _current.get()
+    if context is not None and torch._C._autograd._top_saved_tensors_default_hooks(True):
+        note_checkpoint()
+    return context
 
 
 def fold_context(

@@ -206,6 +206,32 @@ def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
     return context.to(like.dtype)
 
 
+class _FromZero(nn.Module):
+    """Parameters that start, and start anew, from zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]  # the layer's own, for its draws
+        with torch.no_grad():
+            for p in self.parameters():
+                p.zero_()
+
+
+class _LastLinear(_FromZero, nn.Linear):
+    pass
+
+
+class _LastConv1d(_FromZero, nn.Conv1d):
+    pass
+
+
+class _LastConv2d(_FromZero, nn.Conv2d):
+    pass
+
+
+class _LastConv3d(_FromZero, nn.Conv3d):
+    pass
+
+
 class MLPSynthesizer(Synthesizer):
     """Hidden layers of Linear-BatchNorm-ReLU on [h, context], then a linear layer from zero.
 
@@ -242,9 +268,7 @@ class MLPSynthesizer(Synthesizer):
                 nn.ReLU(),
             ]
             width = hidden
-        last = nn.Linear(width, features, device=device, dtype=dtype)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = _LastLinear(width, features, device=device, dtype=dtype)
         self.layers = nn.Sequential(*stack, last)
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
@@ -303,10 +327,9 @@ class ConvSynthesizer(Synthesizer):
                 nn.ReLU(),
             ]
             width = hidden
-        last = conv(width, features, kernel_size, padding=half, device=device, dtype=dtype)
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
+        last = (_LastConv1d, _LastConv2d, _LastConv3d)[dims - 1](
+            width, features, kernel_size, padding=half, device=device, dtype=dtype
+        )
         self.dims = dims
         self.layers = nn.Sequential(*stack, last)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
@@ -49,7 +50,7 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
         )
     if input.device != weight.device:
         raise RuntimeError(f"{name} is on {input.device}, the weight on {weight.device}")
-    if torch.is_autocast_enabled(weight.device.type):
+    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         input = input.to(torch.get_autocast_dtype(weight.device.type))
     elif input.dtype != weight.dtype:
         raise RuntimeError(
@@ -80,7 +81,7 @@ def labels(context: Tensor | None, classes: int) -> None:
     """
     if context is None or context.dtype != torch.int64 or context.device.type != "cpu":
         return
-    if torch.compiler.is_compiling() or not classes or not context.numel():
+    if not classes or not direct(context) or not context.numel():
         return
     low, high = (int(v) for v in torch.aminmax(context))
     if low < 0 or high >= classes:
@@ -161,7 +162,7 @@ def lengths(given: Tensor | None, steps: int, batch: int, device: torch.device) 
         raise TypeError(f"lengths must be an int64 tensor [B], got {what}")
     if given.shape != (batch,):
         raise RuntimeError(f"lengths must have shape [{batch}], got {list(given.shape)}")
-    if not torch.compiler.is_compiling():
+    if direct(given):
         low, high = (int(v) for v in torch.aminmax(given))
         if low < 1 or high > steps:
             raise RuntimeError(

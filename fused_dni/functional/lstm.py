@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
 from fused_dni.functional.node import Node, spend
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,
     CellGradients,
@@ -129,7 +130,8 @@ class WindowNode(Node):
         trace = LSTMTrace(*rest[:5])
         dropout = tuple(rest[5 : 5 + call.dropout])
         parameters = rest[5 + call.dropout :]
-        boundary = None if ends is None else ends.boundary()
+        # Both ends in one call where nothing looks on: no op is registered for that.
+        boundary = ends.boundary() if ends is not None and direct(x) else None
         arrival = None
         if ends is not None and boundary is None:
             grad_h, grad_c, arrival = ends.arrive(trace.h, trace.c, grad_h, grad_c)
@@ -262,7 +264,9 @@ class CellNode(Node):
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    if t is None:
+        return None
+    return (t.resolve_neg() if not t._is_zerotensor() else t.new_zeros(t.shape)).contiguous()
 
 
 def lstm_window(

@@ -34,8 +34,9 @@ from fused_dni.ops.types import (
 from fused_dni.rules import Rule, RuleState
 from fused_dni.synthesizers import Synthesizer
 
-# Set on the output of a decoupled module whose synthesizer is not trained in this step. A decoupled
-# consumer that sees it computes no gradient for its input.
+# Set on the output of a decoupled module whose synthesizer is not trained in this step, to the
+# version of that tensor: changed in place (``h += skip(x)``) it is another, and does not count. A
+# decoupled consumer that sees it computes no gradient for its input.
 NO_TARGET = "_fused_dni_no_target"
 
 # What no trace can follow (a rule in the forward, what a module remembers of a state): a compiled
@@ -266,8 +267,21 @@ class DecoupledModule(nn.Module):
             phase.loss_scale,
         )
 
+    def forget(self) -> None:
+        """Draw the synthesizer anew, and forget the rules' moments and counts and the sums over
+        what the synthesizer was trained on."""
+        for module in () if self.synthesizer is None else self.synthesizer.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        for _, rule, _ in self.rules():
+            rule.reset()
+        self.statistics.zero_()
+
     def statistics_on(self, device: torch.device) -> Tensor:
         """The sums that training adds to, moved along with the module."""
+        if device.type == "meta":  # where nothing is kept
+            return self.statistics.to(device)
         if self.statistics.device != device:
             self.statistics = self.statistics.to(device)
         return self.statistics
@@ -353,6 +367,14 @@ class DecoupledModule(nn.Module):
         if self.synthesizer is not None:
             forecast = self.predict(rows.detach(), context, False)
         self.phase.probe(at, forecast, self.scale_of(rows))
+
+    def refuse_recording(self) -> None:
+        """Raise where a step would be recorded that is to learn anew whenever it is run."""
+        if self.training and torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace of a decoupled module in training is refused: what was recorded "
+                "would neither predict nor learn; call eval() first"
+            )
 
     def refuse_fused_rule(self) -> None:
         """Raise where an update inside the forward would silently be wrong."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_dni.context import fold_context
+from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.modules import nodes
 from fused_dni.modules.base import (
     NO_TARGET,
 )
-from fused_dni.modules.steps import SegmentSteps
+from fused_dni.modules.steps import SegmentSteps, segment_inputs
 from fused_dni.rules import Rule
 
 
@@ -54,39 +54,59 @@ class Decoupled(SegmentSteps):
         self.module = module
         self.attach(synthesizer, synthesizer_update or update)
 
-    def forward(self, *inputs: Any, context: Tensor | None = None) -> Tensor:
-        """Run the segment on ``inputs``; tensors among them may ask for gradients.
+    def forward(self, *inputs: Any, context: Tensor | None = None, **named: Any) -> Tensor:
+        """Run the segment on ``inputs``; tensors in them may ask for gradients.
 
         Args:
-            *inputs: the segment's arguments.
+            *inputs, **named: the segment's arguments: tensors, lists, tuples, dictionaries and
+                packed sequences of them, and what holds no tensor.
             context: class indices int64 [N] or conditioning vectors [N, K]; None to take it from
                 :func:`fused_dni.condition_on`.
 
         Returns:
             What the segment returns.
+
+        Raises:
+            TypeError: a tensor that asks for a gradient in an object that is none of these.
         """
         plain = not self.training or not torch.is_grad_enabled()
+        if self.training and plain:
+            note_checkpoint()
         if plain or (self.synthesizer is None and self.update is None):
-            return self._run(inputs)
-        tensors = tuple(t for t in inputs if isinstance(t, Tensor))
+            return self._checked(self.module(*inputs, **named))
+        self.refuse_recording()
+        given = segment_inputs(inputs, named)
+        tensors = tuple(t for t in given.leaves if isinstance(t, Tensor))
         if any(t.dim() and t.shape[0] == 0 for t in tensors):
             raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
         rows = self._rows(tensors, context)
         if self.phase.probe is not None:
-            h = self._run(inputs)
+            h = self._checked(self.module(*inputs, **named))
             self.probe(h, h, rows)
             return h
         if self.delivery is not None:
-            need_dx = self.delivery.need_dx
-            return nodes.delivered(self, tuple(t.requires_grad_(need_dx) for t in tensors), rows)
-        need_dx = any(t.requires_grad and not hasattr(t, NO_TARGET) for t in tensors)
+            for t in tensors:
+                t.requires_grad_(self.delivery.need_dx)
+            return nodes.delivered(self, given, rows)
+        need_dx = any(
+            t.requires_grad and getattr(t, NO_TARGET, None) != t._version for t in tensors
+        )
         device = tensors[0].device.type if tensors else "cpu"
         self.refuse_untold_scale(device)
         run = nodes.unruled if self.update is None else nodes.ruled
-        h = run(self, inputs, tensors, rows, need_dx)
+        h = run(self, given, tensors, rows, need_dx)
         if self.synthesizer is not None and not (self.phase.target or self.phase.warmup):
-            setattr(h, NO_TARGET, True)
+            setattr(h, NO_TARGET, h._version)
         return h
+
+    def reset_parameters(self) -> None:
+        """Have every part of the segment draw its parameters anew, and forget everything that was
+        learned, the rules' moments and counts too."""
+        for module in self.module.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        self.forget()
 
     def _rows(self, tensors: tuple[Tensor, ...], context: Tensor | None) -> Tensor | None:
         if self.synthesizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_dni import ops
-from fused_dni.context import fold_context
+from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
@@ -112,6 +113,8 @@ class FusedDNILinear(LinearSteps):
     weight: nn.Parameter
     bias: nn.Parameter | None
     norm: nn.BatchNorm1d | nn.LayerNorm | None
+    # What was found in the normalisation's holder when it was last looked at.
+    _seen: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -208,7 +211,13 @@ class FusedDNILinear(LinearSteps):
             [..., O].
         """
         layer = self._layer()
+        norm = self._modules["norm"]
         config = self.config
+        if norm is not None:
+            own = norm.__dict__  # what users change of it behind its construction
+            seen = (type(norm), own.get("eps"), own.get("momentum"), own.get("track_running_stats"))
+            if seen != self._seen:
+                config = self._followed(norm, seen)
         x = check.rows(input, layer.weight, "input")
         if self._flat and input.dim() != 2:
             raise RuntimeError(
@@ -218,7 +227,6 @@ class FusedDNILinear(LinearSteps):
         training, grad = self.training, torch.is_grad_enabled()
         if training:
             check.batch(x, config, True)
-            norm = self._modules["norm"]
             if norm is not None and config.normalization == "batch" and not norm.training:
                 raise RuntimeError(
                     "norm is in eval mode but its layer is training: batch statistics are part of "
@@ -229,14 +237,18 @@ class FusedDNILinear(LinearSteps):
             return x.new_empty(*input.shape[:-1], self.out_features)
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
+        if torch._C._get_tracing_state() is not None and (decoupled or self.update is not None):
+            self.refuse_recording()
         rows = self._rows(input, context) if decoupled or context is not None else None
         if not grad:
+            if training:
+                note_checkpoint()
             self._fit(layer)
             h, _ = ops.linear_forward(backend, x, layer, config, training, False)
             self._count_batch()
             return self._unfold(h, input)
         tracing = torch.compiler.is_compiling()
-        need_dx = tracing or (x.requires_grad and not hasattr(input, NO_TARGET))
+        need_dx = tracing or (x.requires_grad and getattr(input, NO_TARGET, None) != input._version)
         if not training:
             self._fit(layer)
             h = exact_linear(x, layer, config, False, backend, need_dx)
@@ -261,8 +273,39 @@ class FusedDNILinear(LinearSteps):
         self._count_batch()
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
-            setattr(h, NO_TARGET, True)
+            setattr(h, NO_TARGET, h._version)
         return h
+
+    def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:
+        """The configuration as the normalisation's holder has it now: as in PyTorch, its
+        attributes count (``torch.optim.swa_utils.update_bn`` and momentum schedules set them)."""
+        config = self.config
+        batch = config.normalization == "batch"
+        kind: type[nn.Module] = nn.BatchNorm1d if batch else nn.LayerNorm
+        # With running statistics a synchronised normalisation is an ordinary one.
+        synchronised = batch and not self.training and type(norm) is nn.SyncBatchNorm
+        if type(norm) is not kind and not synchronised:
+            raise RuntimeError(
+                f"norm must be nn.{kind.__name__}, which the fused layer computes itself, got "
+                f"nn.{type(norm).__name__}; keep another normalisation outside of the layer"
+            )
+        eps: Any = norm.eps
+        momentum: Any = config.momentum
+        if batch:
+            if not norm.track_running_stats or norm._buffers["running_mean"] is None:
+                raise RuntimeError(
+                    "norm has no running statistics (track_running_stats=False), which the fused "
+                    "layer needs; keep such a normalisation outside of the layer"
+                )
+            momentum = norm.momentum
+            if momentum is None:  # a cumulative average
+                momentum = 1.0 / (float(norm._buffers["num_batches_tracked"] or 0) + 1.0)  # type: ignore[arg-type]
+        if eps != config.eps or momentum != config.momentum:
+            self.config = config = replace(config, eps=eps, momentum=momentum)
+        settled = not synchronised and (not batch or norm.momentum is not None)
+        if not torch.compiler.is_compiling():
+            self._seen = seen if settled else ()
+        return config
 
     def _unfold(self, h: Tensor, input: Tensor) -> Tensor:
         """Rows [N, O] to the leading dimensions of the input."""
@@ -323,6 +366,16 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(rows, input)
         self.probe(h, rows, context)
         return h
+
+    # -- the stock module's life ---------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew as ``nn.Linear``, and forget everything that was learned: the
+        normalisation's, the synthesizer's, and the rules' moments and counts."""
+        nn.Linear.reset_parameters(cast(nn.Linear, self))
+        if self.norm is not None:
+            self.norm.reset_parameters()
+        self.forget()
 
     # -- conversion ----------------------------------------------------------------------------
 

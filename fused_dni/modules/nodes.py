@@ -418,10 +418,13 @@ def ruled(
         h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, anchor)
         return h
     learns = phase.target
+    stepped: Tensor
     if not learns and not any([t.requires_grad for t in asked]):
-        return module.step_locally(inputs, context, False, False).h
-    anchor = _anchor(module.learners()) if learns else None
-    stepped: Tensor = Stepped.apply(module, inputs, context, need_dx, learns, anchor, *asked)
+        stepped = module.step_locally(inputs, context, False, False).h
+    else:
+        anchor = _anchor(module.learners()) if learns else None
+        stepped = Stepped.apply(module, inputs, context, need_dx, learns, anchor, *asked)
+    torch.clear_autocast_cache()  # it may hold the parameters as they were before the update
     return stepped
 
 
@@ -485,6 +488,8 @@ def delivered(module: Steps, inputs: tuple[Any, ...], context: Tensor | None) ->
         module.refuse_fused_rule()
     with torch.no_grad():
         step = module.step_locally(inputs, context, delivery.need_dx, delivery.learns)
+    if module.update is not None:
+        torch.clear_autocast_cache()
     delivery.take(step, context)
     with torch.enable_grad():
         h: Tensor = Sealed.apply(step.h, torch.empty(0, requires_grad=True))

@@ -26,6 +26,7 @@ class _Batch:
         jobs, self.jobs = self.jobs, {}
         for apply, contributions in jobs.values():
             apply(contributions)
+        torch.clear_autocast_cache()  # it may hold parameters as they were before
 
 
 # By graph task. The engine alone holds a batch (through its callback): when a backward raises, its

@@ -62,7 +62,7 @@ class DecoupledSequential(nn.Sequential):
         target = phases[-1].target
         h: Tensor = Delivered.apply(body, context, target, input, *_owed(body, target))
         if not target:
-            setattr(h, NO_TARGET, True)
+            setattr(h, NO_TARGET, h._version)
         return _plain(modules[split:], h, context)
 
 
@@ -155,7 +155,7 @@ class Delivered(Node):
         *parameters: Tensor,
     ) -> Tensor:
         grads = _Gradients()
-        wants = input.requires_grad and not hasattr(input, NO_TARGET)
+        wants = input.requires_grad and getattr(input, NO_TARGET, None) != input._version
         bottom = input.detach().requires_grad_(wants)
         h = bottom  # what the modules above the last interface read
         below: Delivery | None = None  # that interface, whose lesson waits for a gradient at h

@@ -4,11 +4,12 @@ the update. For linear layers on fused kernels, and for any segment under autogr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fused_dni import ops
 from fused_dni.functional import check
@@ -29,6 +30,7 @@ from fused_dni.modules.base import (
     sum_slots,
 )
 from fused_dni.ops import registry
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,
     BoundStep,
@@ -36,6 +38,7 @@ from fused_dni.ops.types import (
     LinearGradients,
     LinearTensors,
     RuleTensors,
+    Step,
     SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
@@ -115,8 +118,8 @@ class LinearSteps(Steps):
         norm = self._modules["norm"]
         if "weight" in own and "bias" in own:
             weight, bias = own["weight"], own["bias"]
-        else:  # parametrized
-            weight, bias = self.weight, self.bias
+        else:  # parametrized; some parametrizations make a transposed weight
+            weight, bias = self.weight.contiguous(), self.bias  # type: ignore[assignment]
         if norm is None:
             return LinearTensors(weight, bias)
         own = norm._parameters
@@ -176,8 +179,13 @@ class LinearSteps(Steps):
 
     def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
         """Refuse tensors that do not go together; kernels take their addresses on trust."""
-        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not tracing:  # what is traced or transformed has no addresses
+        # What is traced or transformed has no addresses.
+        addressed = not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+        )
+        if addressed:
             learned = () if synthesizer is None else synthesizer.parameters()
             fits = [None if t is None else t.data_ptr() for t in (*layer, *learned)]
             if fits == self._binding.fits:
@@ -185,7 +193,7 @@ class LinearSteps(Steps):
         check.layer(layer, self.config)
         if synthesizer is not None:
             check.synthesizer(synthesizer, layer.weight)
-        if not tracing:
+        if addressed:
             self._binding.fits = fits
 
     def _bound(
@@ -219,8 +227,11 @@ class LinearSteps(Steps):
         x, layer, backend = inputs
         fused = self.fused_synthesizer(x)
         if self.update is not None and fused is not None:
-            run = self._bound(layer, backend, fused)
-            step = run(x, context, self.scale_of(x), need_dx, learns)
+            if direct(x):
+                run = self._bound(layer, backend, fused)
+                step = run(x, context, self.scale_of(x), need_dx, learns)
+            else:
+                step = self._step_watched(x, layer, backend, fused, context, need_dx, learns)
             p = step.prediction
             forecast = None if p is None else Forecast(p.scaled, p, None)
             saved = step.saved
@@ -230,6 +241,27 @@ class LinearSteps(Steps):
             return LocalStep(step.h, (step.dx,), forecast, trace=trace)
         with torch.no_grad():
             return self._step_composed(x, layer, backend, context, need_dx, learns)
+
+    def _step_watched(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        backend: Backend,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        need_dx: bool,
+        learns: bool,
+    ) -> Step:
+        """The bound step by the registered op, which dispatch modes and other tensors see."""
+        assert self.update is not None
+        self._fit(layer, synthesizer)
+        rule = self.update.tensors(self._slots(layer))
+        kappa, bound = self.scale_of(x), self.max_norm or 0.0
+        with torch.no_grad():
+            return ops.linear_step_(
+                backend, x, layer, self.config, synthesizer, context, kappa, bound, rule, need_dx,
+                learns,
+            )  # fmt: skip
 
     def _step_composed(
         self,
@@ -331,6 +363,48 @@ def _sum(parts: list[Any]) -> Tensor | None:
 # Any segment
 
 
+class SegmentInputs(NamedTuple):
+    """What a segment is called with: the leaves of its arguments, tensors and others, and how they
+    stood in lists, dictionaries and keyword arguments (None: they are the arguments)."""
+
+    leaves: tuple[Any, ...]
+    structure: TreeSpec | None
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Other leaves in the place of these, as positional and keyword arguments."""
+        if self.structure is None:
+            return leaves, {}
+        args, named = tree_unflatten(list(leaves), self.structure)
+        return args, named
+
+
+# What is no container and holds no tensor.
+_ATOMS = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def segment_inputs(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentInputs:
+    """Find the tensors that a segment is called with, wherever they stand in its arguments.
+
+    Raises:
+        TypeError: a tensor that asks for a gradient inside an object that cannot be taken apart:
+            what is below would silently get none.
+    """
+    if not named and all(isinstance(a, _ATOMS) for a in args):
+        return SegmentInputs(args, None)
+    leaves, structure = tree_flatten((args, named))
+    for leaf in leaves:
+        if isinstance(leaf, (*_ATOMS, nn.Module)) or not hasattr(leaf, "__dict__"):
+            continue
+        for name, t in vars(leaf).items():
+            if any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(t)):
+                raise TypeError(
+                    "inputs of a decoupled segment must be tensors, or lists, tuples, dictionaries "
+                    f"and packed sequences of them; got {type(leaf).__name__}, whose {name} asks "
+                    "for a gradient: give its tensors, or detach them"
+                )
+    return SegmentInputs(tuple(leaves), structure)
+
+
 class Inner(NamedTuple):
     """A run of the segment: its output with its graph, and the inputs to differentiate for; by the
     identity of a parameter, what stood in for it (see :func:`run_apart`)."""
@@ -352,20 +426,21 @@ class SegmentSteps(Steps):
         assert self.synthesizer is not None
         return registry.resolve(None, h, next(self.synthesizer.parameters()))
 
-    def _inner(self, inputs: tuple[Any, ...], need_dx: bool) -> Inner:
+    def _inner(self, inputs: Any, need_dx: bool) -> Inner:
         """Run the segment in a graph of its own."""
         leaves: list[Tensor | None] = []
         cut: list[Any] = []
-        for t in inputs:
+        for t in inputs.leaves:
             if isinstance(t, Tensor):
-                wanted = need_dx and t.requires_grad and not hasattr(t, NO_TARGET)
+                wanted = need_dx and t.requires_grad and getattr(t, NO_TARGET, None) != t._version
                 t = t.detach().requires_grad_(wanted)
                 leaves.append(t if wanted else None)
             cut.append(t)
+        args, named = inputs.arguments(cut)
         with torch.enable_grad():
             if self.update is not None:  # gradients are used here: hooks see them here
-                return Inner(self._run(tuple(cut)), leaves, {})
-            h, aliases = run_apart(self.module, *cut)
+                return Inner(self._checked(self.module(*args, **named)), leaves, {})
+            h, aliases = run_apart(self.module, *args, **named)
             return Inner(self._checked(h), leaves, aliases)
 
     def _differentiate(self, inner: Inner, gradient: Tensor) -> tuple[Slots, Slots]:
@@ -403,9 +478,6 @@ class SegmentSteps(Steps):
         assert self.update is not None
         slots = self.local_parameters()
         apply_given(slots, sum_slots(contributions), self.update.tensors(slots))
-
-    def _run(self, inputs: tuple[Any, ...]) -> Tensor:
-        return self._checked(self.module(*inputs))
 
     @staticmethod
     def _checked(h: Any) -> Tensor:

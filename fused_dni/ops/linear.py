@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_dni.ops import registry
 from fused_dni.ops.schemas import empty_if_none, moments, none_if_empty, rule_of
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     FROM_OUTPUT,
     Backend,
@@ -98,7 +99,7 @@ def linear_forward(
     training: bool,
     save: bool,
 ) -> tuple[Tensor, Saved]:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.linear_forward(x, layer, config, training, save)
     h, normalized, rstd = _linear_forward(
         x,
@@ -208,7 +209,7 @@ def linear_backward(
     need_dx: bool,
     need_weight: bool,
 ) -> LinearGradients:
-    if not torch.compiler.is_compiling():
+    if direct(grad_h):
         return backend.linear_backward(
             grad_h, x, h, saved, layer, config, training, need_dx, need_weight
         )
@@ -357,7 +358,7 @@ def linear_step_(
     need_dx: bool,
     need_prediction: bool,
 ) -> Step:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.linear_step_(
             x,
             layer,
@@ -452,7 +453,7 @@ def linear_update_(
     layer: LinearTensors,
     rule: RuleTensors,
 ) -> None:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         backend.linear_update_(x, gradients, layer, rule)
         return
     first, second = moments(rule)

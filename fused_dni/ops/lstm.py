@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_dni.ops import registry
 from fused_dni.ops.schemas import empty_if_none, none_if_empty
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,
     CellGradients,
@@ -80,7 +81,7 @@ def lstm_forward(
     dropout: tuple[Tensor, ...],
     save: bool,
 ) -> LSTMTrace:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.lstm_forward(x, h, c, layers, lengths, dropout, save)
     bias = layers[0].bias_ih is not None
     hidden, h, c, cells, gates = _lstm_forward(
@@ -168,7 +169,7 @@ def lstm_backward(
     need_dx: bool,
     need_weights: bool,
 ) -> LSTMGradients:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.lstm_backward(
             grad_output,
             grad_h,
@@ -239,7 +240,7 @@ def _(x, h, c, parameters, bias, save, backend):  # type: ignore[no-untyped-def]
 def lstm_cell_forward(
     backend: Backend, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
 ) -> CellTrace:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.lstm_cell_forward(x, h, c, layer, save)
     bias = layer.bias_ih is not None
     h, c, gates = _lstm_cell_forward(x, h, c, flat((layer,)), bias, save, backend.name)
@@ -310,7 +311,7 @@ def lstm_cell_backward(
     need_dx: bool,
     need_weights: bool,
 ) -> CellGradients:
-    if not torch.compiler.is_compiling():
+    if direct(x):
         return backend.lstm_cell_backward(
             grad_h, grad_c, x, h, c, layer, trace, need_dx, need_weights
         )

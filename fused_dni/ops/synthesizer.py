@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_dni.ops import registry
 from fused_dni.ops.schemas import empty_if_none, moments, none_if_empty, rule_of
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import Backend, Prediction, RuleTensors, SynthesizerTensors
 
 
@@ -44,7 +45,7 @@ def _(h, kind, weight, down, context_weight, bias, context, backend):  # type: i
 def synthesizer_predict(
     backend: Backend, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> Prediction:
-    if not torch.compiler.is_compiling():
+    if direct(h):
         return backend.synthesizer_predict(h, synthesizer, context)
     scaled, reduced = _synthesizer_predict(
         h, synthesizer.kind, *synthesizer.parameters(), context, backend.name
@@ -113,7 +114,7 @@ def synthesizer_gradients(
     target_scale: float,
     statistics: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    if not torch.compiler.is_compiling():
+    if direct(grad_h):
         return backend.synthesizer_gradients(
             h, prediction, grad_h, synthesizer, context, target_scale, statistics
         )
@@ -194,7 +195,7 @@ def synthesizer_update_(
     statistics: Tensor,
     rule: RuleTensors,
 ) -> None:
-    if not torch.compiler.is_compiling():
+    if direct(grad_h):
         backend.synthesizer_update_(
             h, prediction, grad_h, synthesizer, context, target_scale, statistics, rule
         )

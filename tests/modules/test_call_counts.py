@@ -57,7 +57,7 @@ def _calls(synthesizer: bool, target_every: int | None) -> float:
     ("synthesizer", "target_every", "most"),
     [
         pytest.param(False, 1, 805, id="own backprop"),
-        pytest.param(True, 1, 739, id="k=1"),
+        pytest.param(True, 1, 746, id="k=1"),
         pytest.param(True, 4, 491, id="k=4"),
         pytest.param(True, None, 398, id="no targets"),
     ],

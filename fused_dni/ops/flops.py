@@ -1,0 +1,119 @@
+"""The operations of the registered ops, for PyTorch's ``FlopCounterMode``.
+
+Counted as PyTorch counts: two for a multiply-add of a product, nothing for what goes element by
+element.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Given = dict[str, Any]  # an op's arguments by name, the shape in place of a tensor
+
+
+def show_to_counters() -> None:
+    """Make the formulas known to every counter that runs, and to those made later.
+
+    Called when a dispatch mode is seen: to import ``FlopCounterMode`` before (and triton with it)
+    would cost half a second.
+    """
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    made = _formulas()
+    for op, formula in made.items():
+        if op not in module.flop_registry:
+            module.flop_registry[op] = module.shape_wrapper(formula)
+    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            for op in made:
+                counter.flop_registry.setdefault(op, module.flop_registry[op])
+
+
+@functools.cache
+def _formulas() -> dict[Any, Callable[..., int]]:
+    counted: dict[str, Callable[[Given], int]] = {
+        "linear_forward": _product,
+        "linear_backward": lambda given: (
+            _product(given) * (int(given["need_dx"]) + int(given["need_weight"]))
+        ),
+        "linear_update_": _product,
+        "linear_step_": _step,
+        "synthesizer_predict": lambda given: _prediction(given, given["weight"]),
+        "synthesizer_gradients": lambda given: _regression(given, given["weight"]),
+        "synthesizer_update_": lambda given: _regression(given, given["weight"]),
+        "lstm_forward": lambda given: given["x"][0] * _gates(given, given["x"][1]),
+        "lstm_backward": lambda given: given["x"][0] * _gates_backward(given, given["x"][1]),
+        "lstm_cell_forward": lambda given: _gates(given, given["x"][0]),
+        "lstm_cell_backward": lambda given: _gates_backward(given, given["x"][0]),
+    }
+    ops = torch.ops.fused_dni
+    return {getattr(ops, name): _named(getattr(ops, name), f) for name, f in counted.items()}
+
+
+def _named(op: Any, formula: Callable[[Given], int]) -> Callable[..., int]:
+    names = [argument.name for argument in op.default._schema.arguments]
+
+    def counted(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula({**dict(zip(names, args, strict=False)), **kwargs})
+
+    return counted
+
+
+def _product(given: Given) -> int:
+    """x [N, I] and weight [O, I]."""
+    return 2 * int(given["x"][0]) * math.prod(given["weight"])
+
+
+def _step(given: Given) -> int:
+    rows, features = given["x"][0], given["weight"][0]
+    predicted = _prediction({**given, "h": (rows, features)}, given["synthesizer_weight"])
+    return _product(given) * (2 + int(given["need_dx"])) + predicted
+
+
+def _context(given: Given) -> int:
+    """A dense context [N, K]; class indices are looked up."""
+    context, weight = given["context"], given["context_weight"]
+    if context is None or weight is None or len(context) == 1:
+        return 0
+    return 2 * int(given["h"][0]) * math.prod(weight)
+
+
+def _prediction(given: Given, weight: tuple[int, ...]) -> int:
+    rows = int(given["h"][0])
+    made = 2 * rows * math.prod(weight) if len(weight) == 2 else 0
+    if given["down"] is not None:
+        made += 2 * rows * math.prod(given["down"])
+    return made + _context(given)
+
+
+def _regression(given: Given, weight: tuple[int, ...]) -> int:
+    rows = int(given["h"][0])
+    made = 2 * rows * math.prod(weight) if len(weight) == 2 else 0
+    if given["down"] is not None:  # back through the weight, then the product for down
+        made = 2 * made + 2 * rows * math.prod(given["down"])
+    return made + _context(given)
+
+
+def _weights(given: Given) -> list[tuple[int, ...]]:
+    return [shape for shape in given["parameters"] if len(shape) == 2]
+
+
+def _gates(given: Given, batch: int) -> int:
+    return 2 * int(batch) * sum(math.prod(shape) for shape in _weights(given))
+
+
+def _gates_backward(given: Given, batch: int) -> int:
+    """To the state and the layer below by each weight; x of the first layer on demand."""
+    back = _gates(given, batch)
+    made = back if given["need_weights"] else 0
+    if not given["need_dx"]:
+        back -= 2 * int(batch) * math.prod(_weights(given)[0])
+    return made + back
