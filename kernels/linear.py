@@ -700,8 +700,8 @@ def linear_kernel(
         if FIRST < GRADIENT:
             if C.source == "diagonal":
                 # Each program reads what it wrote itself: its tiles are the same in both phases.
-                tl.static_assert(not C.whole or C.product_rows == C.rows)
-                tl.static_assert(not C.whole or C.product_outs == C.outs)
+                alike: tl.constexpr = C.product_rows == C.rows and C.product_outs == C.outs
+                tl.static_assert(not C.whole or alike, "tiles of both have to be alike")
                 tl.debug_barrier()
             elif met:
                 met = _meet(t, s, programs, GRADIENT)
