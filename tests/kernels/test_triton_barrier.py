@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from fused_dni.kernels import common
 from fused_dni.kernels.common import grid_barrier
+from fused_dni.kernels.meeting import RECORD, Meeting, meet
 
 TOP = 1 << 31
 OVER = ("ended", "gave up")
@@ -520,3 +521,26 @@ def test_programs_of_a_gpu_meet() -> None:
         assert not stale.any()
         assert (cells == rounds).all()
         assert state.item() & (TOP - 1) == 0
+
+
+@triton.jit
+def _waiting_kernel(where, met, programs):
+    """All programs of a grid wait for as many, and say whether they came."""
+    came = meet(where, 0, programs, 7, programs, 2, 3, 4)
+    tl.store(met + tl.program_id(0), came.to(tl.int32))
+
+
+def test_programs_give_up_and_leave_a_record() -> None:
+    """Also on a GPU: in memory that the host reads, of the first launch that waited in vain."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    grid = torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else 2
+    options = {"launch_cooperative_grid": True} if on_gpu else {}
+    record = torch.zeros(RECORD, dtype=torch.int32, pin_memory=on_gpu)
+    state = torch.zeros(8, dtype=torch.int32, device=device)
+    for expected in (grid + 1, grid):
+        met = torch.full((grid,), -1, dtype=torch.int32, device=device)
+        _waiting_kernel[(grid,)](Meeting(state, record, 100), met, expected, **options)
+        assert met.tolist() == [0] * grid
+        assert record.tolist() == [4, 7, grid + 1, 2, 3]
+    assert state[0].item() & 1 and not state[1:].any()
