@@ -473,15 +473,22 @@ def _trial(t, s, C: tl.constexpr, program, programs):
 def _apply(t, s, C: tl.constexpr, program, programs):
     sg, ss = _total(t, s, C, 0), _total(t, s, C, 1)
     gg, ee = _total(t, s, C, 2), _total(t, s, C, 3)
-    summed = tl.abs(sg) + ss + gg + ee < float("inf")
-    if C.rule == "none":
-        _slots(t, s, C, program, programs, 0.0, 0.0, False)
-        applied = summed
-    else:
+    applied = tl.abs(sg) + ss + gg + ee < float("inf")
+    if C.rule != "none":
         finite, bounded = _finite(t, s, C)
         if finite & (bounded == 0):
             finite = largest_left(t.largest, 3, s.trial_programs) < float("inf")
-        applied = finite & summed
+        applied = finite & applied
+    # In front of the products, which need the registers.
+    if applied & (program == 0):
+        tl.store(t.statistics, tl.load(t.statistics) + sg)
+        tl.store(t.statistics + 1, tl.load(t.statistics + 1) + ss)
+        tl.store(t.statistics + 2, tl.load(t.statistics + 2) + gg)
+        tl.store(t.statistics + 3, tl.load(t.statistics + 3) + ee)
+        tl.store(t.statistics + 4, tl.load(t.statistics + 4) + s.rows)
+    if C.rule == "none":
+        _slots(t, s, C, program, programs, 0.0, 0.0, False)
+    else:
         step = tl.load(t.step)
         if applied:
             step += 1.0
@@ -491,12 +498,6 @@ def _apply(t, s, C: tl.constexpr, program, programs):
                 tl.store(t.hyper + STEP, step)
         elif program == 0:
             tl.store(t.hyper + SKIPPED, tl.load(t.hyper + SKIPPED) + 1.0)
-    if applied & (program == 0):
-        tl.store(t.statistics, tl.load(t.statistics) + sg)
-        tl.store(t.statistics + 1, tl.load(t.statistics + 1) + ss)
-        tl.store(t.statistics + 2, tl.load(t.statistics + 2) + gg)
-        tl.store(t.statistics + 3, tl.load(t.statistics + 3) + ee)
-        tl.store(t.statistics + 4, tl.load(t.statistics + 4) + s.rows)
 
 
 # ---------------------------------------------------------------------------------------------
