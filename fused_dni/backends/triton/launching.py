@@ -134,6 +134,7 @@ class _Shared:
         self.waited = ctypes.c_int32.from_address(self.record.data_ptr())
         self.streams: dict[int, Meeting] = {}
         self.lock = threading.Lock()
+        self.blocks: list[Tensor] = []  # for ever: who knows when a graph is gone
         self.words = self._zeroed(_BLOCK)
 
     def meeting(self, current: int | None, groups: int) -> Meeting:
@@ -165,6 +166,7 @@ class _Shared:
         words = torch.zeros(size, dtype=torch.int32, device=self.device)
         if self.device.type == "cuda":  # graphs may be replayed on any stream
             torch.cuda.current_stream(self.device).synchronize()
+        self.blocks.append(words)
         return words
 
     def fail(self) -> None:
