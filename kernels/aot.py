@@ -55,6 +55,7 @@ class MachineCode(NamedTuple):
     loads: int  # all instructions that load from global memory
     barriers: int  # waits of kernels.common.grid_barrier
     sound_barriers: int  # those with everything in its place
+    in_flight: int  # loads that are on their way when a barrier begins; of all, the fewest
     hash: str  # Triton's key of this very kernel
 
 
@@ -118,14 +119,21 @@ _ORDERED = re.compile(
     r"\b(?P<block>bar(rier)?\.sync)\b"
     r"|\b(?P<arrive>atom\.global\.gpu\.acq_rel\.add\.u32)\b"
     r"|\b(?P<wait>ld\.global\.gpu\.acquire\.b32|ld\.acquire\.gpu\.global\.b32)\b"
+    r"|\b(?P<give_up>atom\.global\.\S*cas\.b32)\b"
     r"|\b(?P<access>(ld|st|atom|red)\.global|cp\.async)\b"
 )
+_FLOW = re.compile(
+    r"^(?P<label>\$\w+):|(?P<guard>@\S+\s+)?\bbra(\.uni)?\s+(?P<to>\$\w+)|\b(?P<end>ret|exit);"
+)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(?P<name>[A-Z]\S*)(?P<operands>.*?);")
+_REGISTER = re.compile(r"(?P<address>\[)?\bR(?P<first>\d+)\b(?P<pair>\.64)?")
 
 
 def read(compiled: Any) -> MachineCode:
     """Read off a CompiledKernel what :class:`MachineCode` holds."""
-    ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    registers, stack, local = _resources(compiled.asm["cubin"])
+    ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
+    registers, stack, local = _resources(cubin)
+    barriers, sound = grid_barriers(ptx)
     loads = [line for line in ptx.splitlines() if _LOAD.search(line)]
     return MachineCode(
         registers,
@@ -137,18 +145,24 @@ def read(compiled: Any) -> MachineCode:
         tuple(name for name, pattern in _TENSOR_CORES.items() if re.search(pattern, ptx)),
         sum(_WIDE.search(line) is not None for line in loads),
         len(loads),
-        *grid_barriers(ptx),
+        barriers,
+        sound,
+        in_flight(_cuobjdump("--dump-sass", cubin)) if barriers else 0,
         metadata.hash,
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and static local memory of a thread."""
+def _cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and static local memory of a thread."""
+    report = _cuobjdump("--dump-resource-usage", cubin)
     found = _RESOURCES.search(report)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {report!r}")
@@ -159,22 +173,93 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
 def grid_barriers(ptx: str) -> tuple[int, int]:
     """How many waits of a grid barrier there are, and how many of them are sound.
 
-    One thread arrives and waits for its block. So in the order of the text: the block's barrier, to
-    collect what the other threads wrote; the arrival, which releases it; the acquiring load, with
-    nothing but the block's barriers in between; the block's barrier again, before anybody reads.
+    One thread arrives and waits for its block. So on every path: the block's barrier, to collect
+    what the other threads wrote; the arrival, which releases it; the acquiring load, with nothing
+    but the block's barriers and the giving up in between; the block's barrier again, before anybody
+    reads.
     """
-    order = [match.lastgroup for match in _ORDERED.finditer(ptx)]
-    waits = [i for i, what in enumerate(order) if what == "wait"]
+    kinds: list[str | None] = ["entry"]  # of the lines that matter; None: of the control flow
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    falls = [True]  # whether the next line can follow
+    for line in ptx.splitlines():
+        flow, ordered = _FLOW.search(line), _ORDERED.search(line)
+        if flow is None and ordered is None:
+            continue
+        kinds.append(None if ordered is None else ordered.lastgroup)
+        falls.append(True)
+        if flow is not None and flow["label"]:
+            labels[flow["label"]] = len(kinds) - 1
+        elif flow is not None:
+            falls[-1] = bool(flow["guard"])
+            if flow["to"]:
+                jumps.append((len(kinds) - 1, flow["to"]))
+    forth: list[list[int]] = [[i + 1] if fall else [] for i, fall in enumerate(falls)]
+    forth[-1:] = [[]]
+    for i, label in jumps:
+        forth[i].append(labels[label])
+    back: list[list[int]] = [[] for _ in kinds]
+    for i, following in enumerate(forth):
+        for j in following:
+            back[j].append(i)
+
+    def nearest(start: int, near: list[list[int]], through: tuple[str, ...]) -> set[int]:
+        """The first lines of other kinds than these on all paths from a line."""
+        seen: set[int] = set()
+        found: set[int] = set()
+        todo = list(near[start])
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            if kinds[i] is None or kinds[i] in through or i == start:
+                todo += near[i]
+            else:
+                found.add(i)
+        return found
+
+    def all_are(kind: str, lines: set[int]) -> bool:
+        return bool(lines) and all(kinds[i] == kind for i in lines)
+
+    waits = [i for i, kind in enumerate(kinds) if kind == "wait"]
     sound = 0
     for i in waits:
-        before = [(j, what) for j, what in enumerate(order[:i]) if what != "block"]
-        j, arrived = before[-1] if before else (0, None)
+        arrivals = nearest(i, back, ("block", "give_up"))
         sound += (
-            arrived == "arrive"
-            and order[max(j - 1, 0)] == "block"
-            and order[i + 1 : i + 2] == ["block"]
+            all_are("arrive", arrivals)
+            and all(all_are("block", nearest(j, back, ())) for j in arrivals)
+            and all_are("block", nearest(i, forth, ()))
         )
     return len(waits), sound
+
+
+def in_flight(sass: str) -> int:
+    """How many loads from global memory are on their way when a grid barrier's fence begins: asked
+    for in front of it in the order of the text, and not looked at. Of several barriers the fewest.
+    """
+    waiting: dict[int, range] = {}  # by the first register of what was asked for: all of them
+    counts = []
+    for line in sass.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        name, operands = found["name"], list(_REGISTER.finditer(found["operands"]))
+        width = (
+            4 if ".128" in name or "MMA" in name else 2 if ".64" in name or name[0] == "D" else 1
+        )
+        for operand in operands:
+            first, address = int(operand["first"]), operand["address"] or operand["pair"]
+            count = (2 if operand["pair"] else 1) if address else width
+            for load, registers in list(waiting.items()):
+                if registers.start < first + count and first < registers.stop:
+                    del waiting[load]
+        if name.startswith("LDG") and ".STRONG" not in name and operands:
+            first = int(operands[0]["first"])
+            waiting[first] = range(first, first + width)
+        if name.startswith("MEMBAR"):
+            counts.append(len(waiting))
+    return min(counts, default=0)
 
 
 def broken_bounds(specimen: Specimen, code: MachineCode, architecture: int) -> list[str]:
@@ -190,6 +275,10 @@ def broken_bounds(specimen: Specimen, code: MachineCode, architecture: int) -> l
         found.append("no tensor-core instruction")
     if specimen.wide_loads and not code.wide_loads:
         found.append("no 128-bit load from global memory")
+    if code.in_flight < specimen.in_flight:
+        found.append(
+            f"{code.in_flight} loads in flight at a barrier, there have to be {specimen.in_flight}"
+        )
     if code.sound_barriers < code.barriers:
         found.append(f"{code.barriers - code.sound_barriers} grid barriers out of order")
     if code.barriers and not specimen.launch.options.get("launch_cooperative_grid", False):

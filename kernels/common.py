@@ -24,6 +24,7 @@ STEP: tl.constexpr = tl.constexpr(5)
 SKIPPED: tl.constexpr = tl.constexpr(6)
 
 _TOP: tl.constexpr = tl.constexpr(-(2**31))  # the top bit of an int32
+_GIVEN_UP: tl.constexpr = tl.constexpr(1)  # the lowest, which no arrival changes
 _INV_SQRT2: tl.constexpr = tl.constexpr(0.7071067811865476)
 _INV_SQRT2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 _SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(0.7978845608028654)
@@ -49,25 +50,40 @@ def dot(a, b, accumulated, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def grid_barrier(state, programs):
-    """Wait until all ``programs`` (of a cooperative launch, counted along axis 0) are here.
+def grid_barrier(state, programs, bound=0):
+    """Wait until all ``programs`` (of a cooperative launch, counted along axis 0) are here; returns
+    whether they came.
 
     What a program wrote before is visible to every program behind. ``state`` points to one int32
     that is zero before its first use and needs no attention afterwards: every round adds exactly
-    2^31 to it, so that its low bits count arrivals, return to zero, and its top bit is the
+    2^31 to it, so that its low bits count arrivals, by twos, return to zero, and its top bit is the
     generation that changes when all have come (as in CUDA's cooperative groups). A program that is
     still waiting for a generation has not arrived at the next one, which therefore cannot end
-    before it has woken up: see tests/test_triton_barrier.py.
+    before it has woken up: see tests/kernels/test_triton_barrier.py.
+
+    A program that has looked ``bound`` times (0: that never happens) gives up: it sets the lowest
+    bit and the count back to zero, if nobody arrived meanwhile. That generation cannot end any
+    more, whoever is still to come: all programs pass a barrier, or none does. A program that did
+    not pass must not arrive again. The bit stays, and so does what it says to later launches.
     """
     # The atomics below are one thread's: the block's barriers extend their order to all threads.
     tl.debug_barrier()
-    arrival = tl.where(tl.program_id(0) == 0, _TOP - (programs - 1), 1)
+    arrival = tl.where(tl.program_id(0) == 0, _TOP - 2 * (programs - 1), 2)
     before = tl.atomic_add(state, arrival, sem="acq_rel", scope="gpu")
-    # Adding nothing with an acquire is an acquiring load. Its result has to be used: one that
-    # nobody looks at is optimised away.
-    while ((tl.atomic_add(state, 0, sem="acquire", scope="gpu") ^ before) & _TOP) == 0:
-        pass
+    now = before
+    left = tl.full((), 0, tl.int32) + bound
+    waits = (before & _GIVEN_UP) == 0
+    while waits:
+        # Adding nothing with an acquire is an acquiring load. Its result has to be used: one that
+        # nobody looks at is optimised away.
+        now = tl.atomic_add(state, 0, sem="acquire", scope="gpu")
+        waits = (((now ^ before) & _TOP) == 0) & ((now & _GIVEN_UP) == 0)
+        if waits & (left == 1):
+            # Whether that succeeded is seen by the next look.
+            tl.atomic_cas(state, now, (now & _TOP) | _GIVEN_UP, sem="relaxed", scope="gpu")
+        left = tl.where(left > 1, left - 1, left)
     tl.debug_barrier()
+    return ((now ^ before) & _TOP) != 0
 
 
 # ---------------------------------------------------------------------------------------------

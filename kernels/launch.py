@@ -43,3 +43,4 @@ class Specimen(NamedTuple):
     spills: int = 0  # bytes of a thread's registers that may go through memory
     tensor_cores: bool = True  # has mma or wgmma instructions
     wide_loads: bool = True  # has 128-bit loads from global memory
+    in_flight: int = 0  # loads that are not waited for before a grid barrier

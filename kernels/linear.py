@@ -43,11 +43,11 @@ from fused_dni.kernels.common import (
     STEP,
     activate,
     dot,
-    grid_barrier,
     rule_factors,
     slope,
 )
 from fused_dni.kernels.launch import Launch, Specimen, constants
+from fused_dni.kernels.meeting import LINEAR, RECORD, Kernel, Meeting, meet
 from fused_dni.kernels.synthesizer import TYPES, down_tile, predict_tile, reduce_tiles
 from fused_dni.kernels.tiles import (
     FLAGS,
@@ -78,6 +78,12 @@ MEASURE: tl.constexpr = tl.constexpr(6)
 DX: tl.constexpr = tl.constexpr(7)
 TRIAL: tl.constexpr = tl.constexpr(8)
 WEIGHT: tl.constexpr = tl.constexpr(9)
+
+PHASES = (
+    "prepare", "product", "normalize", "reduce", "gradient", "delta", "measure", "dx", "trial",
+    "weight",
+)  # fmt: skip
+KERNEL = Kernel("linear_kernel", PHASES, ("N", "I", "O"))
 
 _LARGEST: tl.constexpr = tl.constexpr(1.0e38)  # well inside float32
 
@@ -138,7 +144,7 @@ class Tensors(NamedTuple):
     largest: Any = None  # [3, FLAGS]: largest magnitudes that a program saw: of x, delta, products
     squares: Any = None  # float64 [FLAGS]: squared synthetic gradient, summed by a program
     step: Any = None  # float64 [1]: the rule's step count before this one
-    barrier: Any = None  # int32 [1]: see grid_barrier
+    meeting: Any = None  # Meeting, in one launch
 
 
 class Sizes(NamedTuple):
@@ -661,51 +667,74 @@ def _slots(
 
 
 @triton.jit
+def _meet(t, s, programs, PHASE: tl.constexpr):
+    """Wait for all programs in front of a phase; returns whether they came."""
+    return meet(t.meeting, 0, programs, PHASE, s.rows, s.inputs, s.outputs, LINEAR)
+
+
+@triton.jit
 def linear_kernel(
     t, x, operand, delta, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
 ):
     """The phases FIRST to LAST. x, operand and delta are those of ``t``, or descriptors of them."""
     program, programs = tl.program_id(0), tl.num_programs(0)
+    met = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PREPARE:
         _prepare(t, s, program, programs)
     if FIRST <= PRODUCT and PRODUCT <= LAST and t.h is not None:
         _product(t, x, operand, s, C, program, programs)
     if FIRST <= NORMALIZE and NORMALIZE <= LAST and t.h is not None and not C.whole:
         if FIRST < NORMALIZE:
-            grid_barrier(t.barrier, programs)
-        _normalize(t, s, C, program, programs)
+            met = _meet(t, s, programs, NORMALIZE)
+        if met:
+            _normalize(t, s, C, program, programs)
     if FIRST <= REDUCE and REDUCE <= LAST and C.source == "lowrank":
         if FIRST < REDUCE:
-            grid_barrier(t.barrier, programs)
-        tiles = tl.cdiv(s.outputs, C.product_outs if C.whole else C.outs)
-        count = wide(s.rows) * s.rank
-        reduce_tiles(t.partial, t.reduced, count, tiles, program, programs)
+            if met:
+                met = _meet(t, s, programs, REDUCE)
+        if met:
+            tiles = tl.cdiv(s.outputs, C.product_outs if C.whole else C.outs)
+            count = wide(s.rows) * s.rank
+            reduce_tiles(t.partial, t.reduced, count, tiles, program, programs)
     if FIRST <= GRADIENT and GRADIENT <= LAST and C.source != "none":
         if FIRST < GRADIENT:
             if C.source == "diagonal":
-                tl.debug_barrier()  # each program reads what it wrote itself
-            else:
-                grid_barrier(t.barrier, programs)
-        _gradient(t, s, C, program, programs)
+                # Each program reads what it wrote itself: its tiles are the same in both phases.
+                alike: tl.constexpr = C.product_rows == C.rows and C.product_outs == C.outs
+                tl.static_assert(not C.whole or alike, "tiles of both have to be alike")
+                tl.debug_barrier()
+            elif met:
+                met = _meet(t, s, programs, GRADIENT)
+        if met:
+            _gradient(t, s, C, program, programs)
     goes_back: tl.constexpr = C.source != "none" and C.interface == "output"
     if FIRST <= DELTA and DELTA <= LAST and goes_back and not C.whole:
         if FIRST < DELTA:
-            grid_barrier(t.barrier, programs)
-        _delta(t, s, C, program, programs)
+            if met:
+                met = _meet(t, s, programs, DELTA)
+        if met:
+            _delta(t, s, C, program, programs)
     if FIRST <= MEASURE and MEASURE <= LAST and C.source == "none" and C.rule != "none":
         _measure(t, s, C, program, programs)
     if FIRST < DX and DX <= LAST:
-        grid_barrier(t.barrier, programs)
+        behind: tl.constexpr = TRIAL if C.rule != "none" else WEIGHT
+        if met:
+            met = _meet(t, s, programs, behind if t.dx is None else DX)
     if FIRST <= DX and DX <= LAST and t.dx is not None:
-        _dx(t, delta, operand, s, C, program, programs)
+        if met:
+            _dx(t, delta, operand, s, C, program, programs)
     if FIRST <= TRIAL and TRIAL <= LAST and C.rule != "none":
         if FIRST < TRIAL and t.dx is not None:
-            grid_barrier(t.barrier, programs)  # dx is of the weights before the update
-        if _trial(t, x, delta, s, C, program, programs):
+            if met:
+                met = _meet(t, s, programs, TRIAL)  # dx is of the weights before the update
+        if met:
+            doubtful = _trial(t, x, delta, s, C, program, programs)
             if TRIAL < LAST:
-                grid_barrier(t.barrier, programs)
+                if doubtful:
+                    met = _meet(t, s, programs, WEIGHT)
     if FIRST <= WEIGHT and WEIGHT <= LAST:
-        _weight(t, x, delta, s, C, program, programs)
+        if met:
+            _weight(t, x, delta, s, C, program, programs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -825,10 +854,7 @@ def is_whole(rows: int, outputs: int, problem: Problem, tiles: Tiles) -> bool:
 
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int]) -> Tensors:
-    """``t`` with room for what phases leave to each other, on x's device.
-
-    ``barrier`` has to be zero before its first use, and is allocated zeroed.
-    """
+    """``t`` with room for what phases leave to each other, on x's device; but for ``meeting``."""
     like, (first, last) = t.x, phases
     rows, (outputs, inputs) = like.shape[0], t.weight.shape
 
@@ -870,8 +896,6 @@ def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int
         made["step"] = room(1, dtype=torch.float64)
         if problem.max_norm > 0:
             made["squares"] = room(FLAGS.value, dtype=torch.float64)
-    if tiles.launches == "one":
-        made["barrier"] = like.new_zeros(1, dtype=torch.int32)
     return t._replace(**made)
 
 
@@ -886,14 +910,25 @@ def plan(
     """The launches of an op.
 
     Args:
-        t: inputs, room for the results, and the workspace.
+        t: inputs, room for the results, the workspace, and in one launch the meeting.
         problem, tiles: what to compile for.
         phases: FORWARD_PHASES, BACKWARD_PHASES, STEP_PHASES or UPDATE_PHASES.
         sizes: N, I, O, R, K.
         resident: programs that a cooperative launch may have (one in the interpreter).
+
+    Raises:
+        ValueError: in one launch, a diagonal synthesizer's gradient would have other tiles than
+            what it is made of.
     """
     rows, inputs, outputs, rank, classes = sizes
     whole = is_whole(rows, outputs, problem, tiles)
+    first = (tiles.product_rows, tiles.product_outs)
+    if (tiles.launches, problem.source) == ("one", "diagonal") and whole and first != tiles[3:5]:
+        raise ValueError(
+            "in one launch with a diagonal synthesizer, tiles of the product and of what follows "
+            f"have to be alike, for there is no barrier between; got {first[0]}x{first[1]} and "
+            f"{tiles.rows}x{tiles.outs}: choose other tiles, or several launches"
+        )
     grids = _grids(t, problem, tiles, phases, sizes, whole)
     if tiles.launches == "one":
         common = min(max(grids.values()), resident)
@@ -1106,6 +1141,9 @@ def _specimen_step(
         dx=_meta(rows, inputs, dtype=dtype) if dx else None,
     )
     t = workspace(t, problem, tiles, STEP_PHASES)
+    if tiles.launches == "one":
+        int32 = torch.int32
+        t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
     return plan(
         t, problem, tiles, STEP_PHASES,
         (rows, inputs, outputs, rank if t.down is not None else 0, classes), 132,
@@ -1145,7 +1183,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
             )
             for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx):
                 phase = launch.arguments["FIRST"]
-                part = "step" if tiles.launches == "one" else _NAMES[phase]
+                part = "step" if tiles.launches == "one" else PHASES[phase]
                 multiplies = part in ("step", "product", "dx", "weight")
                 # Phases without a product are much the same in all cases and architectures.
                 key = f"{part} {problem.norm} {problem.source} {problem.interface}"
@@ -1158,9 +1196,3 @@ def specimens(architecture: int) -> Iterator[Specimen]:
                     tensor_cores=multiplies and name != "fp32",
                     wide_loads=part != "reduce",
                 )  # fmt: skip
-
-
-_NAMES = (
-    "prepare", "product", "normalize", "reduce", "gradient", "delta", "measure", "dx", "trial",
-    "weight",
-)  # fmt: skip

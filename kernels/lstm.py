@@ -45,15 +45,25 @@ from fused_dni.kernels.common import (
     SKIPPED,
     STEP,
     dot,
-    grid_barrier,
     rule_factors,
     sigmoid,
     tanh,
 )
 from fused_dni.kernels.launch import Launch, Specimen, constants
+from fused_dni.kernels.meeting import (
+    LSTM_BACKWARD,
+    LSTM_FORWARD,
+    RECORD,
+    Kernel,
+    Meeting,
+    meet,
+)
 from fused_dni.kernels.synthesizer import TYPES
 from fused_dni.kernels.tiles import is_inside, load_tile, magnitude, settle, tile_offsets, wide
 from torch import Tensor
+
+FORWARD_KERNEL = Kernel("lstm_window_forward", None, ("T", "B", "H"))
+BACKWARD_KERNEL = Kernel("lstm_window_backward", None, ("T", "B", "H"))
 
 _LARGEST: tl.constexpr = tl.constexpr(1.0e38)  # well inside float32
 _PARTS: tl.constexpr = tl.constexpr(64)  # programs that measure, at the most
@@ -133,6 +143,14 @@ def _own(rows, C: tl.constexpr):
     row = (tl.program_id(1) * C.rows + tl.arange(0, C.rows)).to(tl.int64)[:, None]
     unit = (tl.program_id(0) * C.units + tl.arange(0, C.units))[None, :]
     return row, unit, (row < rows) & (unit < C.size)
+
+
+@triton.jit
+def _meet(meeting, step, steps, rows, size, KERNEL: tl.constexpr):
+    """Wait for the programs of the same rows behind a step; returns whether they came."""
+    return meet(
+        meeting, tl.program_id(1), tl.num_programs(0), step, steps, rows, size, KERNEL
+    )  # fmt: skip
 
 
 @triton.jit
@@ -314,7 +332,7 @@ def lstm_window_forward(
     last_c,
     layer,  # Layer
     lengths,  # int64 [B] or None
-    barrier,  # int32 [blocks of rows]: see grid_barrier
+    meeting,  # Meeting with a word for each block of rows
     steps,
     rows,
     SAVE: tl.constexpr,
@@ -337,6 +355,7 @@ def lstm_window_forward(
     CHUNKS: tl.constexpr = C.chunks
     GROUP: tl.constexpr = C.group
     z_i, z_f, z_g, z_o = _load_gates(gates, gate, there, C)
+    met = True
     for t in range(steps):
         before = hidden + wide(t) * state_stride
         i = tl.full((C.parts, C.rows, C.units), 0.0, tl.float32)
@@ -363,7 +382,9 @@ def lstm_window_forward(
         tl.store(before + state_stride + state, shown, mask=there)
         at = gate + wide(t) * gate_stride
         z_i, z_f, z_g, z_o = _load_gates(gates, at + gate_stride, there & (t + 1 < steps), C)
-        grid_barrier(barrier + tl.program_id(1), tl.num_programs(0))
+        if met:
+            met = _meet(meeting, t, steps, rows, C.size, LSTM_FORWARD)
+        there = there & met  # nothing more is written otherwise
         # What no program waits for is written behind the barrier, beside the next product.
         tl.store(last_h + state, shown, mask=there & (t == length - 1))
         if SAVE:
@@ -530,7 +551,7 @@ def lstm_window_backward(
     lengths,
     ends,  # Ends or None
     layer,  # its index
-    barrier,
+    meeting,
     steps,
     rows,
     KIND: tl.constexpr,
@@ -558,6 +579,7 @@ def lstm_window_backward(
     CHUNKS: tl.constexpr = C.chunks
     GROUP: tl.constexpr = C.group
     dh = tl.full((C.rows, C.units), 0.0, tl.float32)
+    met = True
     for back in range(steps):
         t = last - back
         if above is not None:
@@ -582,7 +604,9 @@ def lstm_window_backward(
         before = tl.load(cells + (t - 1) * state_stride + state, mask=alive, other=0.0)
         if above is not None:
             given = tl.load(above + (t - 1) * state_stride + state, mask=alive, other=0.0)
-        grid_barrier(barrier + tl.program_id(1), tl.num_programs(0))
+        if met:
+            met = _meet(meeting, t.to(tl.int32), steps, rows, C.size, LSTM_BACKWARD)
+        there = there & met  # nothing more is written otherwise
         sums = tl.full((C.parts, C.rows, C.units), 0.0, tl.float32)
         for first in tl.static_range(0, CHUNKS, GROUP):
             tiles = _read(now, row, rows, 4 * C.size, first, C)
@@ -687,15 +711,16 @@ def _largest_of(matrix, rows, columns, program):
 
 
 @triton.jit
-def lstm_measure(of, largest, failed, step, hyper, count, features, size):
+def lstm_measure(of, largest, failed, record, step, hyper, count, features, size):
     """Largest magnitudes of a layer's delta, input and hidden state (``of``: Rows), by program;
-    and what an update needs before any of its programs writes."""
+    and what an update needs before any of its programs writes. A window whose programs did not
+    meet (``record``: see :class:`Meeting`) has left nothing to update by."""
     program = tl.program_id(0)
     tl.store(largest + program, _largest_of(of.delta, count, 4 * size, program))
     tl.store(largest + _PARTS + program, _largest_of(of.input, count, features, program))
     tl.store(largest + 2 * _PARTS + program, _largest_of(of.hidden, count, size, program))
     if program == 0:
-        tl.store(failed, 0)
+        tl.store(failed, tl.load(record))
         tl.store(step, tl.load(hyper + STEP))
 
 
@@ -1000,8 +1025,8 @@ def _launch_options(tiles: WindowTiles) -> dict[str, Any]:
     return made
 
 
-def barriers(tiles: WindowTiles, batch: int) -> int:
-    """How many int32 a persistent launch needs as ``barrier``."""
+def groups(tiles: WindowTiles, batch: int) -> int:
+    """How many groups of programs meet, each by itself, in a persistent launch."""
     return _blocks(batch, tiles.rows)
 
 
@@ -1011,7 +1036,7 @@ def plan_forward(
     trace: Trace,
     lengths: Tensor | None,
     carry: Tensor,
-    barrier: Tensor,
+    meeting: Meeting | None,
     save: bool,
     tiles: WindowTiles,
     products: Products,
@@ -1027,7 +1052,7 @@ def plan_forward(
             state.
         lengths: int64 [B] or None.
         carry: float32 [B, H], gets c after every step; not used if ``tiles.persistent``.
-        barrier: zeros, int32 [:func:`barriers`]; used if ``tiles.persistent``.
+        meeting: with words for all :func:`groups`; used if ``tiles.persistent``.
         save, tiles, products: what to compile for.
     """
     hidden, last_h, last_c, cells, gates = trace
@@ -1039,7 +1064,7 @@ def plan_forward(
         "rows": batch, "SAVE": save, "C": _options(tiles, size, size, products),
     }  # fmt: skip
     if tiles.persistent:
-        whole = {"hidden": hidden, "cells": cells, "c": c, "last_c": last_c, "barrier": barrier}
+        whole = {"hidden": hidden, "cells": cells, "c": c, "last_c": last_c, "meeting": meeting}
         return [Launch(lstm_window_forward, grid, common | whole, _launch_options(tiles))]
     step = {
         "x": None, "before": hidden, "after": hidden[1:], "new_c": carry, "features": 0,
@@ -1067,7 +1092,7 @@ def plan_backward(
     index: int,
     start: tuple[Tensor, Tensor] | None,
     carry: Tensor,
-    barrier: Tensor,
+    meeting: Meeting | None,
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
@@ -1088,7 +1113,7 @@ def plan_backward(
             ``tiles.persistent``.
         carry: float32 [B, H], gets the gradient at c before every step; not used if
             ``tiles.persistent``.
-        barrier, tiles, products: as in :func:`plan_forward`.
+        meeting, tiles, products: as in :func:`plan_forward`.
     """
     above, grad_h, grad_c = grads
     hidden, last_h, _, cells, gates = trace
@@ -1105,7 +1130,7 @@ def plan_backward(
         "lengths": lengths, "steps": steps, "rows": batch, "C": options,
     }  # fmt: skip
     if tiles.persistent:
-        whole = {"cells": cells, "d_h": made.h, "d_c": made.c, "barrier": barrier}
+        whole = {"cells": cells, "d_h": made.h, "d_c": made.c, "meeting": meeting}
         arguments = at_end | common | whole
         return [Launch(lstm_window_backward, grid, arguments, _launch_options(tiles))]
     launches = []
@@ -1208,6 +1233,7 @@ def plan_update(
     layers: tuple[Layer, ...],
     rule: Rule,
     workspace: UpdateWorkspace,
+    record: Tensor,
     tiles: UpdateTiles,
     products: Products,
 ) -> list[Launch]:
@@ -1215,7 +1241,7 @@ def plan_update(
 
     Measure what bounds the products, try the products where the bounds do not show them to be
     finite, and apply, each for all layers before the next. Mutates what
-    :meth:`fused_dni.ops.types.Backend.lstm_update_` says.
+    :meth:`fused_dni.ops.types.Backend.lstm_update_` says. ``record`` is a :class:`Meeting`'s.
     """
     measure, trial, apply = [], [], []
     momentum = rule.kind == "sgd" and any(m is not None for m in rule.first)
@@ -1237,7 +1263,8 @@ def plan_update(
             "step": workspace.step, "hyper": rule.hyper, "count": count, "features": features,
             "size": size,
         }  # fmt: skip
-        measure.append(Launch(lstm_measure, (tiles.programs,), known, {"num_warps": 4}))
+        measured = known | {"record": record}
+        measure.append(Launch(lstm_measure, (tiles.programs,), measured, {"num_warps": 4}))
         grid = (
             _blocks(4 * size, tiles.rows),
             _blocks(features, tiles.columns) + _blocks(size, tiles.columns) + 1,
@@ -1280,13 +1307,15 @@ def _window_specimens(
     layer = Layer(wide(4 * size, size), wide(4 * size, size), wide(4 * size), wide(4 * size))
     states = low(steps + 1, batch, size)
     trace = Trace(states, low(batch, size), low(batch, size), states, low(steps, batch, 4 * size))
-    carry, barrier = wide(batch, size), _meta(batch, dtype=torch.int32)
+    carry, int32 = wide(batch, size), torch.int32
+    meeting = Meeting(_meta(batch, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
     lengths = _meta(batch, dtype=torch.int64) if kind else None
     tiles = window_tiles(batch, size, forward.width, False, machine)
     yield Specimen(
         f"{name} forward",
-        plan_forward(layer, trace.c, trace, lengths, carry, barrier, True, tiles, forward)[-1],
+        plan_forward(layer, trace.c, trace, lengths, carry, meeting, True, tiles, forward)[-1],
         spills,
+        in_flight=4 if tiles.persistent else 0,  # the next step's gates
     )
     ends = None
     if kind is not None:
@@ -1307,9 +1336,10 @@ def _window_specimens(
     tiles = window_tiles(batch, size, backward.width, True, machine)
     launches = plan_backward(
         layer, (low(steps, batch, size), trace.h, None), trace, lengths, made, ends, kind or "none",
-        1, (carry, carry), carry, barrier, tiles, backward,
+        1, (carry, carry), carry, meeting, tiles, backward,
     )  # fmt: skip
-    yield Specimen(f"{name} backward", launches[-1], spills)
+    # Gates, cell states around the step, and what comes from above.
+    yield Specimen(f"{name} backward", launches[-1], spills, in_flight=7 if tiles.persistent else 0)
     if ends is not None and not tiles.persistent:
         products = kind != "diagonal"
         yield Specimen(f"{name} ends", launches[0], spills, products, products)
@@ -1351,10 +1381,11 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         rows = Rows(low(count, size), low(count, size), low(count, 4 * size))
         hyper = _meta(7, dtype=torch.float64)
         workspace = UpdateWorkspace.allocate(1, hyper)
+        record = _meta(RECORD, dtype=torch.int32)
         for kind, second in (("sgd", Layer(None, None)), ("adamw", layer)):
             rule = Rule(kind, False, hyper, layer, second, (True, True, True, False))
             launches = plan_update(
-                (rows,), (layer,), rule, workspace, update_tiles(size, machine), products
+                (rows,), (layer,), rule, workspace, record, update_tiles(size, machine), products
             )
             if kind == "sgd":
                 yield Specimen(f"measure {name}", launches[0], 0, False)

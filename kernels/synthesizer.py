@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fused_dni.kernels.common import SKIPPED, STEP, dot, grid_barrier, rule_factors
+from fused_dni.kernels.common import SKIPPED, STEP, dot, rule_factors
 from fused_dni.kernels.launch import Launch, Specimen, constants
+from fused_dni.kernels.meeting import RECORD, SYNTHESIZER, Kernel, Meeting, meet
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
@@ -49,6 +50,9 @@ REDUCE: tl.constexpr = tl.constexpr(1)
 PREDICT: tl.constexpr = tl.constexpr(2)
 TRIAL: tl.constexpr = tl.constexpr(3)
 APPLY: tl.constexpr = tl.constexpr(4)
+
+PHASES = ("parts", "reduce", "predict", "trial", "apply")
+KERNEL = Kernel("synthesizer_kernel", PHASES, ("N", "O", "R"))
 
 _LARGEST: tl.constexpr = tl.constexpr(1.0e38)  # well inside float32
 _REDUCED: tl.constexpr = tl.constexpr(64)  # elements that a program sums up at a time
@@ -91,7 +95,7 @@ class Tensors(NamedTuple):
     sums: Any = None  # float64 [4, FLAGS]: of s g, s s, g g, (s - g)^2, by program
     largest: Any = None  # [4, FLAGS]: largest magnitudes of operands, of e, of e V, of gradients
     step: Any = None  # float64 [1]: the rule's step count before this one
-    barrier: Any = None  # int32 [1]: see grid_barrier
+    meeting: Any = None  # Meeting, in one launch
 
 
 class Sizes(NamedTuple):
@@ -469,15 +473,22 @@ def _trial(t, s, C: tl.constexpr, program, programs):
 def _apply(t, s, C: tl.constexpr, program, programs):
     sg, ss = _total(t, s, C, 0), _total(t, s, C, 1)
     gg, ee = _total(t, s, C, 2), _total(t, s, C, 3)
-    summed = tl.abs(sg) + ss + gg + ee < float("inf")
-    if C.rule == "none":
-        _slots(t, s, C, program, programs, 0.0, 0.0, False)
-        applied = summed
-    else:
+    applied = tl.abs(sg) + ss + gg + ee < float("inf")
+    if C.rule != "none":
         finite, bounded = _finite(t, s, C)
         if finite & (bounded == 0):
             finite = largest_left(t.largest, 3, s.trial_programs) < float("inf")
-        applied = finite & summed
+        applied = finite & applied
+    # In front of the products, which need the registers.
+    if applied & (program == 0):
+        tl.store(t.statistics, tl.load(t.statistics) + sg)
+        tl.store(t.statistics + 1, tl.load(t.statistics + 1) + ss)
+        tl.store(t.statistics + 2, tl.load(t.statistics + 2) + gg)
+        tl.store(t.statistics + 3, tl.load(t.statistics + 3) + ee)
+        tl.store(t.statistics + 4, tl.load(t.statistics + 4) + s.rows)
+    if C.rule == "none":
+        _slots(t, s, C, program, programs, 0.0, 0.0, False)
+    else:
         step = tl.load(t.step)
         if applied:
             step += 1.0
@@ -487,12 +498,6 @@ def _apply(t, s, C: tl.constexpr, program, programs):
                 tl.store(t.hyper + STEP, step)
         elif program == 0:
             tl.store(t.hyper + SKIPPED, tl.load(t.hyper + SKIPPED) + 1.0)
-    if applied & (program == 0):
-        tl.store(t.statistics, tl.load(t.statistics) + sg)
-        tl.store(t.statistics + 1, tl.load(t.statistics + 1) + ss)
-        tl.store(t.statistics + 2, tl.load(t.statistics + 2) + gg)
-        tl.store(t.statistics + 3, tl.load(t.statistics + 3) + ee)
-        tl.store(t.statistics + 4, tl.load(t.statistics + 4) + s.rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -500,9 +505,16 @@ def _apply(t, s, C: tl.constexpr, program, programs):
 
 
 @triton.jit
+def _meet(t, s, programs, PHASE: tl.constexpr):
+    """Wait for all programs in front of a phase; returns whether they came."""
+    return meet(t.meeting, 0, programs, PHASE, s.rows, s.outputs, s.rank, SYNTHESIZER)
+
+
+@triton.jit
 def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
     """The phases FIRST to LAST of a prediction or of a step of training."""
     program, programs = tl.program_id(0), tl.num_programs(0)
+    met = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PARTS:
         if C.training:
             _parts(t, s, C, program, programs)
@@ -510,24 +522,31 @@ def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.cons
             _down(t, s, C, program, programs)
     if FIRST <= REDUCE and REDUCE <= LAST and C.source == "lowrank":
         if FIRST < REDUCE:
-            grid_barrier(t.barrier, programs)
-        total = t.back if C.training else t.reduced
-        tiles, count = tl.cdiv(s.outputs, C.outs), wide(s.rows) * s.rank
-        largest = reduce_tiles(t.partial, total, count, tiles, program, programs)
-        if C.training:
-            tl.store(t.largest + 2 * FLAGS + program, largest)
+            met = _meet(t, s, programs, REDUCE)
+        if met:
+            total = t.back if C.training else t.reduced
+            tiles, count = tl.cdiv(s.outputs, C.outs), wide(s.rows) * s.rank
+            largest = reduce_tiles(t.partial, total, count, tiles, program, programs)
+            if C.training:
+                tl.store(t.largest + 2 * FLAGS + program, largest)
     if FIRST <= PREDICT and PREDICT <= LAST and not C.training:
         if FIRST < PREDICT and C.source == "lowrank":
-            grid_barrier(t.barrier, programs)
-        _predict(t, s, C, program, programs)
+            if met:
+                met = _meet(t, s, programs, PREDICT)
+        if met:
+            _predict(t, s, C, program, programs)
     if FIRST < TRIAL and TRIAL <= LAST:
-        grid_barrier(t.barrier, programs)
+        if met:
+            met = _meet(t, s, programs, TRIAL)
     if FIRST <= TRIAL and TRIAL <= LAST and C.rule != "none":
-        if _trial(t, s, C, program, programs):
+        if met:
+            doubtful = _trial(t, s, C, program, programs)
             if TRIAL < LAST:
-                grid_barrier(t.barrier, programs)
+                if doubtful:
+                    met = _meet(t, s, programs, APPLY)
     if FIRST <= APPLY and APPLY <= LAST:
-        _apply(t, s, C, program, programs)
+        if met:
+            _apply(t, s, C, program, programs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -574,10 +593,7 @@ def default_tiles(rows: int, outputs: int, dtype: torch.dtype, architecture: int
 
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:
-    """``t`` with room for what phases leave to each other, on h's device.
-
-    ``barrier`` has to be zero before its first use, and is allocated zeroed.
-    """
+    """``t`` with room for what phases leave to each other, on h's device; but for ``meeting``."""
     rows, outputs = t.h.shape
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -595,8 +611,6 @@ def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:
         made["sums"] = room(4, FLAGS.value, dtype=torch.float64)
         made["largest"] = room(4, FLAGS.value)
         made["step"] = room(1, dtype=torch.float64)
-    if tiles.launches == "one":
-        made["barrier"] = t.h.new_zeros(1, dtype=torch.int32)
     return t._replace(**made)
 
 
@@ -610,7 +624,7 @@ def plan(
     """The launches of a prediction or of a step of training.
 
     Args:
-        t: inputs, room for the results, and the workspace.
+        t: inputs, room for the results, the workspace, and in one launch the meeting.
         problem, tiles: what to compile for.
         sizes: N, O, R, K.
         resident: programs that a cooperative launch may have (one in the interpreter).
@@ -728,7 +742,11 @@ def _specimen(
         **moments,
     )
     tiles = default_tiles(rows, outputs, dtype, architecture)
-    return plan(workspace(t, problem, tiles, rank), problem, tiles, (rows, outputs, rank, 10), 132)
+    t = workspace(t, problem, tiles, rank)
+    if tiles.launches == "one":
+        int32 = torch.int32
+        t = t._replace(meeting=Meeting(empty(1, dtype=int32), empty(RECORD, dtype=int32), 2**21))
+    return plan(t, problem, tiles, (rows, outputs, rank, 10), 132)
 
 
 def specimens(architecture: int) -> Iterator[Specimen]:
@@ -750,7 +768,8 @@ def specimens(architecture: int) -> Iterator[Specimen]:
             first = launch.arguments["FIRST"]
             whole = first != launch.arguments["LAST"]
             part = "" if whole else f" phase {first}"
+            # 16 bytes: what the assembler puts aside around the products of one launch.
             yield Specimen(
-                f"{name} {rows}x{outputs}{part}", launch,
+                f"{name} {rows}x{outputs}{part}", launch, spills=16 if whole else 0,
                 tensor_cores=problem.source != "diagonal" and first != REDUCE.value,
             )  # fmt: skip

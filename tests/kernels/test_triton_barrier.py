@@ -8,8 +8,10 @@ are left out. :func:`explore` visits every state that can be reached and reports
 
 * programs that leave a round before all have arrived, or read a cell of an earlier round;
 * dead ends: states that no program can leave, though not all have ended;
-* lost wake-ups: a poll that would have let its program go, and after somebody else's step does not.
+* lost wake-ups: a poll that would have let its program go, and after somebody else's step does not;
+* where programs lose patience: rounds that some pass and some give up.
 
+A program that has lost patience may do so at any of its polls: how long it waits is not modelled.
 Every transition moves one program on through its finitely many steps, so no run is infinite but
 for failing polls. Without dead ends the end can therefore be reached from every state, and without
 lost wake-ups it *is* reached, as long as every program gets its turn now and then.
@@ -31,8 +33,10 @@ import triton
 import triton.language as tl
 from fused_dni.kernels import common
 from fused_dni.kernels.common import grid_barrier
+from fused_dni.kernels.meeting import RECORD, Meeting, meet
 
 TOP = 1 << 31
+OVER = ("ended", "gave up")
 WORD = (1 << 32) - 1  # sums wrap around as an int32's do
 
 
@@ -40,7 +44,7 @@ class Program(NamedTuple):
     """Where a program is: its round, its next step, and what its arrival found in the word."""
 
     round: int = 0
-    step: str = "start"  # write, arrive, poll and what a barrier adds, left, ended
+    step: str = "start"  # write, arrive, poll and what a barrier adds, left, ended, gave up
     before: int = 0
 
     def written(self) -> int:
@@ -50,6 +54,10 @@ class Program(NamedTuple):
     def arrived(self) -> int:
         """How many rounds it has arrived in."""
         return self.round + (self.step not in ("start", "write", "arrive", "ended"))
+
+    def passed(self) -> int:
+        """How many rounds it has left."""
+        return self.round + (self.step == "left")
 
 
 class State(NamedTuple):
@@ -69,14 +77,18 @@ Barrier = Callable[[str, int, int, int, int], Step]
 
 def arrival(index: int, programs: int) -> int:
     """What program ``index`` adds to the word."""
-    return (TOP - (programs - 1) if index == 0 else 1) & WORD
+    return (TOP - 2 * (programs - 1) if index == 0 else 2) & WORD
 
 
 def generations(step: str, before: int, word: int, index: int, programs: int) -> Step:
     """The barrier of kernels/common.py."""
     if step == "arrive":
-        return "poll", word, (word + arrival(index, programs)) & WORD
-    return ("left" if (word ^ before) & TOP else "poll"), before, word
+        return ("gave up" if word & 1 else "poll"), word, (word + arrival(index, programs)) & WORD
+    if step == "give up":  # as if the word were looked at and changed at a time: else it fails
+        return "poll", before, (word & TOP) | 1
+    if (word ^ before) & TOP:
+        return "left", before, word
+    return ("gave up" if word & 1 else "poll"), before, word
 
 
 @dataclass
@@ -89,9 +101,11 @@ class Report:
     stale: list[State] = field(default_factory=list)
     dead_ends: list[State] = field(default_factory=list)
     lost_wakeups: list[State] = field(default_factory=list)
+    disagreements: list[State] = field(default_factory=list)
 
     def clean(self) -> bool:
-        return not (self.early or self.stale or self.dead_ends or self.lost_wakeups)
+        found = (self.early, self.stale, self.dead_ends, self.lost_wakeups, self.disagreements)
+        return not any(found)
 
 
 def explore(
@@ -103,6 +117,7 @@ def explore(
     slots: int | None = None,
     release: bool = True,
     acquire: bool = True,
+    patient: bool = True,
 ) -> Report:
     """Visit all states of ``programs`` that meet ``rounds`` times.
 
@@ -114,13 +129,14 @@ def explore(
         release: an arrival makes the program's write visible before the word changes. Otherwise the
             write becomes visible at some time or other.
         acquire: cells are read behind the wait. Otherwise reads may be carried out in front of it.
+        patient: programs wait for ever. Otherwise each may lose patience whenever it has to wait.
     """
     slots = programs if slots is None else slots
     report = Report()
 
     def steps(s: State) -> Iterator[tuple[int, State]]:
         """All that can happen next, and in which program."""
-        free = slots - sum(p.step not in ("start", "ended") for p in s.programs)
+        free = slots - sum(p.step not in ("start", *OVER) for p in s.programs)
         for i, p in enumerate(s.programs):
             visible, word = s.visible, s.word
             if visible[i] < p.written():
@@ -133,10 +149,12 @@ def explore(
                 p = p._replace(step="arrive")
             elif p.step == "left":
                 p = Program(p.round + 1, "write" if p.round + 1 < rounds else "ended")
-            elif p.step != "ended":
+            elif p.step not in OVER:
                 step, before, word = barrier(p.step, p.before, word, i, programs)
                 if step == p.step:  # a poll that failed
-                    continue
+                    if patient:
+                        continue
+                    step, before, word = barrier("give up", before, word, i, programs)
                 if p.step == "arrive" and release:
                     visible = publish(visible, i, p.written())
                 p = p._replace(step=step, before=before)
@@ -170,7 +188,10 @@ def explore(
             if t not in seen:
                 seen.add(t)
                 todo.append(t)
-        if all(p.step == "ended" for p in state.programs):
+        lost = [p.round for p in state.programs if p.step == "gave up"]
+        if lost and max(p.passed() for p in state.programs) > min(lost):
+            report.disagreements.append(state)
+        if all(p.step in OVER for p in state.programs):
             report.words.add(state.word)
         elif not following:
             report.dead_ends.append(state)
@@ -216,6 +237,21 @@ def test_more_programs_than_slots_hang(slots: int) -> None:
         assert sorted(p.step for p in state.programs) == ["poll"] * slots + ["start"] * (3 - slots)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("programs", [1, 2, 3, 4])
+def test_a_barrier_is_passed_by_all_or_given_up_by_all(programs: int, rounds: int) -> None:
+    """Whenever who loses patience, also where somebody is late or never comes."""
+    for slots in range(1, programs + 1):
+        report = explore(generations, programs, rounds, slots=slots, patient=False)
+        assert report.clean(), report
+        given_up = {word for word in report.words if word & 1}
+        assert bool(given_up) == (programs > 1)
+        # What was given up stays so: the next launch does not wait, and passes nothing.
+        for word in given_up:
+            after = explore(generations, programs, 1, word=word, slots=1)
+            assert after.clean() and all(w & 1 for w in after.words)
+
+
 # ---------------------------------------------------------------------------------------------
 # Barriers that are not: each is caught, and for what it is
 
@@ -239,7 +275,7 @@ def waits_for_zero(step: str, before: int, word: int, index: int, programs: int)
 def nobody_completes(step: str, before: int, word: int, index: int, programs: int) -> Step:
     """Program 0 arrives like any other."""
     if step == "arrive":
-        return "poll", word, word + 1
+        return "poll", word, word + 2
     return generations(step, before, word, index, programs)
 
 
@@ -248,6 +284,36 @@ def forgets_generation(step: str, before: int, word: int, index: int, programs: 
     if step == "arrive":
         return generations(step, before, word, index, programs)
     return ("left" if word & TOP else "poll"), before, word
+
+
+def keeps_the_count(step: str, before: int, word: int, index: int, programs: int) -> Step:
+    """Only set the bit: who is still to come completes the generation."""
+    if step == "give up":
+        return "poll", before, word | 1
+    return generations(step, before, word, index, programs)
+
+
+def looks_before(step: str, before: int, word: int, index: int, programs: int) -> Step:
+    """Give up by what was seen before: whoever arrived meanwhile is not noticed."""
+    if step == "give up":
+        return "set", before, word
+    if step == "set":
+        return "gave up", before, (word & TOP) | 1
+    return generations(step, before, word, index, programs)
+
+
+def goes_silently(step: str, before: int, word: int, index: int, programs: int) -> Step:
+    """Stop waiting, and tell nobody."""
+    return ("gave up", before, word) if step == "give up" else generations(
+        step, before, word, index, programs
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("barrier", [keeps_the_count, looks_before, goes_silently])
+@pytest.mark.parametrize("programs", [2, 3])
+def test_giving_up_alone_is_seen(barrier: Barrier, programs: int) -> None:
+    assert explore(barrier, programs, 2).clean()
+    assert explore(barrier, programs, 2, patient=False).disagreements
 
 
 @pytest.mark.parametrize("programs", [2, 3])
@@ -283,7 +349,7 @@ def test_missing_order_reads_stale_data(order: str) -> None:
 # The model against the device function
 
 
-@pytest.mark.parametrize("programs", [1, 2, 3, 4, 5, 132, 2**16, 2**31 - 1])
+@pytest.mark.parametrize("programs", [1, 2, 3, 4, 5, 132, 2**16, 2**30 - 1])
 def test_only_the_last_arrival_changes_the_generation(programs: int) -> None:
     """For grids that are too large to explore: no sum of some arrivals reaches the top bit."""
     others = programs - 1  # all alike
@@ -294,6 +360,12 @@ def test_only_the_last_arrival_changes_the_generation(programs: int) -> None:
             word = (word + arrival(0, programs)) & WORD
             assert ((word ^ generation) & TOP != 0) == (here == others)
         assert word == generation ^ TOP
+        # Nor does it where the count was set back to zero by a program that had come.
+        for late in range(2):  # program 0 among those to come, or not
+            word = (generation | 1) + max(others - late, 0) * arrival(1, programs)
+            word = (word + late * arrival(0, programs)) & WORD
+            assert (word ^ generation) & TOP == 0 or others == 0
+            assert word & 1
 
 
 def apart(*calls: Callable[[], object]) -> None:
@@ -345,7 +417,7 @@ may_fork = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @may_fork
 def test_device_function_adds_what_the_model_adds() -> None:
     """As the last one to arrive, in both generations: the word then says what was added."""
-    grids = (1, 2, 3, 132, 2**16, 2**31 - 1)
+    grids = (1, 2, 3, 132, 2**16, 2**30 - 1)
     cases = [(index, programs) for programs in grids for index in {0, 1, 5} if index < programs]
     words = [[as_int32((g - arrival(*case)) & WORD) for g in (TOP, 0)] for case in cases]
     state = torch.tensor(words, dtype=torch.int32).share_memory_()
@@ -378,6 +450,49 @@ def test_device_function_in_processes_that_meet() -> None:
 
 
 @triton.jit
+def _patience_kernel(state, met, programs, bound, INDEX: tl.constexpr):
+    """One program of many goes through the barrier, and says whether it passed."""
+    if tl.program_id(0) == INDEX:
+        tl.store(met + INDEX, grid_barrier(state, programs, bound).to(tl.int32))
+
+
+@interpreted
+def test_device_function_gives_up() -> None:
+    """Where a program is missing; who comes late does not pass either, nor does a later launch."""
+    for waiting, late in (((0, 1), 2), ((2, 1), 0)):
+        for generation in (0, TOP):
+            state = torch.tensor(as_int32(generation), dtype=torch.int32)
+            met = torch.full((3,), -1, dtype=torch.int32)
+            for index in waiting:
+                _patience_kernel[(index + 1,)](state, met, 3, 5, index)
+            assert state.item() & 1 and (state.item() ^ as_int32(generation)) & TOP == 0
+            _patience_kernel[(late + 1,)](state, met, 3, 5, late)
+            assert met.tolist() == [0, 0, 0]
+            _patience_kernel[(1,)](state, met, 1, 0, 0)
+            assert met.tolist() == [0, 0, 0]
+
+
+@interpreted
+@may_fork
+def test_processes_agree_on_what_they_give_up() -> None:
+    """Under real concurrency, with hardly any patience: all pass a round, or none does."""
+    programs, rounds = 3, 40
+    state = torch.zeros(rounds, dtype=torch.int32).share_memory_()
+    met = torch.full((rounds, programs), -1, dtype=torch.int32).share_memory_()
+
+    def program(index: int) -> Callable[[], object]:
+        def run() -> None:
+            for word, said in zip(state, met, strict=True):
+                _patience_kernel[(index + 1,)](word, said, programs, 4, index)
+
+        return run
+
+    apart(*[program(index) for index in range(programs)])
+    for said in met.tolist():
+        assert said in ([0] * programs, [1] * programs)
+
+
+@triton.jit
 def _crowd_kernel(state, cells, stale, programs, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
     """All programs of a grid: each writes BLOCK cells, meets, and reads those of its neighbour."""
     here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -406,3 +521,26 @@ def test_programs_of_a_gpu_meet() -> None:
         assert not stale.any()
         assert (cells == rounds).all()
         assert state.item() & (TOP - 1) == 0
+
+
+@triton.jit
+def _waiting_kernel(where, met, programs):
+    """All programs of a grid wait for as many, and say whether they came."""
+    came = meet(where, 0, programs, 7, programs, 2, 3, 4)
+    tl.store(met + tl.program_id(0), came.to(tl.int32))
+
+
+def test_programs_give_up_and_leave_a_record() -> None:
+    """Also on a GPU: in memory that the host reads, of the first launch that waited in vain."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    grid = torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else 2
+    options = {"launch_cooperative_grid": True} if on_gpu else {}
+    record = torch.zeros(RECORD, dtype=torch.int32, pin_memory=on_gpu)
+    state = torch.zeros(8, dtype=torch.int32, device=device)
+    for expected in (grid + 1, grid):
+        met = torch.full((grid,), -1, dtype=torch.int32, device=device)
+        _waiting_kernel[(grid,)](Meeting(state, record, 100), met, expected, **options)
+        assert met.tolist() == [0] * grid
+        assert record.tolist() == [4, 7, grid + 1, 2, 3]
+    assert state[0].item() & 1 and not state[1:].any()

@@ -151,6 +151,8 @@ WAIT = "@%p6 ld.global.gpu.acquire.b32 %r25, [ %rd29 + 0 ];"
 STORE = "st.global.v4.b32 [ %rd38 + 0 ], { %r7, %r8, %r9, %r10 };"
 LOAD = "ld.global.b32 { %r28 }, [ %rd19 + 0 ];"
 BLOCK = "bar.sync 0;"
+GIVE_UP = "@%p6 atom.global.relaxed.gpu.cas.b32 %r26, [ %rd29 + 0 ], %r25, %r27;"
+AGAIN = ("@%p7 bra $L__BB0_1;", "bra.uni $L__BB0_2;")
 
 
 @pytest.mark.parametrize(
@@ -165,16 +167,95 @@ BLOCK = "bar.sync 0;"
         ((STORE, BLOCK, ARRIVE.replace("acq_rel", "relaxed"), BLOCK, WAIT, BLOCK, LOAD), 0),
         ((ARRIVE, BLOCK, WAIT, BLOCK), 0),
         ((WAIT, BLOCK), 0),
+        (
+            (BLOCK, ARRIVE, BLOCK, "$L__BB0_1:", WAIT, BLOCK, GIVE_UP, *AGAIN, "$L__BB0_2:", BLOCK),
+            1,
+        ),
+        (
+            (BLOCK, ARRIVE, BLOCK, "$L__BB0_1:", WAIT, GIVE_UP, BLOCK, *AGAIN, "$L__BB0_2:", BLOCK),
+            0,
+        ),
+        # The compiler moves what is rarely run: where it stands says nothing.
+        (
+            (
+                BLOCK,
+                ARRIVE,
+                "bra.uni $L__BB0_1;",
+                "$L__BB0_2:",
+                LOAD,
+                "ret;",
+                "$L__BB0_1:",
+                WAIT,
+                BLOCK,
+                *AGAIN,
+            ),
+            1,
+        ),
+        (
+            (
+                BLOCK,
+                ARRIVE,
+                "bra.uni $L__BB0_3;",
+                "$L__BB0_2:",
+                LOAD,
+                "ret;",
+                "$L__BB0_3:",
+                STORE,
+                "$L__BB0_1:",
+                WAIT,
+                BLOCK,
+                *AGAIN,
+            ),
+            0,
+        ),
+        # A way around the arrival, and one around the block's barrier in front of it.
+        (("@%p1 bra $L__BB0_1;", BLOCK, ARRIVE, BLOCK, "$L__BB0_1:", WAIT, BLOCK, STORE), 0),
+        ((STORE, "@%p1 bra $L__BB0_1;", BLOCK, ARRIVE, BLOCK, "$L__BB0_1:", WAIT, BLOCK), 0),
+        ((STORE, "@%p1 bra $L__BB0_1;", BLOCK, "$L__BB0_1:", ARRIVE, BLOCK, WAIT, BLOCK), 0),
     ],
 )
 def test_grid_barriers_out_of_order_are_seen(instructions: tuple[str, ...], sound: int) -> None:
     assert aot.grid_barriers("\n".join(instructions)) == (1, sound)
 
 
+SASS = """
+        /*5660*/                   PRMT R21, RZ, 0x7610, R21 ;   /* 0x00007610ff157816 */
+                                                                 /* 0x000fe20000000015 */
+        /*5700*/               @P0 LDG.E.U16 R21, desc[UR16][R18.64] ;
+        /*5710*/              @!P0 LDG.E.64 R22, desc[UR16][R18.64+0x800] ;
+        /*5720*/                   LDG.E.128.STRONG.GPU R60, desc[UR16][R18.64] ;
+        /*5730*/                   {use}
+        /*5740*/               @P0 MEMBAR.ALL.GPU ;
+        /*5750*/               @P0 ATOMG.E.ADD.STRONG.GPU PT, R17, desc[UR16][R124.64], R19 ;
+        /*5760*/                   FADD R1, R21, R22 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "count"),
+    [
+        ("BAR.SYNC.DEFER_BLOCKING 0x0 ;", 2),
+        ("IMAD.U32 R50, R21, 0x10000, RZ ;", 1),
+        ("IMAD.U32 R21, R50, 0x10000, RZ ;", 1),
+        ("FADD R50, R23, 1 ;", 1),  # the second register of its load
+        ("FADD R50, R24, R20 ;", 2),
+        ("DADD R50, R20.reuse, R40 ;", 1),
+        ("STS.128 [R120+0x20000], R20 ;", 0),
+        ("STS.128 [R20], R40 ;", 2),
+        ("HMMA.16816.F32.BF16 R24, R20, R40, R24 ;", 0),
+        ("LDG.E R50, desc[UR16][R20.64] ;", 2),  # waits for one, is one itself
+    ],
+)
+def test_loads_that_are_looked_at_too_early_are_seen(use: str, count: int) -> None:
+    assert aot.in_flight(SASS.replace("{use}", use)) == count
+    assert aot.in_flight(SASS.replace("{use}", "NOP ;") + SASS.replace("{use}", use)) == count
+    assert aot.in_flight(use) == 0
+
+
 def test_bounds_that_no_planted_kernel_breaks() -> None:
     """A barrier out of order, and more of Blackwell's tensor memory than there is."""
     specimen = next(s for s in planted_specimens.specimens(100) if s.name == "good meeting True")
-    code = aot.MachineCode(32, 0, 0, 512, (), 1, 1, 2, 2, "")
+    code = aot.MachineCode(32, 0, 0, 512, (), 1, 1, 2, 2, 0, "")
     assert aot.broken_bounds(specimen, code, 100) == []
     (broken,) = aot.broken_bounds(specimen, code._replace(sound_barriers=1), 100)
     assert broken == "1 grid barriers out of order"

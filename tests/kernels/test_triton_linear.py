@@ -153,7 +153,7 @@ def test_a_step_at_the_preactivation_meets_less_often(
 ) -> None:
     """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
     met = []
-    monkeypatch.setattr(linear, "grid_barrier", lambda *_: met.append(1))
+    monkeypatch.setattr(linear, "meet", lambda *_: met.append(1) or True)
     counts = []
     for interface in ("output", "preactivation"):
         options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
@@ -612,6 +612,71 @@ def test_gpu_graph_and_stream(way: str) -> None:
         results.append((made.h, made.dx, *[p for p in case.layer() if p is not None]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("way", FAST)
+def test_gpu_captured_first_then_run_eagerly(way: str) -> None:
+    """A layer's first step is a captured one, its second an eager one, the third a replay."""
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank",
+               "context": "label", "rule": "adam"}  # fmt: skip
+    results = []
+    for captured in (False, True):  # the first compiles
+        case = make_case(LARGE, options, 5, *FULL).on(DEVICE)
+        state, _ = bind(case)
+        with fast(way):
+            step = BACKEND.bind_step(
+                case.layer(), case.config, case.synthesizer(), 0.0,
+                state.tensors(slots(case.layer())),
+            )  # fmt: skip
+
+            def run(step=step, case=case):  # type: ignore[no-untyped-def]
+                return step(case.inputs["x"], case.inputs["context"], 300.0, True, True)
+
+            if captured:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    made = run()
+            run()
+            if captured:
+                graph.replay()
+            else:
+                made = run()
+        torch.cuda.synchronize()
+        assert state.steps == 2
+        results.append((made.h, made.dx, *[p for p in case.layer() if p is not None]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+def test_gpu_streams_side_by_side() -> None:
+    """Forwards of one layer on two streams and in a graph, at a time: the same bits as alone."""
+    options = {**TABLE[0], **SMOOTH, "normalization": "layer", "kind": "lowrank", "context": None}
+    case = make_case((64, 64, 328, 16, 10), options, 5, *FULL).on(DEVICE)
+
+    def run() -> torch.Tensor:
+        h, _ = BACKEND.linear_forward(case.inputs["x"], case.layer(), case.config, True, True)
+        return h
+
+    with fast("one, rows divided"):
+        alone = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = run()
+        made = []
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        for _ in range(50):
+            for stream in streams[:2]:
+                with torch.cuda.stream(stream):
+                    made.append(run())
+            with torch.cuda.stream(streams[2]):
+                graph.replay()
+                made.append(replayed.clone())
+        torch.cuda.synchronize()
+    for h in made:
+        assert torch.equal(h, alone)
 
 
 @gpu

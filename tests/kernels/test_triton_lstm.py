@@ -46,6 +46,7 @@ if registry_reason is not None:
     pytest.skip(f"triton {registry_reason}", allow_module_level=True)
 
 from fused_dni.kernels import lstm, tuning  # noqa: E402
+from fused_dni.kernels.meeting import RECORD, Meeting  # noqa: E402
 
 from fused_dni.backends.triton import lstm as triton_lstm  # noqa: E402
 
@@ -300,25 +301,26 @@ def test_plans_run_nothing_and_allocate_nothing() -> None:
         meta(steps + 1, batch, size), meta(steps, batch, 4 * size),
     )  # fmt: skip
     products = lstm.Products(torch.float32, "tf32")
-    carry, barrier = meta(batch, size), meta(2, dtype=torch.int32)
+    carry, words = meta(batch, size), meta(2, dtype=torch.int32)
+    meeting = Meeting(words, meta(RECORD, dtype=torch.int32), 0)
     launches = lstm.plan_forward(
-        layer, trace.c, trace, None, carry, barrier, True, STEPWISE, products
+        layer, trace.c, trace, None, carry, meeting, True, STEPWISE, products
     )
     assert [launch.arguments["t"] for launch in launches] == [0, 1, 2]
     assert {launch.grid for launch in launches} == {(3, 2)}
     made = lstm.Gradients(meta(steps, batch, 4 * size), trace.h, trace.c)
     launches = lstm.plan_backward(
-        layer, (None, None, None), trace, None, made, None, "none", 0, None, carry, barrier,
+        layer, (None, None, None), trace, None, made, None, "none", 0, None, carry, meeting,
         STEPWISE, products,
     )  # fmt: skip
     assert [launch.arguments["t"] for launch in launches] == [2, 1, 0]
     assert [launch.arguments["LAST"] for launch in launches] == [True, False, False]
     tiles = PERSISTENT._replace(rows=32, units=64)
     (launch,) = lstm.plan_forward(
-        layer, trace.c, trace, None, carry, barrier, True, tiles, products
+        layer, trace.c, trace, None, carry, meeting, True, tiles, products
     )
     assert launch.grid == (1, 1) and launch.options["launch_cooperative_grid"]
-    assert lstm.barriers(tiles, batch) == 1
+    assert lstm.groups(tiles, batch) == 1
 
 
 COMPILE = """
@@ -375,10 +377,10 @@ def test_offsets_beyond_32_bits() -> None:
     gates[t], states[t], cells[t] = z, h, c
     layer = lstm.Layer(None, torch.randn(4 * size, size, generator=g) * size**-0.5)
     trace = lstm.Trace(states, low(batch, size), low(batch, size), cells, gates)
-    carry, none = torch.empty(batch, size), torch.zeros(1, dtype=torch.int32)
+    carry = torch.empty(batch, size)
     tiles = lstm.WindowTiles(False, 64, 128, 128, 4)
     products = lstm.Products(torch.bfloat16, "tf32")
-    launches = lstm.plan_forward(layer, c, trace, None, carry, none, True, tiles, products)
+    launches = lstm.plan_forward(layer, c, trace, None, carry, None, True, tiles, products)
     launches[t]._replace(arguments=launches[t].arguments | {"c": c}).run()
     i, f, o = (
         (z + states[t].float() @ layer.weight_hh.bfloat16().float().t())
@@ -390,7 +392,7 @@ def test_offsets_beyond_32_bits() -> None:
     made = lstm.Gradients(delta, low(batch, size), low(batch, size))
     grad = torch.ones(batch, size)
     launches = lstm.plan_backward(
-        layer, (None, grad, grad), trace, None, made, None, "none", 0, None, carry, none, tiles,
+        layer, (None, grad, grad), trace, None, made, None, "none", 0, None, carry, None, tiles,
         products,
     )  # fmt: skip
     launches[0].run()

@@ -64,6 +64,19 @@ def meeting_kernel(pair, result, state, size, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def ahead_kernel(data, result, state, programs, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Asks for something in front of a grid barrier, to be used behind it or (EARLY) at once."""
+    at = tl.arange(0, BLOCK)
+    own = tl.program_id(0) * BLOCK + at
+    ahead = tl.load(data + own)
+    if EARLY:
+        tl.store(result + own, ahead.to(tl.float32))
+    grid_barrier(state, programs)
+    total = tl.load(result + (programs - 1 - tl.program_id(0)) * BLOCK + at)
+    tl.store(data + own, (ahead.to(tl.float32) + total).to(tl.bfloat16))
+
+
+@triton.jit
 def wrong_kernel(a):
     """Does not compile."""
     tl.static_assert(False, "planted")
@@ -115,6 +128,14 @@ def meeting(second: bool, device: str = "meta", **options: bool) -> Launch:
     return Launch(meeting_kernel, (4,), arguments, dict(options))
 
 
+def _ahead(early: bool) -> Launch:
+    data = torch.zeros(4096, device="meta")
+    arguments = {"data": data.bfloat16(), "result": data, "state": data.int(), "programs": 4}
+    constants = {"BLOCK": 1024, "EARLY": early}
+    options = {"launch_cooperative_grid": True}
+    return Launch(ahead_kernel, (4,), arguments | constants, options)
+
+
 def specimens(architecture: int) -> Iterator[Specimen]:
     """Those named "good" break no bound; the others break the one that they are named after."""
     yield Specimen("good product", _product(128, torch.bfloat16))
@@ -122,6 +143,8 @@ def specimens(architecture: int) -> Iterator[Specimen]:
     for second in (True, False):
         launch = meeting(second, launch_cooperative_grid=True)
         yield Specimen(f"good meeting {second}", launch, tensor_cores=False)
+    yield Specimen("good look ahead", _ahead(False), tensor_cores=False, in_flight=1)
+    yield Specimen("in flight", _ahead(True), tensor_cores=False, in_flight=1)
     yield Specimen("spills", _product(128, torch.bfloat16, num_warps=2))
     yield Specimen("shared memory", _product(128, torch.bfloat16, num_stages=9))
     yield Specimen("tensor-core", _product(32, torch.float32))

@@ -32,7 +32,15 @@ from fused_dni.backends.common.tensors import (
     split_context,
     updated,
 )
-from fused_dni.backends.triton.launching import architecture, precision, resident, run
+from fused_dni.backends.triton.launching import (
+    architecture,
+    meeting_on,
+    precision,
+    resident,
+    run,
+    shared_by,
+    stream,
+)
 from fused_dni.backends.triton.lstm import TritonLSTM
 from fused_dni.kernels import linear, tuning
 from fused_dni.kernels import synthesizer as synthesizer_kernels
@@ -286,10 +294,12 @@ class _Step:
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
             **_rule(rule),
         )  # fmt: skip
-        # The last few shapes of batches that came, and those that a CUDA graph has captured: its
-        # replays go on writing to their workspace.
+        # Of the last few shapes of batches that came, each on its stream: a room that is forgotten
+        # is free for that stream alone, and there only behind what still uses it.
         self.rooms: dict[Any, _Room] = {}
-        self.captured: dict[Any, _Room] = {}
+        current = stream(layer.weight.device)
+        if current is not None:  # so that the first call may be a captured one
+            shared_by(layer.weight.device, current)
 
     def __call__(
         self,
@@ -303,15 +313,18 @@ class _Step:
         rows, weight = x.shape[0], self.fixed.weight
         labels, vectors = _context(self.synthesizer, context)
         tiles = _tiles("linear_step", x, weight, self.problem.rule)
+        current, meeting = stream(x.device), None
+        if tiles.launches == "one":
+            meeting = meeting_on(x.device, current)
         h = x.new_empty(rows, weight.shape[0])
         dx = torch.empty_like(x) if need_dx else None
         prediction = None
         if need_prediction:
             prediction = empty_prediction(h, self.synthesizer, torch.float32)
-        room = self._room(x, h, tiles)
+        room = self._room(x, h, tiles, current)
         scaled, reduced = (None, None) if prediction is None else prediction
         t = room.tensors._replace(
-            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled,
+            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, meeting=meeting,
             reduced=room.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
         saved = None
@@ -332,16 +345,17 @@ class _Step:
         increment_version(self.written)
         return Step(h, prediction, dx, saved)
 
-    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> _Room:
-        """The workspace for a batch like x."""
-        key = (x.shape[0], x.dtype, tiles)
-        room = self.captured.get(key) or self.rooms.get(key)
+    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles, current: int | None) -> _Room:
+        """The workspace for a batch like x on a stream. What a CUDA graph captures (None) is its
+        own, from the graph's memory: replays run beside other calls."""
+        if current is None:
+            return _Room(self._workspace(x, h, tiles), {})
+        key = (x.shape[0], x.dtype, tiles, current)
+        room = self.rooms.get(key)
         if room is None:
             room = self.rooms[key] = _Room(self._workspace(x, h, tiles), {})
             if len(self.rooms) > _ROOMS:
                 del self.rooms[next(iter(self.rooms))]
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.captured[key] = room
         return room
 
     def _workspace(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
@@ -391,8 +405,10 @@ def _sizes(t: linear.Tensors) -> tuple[int, int, int, int, int]:
 def _launch(
     t: linear.Tensors, problem: linear.Problem, tiles: linear.Tiles, phases: tuple[int, int]
 ) -> None:
-    t = linear.workspace(t, problem, tiles, phases)
     device = t.x.device
+    if tiles.launches == "one":
+        t = t._replace(meeting=meeting_on(device, stream(device)))
+    t = linear.workspace(t, problem, tiles, phases)
     run(linear.plan(t, problem, tiles, phases, _sizes(t), resident(device)), device)
 
 
@@ -448,6 +464,8 @@ def _launch_synthesizer(
     tiles = tuning.choose(op, (rows, outputs), dtype, device, default)
     rank = 0 if t.down is None else t.down.shape[0]
     classes = 0 if t.context_weight is None else t.context_weight.shape[1]
+    if tiles.launches == "one":
+        t = t._replace(meeting=meeting_on(device, stream(device)))
     t = synthesizer_kernels.workspace(t, problem, tiles, rank)
     sizes = (rows, outputs, rank, classes)
     run(synthesizer_kernels.plan(t, problem, tiles, sizes, resident(device)), device)

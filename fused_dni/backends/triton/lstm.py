@@ -22,8 +22,9 @@ from fused_dni.backends.common.closing import close_window
 from fused_dni.backends.common.precision import product, require_masters
 from fused_dni.backends.common.tensors import updated
 from fused_dni.backends.common.windows import alive_steps, layer_input
-from fused_dni.backends.triton.launching import precision, run
+from fused_dni.backends.triton.launching import meeting_on, precision, run, shared_by, stream
 from fused_dni.kernels import lstm, tuning
+from fused_dni.kernels.meeting import Meeting
 from fused_dni.ops.types import (
     CellGradients,
     CellTrace,
@@ -62,7 +63,7 @@ class TritonLSTM:
         cells = x.new_empty(depth, steps + 1, batch, size) if save else None
         hidden = x.new_empty(kept, steps + 1, batch, size)
         last_h, last_c = torch.empty_like(h), torch.empty_like(c)
-        barrier = x.new_zeros(lstm.barriers(tiles, batch), dtype=torch.int32)
+        meeting = _meeting(x, tiles)
         carry = x.new_empty(batch, size, dtype=torch.float32)
         below = x
         for k, layer in enumerate(layers):
@@ -87,7 +88,7 @@ class TritonLSTM:
                 gates[place],
             )
             launches = lstm.plan_forward(
-                lstm.Layer(*layer), c[k], trace, lengths, carry, barrier, save, tiles, products
+                lstm.Layer(*layer), c[k], trace, lengths, carry, meeting, save, tiles, products
             )
             run(launches, x.device)
             if not tiles.persistent:
@@ -170,6 +171,7 @@ class TritonLSTM:
             tuple([lstm.Layer(*layer) for layer in layers]),
             lstm.Rule(*rule),
             lstm.UpdateWorkspace.allocate(len(layers), like),
+            shared_by(like.device, stream(like.device)).record,
             tiles,
             products,
         )
@@ -253,7 +255,7 @@ def _backward(
     tiles = _window_tiles("lstm_backward", x, size, products)
     delta = torch.empty_like(gates, dtype=products.dtype)
     d_h, d_c = torch.empty_like(last_h), torch.empty_like(last_c)
-    barrier = x.new_zeros(lstm.barriers(tiles, batch), dtype=torch.int32)
+    meeting = _meeting(x, tiles)
     carry = x.new_empty(batch, size, dtype=torch.float32)
     ends, start = None, None
     if boundary is not None:
@@ -275,7 +277,7 @@ def _backward(
             k,
             start,
             carry,
-            barrier,
+            meeting,
             tiles,
             products,
         )
@@ -378,6 +380,13 @@ def machine(device: torch.device) -> lstm.Machine | None:
         return None
     properties = driver.active.utils.get_device_properties(device.index)
     return lstm.Machine(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def _meeting(x: Tensor, tiles: lstm.WindowTiles) -> Meeting | None:
+    """Where programs of a window over x [T, B, I] meet, if it runs in one launch."""
+    if not tiles.persistent:
+        return None
+    return meeting_on(x.device, stream(x.device), lstm.groups(tiles, x.shape[1]))
 
 
 def _window_tiles(op: str, x: Tensor, size: int, products: lstm.Products) -> lstm.WindowTiles:
