@@ -606,8 +606,8 @@ def test_gpu_script_runs_the_parts_that_are_asked_for(tmp_path):
 def test_gpu_baselines_run_on_a_cpu(tmp_path):
     file = tmp_path / "baselines.json"
     assert gpu_baselines.main([str(file), "--device", "cpu", "--tiny", "--seconds", "120"]) == 0
-    found = json.loads(file.read_text())
-    assert set(found) == {part.__name__ for part in gpu_baselines.PARTS} | {"part_seconds"}
+    found = json.loads(file.read_text())["baselines"]
+    assert found.keys() == {*gpu_baselines.PARTS, "part_seconds"}
     assert found["network"]["us"]["8/16 sgd"]["eager"] > 0
     text = file.with_suffix(".txt").read_text()
     assert text.index("gaps") < text.index("network")  # what decides most comes last
@@ -617,9 +617,9 @@ def test_gpu_baselines_run_on_a_cpu(tmp_path):
 def test_gpu_baselines_keep_what_they_have_when_time_is_up(tmp_path):
     file = tmp_path / "baselines.json"
     assert gpu_baselines.main([str(file), "--device", "cpu", "--tiny", "--seconds", "0"]) == 1
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text())["baselines"]
     assert found["device"]["torch"] == torch.__version__
-    assert found["gemm"] == {"failed": "NoTimeLeftError: no time left"}
+    assert found["gemm"]["failed"] == "NoTimeLeftError: no time left"
     assert "no time left" in gpu_baselines.summary(found)
 
 
@@ -648,6 +648,12 @@ def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
     assert found["gpu-layer"]["8/16 bf16 sgd"]["tiles"]["linear_step"]["launches"] == "one"
     with_dx = found["gpu-layer"]["8/16 fp32 adam with dx, cold"]["rows"]
     assert [name for name, row in with_dx.items() if "failed" in row] == []
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["done"] == list(gpu_kernels.ROWS)
+    assert found["gpu-smoke"].keys() == {
+        f"{backend}: {what}"
+        for backend in ("cuda", "triton")
+        for what in ("barrier", "step bf16", "window bf16")
+    }
     window = found["gpu-lstm"]["4/16/3 fp32"]
     assert [name for name, row in window["rows"].items() if "failed" in row] == []
     assert window["ratios"]["nn.LSTM / ours"]["median"] > 0
@@ -667,19 +673,111 @@ def test_gpu_kernels_keep_what_they_have_when_time_is_up(tmp_path, one_thread):
     given = [str(file), "--device", "cpu", "--tiny", "--seconds", "0", "--part", "layer"]
     assert gpu_kernels.main([*given, "--backend", "cpu"]) == 1
     found = json.loads(file.read_text())
-    assert list(found["gpu-layer"]) == ["8/16 bf16 sgd"]
-    assert found["failed"] == {"layer": "no time left after 8/16 bf16 sgd"}
+    ((key, group),) = found["gpu-layer"].items()
+    assert group["rows"][group["floor"]]["median"] > 0 and len(group["rows"]) == 1
+    assert found["failed"] == {"layer": f"no time left in {key} for stock"}
     assert "FAILED layer: no time left" in file.with_suffix(".txt").read_text()
+
+
+def tiny_layers(file, *more):
+    """Without Triton's rows, which the interpreter is slow at."""
+    return gpu_kernels.main(
+        [str(file), "--device", "cpu", "--tiny", "--part", "layer", "--rows", "cuda", *more]
+    )
+
+
+@INTERPRETED
+def test_every_candidate_is_kept_before_the_next_is_built(tmp_path, monkeypatch, one_thread):
+    """Cheap ones first; a kill between any two loses none that was timed."""
+    file, built = tmp_path / "kernels.json", []
+    real = gpu_kernels.gather
+
+    def gather(makers):
+        (name,) = makers
+        if built:
+            rows = json.loads(file.read_text())["gpu-layer"]["8/16 bf16 sgd"]["rows"]
+            assert list(rows) == sorted(built) and all("median" in row for row in rows.values())
+        built.append(name)
+        return real(makers)
+
+    monkeypatch.setattr(gpu_kernels, "gather", gather)
+    assert tiny_layers(file, "--only", "8/16 bf16 sgd") == 0
+    assert built[:3] == ["floor: 2 products by torch", gpu_kernels.STOCK, gpu_kernels.DNI_CUDA]
+    assert built[-1] == gpu_kernels.STOCK_EAGER
+    assert not {gpu_kernels.DNI, gpu_kernels.BACKPROP} & {*built}
+
+
+@INTERPRETED
+def test_a_kernel_that_takes_the_device_with_it_is_gone_round(tmp_path, monkeypatch, one_thread):
+    file, dead = tmp_path / "kernels.json", []
+
+    def fatal(run, case, device, *given, **options):
+        dead.append(True)
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wg.Backprop, "__init__", fatal)
+        patched.setattr(gpu_kernels, "lost", lambda run: bool(dead))
+        assert tiny_layers(file) == gpu_kernels.LOST
+    group = json.loads(file.read_text())["gpu-layer"]["8/16 bf16 sgd"]
+    row = group["rows"][gpu_kernels.BACKPROP_CUDA]
+    assert row == {"failed": "RuntimeError: CUDA error: unspecified launch failure", "fatal": True}
+    assert group["rows"][gpu_kernels.STOCK]["median"] > 0 and group["done"] == []
+    assert tiny_layers(file, "--resume") == 0
+    found = json.loads(file.read_text())["gpu-layer"]
+    assert [name for name, row in found["8/16 bf16 sgd"]["rows"].items() if "failed" in row] == [
+        gpu_kernels.BACKPROP_CUDA
+    ]
+    assert list(found) == ["8/16 bf16 sgd", "8/16 fp32 adam with dx, cold"]
+    monkeypatch.setattr(gpu_kernels, "layer_group", None)  # nothing is left to be done
+    assert tiny_layers(file, "--resume") == 0
+
+
+@INTERPRETED
+def test_figures_are_printed_where_there_is_no_room_for_them(
+    tmp_path, monkeypatch, capsys, one_thread
+):
+    def full(path, results):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "save", full)
+    assert tiny_layers(tmp_path / "kernels.json", "--only", "8/16 bf16 sgd") == 1
+    said = capsys.readouterr()
+    assert f"layer 8/16 bf16 sgd: {gpu_kernels.DNI_CUDA}: " in said.out
+    assert "kernels.json cannot be written: No space left on device" in said.err
+
+
+def test_results_of_two_calls_are_joined(tmp_path, capsys):
+    """A figure is not lost to a later reason; other devices are refused."""
+    first, second, whole = (tmp_path / f"{name}.json" for name in ("first", "second", "whole"))
+    cuda = {"rows": {"stock": row(20e-6, 2.5), "DNI, CUDA": row(9e-6, 1.1)}, "done": ["cuda"]}
+    late = {"rows": {"DNI": row(12e-6, 1.5), "DNI, CUDA": {"failed": "no"}}, "done": ["triton"]}
+    base = {"floor": "floor", "ratios": {}, "bytes": 1}
+    for path, group in ((first, cuda), (second, late)):
+        found = results(**{"gpu-layer": {"128/1024 bf16 sgd": base | group}})
+        found["facts"] |= {"gpu": "A GPU", "driver": "580"}
+        stored.save(path, found)
+    command = [str(whole), "--join", str(first), str(second)]
+    assert gpu_kernels.main(command) == 0
+    group = json.loads(whole.read_text())["gpu-layer"]["128/1024 bf16 sgd"]
+    assert {name: row["median"] for name, row in group["rows"].items()} == {
+        "stock": 20e-6, "DNI, CUDA": 9e-6, "DNI": 12e-6
+    }  # fmt: skip
+    assert group["done"] == ["cuda", "triton"]
+    found["facts"]["gpu"] = "Another"
+    stored.save(second, found)
+    assert gpu_kernels.main(command) == 1
+    assert "second.json is of gpu Another" in capsys.readouterr().err
 
 
 @INTERPRETED
 def test_gpu_kernels_go_on_when_a_group_fails(tmp_path, monkeypatch, one_thread):
     real = gpu_kernels.layer_group
 
-    def group(run, case, cold):
+    def group(run, key, case, cold):
         if not cold:
             raise RuntimeError("planted")
-        return real(run, case, cold)
+        real(run, key, case, cold)
 
     monkeypatch.setattr(gpu_kernels, "layer_group", group)
     file = tmp_path / "kernels.json"
