@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -514,93 +510,6 @@ def test_errors_are_merged_into_the_results(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------- GPU
-
-
-def run(*command, **environment):
-    return subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
-    done = run("bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", PYTHON=sys.executable)
-    assert done.returncode == 3
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "no CUDA device" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("given", [[], ["--help"], ["out", "soon"], ["out", "9", "more"]])
-def test_gpu_script_explains_its_use(given, tmp_path):
-    done = run("bash", ROOT / "bench" / "gpu.sh", *given)
-    assert done.returncode == 2
-    assert done.stderr == "usage: bench/gpu.sh OUT [SECONDS]\n"
-
-
-def test_gpu_script_without_torch(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    done = run("bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", PYTHON=str(python))
-    assert done.returncode == 2
-    assert "cannot import torch" in done.stderr
-
-
-def test_gpu_script_goes_on_when_parts_fail(tmp_path):
-    """With an interpreter that pretends to a GPU: every part fails, each is named, the last line
-    says so, and the script ends by itself."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "no such part" >&2\nexit 7\n')
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    done = run("bash", ROOT / "bench" / "gpu.sh", out, PYTHON=str(python))
-    assert done.returncode == 1
-    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    sanitizers = [
-        [f"{tool}-{backend}" for tool in ("memcheck", "racecheck", "synccheck")]
-        if shutil.which("compute-sanitizer")
-        else []
-        for backend in ("cuda", "triton")
-    ]
-    names = ["environment", "build", "build-without-cuda", "report", "tests", "layer", "floors"]
-    names += ["lstm", *sanitizers[0], "baselines", *(["ncu"] if shutil.which("ncu") else [])]
-    names += [*sanitizers[1], "tune"]
-    assert [line.split()[1].strip(":") for line in failures] == names
-    assert all("exit status 7" in line for line in failures[:8])
-    assert "==== build" in (out / "log.txt").read_text()
-    assert "no such part" in (out / "log.txt").read_text()
-    assert (out / "summary.txt").read_text() == done.stdout
-    assert {path.name for path in out.iterdir()} == {"log.txt", "summary.txt"}
-
-
-def test_gpu_script_runs_the_parts_that_are_asked_for(tmp_path):
-    """With tools that pretend to be there, and say what they were started with."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name, script in {
-        "python": '[ "$2" != venv ] || mkdir -p "$4/lib/python3/site-packages"',
-        "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors of $*"',
-    }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tools / name).chmod(0o755)
-    out = tmp_path / "out"
-    path = f"{tools}:{os.environ['PATH']}"
-    asked = {"ONLY": "floors synccheck-cuda", "PATH": path, "PYTHON": str(tools / "python")}
-    done = run("bash", ROOT / "bench" / "gpu.sh", out, **asked)
-    names = [line.split(":")[0] for line in (out / "log.txt").read_text().splitlines()]
-    assert [name[5:] for name in names if name.startswith("==== ")] == [
-        "environment", "build", "floors", "synccheck-cuda"
-    ]  # fmt: skip
-    (line,) = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-    assert line.startswith("synccheck, cuda: ERROR SUMMARY: 0 errors of --tool synccheck ")
-    assert line.endswith("bench/gpu_kernels.py --profile --tiny --backend cuda")
-    assert done.returncode == 0 and "no part has failed" in done.stdout
 
 
 def test_gpu_baselines_run_on_a_cpu(tmp_path):
