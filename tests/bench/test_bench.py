@@ -16,7 +16,7 @@ import groups
 import measuring
 import stored
 from fused_dni.ops import measured, registry
-from pages import cells, documents
+from pages import cells, documents, estimates
 from workloads import Disagreement, accuracy, backends, gemm, linear, memory, synthesizer
 from workloads import gpu as wg
 from workloads import lstm as wl
@@ -324,7 +324,7 @@ def test_gpu_tables_say_what_was_measured():
     # floor, bytes, as chosen, one launch, several, over the floor, stock, compiled, ..., CUDA
     cells = "8 | 1 | 12 | 11 | – | 1.50 | – | 2.50 (2.40–2.60) | – | – | – | 9 | – | – | – | 1.33 |"
     assert f"| 128/1024 bf16 sgd | {cells}" in layer
-    cells = "8 | – | 50 | – | 42 | 2.1 | 0.50 | – | – | 1.20 | – | – |"
+    cells = "8 | – | – | 50 | – | 42 | 2.1 | 0.50 | – | – | 1.20 | – | – | – |"
     assert f"| 16/256/128 bf16 | {cells}" in lstm and "which bare take 1.8 µs." in lstm
     assert "| DNI | 12 | 1.50 |" in details and "stock: Disagreement: no" in details
     assert "| 8 | – | – | 2.5 | 0.5 |\n| 132 | 3 | 1 | – | 0.9 |" in details
@@ -387,6 +387,36 @@ def test_windows_of_a_gpu_are_each_measured_once_and_the_promised_first():
     assert len(set(windows)) == len(windows) == 30
     assert gpu_kernels.LONG_WINDOW in windows[:10]
     assert max(h for b, h, t in windows[:19] if (b, h, t) != gpu_kernels.LONG_WINDOW) == 640
+
+
+def test_estimates_stand_beside_what_was_measured():
+    """In an empty column until there is a device. The first sums were made by hand, by others."""
+    by_name = {estimate.name: estimate for estimate in estimates.ESTIMATES}
+    by_hand = {"decoupled step 128/1024": 23e-6, "decoupled step 64/256": 9.5e-6}
+    by_hand["LSTM 16/768/1024, forward"] = 1.75e-6 * 1024
+    for name, seconds in by_hand.items():
+        assert by_name[name].seconds == pytest.approx(seconds, rel=0.15)
+    assert all(estimate.seconds > estimate.bound for estimate in estimates.ESTIMATES)
+    rows = {estimate.found[2] for estimate in estimates.ESTIMATES}
+    ours = {gpu_kernels.DNI_CUDA, gpu_kernels.SYNTHESIZER_CUDA, gpu_kernels.OURS_CUDA}
+    assert rows == ours | {f"{gpu_kernels.OURS_CUDA}, forward", *gpu_kernels.FLOORS["CUDA"]}
+    assert {by_name[name].barriers for name in by_hand if "step" in name} == {
+        gpu_kernels.STEP_BARRIERS
+    }
+    empty = estimates.render_estimates([])
+    assert "| decoupled step 128/1024 | 8.91 | 0.545 | 1 | 3 | 1.86 | 21.5 |  |" in empty
+    found = results(
+        **{
+            "gpu-layer": {"128/1024 bf16 sgd": gpu_group()},
+            "gpu-lstm": {"16/256/128 bf16": gpu_group(steps=128)},
+            "gpu-floors": {"barrier": gpu_group(grids={"132": {"CUDA barrier": 0.9e-6}})},
+        }
+    )
+    found["facts"] |= {"gpu": "A GPU", "commit": "abc", "multiprocessors": 132}
+    text = estimates.render_estimates([found])
+    assert "| estimate, µs | measured, µs, A GPU, abc |" in text
+    assert "| CUDA barrier | 0 | 0 | 0 | 1 | 0 | 1 | 0.9 |" in text
+    assert "| 21.5 | 9 |" in text and "| 42 (0.328) |" in text
 
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-lstm", "gpu-details"])
