@@ -1,4 +1,4 @@
-"""The C++ kernels and the emulation of those in CUDA, built by other compilers than the default one,
+"""The C++ kernels and the emulation of those in CUDA, built by other compilers than the default,
 warnings as errors, and some of their tests against what comes out (CONTRIBUTING.md)."""
 
 from __future__ import annotations
@@ -74,14 +74,12 @@ def test_cpu_kernels(cxx: str) -> None:
             FUSED_DNI_WERROR="1",
         )
     (module,) = (where / "fused_dni" / "backends").glob("_cpu*.so")
-    pytest_options = ("-q", "-n", "0", "-p", "no:cacheprovider", "-k", "not one_thread_pool")
-    run(
-        sys.executable, "-c", RUN, str(module), *pytest_options, "tests/kernels/test_cpu_kernels.py"
-    )
-    run(
-        *(sys.executable, "-c", RUN, str(module), *pytest_options[:-1]),
-        *("cpu and (test_step or test_window)", "tests/ops"),
-    )
+    for names, where_from in (
+        ("not one_thread_pool", "tests/kernels/test_cpu_kernels.py"),
+        ("test_step and cpu", "tests/ops/test_linear_backends.py"),
+    ):
+        options = ("-q", "-n", "0", "-p", "no:cacheprovider", "-k", names, where_from)
+        run(sys.executable, "-c", RUN, str(module), *options)
 
 
 @pytest.mark.parametrize("cxx", others(openmp=False))
@@ -91,7 +89,7 @@ def test_emulation(cxx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build_emulation(folder(cxx) / "emulation")
     run(
         *(sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"),
-        *("-k", "grids or bare_barriers"),
+        *("-k", "grids or bare_barriers or tensor_cores"),
         *("tests/kernels/test_cuda_linear.py", "tests/kernels/test_cuda_lstm.py"),
         FUSED_DNI_CUDA_EMULATION=str(module),
     )
