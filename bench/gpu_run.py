@@ -41,6 +41,8 @@ LOST = 4
 GRACE = 10.0
 #: Lines of a part that the summary has at most.
 SAID = 20
+#: For tools under which kernels are so slow that they would seem to hang.
+PATIENT = {"FUSED_DNI_SPIN_BOUND": "0"}
 #: Shapes that are measured first, the most promising of each kind.
 KEYS = (
     *("128/1024 bf16 sgd", "64/256 bf16 sgd"),
@@ -154,7 +156,7 @@ class Run:
         site = work / "site"
         site.mkdir()
         (site / "sitecustomize.py").write_text(FINDER.format(root=str(root)))
-        paths = [str(site), str(root), str(root / "bench"), environ.get("PYTHONPATH", "")]
+        paths = [str(site), str(root), environ.get("PYTHONPATH", "")]
         nvcc = machine.which("nvcc")
         self.environment = {
             "TRITON_CACHE_DIR": str(root / "build" / "triton"),
@@ -506,8 +508,8 @@ def sanitizer(tool: str, backend: str, share: float) -> Part:
         return [*made, "--profile", "--tiny", "--backend", backend]
 
     # A pool hides what lies outside a tensor.
-    pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(f"{tool}-{backend}", share, 10, command, environment=pool, said="SUMMARY")
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **PATIENT}
+    return Part(f"{tool}-{backend}", share, 10, command, environment=settings, said="SUMMARY")
 
 
 def tests(name: str, share: float, is_ours: bool) -> Part:
@@ -570,7 +572,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part("rows-triton", 60, 15, kernels(*ALL_ROWS, "triton", only=KEYS)),
         Part("compiled", 40, 20, kernels(*ALL_ROWS, "compiled", only=KEYS[:2])),
         Part("autotuned", 50, 30, kernels(*ALL_ROWS, "autotuned", only=KEYS[:1])),
-        Part("ncu", 30, 15, ncu),
+        Part("ncu", 30, 15, ncu, environment=PATIENT),
         Part("ncu-table", 3, 2, ncu_table, said="."),
         Part(
             *("tune", 30, 15),

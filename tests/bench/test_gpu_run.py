@@ -72,6 +72,10 @@ class Stage(gpu_run.Machine):
             return gpu_run.Ended(0, 0.0)
         name = log.read_text().splitlines()[-1].split()[1].rstrip(":")
         self.ran.append((name, limit, command))
+        slow = name == "ncu" or command[0] == "/tools/compute-sanitizer"
+        assert environment.get("FUSED_DNI_SPIN_BOUND") == ("0" if slow else None)
+        if command[0] == "/tools/compute-sanitizer":
+            assert command[3:5] == ["--report-api-errors", "no"]
         takes = self.takes.get(name, self.takes.get("all", 5.0))
         if command[1].endswith(("gpu_kernels.py", "gpu_baselines.py")) and command[2][:2] != "--":
             self.measure(name, Path(command[2]), min(takes, limit))
