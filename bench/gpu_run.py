@@ -287,7 +287,7 @@ class Run:
         try:
             for partial in self.out.glob("*.part*"):  # of what was stopped while it wrote
                 partial.unlink()
-            trial.write_bytes(bytes(2**20))
+            trial.write_bytes(bytes(2**18))
             trial.unlink()
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -193,7 +193,7 @@ def test_the_time_is_kept_whatever_parts_take(seconds, takes, tmp_path, rehearse
         assert f"FAILED  {left_out[0]}: no time: " in (out / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize("name", sorted({*FIRST, *SECOND}))
+@pytest.mark.parametrize("name", ["build", "rows", "tests", "compiled", "racecheck-triton"])
 @pytest.mark.parametrize("how", ["fails", "hangs"])
 def test_a_part_that_does_not_end_well_stops_no_other(name, how, tmp_path, rehearse):
     given = {"ends": {name: [7, 7]}} if how == "fails" else {"takes": {name: math.inf}}
@@ -205,6 +205,14 @@ def test_a_part_that_does_not_end_well_stops_no_other(name, how, tmp_path, rehea
     assert [part for part, _, _ in stage.ran] == FIRST + SECOND
     why = "exit status 7: 3 passed in 1.0s" if how == "fails" else "stopped after"
     assert f"FAILED  {next(iter(bad))}: {why}" in (out / "summary.txt").read_text()
+
+
+def test_all_parts_fail_and_each_is_named(tmp_path, rehearse):
+    stage, out = Stage(ends={name: [1, 1] for name in FIRST + SECOND}), tmp_path / "out"
+    assert rehearse(stage, out) == (1, [])
+    assert [name for name, _, _ in stage.ran] == FIRST + SECOND
+    text = (out / "summary.txt").read_text()
+    assert text.count("FAILED  ") == len(FIRST + SECOND) and "no part has failed" not in text
 
 
 def test_a_kill_between_any_two_writes_loses_nothing(tmp_path, rehearse, monkeypatch):
