@@ -1,25 +1,29 @@
 """What a GPU does without us: bandwidth, products, launch gaps, stock backprop of a network.
 
-    python bench/gpu_baselines.py OUT/baselines.json [--seconds 280]
+    python bench/gpu_baselines.py OUT/kernels.json [--part gemm ...] [--seconds 280]
 
-Baselines of single layers and of the LSTM are measured beside our kernels (gpu_kernels.py). Imports
-nothing of fused_dni, so that it runs where our build failed. Every part is on its own: one that
-raises, or for which no time is left, is recorded with its reason and the rest go on; the file, and
-a text with the same name beside it, are rewritten after every part. ``--device cpu --tiny`` runs
-the same code on sizes that only show that it runs.
+Baselines of single layers and of the LSTM are measured beside our kernels (gpu_kernels.py), whose
+file this adds its own to, under "baselines". Imports nothing of fused_dni, so that it runs where
+our build failed. Every part is on its own: one that raises, or for which no time is left, is
+recorded with its reason and the rest go on; the file, and a text with the same name beside it, are
+rewritten after every figure. ``--device cpu --tiny`` runs the same code on sizes that only show
+that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
-import json
+import itertools
 import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import stored
+
 
 class Where(NamedTuple):
-    """Where to run, how large, and until when."""
+    """Where to run, how large, until when, and what keeps the figures so far."""
 
     device: str
     tiny: bool
     deadline: float
+    save: Callable[[], None]
 
     @property
     def cuda(self) -> bool:
@@ -104,10 +111,32 @@ def graphed(step: Callable[[], object]) -> Callable[[], None]:
 # ---------------------------------------------------------------------------------------- parts
 
 
-def device(where: Where) -> dict[str, Any]:
+def driver() -> str | None:
+    """The NVIDIA driver's version; None where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.split("\n", 1)[0].strip() or None
+
+
+def driver_cuda() -> str | None:
+    """The CUDA version that the driver is for; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def device(where: Where, facts: dict[str, Any]) -> None:
     """Names, versions and clocks."""
-    facts: dict[str, Any] = {
+    facts |= {
         "python": platform.python_version(),
+        "extensions": sysconfig.get_config_var("EXT_SUFFIX"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -126,6 +155,8 @@ def device(where: Where) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": properties.total_memory / 2**30,
             "cudnn": torch.backends.cudnn.version(),
+            "driver": driver(),
+            "driver_cuda": driver_cuda(),
         }
         query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -136,24 +167,23 @@ def device(where: Where) -> dict[str, Any]:
             facts["nvidia-smi"] = f"not available: {error}"
     else:
         facts["name"] = platform.machine()
-    return facts
 
 
-def bandwidth(where: Where) -> dict[str, Any]:
+def bandwidth(where: Where, found: dict[str, Any]) -> None:
     """Copy of a large tensor; bytes read and written over time."""
-    rates = {}
+    rates = found["gb_per_s"] = {}
     for megabytes in where.sizes([64, 512, 2048], [1]):
         source = torch.empty(megabytes * 2**18, device=where.device)
         target = torch.empty_like(source)
         taken = seconds_a_call(lambda s=source, t=target: t.copy_(s), where)
         rates[f"{megabytes} MiB"] = 2 * megabytes * 2**20 / taken / 1e9
-    return {"gb_per_s": rates}
+        where.save()
 
 
-def gemm(where: Where) -> dict[str, Any]:
+def gemm(where: Where, found: dict[str, Any]) -> None:
     """TFLOP/s of ``torch.mm(out=)`` in bf16, tf32 and fp32."""
     full = [(128, 1024, 1024), (1024,) * 3, (4096,) * 3, (8192,) * 3]
-    rates: dict[str, dict[str, float]] = {}
+    rates: dict[str, dict[str, float]] = found.setdefault("tflop_per_s", {})
     before = torch.get_float32_matmul_precision()
     try:
         for name, dtype, precision in (
@@ -169,12 +199,12 @@ def gemm(where: Where) -> dict[str, Any]:
                 out = torch.empty(m, n, device=where.device, dtype=dtype)
                 taken = seconds_a_call(lambda a=a, b=b, o=out: torch.mm(a, b, out=o), where)
                 rates[name][f"{m}x{k}x{n}"] = 2 * m * k * n / taken / 1e12
+                where.save()
     finally:
         torch.set_float32_matmul_precision(before)
-    return {"tflop_per_s": rates}
 
 
-def gaps(where: Where) -> dict[str, Any]:
+def gaps(where: Where, found: dict[str, Any]) -> None:
     """Microseconds a kernel that does nothing much: launched eagerly, and inside a graph."""
     x = torch.zeros(32, device=where.device)
     count = 100
@@ -183,36 +213,33 @@ def gaps(where: Where) -> dict[str, Any]:
         for _ in range(count):
             x.add_(1.0)
 
-    result = {"eager_us": seconds_a_call(many, where) / count * 1e6}
+    found["eager_us"] = seconds_a_call(many, where) / count * 1e6
     if where.cuda:
-        result["graph_us"] = seconds_a_call(graphed(many), where) / count * 1e6
-        result["graph_of_one_us"] = seconds_a_call(graphed(lambda: x.add_(1.0)), where) * 1e6
-    return result
+        found["graph_us"] = seconds_a_call(graphed(many), where) / count * 1e6
+        found["graph_of_one_us"] = seconds_a_call(graphed(lambda: x.add_(1.0)), where) * 1e6
 
 
-def network(where: Where) -> dict[str, Any]:
+def network(where: Where, found: dict[str, Any]) -> None:
     """The step of the CPU tables: four hidden layers, batch norm, ReLU, head, cross-entropy."""
-    rows = {}
-    for batch, hidden in where.sizes([(64, 256), (128, 512), (128, 1024)], [(8, 16)]):
-        for rule in ("sgd", "adam"):
-            entry: dict[str, Any] = {}
-            rows[f"{batch}/{hidden} {rule}"] = entry
-            for name, how in variants(where).items():
-                attempt(
-                    entry,
-                    name,
-                    lambda b=batch, h=hidden, r=rule, n=how: network_time(b, h, r, n, where),
-                )
-    return {"us": rows}
+    rows: dict[str, dict[str, Any]] = found.setdefault("us", {})
+    sizes = where.sizes([(64, 256), (128, 512), (128, 1024)], [(8, 16)])
+    for name, how in variants(where).items():
+        for (batch, hidden), rule in itertools.product(sizes, ("sgd", "adam")):
+            attempt(
+                rows.setdefault(f"{batch}/{hidden} {rule}", {}),
+                name,
+                lambda b=batch, h=hidden, r=rule, n=how: network_time(b, h, r, n, where),
+            )
+            where.save()
 
 
 def variants(where: Where) -> dict[str, str]:
-    """How a step is run, by name; compiled and replayed where that is possible."""
+    """How a step is run, by name; replayed and compiled where that is possible."""
     found = {"eager": "eager"}
-    if not where.tiny:
-        found["compiled"] = "default"
     if where.cuda:
         found["graph"] = "graph"
+    if not where.tiny:
+        found["compiled"] = "default"
     return found
 
 
@@ -244,7 +271,7 @@ def network_time(batch: int, hidden: int, rule: str, how: str, where: Where) -> 
     return seconds_a_call(graphed(step) if how == "graph" else step, where) * 1e6
 
 
-PARTS = (device, bandwidth, gemm, gaps, network)
+PARTS = {part.__name__: part for part in (device, gaps, bandwidth, gemm, network)}
 
 
 def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> None:
@@ -257,22 +284,28 @@ def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> N
         entry[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
 
 
-def measure(out: Path, where: Where) -> int:
-    """All parts; returns how many failed."""
-    results: dict[str, Any] = {}
+def measure(out: Path, parts: list[str], where: Where, text: Path) -> int:
+    """The parts; returns how many failed."""
+    results = stored.load(out)
+    found: dict[str, Any] = results.setdefault("baselines", {})
+
+    def save() -> None:
+        stored.save(out, results)
+        text.write_text(summary(found) + "\n")
+
     failed = 0
-    for part in PARTS:
-        name = part.__name__
+    for name in parts:
         start = time.monotonic()
+        found[name] = {}
         try:
-            results[name] = part(where)
+            PARTS[name](where._replace(save=save), found[name])
         except Exception as error:
             failed += 1
-            traceback.print_exc()
-            results[name] = {"failed": f"{type(error).__name__}: {error}"}
-        results.setdefault("part_seconds", {})[name] = time.monotonic() - start
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".txt").write_text(summary(results) + "\n")
+            if not isinstance(error, NoTimeLeftError):
+                traceback.print_exc()
+            found[name]["failed"] = f"{type(error).__name__}: {error}"
+        found.setdefault("part_seconds", {})[name] = time.monotonic() - start
+        save()
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return failed
 
@@ -288,12 +321,12 @@ def summary(results: dict[str, Any]) -> str:
         if facts is None:
             lines.append(f"{part}: not reached")
             continue
-        if "failed" in facts:
-            lines.append(f"{part}: FAILED: {facts['failed']}")
-            continue
-        lines.append(part)
+        failed = facts.get("failed")
+        lines.append(part if failed is None else f"{part}: FAILED: {failed}")
         units = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "us": "us", "ms": ""}
         for key, value in facts.items():
+            if key == "failed":
+                continue
             if isinstance(value, dict):
                 for row, cells in value.items():
                     lines.append(f"  {row:24} {cell(cells)} {units.get(key, key)}".rstrip())
@@ -310,19 +343,39 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+def why_no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU here, in one line; None if it can."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    reasons = [str(warning.message).strip().splitlines()[0] for warning in said]
+    return ": ".join(["no CUDA device", *(reasons or ["torch.cuda.is_available() is false"])])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help="JSON to write")
+    parser.add_argument("--part", action="append", choices=tuple(PARTS))
     parser.add_argument("--seconds", type=float, default=280.0)
+    parser.add_argument("--text", type=Path, help="where the figures are kept as text")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
-    given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    given = parser().parse_args(arguments)
+    reason = why_no_gpu() if given.device == "cuda" else None
+    if reason is not None:
+        print(reason, file=sys.stderr)
         return 3
-    where = Where(given.device, given.tiny, time.monotonic() + given.seconds)
-    return 1 if measure(given.file, where) else 0
+    deadline = time.monotonic() + given.seconds
+    where = Where(given.device, given.tiny, deadline, lambda: None)
+    text = given.text or given.file.with_suffix(".txt")
+    return 1 if measure(given.file, given.part or list(PARTS), where, text) else 0
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 """Our kernels on a GPU, against what they have to beat.
 
-    python bench/gpu_kernels.py OUT/kernels.json [--part layer ...] [--seconds 300]
-    python bench/gpu_kernels.py --profile           what ncu and compute-sanitizer look at
-    python bench/gpu_kernels.py --ncu FILE.csv      what ncu saw, as a table
+    python bench/gpu_kernels.py OUT/kernels.json [--part layer] [--rows cuda] [--seconds 300]
+    python bench/gpu_kernels.py --profile             what ncu and compute-sanitizer look at
+    python bench/gpu_kernels.py --under-ncu FILE.csv  the same under ncu
+    python bench/gpu_kernels.py --ncu FILE.csv        what ncu saw, as a table
     python bench/gpu_kernels.py OUT/kernels.json --backends
-                                                    both backends' times, as a table for `auto`
+                                                      both backends' times, as a table for `auto`
+    python bench/gpu_kernels.py ALL.json --join A.json B.json
+                                                      results of two calls as one
 
 A candidate is checked against float64 before it is timed (:mod:`workloads.gpu`); one that fails is
-in the results with that reason and no figure. Candidates of a group are measured together
-(``fused_dni.measure.timing.compare``: interleaved rounds, medians, CUDA events). The file, and
-a text with the same name beside it, are rewritten after every group, the groups that matter most
-come first, and when the time is up the rest is left out.
+in the results with that reason and no figure. Each is checked, timed beside the floor and kept
+before the next is built, cheap ones first; then all of a group are measured together
+(``fused_dni.measure.timing.compare``: interleaved rounds, medians, CUDA events), which replaces
+those figures and gives the ratios. The file, and a text with the same name beside it, are rewritten
+after every figure, the groups that matter most come first, and when the time is up the rest is
+left out.
 The CUDA backend's rows stand beside those of Triton's. Where it was not built they hold the reason.
+A kernel that takes the device with it ends the process with status 4: ``--resume`` goes on behind
+the candidate whose kernel it was, and leaves out what is done.
 ``--device cpu --tiny`` runs the same code in Triton's interpreter and, where
 FUSED_DNI_CUDA_EMULATION names it, in our host emulation, on sizes that only show that it runs.
 """
@@ -20,11 +27,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +50,20 @@ from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
 from fused_dni.report.kinds import profile as profile_report
-from gpu_baselines import graphed
+from gpu_baselines import NoTimeLeftError, driver, graphed
 from groups import compared, device_facts, gather
 from pages.cells import interval
 from workloads import gpu as w
 from workloads import within
 
 Maker = Callable[[], Callable[[], object]]
-#: Names, and what measures the group of that name.
-Groups = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+#: Names, and what measures and keeps the group of that name.
+Groups = Iterator[tuple[str, Callable[[], None]]]
+
+#: Candidates by what builds them, in the order of what that costs.
+ROWS = ("cuda", "triton", "compiled", "autotuned")
+#: Exit status: a kernel left the device unusable to this process.
+LOST = 4
 
 # Rows of a layer's table. All are replays of CUDA graphs but for those that say eager.
 DNI = "DNI"
@@ -68,6 +83,7 @@ SYNTHESIZER_CUDA = "synthesizer's update, CUDA"
 
 # Rows of a window's table.
 CUDNN, CUDNN_EAGER = "nn.LSTM", "nn.LSTM, eager"
+CUDNN_FP16 = "nn.LSTM, fp16"  # the only dtype for which PyTorch takes cuDNN's persistent kernels
 OURS, OURS_EAGER, OURS_CUDA = "ours", "ours, eager", "ours, CUDA"
 STEPWISE = "ours, a launch a step"
 
@@ -81,6 +97,11 @@ FURTHER = SIZES[:2]
 COLD = ((128, 1024), (512, 1024), (1024, 2048))
 #: At most so many layers are gone round to keep data out of the cache.
 MOST_LAYERS = 64
+
+#: Precisions and sizes of the smoke test: a tile and several, clusters and the grid.
+SMOKE = ("bf16", "fp16", "tf32", "fp32")
+SMOKE_LAYERS = ((8, 16), (128, 256))
+SMOKE_WINDOWS = ((4, 16, 3), (16, 64, 8), (16, 256, 8))
 
 #: Grid barriers of a decoupled step in one CUDA launch, where a tile holds all rows and so their
 #: statistics: before the synthesizer's reduction, before the gradient and before the update.
@@ -103,15 +124,37 @@ WINDOWS.insert(6, LONG_WINDOW)
 STEPWISE_STEPS = 128
 
 
+class LostError(RuntimeError):
+    """A kernel has left the device unusable to this process."""
+
+
 class Run:
-    """Where to measure, how large, until when, and what was found so far."""
+    """Where to measure, what of it, how large, until when, and what was found so far.
+
+    Attributes:
+        rows: the candidates, by what builds them.
+        only: the groups, by their keys; all if empty.
+        resume: what is in the results already is not measured again.
+        text: where the figures are kept as text.
+    """
 
     def __init__(
-        self, path: Path | None, device: str, backend: str, seconds: float, tiny: bool
+        self,
+        path: Path | None,
+        device: str,
+        backend: str,
+        seconds: float,
+        tiny: bool,
+        rows: Sequence[str] = ROWS,
+        only: Sequence[str] = (),
+        resume: bool = False,
+        text: Path | None = None,
     ) -> None:
         self.path = path
+        self.text = path.with_suffix(".txt") if text is None and path is not None else text
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.backend, self.tiny = backend, tiny
+        self.rows, self.only, self.resume = rows, only, resume
         self.deadline = time.monotonic() + seconds
         self.results: dict[str, Any] = stored.load(path) if path is not None else {}
         self.failed = False
@@ -129,25 +172,45 @@ class Run:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def keep(self, part: str, key: str, group: dict[str, Any]) -> None:
-        """Put a group into the results, and those into their file."""
+    def has(self, part: str, key: str) -> bool:
+        """Whether a group is not to be measured again."""
+        done = self.group(part, key).get("done", ())
+        failed = f"{part} {key}" in self.results.get("failed", {})
+        return self.resume and (failed or set(self.rows) <= set(done))
+
+    def group(self, part: str, key: str) -> dict[str, Any]:
+        """What is known of it so far."""
+        found: dict[str, Any] = self.results.get(f"gpu-{part}", {}).get(key, {})
+        return found
+
+    def keep(self, part: str, key: str, found: dict[str, Any]) -> None:
+        """Join what was found of a group to the results, and put those into their file."""
         if "facts" not in self.results:
             self.results["facts"] = facts(self)
-        stored.put(self.results, part, key, group)
+        group = joined(self.group(part, key), found)
+        stored.put(self.results, f"gpu-{part}", key, group)
         self.save()
-        print(f"{part} {key}", flush=True)
+        for name, row in found.get("rows", {}).items():
+            if "median" in row:
+                print(f"{part} {key}: {name}: {row['median'] * 1e6:.4g} us", flush=True)
 
     def fail(self, what: str, reason: str) -> None:
         """Put a reason into the results instead."""
         self.failed = True
         self.results.setdefault("failed", {})[what] = reason
+        print(f"{what}: {reason}", file=sys.stderr, flush=True)
         self.save()
 
     def save(self) -> None:
-        """The results, and their figures as text."""
-        assert self.path is not None
-        stored.save(self.path, self.results)
-        self.path.with_suffix(".txt").write_text(summary(self.results) + "\n")
+        """The results, and their figures as text. Where there is no room for them they are tried
+        again with the next figure, and stand in what was printed."""
+        assert self.path is not None and self.text is not None
+        try:
+            stored.save(self.path, self.results)
+            self.text.write_text(summary(self.results) + "\n")
+        except OSError as error:
+            self.failed = True
+            print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def replayed(self, steps: list[Callable[[], object]]) -> Callable[[], object]:
         """All steps, one after the other, as one CUDA graph (on a CPU as they are)."""
@@ -160,6 +223,20 @@ class Run:
             replay()
 
         return again
+
+
+def joined(group: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Two measurements of one group as one. The later figure counts, and any more than none."""
+    merged = group | found
+    for part in ("rows", "ratios", "tiles", "grids"):
+        if part in group or part in found:
+            merged[part] = {**group.get(part, {}), **found.get(part, {})}
+    for name, row in group.get("rows", {}).items():
+        if "median" in row and "median" not in merged["rows"][name]:
+            merged["rows"][name] = row
+    for part in ("order", "done"):
+        merged[part] = list(dict.fromkeys([*group.get(part, []), *found.get(part, [])]))
+    return merged
 
 
 def repeated(steps: list[Callable[[], object]]) -> Callable[[], None]:
@@ -179,6 +256,7 @@ def facts(run: Run) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(run.device)
         found |= {
             "gpu": properties.name,
+            "driver": driver(),
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "l2": properties.L2_cache_size,
@@ -221,7 +299,7 @@ def layer_groups(run: Run) -> Groups:
     """The decoupled step of one layer, a group a case."""
     for case, cold in layer_cases(run):
         key = f"{case}, cold" if cold else str(case)
-        yield key, lambda case=case, cold=cold: layer_group(run, case, cold)
+        yield key, lambda key=key, case=case, cold=cold: layer_group(run, key, case, cold)
 
 
 class Candidates:
@@ -288,7 +366,7 @@ class Candidates:
         return {choice.op: tiles._asdict() for choice, tiles in self.tiles.items()}
 
 
-def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
+def layer_group(run: Run, key: str, case: w.Case, cold: bool) -> None:
     """All ways to take one step."""
     torch._dynamo.reset()
     count = steps_a_call(run, case, cold)
@@ -316,28 +394,32 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
             if cold
             else [w.products(case, run.device)] * count
         ),
-        DNI: c.replay(ours(w.Decoupled)),
-        DNI_CUDA: c.replay(ours(w.Decoupled, "cuda")),
-        BACKPROP: c.replay(ours(w.Backprop)),
-        BACKPROP_CUDA: c.replay(ours(w.Backprop, "cuda")),
         STOCK: c.replay(stock(None)),
+        DNI_CUDA: c.replay(ours(w.Decoupled, "cuda")),
     }
-    if not run.tiny:
+    if "cuda" in run.rows:
+        makers[BACKPROP_CUDA] = c.replay(ours(w.Backprop, "cuda"))
+        if main:
+            makers[INSIDE_CUDA] = c.replay(ours(w.Inside, "cuda"))
+            makers[SYNTHESIZER_CUDA] = c.replay(ours(w.SynthesizerUpdate, "cuda"))
+            makers[STOCK_EAGER] = c.eager(stock(None))
+    if {"triton", "compiled", "autotuned"} & {*run.rows}:
+        makers[DNI] = c.replay(ours(w.Decoupled))
+    if "triton" in run.rows:
+        makers[BACKPROP] = c.replay(ours(w.Backprop))
+        if main:
+            for name, launches in ((ONE, "one"), (SEVERAL, "several")):
+                makers[name] = c.forced(
+                    ("linear_step",), launched(launches), c.replay(ours(w.Decoupled))
+                )
+            makers[INSIDE] = c.replay(ours(w.Inside))
+            makers[SYNTHESIZER] = c.replay(ours(w.SynthesizerUpdate))
+            makers[DNI_EAGER] = c.eager(ours(w.Decoupled))
+    if "compiled" in run.rows and not run.tiny:
         makers[COMPILED] = c.compiled(c.replay(stock("default")))
-    if main:
-        for name, launches in ((ONE, "one"), (SEVERAL, "several")):
-            makers[name] = c.forced(
-                ("linear_step",), launched(launches), c.replay(ours(w.Decoupled))
-            )
-        makers[INSIDE] = c.replay(ours(w.Inside))
-        makers[INSIDE_CUDA] = c.replay(ours(w.Inside, "cuda"))
-        makers[DNI_EAGER] = c.eager(ours(w.Decoupled))
-        makers[STOCK_EAGER] = c.eager(stock(None))
-        makers[SYNTHESIZER] = c.replay(ours(w.SynthesizerUpdate))
-        makers[SYNTHESIZER_CUDA] = c.replay(ours(w.SynthesizerUpdate, "cuda"))
-        if (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
-            makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
-            makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
+    if "autotuned" in run.rows and main and (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
+        makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
+        makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
     pairs = {
         f"{other} / {DNI}": f"{other} / {DNI}"
         for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL, INSIDE)
@@ -348,8 +430,12 @@ def layer_group(run: Run, case: w.Case, cold: bool) -> dict[str, Any]:
     }
     pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
-        group = timed(run, makers, floor, count, pairs)
-    return group | {"bytes": case.bytes(), "tiles": c.record()}
+        timed(
+            *(run, "layer", key, makers, pairs),
+            floor=floor,
+            steps=count,
+            about=lambda: {"bytes": case.bytes(), "tiles": c.record()},
+        )
 
 
 def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
@@ -371,20 +457,66 @@ def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
 
 
 def timed(
-    run: Run, makers: dict[str, Maker], floor: str, steps: int, pairs: dict[str, str]
-) -> dict[str, Any]:
-    """Check, build and time the candidates of a group."""
-    candidates, failures = gather(makers)
-    if floor not in candidates:
-        raise RuntimeError(f"not even the floor runs: {failures[floor]}")
-    return compared(
-        candidates,
-        failures,
-        floor=floor,
-        steps=steps,
-        against=pairs,
-        **run.limits(1.5),
-    )
+    run: Run,
+    part: str,
+    key: str,
+    makers: dict[str, Maker],
+    pairs: dict[str, str],
+    *,
+    about: Callable[[], dict[str, Any]],
+    floor: str | None = None,
+    steps: int = 1,
+) -> None:
+    """Check, build, time (beside the floor) and keep one candidate of a group after the other, then
+    all in rounds. ``about()`` is what else is kept.
+
+    Raises:
+        LostError: a kernel left the device unusable; which candidate's it was is kept.
+        NoTimeLeftError: before all of them were done.
+        RuntimeError: not even the floor runs.
+    """
+    fatal = {n for n, row in run.group(part, key).get("rows", {}).items() if row.get("fatal")}
+    candidates: dict[str, Callable[[], object]] = {}
+    for name, make in makers.items():
+        if run.resume and name in fatal:
+            continue
+        if candidates and run.late():
+            raise NoTimeLeftError(f"no time left in {key} for {name}")
+        made, failures = gather({name: lambda make=make: taken(run, make)})
+        if name == floor and failures:
+            raise RuntimeError(f"not even the floor runs: {failures[name]}")
+        beside = made if floor is None or not made else {floor: (candidates | made)[floor]} | made
+        found = compared(beside, failures, floor=floor, steps=steps, **run.limits(0.2))
+        is_lost = bool(failures) and lost(run)
+        if is_lost:
+            found["rows"][name]["fatal"] = True
+        run.keep(part, key, found | about())
+        if is_lost:
+            raise LostError(f"{key}: {name}: {failures[name]}")
+        candidates |= made
+    if run.late():
+        raise NoTimeLeftError(f"no time left in {key} for rounds of all candidates")
+    found = compared(candidates, {}, floor=floor, steps=steps, against=pairs, **run.limits(1.5))
+    run.keep(part, key, found | about() | {"done": list(run.rows)})
+
+
+def taken(run: Run, make: Maker) -> Callable[[], object]:
+    """A candidate that was called once: what a kernel does to the device shows here."""
+    call = make()
+    call()
+    if run.cuda:
+        torch.cuda.synchronize(run.device)
+    return call
+
+
+def lost(run: Run) -> bool:
+    """Whether a kernel has left the device unusable to this process."""
+    try:
+        if run.cuda:
+            torch.cuda.synchronize(run.device)
+    except RuntimeError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------- LSTM
@@ -402,19 +534,19 @@ def window_cases(run: Run) -> Iterator[w.WindowCase]:
 
 
 def window_groups(run: Run) -> Groups:
-    """Forward and backward of a window, a group a point."""
-    for case in window_cases(run):
+    """Forward and backward of a window, a group a point; no compiler has a candidate there."""
+    for case in window_cases(run) if {"cuda", "triton"} & {*run.rows} else ():
         yield str(case), lambda case=case: window_group(run, case)
 
 
-def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
+def window_group(run: Run, case: w.WindowCase) -> None:
     """``nn.LSTM`` and ours, forward and backward; forward alone beside it."""
     floor = "floor: products by torch"
     dtype = w.operand(case.precision)
     c = Candidates(run, w.check_window, case)
 
     def stock(case: w.WindowCase, device: torch.device) -> w.Window:
-        return w.StockWindow(case, device, dtype)
+        return w.StockWindow(case, device, w.operand(case.precision))
 
     def ours(case: w.WindowCase, device: torch.device) -> w.Window:
         return w.OurWindow(case, device, dtype, run.backend)
@@ -425,28 +557,41 @@ def window_group(run: Run, case: w.WindowCase) -> dict[str, Any]:
     makers: dict[str, Maker] = {
         floor: lambda: run.replayed([w.window_floor(case, run.device)]),
         CUDNN: c.replay(stock),
-        OURS: c.replay(ours),
         OURS_CUDA: c.replay(in_cuda),
-        CUDNN_EAGER: c.eager(stock),
-        OURS_EAGER: c.eager(ours),
         f"{CUDNN}, forward": c.replay(stock, "forward"),
-        f"{OURS}, forward": c.replay(ours, "forward"),
         f"{OURS_CUDA}, forward": c.replay(in_cuda, "forward"),
     }
-    if case.steps <= STEPWISE_STEPS:
-        makers[STEPWISE] = c.forced(("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours))
+    if "cuda" in run.rows:
+        if case.precision == "bf16":
+            half = Candidates(run, w.check_window, case._replace(precision="fp16"))
+            makers[CUDNN_FP16] = half.replay(stock)
+            makers[f"{CUDNN_FP16}, forward"] = half.replay(stock, "forward")
+        makers[CUDNN_EAGER] = c.eager(stock)
+    if "triton" in run.rows:
+        makers[OURS] = c.replay(ours)
+        makers[f"{OURS}, forward"] = c.replay(ours, "forward")
+        makers[OURS_EAGER] = c.eager(ours)
+        if case.steps <= STEPWISE_STEPS:
+            makers[STEPWISE] = c.forced(
+                ("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours)
+            )
     pairs = {
         f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
         f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
         "forward": f"{CUDNN}, forward / {OURS}, forward",
         f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
         f"{CUDNN} / {OURS_CUDA}": f"{CUDNN} / {OURS_CUDA}",
+        f"{CUDNN_FP16} / {OURS_CUDA}": f"{CUDNN_FP16} / {OURS_CUDA}",
         f"{OURS} / {OURS_CUDA}": f"{OURS} / {OURS_CUDA}",
         "forward, CUDA": f"{CUDNN}, forward / {OURS_CUDA}, forward",
+        "forward, fp16, CUDA": f"{CUDNN_FP16}, forward / {OURS_CUDA}, forward",
     }
     with w.arithmetic(case.precision):
-        group = timed(run, makers, floor, 1, pairs)
-    return group | {"steps": case.steps, "tiles": c.record()}
+        timed(
+            *(run, "lstm", str(case), makers, pairs),
+            floor=floor,
+            about=lambda: {"steps": case.steps, "tiles": c.record()},
+        )
 
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
@@ -464,23 +609,24 @@ def barriers_kernel(state, programs, rounds):
         grid_barrier(state, programs)
 
 
-def plan_barriers(state: torch.Tensor, programs: int, rounds: int) -> Launch:
+def triton_barriers(state: torch.Tensor, programs: int, rounds: int) -> Callable[[], object]:
     """A cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32 [1]."""
     return Launch(
         barriers_kernel,
         (programs,),
         {"state": state, "programs": programs, "rounds": rounds},
         {"num_warps": 4, "launch_cooperative_grid": True},
-    )
+    ).run
 
 
 def floor_groups(run: Run) -> Groups:
     """What no kernel of ours can be faster than, whatever it does."""
-    yield "barrier", lambda: barrier_group(run)
+    if {"cuda", "triton"} & {*run.rows}:
+        yield "barrier", lambda: barrier_group(run)
 
 
 def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[], object]:
-    """As :func:`plan_barriers`, of the CUDA kernels."""
+    """As :func:`triton_barriers`, of the CUDA kernels."""
     registry.get("cuda")  # or why not
     call = cuda_calls.extension().grid_barriers
     stated = cuda_calls.described(state)
@@ -491,7 +637,7 @@ def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[],
 FLOORS = {"Triton": ("launch", "barrier"), "CUDA": ("CUDA launch", "CUDA barrier")}
 
 
-def barrier_group(run: Run) -> dict[str, Any]:
+def barrier_group(run: Run) -> None:
     """What cannot be had for less: a launch of nothing, and a meeting of all programs (blocks)."""
     most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
     grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
@@ -501,30 +647,99 @@ def barrier_group(run: Run) -> dict[str, Any]:
     def name(backend: str, programs: int, meetings: int) -> str:
         return f"{backend}: {programs} programs, {meetings} barriers"
 
+    plans = {"CUDA": cuda_barriers, "Triton": triton_barriers}
     makers: dict[str, Maker] = {}
-    for programs in grids:
-        for meetings in (0, rounds):
+    for backend, bare in plans.items():
+        if backend.lower() in run.rows:
+            for programs, meetings in itertools.product(grids, (0, rounds)):
+                makers[name(backend, programs, meetings)] = partial(
+                    lambda bare, p, m: run.replayed([bare(state, p, m)] * launches),
+                    *(bare, programs, meetings),
+                )
 
-            def triton(p: int = programs, m: int = meetings) -> Callable[[], object]:
-                return run.replayed([plan_barriers(state, p, m).run] * launches)
+    def found() -> dict[str, Any]:
+        rows = run.group("floors", "barrier").get("rows", {})
+        of_grids: dict[str, dict[str, float]] = {}
+        for programs in grids:
+            of_grid = of_grids[str(programs)] = {}
+            for backend, (launch, barrier) in FLOORS.items():
+                names = [name(backend, programs, m) for m in (0, rounds)]
+                taken = [rows.get(n, {}).get("median") for n in names]
+                if None not in taken:
+                    of_grid[launch], of_grid[barrier] = taken[0], (taken[1] - taken[0]) / rounds
+        return {"grids": of_grids}
 
-            def cuda(p: int = programs, m: int = meetings) -> Callable[[], object]:
-                return run.replayed([cuda_barriers(state, p, m)] * launches)
+    try:
+        timed(run, "floors", "barrier", makers, {}, steps=launches, about=dict)
+    finally:
+        if run.group("floors", "barrier"):
+            run.keep("floors", "barrier", found())
 
-            makers[name("Triton", programs, meetings)] = triton
-            makers[name("CUDA", programs, meetings)] = cuda
-    group = compared(*gather(makers), steps=launches, **run.limits(3.0))
-    group["grids"] = {}
-    for programs in grids:
-        found = group["grids"][str(programs)] = {}
-        for backend, (launch, barrier) in FLOORS.items():
-            taken = [group["rows"][name(backend, programs, m)].get("median") for m in (0, rounds)]
-            if None not in taken:
-                found[launch], found[barrier] = taken[0], (taken[1] - taken[0]) / rounds
-    return group
+
+# --------------------------------------------------------------------------------------- smoke
+
+
+def smoke_groups(run: Run) -> Groups:
+    """Whether kernels end, leave the barrier's word as they have to, and are right, in a few
+    seconds: of each backend the barrier, then a step and a window in each precision."""
+    barriers = {"cuda": cuda_barriers, "triton": triton_barriers}
+    for backend, bare in barriers.items():
+        if backend not in run.rows:
+            continue
+        yield f"{backend}: barrier", partial(smoke, run, f"{backend}: barrier", check_word, bare)
+        for precision in SMOKE[:1] if run.tiny else SMOKE:
+            for what, check in (("step", check_step), ("window", check_window)):
+                key = f"{backend}: {what} {precision}"
+                yield key, partial(smoke, run, key, check, backend, precision)
+
+
+def smoke(run: Run, key: str, check: Callable[..., None], *given: Any) -> None:
+    """Check, then keep that it was right."""
+    start = time.monotonic()
+    check(run, *given)
+    run.keep("smoke", key, {"seconds": time.monotonic() - start, "done": list(run.rows)})
+    print(f"smoke {key}: right", flush=True)
+
+
+def check_word(run: Run, bare: Callable[[torch.Tensor, int, int], Callable[[], object]]) -> None:
+    """Meetings of grids of several sizes leave no arrivals in the word.
+
+    Raises:
+        Disagreement: they do.
+    """
+    state = torch.zeros(1, dtype=torch.int32, device=run.device)
+    most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
+    for programs in (1, most, 1):
+        bare(state, programs, 3)()
+        left = int(state.item()) & 0x7FFFFFFF
+        if left:
+            raise w.Disagreement(f"3 barriers of {programs} programs left {left} in their word")
+
+
+def check_step(run: Run, backend: str, precision: str) -> None:
+    """A decoupled step, of one tile and of several, against float64."""
+    for size in SMOKE_LAYERS[:1] if run.tiny else SMOKE_LAYERS:
+        with w.arithmetic(precision):
+            w.check_layer(
+                lambda case, device, **options: w.Decoupled(case, device, backend, **options),
+                w.Case(*size, precision),
+                run.device,
+            )
+
+
+def check_window(run: Run, backend: str, precision: str) -> None:
+    """A window, forward and backward, against float64."""
+    for size in SMOKE_WINDOWS[:1] if run.tiny else SMOKE_WINDOWS:
+        with w.arithmetic(precision):
+            w.check_window(
+                lambda case, device: w.OurWindow(case, device, w.operand(case.precision), backend),
+                w.WindowCase(*size, precision),
+                run.device,
+            )
 
 
 PARTS: dict[str, Callable[[Run], Groups]] = {
+    "smoke": smoke_groups,
     "layer": layer_groups,
     "floors": floor_groups,
     "lstm": window_groups,
@@ -532,17 +747,35 @@ PARTS: dict[str, Callable[[Run], Groups]] = {
 
 
 def measure(run: Run, parts: list[str]) -> None:
-    """The groups of the parts, each on its own: one that raises is recorded, the others go on."""
+    """The groups of the parts, each on its own: one that raises is recorded, the others go on.
+
+    Raises:
+        LostError: a kernel left the device unusable.
+    """
     for part in parts:
+        run.results.get("failed", {}).pop(part, None)
+        begun = False
         for key, group in PARTS[part](run):
+            if (run.only and key not in run.only) or run.has(part, key):
+                continue
+            what = f"{part} {key}"
+            if begun and run.late():
+                run.fail(part, f"no time left for {key}")
+                break
+            begun = True
+            run.results.get("failed", {}).pop(what, None)
             try:
-                run.keep(f"gpu-{part}", key, group())
+                group()
+            except LostError:
+                raise
+            except NoTimeLeftError as error:
+                run.fail(part, str(error))
+                break
             except Exception as error:
                 traceback.print_exc()
-                run.fail(f"{part} {key}", f"{type(error).__name__}: {error}".splitlines()[0])
-            if run.late():
-                run.fail(part, f"no time left after {key}")
-                break
+                run.fail(what, f"{type(error).__name__}: {error}".splitlines()[0])
+                if lost(run):
+                    raise LostError(what) from error
 
 
 # ------------------------------------------------------------------------ profilers, sanitizers
@@ -623,6 +856,8 @@ def summary(results: dict[str, Any]) -> str:
             lines.append(columns(rows))
             for label, ratio in group["ratios"].items():
                 lines.append(f"{label}: {interval(ratio)}")
+    if results.get("gpu-smoke"):
+        lines.append("\nright: " + ", ".join(results["gpu-smoke"]))
     for part, reason in results.get("failed", {}).items():
         lines.append(f"FAILED {part}: {reason}")
     lines += promises(results)
@@ -706,33 +941,72 @@ def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
     return found.get(launch), found.get(barrier)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+def join(path: Path, others: list[Path]) -> str | None:
+    """Write the results of several calls as one, or return why they do not belong together."""
+    whole: dict[str, Any] = {}
+    for other in others:
+        results = stored.load(other)
+        for fact in ("gpu", "driver", "torch", "commit"):
+            ours, theirs = (r.get("facts", {}).get(fact) for r in (whole or results, results))
+            if ours != theirs:
+                return f"{other} is of {fact} {theirs}, {others[0]} of {ours}: they are not joined"
+        merged = whole | results
+        for part in {*whole, *results}:
+            if part.startswith("gpu-"):
+                before, after = whole.get(part, {}), results.get(part, {})
+                keys = dict.fromkeys([*before, *after])
+                merged[part] = {k: joined(before.get(k, {}), after.get(k, {})) for k in keys}
+            elif part in ("baselines", "failed"):
+                merged[part] = whole.get(part, {}) | results.get(part, {})
+        whole = merged
+    stored.save(path, whole)
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, nargs="?", help="JSON to write")
     parser.add_argument("--part", action="append", choices=tuple(PARTS))
+    parser.add_argument("--rows", action="append", choices=ROWS, help="candidates (all)")
+    parser.add_argument("--only", action="append", metavar="KEY", help="groups (all)")
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--resume", action="store_true", help="leave out what is in the file")
+    parser.add_argument("--text", type=Path, help="where the figures are kept as text")
     parser.add_argument("--profile", action="store_true", help="run each op once, time nothing")
-    parser.add_argument("--ncu-options", action="store_true", help="print what ncu is asked for")
+    parser.add_argument("--under-ncu", type=Path, metavar="CSV", help="--profile under ncu")
     parser.add_argument("--ncu", type=Path, metavar="CSV", help="print what ncu wrote")
     parser.add_argument("--backends", action="store_true", help="print the table of backends")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="write these as one")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", help="of the rows without a name (triton); --profile: alone")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run at all")
-    given = parser.parse_args(arguments)
-    if given.ncu_options:
-        print(*ncu.OPTIONS)
-        return 0
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    line = parser()
+    given = line.parse_args(arguments)
+    if given.under_ncu is not None:
+        profiled = [sys.executable, __file__, "--profile"]
+        options = [*ncu.OPTIONS, "--profile-from-start", "off", "--log-file", given.under_ncu]
+        os.execvp("ncu", ["ncu", *map(str, options), *profiled])
     if given.ncu is not None:
         print(ncu_table(given.ncu.read_text()))
         return 0
     if given.file is None and not given.profile:
-        parser.error("which file?")
+        line.error("which file?")
     if given.backends:
         print(measured.text(backend_table(stored.load(given.file))), end="")
         return 0
+    if given.join:
+        reason = join(given.file, given.join)
+        if reason is not None:
+            print(reason, file=sys.stderr)
+        return 0 if reason is None else 1
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false", file=sys.stderr)
         return 3
@@ -740,17 +1014,25 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for backend in ("triton", "cuda") if both else (given.backend or "triton",):
         try:
-            registry.get(backend)
+            if given.profile or backend != "triton":
+                registry.get(backend)
         except (ValueError, RuntimeError) as error:
             print(error, file=sys.stderr)
             failed = True
             continue
-        run = Run(given.file, given.device, backend, given.seconds, given.tiny)
+        run = Run(
+            *(given.file, given.device, backend, given.seconds, given.tiny),
+            *(given.rows or ROWS, given.only or (), given.resume, given.text),
+        )
         if given.profile:
             profile(run)
-        else:
+            continue
+        try:
             measure(run, given.part or list(PARTS))
-            failed = run.failed
+        except LostError as error:
+            print(f"{error}: the device is lost to this process", file=sys.stderr)
+            return LOST
+        failed = run.failed
     return 1 if failed else 0
 
 

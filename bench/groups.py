@@ -37,7 +37,7 @@ def compared(
 ) -> dict[str, Any]:
     """Measure one group; per candidate seconds a step and the paired ratio to the floor, if any.
     ``options`` are more of :func:`fused_dni.measure.timing.compare`."""
-    timings = timing.compare(candidates, seconds=seconds, **options)
+    timings = timing.compare(candidates, seconds=seconds, **options) if candidates else {}
     rows: dict[str, Any] = {}
     for name, taken in timings.items():
         row = taken.to_json()

@@ -4,7 +4,8 @@
     python bench/tables.py errors --data DIR [--only 64/256]            test errors of the same rows
     python bench/tables.py render [--check]                             rewrite the tables
 
-What ``bench/gpu.sh`` measured becomes part of them as ``bench/results/<device>-gpu.json``.
+What ``bench/gpu.sh`` measured (its kernels.json) becomes part of them as
+``bench/results/<device>-gpu.json``; of two calls apart, joined by ``bench/gpu_kernels.py --join``.
 
 ``measure`` takes every group of candidates *together* (``fused_dni.measure.timing.compare``),
 checks each candidate first (``check_*`` of its workload) and merges what it measured into

@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, gpu, lstm, training, verdict
+from pages import cpu, estimates, gpu, lstm, training, verdict
 from stored import ROOT, matching
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recurrent.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recurrent", "kernels")),
+)
 
 
 def each(
@@ -43,6 +46,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "gpu": ("*-gpu", on_gpus(gpu.render_gpu)),
     "gpu-lstm": ("*-gpu", on_gpus(gpu.render_gpu_lstm)),
     "gpu-details": ("*-gpu", on_gpus(gpu.render_gpu_details)),
+    "estimates": ("*-gpu", estimates.render_estimates),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "copy": ("*-copy", each(training.render_recurrent)),

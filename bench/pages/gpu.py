@@ -87,12 +87,13 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
     groups = results.get("gpu-lstm", {})
     if not groups:
         return "Not measured yet."
-    times = ("nn.LSTM", "ours", "ours, a launch a step", "ours, CUDA")
+    times = ("nn.LSTM", "nn.LSTM, fp16", "ours", "ours, a launch a step", "ours, CUDA")
     ratios = {
         "nn.LSTM / ours": "nn.LSTM / ours",
         "nn.LSTM, eager / ours, eager": "eager",
         "forward": "forward",
         "nn.LSTM / ours, CUDA": "nn.LSTM / CUDA",
+        "nn.LSTM, fp16 / ours, CUDA": "nn.LSTM, fp16 / CUDA",
         "ours / ours, CUDA": "ours / CUDA",
         "forward, CUDA": "forward, CUDA",
     }
@@ -106,15 +107,16 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
         ]
         for key, group in groups.items()
     ]
-    header = ["B/H/T, products", "floor, µs", "nn.LSTM, µs", "ours, µs", "a launch a step, µs"]
-    header += ["CUDA, µs", "CUDA, µs a time step", *ratios.values()]
+    header = ["B/H/T, products", "floor, µs", "nn.LSTM, µs", "nn.LSTM, fp16, µs", "ours, µs"]
+    header += ["a launch a step, µs", "CUDA, µs", "CUDA, µs a time step", *ratios.values()]
     text = (
         "Forward and backward of a window, gradients of weights and input, input size H, as "
         "replays of CUDA graphs. Ours is a persistent kernel where the weights fit. The floor is "
         "the products that cannot be avoided, by `torch.mm(out=)`. Ratios of times (99 % "
         "interval), above one where ours is faster; some without a graph, or of the forward alone. "
         "Ours is Triton's; CUDA is the one in CUDA C++, with parameters and their gradients in "
-        "float32."
+        "float32. Beside bf16 stands `nn.LSTM` in fp16: PyTorch takes cuDNN's persistent kernels "
+        "for fp16 alone."
     )
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
     bare = grids.get(str(results["facts"].get("multiprocessors")), {}).get("CUDA barrier")

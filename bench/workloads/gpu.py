@@ -36,12 +36,12 @@ from fused_dni.rules import RuleState
 from workloads import CLASSES, RANK, RATE, Disagreement
 from workloads.lstm import Shape, rounding
 
-PRECISIONS = ("bf16", "fp32", "tf32")
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
 CONFIG = LinearConfig("batch", "relu")
 #: What a step may be off by, in norm. Operands are rounded once more where delta and h are handed
-#: on: by 2^-9 in bfloat16, 2^-11 in tf32 (which hardware may cut instead: 2^-10). In float32 it is
-#: the few units whose ReLU flips.
-BOUNDS = {"bf16": 2e-2, "tf32": 5e-3, "fp32": 1e-3}
+#: on: by 2^-9 in bfloat16, 2^-11 in float16 and tf32 (which hardware may cut instead: 2^-10). In
+#: float32 it is the few units whose ReLU flips.
+BOUNDS = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3, "fp32": 1e-3}
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 def operand(precision: str) -> torch.dtype:
     """The dtype of activations."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 class Rounded(NamedTuple):
@@ -218,7 +218,7 @@ class StockModule(nn.Module):
 
 
 class Stock(Layer):
-    """PyTorch's own: autocast for bf16, autograd, ``torch.optim`` with ``fused=True``.
+    """PyTorch's own: autocast for bf16 and fp16, autograd, ``torch.optim`` with ``fused=True``.
 
     ``mode`` is that of ``torch.compile`` of the forward (and with it of its backward).
     """
@@ -244,7 +244,8 @@ class Stock(Layer):
     def step(self) -> dict[str, Tensor]:
         self.x.grad = None
         self.optimizer.zero_grad()
-        with torch.autocast(self.x.device.type, torch.bfloat16, self.case.precision == "bf16"):
+        low = torch.float16 if self.case.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.x.device.type, low, self.case.precision in ("bf16", "fp16")):
             h = self.forward(self.x)
         h.backward(self.g)
         self.optimizer.step()

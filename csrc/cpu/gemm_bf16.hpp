@@ -72,7 +72,11 @@ FUSED_DNI_INLINE void pair_tile(Index depth, const Pair* a, Index a_row, const P
     for (int v = 0; v < kVectors; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[m * a_row]));
+      __m512i same = _mm512_set1_epi32(static_cast<int>(a[m * a_row]));
+#if defined(__clang__)
+      asm("" : "+v"(same));  // what it knows to be the same in all lanes crashes Clang 16
+#endif
+      const __m512bh pair = (__m512bh)same;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], pair, row[v]);
     }

@@ -24,8 +24,7 @@ FUSED_DNI_INLINE void sum_registers(Vec<T> (&v)[kLanes<T>]) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; i += 2 * kStep)
-      v[i] =
-          __builtin_shuffle(v[i], v[i + kStep], low) + __builtin_shuffle(v[i], v[i + kStep], high);
+      v[i] = shuffle<T>(v[i], v[i + kStep], low) + shuffle<T>(v[i], v[i + kStep], high);
     sum_registers<T, 2 * kStep>(v);
   }
 }

@@ -117,6 +117,20 @@ FUSED_DNI_INLINE Vec<T> keep_first(Vec<T> v, Index count) {
   return lane < static_cast<typename Simd<T>::Int>(count) ? v : Vec<T>{};
 }
 
+// Lane i of the result is the one numbered lanes[i], of a's and behind them b's. (Clang shuffles by
+// constants alone, and finds the instruction by itself.)
+template <class T>
+FUSED_DNI_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, Mask<T> lanes) {
+#if defined(__clang__)
+  Vec<T> picked;
+  for (int i = 0; i < kLanes<T>; ++i)
+    picked[i] = lanes[i] < kLanes<T> ? a[lanes[i]] : b[lanes[i] - kLanes<T>];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 template <class T, int kStep = kLanes<T> / 2>
 FUSED_DNI_INLINE T sum_lanes(Vec<T> v) {
   if constexpr (kStep == 0) {
@@ -124,7 +138,7 @@ FUSED_DNI_INLINE T sum_lanes(Vec<T> v) {
   } else {
     Mask<T> other;
     for (int i = 0; i < kLanes<T>; ++i) other[i] = i ^ kStep;
-    return sum_lanes<T, kStep / 2>(v + __builtin_shuffle(v, other));
+    return sum_lanes<T, kStep / 2>(v + shuffle<T>(v, v, other));
   }
 }
 
@@ -228,8 +242,8 @@ FUSED_DNI_INLINE void transpose_registers(Vec<T> (&v)[kLanes<T>]) {
     for (int i = 0; i < L; ++i) {
       if (i & kBlock) continue;
       const Vec<T> a = v[i], b = v[i + kBlock];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + kBlock] = __builtin_shuffle(a, b, high);
+      v[i] = shuffle<T>(a, b, low);
+      v[i + kBlock] = shuffle<T>(a, b, high);
     }
     transpose_registers<T, 2 * kBlock>(v);
   }

@@ -12,7 +12,7 @@
 namespace fused_dni::cuda {
 namespace {
 
-constexpr int kNoRule = -1, kSgd = 0, kRules = 3, kHyper = 7, kStatistics = 5;
+constexpr int kSgd = 0, kRules = 3, kHyper = 7, kStatistics = 5;
 constexpr int kActivations = 9;
 
 Type read_type(Reader& read, const char* name) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -55,6 +56,7 @@ def facts(command: str | None = None) -> dict[str, Any]:
     # Results and pages are what a measurement writes, not what it measures.
     if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs"):
         commit += "-dirty"
+    commit = commit or os.environ.get("FUSED_DNI_COMMIT")  # of a copy of a checkout
     return {
         "device": processor,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -10,8 +10,8 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 #: From the bottom to the top. What stands in one line does not import each other.
 FLOORS = (
-    ("stored", "clocks", "models", "gpu_baselines", "planted"),
-    ("workloads",),
+    ("stored", "clocks", "models", "planted", "gpu_run"),
+    ("workloads", "gpu_baselines"),
     ("crossover", "groups", "suites", "conftest"),
     ("measuring", "claims"),
     ("pages",),
