@@ -27,6 +27,14 @@ class Reader {
   T* pointer() {
     return static_cast<T*>(checked(PyLong_AsVoidPtr(next())));
   }
+  // That of a tensor with elements: one that is no memory (fake, say) has address 0.
+  template <class T = void>
+  T* memory(const char* name, std::int64_t elements = 1) {
+    T* found = pointer<T>();
+    if (found == nullptr && elements != 0)
+      throw py::value_error(std::string(name) + " is a tensor without memory");
+    return found;
+  }
   void finish() const {
     if (at_ != size_) throw py::type_error("too many items in an argument tuple");
   }
@@ -58,7 +66,7 @@ LayerArguments read_layer(const py::tuple& items) {
   a.eps = read.real();
   a.momentum = read.real();
   a.training = read.flag();
-  a.weight = read.pointer();
+  a.weight = read.memory("weight");
   a.bias = read.pointer();
   a.norm_weight = read.pointer();
   a.norm_bias = read.pointer();
@@ -75,7 +83,7 @@ SynthesizerArguments read_synthesizer(const py::tuple& items, std::int64_t rows)
   a.kind = static_cast<int>(read.integer());
   a.rank = read.integer();
   a.classes = read.integer();
-  a.weight = read.pointer();
+  a.weight = read.memory("the synthesizer's weight");
   a.down = read.pointer();
   a.context_weight = read.pointer();
   a.bias = read.pointer();
@@ -95,7 +103,7 @@ RuleArguments read_rule(const py::tuple& items) {
   RuleArguments a;
   a.kind = static_cast<int>(read.integer());
   a.nesterov = read.flag();
-  a.hyper = read.pointer<double>();
+  a.hyper = read.memory<double>("the rule's state");
   for (void*& moment : a.first) moment = read.pointer();
   for (void*& moment : a.second) moment = read.pointer();
   for (bool& trainable : a.trainable) trainable = read.flag();
@@ -146,7 +154,7 @@ std::vector<RuleArguments> read_rules(const py::tuple& items, std::size_t layers
   RuleArguments rule{};
   rule.kind = static_cast<int>(read.integer());
   rule.nesterov = read.flag();
-  rule.hyper = read.pointer<double>();
+  rule.hyper = read.memory<double>("the rule's state");
   std::vector<RuleArguments> rules(layers, rule);
   for (RuleArguments& a : rules)
     for (void*& moment : a.first) moment = read.pointer();
@@ -172,7 +180,7 @@ void linear_forward(std::size_t type, const py::tuple& layer, const py::tuple& t
   Reader read(tensors);
   LinearForward a;
   a.layer = read_layer(layer);
-  a.x = read.pointer();
+  a.x = read.memory("input", a.layer.rows);
   a.h = read.pointer();
   a.normalized = read.pointer();
   a.rstd = read.pointer();
@@ -184,8 +192,8 @@ void linear_backward(std::size_t type, const py::tuple& layer, const py::tuple& 
   Reader read(tensors);
   LinearBackward a;
   a.layer = read_layer(layer);
-  a.grad_h = read.pointer();
-  a.x = read.pointer();
+  a.grad_h = read.memory("the gradient", a.layer.rows);
+  a.x = read.memory("input", a.layer.rows);
   a.h = read.pointer();
   a.normalized = read.pointer();
   a.rstd = read.pointer();
@@ -224,7 +232,7 @@ void linear_step(std::size_t type, const py::tuple& layer, const py::tuple& synt
   a.target_scale = read.real();
   a.max_norm = read.real();
   a.preactivation = read.flag();
-  a.x = read.pointer();
+  a.x = read.memory("input", a.layer.rows);
   a.h = read.pointer();
   a.scaled = read.pointer();
   a.reduced = read.pointer();
@@ -284,7 +292,7 @@ void lstm_forward(std::size_t type, const py::tuple& layers, const py::tuple& dr
   a.layers = all.data();
   a.dropout = masks.empty() ? nullptr : masks.data();
   a.lengths = read.pointer<const std::int64_t>();
-  a.x = read.pointer();
+  a.x = read.memory("input");
   a.h = read.pointer();
   a.c = read.pointer();
   a.hidden = read.pointer();

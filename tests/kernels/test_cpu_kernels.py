@@ -21,6 +21,7 @@ from torch.nn import functional as F
 _cpu = pytest.importorskip("fused_dni.backends._cpu")
 
 from fused_dni.backends.cpu import CpuBackend  # noqa: E402
+from fused_dni.ops import registry  # noqa: E402
 from fused_dni.ops.types import (  # noqa: E402
     ACTIVATIONS,
     SKIPPED,
@@ -438,3 +439,15 @@ def test_counters_of_a_skipped_step() -> None:
             state.tensors(layer[:4]), False, False,
         )  # fmt: skip
     assert state.hyper[STEP] == 0 and state.hyper[SKIPPED] == 1
+
+
+def test_a_tensor_without_memory_is_refused():
+    """What no check in Python has seen: the address is looked at before it is read."""
+    cpu = registry.get("cpu")
+    weight, bias = torch.randn(4, 3), torch.randn(4)
+    zeros = torch._efficientzerotensor((5, 3))
+    with pytest.raises(ValueError, match="input is a tensor without memory"):
+        cpu.linear_forward(zeros, LinearTensors(weight, bias), LinearConfig(), False, False)
+    lost = LinearTensors(torch._efficientzerotensor((4, 3)), bias)
+    with pytest.raises(ValueError, match="weight is a tensor without memory"):
+        cpu.linear_forward(torch.randn(5, 3), lost, LinearConfig(), False, False)
