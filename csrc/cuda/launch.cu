@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "barrier.hpp"
 #include "status.hpp"
 
 namespace fused_dni::cuda {
@@ -44,7 +45,8 @@ bool settled(cudaError_t error, Status& status) {
   status.code = error;
   status.name = cudaGetErrorName(error);
   status.text = cudaGetErrorString(error);
-  if (is_sticky(error)) {
+  status.lost = is_sticky(error);
+  if (status.lost) {
     status.text +=
         "; a kernel before this one, of this library or another, has failed and left the device "
         "unusable to this process, which has to be started again (CUDA_LAUNCH_BLOCKING=1 or "
@@ -159,6 +161,31 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
       !settled(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), ignored))
     clusters = 0;
   return known()[key] = clusters;
+}
+
+void refuse_clusters_of(const void* kernel, int threads, int shared, int cluster) {
+  int device = 0;
+  Status ignored;
+  if (!settled(cudaGetDevice(&device), ignored)) return;
+  const std::lock_guard guard(lock);
+  known()[Key{kernel, device, threads, shared, cluster}] = 0;
+}
+
+std::uint64_t* stall_memory() {
+  static std::uint64_t* const memory = [] {
+    // A capture may go on: nothing of it waits for this memory.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    Status ignored;
+    void* made = nullptr;
+    const bool there = settled(
+        cudaHostAlloc(&made, sizeof(std::uint64_t), cudaHostAllocMapped | cudaHostAllocPortable),
+        ignored);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (there) *static_cast<std::uint64_t*>(made) = 0;
+    return there ? static_cast<std::uint64_t*>(made) : nullptr;
+  }();
+  return memory;
 }
 
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,

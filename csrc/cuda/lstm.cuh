@@ -426,11 +426,11 @@ FUSED_DNI_DEVICE Pair sole_pair(const LSTMPlan& plan, int batch, int size) {
 }
 
 // Waits for the blocks whose results this one's next step reads.
-FUSED_DNI_DEVICE void step_barrier(const LSTMPlan& plan, int* barrier) {
+FUSED_DNI_DEVICE void step_barrier(const LSTMPlan& plan, const Barrier& barrier) {
   if (plan.clustered)
     cluster_barrier();
   else
-    grid_barrier(barrier);
+    grid_barrier(barrier, Phase::kStep);
 }
 
 // ---- Plans (host) ---------------------------------------------------------------------------------
@@ -462,20 +462,33 @@ Status launch_window(void (*kernel)(A), const A& given, int depth, const void* s
       plan.on_chip = try_plan(tiles, Sizes::bytes(tiles, depth), tried) && blocks >= plan.slices;
   }
   if (!plan.on_chip && !try_plan(most, Sizes::sums(most), status)) return status;
+  const LSTMPlan alone = plan;
+  // On so many blocks, which are clusters or not.
+  const auto launch_on = [&](int most_blocks, bool clustered) {
+    plan = alone;
+    plan.clustered = clustered;
+    plan.groups = std::max(1, std::min(most_blocks / plan.slices, row_tiles));
+    plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
+    plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
+    plan.tiles = std::min(plan.tiles, plan.rows / 16);
+    const int items = plan.slices * plan.groups;
+    plan.sole = items <= most_blocks && plan.rows <= plan.tiles * 16;
+    const std::int64_t wanted = std::max<std::int64_t>(items, other);
+    const int cluster = clustered ? plan.slices : 1;
+    const int taken = static_cast<int>(std::min<std::int64_t>(most_blocks, wanted));
+    launch(kernel, a, (taken + cluster - 1) / cluster * cluster, kThreads, shared, a.stream, status,
+           cluster);
+  };
   const bool few = plan.on_chip && plan.slices > 1 && plan.slices <= kMostCluster;
   const int clusters = few ? resident_clusters(kernel, kThreads, shared, plan.slices) : 0;
-  plan.clustered = clusters > 0;
-  if (plan.clustered) blocks = clusters * plan.slices;
-  plan.groups = std::max(1, std::min(blocks / plan.slices, row_tiles));
-  plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
-  plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
-  plan.tiles = std::min(plan.tiles, plan.rows / 16);
-  const int items = plan.slices * plan.groups;
-  plan.sole = items <= blocks && plan.rows <= plan.tiles * 16;
-  blocks = static_cast<int>(std::min<std::int64_t>(blocks, std::max<std::int64_t>(items, other)));
-  const int cluster = plan.clustered ? plan.slices : 1;
-  blocks = (blocks + cluster - 1) / cluster * cluster;
-  launch(kernel, a, blocks, kThreads, shared, a.stream, status, cluster);
+  if (clusters > 0) {
+    launch_on(clusters * plan.slices, true);
+    // What the device says that it holds is no promise.
+    if (status.ok() || status.lost) return status;
+    refuse_clusters(kernel, kThreads, shared, plan.slices);
+    status = {};
+  }
+  launch_on(blocks, false);
   return status;
 }
 

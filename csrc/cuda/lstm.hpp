@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 
@@ -51,7 +52,7 @@ struct LSTMForward {
   void *last_h, *last_c;             // [L, B, H]
   void* below;                       // room [T, B, H] with dropout
   float* carry;                      // room [B, H]
-  int* barrier;                      // zero: see grid_barrier
+  Barrier barrier;
   void* stream;
   LSTMPlan plan;
 };
@@ -93,7 +94,7 @@ struct LSTMBackward {
   // others with dropout; otherwise null.
   void* staged[kMostLayers];
   float* carry;  // room [B, H]
-  int* barrier;
+  Barrier barrier;
   void* stream;
   LSTMPlan plan;
 };
@@ -114,14 +115,14 @@ struct LSTMUpdate {
   bool nesterov;
   double* hyper;
   float* workspace;  // [3 L + 1, kMostBlocks]
-  int* barrier;
+  Barrier barrier;
   void* stream;
 };
 
 struct GridBarriers {
   int blocks, count;
   int cluster;  // blocks of a cluster, whose barrier it is then; 1 for the grid's
-  int* barrier;
+  Barrier barrier;
   void* stream;
 };
 

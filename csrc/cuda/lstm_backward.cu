@@ -45,7 +45,7 @@ FUSED_DNI_DEVICE void predict_ends(const LSTMBackward& a) {
         ends.predicted[at] = value;
     });
   }
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, Phase::kEnds);
   if (!low) return;
   Turn turn;
   multiply<Op>(arena, turn, Along<D>{reduced, ends.rank, s.batch},
@@ -53,7 +53,7 @@ FUSED_DNI_DEVICE void predict_ends(const LSTMBackward& a) {
                [&](int row, int feature, float value) {
                  ends.predicted[static_cast<std::int64_t>(row) * features + feature] = value;
                });
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, Phase::kSteps);
 }
 
 // What arrives at a pair's final h (piece 2k of layer k) or c (2k + 1), the synthetic gradient
@@ -253,7 +253,7 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
   Turn turn;
   for (int k = s.layers - 1; k >= 0; --k) {
     steps<Op, X>(a, k);
-    if (a.plan.clustered) grid_barrier(a.barrier);
+    if (a.plan.clustered) grid_barrier(a.barrier, Phase::kLayer);
     const D* delta = backward_layer<X, D>(a, k).delta;
     if (k == 0 && !a.need_dx) break;
     const int in = k == 0 ? s.in : s.size;
@@ -267,7 +267,7 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
                      static_cast<D*>(a.above)[at] =
                          from_float<D>(mask != nullptr ? value * to_float(mask[at]) : value);
                  });
-    if (k > 0) grid_barrier(a.barrier);
+    if (k > 0) grid_barrier(a.barrier, Phase::kLayer);
   }
   for (int i = 0; a.need_weights && i < 2 * s.layers; ++i) {
     const int k = i / 2, columns = i == 0 ? s.in : s.size;

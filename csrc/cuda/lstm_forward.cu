@@ -115,7 +115,7 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
           dropped[i] = from_float<X>(to_float(below[i]) * to_float(mask[i]));
         });
         below = dropped;
-        grid_barrier(a.barrier);
+        grid_barrier(a.barrier, Phase::kInputs);
       }
     }
     const int in = k == 0 ? s.in : s.size;
@@ -134,7 +134,7 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
     SliceProduct<Op, 4> product(arena, a.plan.tiles, s.size);
     if (a.plan.on_chip)
       product.set(forward_slice(layer.weight.hh, block() % a.plan.slices, s.size), true);
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kSteps);
     const bool sole = a.plan.sole;
     const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
     Ahead next{};
@@ -168,7 +168,7 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
       step_barrier(a.plan, a.barrier);
       if (sole && own.there) store(a, layer, own, made, t);
     }
-    if (a.plan.clustered && k + 1 < s.layers) grid_barrier(a.barrier);
+    if (a.plan.clustered && k + 1 < s.layers) grid_barrier(a.barrier, Phase::kLayer);
   }
 }
 
@@ -184,7 +184,7 @@ FUSED_DNI_KERNEL(kThreads) barriers_kernel(FUSED_DNI_ARGUMENT GridBarriers a) {
     if (a.cluster > 1)
       cluster_barrier();
     else
-      grid_barrier(a.barrier);
+      grid_barrier(a.barrier, Phase::kRound);
   }
 }
 

@@ -48,7 +48,7 @@ if _why_not is not None:
     pytest.skip(f"cuda {_why_not}", allow_module_level=True)
 
 from fused_dni.backends.cuda import backend as adapter  # noqa: E402
-from fused_dni.backends.cuda.calls import BARRIER_BYTES, TYPES, extension  # noqa: E402
+from fused_dni.backends.cuda.calls import TYPES, extension, meeting  # noqa: E402
 
 BACKEND = registry.get("cuda")
 CUDA = extension()
@@ -348,13 +348,19 @@ def test_a_bias_before_a_batchs_own_statistics_does_not_move(rows: int) -> None:
 Items = tuple[Any, ...]
 
 
+def _where(room: Tensor) -> tuple[Any, int]:
+    """Room as an op takes it, and the stream."""
+    word, stream = meeting(room.device)
+    return (room.data_ptr(), 4 * room.numel(), word), stream
+
+
 def _recorded(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Any]:
     """The launches of a call: (op, arguments, room), each of which went well."""
     made: list[Any] = []
 
     def launch(op: Any, items: Items, room: Tensor) -> None:
         made.append((op, items, room))
-        op(items, (room.data_ptr(), 4 * room.numel()), 0)
+        op(items, *_where(room))
 
     monkeypatch.setattr(adapter, "launch", launch)
     call()
@@ -439,29 +445,33 @@ def test_a_step_refuses(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ((op, items, room),) = _recorded(monkeypatch, step)
     before = {name: p.detach().clone() for name, p in case.parameters.items()}
     at, to, error, message = REFUSED[what]
-    for given_room in (None, (room.data_ptr(), 4 * room.numel())):
+    where, stream = _where(room)
+    for given_room in (None, where):
         with pytest.raises(error, match=message):
-            op(_changed(items, at, to), given_room, 0)
+            op(_changed(items, at, to), given_room, stream)
     for name, p in case.parameters.items():
         assert torch.equal(p, before[name]), name
 
 
 def test_too_few_too_many_and_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     ((op, items, room),) = _recorded(monkeypatch, _step_case()[1])
-    where, size = room.data_ptr(), 4 * room.numel()
+    (where, size, word), stream = _where(room)
     with pytest.raises(TypeError, match="too few items"):
         op(items[:-1], None, 0)
     with pytest.raises(TypeError, match="too many items"):
         op((*items, None), None, 0)
     needed = op(items, None, 0)
-    assert BARRIER_BYTES < needed <= size
+    assert 0 < needed <= size
     for bad, message in (
-        ((where, needed - 1), rf"got {needed - 1} bytes, takes {needed}"),
-        ((where + 4, size), "multiple of 16"),
-        ((0, size), "other than 0"),
+        ((where, needed - 1, word), rf"got {needed - 1} bytes, takes {needed}"),
+        ((where + 4, size, word), "multiple of 16"),
+        ((0, size, word), "other than 0"),
+        ((where, size, (*word[:2], 2, 1)), r"barrier: got sizes \[2\], takes \[1\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            op(items, bad, 0)
+            op(items, bad, stream)
+    with pytest.raises(TypeError, match="barrier: got None"):
+        op(items, (where, size, None), stream)
 
 
 def test_the_parts_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,7 +578,7 @@ def test_a_step_forgets_shapes_that_do_not_come_back() -> None:
     step: Any = BACKEND.bind_step(case.layer(), case.config, case.synthesizer(), 0.0, rule)
     for rows in (16, 17, 18, 19, 20, 21):
         step(case.inputs["x"][:rows], None, float(rows), False, False)
-    assert [key[0] for key in step.rooms] == [18, 19, 20, 21]
+    assert [rows for _, rows, _ in step.rooms] == [18, 19, 20, 21]
     moved = []
     for scale in (21.0, 42.0):
         before = [p.detach().clone() for p in slots(case.layer()) if p is not None]

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from fused_dni.backends.common.closing import close_window
 from fused_dni.backends.common.precision import require_masters
 from fused_dni.backends.common.tensors import updated
-from fused_dni.backends.cuda.calls import described, extension, ieee, on, stream
+from fused_dni.backends.cuda.calls import described, extension, ieee, meeting, on
 from fused_dni.ops.types import (
     RULES,
     SYNTHESIZERS,
@@ -136,13 +136,12 @@ class CudaLSTM:
                 slots += [described(t if rule.trainable[slot] else None) for t in trained]
             described_layers.append((*of.input.shape, *map(described, of), *slots))
         workspace = like.new_empty(3 * len(layers) + 1, cuda.lstm_most_blocks, dtype=torch.float32)
-        barrier = _barrier(like)
         with on(like.device):
             cuda.lstm_update(
                 (
                     len(layers), like.shape[1], ieee(), RULES.index(rule.kind),
                     rule.nesterov, described(rule.hyper), tuple(described_layers),
-                    described(workspace), described(barrier), stream(like.device),
+                    described(workspace), *meeting(like.device),
                 )
             )  # fmt: skip
         increment_version(updated(parameters, rule))
@@ -212,7 +211,6 @@ def _forward(
     last_h, last_c = torch.empty_like(h), torch.empty_like(c)
     below = x.new_empty(steps, batch, size) if dropout else None
     carry = x.new_empty(batch, size, dtype=torch.float32)
-    barrier = _barrier(x)
     with on(x.device):
         extension().lstm_forward(
             (
@@ -220,7 +218,7 @@ def _forward(
                 described(h), described(c), _described_layers(layers), described(lengths),
                 tuple(map(described, dropout)), described(hidden), described(cells),
                 described(gates), described(last_h), described(last_c), described(below),
-                described(carry), described(barrier), stream(x.device),
+                described(carry), *meeting(x.device),
             )
         )  # fmt: skip
     return gates, last_h, last_c
@@ -272,7 +270,6 @@ def _backward(
     dx = torch.empty_like(x) if need_dx else None
     above = x.new_empty(steps, batch, size, dtype=dtype) if depth > 1 else None
     carry = x.new_empty(batch, size, dtype=torch.float32)
-    barrier = _barrier(x)
     made: list[LSTMLayer] = []
     staged: list[Tensor | None] = []
     if need_weights:
@@ -316,7 +313,7 @@ def _backward(
                 0.0 if boundary is None else boundary.strength / boundary.target_scale,
                 described(reduced), described(predicted), described(delta), described(d_h),
                 described(d_c), described(dx), described(above), gradients, described(carry),
-                described(barrier), stream(x.device),
+                *meeting(x.device),
             )
         )  # fmt: skip
     return LSTMGradients(delta.to(x.dtype), d_h, d_c, dx, tuple(made))
@@ -324,11 +321,6 @@ def _backward(
 
 def _described_layers(layers: tuple[LSTMLayer, ...]) -> _Layers:
     return tuple([tuple(map(described, layer)) for layer in layers])
-
-
-def _barrier(like: Tensor) -> Tensor:
-    """The word at which the blocks of one launch meet."""
-    return like.new_zeros(1, dtype=torch.int32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
