@@ -64,6 +64,10 @@ PYBIND11_MODULE(FUSED_DNI_MODULE, m) {
       "The last launch's atomic additions to memory: one a block for each barrier of the grid.");
 #else
   m.attr("emulated") = false;
+  m.def("limit", &limit_residents, pybind11::kw_only(), pybind11::arg("blocks") = 0,
+        pybind11::arg("clusters") = true,
+        "Let later launches have no more blocks than so (0: all that fit), and clusters or not: "
+        "results are the same on any grid, and tests see to it.");
   m.attr("architectures") = FUSED_DNI_ARCHITECTURES;
   m.attr("toolkit") = version(CUDART_VERSION);
   m.def(

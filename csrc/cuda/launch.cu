@@ -1,6 +1,8 @@
 // Launching on a device: what a launch needs to know beforehand, and what an error means.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -72,6 +74,13 @@ std::map<Key, int>& known() {
 }
 std::mutex lock;
 
+std::atomic<int> most_blocks{0};
+std::atomic<bool> takes_clusters{true};
+int limited(int blocks, int cluster) {
+  if (cluster > 1 && !takes_clusters) return 0;
+  return most_blocks > 0 ? std::min<int>(blocks, most_blocks / cluster) : blocks;
+}
+
 // Lets a kernel's blocks have so much shared memory on the current device. What was allowed once
 // stays so: a limit may be raised, or launches that are planned already would fail.
 bool allow_shared(const void* kernel, int device, int shared, Status& status) {
@@ -118,7 +127,8 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
   if (!settled(cudaGetDevice(&device), status)) return 0;
   const Key key{kernel, device, threads, shared, 1};
   const std::lock_guard guard(lock);
-  if (const auto found = known().find(key); found != known().end()) return found->second;
+  if (const auto found = known().find(key); found != known().end())
+    return limited(found->second, 1);
   int cooperative = 0, processors = 0, each = 0;
   if (!settled(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), status))
     return 0;
@@ -141,7 +151,7 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
                   std::to_string(shared) + " bytes of shared memory does not fit this device";
     return 0;
   }
-  return known()[key] = each * processors;
+  return limited(known()[key] = each * processors, 1);
 }
 
 int resident_clusters_of(const void* kernel, int threads, int shared, int cluster) {
@@ -150,7 +160,8 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
   if (!settled(cudaGetDevice(&device), ignored)) return 0;
   const Key key{kernel, device, threads, shared, cluster};
   const std::lock_guard guard(lock);
-  if (const auto found = known().find(key); found != known().end()) return found->second;
+  if (const auto found = known().find(key); found != known().end())
+    return limited(found->second, cluster);
   Configuration configuration(cluster, threads, shared, nullptr, cluster);
   if (!settled(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device), ignored) ||
       !supported ||
@@ -160,7 +171,12 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
       !allow_shared(kernel, device, shared, ignored) ||
       !settled(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), ignored))
     clusters = 0;
-  return known()[key] = clusters;
+  return limited(known()[key] = clusters, cluster);
+}
+
+void limit_residents(int blocks, bool clusters) {
+  most_blocks = blocks;
+  takes_clusters = clusters;
 }
 
 void refuse_clusters_of(const void* kernel, int threads, int shared, int cluster) {

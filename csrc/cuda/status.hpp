@@ -19,6 +19,8 @@ void use_device(int device, Status& status);
 // On the current device, any kernel.
 int resident_blocks_of(const void* kernel, int threads, int shared, Status& status);
 int resident_clusters_of(const void* kernel, int threads, int shared, int cluster);
+// Lets later launches have no more blocks than so (0: all that fit), and clusters or not.
+void limit_residents(int blocks, bool clusters);
 void refuse_clusters_of(const void* kernel, int threads, int shared, int cluster);
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,
                         void* stream, Status& status, int cluster);

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_machine import BACKEND, CUDA, DEVICE, MARKS, emulated, machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -38,23 +39,14 @@ from strategies import (
 from torch import Tensor
 
 import fused_dni as fd
+from fused_dni.backends.cuda import backend as adapter
+from fused_dni.backends.cuda.calls import TYPES, meeting
 from fused_dni.functional import linear_step_
-from fused_dni.ops import registry
 from fused_dni.ops import types as base
 from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, LinearGradients
 
-_why_not = dict(registry.report())["cuda"]
-if _why_not is not None:
-    pytest.skip(f"cuda {_why_not}", allow_module_level=True)
-
-from fused_dni.backends.cuda import backend as adapter  # noqa: E402
-from fused_dni.backends.cuda.calls import TYPES, extension, meeting  # noqa: E402
-
-BACKEND = registry.get("cuda")
-CUDA = extension()
-DEVICE = "cpu" if CUDA.emulated else "cuda"
+pytestmark = MARKS
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-emulated = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has its own order and grid")
 TABLE = pairwise(OPTIONS)
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
           "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
@@ -82,8 +74,7 @@ def _as_usual(one_thread: None) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
-    if CUDA.emulated:
-        CUDA.emulate()
+    machine()
 
 
 def results(case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> dict[str, Tensor]:
@@ -100,7 +91,6 @@ def check(
     return got
 
 
-@emulated
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", ORDERED, ids=named)
 def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: None) -> None:
@@ -109,18 +99,17 @@ def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: No
     for run in (run_step, run_parts) if options in BARRED else (run_step,):
         exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
         for resident in (1, 3):
-            CUDA.emulate(seed=0, resident=resident)
+            machine(seed=0, resident=resident)
             compare(results(case, FULL, run), exact, allowed)
-        CUDA.emulate(seed=0, resident=2)
+        machine(seed=0, resident=2)
         once = results(case, FULL, run)
         compare(once, exact, allowed)
         for seed in (1, 2):
-            CUDA.emulate(seed=seed, resident=2)
+            machine(seed=seed, resident=2)
             for name, t in results(case, FULL, run).items():
                 assert torch.equal(t, once[name]), name
 
 
-@emulated
 @settings(max_examples=12)
 @given(
     shape=shapes(least_rows=2),
@@ -138,9 +127,9 @@ def test_any_shape_in_any_order(
 ) -> None:
     run = run_parts if parts else run_step
     case = make_case(shape, row, 1, *FULL)
-    CUDA.emulate(seed=order, resident=resident)
+    machine(seed=order, resident=resident)
     got = check(case, FULL, run)
-    CUDA.emulate(seed=order + 1, resident=resident)
+    machine(seed=order + 1, resident=resident)
     for name, t in results(case, FULL, run).items():
         assert torch.equal(t, got[name]), name
 
@@ -663,12 +652,16 @@ def test_gpu_low_precision(dtype: torch.dtype, shape: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("shape", LARGE)
-def test_gpu_same_input_same_bits(shape: str) -> None:
+@pytest.mark.parametrize("run", [run_step, run_parts])
+def test_gpu_same_input_same_bits(run: Run, shape: str) -> None:
+    """Twenty times on each of several grids."""
     case = make_case(LARGE[shape], {**TRAINED, "max_norm": 0.05}, 4, *FULL)
-    once = results(case, FULL, run_step)
-    for _ in range(20):
-        for name, t in results(case, FULL, run_step).items():
-            assert torch.equal(t, once[name]), name
+    for resident in (0, 100, 64, 17, 3):
+        machine(resident=resident)
+        once = check(case, FULL, run)
+        for _ in range(20):
+            for name, t in results(case, FULL, run).items():
+                assert torch.equal(t, once[name]), name
 
 
 @gpu

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_machine import BACKEND, CUDA, emulated
 from strategies import (
     OPTIONS,
     Case,
@@ -30,15 +31,8 @@ from strategies import (
 from torch import Tensor
 
 from fused_dni.backends.cuda import backend, calls
-from fused_dni.ops import registry
 from fused_dni.ops.types import BoundStep
 
-_why_not = dict(registry.report())["cuda"]
-if _why_not is not None:
-    pytest.skip(f"cuda {_why_not}", allow_module_level=True)
-
-BACKEND = registry.get("cuda")
-CUDA = calls.extension()
 CPU = torch.device("cpu")
 BOUND = calls.spin_bound()
 FULL = (torch.float32, torch.float32)
@@ -48,7 +42,7 @@ STEP: dict[str, Any] = {**pairwise(OPTIONS)[0], **SMOOTH, "normalization": "batc
                         "kind": "lowrank", "context": "label"}  # fmt: skip
 WINDOW: dict[str, Any] = {"rule": "sgd", "bias": True, "lengths": False, "dropout": False,
                           "need_dx": True, "arriving": "output h c", "frozen": None}  # fmt: skip
-pytestmark = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has streams of its own")
+pytestmark = emulated
 
 
 @pytest.fixture(autouse=True)
