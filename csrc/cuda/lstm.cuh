@@ -402,15 +402,22 @@ struct Pair {
   int local;  // row, from the batch's first
   int row, unit;
   bool there;
+  int length;                // steps of its row
   std::int64_t state, gate;  // where it lies in [B, H], and its first gate in [B, 4H]
 };
 
-FUSED_DNI_DEVICE Pair own_pair(const LSTMPlan& plan, int first, int end, int slice, int size) {
+// A is LSTMForward or LSTMBackward.
+template <class A>
+FUSED_DNI_DEVICE Pair own_pair(const A& a, int first, int end, int slice) {
+  const LSTMPlan& plan = a.plan;
+  const int size = a.sizes.size;
   Pair pair;
   pair.local = thread() / kUnits;
   pair.row = first + pair.local;
   pair.unit = slice * kUnits + thread() % kUnits;
   pair.there = pair.local < plan.tiles * 16 && pair.row < end && pair.unit < size;
+  pair.length = a.sizes.steps;
+  if (pair.there && a.lengths != nullptr) pair.length = static_cast<int>(a.lengths[pair.row]);
   pair.state = static_cast<std::int64_t>(pair.row) * size + pair.unit;
   pair.gate = static_cast<std::int64_t>(pair.row) * 4 * size + pair.unit;
   return pair;
@@ -418,11 +425,15 @@ FUSED_DNI_DEVICE Pair own_pair(const LSTMPlan& plan, int first, int end, int sli
 
 // Where a block has one batch of rows at the most, its pairs are the threads' for all steps: cell
 // states stay in registers, and what a step reads besides its product is asked for during the step
-// before.
-FUSED_DNI_DEVICE Pair sole_pair(const LSTMPlan& plan, int batch, int size) {
+// before. It is kept as it lies in memory: to convert it would be to wait for it, in front of the
+// barrier.
+template <class A>
+FUSED_DNI_DEVICE Pair sole_pair(const A& a) {
+  const LSTMPlan& plan = a.plan;
+  const int batch = a.sizes.batch;
   const int slice = block() % plan.slices, first = block() / plan.slices * plan.rows;
   const int end = first + plan.rows < batch ? first + plan.rows : batch;
-  return own_pair(plan, first, end, slice, size);
+  return own_pair(a, first, end, slice);
 }
 
 // Waits for the blocks whose results this one's next step reads.
