@@ -109,6 +109,7 @@ void forward(const py::tuple& items) {
   const LSTMSizes& s = a.sizes = in.sizes;
   a.exact = in.exact;
   a.save = in.read.flag();
+  a.projected = in.read.flag();
   a.x = in.first("x", {s.steps, s.batch, s.in});
   a.type = in.type;
   a.h = in.state("h");

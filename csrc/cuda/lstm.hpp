@@ -43,6 +43,7 @@ struct LSTMForward {
   bool exact;
   LSTMSizes sizes;
   bool save;          // otherwise all layers use the same hidden [T + 1, B, H], gates [T, B, 4H]
+  bool projected;     // gates have layer 0's product with x already, and its biases
   const void* x;      // [T, B, I]
   const void *h, *c;  // [L, B, H]
   LSTMWeights layer[kMostLayers];

@@ -1,4 +1,5 @@
-// A window's forward: layer by layer, the inputs' products of all steps, then the steps.
+// A window's forward: layer by layer, the inputs' products of all steps (but the first layer's, if
+// they were made before), then the steps.
 #include "lstm.cuh"
 
 namespace fused_dni::cuda {
@@ -116,14 +117,16 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
       }
     }
     const int in = k == 0 ? s.in : s.size;
-    Turn turn;
-    multiply<Op>(arena, turn, Along<X>{below, in, rows}, Along<float>{layer.weight.ih, in, gates},
-                 in, [&](int row, int column, float value) {
-                   if (layer.weight.bias_ih != nullptr) value += layer.weight.bias_ih[column];
-                   if (layer.weight.bias_hh != nullptr) value += layer.weight.bias_hh[column];
-                   layer.gates[static_cast<std::int64_t>(row) * gates + column] =
-                       from_float<X>(value);
-                 });
+    if (k > 0 || !a.projected) {
+      Turn turn;
+      multiply<Op>(arena, turn, Along<X>{below, in, rows}, Along<float>{layer.weight.ih, in, gates},
+                   in, [&](int row, int column, float value) {
+                     if (layer.weight.bias_ih != nullptr) value += layer.weight.bias_ih[column];
+                     if (layer.weight.bias_hh != nullptr) value += layer.weight.bias_hh[column];
+                     layer.gates[static_cast<std::int64_t>(row) * gates + column] =
+                         from_float<X>(value);
+                   });
+    }
     each_element(state, [&](std::int64_t i) {
       layer.hidden[i] = layer.h[i];
       if (layer.cells != nullptr) layer.cells[i] = layer.c[i];
@@ -174,7 +177,9 @@ template <class Op, class X>
 Status launch_forward(const LSTMForward& a) {
   const std::int64_t tiles = ((std::int64_t{a.sizes.steps} * a.sizes.batch + 63) / 64) *
                              ((std::int64_t{4} * a.sizes.size + 63) / 64);
-  return launch_window<Op, 4>(forward_kernel<Op, X>, a, a.sizes.size, a.hidden, tiles);
+  const bool products = !a.projected || a.sizes.layers > 1;
+  return launch_window<Op, 4>(forward_kernel<Op, X>, a, a.sizes.size, a.hidden,
+                              products ? tiles : 0);
 }
 
 FUSED_DNI_KERNEL(kThreads) barriers_kernel(FUSED_DNI_ARGUMENT GridBarriers a) {

@@ -31,6 +31,7 @@ from strategies import (
 from torch import Tensor
 
 import fused_dni as fd
+from fused_dni.backends.cuda import lstm as adapter
 from fused_dni.backends.cuda.calls import described, stream
 from fused_dni.ops.types import Backend, LSTMLayer, LSTMRows
 
@@ -101,6 +102,12 @@ def run_closing(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
     """Gradients at a window's entrance, of the whole closing."""
     out = run_close(backend, case)
     return {name: t for name, t in out.items() if name in ("dh", "dc", "dx") or "weight" in name}
+
+
+def gradients_of_a_cell(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
+    """Without the updates: Adam's steps do not shrink with the gradients' errors."""
+    out = run_cell(backend, case)
+    return {name: t for name, t in out.items() if name.startswith("0.")}
 
 
 def check(case: LSTMCase, run: Run, products: str) -> None:
@@ -179,6 +186,42 @@ def test_bare_barriers(count: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The input's product, a launch before
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_an_input_that_was_multiplied_before(
+    products: str, depth: int, bias: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """The kernel takes it as it takes its own: also of rows that have ended, in the cell too."""
+    monkeypatch.setattr(adapter, "_LARGE", 0)
+    case = make_lstm((3, 17, 5, 24, depth), {**PLAIN, "bias": bias, "dropout": depth > 1}, 5)
+    check(case, run_steps, products)
+    if depth == 1:
+        cell = make_lstm((1, 9, 5, 16, 1), {**PLAIN, "bias": bias, "lengths": False}, 6)
+        check(cell, gradients_of_a_cell, products)
+
+
+@pytest.mark.parametrize(("rows", "before"), [(127, False), (128, True)])
+def test_a_large_input_is_multiplied_before(
+    rows: int, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small one, in the one launch."""
+    monkeypatch.setattr(adapter, "_LARGE", 128 * 16 * 4 * 8)
+    made: list[Tensor] = []
+    monkeypatch.setattr(adapter, "_project", lambda x, layer, out: made.append(out.zero_()))
+    x, state = torch.randn(rows, 1, 16, device=DEVICE), torch.zeros(1, 1, 8, device=DEVICE)
+    layer = LSTMLayer(*[torch.randn(32, n, device=DEVICE) for n in (16, 8)], None, None)
+    trace = BACKEND.lstm_forward(x, state, state, (layer,), None, (), True)
+    assert len(made) == before
+    # With nothing but zeros in its place the first step's gates are those of zero.
+    assert trace.cells is not None
+    assert bool((trace.cells[0, 1] == 0).all()) == before
+
+
+# ---------------------------------------------------------------------------------------------
 # Low precision
 
 
@@ -198,12 +241,8 @@ def test_a_boundary_in_low_precision(products: str, kind: str, poisoned: None) -
 
 @pytest.mark.parametrize("products", ["tf32", "bfloat16", "float16"])
 def test_a_cell_in_low_precision(products: str, poisoned: None) -> None:
-    def gradients(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
-        # Adam's steps do not shrink with the gradients' errors.
-        out = run_cell(backend, case)
-        return {name: t for name, t in out.items() if name.startswith("0.")}
-
-    check(make_lstm((1, 9, 5, 16, 1), {**PLAIN, "lengths": False}, 6), gradients, products)
+    case = make_lstm((1, 9, 5, 16, 1), {**PLAIN, "lengths": False}, 6)
+    check(case, gradients_of_a_cell, products)
 
 
 @pytest.mark.parametrize("products", ["bfloat16", "float16"])

@@ -1,8 +1,9 @@
 """The LSTM of the CUDA backend: ``csrc/cuda/lstm_*.cu``, a launch an op.
 
 A window's steps, the products around them, the prediction at its end and the weights' gradients run
-in one cooperative launch, a cell's step in the same kernels as a window of one. The update is a
-launch of its own: a layer that is used twice in a backward is updated once.
+in one cooperative launch, a cell's step in the same kernels as a window of one. Of a long window
+the input's product is torch's, a launch before: large products are not what these kernels are good
+at. The update is a launch of its own: a layer that is used twice in a backward is updated once.
 
 Everything but parameters, which are float32, is of x's dtype; kernels compute in float32. Where x
 is float16 the gates' gradients are float32 inside and rounded when they are handed out. Nothing
@@ -37,6 +38,10 @@ from fused_dni.ops.types import (
 )
 
 _Layers = tuple[tuple[Any, ...], ...]
+
+# From so many multiply-adds on a window's product with its input is torch's. By estimate: it is
+# made at several times the kernel's rate, and costs a few launches of some microseconds.
+_LARGE = 2**30
 
 
 class CudaLSTM:
@@ -211,17 +216,32 @@ def _forward(
     last_h, last_c = torch.empty_like(h), torch.empty_like(c)
     below = x.new_empty(steps, batch, size) if dropout else None
     carry = x.new_empty(batch, size, dtype=torch.float32)
+    projected = steps * batch * features * 4 * size >= _LARGE
+    if projected:
+        _project(x, layers[0], gates[0])
     with on(x.device):
         extension().lstm_forward(
             (
-                steps, batch, features, size, depth, ieee(), save, described(x),
-                described(h), described(c), _described_layers(layers), described(lengths),
-                tuple(map(described, dropout)), described(hidden), described(cells),
-                described(gates), described(last_h), described(last_c), described(below),
-                described(carry), *meeting(x.device),
+                steps, batch, features, size, depth, ieee(), save, projected,
+                described(x), described(h), described(c), _described_layers(layers),
+                described(lengths), tuple(map(described, dropout)), described(hidden),
+                described(cells), described(gates), described(last_h), described(last_c),
+                described(below), described(carry), *meeting(x.device),
             )
         )  # fmt: skip
     return gates, last_h, last_c
+
+
+def _project(x: Tensor, layer: LSTMLayer, out: Tensor) -> None:
+    """``out`` [T, B, 4H]: the product of x with a layer's input weights, and its biases, of x's
+    dtype, with operands rounded to it as the kernel rounds them."""
+    weight = layer.weight_ih.to(x.dtype).t()
+    rows, made = x.flatten(0, 1), out.flatten(0, 1)
+    biases = [bias for bias in (layer.bias_ih, layer.bias_hh) if bias is not None]
+    if biases:
+        torch.addmm(torch.stack(biases).sum(0).to(x.dtype), rows, weight, out=made)
+    else:
+        torch.mm(rows, weight, out=made)
 
 
 def _window_backward(
