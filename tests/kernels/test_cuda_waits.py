@@ -72,7 +72,7 @@ def on_stream(number: int) -> Iterator[None]:
     """What is launched here goes to this stream."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (calls, backend):
-            patch.setattr(module, "stream", lambda device: number)
+            patch.setattr(module, "current", lambda device: number)
         yield
 
 

@@ -33,11 +33,11 @@ from fused_dni.backends.common.tensors import (
 from fused_dni.backends.cuda.calls import (
     TYPES,
     capturing,
+    current,
     described,
     extension,
     ieee,
     launch,
-    stream,
     unbuilt,
     words,
     workspace,
@@ -316,7 +316,7 @@ class _Step:
 
         op = extension().linear_step
         captured = capturing(x.device)
-        key = (stream(x.device), x.shape[0], x.dtype)
+        key = (current(x.device), x.shape[0], x.dtype)
         room = None if captured else self.rooms.get(key)
         if room is None:
             # With room for what the caller does not want to have.

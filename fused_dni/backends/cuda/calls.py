@@ -96,15 +96,19 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def current(device: torch.device) -> int:
+    """The address of its current stream, 0 in the emulation."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def stream(device: torch.device) -> int:
-    """The address of its current stream, 0 in the emulation.
+    """As :func:`current`, to launch there, the device being the current one (see :func:`on`).
 
     The extension has a CUDA runtime of its own: it launches on this device from here on.
     """
-    if device.type != "cuda":
-        return 0
-    extension().use_device(device.index)
-    return torch.cuda.current_stream(device).cuda_stream
+    if device.type == "cuda":
+        extension().use_device(device.index)
+    return current(device)
 
 
 def unbuilt(capability: tuple[int, int]) -> str | None:
@@ -195,8 +199,8 @@ def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:
 
 def meeting(device: torch.device) -> tuple[tuple[int, ...] | None, int]:
     """The word at which the next launch's blocks meet, described, and the stream that it is on."""
-    current = stream(device)
-    return described(words(device).word(current)), current
+    on_stream = stream(device)
+    return described(words(device).word(on_stream)), on_stream
 
 
 def launch(op: Op, items: tuple[Any, ...], room: Tensor) -> None:
@@ -207,5 +211,5 @@ def launch(op: Op, items: tuple[Any, ...], room: Tensor) -> None:
     """
     device = room.device
     with on(device):
-        word, current = meeting(device)
-        op(items, (room.data_ptr(), 4 * room.numel(), word), current)
+        word, on_stream = meeting(device)
+        op(items, (room.data_ptr(), 4 * room.numel(), word), on_stream)
