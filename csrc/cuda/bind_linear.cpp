@@ -1,8 +1,8 @@
 // Bindings of the linear layer's and the synthesizer's ops.
 //
 // Arguments come as nested tuples, which fused_dni/backends/cuda/calls.py makes in the order in which
-// they are read here. Every op takes room for its workspace as (address, bytes), or None, and then
-// only says how many bytes it takes.
+// they are read here. Every op takes room for its workspace as (address, bytes, barrier), or None,
+// and then only says how many bytes it takes.
 #include <climits>
 
 #include "binding.hpp"
@@ -185,12 +185,14 @@ void read_reduced(Reader& read, Synthesizer& s, std::int64_t rows, Need need) {
 }
 
 // The workspace is large enough and where kernels want it.
-void* read_room(const py::object& room, std::size_t bytes) {
+void* read_room(const py::object& room, std::size_t bytes, Barrier& barrier,
+                const std::string& what) {
   Reader read(py::cast<py::tuple>(room));
   void* address = read.address();
   const std::int64_t given = read.integer();
+  barrier = read.barrier(what);
   read.finish();
-  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0 || !address)
+  if (bytes > 0 && (reinterpret_cast<std::uintptr_t>(address) % 16 != 0 || !address))
     throw py::value_error("workspace: takes an address that is a multiple of 16 other than 0");
   if (given < static_cast<std::int64_t>(bytes))
     throw py::value_error("workspace: got " + std::to_string(given) + " bytes, takes " +
@@ -202,8 +204,11 @@ std::size_t run_linear(const char* op, const LinearArguments& a, const py::objec
                        std::int64_t stream) {
   const std::size_t bytes = linear_workspace(a);
   if (room.is_none()) return bytes;
-  const LinearLaunch launch{a, read_room(room, bytes), reinterpret_cast<void*>(stream)};
-  run(linear, launch, describe(op, {{"x", {a.rows, a.inputs}}, {"weight", {a.outputs, a.inputs}}}));
+  const std::string what =
+      describe(op, {{"x", {a.rows, a.inputs}}, {"weight", {a.outputs, a.inputs}}});
+  LinearLaunch launch{a, nullptr, reinterpret_cast<void*>(stream)};
+  launch.room = read_room(room, bytes, launch.arguments.barrier, what);
+  run(linear, launch, what);
   return bytes;
 }
 
@@ -287,8 +292,10 @@ std::size_t run_synthesizer(const char* op, const SynthesizerArguments& a, const
                             std::int64_t stream) {
   const std::size_t bytes = synthesizer_workspace(a);
   if (room.is_none()) return bytes;
-  const SynthesizerLaunch launch{a, read_room(room, bytes), reinterpret_cast<void*>(stream)};
-  run(synthesizer, launch, describe(op, {{"h", {a.rows, a.outputs}}}));
+  const std::string what = describe(op, {{"h", {a.rows, a.outputs}}});
+  SynthesizerLaunch launch{a, nullptr, reinterpret_cast<void*>(stream)};
+  launch.room = read_room(room, bytes, launch.arguments.barrier, what);
+  run(synthesizer, launch, what);
   return bytes;
 }
 

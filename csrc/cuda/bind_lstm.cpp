@@ -95,7 +95,6 @@ struct Reading {
     return !items.empty();
   }
   float* carry() { return read.contiguous<float>("carry", {sizes.batch, sizes.size}); }
-  int* barrier() { return read.vector<std::int32_t>("barrier", 1); }
   void* stream() { return read.address(); }
 };
 
@@ -110,6 +109,7 @@ void forward(const py::tuple& items) {
   const LSTMSizes& s = a.sizes = in.sizes;
   a.exact = in.exact;
   a.save = in.read.flag();
+  a.projected = in.read.flag();
   a.x = in.first("x", {s.steps, s.batch, s.in});
   a.type = in.type;
   a.h = in.state("h");
@@ -125,10 +125,11 @@ void forward(const py::tuple& items) {
   a.last_c = in.state("last_c");
   a.below = in.steps("below", dropout ? kRequired : kAbsent);
   a.carry = in.carry();
-  a.barrier = in.barrier();
+  const std::string what = name("lstm_forward", s);
+  a.barrier = in.read.barrier(what);
   a.stream = in.stream();
   in.read.finish();
-  run(lstm_forward, a, name("lstm_forward", s));
+  run(lstm_forward, a, what);
 }
 
 void backward(const py::tuple& items) {
@@ -198,10 +199,11 @@ void backward(const py::tuple& items) {
                       .data;
   });
   a.carry = in.carry();
-  a.barrier = in.barrier();
+  const std::string what = name("lstm_backward", s);
+  a.barrier = in.read.barrier(what);
   a.stream = in.stream();
   in.read.finish();
-  run(lstm_backward, a, name("lstm_backward", s));
+  run(lstm_backward, a, what);
 }
 
 void update(const py::tuple& items) {
@@ -244,12 +246,12 @@ void update(const py::tuple& items) {
   });
   a.workspace =
       in.read.contiguous<float>("workspace", {3 * std::int64_t{a.layers} + 1, kMostBlocks});
-  a.barrier = in.barrier();
+  const std::string what = describe("lstm_update", {{"input", {a.layer[0].count, a.layer[0].in}},
+                                                    {"hidden", {a.layer[0].count, a.size}}});
+  a.barrier = in.read.barrier(what);
   a.stream = in.stream();
   in.read.finish();
-  run(lstm_update, a,
-      describe("lstm_update", {{"input", {a.layer[0].count, a.layer[0].in}},
-                               {"hidden", {a.layer[0].count, a.size}}}));
+  run(lstm_update, a, what);
 }
 
 // (blocks, 0 for all that are resident, count, blocks of a cluster or 1, barrier, stream)
@@ -259,10 +261,11 @@ void barriers(const py::tuple& items) {
   a.blocks = static_cast<int>(read.integer("blocks", 0, kMostSize));
   a.count = static_cast<int>(read.integer("count", 0, kMostRows));
   a.cluster = static_cast<int>(read.integer("cluster", 1, 16));
-  a.barrier = read.vector<std::int32_t>("barrier", 1);
+  const std::string what = describe("grid_barriers", {{"count", {a.count}}});
+  a.barrier = read.barrier(what);
   a.stream = read.address();
   read.finish();
-  run(grid_barriers, a, describe("grid_barriers", {{"count", {a.count}}}));
+  run(grid_barriers, a, what);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 
@@ -56,7 +57,10 @@ inline std::string describe(const char* op,
 inline void check(const Status& status, const std::string& what) {
   if (status.ok()) return;
   const py::handle type(cuda_error());
-  const py::object error = type(what + ": " + status.name + ": " + status.text);
+  // Whatever is called behind a launch that gave up fails because of it.
+  const std::string stalled = status.lost ? stalled_text() : "";
+  const py::object error =
+      type(what + ": " + status.name + ": " + (stalled.empty() ? status.text : stalled));
   error.attr("name") = status.name;
   error.attr("code") = status.code;
   PyErr_SetObject(type.ptr(), error.ptr());
@@ -208,6 +212,11 @@ class Reader {
   template <class T>
   T* vector(const char* name, std::int64_t size, Need need = kRequired) {
     return contiguous<T>(name, {size}, need);
+  }
+
+  // The grid's barrier, of a launch that is called `what`.
+  Barrier barrier(const std::string& what) {
+    return barrier_of(vector<std::int32_t>("barrier", 1), what);
   }
 
   void finish() const {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "barrier.hpp"
 #include "device.cuh"
 #include "matrix.hpp"
 
@@ -17,14 +18,35 @@ namespace fused_dni::cuda {
 // to zero, and its top bit is the generation, which changes when all have come. A block that still
 // waits for a generation has not arrived at the next one (tests/test_triton_barrier.py has the
 // proof, of the same barrier).
-FUSED_DNI_DEVICE void grid_barrier(int* state) {
+//
+// A wait has a bound, by the clock, at which a block first looks behind so many looks at the word:
+// a wait as it should be knows nothing of it.
+inline constexpr unsigned kLooks = 256;
+
+// What a block leaves that gives up, read by stalled_text: in one number, never zero.
+FUSED_DNI_DEVICE std::uint64_t stall_record(int launch, Phase phase) {
+  return std::uint64_t{1} << 63 | static_cast<std::uint64_t>(phase) << 48 |
+         static_cast<std::uint64_t>(block() & 0xffff) << 32 | static_cast<std::uint32_t>(launch);
+}
+
+FUSED_DNI_DEVICE void grid_barrier(const Barrier& barrier, Phase phase) {
   block_barrier();
   if (thread() == 0) {
+    int* const state = barrier.word;
     const unsigned top = 0x80000000u;
     const int arrival =
         block() == 0 ? static_cast<int>(top - static_cast<unsigned>(blocks() - 1)) : 1;
     const int before = atomic_add_acquire_release(state, arrival);
-    while ((static_cast<unsigned>(load_acquire(state) ^ before) & top) == 0) pause();
+    std::uint64_t since = 0;
+    unsigned looks = 0;
+    while ((static_cast<unsigned>(load_acquire(state) ^ before) & top) == 0) {
+      pause();
+      if (++looks % kLooks != 0 || barrier.bound == 0) continue;
+      const std::uint64_t now = nanoseconds();
+      if (looks == kLooks) since = now;
+      if (now - since > barrier.bound)
+        give_up(barrier.stalled, stall_record(barrier.launch, phase));
+    }
   }
   block_barrier();
 }

@@ -73,6 +73,21 @@ FUSED_DNI_DEVICE void assume_global(const void* at) { __builtin_assume(__isGloba
 // In a loop that waits for another block.
 FUSED_DNI_DEVICE void pause() {}
 
+// A clock that all processors share.
+FUSED_DNI_DEVICE std::uint64_t nanoseconds() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+// Ends the launch, and with it the context; `record` goes to the host's memory, if there is some.
+FUSED_DNI_DEVICE void give_up(std::uint64_t* to, std::uint64_t record) {
+  if (to != nullptr) {
+    *static_cast<volatile std::uint64_t*>(to) = record;
+    __threadfence_system();
+  }
+  __trap();
+}
+
 // Waits for all threads of the cluster that the block belongs to (see `launch`); what they wrote
 // before is visible behind, in global memory too.
 FUSED_DNI_DEVICE void cluster_barrier() {
@@ -233,6 +248,11 @@ int resident_blocks(void (*kernel)(A), int threads, int shared, Status& status) 
 template <class A>
 int resident_clusters(void (*kernel)(A), int threads, int shared, int cluster) {
   return resident_clusters_of(reinterpret_cast<const void*>(kernel), threads, shared, cluster);
+}
+// From here on there are none, whatever the device says of itself: a launch of them has failed.
+template <class A>
+void refuse_clusters(void (*kernel)(A), int threads, int shared, int cluster) {
+  refuse_clusters_of(reinterpret_cast<const void*>(kernel), threads, shared, cluster);
 }
 // A cooperative launch on the current device. `shared` in bytes; `cluster` blocks side by side are
 // on processors that lie near each other and have a barrier of their own.

@@ -1,12 +1,15 @@
 // Launching on a device: what a launch needs to know beforehand, and what an error means.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "barrier.hpp"
 #include "status.hpp"
 
 namespace fused_dni::cuda {
@@ -44,7 +47,8 @@ bool settled(cudaError_t error, Status& status) {
   status.code = error;
   status.name = cudaGetErrorName(error);
   status.text = cudaGetErrorString(error);
-  if (is_sticky(error)) {
+  status.lost = is_sticky(error);
+  if (status.lost) {
     status.text +=
         "; a kernel before this one, of this library or another, has failed and left the device "
         "unusable to this process, which has to be started again (CUDA_LAUNCH_BLOCKING=1 or "
@@ -69,6 +73,13 @@ std::map<Key, int>& known() {
   return blocks;
 }
 std::mutex lock;
+
+std::atomic<int> most_blocks{0};
+std::atomic<bool> takes_clusters{true};
+int limited(int blocks, int cluster) {
+  if (cluster > 1 && !takes_clusters) return 0;
+  return most_blocks > 0 ? std::min<int>(blocks, most_blocks / cluster) : blocks;
+}
 
 // Lets a kernel's blocks have so much shared memory on the current device. What was allowed once
 // stays so: a limit may be raised, or launches that are planned already would fail.
@@ -116,7 +127,8 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
   if (!settled(cudaGetDevice(&device), status)) return 0;
   const Key key{kernel, device, threads, shared, 1};
   const std::lock_guard guard(lock);
-  if (const auto found = known().find(key); found != known().end()) return found->second;
+  if (const auto found = known().find(key); found != known().end())
+    return limited(found->second, 1);
   int cooperative = 0, processors = 0, each = 0;
   if (!settled(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), status))
     return 0;
@@ -139,7 +151,7 @@ int resident_blocks_of(const void* kernel, int threads, int shared, Status& stat
                   std::to_string(shared) + " bytes of shared memory does not fit this device";
     return 0;
   }
-  return known()[key] = each * processors;
+  return limited(known()[key] = each * processors, 1);
 }
 
 int resident_clusters_of(const void* kernel, int threads, int shared, int cluster) {
@@ -148,7 +160,8 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
   if (!settled(cudaGetDevice(&device), ignored)) return 0;
   const Key key{kernel, device, threads, shared, cluster};
   const std::lock_guard guard(lock);
-  if (const auto found = known().find(key); found != known().end()) return found->second;
+  if (const auto found = known().find(key); found != known().end())
+    return limited(found->second, cluster);
   Configuration configuration(cluster, threads, shared, nullptr, cluster);
   if (!settled(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device), ignored) ||
       !supported ||
@@ -158,7 +171,37 @@ int resident_clusters_of(const void* kernel, int threads, int shared, int cluste
       !allow_shared(kernel, device, shared, ignored) ||
       !settled(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.value), ignored))
     clusters = 0;
-  return known()[key] = clusters;
+  return limited(known()[key] = clusters, cluster);
+}
+
+void limit_residents(int blocks, bool clusters) {
+  most_blocks = blocks;
+  takes_clusters = clusters;
+}
+
+void refuse_clusters_of(const void* kernel, int threads, int shared, int cluster) {
+  int device = 0;
+  Status ignored;
+  if (!settled(cudaGetDevice(&device), ignored)) return;
+  const std::lock_guard guard(lock);
+  known()[Key{kernel, device, threads, shared, cluster}] = 0;
+}
+
+std::uint64_t* stall_memory() {
+  static std::uint64_t* const memory = [] {
+    // A capture may go on: nothing of it waits for this memory.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    Status ignored;
+    void* made = nullptr;
+    const bool there = settled(
+        cudaHostAlloc(&made, sizeof(std::uint64_t), cudaHostAllocMapped | cudaHostAllocPortable),
+        ignored);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (there) *static_cast<std::uint64_t*>(made) = 0;
+    return there ? static_cast<std::uint64_t*>(made) : nullptr;
+  }();
+  return memory;
 }
 
 void launch_cooperative(const void* kernel, void** arguments, int blocks, int threads, int shared,

@@ -113,7 +113,7 @@ FUSED_DNI_BOTH bool has_slots(const LinearArguments& a) {
 template <class C>
 std::size_t divide(LinearArguments& a, void* room) {
   using T = typename C::T;
-  std::size_t used = kBarrierBytes;
+  std::size_t used = 0;
   const auto take = [&](auto*& part, std::size_t count) {
     part =
         reinterpret_cast<std::remove_reference_t<decltype(part)>>(static_cast<char*>(room) + used);
@@ -123,7 +123,6 @@ std::size_t divide(LinearArguments& a, void* room) {
   const std::size_t down = ceil_div(a.rows, T::M), across = ceil_div(a.outputs, T::N);
   const bool whole = is_whole<T>(a), batch = a.normalization == kBatchNormalization;
   const bool layer = a.normalization == kLayerNormalization;
-  a.barrier = static_cast<int*>(room);
   take(a.step, 1);
   if (a.rule != kNoRule) {
     take(a.largest, 3 * kMostBlocks);
@@ -640,7 +639,7 @@ FUSED_DNI_DEVICE void update(const LinearArguments& a, SharedArena arena) {
   bool finite = seen.finite;
   if (finite && !seen.bounded) {  // the same for all blocks
     leave_largest(a.largest + 2 * kMostBlocks, slots<C>(a, arena, no_rule(), 1.0f, true), arena);
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kUpdate);
     finite = largest_left(a.largest + 2 * kMostBlocks, blocks(), arena) < INFINITY;
   }
   const double step = *a.step + 1.0;
@@ -675,31 +674,31 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
   if (a.forward) {
     product<C>(a, arena);
     if (!whole) {
-      grid_barrier(a.barrier);
+      grid_barrier(a.barrier, Phase::kNormalize);
       normalize<C>(a, arena);
     }
   }
   if (a.synthesizer.source == kLowRank) {
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kReduce);
     reduce(a.synthesizer, static_cast<const X*>(a.h), a.rows, a.outputs);
   }
   if (graded) {
     // With a diagonal synthesizer each thread reads what it wrote itself, and rstd, which others of
     // its block wrote, behind the barriers of a sum.
-    if (a.forward && a.synthesizer.source != kDiagonal) grid_barrier(a.barrier);
+    if (a.forward && a.synthesizer.source != kDiagonal) grid_barrier(a.barrier, Phase::kGradient);
     gradient<C>(a, arena);
     if (goes_back(a) && !whole) {
-      grid_barrier(a.barrier);
+      grid_barrier(a.barrier, Phase::kDelta);
       delta<C>(a, arena);
     }
   } else if (ruled) {
     measure<C>(a, arena);
   }
   if (!ruled && a.dx == nullptr && !has_slots(a)) return;
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, a.dx != nullptr ? Phase::kDx : Phase::kWeight);
   if (a.dx != nullptr) {
     dx<C>(a, arena);
-    if (ruled) grid_barrier(a.barrier);  // dx is of the weights before the update
+    if (ruled) grid_barrier(a.barrier, Phase::kWeight);  // dx is of the weights before the update
   }
   if (ruled)
     update<C>(a, arena);

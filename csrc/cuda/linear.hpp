@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 #include "synthesizer.hpp"
@@ -57,8 +58,9 @@ struct LinearArguments {
   float* delta = nullptr;       // [N, O]: the gradient at z; read by an update
   void* dx = nullptr;           // [N, I]
 
+  Barrier barrier;
+
   // Workspace: see divide in linear.cuh.
-  int* barrier = nullptr;
   double* step = nullptr;
   double* squares = nullptr;
   float* largest = nullptr;

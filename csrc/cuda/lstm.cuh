@@ -402,15 +402,22 @@ struct Pair {
   int local;  // row, from the batch's first
   int row, unit;
   bool there;
+  int length;                // steps of its row
   std::int64_t state, gate;  // where it lies in [B, H], and its first gate in [B, 4H]
 };
 
-FUSED_DNI_DEVICE Pair own_pair(const LSTMPlan& plan, int first, int end, int slice, int size) {
+// A is LSTMForward or LSTMBackward.
+template <class A>
+FUSED_DNI_DEVICE Pair own_pair(const A& a, int first, int end, int slice) {
+  const LSTMPlan& plan = a.plan;
+  const int size = a.sizes.size;
   Pair pair;
   pair.local = thread() / kUnits;
   pair.row = first + pair.local;
   pair.unit = slice * kUnits + thread() % kUnits;
   pair.there = pair.local < plan.tiles * 16 && pair.row < end && pair.unit < size;
+  pair.length = a.sizes.steps;
+  if (pair.there && a.lengths != nullptr) pair.length = static_cast<int>(a.lengths[pair.row]);
   pair.state = static_cast<std::int64_t>(pair.row) * size + pair.unit;
   pair.gate = static_cast<std::int64_t>(pair.row) * 4 * size + pair.unit;
   return pair;
@@ -418,19 +425,23 @@ FUSED_DNI_DEVICE Pair own_pair(const LSTMPlan& plan, int first, int end, int sli
 
 // Where a block has one batch of rows at the most, its pairs are the threads' for all steps: cell
 // states stay in registers, and what a step reads besides its product is asked for during the step
-// before.
-FUSED_DNI_DEVICE Pair sole_pair(const LSTMPlan& plan, int batch, int size) {
+// before. It is kept as it lies in memory: to convert it would be to wait for it, in front of the
+// barrier.
+template <class A>
+FUSED_DNI_DEVICE Pair sole_pair(const A& a) {
+  const LSTMPlan& plan = a.plan;
+  const int batch = a.sizes.batch;
   const int slice = block() % plan.slices, first = block() / plan.slices * plan.rows;
   const int end = first + plan.rows < batch ? first + plan.rows : batch;
-  return own_pair(plan, first, end, slice, size);
+  return own_pair(a, first, end, slice);
 }
 
 // Waits for the blocks whose results this one's next step reads.
-FUSED_DNI_DEVICE void step_barrier(const LSTMPlan& plan, int* barrier) {
+FUSED_DNI_DEVICE void step_barrier(const LSTMPlan& plan, const Barrier& barrier) {
   if (plan.clustered)
     cluster_barrier();
   else
-    grid_barrier(barrier);
+    grid_barrier(barrier, Phase::kStep);
 }
 
 // ---- Plans (host) ---------------------------------------------------------------------------------
@@ -462,20 +473,33 @@ Status launch_window(void (*kernel)(A), const A& given, int depth, const void* s
       plan.on_chip = try_plan(tiles, Sizes::bytes(tiles, depth), tried) && blocks >= plan.slices;
   }
   if (!plan.on_chip && !try_plan(most, Sizes::sums(most), status)) return status;
+  const LSTMPlan alone = plan;
+  // On so many blocks, which are clusters or not.
+  const auto launch_on = [&](int most_blocks, bool clustered) {
+    plan = alone;
+    plan.clustered = clustered;
+    plan.groups = std::max(1, std::min(most_blocks / plan.slices, row_tiles));
+    plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
+    plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
+    plan.tiles = std::min(plan.tiles, plan.rows / 16);
+    const int items = plan.slices * plan.groups;
+    plan.sole = items <= most_blocks && plan.rows <= plan.tiles * 16;
+    const std::int64_t wanted = std::max<std::int64_t>(items, other);
+    const int cluster = clustered ? plan.slices : 1;
+    const int taken = static_cast<int>(std::min<std::int64_t>(most_blocks, wanted));
+    launch(kernel, a, (taken + cluster - 1) / cluster * cluster, kThreads, shared, a.stream, status,
+           cluster);
+  };
   const bool few = plan.on_chip && plan.slices > 1 && plan.slices <= kMostCluster;
   const int clusters = few ? resident_clusters(kernel, kThreads, shared, plan.slices) : 0;
-  plan.clustered = clusters > 0;
-  if (plan.clustered) blocks = clusters * plan.slices;
-  plan.groups = std::max(1, std::min(blocks / plan.slices, row_tiles));
-  plan.rows = (row_tiles + plan.groups - 1) / plan.groups * 16;
-  plan.groups = (a.sizes.batch + plan.rows - 1) / plan.rows;
-  plan.tiles = std::min(plan.tiles, plan.rows / 16);
-  const int items = plan.slices * plan.groups;
-  plan.sole = items <= blocks && plan.rows <= plan.tiles * 16;
-  blocks = static_cast<int>(std::min<std::int64_t>(blocks, std::max<std::int64_t>(items, other)));
-  const int cluster = plan.clustered ? plan.slices : 1;
-  blocks = (blocks + cluster - 1) / cluster * cluster;
-  launch(kernel, a, blocks, kThreads, shared, a.stream, status, cluster);
+  if (clusters > 0) {
+    launch_on(clusters * plan.slices, true);
+    // What the device says that it holds is no promise.
+    if (status.ok() || status.lost) return status;
+    refuse_clusters(kernel, kThreads, shared, plan.slices);
+    status = {};
+  }
+  launch_on(blocks, false);
   return status;
 }
 

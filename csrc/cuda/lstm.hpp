@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 
@@ -42,6 +43,7 @@ struct LSTMForward {
   bool exact;
   LSTMSizes sizes;
   bool save;          // otherwise all layers use the same hidden [T + 1, B, H], gates [T, B, 4H]
+  bool projected;     // gates have layer 0's product with x already, and its biases
   const void* x;      // [T, B, I]
   const void *h, *c;  // [L, B, H]
   LSTMWeights layer[kMostLayers];
@@ -51,7 +53,7 @@ struct LSTMForward {
   void *last_h, *last_c;             // [L, B, H]
   void* below;                       // room [T, B, H] with dropout
   float* carry;                      // room [B, H]
-  int* barrier;                      // zero: see grid_barrier
+  Barrier barrier;
   void* stream;
   LSTMPlan plan;
 };
@@ -93,7 +95,7 @@ struct LSTMBackward {
   // others with dropout; otherwise null.
   void* staged[kMostLayers];
   float* carry;  // room [B, H]
-  int* barrier;
+  Barrier barrier;
   void* stream;
   LSTMPlan plan;
 };
@@ -114,14 +116,14 @@ struct LSTMUpdate {
   bool nesterov;
   double* hyper;
   float* workspace;  // [3 L + 1, kMostBlocks]
-  int* barrier;
+  Barrier barrier;
   void* stream;
 };
 
 struct GridBarriers {
   int blocks, count;
   int cluster;  // blocks of a cluster, whose barrier it is then; 1 for the grid's
-  int* barrier;
+  Barrier barrier;
   void* stream;
 };
 

@@ -45,7 +45,7 @@ FUSED_DNI_DEVICE void predict_ends(const LSTMBackward& a) {
         ends.predicted[at] = value;
     });
   }
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, Phase::kEnds);
   if (!low) return;
   Turn turn;
   multiply<Op>(arena, turn, Along<D>{reduced, ends.rank, s.batch},
@@ -53,7 +53,7 @@ FUSED_DNI_DEVICE void predict_ends(const LSTMBackward& a) {
                [&](int row, int feature, float value) {
                  ends.predicted[static_cast<std::int64_t>(row) * features + feature] = value;
                });
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, Phase::kSteps);
 }
 
 // What arrives at a pair's final h (piece 2k of layer k) or c (2k + 1), the synthetic gradient
@@ -142,60 +142,67 @@ FUSED_DNI_DEVICE BackwardLayer<X, D> backward_layer(const LSTMBackward& a, int k
   return layer;
 }
 
-// What a step needs of a pair besides its product; asked for before that. Zeros where the row has
-// ended, in which case nothing else may be read.
+// What a step needs of a pair besides its product and its cell's gradient; asked for before that.
+// Zeros where the row has ended, in which case nothing else may be read.
+template <class X, class D>
 struct BackwardAhead {
-  float gate[4], before, after;
-  float dh;  // but for the product
-  float dc;
-  bool alive;
+  X gate[4], before, after;
+  X given;  // the gradient at h, for the last layer
+  D above;  // and for others
 };
 
+FUSED_DNI_DEVICE bool is_alive(const Pair& pair, int t) { return t >= 0 && t < pair.length; }
+
 template <class X, class D>
-FUSED_DNI_DEVICE BackwardAhead look_ahead(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
-                                          const Pair& pair, int t) {
-  BackwardAhead ahead{};
-  if (!pair.there) return ahead;
+FUSED_DNI_DEVICE BackwardAhead<X, D> look_ahead(const LSTMBackward& a,
+                                                const BackwardLayer<X, D>& layer, const Pair& pair,
+                                                int t) {
+  BackwardAhead<X, D> ahead{};
+  if (!pair.there || !is_alive(pair, t)) return ahead;
   const LSTMSizes& s = a.sizes;
   const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
-  const std::int64_t length = a.lengths != nullptr ? a.lengths[pair.row] : s.steps;
-  if (t == s.steps - 1)
-    ahead.dc = arriving<X>(a, pair, 2 * layer.index + 1);
-  else if (!a.plan.sole)
-    ahead.dc = a.carry[pair.state];
-  ahead.alive = t >= 0 && t < length;
-  if (!ahead.alive) return ahead;
   const std::int64_t at = t * state + pair.state;
   FUSED_DNI_UNROLL
-  for (int q = 0; q < 4; ++q)
-    ahead.gate[q] = to_float(layer.gates[4 * t * state + pair.gate + q * s.size]);
-  ahead.before = to_float(layer.before[at]);
-  ahead.after = to_float(layer.after[at]);
-  if (layer.given != nullptr) ahead.dh = to_float(layer.given[at]);
-  if (layer.above != nullptr) ahead.dh = to_float(layer.above[at]);
-  if (t == length - 1) ahead.dh += arriving<X>(a, pair, 2 * layer.index);
+  for (int q = 0; q < 4; ++q) ahead.gate[q] = layer.gates[4 * t * state + pair.gate + q * s.size];
+  ahead.before = layer.before[at];
+  ahead.after = layer.after[at];
+  if (layer.given != nullptr) ahead.given = layer.given[at];
+  if (layer.above != nullptr) ahead.above = layer.above[at];
   return ahead;
 }
 
-// The step of a pair, `dh` being the product's; returns dc in front of it.
+// The gradient at a pair's cell behind a step, where it is not in a register.
+template <class X, class D>
+FUSED_DNI_DEVICE float dc_behind(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
+                                 const Pair& pair, int t) {
+  if (!pair.there) return 0.0f;
+  return t == a.sizes.steps - 1 ? arriving<X>(a, pair, 2 * layer.index + 1) : a.carry[pair.state];
+}
+
+// The step of a pair, `dh` being the product's and `dc` what is behind it; returns dc in front.
 template <class X, class D>
 FUSED_DNI_DEVICE float step(const LSTMBackward& a, const BackwardLayer<X, D>& layer,
-                            const Pair& pair, const BackwardAhead& ahead, int t, float dh) {
+                            const Pair& pair, const BackwardAhead<X, D>& ahead, int t, float dh,
+                            float dc) {
   if (t < 0) {
     layer.d_h[pair.state] = from_float<X>(dh);
-    layer.d_c[pair.state] = from_float<X>(ahead.dc);
-    return ahead.dc;
+    layer.d_c[pair.state] = from_float<X>(dc);
+    return dc;
   }
   const int size = a.sizes.size;
-  dh += ahead.dh;
-  const float i = ahead.gate[0], f = ahead.gate[1], g = ahead.gate[2], o = ahead.gate[3];
-  const float shown = tanhf(ahead.after), e = ahead.dc + dh * o * (1.0f - shown * shown);
-  const float delta[4] = {e * g * i * (1.0f - i), e * ahead.before * f * (1.0f - f),
+  const bool alive = is_alive(pair, t);
+  float dh_given = layer.above != nullptr ? to_float(ahead.above) : to_float(ahead.given);
+  if (t == pair.length - 1) dh_given += arriving<X>(a, pair, 2 * layer.index);
+  dh += dh_given;
+  const float i = to_float(ahead.gate[0]), f = to_float(ahead.gate[1]);
+  const float g = to_float(ahead.gate[2]), o = to_float(ahead.gate[3]);
+  const float shown = tanhf(to_float(ahead.after)), e = dc + dh * o * (1.0f - shown * shown);
+  const float delta[4] = {e * g * i * (1.0f - i), e * to_float(ahead.before) * f * (1.0f - f),
                           e * i * (1.0f - g * g), dh * shown * o * (1.0f - o)};
   D* to = layer.delta + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size + pair.gate;
   FUSED_DNI_UNROLL
-  for (int q = 0; q < 4; ++q) to[q * size] = from_float<D>(ahead.alive ? delta[q] : 0.0f);
-  const float dc = ahead.alive ? e * f : ahead.dc;
+  for (int q = 0; q < 4; ++q) to[q * size] = from_float<D>(alive ? delta[q] : 0.0f);
+  if (alive) dc = e * f;
   if (!a.plan.sole) a.carry[pair.state] = dc;
   return dc;
 }
@@ -209,34 +216,32 @@ FUSED_DNI_DEVICE void steps(const LSTMBackward& a, int k) {
   if (a.plan.on_chip)
     product.set(backward_slice(a.layer[k].hh, block() % a.plan.slices, s.size), true);
   const bool sole = a.plan.sole;
-  const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
-  BackwardAhead next{};
+  const Pair own = sole ? sole_pair(a) : Pair{};
+  BackwardAhead<X, D> next{};
+  float own_dc = 0.0f;
   for (int t = s.steps - 1; t >= -1; --t) {
-    float dc = 0.0f;
     each_batch(
         a.plan, s.batch,
         [&](int slice) {
           if (!a.plan.on_chip) product.set(backward_slice(a.layer[k].hh, slice, s.size), false);
         },
         [&](int first, int end, int slice) {
-          const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
-          const bool behind = t + 1 < s.steps;
-          const BackwardAhead ahead = sole && behind ? next : look_ahead(a, layer, pair, t);
+          const Pair pair = sole ? own : own_pair(a, first, end, slice);
+          const bool behind = t + 1 < s.steps, known = sole && behind;
+          const BackwardAhead<X, D> ahead = known ? next : look_ahead(a, layer, pair, t);
+          const float dc = known ? own_dc : dc_behind(a, layer, pair, t);
           if (behind) {
             const std::int64_t row = static_cast<std::int64_t>(t + 1) * s.batch + first;
             product.run(layer.delta + row * 4 * s.size, end - first);
             block_barrier();
           }
           if (pair.there)
-            dc = step(a, layer, pair, ahead, t,
-                      behind ? product.sum(pair.local, pair.unit % kUnits) : 0.0f);
+            own_dc = step(a, layer, pair, ahead, t,
+                          behind ? product.sum(pair.local, pair.unit % kUnits) : 0.0f, dc);
           block_barrier();
         });
     if (t < 0) break;
-    if (sole) {
-      next = look_ahead(a, layer, own, t - 1);
-      next.dc = dc;
-    }
+    if (sole) next = look_ahead(a, layer, own, t - 1);
     step_barrier(a.plan, a.barrier);
   }
 }
@@ -253,7 +258,7 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
   Turn turn;
   for (int k = s.layers - 1; k >= 0; --k) {
     steps<Op, X>(a, k);
-    if (a.plan.clustered) grid_barrier(a.barrier);
+    if (a.plan.clustered) grid_barrier(a.barrier, Phase::kLayer);
     const D* delta = backward_layer<X, D>(a, k).delta;
     if (k == 0 && !a.need_dx) break;
     const int in = k == 0 ? s.in : s.size;
@@ -267,7 +272,7 @@ backward_kernel(FUSED_DNI_ARGUMENT LSTMBackward a) {
                      static_cast<D*>(a.above)[at] =
                          from_float<D>(mask != nullptr ? value * to_float(mask[at]) : value);
                  });
-    if (k > 0) grid_barrier(a.barrier);
+    if (k > 0) grid_barrier(a.barrier, Phase::kLayer);
   }
   for (int i = 0; a.need_weights && i < 2 * s.layers; ++i) {
     const int k = i / 2, columns = i == 0 ? s.in : s.size;

@@ -1,4 +1,5 @@
-// A window's forward: layer by layer, the inputs' products of all steps, then the steps.
+// A window's forward: layer by layer, the inputs' products of all steps (but the first layer's, if
+// they were made before), then the steps.
 #include "lstm.cuh"
 
 namespace fused_dni::cuda {
@@ -29,29 +30,30 @@ FUSED_DNI_DEVICE ForwardLayer<X> forward_layer(const LSTMForward& a, int k) {
   return layer;
 }
 
-// What a step needs of a pair besides its product; asked for before that.
+// What a step needs of a pair besides its product and its cell; asked for before that.
+template <class X>
 struct Ahead {
-  float z[4], cell;
-  bool alive, ends;
+  X z[4];
 };
 
 template <class X>
-FUSED_DNI_DEVICE Ahead look_ahead(const LSTMForward& a, const ForwardLayer<X>& layer,
-                                  const Pair& pair, int t) {
-  Ahead ahead{};
+FUSED_DNI_DEVICE Ahead<X> look_ahead(const LSTMForward& a, const ForwardLayer<X>& layer,
+                                     const Pair& pair, int t) {
+  Ahead<X> ahead{};
   if (!pair.there) return ahead;
   const int size = a.sizes.size;
-  const std::int64_t length = a.lengths != nullptr ? a.lengths[pair.row] : a.sizes.steps;
   const X* gates = layer.gates + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size;
-  ahead.alive = t < length;
-  ahead.ends = t == length - 1;
   FUSED_DNI_UNROLL
-  for (int q = 0; q < 4; ++q) ahead.z[q] = to_float(gates[pair.gate + q * size]);
-  if (t == 0)
-    ahead.cell = to_float(layer.c[pair.state]);
-  else if (!a.plan.sole)
-    ahead.cell = a.carry[pair.state];
+  for (int q = 0; q < 4; ++q) ahead.z[q] = gates[pair.gate + q * size];
   return ahead;
+}
+
+// A pair's cell in front of a step, where it is not in a register.
+template <class X>
+FUSED_DNI_DEVICE float cell_before(const LSTMForward& a, const ForwardLayer<X>& layer,
+                                   const Pair& pair, int t) {
+  if (!pair.there) return 0.0f;
+  return t == 0 ? to_float(layer.c[pair.state]) : a.carry[pair.state];
 }
 
 // What a step makes of a pair.
@@ -59,22 +61,18 @@ template <class X>
 struct Made {
   float gate[4], cell;
   X shown;
-  bool alive, ends;
 };
 
 // The step of a pair behind its product, `sum(q)` for gate q.
 template <class X, class F>
-FUSED_DNI_DEVICE Made<X> step(const Ahead& ahead, F&& sum) {
+FUSED_DNI_DEVICE Made<X> step(const Ahead<X>& ahead, float cell, bool alive, F&& sum) {
   float z[4];
   FUSED_DNI_UNROLL
-  for (int q = 0; q < 4; ++q) z[q] = ahead.z[q] + sum(q);
-  Made<X> made{{sigmoid(z[0]), sigmoid(z[1]), tanhf(z[2]), sigmoid(z[3])},
-               ahead.cell,
-               from_float<X>(0.0f),
-               ahead.alive,
-               ahead.ends};
-  if (!ahead.alive) return made;
-  made.cell = made.gate[1] * ahead.cell + made.gate[0] * made.gate[2];
+  for (int q = 0; q < 4; ++q) z[q] = to_float(ahead.z[q]) + sum(q);
+  Made<X> made{
+      {sigmoid(z[0]), sigmoid(z[1]), tanhf(z[2]), sigmoid(z[3])}, cell, from_float<X>(0.0f)};
+  if (!alive) return made;
+  made.cell = made.gate[1] * cell + made.gate[0] * made.gate[2];
   made.shown = from_float<X>(made.gate[3] * tanhf(made.cell));
   return made;
 }
@@ -86,10 +84,10 @@ FUSED_DNI_DEVICE void store(const LSTMForward& a, const ForwardLayer<X>& layer, 
   const int size = a.sizes.size;
   const std::int64_t state = static_cast<std::int64_t>(a.sizes.batch) * size;
   if (!a.plan.sole) a.carry[pair.state] = made.cell;
-  if (made.ends) layer.last_h[pair.state] = made.shown;
+  if (t == pair.length - 1) layer.last_h[pair.state] = made.shown;
   if (t == a.sizes.steps - 1) layer.last_c[pair.state] = from_float<X>(made.cell);
   if (layer.cells != nullptr) layer.cells[(t + 1) * state + pair.state] = from_float<X>(made.cell);
-  if (a.save && made.alive) {
+  if (a.save && t < pair.length) {
     FUSED_DNI_UNROLL
     for (int q = 0; q < 4; ++q)
       layer.gates[t * 4 * state + pair.gate + q * size] = from_float<X>(made.gate[q]);
@@ -115,18 +113,20 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
           dropped[i] = from_float<X>(to_float(below[i]) * to_float(mask[i]));
         });
         below = dropped;
-        grid_barrier(a.barrier);
+        grid_barrier(a.barrier, Phase::kInputs);
       }
     }
     const int in = k == 0 ? s.in : s.size;
-    Turn turn;
-    multiply<Op>(arena, turn, Along<X>{below, in, rows}, Along<float>{layer.weight.ih, in, gates},
-                 in, [&](int row, int column, float value) {
-                   if (layer.weight.bias_ih != nullptr) value += layer.weight.bias_ih[column];
-                   if (layer.weight.bias_hh != nullptr) value += layer.weight.bias_hh[column];
-                   layer.gates[static_cast<std::int64_t>(row) * gates + column] =
-                       from_float<X>(value);
-                 });
+    if (k > 0 || !a.projected) {
+      Turn turn;
+      multiply<Op>(arena, turn, Along<X>{below, in, rows}, Along<float>{layer.weight.ih, in, gates},
+                   in, [&](int row, int column, float value) {
+                     if (layer.weight.bias_ih != nullptr) value += layer.weight.bias_ih[column];
+                     if (layer.weight.bias_hh != nullptr) value += layer.weight.bias_hh[column];
+                     layer.gates[static_cast<std::int64_t>(row) * gates + column] =
+                         from_float<X>(value);
+                   });
+    }
     each_element(state, [&](std::int64_t i) {
       layer.hidden[i] = layer.h[i];
       if (layer.cells != nullptr) layer.cells[i] = layer.c[i];
@@ -134,10 +134,11 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
     SliceProduct<Op, 4> product(arena, a.plan.tiles, s.size);
     if (a.plan.on_chip)
       product.set(forward_slice(layer.weight.hh, block() % a.plan.slices, s.size), true);
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kSteps);
     const bool sole = a.plan.sole;
-    const Pair own = sole ? sole_pair(a.plan, s.batch, s.size) : Pair{};
-    Ahead next{};
+    const Pair own = sole ? sole_pair(a) : Pair{};
+    Ahead<X> next{};
+    float own_cell = 0.0f;
     for (int t = 0; t < s.steps; ++t) {
       Made<X> made{};
       each_batch(
@@ -146,29 +147,29 @@ forward_kernel(FUSED_DNI_ARGUMENT LSTMForward a) {
             if (!a.plan.on_chip) product.set(forward_slice(layer.weight.hh, slice, s.size), false);
           },
           [&](int first, int end, int slice) {
-            const Pair pair = sole ? own : own_pair(a.plan, first, end, slice, s.size);
-            const Ahead ahead = sole && t > 0 ? next : look_ahead(a, layer, pair, t);
+            const Pair pair = sole ? own : own_pair(a, first, end, slice);
+            const bool known = sole && t > 0;
+            const Ahead<X> ahead = known ? next : look_ahead(a, layer, pair, t);
+            const float cell = known ? own_cell : cell_before(a, layer, pair, t);
             product.run(layer.hidden + t * state + first * static_cast<std::int64_t>(s.size),
                         end - first);
             block_barrier();
             if (pair.there) {
-              made = step<X>(ahead, [&](int q) {
+              made = step<X>(ahead, cell, t < pair.length, [&](int q) {
                 return product.sum(pair.local, q * kUnits + pair.unit % kUnits);
               });
               layer.hidden[(t + 1) * state + pair.state] = made.shown;
+              own_cell = made.cell;
             }
             if (sole) return;
             if (pair.there) store(a, layer, pair, made, t);
             block_barrier();
           });
-      if (sole && t + 1 < s.steps) {
-        next = look_ahead(a, layer, own, t + 1);
-        next.cell = made.cell;
-      }
+      if (sole && t + 1 < s.steps) next = look_ahead(a, layer, own, t + 1);
       step_barrier(a.plan, a.barrier);
       if (sole && own.there) store(a, layer, own, made, t);
     }
-    if (a.plan.clustered && k + 1 < s.layers) grid_barrier(a.barrier);
+    if (a.plan.clustered && k + 1 < s.layers) grid_barrier(a.barrier, Phase::kLayer);
   }
 }
 
@@ -176,7 +177,9 @@ template <class Op, class X>
 Status launch_forward(const LSTMForward& a) {
   const std::int64_t tiles = ((std::int64_t{a.sizes.steps} * a.sizes.batch + 63) / 64) *
                              ((std::int64_t{4} * a.sizes.size + 63) / 64);
-  return launch_window<Op, 4>(forward_kernel<Op, X>, a, a.sizes.size, a.hidden, tiles);
+  const bool products = !a.projected || a.sizes.layers > 1;
+  return launch_window<Op, 4>(forward_kernel<Op, X>, a, a.sizes.size, a.hidden,
+                              products ? tiles : 0);
 }
 
 FUSED_DNI_KERNEL(kThreads) barriers_kernel(FUSED_DNI_ARGUMENT GridBarriers a) {
@@ -184,7 +187,7 @@ FUSED_DNI_KERNEL(kThreads) barriers_kernel(FUSED_DNI_ARGUMENT GridBarriers a) {
     if (a.cluster > 1)
       cluster_barrier();
     else
-      grid_barrier(a.barrier);
+      grid_barrier(a.barrier, Phase::kRound);
   }
 }
 

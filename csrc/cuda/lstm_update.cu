@@ -70,7 +70,7 @@ update_kernel(FUSED_DNI_ARGUMENT LSTMUpdate a) {
   const SharedArena arena;
   const double done = a.hyper[kStep] + 1.0;  // nobody writes it before the barrier
   measure<X>(a);
-  grid_barrier(a.barrier);
+  grid_barrier(a.barrier, Phase::kWeight);
   bool trial = false, failed = false;
   for (int k = 0; k < a.layers; ++k) trial = doubtful(a, k).any() || trial;
   const RuleFactors factors = rule_factors(a.hyper, done, a.kind, a.nesterov);
@@ -105,7 +105,7 @@ update_kernel(FUSED_DNI_ARGUMENT LSTMUpdate a) {
     trial = false;
     failed = block_any(failed);
     if (thread() == 0) failures(a)[block()] = failed ? 1.0f : 0.0f;
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kUpdate);
     failed = largest_found(failures(a)) > 0.0f;
     if (failed) break;
   }

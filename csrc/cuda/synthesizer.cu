@@ -42,14 +42,13 @@ constexpr int kShared =
     1024;
 
 std::size_t divide(SynthesizerArguments& a, void* room) {
-  std::size_t used = kBarrierBytes;
+  std::size_t used = 0;
   const auto take = [&](auto*& part, std::size_t count) {
     part =
         reinterpret_cast<std::remove_reference_t<decltype(part)>>(static_cast<char*>(room) + used);
     used += (count * sizeof(*part) + 127) / 128 * 128;
   };
   const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, Single::T::M);
-  a.barrier = static_cast<int*>(room);
   if (!a.training) return used;
   take(a.step, 1);
   take(a.sums, 4 * kMostBlocks);
@@ -69,7 +68,7 @@ FUSED_DNI_DEVICE void predict(const SynthesizerArguments& a, SharedArena arena) 
   const auto* h = static_cast<const typename C::X*>(a.h);
   if (a.synthesizer.source == kLowRank) {
     reduce(a.synthesizer, h, a.rows, a.outputs);
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kPredict);
   }
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
@@ -254,7 +253,7 @@ FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
     applied = applied && operands < INFINITY && largest < INFINITY;
     if (applied && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest)) {  // all blocks alike
       leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, no_rule(), true), arena);
-      grid_barrier(a.barrier);
+      grid_barrier(a.barrier, Phase::kUpdate);
       applied = largest_left(a.largest + 3 * kMostBlocks, blocks(), arena) < INFINITY;
     }
     const double step = *a.step + 1.0;
@@ -280,12 +279,13 @@ synthesizer_kernel(FUSED_DNI_ARGUMENT SynthesizerArguments a) {
     return;
   }
   errors<C>(a, arena);
-  grid_barrier(a.barrier);
-  if (a.synthesizer.source == kLowRank) {
+  const bool low = a.synthesizer.source == kLowRank;
+  grid_barrier(a.barrier, low ? Phase::kBack : Phase::kApply);
+  if (low) {
     const float largest = reduce_rows(a.back, a.error, a.synthesizer.weight, a.synthesizer.rank, 1,
                                       a.rows, a.synthesizer.rank, a.outputs);
     leave_largest(a.largest + 2 * kMostBlocks, largest, arena);
-    grid_barrier(a.barrier);
+    grid_barrier(a.barrier, Phase::kApply);
   }
   apply<C>(a, arena);
 }

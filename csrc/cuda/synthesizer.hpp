@@ -4,13 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 
 namespace fused_dni::cuda {
-
-// Of a workspace, the first bytes: the grid's barrier, to be zero before its first use.
-inline constexpr std::size_t kBarrierBytes = 128;
 
 // In the order of fused_dni.ops.types.SYNTHESIZERS, and what else a gradient may come from.
 enum Source : int { kDense, kLowRank, kDiagonal, kGiven, kNowhere };
@@ -46,8 +44,9 @@ struct SynthesizerArguments {
   bool trainable[4] = {};
   Slot weight, down, context, bias;
 
+  Barrier barrier;
+
   // Workspace.
-  int* barrier = nullptr;
   double* step = nullptr;
   double* sums = nullptr;
   float* largest = nullptr;

@@ -33,9 +33,9 @@ struct fp16 {
 // ---- Where a thread stands ------------------------------------------------------------------------
 
 inline int thread() { return emulation::current->index; }
-inline int threads() { return emulation::machine.launch.threads; }
+inline int threads() { return emulation::current->block->launch->threads; }
 inline int block() { return emulation::current->block->index; }
-inline int blocks() { return emulation::machine.launch.blocks; }
+inline int blocks() { return emulation::current->block->launch->blocks; }
 inline int lane() { return thread() % 32; }
 inline int warp() { return thread() / 32; }
 
@@ -84,6 +84,7 @@ T shuffle(T value, int from) {
 // ---- Memory that several blocks see ---------------------------------------------------------------
 
 inline int atomic_add_acquire_release(int* at, int value) {
+  if (emulation::settings().lost_arrival && block() == blocks() - 1) value = 0;
   const int before = std::atomic_ref<int>(*at).fetch_add(value, std::memory_order_acq_rel);
   emulation::machine.progress.fetch_add(1, std::memory_order_relaxed);
   emulation::machine.additions.fetch_add(1, std::memory_order_relaxed);
@@ -94,6 +95,11 @@ inline int load_acquire(const int* at) {
 }
 inline void assume_global(const void*) {}
 inline void pause() { emulation::pause(); }
+inline std::uint64_t nanoseconds() { return emulation::nanoseconds(); }
+inline void give_up(std::uint64_t* to, std::uint64_t record) {
+  if (to != nullptr) std::atomic_ref<std::uint64_t>(*to).store(record);
+  emulation::fault("trapped");
+}
 
 // ---- Numbers --------------------------------------------------------------------------------------
 
@@ -218,9 +224,10 @@ class SharedArena {
   template <class T>
   Shared<T> take(int count) {
     const std::int64_t end = used_ + (std::int64_t{count} * int{sizeof(T)} + 15) / 16 * 16;
-    if (count < 0 || end > emulation::machine.launch.shared)
+    const int all = emulation::current->block->launch->shared;
+    if (count < 0 || end > all)
       emulation::fault("takes shared memory up to byte %lld of %d", static_cast<long long>(end),
-                       emulation::machine.launch.shared);
+                       all);
     T* data = reinterpret_cast<T*>(emulation::current->block->shared + used_);
     used_ = static_cast<int>(end);
     return {data, count};
@@ -351,17 +358,19 @@ int resident_blocks(void (*)(A), int threads, int shared, Status& status) {
   return status.ok() ? emulation::settings().resident : 0;
 }
 template <class A>
-int resident_clusters(void (*)(A), int threads, int shared, int cluster) {
-  const bool fits = emulation::check_configuration(cluster, threads, shared, cluster).ok();
+int resident_clusters(void (*kernel)(A), int threads, int shared, int cluster) {
+  const bool fits = emulation::check_configuration(cluster, threads, shared, cluster).ok() &&
+                    emulation::machine.refused.count(reinterpret_cast<const void*>(kernel)) == 0;
   return emulation::settings().clusters && fits ? emulation::settings().resident / cluster : 0;
 }
 template <class A>
+void refuse_clusters(void (*kernel)(A), int, int, int) {
+  emulation::machine.refused.insert(reinterpret_cast<const void*>(kernel));
+}
+template <class A>
 void launch(void (*kernel)(A), const A& arguments, int blocks, int threads, int shared,
-            void* /*stream*/, Status& status, int cluster = 1) {
-  const auto call = [](const void* kernel, const void* arguments) {
-    (*static_cast<void (*const*)(A)>(kernel))(*static_cast<const A*>(arguments));
-  };
-  emulation::run({call, &kernel, &arguments, blocks, threads, shared, cluster}, status);
+            void* stream, Status& status, int cluster = 1) {
+  emulation::run({[=] { kernel(arguments); }, blocks, threads, shared, cluster, stream}, status);
 }
 
 }  // namespace fused_dni::cuda

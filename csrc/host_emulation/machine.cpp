@@ -1,11 +1,23 @@
 // What both schedulers share: meetings, faults and the launch.
 #include "machine.hpp"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <mutex>
+
+#include "../cuda/barrier.hpp"
+
+namespace fused_dni::cuda {
+
+std::uint64_t* stall_memory() {
+  static std::uint64_t memory = 0;
+  return &memory;
+}
+
+}  // namespace fused_dni::cuda
 
 namespace fused_dni::emulation {
 
@@ -111,6 +123,9 @@ bool meet(Meeting& meeting, Collective what, bool vote, void* brought, Finish fi
   return any;
 }
 
+// Launches that wait for synchronize.
+std::vector<Launch> deferred;
+
 // Shared memory of all blocks and its shadow.
 unsigned char* shared_memory(int blocks) {
   static std::unique_ptr<unsigned char[]> memory;
@@ -171,46 +186,96 @@ Status check_configuration(int blocks, int threads, int shared, int cluster) {
   return {};
 }
 
-void run(const Launch& launch, Status& status) {
+namespace {
+
+// Where a launch's parts lie in the machine's lists.
+struct Parts {
+  int blocks = 0, warps = 0, clusters = 0, threads = 0;
+
+  void add(const Launch& launch) {
+    blocks += launch.blocks;
+    warps += launch.blocks * (launch.threads / 32);
+    clusters += launch.blocks / launch.cluster;
+    threads += launch.blocks * launch.threads;
+  }
+};
+
+void place(const Launch& launch, const Parts& first, unsigned char* shared) {
+  const int warps = launch.threads / 32;
+  for (int b = 0; b < launch.blocks; ++b) {
+    Block& block = machine.block[first.blocks + b];
+    block.index = b;
+    block.launch = &launch;
+    block.shared = shared + std::size_t{2} * kShadow * (first.blocks + b);
+    std::memset(block.shared, 0xFF, launch.shared);
+    std::memset(block.shared + kShadow, 0, launch.shared);
+    for (Meeting& meeting : block.meetings.parity) meeting.expected = launch.threads;
+    Meetings& cluster = machine.cluster[first.clusters + b / launch.cluster];
+    for (Meeting& meeting : cluster.parity) meeting.expected = launch.threads * launch.cluster;
+    for (int i = 0; i < launch.threads; ++i) {
+      Thread& thread = machine.thread[first.threads + b * launch.threads + i];
+      thread.index = i;
+      thread.block = &block;
+      thread.warp = &machine.warp[first.warps + b * warps + i / 32];
+      thread.cluster = &cluster;
+    }
+  }
+}
+
+void run_together(const std::vector<Launch>& launches, Status& status) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  status = check_configuration(launch.blocks, launch.threads, launch.shared, launch.cluster);
-  if (!status.ok()) return;
-
-  const int warps = launch.threads / 32;
-  machine.launch = launch;
-  machine.block = std::vector<Block>(launch.blocks);
-  machine.warp = std::vector<Meetings>(launch.blocks * warps);
-  machine.cluster = std::vector<Meetings>(launch.blocks / launch.cluster);
-  machine.thread.assign(launch.blocks * launch.threads, {});
+  Parts all;
+  for (const Launch& launch : launches) all.add(launch);
+  machine.block = std::vector<Block>(all.blocks);
+  machine.warp = std::vector<Meetings>(all.warps);
+  machine.cluster = std::vector<Meetings>(all.clusters);
+  machine.thread.assign(all.threads, {});
   machine.progress = 0;
   machine.additions = 0;
   machine.stalled = false;
   machine.fault.clear();
-  unsigned char* shared = shared_memory(launch.blocks);
-  for (int b = 0; b < launch.blocks; ++b) {
-    Block& block = machine.block[b];
-    block.index = b;
-    block.shared = shared + std::size_t{2} * kShadow * b;
-    std::memset(block.shared, 0xFF, launch.shared);
-    std::memset(block.shared + kShadow, 0, launch.shared);
-    for (Meeting& meeting : block.meetings.parity) meeting.expected = launch.threads;
-    for (int i = 0; i < launch.threads; ++i) {
-      Thread& thread = machine.thread[b * launch.threads + i];
-      thread.index = i;
-      thread.block = &block;
-      thread.warp = &machine.warp[b * warps + i / 32];
-      thread.cluster = &machine.cluster[b / launch.cluster];
-    }
-  }
+  *cuda::stall_memory() = 0;
   for (Meetings& meetings : machine.warp)
     for (Meeting& meeting : meetings.parity) meeting.expected = 32;
-  for (Meetings& meetings : machine.cluster)
-    for (Meeting& meeting : meetings.parity) meeting.expected = launch.threads * launch.cluster;
-
+  unsigned char* shared = shared_memory(all.blocks);
+  Parts placed;
+  for (const Launch& launch : launches) {
+    place(launch, placed, shared);
+    placed.add(launch);
+  }
   run_threads();
   if (machine.fault.empty() && machine.stalled) machine.fault = describe_stall();
-  if (!machine.fault.empty()) status = {719, "cudaErrorLaunchFailure", machine.fault};
+  if (!machine.fault.empty()) status = {719, "cudaErrorLaunchFailure", machine.fault, true};
+}
+
+}  // namespace
+
+void run(const Launch& launch, Status& status) {
+  ++machine.attempts;
+  status = check_configuration(launch.blocks, launch.threads, launch.shared, launch.cluster);
+  if (status.ok() && launch.cluster > 1 && !settings().cluster_launches)
+    status = {701, "cudaErrorLaunchOutOfResources", "takes no launch in clusters"};
+  if (!status.ok()) return;
+  if (settings().deferred)
+    deferred.push_back(launch);
+  else
+    run_together({launch}, status);
+}
+
+void synchronize(Status& status) {
+  while (!deferred.empty() && status.ok()) {
+    std::vector<Launch> first, later;
+    for (const Launch& launch : deferred) {
+      const bool behind = std::any_of(first.begin(), first.end(), [&](const Launch& other) {
+        return other.stream == launch.stream;
+      });
+      (behind ? later : first).push_back(launch);
+    }
+    run_together(first, status);
+    deferred = later;
+  }
+  deferred.clear();
 }
 
 }  // namespace fused_dni::emulation

@@ -6,6 +6,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <set>
+#include <string>
 #include <vector>
 
 #if defined(FUSED_DNI_EMULATED_THREADS)
@@ -26,6 +29,9 @@ struct Settings {
   std::uint64_t seed = 0;         // of the order of fibers; 0: a fixed order
   int resident = 3;               // blocks that the device holds at once, in clusters or not
   bool clusters = true;           // whether it has them
+  bool cluster_launches = true;   // whether it then takes a launch in clusters
+  bool deferred = false;          // launches wait for synchronize, to run beside other streams'
+  bool lost_arrival = false;      // a grid's last block adds nothing to memory
   int shared_limit = 227 * 1024;  // bytes of shared memory a block
 };
 Settings& settings();
@@ -66,8 +72,11 @@ struct Meetings {
   Meeting parity[2];
 };
 
+struct Launch;
+
 struct Block {
   int index = 0;
+  const Launch* launch = nullptr;
   unsigned char* shared = nullptr;
   Meetings meetings;
 };
@@ -80,26 +89,26 @@ struct Thread {
   Meeting* waits = nullptr;
   Thread* next = nullptr;
   bool vote = false, pausing = false, returned = false;
-  void* stack_pointer = nullptr;  // of a fiber that does not run
+  std::uint64_t clock = 0, seen = 0;  // of nanoseconds: the time, and the progress by then
+  void* stack_pointer = nullptr;      // of a fiber that does not run
 };
 
-// One launch at a time.
 struct Launch {
-  void (*call)(const void* kernel, const void* arguments) = nullptr;
-  const void* kernel = nullptr;
-  const void* arguments = nullptr;
+  std::function<void()> kernel;  // with its arguments
   int blocks = 0, threads = 0, shared = 0, cluster = 1;
+  const void* stream = nullptr;
 };
 
 struct Machine {
-  Launch launch;
   std::vector<Block> block;
   std::vector<Meetings> warp, cluster;
   std::vector<Thread> thread;
   std::atomic<std::uint64_t> progress{0};  // grows with whatever may end another thread's wait
   std::atomic<int> additions{0};           // atomic ones to memory, of the last launch
+  std::atomic<int> attempts{0};            // launches that were asked for since the settings
   std::atomic<bool> stalled{false};        // no thread can go on
   std::string fault;                       // what the first thread at fault did
+  std::set<const void*> refused;           // kernels that are launched in clusters no more
 };
 extern Machine machine;
 extern FUSED_DNI_PER_THREAD Thread* current;
@@ -121,8 +130,13 @@ bool meet_block(Collective what, bool vote);
 void meet_cluster();
 void pause();
 
+// A clock for waits that should have an end.
+std::uint64_t nanoseconds();
+
 Status check_configuration(int blocks, int threads, int shared, int cluster);
 void run(const Launch& launch, Status& status);
+// Runs what was deferred: of each stream the first launch, all of them at once, then the second.
+void synchronize(Status& status);
 
 // Of the scheduler.
 void run_threads();

@@ -29,7 +29,7 @@ void count_idle() {
 void run_thread(Thread* thread) {
   current = thread;
   try {
-    machine.launch.call(machine.launch.kernel, machine.launch.arguments);
+    thread->block->launch->kernel();
     thread->returned = true;
     machine.progress.fetch_add(1, std::memory_order_relaxed);
     count_idle();
@@ -66,6 +66,11 @@ void release(Meeting& meeting) {
   idle.fetch_sub(meeting.expected - 1, std::memory_order_relaxed);
   meeting.waiting = nullptr;
   meeting.released.notify_all();
+}
+
+std::uint64_t nanoseconds() {
+  const auto since = Clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
 }
 
 void pause() {

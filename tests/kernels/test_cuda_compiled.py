@@ -53,6 +53,8 @@ class Code(NamedTuple):
     instructions: collections.Counter[str]
     acquires: int  # waits for other blocks
     renewed: int  # of these, those behind which the first-level cache is emptied
+    ahead: int  # loads between a step and its barrier, for the next one
+    awaited: list[str]  # what needs one of them before that barrier
 
 
 def disassembled(architecture: str) -> list[Code]:
@@ -71,6 +73,24 @@ def disassembled(architecture: str) -> list[Code]:
     codes = _disassembled(architecture, str(path))
     kept.write_text(json.dumps({"of": key, "kernels": [code._asdict() for code in codes]}))
     return codes
+
+
+def look_ahead(code: list[str]) -> tuple[int, list[str]]:
+    """How many loads stand in front of a cluster's barrier, behind the block's last one, and what
+    waits for their registers before it (where there are clusters, a step's barrier is one)."""
+    loads, waits = 0, []
+    for at, line in enumerate(code):
+        if "UCGABAR_ARV" not in line:
+            continue
+        first = at
+        while first > 0 and "BAR.SYNC" not in code[first - 1]:
+            first -= 1
+        for i in range(first, at):
+            load = re.match(r"(?:@!?U?P\w+ )?LDG\.\S+ (R\d+),", code[i])
+            if load is not None:
+                loads += 1
+                waits += [used for used in code[i + 1 : at] if re.search(rf"\b{load[1]}\b", used)]
+    return loads, waits
 
 
 def _disassembled(architecture: str, path: str) -> list[Code]:
@@ -99,6 +119,7 @@ def _disassembled(architecture: str, path: str) -> list[Code]:
                 collections.Counter(body),
                 len(waits),
                 sum("CCTL.IVALL" in body[i : i + 4] for i in waits),
+                *look_ahead(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.M)),
             )
         )
     return found
@@ -164,3 +185,27 @@ def test_what_other_blocks_write_is_read_through_the_coherent_cache(
         assert not has(code, r"LDG\..*CONSTANT.*"), code.signature
         assert code.renewed == code.acquires, code.signature
         assert code.acquires > 0, code.signature
+
+
+def test_a_steps_look_ahead_is_not_waited_for_in_front_of_its_barrier(
+    kernels: tuple[str, list[Code]],
+) -> None:
+    """The LSTM asks for what the next step reads before it waits for the grid: to convert it there
+    would be a trip to memory more in each step."""
+    architecture, codes = kernels
+    if architecture == "80":
+        pytest.skip("without clusters a step's barrier is not told from others")
+    loads = {"forward_kernel": 4, "backward_kernel": 8}  # gates; and cells, the gradient at h
+    for code in codes:
+        if code.kernel in loads:
+            assert code.ahead == loads[code.kernel], code.signature
+            assert code.awaited == [], code.signature
+
+
+def test_a_conversion_in_front_of_the_barrier_is_seen() -> None:
+    before = ["LDG.E.U16 R9, desc[UR8][R8.64]", "IMAD.U32 R9, R9, 0x10000, RZ", "BAR.SYNC 0x0"]
+    load = "@P0 LDG.E.U16 R221, desc[UR8][R8.64]"
+    convert = "IMAD.U32 R221, R221, 0x10000, RZ"
+    other = "IMAD.U32 R22, R22, 0x10000, RZ"
+    assert look_ahead([*before, load, other, convert, "UCGABAR_ARV"]) == (1, [convert])
+    assert look_ahead([*before, load, other, "UCGABAR_ARV", convert]) == (1, [])

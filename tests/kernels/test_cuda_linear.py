@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_machine import BACKEND, CUDA, DEVICE, MARKS, emulated, machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
@@ -38,23 +39,14 @@ from strategies import (
 from torch import Tensor
 
 import fused_dni as fd
+from fused_dni.backends.cuda import backend as adapter
+from fused_dni.backends.cuda.calls import TYPES, meeting
 from fused_dni.functional import linear_step_
-from fused_dni.ops import registry
 from fused_dni.ops import types as base
 from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, LinearGradients
 
-_why_not = dict(registry.report())["cuda"]
-if _why_not is not None:
-    pytest.skip(f"cuda {_why_not}", allow_module_level=True)
-
-from fused_dni.backends.cuda import backend as adapter  # noqa: E402
-from fused_dni.backends.cuda.calls import BARRIER_BYTES, TYPES, extension  # noqa: E402
-
-BACKEND = registry.get("cuda")
-CUDA = extension()
-DEVICE = "cpu" if CUDA.emulated else "cuda"
+pytestmark = MARKS
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-emulated = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has its own order and grid")
 TABLE = pairwise(OPTIONS)
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
           "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
@@ -82,8 +74,7 @@ def _as_usual(one_thread: None) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
-    if CUDA.emulated:
-        CUDA.emulate()
+    machine()
 
 
 def results(case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> dict[str, Tensor]:
@@ -100,7 +91,6 @@ def check(
     return got
 
 
-@emulated
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", ORDERED, ids=named)
 def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: None) -> None:
@@ -109,18 +99,17 @@ def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: No
     for run in (run_step, run_parts) if options in BARRED else (run_step,):
         exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
         for resident in (1, 3):
-            CUDA.emulate(seed=0, resident=resident)
+            machine(seed=0, resident=resident)
             compare(results(case, FULL, run), exact, allowed)
-        CUDA.emulate(seed=0, resident=2)
+        machine(seed=0, resident=2)
         once = results(case, FULL, run)
         compare(once, exact, allowed)
         for seed in (1, 2):
-            CUDA.emulate(seed=seed, resident=2)
+            machine(seed=seed, resident=2)
             for name, t in results(case, FULL, run).items():
                 assert torch.equal(t, once[name]), name
 
 
-@emulated
 @settings(max_examples=12)
 @given(
     shape=shapes(least_rows=2),
@@ -138,9 +127,9 @@ def test_any_shape_in_any_order(
 ) -> None:
     run = run_parts if parts else run_step
     case = make_case(shape, row, 1, *FULL)
-    CUDA.emulate(seed=order, resident=resident)
+    machine(seed=order, resident=resident)
     got = check(case, FULL, run)
-    CUDA.emulate(seed=order + 1, resident=resident)
+    machine(seed=order + 1, resident=resident)
     for name, t in results(case, FULL, run).items():
         assert torch.equal(t, got[name]), name
 
@@ -348,13 +337,19 @@ def test_a_bias_before_a_batchs_own_statistics_does_not_move(rows: int) -> None:
 Items = tuple[Any, ...]
 
 
+def _where(room: Tensor) -> tuple[Any, int]:
+    """Room as an op takes it, and the stream."""
+    word, stream = meeting(room.device)
+    return (room.data_ptr(), 4 * room.numel(), word), stream
+
+
 def _recorded(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Any]:
     """The launches of a call: (op, arguments, room), each of which went well."""
     made: list[Any] = []
 
     def launch(op: Any, items: Items, room: Tensor) -> None:
         made.append((op, items, room))
-        op(items, (room.data_ptr(), 4 * room.numel()), 0)
+        op(items, *_where(room))
 
     monkeypatch.setattr(adapter, "launch", launch)
     call()
@@ -439,29 +434,33 @@ def test_a_step_refuses(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ((op, items, room),) = _recorded(monkeypatch, step)
     before = {name: p.detach().clone() for name, p in case.parameters.items()}
     at, to, error, message = REFUSED[what]
-    for given_room in (None, (room.data_ptr(), 4 * room.numel())):
+    where, stream = _where(room)
+    for given_room in (None, where):
         with pytest.raises(error, match=message):
-            op(_changed(items, at, to), given_room, 0)
+            op(_changed(items, at, to), given_room, stream)
     for name, p in case.parameters.items():
         assert torch.equal(p, before[name]), name
 
 
 def test_too_few_too_many_and_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     ((op, items, room),) = _recorded(monkeypatch, _step_case()[1])
-    where, size = room.data_ptr(), 4 * room.numel()
+    (where, size, word), stream = _where(room)
     with pytest.raises(TypeError, match="too few items"):
         op(items[:-1], None, 0)
     with pytest.raises(TypeError, match="too many items"):
         op((*items, None), None, 0)
     needed = op(items, None, 0)
-    assert BARRIER_BYTES < needed <= size
+    assert 0 < needed <= size
     for bad, message in (
-        ((where, needed - 1), rf"got {needed - 1} bytes, takes {needed}"),
-        ((where + 4, size), "multiple of 16"),
-        ((0, size), "other than 0"),
+        ((where, needed - 1, word), rf"got {needed - 1} bytes, takes {needed}"),
+        ((where + 4, size, word), "multiple of 16"),
+        ((0, size, word), "other than 0"),
+        ((where, size, (*word[:2], 2, 1)), r"barrier: got sizes \[2\], takes \[1\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            op(items, bad, 0)
+            op(items, bad, stream)
+    with pytest.raises(TypeError, match="barrier: got None"):
+        op(items, (where, size, None), stream)
 
 
 def test_the_parts_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,7 +567,7 @@ def test_a_step_forgets_shapes_that_do_not_come_back() -> None:
     step: Any = BACKEND.bind_step(case.layer(), case.config, case.synthesizer(), 0.0, rule)
     for rows in (16, 17, 18, 19, 20, 21):
         step(case.inputs["x"][:rows], None, float(rows), False, False)
-    assert [key[0] for key in step.rooms] == [18, 19, 20, 21]
+    assert [rows for _, rows, _ in step.rooms] == [18, 19, 20, 21]
     moved = []
     for scale in (21.0, 42.0):
         before = [p.detach().clone() for p in slots(case.layer()) if p is not None]
@@ -653,12 +652,16 @@ def test_gpu_low_precision(dtype: torch.dtype, shape: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("shape", LARGE)
-def test_gpu_same_input_same_bits(shape: str) -> None:
+@pytest.mark.parametrize("run", [run_step, run_parts])
+def test_gpu_same_input_same_bits(run: Run, shape: str) -> None:
+    """Twenty times on each of several grids."""
     case = make_case(LARGE[shape], {**TRAINED, "max_norm": 0.05}, 4, *FULL)
-    once = results(case, FULL, run_step)
-    for _ in range(20):
-        for name, t in results(case, FULL, run_step).items():
-            assert torch.equal(t, once[name]), name
+    for resident in (0, 100, 64, 17, 3):
+        machine(resident=resident)
+        once = check(case, FULL, run)
+        for _ in range(20):
+            for name, t in results(case, FULL, run).items():
+                assert torch.equal(t, once[name]), name
 
 
 @gpu

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_machine import BACKEND, CUDA, DEVICE, MARKS, emulated, machine
 from strategies import (
     REFERENCE,
     LSTMCase,
@@ -30,19 +31,11 @@ from strategies import (
 from torch import Tensor
 
 import fused_dni as fd
-from fused_dni.ops import registry
+from fused_dni.backends.cuda import lstm as adapter
+from fused_dni.backends.cuda.calls import described, stream
 from fused_dni.ops.types import Backend, LSTMLayer, LSTMRows
 
-_why_not = dict(registry.report())["cuda"]
-if _why_not is not None:
-    pytest.skip(f"cuda {_why_not}", allow_module_level=True)
-
-from fused_dni.backends.cuda.calls import described, extension, stream  # noqa: E402
-
-BACKEND = registry.get("cuda")
-CUDA = extension()
-DEVICE = "cpu" if CUDA.emulated else "cuda"
-emulated = pytest.mark.skipif(not CUDA.emulated, reason="a GPU has its own order and grid")
+pytestmark = MARKS
 PLAIN: dict[str, Any] = {
     "rule": "adamw",
     "bias": True,
@@ -85,17 +78,13 @@ def _one_thread(one_thread: None) -> None:
 def _as_it_was() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
-    if CUDA.emulated:
-        CUDA.emulate()
+    machine()
 
 
 def run_steps(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
-    """A window forwards and backwards, on the backend's device."""
-    device = DEVICE if backend is BACKEND else "cpu"
-    given = {name: t.to(device) for name, t in case.inputs.items()}
-    case.parameters = {name: p.to(device) for name, p in case.parameters.items()}
-    layers, x, lengths = case.stack(), given["x"], given.get("lengths")
-    masks = tuple(given[name] for name in given if name.startswith("dropout"))
+    """A window forwards and backwards."""
+    given, layers, masks = case.inputs, case.stack(), case.dropout()
+    x, lengths = given["x"], given.get("lengths")
     trace = backend.lstm_forward(x, given["h"], given["c"], layers, lengths, masks, True)
     made = backend.lstm_backward(
         given["grad_output"], given["grad_h"], given["grad_c"], x, layers, lengths, masks, trace,
@@ -106,13 +95,19 @@ def run_steps(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
     out |= {"delta": made.delta, "dx": made.x}
     for k, layer in enumerate(made.layers):
         out |= {f"{name}_{k}": t for name, t in layer._asdict().items() if t is not None}
-    return {name: t.cpu() for name, t in out.items()}
+    return out
 
 
 def run_closing(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
     """Gradients at a window's entrance, of the whole closing."""
     out = run_close(backend, case)
     return {name: t for name, t in out.items() if name in ("dh", "dc", "dx") or "weight" in name}
+
+
+def gradients_of_a_cell(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
+    """Without the updates: Adam's steps do not shrink with the gradients' errors."""
+    out = run_cell(backend, case)
+    return {name: t for name, t in out.items() if name.startswith("0.")}
 
 
 def check(case: LSTMCase, run: Run, products: str) -> None:
@@ -122,7 +117,7 @@ def check(case: LSTMCase, run: Run, products: str) -> None:
     torch.set_float32_matmul_precision(precision)
     rounded = case.to(dtype, torch.float32).to(torch.float64, torch.float64)
     exact, allowed = tolerances(run, rounded, eps)
-    compare(run(BACKEND, rounded.to(dtype, torch.float32)), exact, allowed)
+    compare(run(BACKEND, rounded.to(dtype, torch.float32).on(DEVICE)), exact, allowed)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -135,7 +130,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 # Order, grid, weights
 
 
-@emulated
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("run", [run_steps, run_closing])
 def test_same_bits_in_any_order_and_grid(products: str, run: Run, poisoned: None) -> None:
@@ -150,31 +144,29 @@ def test_same_bits_in_any_order_and_grid(products: str, run: Run, poisoned: None
         case = make_lstm(shape, PLAIN, 1)
     results = []
     for seed, resident in ((0, 3), (1, 3), (2, 1), (3, 2), (4, 7), (5, 7)):
-        CUDA.emulate(seed=seed, resident=resident, clusters=seed % 2 == 0)
-        results.append(run(BACKEND, case.to(dtype, torch.float32)))
+        machine(seed=seed, resident=resident, clusters=seed % 2 == 0)
+        results.append(run(BACKEND, case.to(dtype, torch.float32).on(DEVICE)))
     for result in results[1:]:
         same(results[0], result)
 
 
-@emulated
 @pytest.mark.parametrize("products", ["tf32", "bfloat16"])
 def test_more_depth_than_one_trip_of_all_warps(products: str) -> None:
     """Where a warp holds more than one tile of the weights, on chip or streamed."""
     case = make_lstm((2, 17, 9, 264, 1), {**PLAIN, "lengths": False}, 2)
-    CUDA.emulate(resident=33)
+    machine(resident=33)
     check(case, run_steps, products)
     dtype = PRODUCTS[products][0]
-    kept = run_steps(BACKEND, case.to(dtype, torch.float32))
-    CUDA.emulate(resident=2)
-    same(kept, run_steps(BACKEND, case.to(dtype, torch.float32)))
+    kept = run_steps(BACKEND, case.to(dtype, torch.float32).on(DEVICE))
+    machine(resident=2)
+    same(kept, run_steps(BACKEND, case.to(dtype, torch.float32).on(DEVICE)))
 
 
-@emulated
 @pytest.mark.parametrize("resident", [1, 3, 5])
 @pytest.mark.parametrize("run", [run_window, run_cell, run_close])
 def test_grids(run: Run, resident: int, poisoned: None) -> None:
     """More rows and units than a block takes at a time, none of them a multiple of anything."""
-    CUDA.emulate(seed=resident, resident=resident)
+    machine(seed=resident, resident=resident)
     shape = (1 if run is run_cell else 2, 69, 67, 35, 1 if run is run_cell else 2)
     if run is run_close:
         case = make_closing(shape, {**CLOSING, "kind": "dense"}, 3)
@@ -194,6 +186,42 @@ def test_bare_barriers(count: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The input's product, a launch before
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_an_input_that_was_multiplied_before(
+    products: str, depth: int, bias: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """The kernel takes it as it takes its own: also of rows that have ended, in the cell too."""
+    monkeypatch.setattr(adapter, "_LARGE", 0)
+    case = make_lstm((3, 17, 5, 24, depth), {**PLAIN, "bias": bias, "dropout": depth > 1}, 5)
+    check(case, run_steps, products)
+    if depth == 1:
+        cell = make_lstm((1, 9, 5, 16, 1), {**PLAIN, "bias": bias, "lengths": False}, 6)
+        check(cell, gradients_of_a_cell, products)
+
+
+@pytest.mark.parametrize(("rows", "before"), [(127, False), (128, True)])
+def test_a_large_input_is_multiplied_before(
+    rows: int, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small one, in the one launch."""
+    monkeypatch.setattr(adapter, "_LARGE", 128 * 16 * 4 * 8)
+    made: list[Tensor] = []
+    monkeypatch.setattr(adapter, "_project", lambda x, layer, out: made.append(out.zero_()))
+    x, state = torch.randn(rows, 1, 16, device=DEVICE), torch.zeros(1, 1, 8, device=DEVICE)
+    layer = LSTMLayer(*[torch.randn(32, n, device=DEVICE) for n in (16, 8)], None, None)
+    trace = BACKEND.lstm_forward(x, state, state, (layer,), None, (), True)
+    assert len(made) == before
+    # With nothing but zeros in its place the first step's gates are those of zero.
+    assert trace.cells is not None
+    assert bool((trace.cells[0, 1] == 0).all()) == before
+
+
+# ---------------------------------------------------------------------------------------------
 # Low precision
 
 
@@ -205,25 +233,18 @@ def test_low_precision(
     check(make_lstm(shape, PLAIN, 5), run_steps, products)
 
 
-@emulated
 @pytest.mark.parametrize("kind", ["dense", "lowrank", "diagonal"])
 @pytest.mark.parametrize("products", ["bfloat16", "float16"])
 def test_a_boundary_in_low_precision(products: str, kind: str, poisoned: None) -> None:
     check(make_closing((2, 9, 5, 16, 2), {**CLOSING, "kind": kind}, 6), run_closing, products)
 
 
-@emulated
 @pytest.mark.parametrize("products", ["tf32", "bfloat16", "float16"])
 def test_a_cell_in_low_precision(products: str, poisoned: None) -> None:
-    def gradients(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
-        # Adam's steps do not shrink with the gradients' errors.
-        out = run_cell(backend, case)
-        return {name: t for name, t in out.items() if name.startswith("0.")}
-
-    check(make_lstm((1, 9, 5, 16, 1), {**PLAIN, "lengths": False}, 6), gradients, products)
+    case = make_lstm((1, 9, 5, 16, 1), {**PLAIN, "lengths": False}, 6)
+    check(case, gradients_of_a_cell, products)
 
 
-@emulated
 @pytest.mark.parametrize("products", ["bfloat16", "float16"])
 def test_an_update_in_low_precision(products: str) -> None:
     """Of the masters, by rows in low precision."""
@@ -240,10 +261,8 @@ def test_an_update_in_low_precision(products: str) -> None:
 def test_small_gradients_survive_float16() -> None:
     """Gradients far below float16's smallest number go from step to step, and layer to layer."""
     case = make_lstm((3, 4, 5, 9, 2), {**PLAIN, "arriving": "h", "lengths": False}, 6)
-    case = case.to(torch.float16, torch.float32)
-    given = {name: t.to(DEVICE) for name, t in case.inputs.items()}
-    case.parameters = {name: p.to(DEVICE) for name, p in case.parameters.items()}
-    layers = case.stack()
+    case = case.to(torch.float16, torch.float32).on(DEVICE)
+    given, layers = case.inputs, case.stack()
     trace = BACKEND.lstm_forward(given["x"], given["h"], given["c"], layers, None, (), True)
     tiny = torch.zeros(trace.h.shape, dtype=torch.float16, device=DEVICE)
     tiny[1] = 2.0**-24
@@ -272,11 +291,10 @@ def _rows(case: LSTMCase) -> LSTMRows:
     return LSTMRows(*[t.to(case.inputs["x"].dtype) for t in rows])
 
 
-@emulated
 @pytest.mark.parametrize("where", ["input", "hidden", "delta", "sum"])
 def test_a_failure_in_one_tile_stops_all(where: str) -> None:
     """The element that is not finite is one block's, the update is nobody's."""
-    case = make_lstm((1, 19, 70, 35, 1), {**PLAIN, "lengths": False}, 4, torch.float32)
+    case = make_lstm((1, 19, 70, 35, 1), {**PLAIN, "lengths": False}, 4, torch.float32).on(DEVICE)
     state = bind_lstm(case)
     rows, tensors = _rows(case), state.tensors(case.slots())
     bad = {name: t.clone() for name, t in rows._asdict().items()}
@@ -286,7 +304,7 @@ def test_a_failure_in_one_tile_stops_all(where: str) -> None:
         bad[where][-1, -1] = torch.nan
     before = [t.detach().clone() for t in case.slots() if t is not None]
     for seed in range(3):
-        CUDA.emulate(seed=seed)
+        machine(seed=seed)
         BACKEND.lstm_update_((LSTMRows(**bad),), case.stack(), tensors)
         for p, old in zip((t for t in case.slots() if t is not None), before, strict=True):
             assert torch.equal(p, old)
@@ -375,12 +393,11 @@ def _calls(case: LSTMCase) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@emulated
 @pytest.mark.parametrize("op", ["lstm_forward", "lstm_backward", "lstm_update"])
 def test_what_a_tensor_must_be_like(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of every op: another type, another size, other strides, no or a crooked
     address. Nothing is launched: all of the arguments' memory is gone by then."""
-    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32)
+    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32).on(DEVICE)
     arguments = _caught(monkeypatch, op, _calls(case)[op])
     paths = dict(_paths(arguments))
     assert len(paths) > 15
@@ -407,7 +424,6 @@ def test_what_a_tensor_must_be_like(op: str, monkeypatch: pytest.MonkeyPatch) ->
             call(wrong)
 
 
-@emulated
 @pytest.mark.parametrize(
     ("op", "at", "by", "message"),
     [
@@ -422,24 +438,22 @@ def test_what_a_tensor_must_be_like(op: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_numbers_out_of_range(
     op: str, at: int, by: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32)
+    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32).on(DEVICE)
     arguments = _caught(monkeypatch, op, _calls(case)[op])
     with pytest.raises(ValueError, match=message):
         getattr(CUDA, op)(_replaced(arguments, (at,), by))
 
 
-@emulated
 def test_more_rows_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32)
+    case = make_lstm((3, 4, 5, 6, 2), PLAIN, 0, torch.float32).on(DEVICE)
     arguments = _caught(monkeypatch, "lstm_forward", _calls(case)["lstm_forward"])
     with pytest.raises(ValueError, match="steps and batch: got 4194304 and 257, takes a product"):
         CUDA.lstm_forward((2**22, 257, *arguments[2:]))
 
 
-@emulated
 @pytest.mark.parametrize("moment", ["first", "second"])
 def test_a_rule_lacks_a_moment(moment: str) -> None:
-    case = make_lstm((1, 4, 5, 6, 1), {**PLAIN, "lengths": False}, 0, torch.float32)
+    case = make_lstm((1, 4, 5, 6, 1), {**PLAIN, "lengths": False}, 0, torch.float32).on(DEVICE)
     state = bind_lstm(case)
     rows, tensors = _rows(case), state.tensors(case.slots())
     first, second = ((t[0], None, *t[2:]) for t in (tensors.first, tensors.second))
@@ -454,3 +468,59 @@ def test_more_layers_than_a_launch_takes() -> None:
     module = fd.FusedDNILSTM(2, 2, 17, backend="cuda", device=DEVICE)
     with pytest.raises(ValueError, match="layers: got 17, takes 1 to 16"):
         module(torch.zeros(1, 1, 2, device=DEVICE))
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+
+# Recurrent weights on chip, in clusters and in a grid of many blocks, and streamed.
+LARGE = {
+    "clusters": (6, 48, 40, 128, 2),
+    "a slice a block": (6, 80, 40, 512, 2),
+    "streamed": (3, 33, 40, 1104, 1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("run", [run_steps, run_closing])
+def test_gpu_same_input_same_bits(run: Run, products: str, shape: str) -> None:
+    """Twenty times on each of several grids."""
+    dtype, precision, _ = PRODUCTS[products]
+    torch.set_float32_matmul_precision(precision)
+    if run is run_closing:
+        case = make_closing(LARGE[shape], {**CLOSING, "kind": "lowrank"}, 1)
+    else:
+        case = make_lstm(LARGE[shape], PLAIN, 1)
+    case = case.to(dtype, torch.float32).on(DEVICE)
+    once = run(BACKEND, case)
+    for resident in (0, 100, 64, 17, 5):
+        machine(resident=resident, clusters=resident != 64)
+        for _ in range(20):
+            same(once, run(BACKEND, case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_gpu_large_windows(products: str, shape: str) -> None:
+    check(make_lstm(LARGE[shape], PLAIN, 2), run_steps, products)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_and_streams() -> None:
+    """Replayed windows are windows, also beside others on a second stream."""
+    case = make_lstm(LARGE["a slice a block"], PLAIN, 3).to(torch.float32, torch.float32).on(DEVICE)
+    once = run_steps(BACKEND, case)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_steps(BACKEND, case)
+    torch.cuda.synchronize()
+    for _ in range(5):
+        with torch.cuda.stream(side):
+            graph.replay()
+        beside = run_steps(BACKEND, case)
+        torch.cuda.synchronize()
+        same(once, captured)
+        same(once, beside)

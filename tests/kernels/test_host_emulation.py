@@ -40,7 +40,8 @@ def _compile(sources: list[Path], flags: list[str], to: Path) -> subprocess.Comp
 def _program(scheduler: str) -> list[str]:
     """The command that runs planted.cpp, built if its sources changed."""
     flags = SCHEDULERS[scheduler]
-    headers = [EMULATION / "device.hpp", EMULATION / "machine.hpp", ROOT / "csrc/cuda/device.cuh"]
+    headers = [EMULATION / "device.hpp", EMULATION / "machine.hpp", ROOT / "csrc/cuda/device.cuh",
+               ROOT / "csrc/cuda/barrier.hpp"]  # fmt: skip
     key = hashlib.sha256(os.environ.get("CXX", "").encode() + repr([FLAGS, flags]).encode())
     for path in [*SOURCES, *headers, ROOT / "csrc/cuda/status.hpp"]:
         key.update(path.read_bytes())

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    BACKENDS,
     CLOSE_OPTIONS,
     LSTM_OPTIONS,
     REFERENCE,
@@ -25,6 +26,7 @@ from strategies import (
     Run,
     bind_lstm,
     compare,
+    device_of,
     is_slow,
     lstm_rows,
     lstm_shapes,
@@ -80,7 +82,7 @@ def _why_absent(name: str) -> str | None:
     return dict(registry.report())[name]
 
 
-@pytest.fixture(params=registry.names())
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each registered backend, on one thread unless a test says otherwise."""
     reason = _why_absent(request.param)
@@ -105,7 +107,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def serve(backend: Backend, dtype: str) -> torch.dtype:
     served = SERVED[dtype]
-    reason = backend.why_not(torch.zeros(1, 1, dtype=served), torch.zeros(1, 1, dtype=served))
+    one = torch.zeros(1, 1, dtype=served, device=device_of(backend))
+    reason = backend.why_not(one, one)
     if reason is not None:
         pytest.skip(f"{backend.name} {reason}")
     return served
@@ -120,7 +123,7 @@ def check(backend: Backend, case: LSTMCase, run: Run) -> None:
     """One op's results against the reference's; inputs and frozen parameters stay as they were."""
     dtype = case.inputs["x"].dtype
     exact, allowed = tolerances(run, case, torch.finfo(dtype).eps)
-    fresh = case.to(dtype, dtype)
+    fresh = case.to(dtype, dtype).on(device_of(backend))
     versions = {k: t._version for k, t in fresh.inputs.items()}
     got = run(backend, fresh)
     for name, t in got.items():
@@ -128,11 +131,11 @@ def check(backend: Backend, case: LSTMCase, run: Run) -> None:
         assert t.dtype == wanted, name
     compare(got, exact, allowed)
     for name, t in fresh.inputs.items():
-        assert torch.equal(t.nan_to_num(), case.inputs[name].nan_to_num()), name
+        assert torch.equal(t.cpu().nan_to_num(), case.inputs[name].nan_to_num()), name
         assert t._version == versions[name], name
     for name in case.frozen:
         if name in fresh.parameters:
-            assert torch.equal(fresh.parameters[name], case.parameters[name]), name
+            assert torch.equal(fresh.parameters[name].cpu(), case.parameters[name]), name
 
 
 @pytest.mark.parametrize("dtype", SERVED)
@@ -240,7 +243,7 @@ def test_the_tolerance_catches_wrong_ends(what: str) -> None:
 def test_a_lesson_that_is_not_finite_is_not_counted(backend: Backend, kind: str) -> None:
     options = {name: values[0] for name, values in CLOSE_OPTIONS.items()}
     case = make_closing((4, 7, 9, 13, 2), {**options, "kind": kind, "lengths": False}, 7,
-                        serve(backend, "float32"))  # fmt: skip
+                        serve(backend, "float32")).on(device_of(backend))  # fmt: skip
     assert run_close(backend, case)["statistics"].all()
     case.inputs["grad_output"][-1, -1, -1] = torch.inf
     assert not run_close(backend, case)["statistics"].any()
@@ -298,10 +301,10 @@ def test_strided_inputs(backend: Backend, run: Run) -> None:
     case.inputs["grad_output"] = torch.ones_like(case.inputs["grad_output"])
     case.inputs["grad_h"] = torch.ones_like(case.inputs["grad_h"])
     exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
-    strided = case.to(torch.float32, torch.float32)
+    strided = case.to(torch.float32, torch.float32).on(device_of(backend))
     for name, t in strided.inputs.items():
         if name in ("grad_output", "grad_h"):
-            strided.inputs[name] = torch.ones(()).expand_as(t)
+            strided.inputs[name] = t.new_ones(()).expand_as(t)
         else:  # every second element of the transposed, NaN between
             wide = t.new_full((t.shape[1], t.shape[0], 2 * t.shape[2]), torch.nan)
             wide[:, :, ::2] = t.transpose(0, 1)
@@ -318,7 +321,7 @@ def test_same_input_same_bits(backend: Backend, run: Run, dtype: str, threads: i
     # The reference's bits are torch's affair.
     for row in TABLE[:4] if backend.name == "cpu" else TABLE[:1]:
         shape = (2 if is_slow(backend) else 6, 33, 48, 67, 2)
-        case = make_lstm(shape_for(run, shape), row, 6, served)
+        case = make_lstm(shape_for(run, shape), row, 6, served).on(device_of(backend))
         once, twice = run(backend, case.to(served, served)), run(backend, case.to(served, served))
         for name, t in once.items():
             assert torch.equal(t, twice[name]), name
@@ -339,7 +342,7 @@ def window(backend: Backend, case: LSTMCase) -> tuple[LSTMTrace, LSTMGradients]:
 
 def test_results_share_no_memory(backend: Backend) -> None:
     """With the inputs neither: a one-step window too must not hand its state through."""
-    case = make_lstm((1, 5, 7, 9, 1), PLAIN, 0, serve(backend, "float32"))
+    case = make_lstm((1, 5, 7, 9, 1), PLAIN, 0, serve(backend, "float32")).on(device_of(backend))
     trace, made = window(backend, case)
     layer = made.layers[0]
     parts = [*trace, made.delta, made.h, made.c, made.x, layer.weight_ih, layer.weight_hh,
@@ -349,7 +352,7 @@ def test_results_share_no_memory(backend: Backend) -> None:
 
 
 def test_what_is_not_asked_for_is_not_made(backend: Backend) -> None:
-    case = make_lstm((4, 5, 7, 9, 2), PLAIN, 0, serve(backend, "float32"))
+    case = make_lstm((4, 5, 7, 9, 2), PLAIN, 0, serve(backend, "float32")).on(device_of(backend))
     given, layers = case.inputs, case.stack()
     trace, made = window(backend, case)
     less = backend.lstm_backward(
@@ -372,7 +375,7 @@ def test_what_is_not_asked_for_is_not_made(backend: Backend) -> None:
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adamw"])
 def test_every_mutated_tensor_moves_its_version(backend: Backend, rule: str) -> None:
     case = make_lstm((4, 5, 7, 9, 2), {**PLAIN, "rule": rule, "frozen": "weight_hh_l0"}, 0,
-                     serve(backend, "float32"))  # fmt: skip
+                     serve(backend, "float32")).on(device_of(backend))  # fmt: skip
     state = bind_lstm(case)
     tensors = state.tensors(case.slots())
     trace, made = window(backend, case)
@@ -404,7 +407,9 @@ def test_what_is_not_finite_is_counted_and_skipped(
     set_threads(backend, threads)
     if is_slow(backend) and (rule == "sgd") != (layer == 0):
         pytest.skip("one rule a layer is enough for a slow backend")
-    case = make_lstm((1, 9, 40, 33, 2), {**PLAIN, "rule": rule}, 0, serve(backend, "float32"))
+    case = make_lstm((1, 9, 40, 33, 2), {**PLAIN, "rule": rule}, 0, serve(backend, "float32")).on(
+        device_of(backend)
+    )
     state = bind_lstm(case)
     tensors = state.tensors(case.slots())
     trace, made = window(backend, case)
@@ -428,7 +433,9 @@ def test_what_is_not_finite_is_counted_and_skipped(
 
 def test_large_but_finite_gradients_are_applied(backend: Backend) -> None:
     """The cheap bound on the products is too weak here; the products themselves are finite."""
-    case = make_lstm((2, 9, 5, 33, 1), {**PLAIN, "rule": "sgd"}, 0, serve(backend, "float32"))
+    case = make_lstm((2, 9, 5, 33, 1), {**PLAIN, "rule": "sgd"}, 0, serve(backend, "float32")).on(
+        device_of(backend)
+    )
     state = bind_lstm(case)
     trace, made = window(backend, case)
     (rows,) = lstm_rows(case, trace.hidden, made.delta, case.alive())
@@ -441,7 +448,7 @@ def test_large_but_finite_gradients_are_applied(backend: Backend) -> None:
 
 def test_frozen_parameters_need_no_finite_gradient(backend: Backend) -> None:
     case = make_lstm((2, 9, 5, 33, 1), {**PLAIN, "frozen": "weight_ih_l0"}, 0,
-                     serve(backend, "float32"))  # fmt: skip
+                     serve(backend, "float32")).on(device_of(backend))  # fmt: skip
     state = bind_lstm(case)
     trace, made = window(backend, case)
     (rows,) = lstm_rows(case, trace.hidden, made.delta, case.alive())

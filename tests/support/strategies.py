@@ -42,6 +42,7 @@ import fused_dni.backends.reference.linear as reference_linear
 import fused_dni.backends.reference.lstm as reference_lstm
 import fused_dni.backends.reference.synthesizer as reference_synthesizer
 from fused_dni.backends.reference import ReferenceBackend
+from fused_dni.ops import registry
 from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
@@ -449,6 +450,14 @@ class LSTMCase:
             parameters={k: t.detach().to(parameter, copy=True) for k, t in self.parameters.items()},
         )
 
+    def on(self, device: str) -> LSTMCase:
+        """A copy on that device."""
+        return replace(
+            self,
+            inputs={k: t.to(device, copy=True) for k, t in self.inputs.items()},
+            parameters={k: t.to(device, copy=True) for k, t in self.parameters.items()},
+        )
+
     def stack(self) -> tuple[LSTMLayer, ...]:
         p = self.parameters
         return tuple(
@@ -465,8 +474,9 @@ class LSTMCase:
     def alive(self) -> Tensor:
         """Whether a step is one of its row's own, [T, B]."""
         steps, batch = self.inputs["x"].shape[:2]
-        lengths = self.inputs.get("lengths", torch.full((batch,), steps))
-        return torch.arange(steps)[:, None] < lengths
+        device = self.inputs["x"].device
+        lengths = self.inputs.get("lengths", torch.full((batch,), steps, device=device))
+        return torch.arange(steps, device=device)[:, None] < lengths
 
 
 def make_lstm(
@@ -678,6 +688,21 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
 
 Run = Callable[[Backend, Any], dict[str, Tensor]]
 
+# Every backend; of those that serve GPUs, tests need one where there is one.
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.gpu if name in ("cuda", "triton") and torch.cuda.is_available() else (),
+    )
+    for name in registry.names()
+]
+
+
+def device_of(backend: Backend) -> str:
+    """Where the backend is tested: on a CPU if it serves it, emulated or interpreted too."""
+    one = torch.zeros(1, 1)
+    return "cpu" if backend.why_not(one, one) is None else "cuda"
+
 
 def set_threads(backend: Backend, threads: int) -> None:
     """Only the C++ kernels have threads of their own."""
@@ -690,7 +715,7 @@ def is_slow(backend: Backend) -> bool:
     """Whether kernels are interpreted, a thousand times slower than others: such a backend gets
     shorter windows and a part of the examples (test_triton_linear.py and test_triton_lstm.py have
     more)."""
-    return backend.name == "triton"
+    return backend.name == "triton" and device_of(backend) == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -851,6 +876,7 @@ def compare(got: dict[str, Tensor], exact: dict[str, Tensor], allowed: dict[str,
     assert got.keys() == exact.keys(), got.keys() ^ exact.keys()
     for name, t in got.items():
         assert t.shape == exact[name].shape, name
+        t = t.cpu()
         error = (t.double() - exact[name]).abs()
         excess = torch.where(torch.isfinite(error), error - allowed[name], torch.inf)
         worst = int(excess.argmax())

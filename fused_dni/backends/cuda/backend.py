@@ -32,11 +32,14 @@ from fused_dni.backends.common.tensors import (
 )
 from fused_dni.backends.cuda.calls import (
     TYPES,
+    capturing,
+    current,
     described,
     extension,
     ieee,
     launch,
     unbuilt,
+    words,
     workspace,
 )
 from fused_dni.backends.cuda.lstm import CudaLSTM
@@ -255,8 +258,8 @@ class CudaBackend(CudaLSTM):
         increment_version([statistics, *updated(parameters, rule)])
 
 
-# Shapes of batches whose workspace a bound step keeps: a whole one, the last one of an epoch, and
-# some more.
+# Streams and shapes of batches whose workspace a bound step keeps: a whole one, the last one of an
+# epoch, and some more.
 _ROOMS = 4
 
 
@@ -280,10 +283,10 @@ class _Step:
         self.fixed = (
             _config(layer, config, True), _all(layer), _rule(rule), _synthesizer(synthesizer),
         )  # fmt: skip
-        # The last few shapes of batches that came, and those that a CUDA graph has captured: its
-        # replays go on writing to their workspace.
-        self.rooms: dict[Any, Tensor] = {}
-        self.captured: dict[Any, Tensor] = {}
+        # The last few that came. One is made and used on its stream alone, to which it also goes
+        # back. A graph has its own, in its own memory.
+        self.rooms: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        words(layer.weight.device).prepare()
 
     def __call__(
         self,
@@ -312,17 +315,16 @@ class _Step:
             )  # fmt: skip
 
         op = extension().linear_step
-        key = (x.shape[0], x.dtype)
-        room = self.captured.get(key)
-        if room is None:
-            room = self.rooms.get(key)
+        captured = capturing(x.device)
+        key = (current(x.device), x.shape[0], x.dtype)
+        room = None if captured else self.rooms.get(key)
         if room is None:
             # With room for what the caller does not want to have.
-            room = self.rooms[key] = workspace(op, items(None, None), x)
+            room = workspace(op, items(None, None), x)
+            if not captured:
+                self.rooms[key] = room
             if len(self.rooms) > _ROOMS:
                 del self.rooms[next(iter(self.rooms))]
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.captured[key] = room
         launch(op, items(prediction, saved), room)
         increment_version(self.written)
         return Step(h, prediction, dx, saved)

@@ -28,8 +28,9 @@ TYPES = {
     torch.bool: 6,
     torch.uint8: 7,
 }
-# Of a workspace, the first bytes: the grid's barrier, to be zero before its first use.
-BARRIER_BYTES = 128
+# How long blocks wait for each other, in nanoseconds, until a launch is stopped.
+SPIN_BOUND = "FUSED_DNI_SPIN_BOUND"
+_SECOND = 1_000_000_000
 
 
 @functools.cache
@@ -39,7 +40,28 @@ def extension() -> Any:
 
     Raises:
         ImportError: it was not built.
+        ValueError: the environment variable FUSED_DNI_SPIN_BOUND is no number of nanoseconds.
     """
+    module = _load()
+    module.spin_bound(spin_bound())
+    return module
+
+
+def spin_bound() -> int:
+    """How many nanoseconds a block waits for others at the most, 0 for ever.
+
+    Raises:
+        ValueError: the environment variable says something else.
+    """
+    text = os.environ.get(SPIN_BOUND, "").strip() or str(_SECOND)
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        raise ValueError(
+            f"{SPIN_BOUND}: got {text!r}, takes nanoseconds from 0 (no bound) to 2**63 - 1"
+        )
+    return int(text)
+
+
+def _load() -> Any:
     path = os.environ.get("FUSED_DNI_CUDA_EMULATION")
     if not path:
         try:
@@ -74,15 +96,19 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def current(device: torch.device) -> int:
+    """The address of its current stream, 0 in the emulation."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def stream(device: torch.device) -> int:
-    """The address of its current stream, 0 in the emulation.
+    """As :func:`current`, to launch there, the device being the current one (see :func:`on`).
 
     The extension has a CUDA runtime of its own: it launches on this device from here on.
     """
-    if device.type != "cuda":
-        return 0
-    extension().use_device(device.index)
-    return torch.cuda.current_stream(device).cuda_stream
+    if device.type == "cuda":
+        extension().use_device(device.index)
+    return current(device)
 
 
 def unbuilt(capability: tuple[int, int]) -> str | None:
@@ -98,15 +124,83 @@ def unbuilt(capability: tuple[int, int]) -> str | None:
     return ", ".join(names)
 
 
-Op = Callable[[tuple[Any, ...], tuple[int, int] | None, int], int]
+# ---------------------------------------------------------------------------------------------
+# Barrier words
+
+_SPARE = 256  # words that a device has ready for captures
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on its current stream go into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with on(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class Words:
+    """The words of one device at which the blocks of a launch meet, each 128 bytes from the next.
+
+    A word is zero before its first use and in order behind every launch, so that launches that
+    follow each other may share one: those of a stream do. A graph is replayed on any stream, beside
+    anything: each launch that it captures has a word that no other launch ever has. Those are
+    zeroed ahead, outside of captures; should there be none left, the graph zeroes its own with
+    every replay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.spare: list[Tensor] = []
+        self.kept: list[Tensor] = []  # nobody knows how long a graph lives
+
+    def word(self, stream: int) -> Tensor:
+        """A word for the next launch on this stream, the device's current one."""
+        if capturing(self.device):
+            try:
+                return self.spare.pop()
+            except IndexError:
+                return torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.prepare()
+        word = self.of_stream.get(stream)
+        if word is None:
+            made = torch.zeros(1, 32, dtype=torch.int32, device=self.device)
+            word = self.of_stream.setdefault(stream, made[0, :1])
+        return word
+
+    def prepare(self) -> None:
+        """Have words ready for captures; does nothing during one."""
+        if len(self.spare) >= _SPARE // 2 or capturing(self.device):
+            return
+        made = torch.zeros(_SPARE, 32, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":  # whatever stream comes to use them
+            torch.cuda.current_stream(self.device).synchronize()
+        self.kept.append(made)
+        self.spare += [row[:1] for row in made]
+
+
+@functools.cache
+def words(device: torch.device) -> Words:
+    """Those of a device with an index, or of the CPU."""
+    return Words(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Launches
+
+Room = tuple[int, int, tuple[int, ...] | None]
+Op = Callable[[tuple[Any, ...], Room | None, int], int]
 
 
 def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:
-    """Room for an op with these arguments, on that tensor's device, its barrier zeroed."""
-    words = op(items, None, 0) // 4
-    room: Tensor = like.new_empty(words, dtype=torch.float32)
-    room[: BARRIER_BYTES // 4].zero_()
-    return room
+    """Room for an op with these arguments, on that tensor's device, for its current stream."""
+    return like.new_empty(op(items, None, 0) // 4, dtype=torch.float32)
+
+
+def meeting(device: torch.device) -> tuple[tuple[int, ...] | None, int]:
+    """The word at which the next launch's blocks meet, described, and the stream that it is on."""
+    on_stream = stream(device)
+    return described(words(device).word(on_stream)), on_stream
 
 
 def launch(op: Op, items: tuple[Any, ...], room: Tensor) -> None:
@@ -117,4 +211,5 @@ def launch(op: Op, items: tuple[Any, ...], room: Tensor) -> None:
     """
     device = room.device
     with on(device):
-        op(items, (room.data_ptr(), 4 * room.numel()), stream(device))
+        word, on_stream = meeting(device)
+        op(items, (room.data_ptr(), 4 * room.numel(), word), on_stream)

@@ -1,8 +1,9 @@
 """The LSTM of the CUDA backend: ``csrc/cuda/lstm_*.cu``, a launch an op.
 
 A window's steps, the products around them, the prediction at its end and the weights' gradients run
-in one cooperative launch, a cell's step in the same kernels as a window of one. The update is a
-launch of its own: a layer that is used twice in a backward is updated once.
+in one cooperative launch, a cell's step in the same kernels as a window of one. Of a long window
+the input's product is torch's, a launch before: large products are not what these kernels are good
+at. The update is a launch of its own: a layer that is used twice in a backward is updated once.
 
 Everything but parameters, which are float32, is of x's dtype; kernels compute in float32. Where x
 is float16 the gates' gradients are float32 inside and rounded when they are handed out. Nothing
@@ -21,7 +22,7 @@ from torch.autograd.graph import increment_version
 from fused_dni.backends.common.closing import close_window
 from fused_dni.backends.common.precision import require_masters
 from fused_dni.backends.common.tensors import updated
-from fused_dni.backends.cuda.calls import described, extension, ieee, on, stream
+from fused_dni.backends.cuda.calls import described, extension, ieee, meeting, on
 from fused_dni.ops.types import (
     RULES,
     SYNTHESIZERS,
@@ -37,6 +38,10 @@ from fused_dni.ops.types import (
 )
 
 _Layers = tuple[tuple[Any, ...], ...]
+
+# From so many multiply-adds on a window's product with its input is torch's. By estimate: it is
+# made at several times the kernel's rate, and costs a few launches of some microseconds.
+_LARGE = 2**30
 
 
 class CudaLSTM:
@@ -136,13 +141,12 @@ class CudaLSTM:
                 slots += [described(t if rule.trainable[slot] else None) for t in trained]
             described_layers.append((*of.input.shape, *map(described, of), *slots))
         workspace = like.new_empty(3 * len(layers) + 1, cuda.lstm_most_blocks, dtype=torch.float32)
-        barrier = _barrier(like)
         with on(like.device):
             cuda.lstm_update(
                 (
                     len(layers), like.shape[1], ieee(), RULES.index(rule.kind),
                     rule.nesterov, described(rule.hyper), tuple(described_layers),
-                    described(workspace), described(barrier), stream(like.device),
+                    described(workspace), *meeting(like.device),
                 )
             )  # fmt: skip
         increment_version(updated(parameters, rule))
@@ -212,18 +216,32 @@ def _forward(
     last_h, last_c = torch.empty_like(h), torch.empty_like(c)
     below = x.new_empty(steps, batch, size) if dropout else None
     carry = x.new_empty(batch, size, dtype=torch.float32)
-    barrier = _barrier(x)
+    projected = steps * batch * features * 4 * size >= _LARGE
+    if projected:
+        _project(x, layers[0], gates[0])
     with on(x.device):
         extension().lstm_forward(
             (
-                steps, batch, features, size, depth, ieee(), save, described(x),
-                described(h), described(c), _described_layers(layers), described(lengths),
-                tuple(map(described, dropout)), described(hidden), described(cells),
-                described(gates), described(last_h), described(last_c), described(below),
-                described(carry), described(barrier), stream(x.device),
+                steps, batch, features, size, depth, ieee(), save, projected,
+                described(x), described(h), described(c), _described_layers(layers),
+                described(lengths), tuple(map(described, dropout)), described(hidden),
+                described(cells), described(gates), described(last_h), described(last_c),
+                described(below), described(carry), *meeting(x.device),
             )
         )  # fmt: skip
     return gates, last_h, last_c
+
+
+def _project(x: Tensor, layer: LSTMLayer, out: Tensor) -> None:
+    """``out`` [T, B, 4H]: the product of x with a layer's input weights, and its biases, of x's
+    dtype, with operands rounded to it as the kernel rounds them."""
+    weight = layer.weight_ih.to(x.dtype).t()
+    rows, made = x.flatten(0, 1), out.flatten(0, 1)
+    biases = [bias for bias in (layer.bias_ih, layer.bias_hh) if bias is not None]
+    if biases:
+        torch.addmm(torch.stack(biases).sum(0).to(x.dtype), rows, weight, out=made)
+    else:
+        torch.mm(rows, weight, out=made)
 
 
 def _window_backward(
@@ -272,7 +290,6 @@ def _backward(
     dx = torch.empty_like(x) if need_dx else None
     above = x.new_empty(steps, batch, size, dtype=dtype) if depth > 1 else None
     carry = x.new_empty(batch, size, dtype=torch.float32)
-    barrier = _barrier(x)
     made: list[LSTMLayer] = []
     staged: list[Tensor | None] = []
     if need_weights:
@@ -316,7 +333,7 @@ def _backward(
                 0.0 if boundary is None else boundary.strength / boundary.target_scale,
                 described(reduced), described(predicted), described(delta), described(d_h),
                 described(d_c), described(dx), described(above), gradients, described(carry),
-                described(barrier), stream(x.device),
+                *meeting(x.device),
             )
         )  # fmt: skip
     return LSTMGradients(delta.to(x.dtype), d_h, d_c, dx, tuple(made))
@@ -324,11 +341,6 @@ def _backward(
 
 def _described_layers(layers: tuple[LSTMLayer, ...]) -> _Layers:
     return tuple([tuple(map(described, layer)) for layer in layers])
-
-
-def _barrier(like: Tensor) -> Tensor:
-    """The word at which the blocks of one launch meet."""
-    return like.new_zeros(1, dtype=torch.int32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
