@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_dni import ops
 from fused_dni.functional import check
@@ -109,6 +110,8 @@ class LinearSteps(Steps):
     norm_update: RuleState | None
     _binding: Binding
 
+    rule_names = (*DecoupledModule.rule_names, "norm_update")
+
     def _layer(self) -> LinearTensors:
         # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
         own: Mapping[str, Any] = self._parameters
@@ -176,6 +179,8 @@ class LinearSteps(Steps):
 
     def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
         """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        if forward_ad._current_level >= 0:
+            check.no_tangents(**layer._asdict())
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not tracing:  # what is traced or transformed has no addresses
             learned = () if synthesizer is None else synthesizer.parameters()
