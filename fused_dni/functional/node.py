@@ -34,8 +34,9 @@ def spend(ctx: Any, twice: str) -> None:
 _Backward = Callable[..., Any]
 
 NO_SECOND = (
-    "fused_dni's layers have no second derivatives (create_graph=True, Hessians, gradient "
-    "penalties): fused_dni.revert(model) puts PyTorch's own layers back"
+    "trying to differentiate twice a layer of fused_dni, whose backward is @once_differentiable "
+    "(create_graph=True, Hessians, gradient penalties): fused_dni.revert(model) puts PyTorch's own "
+    "layers back, which have second derivatives"
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import ops
-from fused_dni.backends.common.precision import LOW_PRECISION
+from fused_dni.backends.common.precision import LOW_PRECISION, accumulator
 from fused_dni.backends.common.synthesizer import synthetic_gradient
 from fused_dni.context import current_context
 from fused_dni.functional import check
@@ -371,17 +371,37 @@ class DecoupledModule(nn.Module):
             )
         self.refuse_other_gradients()
 
-    def refuse_other_gradients(self) -> None:
+    def refuse_other_gradients(self, added: bool = False) -> None:
         """Raise if a parameter under a rule has a gradient in ``.grad``: it came by another way
-        than this module, and the rule does not see it."""
+        than this module, and the rule does not see it.
+
+        Args:
+            added: whether :meth:`other_gradients` follows, for a module without a synthesizer.
+        """
         own = self.__dict__
+        added = added and self._modules["synthesizer"] is None
         for name in self.rule_names:
             rule = own.get(name)
-            if rule is None:
+            if rule is None or added:
                 continue
             for p in rule.bound:
                 if p is not None and p.grad is not None and p.requires_grad and nonzero(p.grad):
                     raise RuntimeError(other_gradient(self.name_of(p)))
+
+    def other_gradients(self, slots: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Take what came to ``.grad`` of the slots in a backward at whose end the module's own
+        exact gradient is applied: the two are added. Empty if nothing came."""
+        if all([p is None or p.grad is None or not p.requires_grad for p in slots]):
+            return ()
+        scale = self.phase.loss_scale or 1.0
+        taken: list[Tensor | None] = []
+        for p in slots:
+            grad = None
+            if p is not None and p.grad is not None and p.requires_grad:
+                grad = p.grad.detach().to_dense().to(accumulator(p)) / scale
+                p.grad = None
+            taken.append(grad)
+        return tuple(taken)
 
     def name_of(self, parameter: Tensor) -> str:
         """The parameter's name in this module."""
@@ -464,8 +484,9 @@ def other_gradient(name: str) -> str:
     return (
         f"the parameter {name!r} is updated by a fused rule (update=...), but its .grad holds a "
         "gradient that came by another way: a penalty in the loss, a tied weight, a backward in "
-        "eval(). The rule does not see it. For an L2 penalty use the rule's weight_decay; for "
-        "others update=None and an ordinary optimizer; to drop it set .grad to None "
+        "eval(). The rule does not see it. For an L2 penalty use the rule's weight_decay; with "
+        "synthesizer=None what comes in the layer's own backward is added; else use update=None "
+        "and an ordinary optimizer. To drop the gradient set .grad to None "
         "(optimizer.zero_grad())"
     )
 

@@ -19,8 +19,9 @@ from torch.autograd import Variable
 class Owner(Protocol):
     """Whose update waits."""
 
-    def refuse_other_gradients(self) -> None:
-        """Raise if its parameters have gradients that its update would not see."""
+    def refuse_other_gradients(self, added: bool) -> None:
+        """Raise if its parameters have gradients that its update would not see; ``added`` says
+        that this update is next."""
         ...
 
 
@@ -36,7 +37,7 @@ class _Batch:
         owners, self.owners = self.owners, {}
         jobs, self.jobs = self.jobs, {}
         for owner in owners.values():
-            owner.refuse_other_gradients()
+            owner.refuse_other_gradients(True)
         for apply, contributions in jobs.values():
             apply(contributions)
 

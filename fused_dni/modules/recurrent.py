@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_dni import ops
 from fused_dni.backends.common.windows import clip_rows, inject, rows_state, state_rows
+from fused_dni.backends.reference.lstm import weight_gradients
 from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.lstm import origin
@@ -518,7 +519,14 @@ class Recurrent(DecoupledModule):
         assert self.update is not None
         layers = self._layers()
         backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih, "lstm")
-        rule = self.update.tensors(self.local_parameters())
+        slots = self.local_parameters()
+        rule = self.update.tensors(slots)
+        others = self.other_gradients(slots)
+        if others:
+            made = (weight_gradients(r, layer) for r, layer in zip(rows, layers, strict=True))
+            own = tuple(g for gradients in made for g in gradients)
+            apply_given(slots, sum_slots([own, others]), rule)
+            return
         ops.lstm_update_(backend, rows, layers, rule)
 
     # -- what both forwards need -----------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fused_dni import ops
+from fused_dni.backends.common.precision import accumulator
 from fused_dni.functional import check
 from fused_dni.functional.linear import (
     LinearUse,
@@ -319,6 +320,12 @@ class LinearSteps(Steps):
                 None,
                 *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
             )
+        others = self.other_gradients(slots)
+        if others:
+            weight = (made.delta.t() @ x.to(made.delta.dtype)).to(accumulator(self.weight))
+            own = (weight, made.bias, made.norm_weight, made.norm_bias)
+            apply_given(slots, sum_slots([own, others]), rule.tensors(slots))
+            return
         layer = self._layer()
         backend = registry.resolve(self.backend, x, layer.weight)
         ops.linear_update_(backend, x, made, layer, rule.tensors(slots))
@@ -407,7 +414,9 @@ class SegmentSteps(Steps):
     def apply_update(self, contributions: list[Any]) -> None:
         assert self.update is not None
         slots = self.local_parameters()
-        apply_given(slots, sum_slots(contributions), self.update.tensors(slots))
+        others = self.other_gradients(slots)
+        made = [*contributions, others] if others else contributions
+        apply_given(slots, sum_slots(made), self.update.tensors(slots))
 
     def _run(self, inputs: tuple[Any, ...]) -> Tensor:
         return self._checked(self.module(*inputs))
