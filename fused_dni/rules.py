@@ -134,9 +134,14 @@ class RuleState:
 
     ``group`` holds the live hyper-parameters in ``torch.optim``'s names; whoever changes it (a
     learning-rate scheduler, through :class:`fused_dni.FusedOptimizer`) is obeyed by the next
-    update. The moments are allocated at the first :meth:`tensors` call, so that a layer may be
-    moved to another device or dtype before training.
+    update. The moments are allocated when they are first asked for, and follow a layer that is
+    moved to another device or dtype.
+
+    Attributes:
+        bound: the tensors that :meth:`tensors` was last called with.
     """
+
+    bound: tuple[Tensor | None, ...] = ()  # here for states that were pickled without it
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -182,8 +187,21 @@ class RuleState:
         return self._tensors
 
     def moments(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """First and second moments by slot; empty tuples before the first update."""
+        """First and second moments by slot; empty tuples before they were first asked for."""
         return self._held
+
+    def allocate(self, slots: Sequence[Tensor | None]) -> None:
+        """Make the moments of ``slots`` (zero) that an update would make."""
+        if not self._held[0]:
+            self._hold(slots)
+
+    def checked(self, group: dict[str, Any]) -> Rule:
+        """The rule with the hyper-parameters of ``group``.
+
+        Raises:
+            ValueError: one of them is out of range.
+        """
+        return type(self.rule)(**{k: v for k, v in group.items() if k in self._names})
 
     def load(
         self,
@@ -192,10 +210,12 @@ class RuleState:
         first: Sequence[Tensor | None],
         second: Sequence[Tensor | None],
     ) -> None:
-        """Continue from saved moments (copied) and counts."""
+        """Continue from saved moments (copied; zero before the first step) and counts."""
         self.reset()
         self.hyper[STEP] = steps
         self.hyper[SKIPPED] = skipped
+        if not steps:
+            return
         self._held = (
             tuple(None if t is None else t.clone() for t in first),
             tuple(None if t is None else t.clone() for t in second),
@@ -207,11 +227,11 @@ class RuleState:
         self._written = ()
         self._slots = ()
         self._tensors = None
+        self.bound = ()
         self._held = ((), ())
 
     def _write(self, group: dict[str, Any]) -> None:
-        allowed = self.rule.defaults()
-        now = type(self.rule)(**{k: v for k, v in group.items() if k in allowed})  # checks
+        now = self.checked(group)
         if now.moments() > self._wanted:  # momentum raised from zero
             self._wanted = now.moments()
             self._slots = ()
@@ -234,23 +254,8 @@ class RuleState:
         if self.hyper.device != device:
             self.hyper = self.hyper.to(device)
 
-        def moment(previous: tuple[Tensor | None, ...], order: int) -> tuple[Tensor | None, ...]:
-            made: list[Tensor | None] = []
-            for i, p in enumerate(slots):
-                kept = previous[i] if i < len(previous) else None
-                if p is None or order > self._wanted:
-                    made.append(None)
-                elif kept is not None and kept.shape == p.shape:
-                    made.append(kept.to(device=p.device, dtype=accumulator(p)))
-                elif p.requires_grad:
-                    dtype, contiguous = accumulator(p), torch.contiguous_format
-                    made.append(torch.zeros_like(p, dtype=dtype, memory_format=contiguous))
-                else:
-                    made.append(None)
-            return tuple(made)
-
-        with torch.no_grad():
-            self._held = (moment(self._held[0], 1), moment(self._held[1], 2))
+        self._hold(slots)
+        self.bound = tuple(slots)
         trainable = tuple(p is not None and p.requires_grad for p in slots)
         first, second = (
             tuple(t if on else None for t, on in zip(held, trainable, strict=True))
@@ -265,6 +270,27 @@ class RuleState:
             trainable,
             self.rule.stochastic_rounding,
         )
+
+    def _hold(self, slots: Sequence[Tensor | None]) -> None:
+        """Make, move or keep the moments of ``slots``."""
+
+        def moment(previous: tuple[Tensor | None, ...], order: int) -> tuple[Tensor | None, ...]:
+            made: list[Tensor | None] = []
+            for i, p in enumerate(slots):
+                kept = previous[i] if i < len(previous) else None
+                if p is None or order > self._wanted:
+                    made.append(None)
+                elif kept is not None and kept.shape == p.shape and kept.is_meta <= p.is_meta:
+                    made.append(kept.to(device=p.device, dtype=accumulator(p)))
+                elif p.requires_grad:
+                    dtype, contiguous = accumulator(p), torch.contiguous_format
+                    made.append(torch.zeros_like(p, dtype=dtype, memory_format=contiguous))
+                else:
+                    made.append(None)
+            return tuple(made)
+
+        with torch.no_grad():
+            self._held = (moment(self._held[0], 1), moment(self._held[1], 2))
 
     def _own(self, slot: int, p: Tensor) -> None:
         """Refuse a tensor that cannot be updated in place by this rule alone."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
@@ -32,6 +33,19 @@ def options(normalization: str | None, activation: str, interface: str = "output
         raise ValueError(f"interface must be one of {allowed}; got {interface!r}")
 
 
+def no_tangents(**tensors: Tensor | None) -> None:
+    """Refuse tensors with a tangent of forward-mode differentiation, which kernels would drop.
+
+    To be called where ``forward_ad._current_level >= 0`` alone: it takes a while."""
+    for name, t in tensors.items():
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{name} carries a tangent (torch.autograd.forward_ad, torch.func.jvp): "
+                "fused_dni's layers have no forward-mode derivatives; differentiate backward, or "
+                "put PyTorch's own layers back with fused_dni.revert(model)"
+            )
+
+
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """``input`` [..., I] as contiguous rows [N, I].
 
@@ -39,6 +53,8 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
+    if forward_ad._current_level >= 0:
+        no_tangents(**{name: input})
     if not weight.is_contiguous():
         raise RuntimeError(
             f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
@@ -134,6 +150,8 @@ def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
 
     Under autocast the input is cast to the parameters' dtype.
     """
+    if forward_ad._current_level >= 0:
+        no_tangents(input=x)
     if given.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"input must have {weight.shape[1]} features (input_size) in its last dimension, got "
@@ -208,6 +226,8 @@ def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple
     for name, t in zip("hc", hx, strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} in hx must be a torch.Tensor, got {type(t).__name__}")
+        if forward_ad._current_level >= 0:
+            no_tangents(hx=t)
         if t.shape != shape:
             raise RuntimeError(
                 f"{name} in hx must have shape {list(shape)} for this input, got {list(t.shape)}"

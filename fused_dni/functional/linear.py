@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
 from fused_dni.functional import check
-from fused_dni.functional.node import Node
+from fused_dni.functional.node import Node, once_differentiable
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     FROM_OUTPUT,

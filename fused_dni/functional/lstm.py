@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
-from fused_dni.functional.node import Node, spend
+from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,

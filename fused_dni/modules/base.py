@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import ops
-from fused_dni.backends.common.precision import LOW_PRECISION
+from fused_dni.backends.common.precision import LOW_PRECISION, accumulator
 from fused_dni.backends.common.synthesizer import synthetic_gradient
 from fused_dni.context import current_context
 from fused_dni.functional import check
@@ -136,6 +136,9 @@ class DecoupledModule(nn.Module):
     """
 
     synthesizer: nn.Module | None
+
+    # Attributes that hold the rules' states (or None).
+    rule_names: ClassVar[tuple[str, ...]] = ("update", "synthesizer_update")
 
     def __init__(
         self,
@@ -388,6 +391,43 @@ class DecoupledModule(nn.Module):
                 "a fused rule (update=...) under activation checkpointing is refused: the forward "
                 "is run again and would update twice; use update=None"
             )
+        self.refuse_other_gradients()
+
+    def refuse_other_gradients(self, added: bool = False) -> None:
+        """Raise if a parameter under a rule has a gradient in ``.grad``: it came by another way
+        than this module, and the rule does not see it.
+
+        Args:
+            added: whether :meth:`other_gradients` follows, for a module without a synthesizer.
+        """
+        own = self.__dict__
+        added = added and self._modules["synthesizer"] is None
+        for name in self.rule_names:
+            rule = own.get(name)
+            if rule is None or added:
+                continue
+            for p in rule.bound:
+                if p is not None and p.grad is not None and p.requires_grad and nonzero(p.grad):
+                    raise RuntimeError(other_gradient(self.name_of(p)))
+
+    def other_gradients(self, slots: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Take what came to ``.grad`` of the slots in a backward at whose end the module's own
+        exact gradient is applied: the two are added. Empty if nothing came."""
+        if all([p is None or p.grad is None or not p.requires_grad for p in slots]):
+            return ()
+        scale = self.phase.loss_scale or 1.0
+        taken: list[Tensor | None] = []
+        for p in slots:
+            grad = None
+            if p is not None and p.grad is not None and p.requires_grad:
+                grad = p.grad.detach().to_dense().to(accumulator(p)) / scale
+                p.grad = None
+            taken.append(grad)
+        return tuple(taken)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name in this module."""
+        return next((n for n, p in self.named_parameters() if p is parameter), "(replaced)")
 
     def refuse_untold_scale(self, device: str) -> None:
         """Raise under float16 autocast, which implies a loss scale, if none was told."""
@@ -453,6 +493,24 @@ def apply_given(
     given = tuple(t and g is not None for t, g in zip(rule.trainable, gradients, strict=True))
     if any(given):
         apply_(parameters, gradients, rule._replace(trainable=given))
+
+
+def nonzero(gradient: Tensor) -> bool:
+    """Whether there is anything in a gradient (synchronises with the device)."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(values.any())
+
+
+def other_gradient(name: str) -> str:
+    """The message about a gradient that no rule sees."""
+    return (
+        f"the parameter {name!r} is updated by a fused rule (update=...), but its .grad holds a "
+        "gradient that came by another way: a penalty in the loss, a tied weight, a backward in "
+        "eval(). The rule does not see it. For an L2 penalty use the rule's weight_decay; with "
+        "synthesizer=None what comes in the layer's own backward is added; else use update=None "
+        "and an ordinary optimizer. To drop the gradient set .grad to None "
+        "(optimizer.zero_grad())"
+    )
 
 
 def _inside_checkpoint() -> bool:

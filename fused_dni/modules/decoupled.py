@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_dni.context import fold_context, note_checkpoint
+from fused_dni.functional import check
 from fused_dni.modules import nodes
 from fused_dni.modules.base import (
     NO_TARGET,
@@ -77,6 +79,8 @@ class Decoupled(SegmentSteps):
         self.refuse_recording()
         given = segment_inputs(inputs, named)
         tensors = tuple(t for t in given.leaves if isinstance(t, Tensor))
+        if forward_ad._current_level >= 0:
+            check.no_tangents(**{f"argument {i}": t for i, t in enumerate(tensors)})
         if any(t.dim() and t.shape[0] == 0 for t in tensors):
             raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
         rows = self._rows(tensors, context)

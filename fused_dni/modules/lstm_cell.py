@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
 from fused_dni.functional import check
 from fused_dni.functional.lstm import lstm_cell, origin
-from fused_dni.functional.node import Node
+from fused_dni.functional.node import Node, once_differentiable
 from fused_dni.modules.base import untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,

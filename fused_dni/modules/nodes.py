@@ -32,7 +32,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_dni import ops
 from fused_dni.backends.common.synthesizer import synthetic_gradient
@@ -41,7 +40,7 @@ from fused_dni.functional.linear import (
     backward_from_preactivation,
     backward_use,
 )
-from fused_dni.functional.node import Node, spend
+from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
 from fused_dni.modules.pending import at_end_of_backward
 from fused_dni.modules.steps import Steps
@@ -130,7 +129,7 @@ def received(
 
 def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
     """Train the synthesizer by its rule at the end of the running backward."""
-    at_end_of_backward((id(module), "learn"), module.learn, lesson)
+    at_end_of_backward(module, "learn", module.learn, lesson)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ class Late(Node):
         dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
         ctx.trace = None
         if ruled:
-            at_end_of_backward((id(module), "update"), module.apply_update, made)
+            at_end_of_backward(module, "update", module.apply_update, made)
             return (*(None,) * 5, *rescaled(dx, how.loss_scale), None)
         out = rescaled((*dx, *made, *learned), how.loss_scale)
         wanted = [t if want else None for t, want in zip(out, wants[5:], strict=False)]

@@ -9,21 +9,35 @@ raises changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch.autograd import Variable
 
 
+class Owner(Protocol):
+    """Whose update waits."""
+
+    def refuse_other_gradients(self, added: bool) -> None:
+        """Raise if its parameters have gradients that its update would not see; ``added`` says
+        that this update is next."""
+        ...
+
+
 class _Batch:
     """What one backward has collected, by (owner, role), in order of arrival."""
 
     def __init__(self) -> None:
+        self.owners: dict[int, Owner] = {}
         self.jobs: dict[Hashable, tuple[Callable[[list[Any]], None], list[Any]]] = {}
 
     def flush(self) -> None:
+        """Apply everything, or raise before anything is applied."""
+        owners, self.owners = self.owners, {}
         jobs, self.jobs = self.jobs, {}
+        for owner in owners.values():
+            owner.refuse_other_gradients(True)
         for apply, contributions in jobs.values():
             apply(contributions)
         torch.clear_autocast_cache()  # it may hold parameters as they were before
@@ -40,15 +54,17 @@ def inside_backward() -> bool:
 
 
 def at_end_of_backward(
-    key: Hashable, apply: Callable[[list[Any]], None], contribution: Any
+    owner: Owner, role: str, apply: Callable[[list[Any]], None], contribution: Any
 ) -> None:
     """Call ``apply([contribution, ...])`` once at the end of the running backward, with every
-    contribution given under ``key``. Must be called inside a backward."""
+    contribution given under the owner's role. Must be called inside a backward."""
     task = torch._C._current_graph_task_id()
     batch = _batches.get(task)
     if batch is None:
         batch = _batches[task] = _Batch()
         Variable._execution_engine.queue_callback(batch.flush)
+    batch.owners[id(owner)] = owner
+    key = (id(owner), role)
     job = batch.jobs.get(key)
     if job is None:
         batch.jobs[key] = (apply, [contribution])

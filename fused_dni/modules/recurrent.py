@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_dni import ops
 from fused_dni.backends.common.windows import clip_rows, inject, rows_state, state_rows
+from fused_dni.backends.reference.lstm import weight_gradients
 from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.lstm import origin
@@ -257,6 +259,8 @@ class Recurrent(DecoupledModule):
 
     auxiliary_head: LinearSynthesizer | None
 
+    rule_names = (*DecoupledModule.rule_names, "auxiliary_update")
+
     def __init__(
         self,
         sizes: tuple[int, int, int],
@@ -371,6 +375,9 @@ class Recurrent(DecoupledModule):
             for module in (self._modules["synthesizer"], self._modules["auxiliary_head"])
             if isinstance(module, Synthesizer)
         ]
+        if forward_ad._current_level >= 0:
+            for layer in layers:
+                check.no_tangents(**layer._asdict())
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not tracing:  # what is traced or transformed has no addresses
             tensors = ops.flat(layers)
@@ -395,7 +402,7 @@ class Recurrent(DecoupledModule):
             if lessons:
                 teach_later(self, self._lesson(joined(lessons)))
             if heads:
-                at_end_of_backward((id(self), "head"), self.head_learns_from, joined(heads))
+                at_end_of_backward(self, "head", self.head_learns_from, joined(heads))
             return ()
         slots = self.synthesizer_parameters()
         made: Slots = (None,) * len(slots)
@@ -500,7 +507,7 @@ class Recurrent(DecoupledModule):
         """Have the rule applied to the products of these rows at the end of the backward."""
         if loss_scale != 1.0:
             rows = tuple(r._replace(delta=r.delta / loss_scale) for r in rows)
-        at_end_of_backward((id(self), "update"), self.apply_update, rows)
+        at_end_of_backward(self, "update", self.apply_update, rows)
 
     def apply_update(self, contributions: list[Any]) -> None:
         rows: tuple[LSTMRows, ...] = contributions[0]
@@ -512,7 +519,14 @@ class Recurrent(DecoupledModule):
         assert self.update is not None
         layers = self._layers()
         backend = registry.resolve(self.backend, rows[0].input, layers[0].weight_ih, "lstm")
-        rule = self.update.tensors(self.local_parameters())
+        slots = self.local_parameters()
+        rule = self.update.tensors(slots)
+        others = self.other_gradients(slots)
+        if others:
+            made = (weight_gradients(r, layer) for r, layer in zip(rows, layers, strict=True))
+            own = tuple(g for gradients in made for g in gradients)
+            apply_given(slots, sum_slots([own, others]), rule)
+            return
         ops.lstm_update_(backend, rows, layers, rule)
 
     # -- what both forwards need -----------------------------------------------------------------

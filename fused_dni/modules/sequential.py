@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fused_dni.functional.node import Node, spend
+from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
 

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fused_dni import ops
+from fused_dni.backends.common.precision import accumulator
 from fused_dni.functional import check
 from fused_dni.functional.linear import (
     LinearUse,
@@ -112,6 +114,8 @@ class LinearSteps(Steps):
     norm_update: RuleState | None
     _binding: Binding
 
+    rule_names = (*DecoupledModule.rule_names, "norm_update")
+
     def _layer(self) -> LinearTensors:
         # Straight from the dictionaries: nn.Module's attribute look-up costs a microsecond each.
         own: Mapping[str, Any] = self._parameters
@@ -179,6 +183,8 @@ class LinearSteps(Steps):
 
     def _fit(self, layer: LinearTensors, synthesizer: SynthesizerTensors | None = None) -> None:
         """Refuse tensors that do not go together; kernels take their addresses on trust."""
+        if forward_ad._current_level >= 0:
+            check.no_tangents(**layer._asdict())
         # What is traced or transformed has no addresses.
         addressed = not (
             torch.compiler.is_compiling()
@@ -346,6 +352,12 @@ class LinearSteps(Steps):
                 None,
                 *(_sum([u[slot] for u in uses]) for slot in (3, 4, 5)),
             )
+        others = self.other_gradients(slots)
+        if others:
+            weight = (made.delta.t() @ x.to(made.delta.dtype)).to(accumulator(self.weight))
+            own = (weight, made.bias, made.norm_weight, made.norm_bias)
+            apply_given(slots, sum_slots([own, others]), rule.tensors(slots))
+            return
         layer = self._layer()
         backend = registry.resolve(self.backend, x, layer.weight)
         ops.linear_update_(backend, x, made, layer, rule.tensors(slots))
@@ -477,7 +489,9 @@ class SegmentSteps(Steps):
     def apply_update(self, contributions: list[Any]) -> None:
         assert self.update is not None
         slots = self.local_parameters()
-        apply_given(slots, sum_slots(contributions), self.update.tensors(slots))
+        others = self.other_gradients(slots)
+        made = [*contributions, others] if others else contributions
+        apply_given(slots, sum_slots(made), self.update.tensors(slots))
 
     @staticmethod
     def _checked(h: Any) -> Tensor:
