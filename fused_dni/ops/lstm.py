@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.ops import registry
+from fused_dni.ops.returned import note_by_weight
 from fused_dni.ops.schemas import empty_if_none, none_if_empty
 from fused_dni.ops.types import (
     Backend,
@@ -52,6 +53,7 @@ def _lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layers = layers_of(parameters, bias)
     trace = registry.get(backend).lstm_forward(x, h, c, layers, lengths, tuple(dropout), save)
+    note_by_weight(parameters[0], trace.h, trace.c)
     hidden = trace.hidden
     if not save and hidden.shape[0] > 1:
         hidden = hidden[-1:].clone()

@@ -335,7 +335,13 @@ def test_what_ops_made_of_a_state_is_not_the_modules_own():
 # opcheck
 
 OPS = torch.ops.fused_dni
-NAMES = ("lstm_forward", "lstm_backward", "lstm_cell_forward", "lstm_cell_backward")
+NAMES = (
+    "lstm_forward",
+    "lstm_backward",
+    "lstm_cell_forward",
+    "lstm_cell_backward",
+    "lstm_returned_rows",
+)
 
 
 def test_every_registered_op_is_checked():
@@ -352,6 +358,10 @@ def test_every_registered_op_is_checked():
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend, full, name):
     """``full``: everything that may be there; otherwise the least."""
+    if name == "lstm_returned_rows":
+        h, c = random_state(2, BATCH, HIDDEN)
+        opcheck(OPS.lstm_returned_rows.default, (h, c, double(4 * HIDDEN, INPUTS), full))
+        return
     if "cell" in name:
         stock = nn.LSTMCell(INPUTS, HIDDEN, full, dtype=torch.float64)
         parameters = [p.detach() for p in stock.parameters()]
