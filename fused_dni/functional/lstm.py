@@ -325,9 +325,7 @@ def origin(state: Tensor, site: object) -> Any:
     return nodes[0] if nodes else None
 
 
-def origins(
-    state: tuple[Tensor, ...], site: object, most: int
-) -> tuple[list[Any], bool]:
+def origins(state: tuple[Tensor, ...], site: object, most: int) -> tuple[list[Any], bool]:
     """Where a state's gradient would go.
 
     Args:

@@ -140,6 +140,7 @@ class FusedDNILSTM(Recurrent):
     """
 
     _states = 3
+    mode = "LSTM"  # as nn.LSTM says
 
     def __init__(
         self,
@@ -515,12 +516,12 @@ class FusedDNILSTM(Recurrent):
         """As of ``nn.LSTM``, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"
         for name, default in (
+            ("proj_size", 0),
             ("num_layers", 1),
             ("bias", True),
             ("batch_first", False),
             ("dropout", 0.0),
             ("bidirectional", False),
-            ("proj_size", 0),
             ("sg_scale", DEFAULT_SCALE),
         ):
             if getattr(self, name) != default:

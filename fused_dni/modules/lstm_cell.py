@@ -339,9 +339,7 @@ class FusedDNILSTMCell(Recurrent):
             h, c = _reset(h, c, known.ended.unsqueeze(1))
         return self._start(h, c, known.ended, known.context)
 
-    def _start(
-        self, h: Tensor, c: Tensor, started: Tensor | None, context: Tensor | None
-    ) -> State:
+    def _start(self, h: Tensor, c: Tensor, started: Tensor | None, context: Tensor | None) -> State:
         """The entrance of a window at a detached state."""
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None

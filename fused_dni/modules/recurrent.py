@@ -27,6 +27,7 @@ from fused_dni.ops import registry
 from fused_dni.ops.returned import Returned, by_weight, note_by_weight
 from fused_dni.ops.types import (
     G_DOT_G,
+    ROWS,
     S_DOT_S,
     STATISTICS_SIZE,
     Backend,
@@ -348,6 +349,25 @@ class Recurrent(DecoupledModule):
 
     # -- parameters ----------------------------------------------------------------------------
 
+    def reset_parameters(self) -> None:
+        """Draw the layers' parameters anew, as PyTorch's module does: the same from the same seed.
+
+        Then the synthesizer and the auxiliary head start anew, rules forget moments and counts, and
+        statistics and states that were returned are forgotten.
+        """
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, p in self.named_parameters():
+            if not name.startswith(("synthesizer.", "auxiliary_head.")):
+                nn.init.uniform_(p, -bound, bound)
+        for head in (self._modules["synthesizer"], self._modules["auxiliary_head"]):
+            if head is not None:
+                _reset_head(head)
+        for _, rule, _ in self.rules():
+            rule.reset()
+        self.statistics.zero_()
+        self.auxiliary_statistics.zero_()
+        self._returned, self._windows = Returned(), Windows()
+
     def _layers(self) -> tuple[LSTMLayer, ...]:
         raise NotImplementedError
 
@@ -436,19 +456,24 @@ class Recurrent(DecoupledModule):
             grad = clip_rows(grad, self.max_target_norm / scale)
         forecast = self.predict(rows, context, True)
         if counted is not None and forecast.prediction is not None:
-            prediction, grad = self._only_counted(counted, forecast.prediction, grad)
+            prediction, grad = self._only_counted(
+                counted, forecast.prediction, grad, self.statistics_on(rows.device)
+            )
             forecast = Forecast(prediction.scaled, prediction, None)
         return Lesson(rows, forecast, context, grad, scale)
 
     @staticmethod
     def _only_counted(
-        counted: Tensor, prediction: Prediction, grad: Tensor
+        counted: Tensor, prediction: Prediction, grad: Tensor, statistics: Tensor
     ) -> tuple[Prediction, Tensor]:
         """Traced code leaves no rows out: those that count [N] have the weight that they have in a
-        mean over themselves alone, and the others get no error."""
+        mean over themselves alone, and the others get no error. ``statistics``, to which all N will
+        be added, are changed for it."""
         continued = counted.unsqueeze(1)
         weight = counted.shape[0] / continued.sum().clamp(min=1)
         scaled, grad = (torch.where(continued, t * weight, 0.0) for t in (prediction.scaled, grad))
+        finite = torch.isfinite(scaled).all() & torch.isfinite(grad).all()
+        statistics[ROWS] -= torch.where(finite, (~counted).sum(), 0)
         return prediction._replace(scaled=scaled), grad
 
     def auxiliary_gradient(self, example: Example) -> Tensor:
@@ -470,7 +495,9 @@ class Recurrent(DecoupledModule):
         rows, grad, context, scale, counted = example
         backend, fused, prediction = self._head(example)
         if counted is not None:
-            prediction, grad = self._only_counted(counted, prediction, grad)
+            prediction, grad = self._only_counted(
+                counted, prediction, grad, self.auxiliary_statistics
+            )
         return ops.synthesizer_gradients(
             backend,
             rows,
@@ -666,6 +693,14 @@ class Recurrent(DecoupledModule):
                 "end_of_sequence=, or training may diverge",
             )
 
+    def windows(self) -> dict[str, float]:
+        """Counts since the last :meth:`reset_parameters`, for ``diagnostics``."""
+        counts = self._windows
+        return {
+            "windows": float(counts.predicted),
+            "windows_continued": float(counts.continued),
+        }
+
     def warn_of_norm(self, sums: list[float]) -> None:
         """Warn of predictions far larger than what they predict; ``sums`` are the statistics."""
         s, g = sums[S_DOT_S], sums[G_DOT_G]
@@ -681,7 +716,11 @@ class Recurrent(DecoupledModule):
     def _warn_of_rows(self, h: Tensor) -> None:
         """Warn where a row that ended goes on in a state that is not known."""
         last = self._returned.last_ended()
-        if last is None or "rows" in self._windows.warned or not h.device.type == "cpu" == last[0].device.type:
+        if (
+            last is None
+            or "rows" in self._windows.warned
+            or not h.device.type == "cpu" == last[0].device.type
+        ):
             return
         before, ended = last
         if before.shape[-1] != h.shape[-1] or before.dim() != h.dim() or before.dtype != h.dtype:
@@ -722,6 +761,24 @@ class Recurrent(DecoupledModule):
         if rows.requires_grad:
             self.phase.probe(rows, forecast, scale)
         return rows_state(rows, h.shape[0])
+
+
+def _reset_head(head: nn.Module) -> None:
+    """Let a synthesizer start anew: as it says itself, or what it is made of, its last layer at
+    zero if it is one of the library's."""
+    own = getattr(head, "reset_parameters", None)
+    if own is not None:
+        own()
+        return
+    last = None
+    for module in head.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+            last = module
+    if isinstance(head, Synthesizer) and last is not None:
+        for p in last.parameters():
+            nn.init.zeros_(p)
 
 
 def backward_boundary(state: Any) -> None:

@@ -191,9 +191,7 @@ def _some_rows(h: Tensor, c: Tensor, record: _Record) -> Found | None:
     return Found(record.noted, rows)
 
 
-def _rows(
-    t: Tensor, shape: torch.Size, stride: tuple[int, ...], offset: int
-) -> slice | None:
+def _rows(t: Tensor, shape: torch.Size, stride: tuple[int, ...], offset: int) -> slice | None:
     if t.dim() != len(shape):
         return None
     batch = len(shape) - 2
