@@ -338,7 +338,8 @@ def origins(state: tuple[Tensor, ...], site: object, most: int) -> tuple[list[An
         nothing else asks for its gradient. What has no graph asks for none.
     """
     waiting: list[Any] = [t.grad_fn for t in state if t.requires_grad]
-    seen, found, alone = set(waiting), [], True
+    found: list[Any] = []
+    seen, alone = set(waiting), True
     while waiting:
         if most == 0:
             return found, False

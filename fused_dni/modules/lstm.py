@@ -261,7 +261,7 @@ class FusedDNILSTM(Recurrent):
         if h.requires_grad:  # for traced code, which sees neither memory nor graph
             if tracing:  # no sign can be set there on a node's own output
                 h, c = h.view_as(h), c.view_as(c)
-            h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
+            h._fused_dni_owner = c._fused_dni_owner = id(self)
         return output, (h, c)
 
     def _asks_untraced(self, context: Tensor | None) -> bool:
@@ -376,7 +376,8 @@ class FusedDNILSTM(Recurrent):
         """The state that the window starts from; where it continues one, its entrance; and the
         nodes of this module that its gradient goes on to."""
         batch = x.shape[1]
-        known, sources = None, []
+        known: Known | None = None
+        sources: list[Any] = []
         if hx is None:
             h = x.new_zeros(self.num_layers, batch, self.hidden_size)
             c = h.clone()

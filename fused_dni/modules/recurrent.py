@@ -306,7 +306,7 @@ class Recurrent(DecoupledModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load what was pickled, by an earlier version too."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         if "_windows" not in state:
             self._windows, self._returned = Windows(), Returned()
 
@@ -678,18 +678,18 @@ class Recurrent(DecoupledModule):
                 return
             self._warn(
                 "untaught",
-                f"the synthesizer was never taught: of {windows.predicted} windows none continued a "
-                "state that this module returned, so it trains as plain truncated backpropagation. "
-                "Hand the state on as it was returned (detached or copied if you like), say which "
+                f"the synthesizer was never taught: of {windows.predicted} windows none continued "
+                "a state that this module returned, so it trains as plain truncated "
+                "backpropagation. Hand the state on as it was returned (detached or copied if you like), say which "
                 "rows end by end_of_sequence instead of changing the state, tell a state from a "
                 "file by remember(state), or take synthesizer=None",
             )
         elif not windows.told_ends and ENDINGS * unused >= windows.continued:
             self._warn(
                 "ends",
-                f"{unused} of {windows.predicted} windows had a prediction of their future injected "
-                "and were never continued, though others were. Nothing comes after the end of a "
-                "sequence, and no lesson corrects the prediction there: say which rows end by "
+                f"{unused} of {windows.predicted} windows had a prediction of their future "
+                "injected and were never continued, though others were. Nothing comes after the "
+                "end of a sequence, and no lesson corrects the prediction there: say which rows end by "
                 "end_of_sequence=, or training may diverge",
             )
 

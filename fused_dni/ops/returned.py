@@ -82,7 +82,8 @@ class Returned:
     def note(self, h: Tensor, c: Tensor, noted: Any = None) -> None:
         """Remember a state that is being returned, and what belongs to it."""
         record = _Record()
-        record.h, record.c = h.untyped_storage()._weak_ref(), c.untyped_storage()._weak_ref()
+        references: Any = h.untyped_storage()._weak_ref(), c.untyped_storage()._weak_ref()
+        record.h, record.c = references
         h, c = h.detach(), c.detach()
         record.h_version, record.c_version = h._version, c._version
         record.layout = (
@@ -214,7 +215,7 @@ def _rows(t: Tensor, shape: torch.Size, stride: tuple[int, ...], offset: int) ->
 # Compiled code: what lstm_forward returns there is noted when it runs
 
 # By the memory of the first layer's weight, the module's own as far as an op can tell.
-_by_weight: OrderedDict[tuple[int, int], tuple[StorageWeakRef, Returned]] = OrderedDict()
+_by_weight: OrderedDict[tuple[Any, Any], tuple[StorageWeakRef, Returned]] = OrderedDict()
 
 
 def by_weight(weight: Tensor) -> Returned | None:
