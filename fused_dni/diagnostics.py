@@ -31,7 +31,9 @@ def diagnostics(
         reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
         ``targets``, the rows trained on; ``skipped_updates`` and ``skipped_synthesizer_updates``;
         ``auxiliary_cosine`` and ``auxiliary_norm_ratio`` of an auxiliary head against the synthetic
-        gradient that it predicts; with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where
+        gradient that it predicts; of an LSTM ``windows``, those with a prediction at their end, and
+        ``windows_continued``, those that continued a state of its own (compiled code counts
+        neither); with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where
         there is nothing yet.
     """
     layers = {
@@ -66,10 +68,13 @@ def _agreement(s: list[float]) -> tuple[float, float]:
 def _sums(layer: DecoupledModule) -> dict[str, float]:
     s = layer.statistics.tolist()
     rows = s[ROWS]
-    head = {}
+    head: dict[str, float] = {}
     if isinstance(layer, Recurrent) and layer.auxiliary_head is not None:
         found = _agreement(layer.auxiliary_statistics.tolist())
         head = dict(zip(("auxiliary_cosine", "auxiliary_norm_ratio"), found, strict=True))
+    if isinstance(layer, Recurrent):
+        layer.warn_of_norm(s)
+        head |= layer.windows()
     cosine, norm_ratio = _agreement(s)
     return {
         "cosine": cosine,

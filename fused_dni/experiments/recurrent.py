@@ -530,6 +530,8 @@ class CharacterTrainer(Trainer):
         super().load_state_dict(state)
         carried = state["carried"]
         self.carried = None if carried is None else (carried[0], carried[1])
+        if self.carried is not None and isinstance(self.net.lstm, fd.FusedDNILSTM):
+            self.net.lstm.remember(self.carried)
 
 
 class CopyTrainer(Trainer):

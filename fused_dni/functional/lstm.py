@@ -62,6 +62,10 @@ class Ends(Protocol):
     # Whether the node returns the weights' gradients; otherwise the module applies them.
     returns_weights: bool
 
+    def cut_late(self) -> bool:
+        """Whether what arrives in a second backward came through a later window, and ends here."""
+        ...
+
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Any]:
@@ -124,6 +128,8 @@ class WindowNode(Node):
         call: Call = ctx.call
         ends: Ends | None = ctx.ends
         if ends is not None:
+            if ctx.spent and ends.cut_late():
+                return (None,) * len(ctx.needs_input_grad)
             spend(ctx, TWICE)
         (x, lengths, *rest) = ctx.saved_tensors
         trace = LSTMTrace(*rest[:5])
@@ -314,19 +320,41 @@ def lstm_cell(
 
 
 def origin(state: Tensor, site: object) -> Any:
-    """The node by which ``site`` made a state, directly or through a few ordinary ops, or None.
+    """The node by which ``site`` made a state, directly or through a few ordinary ops, or None."""
+    node: Any = state.grad_fn
+    if node is None or getattr(node, "site", None) is site:
+        return node
+    nodes, _ = origins((state,), site, 32)
+    return nodes[0] if nodes else None
 
-    Looks at most 32 nodes up the graph, so that whatever lies between, a mask or a permutation, is
-    seen through, but a whole encoder is not walked.
+
+def origins(state: tuple[Tensor, ...], site: object, most: int) -> tuple[list[Any], bool]:
+    """Where a state's gradient would go.
+
+    Args:
+        state: tensors.
+        site: a module.
+        most: how many nodes of the graph to look at.
+
+    Returns:
+        The nodes by which ``site`` made the state, directly or through other ops; and whether
+        nothing else asks for its gradient. What has no graph asks for none.
     """
-    waiting = [state.grad_fn]
-    for _ in range(32):
-        if not waiting:
-            return None
-        node: Any = waiting.pop(0)
-        if node is None:
-            continue
-        if getattr(node, "site", None) is site:
-            return node
-        waiting += [following for following, _ in node.next_functions]
-    return None
+    waiting: list[Any] = [t.grad_fn for t in state if t.requires_grad]
+    found: list[Any] = []
+    seen, alone = set(waiting), True
+    while waiting:
+        if most == 0:
+            return found, False
+        most -= 1
+        node = waiting.pop(0)
+        if node is None:  # a leaf
+            alone = False
+        elif getattr(node, "site", None) is site:
+            found.append(node)
+        else:
+            following = [n for n, _ in node.next_functions if n is not None]
+            alone = alone and bool(following)  # none behind the node of a leaf
+            waiting += [n for n in following if n not in seen]
+            seen.update(following)
+    return found, alone

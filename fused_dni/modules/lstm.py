@@ -16,6 +16,7 @@ from fused_dni.modules.base import Forecast, Lesson, untraced
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
+    WINDOWS,
     Arrival,
     Entrance,
     Example,
@@ -37,7 +38,12 @@ class _WindowEnds:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
 
+    def cut_late(self) -> bool:
+        return self.exit.reached
+
     def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
+        if self.exit.sources:
+            self.exit.begin()
         site = self.exit.site
         boundary = self.exit.boundary(self.entrance is not None)
         if boundary is None:
@@ -132,6 +138,9 @@ class FusedDNILSTM(Recurrent):
         RuntimeError: a shape, dtype or device that does not fit; a use in which a fused rule would
             be silently wrong; a second backward through one window.
     """
+
+    _states = 3
+    mode = "LSTM"  # as nn.LSTM says
 
     def __init__(
         self,
@@ -238,17 +247,22 @@ class FusedDNILSTM(Recurrent):
                     "or proj_size"
                 )
             return self._stock(input, hx)
-        if torch.compiler.is_compiling() and (
+        tracing = torch.compiler.is_compiling()
+        if tracing and (
             end_of_sequence is not None
-            or self._returned
+            or self._returned.marked
             or self.update is not None
             or self._asks_untraced(context)
         ):
             run = untraced(self._run)
         else:
             run = self._run
-        output, state = run(input, hx, end_of_sequence, lengths, context)
-        return output, self._signed(state)
+        output, (h, c) = run(input, hx, end_of_sequence, lengths, context)
+        if h.requires_grad:  # for traced code, which sees neither memory nor graph
+            if tracing:  # no sign can be set there on a node's own output
+                h, c = h.view_as(h), c.view_as(c)
+            h._fused_dni_owner = c._fused_dni_owner = id(self)
+        return output, (h, c)
 
     def _asks_untraced(self, context: Tensor | None) -> bool:
         """Whether M is a module of its own, or is conditioned: what it was conditioned on at a
@@ -285,8 +299,10 @@ class FusedDNILSTM(Recurrent):
             raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
         if input.dim() == 2:
             if hx is not None:
-                batched = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
-                hx = self._signed(batched) if all(map(self._bears_sign, hx)) else batched
+                signed = all(map(self._bears_sign, hx))
+                hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
+                if signed:
+                    hx[0]._fused_dni_owner = hx[1]._fused_dni_owner = id(self)  # type: ignore[attr-defined]
             output, (h, c) = self._window(input.unsqueeze(1), hx, ended, lengths, context, input)
             return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
         steps_first = input.transpose(0, 1) if self.batch_first else input
@@ -317,7 +333,8 @@ class FusedDNILSTM(Recurrent):
         probing = self.training and self.phase.probe is not None
         if decoupled or probing or context is not None:
             context = self._context_rows(context, batch, x)
-        h, c, entrance = self._enter(hx, x, decoupled, context)
+        tracing = torch.compiler.is_compiling()
+        h, c, entrance, sources = self._enter(hx, x, decoupled, context, tracing)
         backend = registry.resolve(self.backend, x, weight, "lstm")
         masks = self._dropout_masks(steps, batch, x)
         scale = self._scale(steps, batch)
@@ -326,6 +343,7 @@ class FusedDNILSTM(Recurrent):
         if torch.is_grad_enabled():
             if decoupled or ruled:
                 exit = Exit(self, ended, context, scale)
+                exit.sources = sources
                 if entrance is not None:
                     entrance.exit = exit
                 ends = _WindowEnds(exit, entrance)
@@ -338,37 +356,71 @@ class FusedDNILSTM(Recurrent):
             output, h, c = trace.hidden[-1, 1:], trace.h, trace.c
         if probing:
             h, c = self._probe(h, c, ended, context, scale)
-        noted = ended is not None or (context is not None and decoupled)
-        if noted and not torch.compiler.is_compiling():
-            self._returned.note(h, Known(ended, context))
+        told = ended is not None or (context is not None and decoupled)
+        if (told or self._modules["synthesizer"] is not None) and not (
+            tracing or torch._C._are_functorch_transforms_active()
+        ):
+            self._returned.note(h, c, Known(ended, context) if told else None)
+            if ended is not None and decoupled:
+                self._windows.told_ends = True
         return output, (h, c)
 
     def _enter(
-        self, hx: State | None, x: Tensor, decoupled: bool, context: Tensor | None
-    ) -> tuple[Tensor, Tensor, Entrance | None]:
-        """The state that the window starts from and, where it continues one, its entrance."""
+        self,
+        hx: State | None,
+        x: Tensor,
+        decoupled: bool,
+        context: Tensor | None,
+        tracing: bool,
+    ) -> tuple[Tensor, Tensor, Entrance | None, list[Any]]:
+        """The state that the window starts from; where it continues one, its entrance; and the
+        nodes of this module that its gradient goes on to."""
         batch = x.shape[1]
+        known: Known | None = None
+        sources: list[Any] = []
         if hx is None:
-            zeros = x.new_zeros(self.num_layers, batch, self.hidden_size)
-            return zeros, zeros.clone(), None
-        h, c = check.state(hx, (self.num_layers, batch, self.hidden_size), x)
-        tracing = torch.compiler.is_compiling()
-        known = Known() if tracing else self._returned.recall(h)
-        continues = decoupled and self._continues(h) and self._continues(c)
-        if continues:
+            h = x.new_zeros(self.num_layers, batch, self.hidden_size)
+            c = h.clone()
+        else:
+            h, c = check.state(hx, (self.num_layers, batch, self.hidden_size), x)
+            if tracing:
+                return self._enter_traced(h, c, decoupled)
+            known, sources = self._known(h, c, decoupled)
+        if decoupled and not tracing and not self.phase.warmup:
+            windows = self._windows
+            if known is not None:
+                windows.continued += 1
+            elif windows.predicted - windows.continued >= windows.judge_at:
+                self._judge_starts()
+            windows.predicted += 1
+            if not windows.predicted % WINDOWS and self.statistics.device.type == "cpu":
+                self.warn_of_norm(self.statistics.tolist())
+        if known is None:
+            return h.contiguous(), c.contiguous(), None, sources
+        if decoupled:
             h, c = h.detach(), c.detach()
         if known.ended is not None:
             start = known.ended.unsqueeze(1)
             h, c = h.masked_fill(start, 0.0), c.masked_fill(start, 0.0)
         h, c = h.contiguous(), c.contiguous()
-        if not continues:
-            return h, c, None
-        if context is not None and not tracing:
-            # M is asked again at that state: with the context that it had there, or not at all.
-            if known.context is None:
-                return h, c, None
-            context = known.context
-        return h, c, Entrance(context)
+        # M is asked again at that state: with the context that it had there, or not at all.
+        if not decoupled or (context is not None and known.context is None):
+            return h, c, None, sources
+        context = None if context is None else known.context
+        return h, c, Entrance(context, known.ended), sources
+
+    def _enter_traced(
+        self, h: Tensor, c: Tensor, decoupled: bool
+    ) -> tuple[Tensor, Tensor, Entrance | None, list[Any]]:
+        """As :meth:`_enter` where no graph is seen: a state that asks for its gradient is cut if it
+        bears the module's sign; which rows are its own is seen when the code runs."""
+        signed = self._bears_sign(h) and self._bears_sign(c)
+        attached = h.requires_grad or c.requires_grad
+        if not decoupled or (attached and not signed):
+            return h.contiguous(), c.contiguous(), None, []
+        h, c = h.detach(), c.detach()
+        counted = ops.lstm_returned_rows(h, c, self._layers()[0].weight_ih.detach(), attached)
+        return h.contiguous(), c.contiguous(), Entrance(None, None, counted), []
 
     def _dropout_masks(self, steps: int, batch: int, x: Tensor) -> tuple[Tensor, ...]:
         if not (self.training and self.dropout and self.num_layers > 1):
@@ -465,12 +517,12 @@ class FusedDNILSTM(Recurrent):
         """As of ``nn.LSTM``, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"
         for name, default in (
+            ("proj_size", 0),
             ("num_layers", 1),
             ("bias", True),
             ("batch_first", False),
             ("dropout", 0.0),
             ("bidirectional", False),
-            ("proj_size", 0),
             ("sg_scale", DEFAULT_SCALE),
         ):
             if getattr(self, name) != default:

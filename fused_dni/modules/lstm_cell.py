@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from fused_dni import ops
 from fused_dni.functional import check
-from fused_dni.functional.lstm import lstm_cell, origin
+from fused_dni.functional.lstm import lstm_cell, origin, origins
 from fused_dni.functional.node import Node, once_differentiable
 from fused_dni.modules.base import untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
+    NODES,
+    WINDOWS,
     Arrival,
     Entrance,
     Exit,
@@ -36,6 +38,7 @@ class _StepEnds:
         self.entrance = entrance
         self.exit: Exit | None = None
         self.closes = False  # a boundary follows
+        self.made: State | None = None  # the state behind the step, as it was returned
         self.loss_scale = site.phase.loss_scale or 1.0
         self.returns_weights = site.update is None or site.phase.probe is not None
 
@@ -118,6 +121,7 @@ class FusedDNILSTMCell(Recurrent):
     bias_hh. The default ``target_scale`` counts the steps since the last boundary.
     """
 
+    _states = 2
     weight_ih: nn.Parameter
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter | None
@@ -199,14 +203,16 @@ class FusedDNILSTMCell(Recurrent):
             h, c = trace.h, trace.c
         else:
             ends = None
-            if decoupled and hx is not None and not torch.compiler.is_compiling():
-                h, c = self._continued(h, c)
+            if decoupled and not torch.compiler.is_compiling():
+                h, c = self._started(h, c, hx is not None)
             if decoupled or (self.training and (self.update or self.phase.probe)):
                 ends = self._ends(h)
             learners = () if ends is None else self._learners()
             h, c = lstm_cell(
                 backend, x, h.contiguous(), c.contiguous(), layer, ends, self, learners
             )
+            if ends is not None:
+                ends.made = h.detach(), c.detach()
         return (h.squeeze(0), c.squeeze(0)) if alone else (h, c)
 
     def _ends(self, h: Tensor) -> _StepEnds:
@@ -214,6 +220,8 @@ class FusedDNILSTMCell(Recurrent):
         node = None if torch.compiler.is_compiling() else origin(h, self)
         entrance, before = getattr(node, "entrance", None), getattr(node, "ends", None)
         if isinstance(entrance, Entrance):
+            if not self.phase.warmup:
+                self._windows.continued += 1
             return _StepEnds(self, 1, entrance)
         if isinstance(before, _StepEnds):
             return _StepEnds(self, 1 if before.closes else before.steps + 1, before.entrance)
@@ -257,12 +265,16 @@ class FusedDNILSTMCell(Recurrent):
         end_of_sequence = check.ended(end_of_sequence, batch, h.device, h.dim() == 1)
         start = None if end_of_sequence is None else end_of_sequence.unsqueeze(1)
         decoupled = self.training and torch.is_grad_enabled()
-        if self._modules["synthesizer"] is None or not decoupled:
+        if self._modules["synthesizer"] is None:
             return _reset(h, c, start)
+        if not decoupled:
+            h, c = _reset(h, c, start)
+            self._returned.note(h, c, None if start is None else Known(end_of_sequence))
+            return h, c
         if h.dim() == 1:
             raise RuntimeError("boundary needs a batch: call the cell with [B, I]")
-        ends = getattr(h.grad_fn, "ends", None)
-        if not isinstance(ends, _StepEnds) or ends.site is not self:
+        ends = self._step_of(h, c)
+        if ends is None:
             raise RuntimeError(
                 "boundary: state was not made by this cell's last step, into whose backward the "
                 "synthetic gradient is injected: give it as it was returned, not detached, by a "
@@ -279,27 +291,60 @@ class FusedDNILSTMCell(Recurrent):
         if ends.entrance is not None:
             ends.entrance.exit = exit
         h, c = _reset(h.detach(), c.detach(), start)
-        made = self._start(h, c, context)
-        if context is not None:
-            self._returned.note(made[0].unsqueeze(0), Known(None, context))
+        made = self._start(h, c, end_of_sequence, context)
+        told = start is not None or context is not None
+        self._returned.note(*made, Known(end_of_sequence, context) if told else None)
+        if exit.strength:
+            windows = self._windows
+            windows.predicted += 1
+            windows.told_ends = windows.told_ends or start is not None
+            if not windows.predicted % WINDOWS and self.statistics.device.type == "cpu":
+                self.warn_of_norm(self.statistics.tolist())
         return made
 
-    def _continued(self, h: Tensor, c: Tensor) -> State:
+    def _step_of(self, h: Tensor, c: Tensor) -> _StepEnds | None:
+        """The step that returned this state: its memory, unchanged, in the step's graph."""
+        first: Any = h.grad_fn
+        nodes = [first] if hasattr(first, "ends") else origins((h,), self, NODES)[0]
+        for node in nodes:
+            ends = getattr(node, "ends", None)
+            if not isinstance(ends, _StepEnds) or ends.site is not self or ends.made is None:
+                continue
+            made_h, made_c = ends.made
+            if (
+                (h.data_ptr(), c.data_ptr()) == (made_h.data_ptr(), made_c.data_ptr())
+                and (h.shape, c.shape) == (made_h.shape, made_c.shape)
+                and (h.stride(), c.stride()) == (made_h.stride(), made_c.stride())
+            ):
+                return ends
+        return None
+
+    def _started(self, h: Tensor, c: Tensor, given: bool) -> State:
         """A state that came without a graph, detached or copied behind its boundary, starts a
-        window all the same."""
+        window all the same if it is this cell's."""
         if h.requires_grad or c.requires_grad:
             return h, c
-        context = self._returned.recall(h.unsqueeze(0)).context
-        if context is None and getattr(self._modules["synthesizer"], "context_features", False):
+        known = self._known(h, c, True)[0] if given else None
+        if known is None:
+            windows = self._windows
+            if windows.predicted - windows.continued >= windows.judge_at:
+                self._judge_starts()
+            return h, c
+        if known.context is None and getattr(
+            self._modules["synthesizer"], "context_features", False
+        ):
             return h, c  # M cannot be asked there
-        return self._start(h, c, context)
+        if known.ended is not None:
+            h, c = _reset(h, c, known.ended.unsqueeze(1))
+        return self._start(h, c, known.ended, known.context)
 
-    def _start(self, h: Tensor, c: Tensor, context: Tensor | None) -> State:
+    def _start(self, h: Tensor, c: Tensor, started: Tensor | None, context: Tensor | None) -> State:
         """The entrance of a window at a detached state."""
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )
-        made: State = Boundary.apply(self, Entrance(context), h, c, *anchors)
+        entrance = Entrance(context, started)
+        made: State = Boundary.apply(self, entrance, h, c, *anchors)
         return made
 
     def _layers(self) -> tuple[LSTMLayer, ...]:

@@ -8,25 +8,29 @@ gradient that reaches the window's start trains the synthesizer there: :class:`E
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_dni import ops
 from fused_dni.backends.common.windows import clip_rows, inject, rows_state, state_rows
 from fused_dni.backends.reference.lstm import weight_gradients
 from fused_dni.context import fold_context
 from fused_dni.functional import check
-from fused_dni.functional.lstm import origin
+from fused_dni.functional.lstm import origins
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.pending import at_end_of_backward
 from fused_dni.ops import registry
+from fused_dni.ops.returned import Returned, by_weight, note_by_weight
 from fused_dni.ops.types import (
+    G_DOT_G,
+    ROWS,
+    S_DOT_S,
     STATISTICS_SIZE,
     Backend,
     LSTMBoundary,
@@ -47,6 +51,15 @@ DEFAULT_RANK = 16
 DEFAULT_SCALE = 0.3
 # Weight of the auxiliary head's squared error, in units of the synthesizer's target.
 AUXILIARY_WEIGHT = 0.1
+# How many nodes of a state's graph are looked at for the module's own.
+NODES = 128
+# Windows that are not continued before it is asked whether their ends were forgotten, and how many
+# of those that are may stand for each of them.
+UNUSED, ENDINGS = 41, 20
+# Windows, none of which continued another, before that is said.
+UNTAUGHT = 100
+# Of predictions to what they predict; looked at every so many windows.
+NORM_RATIO, WINDOWS = 100.0, 64
 
 
 class Example(NamedTuple):
@@ -56,6 +69,7 @@ class Example(NamedTuple):
     grad: Tensor  # [N, 2 L H]
     context: Tensor | None  # [N] or [N, K]
     target_scale: float
+    counted: Tensor | None = None  # bool [N]: rows to learn from, where traced code has them all
 
     def only(self, which: Tensor) -> Example:
         """The rows where ``which`` [N] is true."""
@@ -109,21 +123,38 @@ class Exit:
         self.learns = predicts and (phase.target or phase.warmup)
         self.loss_scale = phase.loss_scale or 1.0
         self.arrival = Arrival()
+        # Windows that the state came from through other ops: its gradient goes on to them.
+        self.sources: list[Any] = []
+        self._reached = -1  # the backward in which a later window's gradient comes here
+
+    def begin(self) -> None:
+        """Tell the windows that the state came from that its gradient is on its way to them."""
+        task = torch._C._current_graph_task_id()
+        for node in self.sources:
+            node.ends.exit._reached = task
+        self.sources = []
+
+    @property
+    def reached(self) -> bool:
+        """Whether the running backward brings the gradient of a later window here: what was to be
+        predicted."""
+        return self._reached != -1 and self._reached == torch._C._current_graph_task_id()
 
     def inject(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Arrival]:
         """Add the synthetic gradient to what arrived at the final state, h and c [L, B, H]."""
         site = self.site
+        strength = 0.0 if self._reached != -1 and self.reached else self.strength
         teaches = self.learns and (self.ended is not None or site.auxiliary_head is not None)
-        if not (self.strength or teaches):
+        if not (strength or teaches):
             return grad_h, grad_c, Arrival()
         rows = state_rows(h, c)
         scaled = site.predict(rows, self.context, False).scaled
         if self.ended is not None:
             scaled = scaled.masked_fill(self.ended.unsqueeze(1), 0.0)
         arrival = Arrival(rows, scaled)
-        if not self.strength:
+        if not strength:
             return grad_h, grad_c, arrival
         started = inject(
             scaled,
@@ -132,7 +163,7 @@ class Exit:
             h.shape[0],
             self.target_scale,
             site.max_norm or 0.0,
-            self.strength * self.loss_scale,
+            strength * self.loss_scale,
         )
         return (*started, arrival)
 
@@ -150,7 +181,7 @@ class Exit:
             fused,
             self.ended,
             self.target_scale,
-            self.strength,
+            0.0 if self._reached != -1 and self.reached else self.strength,
             site.max_norm or 0.0,
             site.max_target_norm or 0.0,
             self.learns,
@@ -170,31 +201,35 @@ class Entrance:
     """The start of a window that continues a state: what M learns from.
 
     ``exit`` is where the window ends, set before the backward gets here; ``context`` that of the
-    state here.
+    state here; ``started`` [B] says which rows start a sequence: nothing was predicted there, and
+    nothing is learned. Traced code gives ``counted`` [B], the rows that go on.
     """
 
-    def __init__(self, context: Tensor | None) -> None:
+    def __init__(
+        self,
+        context: Tensor | None,
+        started: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> None:
         self.exit: Exit | None = None
-        self.context = context
+        self.context, self.started, self.counted = context, started, counted
 
     def examples(
         self, rows: Tensor, grad: Tensor, arrival: Arrival
     ) -> tuple[list[Example], list[Example]]:
         """Lessons for the synthesizer and the auxiliary head, from the gradient [B, 2 L H] that
-        arrived at ``rows``. A row that is exactly zero starts a sequence: nothing was predicted
-        there, and nothing is learned."""
+        arrived at ``rows``."""
         end = self.exit
         if end is None or not end.learns:
             return [], []
         if end.loss_scale != 1.0:
             grad = grad / end.loss_scale
         scaled = arrival.scaled
-        example = Example(rows, grad, self.context, end.target_scale)
-        if not torch.compiler.is_compiling():
-            continued = (rows != 0.0).any(1)
-            if not bool(continued.all()):
-                example = example.only(continued)
-                scaled = None if scaled is None else scaled[continued]
+        example = Example(rows, grad, self.context, end.target_scale, self.counted)
+        if self.started is not None and bool(self.started.any()):
+            continued = ~self.started
+            example = example.only(continued)
+            scaled = None if scaled is None else scaled[continued]
         if not example.rows.shape[0]:
             return [], []
         if end.site.auxiliary_head is None or scaled is None:
@@ -207,57 +242,36 @@ class Entrance:
 class Known(NamedTuple):
     """What a module remembers of a state that it returned."""
 
-    ended: Tensor | None = None
+    ended: Tensor | None = None  # bool [B]: rows that start anew
     context: Tensor | None = None
 
+    def of(self, rows: slice) -> Known:
+        """What belongs to some rows of the state."""
+        return Known(*(None if t is None else t[rows] for t in self))
 
-class _Returned:
-    """What a module knows of the states that it returned, for as long as they live.
 
-    They are recognised by their memory, so that ``detach()`` changes nothing. Rows of the latest
-    are recognised by their values too: in a copy, in another order, or fewer of them.
-    """
+# What a state that nothing was noted of is known by.
+_NOTHING = Known()
+# Modules that were pickled when the class stood here have its name in them.
+_Returned = Returned
+
+
+class Windows:
+    """What a module counts of its windows, to warn of uses that it cannot be right in."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[StorageWeakRef, int, Known]] = {}
-        self._latest: tuple[Tensor, Known] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
-
-    def __reduce__(self) -> tuple[type[_Returned], tuple[()]]:
-        return _Returned, ()
-
-    def note(self, h: Tensor, known: Known) -> None:
-        """Remember what belongs to a state [L, B, H] that is being returned."""
-        reference = StorageWeakRef(h.untyped_storage())
-        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
-        self._known[reference.cdata] = (reference, h.shape[1], known)
-        self._latest = (h.detach()[-1], known)
-
-    def recall(self, h: Tensor) -> Known:
-        """What is remembered of the rows of a state [L, B, H] that is given."""
-        if not self._known:
-            return Known()
-        found = self._known.get(h.untyped_storage()._cdata)
-        if found is not None and not found[0].expired() and found[1] == h.shape[1]:
-            return found[2]
-        assert self._latest is not None
-        values, (ended, context) = self._latest
-        if values.shape[1:] != h.shape[2:] or (values.dtype, values.device) != (h.dtype, h.device):
-            return Known()
-        same = (h[-1].unsqueeze(1) == values).all(2)  # [B, rows of the latest]
-        if ended is not None:
-            ended = (same & ended).any(1)
-        if context is not None:
-            context = context[same.byte().argmax(1)] if bool(same.any(1).all()) else None
-        return Known(ended, context)
+        self.predicted = 0  # those with a prediction at their end
+        self.continued = 0  # those that continue a state of the module's own
+        self.told_ends = False
+        self.judge_at: float = UNUSED  # at so many that were not continued
+        self.warned: set[str] = set()
 
 
 class Recurrent(DecoupledModule):
     """What the LSTM and its cell share: synthesizer, auxiliary head, rules, lessons."""
 
     auxiliary_head: LinearSynthesizer | None
+    _states: int  # dimensions of h and c
 
     rule_names = (*DecoupledModule.rule_names, "auxiliary_update")
 
@@ -290,8 +304,15 @@ class Recurrent(DecoupledModule):
         self.backend = backend
         self.auxiliary_update: RuleState | None = None
         self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
-        self._returned = _Returned()
+        self._returned = Returned()
+        self._windows = Windows()
         self._fits: list[tuple[int, torch.Size, bool]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load what was pickled, by an earlier version too."""
+        super().__setstate__(state)
+        if "_windows" not in state:
+            self._windows, self._returned = Windows(), Returned()
 
     def _attach_heads(
         self,
@@ -331,6 +352,25 @@ class Recurrent(DecoupledModule):
         self.register_module("auxiliary_head", head)
 
     # -- parameters ----------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Draw the layers' parameters anew, as PyTorch's module does: the same from the same seed.
+
+        Then the synthesizer and the auxiliary head start anew, rules forget moments and counts, and
+        statistics and states that were returned are forgotten.
+        """
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, p in self.named_parameters():
+            if not name.startswith(("synthesizer.", "auxiliary_head.")):
+                nn.init.uniform_(p, -bound, bound)
+        for head in (self._modules["synthesizer"], self._modules["auxiliary_head"]):
+            if head is not None:
+                _reset_head(head)
+        for _, rule, _ in self.rules():
+            rule.reset()
+        self.statistics.zero_()
+        self.auxiliary_statistics.zero_()
+        self._returned, self._windows = Returned(), Windows()
 
     def _layers(self) -> tuple[LSTMLayer, ...]:
         raise NotImplementedError
@@ -418,24 +458,29 @@ class Recurrent(DecoupledModule):
         return tuple(g for g, p in zip(made, slots, strict=True) if p is not None)
 
     def _lesson(self, example: Example) -> Lesson:
-        rows, grad, context, scale = example
+        rows, grad, context, scale, counted = example
         if self.max_target_norm is not None:
             grad = clip_rows(grad, self.max_target_norm / scale)
         forecast = self.predict(rows, context, True)
-        if torch.compiler.is_compiling() and forecast.prediction is not None:
-            prediction, grad = self._without_starts(rows, forecast.prediction, grad)
+        if counted is not None and forecast.prediction is not None:
+            prediction, grad = self._only_counted(
+                counted, forecast.prediction, grad, self.statistics_on(rows.device)
+            )
             forecast = Forecast(prediction.scaled, prediction, None)
         return Lesson(rows, forecast, context, grad, scale)
 
     @staticmethod
-    def _without_starts(
-        rows: Tensor, prediction: Prediction, grad: Tensor
+    def _only_counted(
+        counted: Tensor, prediction: Prediction, grad: Tensor, statistics: Tensor
     ) -> tuple[Prediction, Tensor]:
-        """Traced code leaves no rows out: those that start a sequence get no error there, and the
-        others the weight that they have in a mean over themselves alone."""
-        continued = (rows != 0.0).any(1, keepdim=True)
-        weight = rows.shape[0] / continued.sum().clamp(min=1)
+        """Traced code leaves no rows out: those that count [N] have the weight that they have in a
+        mean over themselves alone, and the others get no error. ``statistics``, to which all N will
+        be added, are changed for it."""
+        continued = counted.unsqueeze(1)
+        weight = counted.shape[0] / continued.sum().clamp(min=1)
         scaled, grad = (torch.where(continued, t * weight, 0.0) for t in (prediction.scaled, grad))
+        finite = torch.isfinite(scaled).all() & torch.isfinite(grad).all()
+        statistics[ROWS] -= torch.where(finite, (~counted).sum(), 0)
         return prediction._replace(scaled=scaled), grad
 
     def auxiliary_gradient(self, example: Example) -> Tensor:
@@ -454,10 +499,12 @@ class Recurrent(DecoupledModule):
         return sent
 
     def _head_gradients(self, example: Example) -> Slots:
-        rows, grad, context, scale = example
+        rows, grad, context, scale, counted = example
         backend, fused, prediction = self._head(example)
-        if torch.compiler.is_compiling():
-            prediction, grad = self._without_starts(rows, prediction, grad)
+        if counted is not None:
+            prediction, grad = self._only_counted(
+                counted, prediction, grad, self.auxiliary_statistics
+            )
         return ops.synthesizer_gradients(
             backend,
             rows,
@@ -477,7 +524,7 @@ class Recurrent(DecoupledModule):
             made = [self._head_gradients(example) for example in examples]
             apply_given(self.auxiliary_parameters(), sum_slots(made), rule)
             return
-        rows, grad, context, scale = examples[0]
+        rows, grad, context, scale, _ = examples[0]
         backend, fused, prediction = self._head(examples[0])
         ops.synthesizer_update_(
             backend,
@@ -549,26 +596,157 @@ class Recurrent(DecoupledModule):
             self.refuse_untold_scale(x.device.type)
         return decoupled
 
-    def _signed(self, state: State) -> State:
-        """A state that is being returned, with a sign that traced code can read, too."""
-        h, c = state
-        if not h.requires_grad:
-            return state
-        if torch.compiler.is_compiling():  # no sign can be set there on a node's own output
-            h, c = h.view_as(h), c.view_as(c)
-        h._fused_dni_owner = c._fused_dni_owner = id(self)  # type: ignore[attr-defined]
-        return h, c
-
     def _bears_sign(self, t: Tensor) -> bool:
+        """Whether traced code returned this very tensor, of this module: no op passes that on."""
         return getattr(t, "_fused_dni_owner", None) == id(self)
 
-    def _continues(self, state: Tensor) -> bool:
-        """Whether a state that asks for a gradient is this module's own and is to be cut; that of
-        another module, or a learned one, gets its gradient as with ``nn.LSTM``. Traced code sees
-        no graph: there the module's own is known by its sign, which ops on it do not pass on."""
-        if not state.requires_grad or self._bears_sign(state):
-            return True
-        return not torch.compiler.is_compiling() and origin(state, self) is not None
+    def _known(self, h: Tensor, c: Tensor, decoupled: bool) -> tuple[Known | None, list[Any]]:
+        """What is known of a state that is given.
+
+        Args:
+            h, c: the state, [L, B, H] or of a cell [B, H].
+            decoupled: whether the call learns.
+
+        Returns:
+            What was noted of it, None if it is not known to be this module's; and of such a state
+            the nodes of this module that its gradient will reach.
+        """
+        returned = self._returned
+        if not (decoupled or returned.marked) or torch._C._are_functorch_transforms_active():
+            return None, []
+        found = returned.recall(h, c)
+        if found is not None:
+            known = found.noted or _NOTHING
+            return known if found.rows is None else known.of(found.rows), []
+        others = by_weight(self._layers()[0].weight_ih)
+        if others is not None:
+            found = others.recall(h, c)
+        nodes: list[Any] = []
+        alone = True
+        if found is None and decoupled and (h.requires_grad or c.requires_grad):
+            nodes, alone = origins((h, c), self, NODES)
+        if found is None and alone:
+            found = returned.recall_copy(h, c)
+            if found is None and others is not None:
+                found = others.recall_copy(h, c)
+        if found is None:
+            self._warn_of_rows(h)
+            return None, nodes
+        known = found.noted or _NOTHING
+        return known if found.rows is None else known.of(found.rows), []
+
+    def remember(
+        self,
+        state: State,
+        end_of_sequence: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> State:
+        """Take a state for one that this module returned: from a file, or in memory of your own.
+
+        A state is known by the memory in which it was returned, or as a copy of the last one that
+        was. Any other is one from elsewhere: its gradient flows on, and nothing is learned there.
+
+        Args:
+            state: h, c, as the module returns them.
+            end_of_sequence: bool [B]: rows that ended there, and start anew.
+            context: what the synthesizer was conditioned on there, int64 [B] or [B, K].
+
+        Returns:
+            The same state.
+        """
+        check.pair(state, "state")
+        h, c = state
+        single = h.dim() == 2 and self._states == 3
+        if single:
+            h, c = h.unsqueeze(1), c.unsqueeze(1)
+        if h.dim() != self._states or h.shape != c.shape or h.shape[-1] != self.hidden_size:
+            raise RuntimeError(
+                f"h and c in state must be as the module returns them, got {list(h.shape)} and "
+                f"{list(c.shape)}"
+            )
+        batch = h.shape[-2]
+        ended = check.ended(end_of_sequence, batch, h.device, single)
+        if context is not None:
+            context = self._context_rows(context, batch, h)
+        told = ended is not None or context is not None
+        self._returned.note(h, c, Known(ended, context) if told else None)
+        note_by_weight(self._layers()[0].weight_ih, h, c)
+        return state
+
+    # -- what a user can be told -----------------------------------------------------------------
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once."""
+        if kind not in self._windows.warned:
+            self._windows.warned.add(kind)
+            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=6)
+
+    def _judge_starts(self) -> None:
+        """Warn of windows that had a prediction injected and were not continued."""
+        windows = self._windows
+        unused = windows.predicted - windows.continued
+        windows.judge_at = 2 * unused
+        if not windows.continued:
+            if unused < UNTAUGHT:
+                windows.judge_at = UNTAUGHT
+                return
+            self._warn(
+                "untaught",
+                f"the synthesizer was never taught: of {windows.predicted} windows none continued "
+                "a state that this module returned, so it trains as plain truncated "
+                "backpropagation. Hand the state on as it was returned (detached or copied if you like), say which "
+                "rows end by end_of_sequence instead of changing the state, tell a state from a "
+                "file by remember(state), or take synthesizer=None",
+            )
+        elif not windows.told_ends and ENDINGS * unused >= windows.continued:
+            self._warn(
+                "ends",
+                f"{unused} of {windows.predicted} windows had a prediction of their future "
+                "injected and were never continued, though others were. Nothing comes after the "
+                "end of a sequence, and no lesson corrects the prediction there: say which rows end by "
+                "end_of_sequence=, or training may diverge",
+            )
+
+    def windows(self) -> dict[str, float]:
+        """Counts since the last :meth:`reset_parameters`, for ``diagnostics``."""
+        counts = self._windows
+        return {
+            "windows": float(counts.predicted),
+            "windows_continued": float(counts.continued),
+        }
+
+    def warn_of_norm(self, sums: list[float]) -> None:
+        """Warn of predictions far larger than what they predict; ``sums`` are the statistics."""
+        s, g = sums[S_DOT_S], sums[G_DOT_G]
+        if s > NORM_RATIO**2 * g > 0.0:
+            self._warn(
+                "norm",
+                f"the synthesizer's predictions are {(s / g) ** 0.5:.0f} times as large as the "
+                "gradients that they predict: bound its targets by max_target_norm=, its "
+                "predictions by max_norm=, lower sg_scale= or its learning rate, or set "
+                "target_scale= to what the loss divides by",
+            )
+
+    def _warn_of_rows(self, h: Tensor) -> None:
+        """Warn where a row that ended goes on in a state that is not known."""
+        last = self._returned.last_ended()
+        if (
+            last is None
+            or "rows" in self._windows.warned
+            or not h.device.type == "cpu" == last[0].device.type
+        ):
+            return
+        before, ended = last
+        if before.shape[-1] != h.shape[-1] or before.dim() != h.dim() or before.dtype != h.dtype:
+            return
+        rows = before[..., ended, :]  # [L, those that ended, H]
+        if bool((h.detach().unsqueeze(-2) == rows.unsqueeze(-3)).all(-1).any()):
+            self._warn(
+                "rows",
+                "a row whose sequence ended goes on: hx is not the state that was returned (it was "
+                "reordered, combined or changed), and the module cannot follow its rows there. "
+                "Hand the state on as it was returned, or reset those rows yourself",
+            )
 
     def _context_rows(self, context: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
         features = getattr(self._modules["synthesizer"], "context_features", None)
@@ -597,6 +775,24 @@ class Recurrent(DecoupledModule):
         if rows.requires_grad:
             self.phase.probe(rows, forecast, scale)
         return rows_state(rows, h.shape[0])
+
+
+def _reset_head(head: nn.Module) -> None:
+    """Let a synthesizer start anew: as it says itself, or what it is made of, its last layer at
+    zero if it is one of the library's."""
+    own = getattr(head, "reset_parameters", None)
+    if own is not None:
+        own()
+        return
+    last = None
+    for module in head.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+            last = module
+    if isinstance(head, Synthesizer) and last is not None:
+        for p in last.parameters():
+            nn.init.zeros_(p)
 
 
 def backward_boundary(state: Any) -> None:

@@ -16,6 +16,7 @@ from fused_dni.ops.lstm import (
     lstm_forward,
     lstm_update_,
 )
+from fused_dni.ops.returned import lstm_returned_rows
 from fused_dni.ops.synthesizer import (
     synthesizer_gradients,
     synthesizer_predict,
@@ -34,6 +35,7 @@ __all__ = [
     "lstm_cell_backward",
     "lstm_cell_forward",
     "lstm_forward",
+    "lstm_returned_rows",
     "lstm_update_",
     "synthesizer_gradients",
     "synthesizer_predict",

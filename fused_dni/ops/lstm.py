@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.ops import registry
+from fused_dni.ops.returned import note_by_weight
 from fused_dni.ops.schemas import empty_if_none, none_if_empty
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
@@ -53,11 +54,13 @@ def _lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layers = layers_of(parameters, bias)
     trace = registry.get(backend).lstm_forward(x, h, c, layers, lengths, tuple(dropout), save)
+    h, c = trace.h.data, trace.c.data  # at version 0, whatever the backend did
+    note_by_weight(parameters[0], h, c)
     hidden = trace.hidden
     if not save and hidden.shape[0] > 1:
         hidden = hidden[-1:].clone()
     cells, gates = (t if save else None for t in (trace.cells, trace.gates))
-    return hidden, trace.h, trace.c, empty_if_none(cells, x), empty_if_none(gates, x)
+    return hidden, h, c, empty_if_none(cells, x), empty_if_none(gates, x)
 
 
 @_lstm_forward.register_fake

@@ -422,8 +422,6 @@ def test_gradients_by_hand(backend, row):
         context = {
             None: None, "labels": torch.randint(3, (BATCH,)), "vector": double(BATCH, 3)
         }[row["context"]]  # fmt: skip
-        if k == 0 and start is not None and context is None:
-            before = False  # a state from elsewhere that is no graph's: M is asked there too
         expected = by_hand(module, row, k, x, expected_start, context, before)
         module.zero_grad()
         old = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -515,47 +513,6 @@ def test_a_state_that_is_never_continued_is_plain_training(backend, kind, rule):
         assert all(g is None for g in grads(module.synthesizer))
     close(dict(module.synthesizer.state_dict()), dict(heads), 0)
     assert not module.statistics.any()
-
-
-@backends
-@pytest.mark.parametrize("treat", TREATMENTS)
-@pytest.mark.parametrize("pick", [[2, 0, 1], [1, 2], [1], [0, 2, 1, 1]])
-def test_rows_that_ended_are_reset_wherever_they_go(backend, treat, pick):
-    """Reordered, fewer, repeated; a view of the state too."""
-    module = lstm(INPUTS, HIDDEN, 2, backend=backend)
-    ended = torch.tensor([False, True, False])
-    _, state = module(double(STEPS, BATCH, INPUTS), end_of_sequence=ended)
-    x = double(STEPS, len(pick), INPUTS)
-    expected, _ = plain_of(module)(
-        x, tuple(t.detach()[:, pick] * ~ended[pick, None] for t in state)
-    )
-    output, _ = module(x, TREATMENTS[treat](tuple(t[:, pick] for t in state)))
-    close(output, expected)
-    view = tuple(t[:, 1:] for t in TREATMENTS[treat](state))
-    output, _ = module(x[:, :1].expand(-1, 2, -1), view)
-    close(output[:, :1], plain_of(module)(x[:, :1])[0])
-    module.eval()
-    with torch.no_grad():
-        output, _ = module(x, tuple(t[:, pick] for t in state))
-    close(output, expected)
-
-
-@backends
-def test_rows_that_the_user_reset_himself(backend):
-    """As one does with nn.LSTM: still the module's own state, cut and learned from."""
-    keep = torch.tensor([True, False, True])[:, None]
-    one, two = (m := lstm(INPUTS, HIDDEN, backend=backend)), copy.deepcopy(m)
-    x = double(2, STEPS, BATCH, INPUTS)
-    for module in (one, two):
-        ended = ~keep[:, 0] if module is one else None
-        output, state = module(x[0], end_of_sequence=ended)
-        if module is one:
-            output, _ = module(x[1], state)
-        else:
-            output, _ = module(x[1], tuple(t * keep for t in state))
-        output.square().sum().backward()
-    close(one.weight_hh_l0.grad, two.weight_hh_l0.grad)
-    assert one.statistics[-1] == two.statistics[-1] == 2
 
 
 @backends

@@ -206,8 +206,9 @@ def test_optimizer_state_goes_round(kind):
     two.load_state_dict(saved["model"])
     other = fd.FusedOptimizer(two)
     other.load_state_dict(saved["optimizer"])
-    # A state from a file is in new memory: rows that ended are zeroed by hand
+    # A state from a file is in new memory: rows that ended are zeroed by hand, and it is told
     state = tuple(t * ~ENDS[2][:, None] for t in state)
+    one.remember(state), two.remember(state)
     for module, o in ((one, optimizer), (two, other)):
         train(module, x[3:], o, state)
     close(values(one), values(two), 0)
