@@ -245,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``, with the rules' present state (references)."""
-        self._entry = dict  # type: ignore[assignment]
+        self._entry = dict
         try:
             return super().state_dict()
         finally:
@@ -255,7 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state(self) -> Any:
         """The rules' present state by parameter: ``step``, ``skipped`` (copies) and the moments
         (themselves), zero before the first update."""
-        shown: dict[Tensor, _Shown] = {}
+        shown: dict[Tensor, dict[Any, Any]] = {}
         for linked in self._linked:
             rule = linked.rule
             self._join(linked)

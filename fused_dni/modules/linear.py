@@ -42,9 +42,9 @@ _ACTIVATION_MODULES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 def activation_name(module: nn.Module) -> str | None:
     """Name of the fused activation that equals ``module``, or None if there is none."""
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    if isinstance(module, nn.Softplus) and (module.beta != 1 or module.threshold != 20):
+    if type(module) is nn.Softplus and (module.beta != 1 or module.threshold != 20):
         return None
     for name, (cls, _) in _ACTIVATION_MODULES.items():
         if type(module) is cls:
@@ -152,13 +152,6 @@ class FusedDNILinear(LinearSteps):
                 raise ValueError(
                     f"synthesizer must be 'default', None or a module, got {synthesizer!r}"
                 )
-            synthesizer = LinearSynthesizer(
-                out_features,
-                min(DEFAULT_RANK, out_features),
-                context_features,
-                device=device,
-                dtype=dtype,
-            )
         elif context_features:
             raise ValueError(
                 "context_features belongs to the default synthesizer; give it to the synthesizer "
@@ -180,6 +173,9 @@ class FusedDNILinear(LinearSteps):
         self.backend = backend
         self.config = LinearConfig(normalization, activation, eps, momentum, interface)
         plain = nn.Linear(in_features, out_features, bias, **factory)
+        if isinstance(synthesizer, str):  # behind the weight: a seed gives that of nn.Linear
+            rank = min(DEFAULT_RANK, out_features)
+            synthesizer = LinearSynthesizer(out_features, rank, context_features, **factory)
         self.weight = cast(nn.Parameter, plain.weight)
         self.bias = cast("nn.Parameter | None", plain.bias)
         if normalization == "batch":

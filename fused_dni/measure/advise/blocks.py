@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_dni.convert import _places, _recurrent_places, _stock_only, _tied
+from fused_dni.convert import _agreed, _places, _stock_only, _tied, _why_not
 from fused_dni.measure.advise.errors import AdviceError
 from fused_dni.measure.verdict.candidates import first_line
 
@@ -241,11 +241,13 @@ def _grouped(
     model: nn.Module, leaves: list[_Leaf], calls: dict[str, _Call], output: Tensor
 ) -> list[Block]:
     """Leaves that ran, as blocks."""
+    places = _agreed([place for place in _places(model) if _why_not(place.module) is None])
     companions: dict[int, list[nn.Module]] = {
-        id(linear): [m for m in (norm, activation) if m is not None]
-        for _, _, linear, norm, activation in _places(model)
+        id(place.module): [m for m in (place.norm, place.activation) if m is not None]
+        for place in places
+        if isinstance(place.module, nn.Linear)
     }
-    recurrent = {id(m) for _, _, m in _recurrent_places(model) if type(m) is nn.LSTM}
+    recurrent = {id(p.module) for p in places if isinstance(p.module, nn.LSTM)}
     recurrent -= {id(m) for m in model.modules() if _stock_only(m)}
     tied = _tied(model)
     ran = [leaf for leaf in leaves if leaf.path in calls]

@@ -154,6 +154,7 @@ def decouple(
     if synthesizer is None:
         return convert(copy.deepcopy(module), synthesizer=None, update=update, backend=backend)
     named = isinstance(synthesizer, str)
+    options: dict[str, Any] = {"context_features": context_features} if named else {}
     ours = convert(
         copy.deepcopy(module),
         synthesizer=synthesizer if not named else "default",
@@ -161,7 +162,7 @@ def decouple(
         interface=interface,
         update=update,
         backend=backend,
-        **({"context_features": context_features} if named else {}),
+        **options,
     )
     if named and synthesizer != "default":
         for layer in ours.modules():
