@@ -130,7 +130,9 @@ def device(where: Where) -> dict[str, Any]:
         query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", timeout=20, check=True
+            )
             facts["nvidia-smi"] = done.stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             facts["nvidia-smi"] = f"not available: {error}"
@@ -271,8 +273,8 @@ def measure(out: Path, where: Where) -> int:
             traceback.print_exc()
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
         results.setdefault("part_seconds", {})[name] = time.monotonic() - start
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".txt").write_text(summary(results) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".txt").write_text(summary(results) + "\n", encoding="utf-8")
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
     return failed
 

@@ -147,7 +147,7 @@ class Run:
         """The results, and their figures as text."""
         assert self.path is not None
         stored.save(self.path, self.results)
-        self.path.with_suffix(".txt").write_text(summary(self.results) + "\n")
+        self.path.with_suffix(".txt").write_text(summary(self.results) + "\n", encoding="utf-8")
 
     def replayed(self, steps: list[Callable[[], object]]) -> Callable[[], object]:
         """All steps, one after the other, as one CUDA graph (on a CPU as they are)."""
@@ -726,7 +726,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*ncu.OPTIONS)
         return 0
     if given.ncu is not None:
-        print(ncu_table(given.ncu.read_text()))
+        print(ncu_table(given.ncu.read_text(encoding="utf-8")))
         return 0
     if given.file is None and not given.profile:
         parser.error("which file?")
