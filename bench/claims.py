@@ -85,14 +85,14 @@ def measure(data: str, only: list[str] | None) -> int:
             places = {"FOLDER": folder, "OUT": str(made)}
             program = [] if words[0].endswith(".py") else ["-m", "fused_dni.cli"]
             run = [sys.executable, *program, *(places.get(word, word) for word in words)]
-            done = subprocess.run(run, cwd=stored.ROOT, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(run, cwd=stored.ROOT, stdout=subprocess.PIPE, encoding="utf-8")
             if not {"OUT", "FOLDER"} & set(words):
-                made.write_text(done.stdout)
+                made.write_text(done.stdout, encoding="utf-8")
             if not made.exists() or not made.stat().st_size:
                 print(f"{name}: failed with status {done.returncode}", flush=True)
                 failed += 1
                 continue
-            report = json.loads(made.read_text())
+            report = json.loads(made.read_text(encoding="utf-8"))
             hidden = {"FOLDER": "DIR", "OUT": "FILE", data: "DIR"}
             run = ["python" if program == [] else "fused-dni", *(hidden.get(w, w) for w in words)]
             report["facts"]["command"] = shlex.join(run)

@@ -84,7 +84,7 @@ def last_cache(device: str) -> int:
     """Bytes of the largest cache between the device's cores and its memory."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
-    found = [_size(path.read_text()) for path in CACHES.glob("index*/size")]
+    found = [_size(path.read_text(encoding="utf-8")) for path in CACHES.glob("index*/size")]
     return max(found, default=UNTOLD)
 
 

@@ -161,7 +161,9 @@ def device(where: Where, facts: dict[str, Any]) -> None:
         query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", timeout=20, check=True
+            )
             facts["nvidia-smi"] = done.stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             facts["nvidia-smi"] = f"not available: {error}"
@@ -291,7 +293,7 @@ def measure(out: Path, parts: list[str], where: Where, text: Path) -> int:
 
     def save() -> None:
         stored.save(out, results)
-        text.write_text(summary(found) + "\n")
+        text.write_text(summary(found) + "\n", encoding="utf-8")
 
     failed = 0
     for name in parts:

@@ -207,7 +207,7 @@ class Run:
         assert self.path is not None and self.text is not None
         try:
             stored.save(self.path, self.results)
-            self.text.write_text(summary(self.results) + "\n")
+            self.text.write_text(summary(self.results) + "\n", encoding="utf-8")
         except OSError as error:
             self.failed = True
             print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
@@ -995,7 +995,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = [*ncu.OPTIONS, "--profile-from-start", "off", "--log-file", given.under_ncu]
         os.execvp("ncu", ["ncu", *map(str, options), *profiled])
     if given.ncu is not None:
-        print(ncu_table(given.ncu.read_text()))
+        print(ncu_table(given.ncu.read_text(encoding="utf-8")))
         return 0
     if given.file is None and not given.profile:
         line.error("which file?")

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     text = json.dumps(report, indent=1)
     print(text)
     if args.out is not None:
-        args.out.write_text(text)
+        args.out.write_text(text, encoding="utf-8")
     return 1 if failures else 0
 
 

@@ -37,12 +37,12 @@ def result_path(facts: dict[str, Any], suite: str) -> Path:
 def matching(*patterns: str) -> dict[Path, dict[str, Any]]:
     """The results whose names, below ``bench/results`` and without ``.json``, fit a pattern."""
     paths = {path for pattern in patterns for path in RESULTS.glob(f"{pattern}.json")}
-    return {path: json.loads(path.read_text()) for path in sorted(paths)}
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
 
 
 def load(path: Path) -> dict[str, Any]:
     """Results so far; an empty set where there is no file yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def put(results: dict[str, Any], suite: str, key: str, group: dict[str, Any]) -> None:
@@ -61,7 +61,9 @@ def write(path: Path, report: dict[str, Any], *, sort_keys: bool = False) -> Non
     """Written whole and moved into place: an interrupted run keeps the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rounded(report), indent=1, sort_keys=sort_keys) + "\n")
+    partial.write_text(
+        json.dumps(rounded(report), indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8"
+    )
     partial.replace(path)
 
 

@@ -86,7 +86,7 @@ def render(check: bool) -> int:
     """Rewrite the documents, or with ``check`` say which of them differ."""
     stale = verdict.render(check)
     for path in DOCUMENTS:
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = render_document(old)
         if new == old:
             continue
@@ -95,6 +95,6 @@ def render(check: bool) -> int:
         if check:
             print(f"{name} differs from the results: run python bench/tables.py render")
         else:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
             print(f"rewrote {name}")
     return 1 if check and stale else 0

@@ -81,11 +81,11 @@ def render(check: bool) -> int:
     """Write the page, or with ``check`` say whether it differs."""
     with tempfile.TemporaryDirectory() as folder:
         made = page(Path(folder) if check else FIGURES)
-    if PAGE.exists() and PAGE.read_text() == made:
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == made:
         return 0
     if check:
         print("docs/verdict.md differs from the results: run python bench/answers.py render")
         return 1
-    PAGE.write_text(made)
+    PAGE.write_text(made, encoding="utf-8")
     print("rewrote docs/verdict.md")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import (
@@ -12,12 +11,12 @@ from fused_dni.cli.arguments import (
     built,
     common,
     positive,
-    refuse_unwritable,
     rule,
     sample_shape,
     set_threads,
     whole,
 )
+from fused_dni.cli.output import OutFile, say
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +33,10 @@ def add_advise(commands: Any) -> None:
         description="Time every block of a model alone, predict from that where interfaces, which "
         "synthesizers and which k make a training step faster than backprop on the same kernels, "
         "convert the model accordingly, and print predicted time and memory beside measured ones.",
-        epilog="examples, from the root of the repository:\n"
-        f"  {PROGRAM} advise bench.models:mlp\n"
-        f"  {PROGRAM} advise bench.models:convnet --all --out advice.json\n\n"
+        epilog="examples:\n"
+        f"  {PROGRAM} advise mymodels:mlp --sample 128x784\n"
+        f"  {PROGRAM} advise mymodels:convnet --all --out advice.json\n\n"
+        "The module is looked for in the folder that the command is run in, too.\n"
         "A factory is called without arguments and returns a module, (module, sample) or\n"
         "(module, sample, loss). The loss is called with the module's output, returns a scalar,\n"
         "and closes over its targets; without one a fixed gradient arrives at the output.",
@@ -72,10 +72,7 @@ def _advise(args: argparse.Namespace, command: str) -> int:
     from fused_dni.measure.advise import advise
     from fused_dni.report.progress import Progress
 
-    if args.out is not None:
-        refuse_unwritable(str(Path(args.out).parent))
-        if Path(args.out).is_dir():
-            raise UsageError(f"--out must be a file, {args.out} is a folder")
+    out = OutFile("--out", args.out)
     set_threads(args)
     module, sample, loss = _subject(args)
     progress = Progress(enabled=not args.quiet)
@@ -93,9 +90,9 @@ def _advise(args: argparse.Namespace, command: str) -> int:
             command=command,
             progress=progress.update,
         )
-    if args.out is not None:
-        Path(args.out).write_text(found.to_json() + "\n")
-    print(found.to_json() if args.json else found.table())
+    out.write(found.to_json() + "\n")
+    say(found.to_json() if args.json else found.table())
+    out.finish()
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -170,7 +171,9 @@ def built(spec: str) -> Any:
     try:
         module = importlib.import_module(place)
     except ImportError as error:
-        raise UsageError(f"cannot import {place!r}: {error}") from error
+        raise UsageError(
+            f"cannot import {place!r}: {error}; modules are looked for in {os.getcwd()}, too"
+        ) from error
     finally:
         sys.path.pop(0)
     try:
@@ -231,7 +234,7 @@ def refuse_unwritable(folder: str) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"cannot write to {folder}: permission denied")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from fused_dni.cli.arguments import PROGRAM, UsageError, common, rate, refuse_unwritable
+from fused_dni.cli.arguments import PROGRAM, common, rate
+from fused_dni.cli.output import OutFile, say
 
 
 def add_compare(commands: Any) -> None:
@@ -42,9 +42,9 @@ def add_compare(commands: Any) -> None:
 def _compare(args: argparse.Namespace, command: str) -> int:
     from fused_dni.measure.compare import blocks, compare, read
     from fused_dni.report import as_text
+    from fused_dni.report.files import as_json
 
-    if args.out is not None:
-        refuse_unwritable(str(Path(args.out).parent))
+    out = OutFile("--out", args.out)
     names = Path(args.old).name, Path(args.new).name  # without the reader's folders
     found = compare(
         read(args.old),
@@ -53,11 +53,8 @@ def _compare(args: argparse.Namespace, command: str) -> int:
         force=args.force,
         command=f"{PROGRAM} compare {' '.join(names)}",
     )
-    if args.out is not None:
-        try:
-            Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {args.out}: {error.strerror or error}") from error
-    print(json.dumps(found, indent=1) if args.json else as_text(blocks(found)))
+    out.write(as_json(found))
+    say(as_json(found) if args.json else as_text(blocks(found)), end="" if args.json else "\n")
+    out.finish()
     slower = any(row["verdict"] == "slower" for row in found["rows"])
     return 1 if slower and args.fail_on_slower else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
+from fused_dni.cli.output import OutFile, say, warn
 
 
 def add_map(commands: Any) -> None:
@@ -101,25 +102,25 @@ def _map(args: argparse.Namespace, command: str) -> int:
     from fused_dni.measure.map import merge, store
     from fused_dni.report import as_text, blocks_of, load
 
-    path = Path(args.out)
-    refuse_unwritable(str(path.parent))
+    out = OutFile("--out", args.out, needed=True)
     if args.figures is not None:
         refuse_unwritable(args.figures)
     if args.merge is not None:
         found = merge([load(name, "map") for name in args.merge])
-        store.write(found, path)
+        out.save(partial(store.write, found))
     else:
-        found = _measured(args, path, command)
-    print(json.dumps(found, indent=1) if args.json else as_text(blocks_of(found)))
+        found = _measured(args, out, command)
+    say(json.dumps(found, indent=1) if args.json else as_text(blocks_of(found)))
+    out.finish()
     if args.figures is not None:
         _draw(found, Path(args.figures))
     return 0
 
 
-def _measured(args: argparse.Namespace, path: Path, command: str) -> dict[str, Any]:
+def _measured(args: argparse.Namespace, out: OutFile, command: str) -> dict[str, Any]:
     import torch
 
-    from fused_dni.measure.map import Settings, make_grid
+    from fused_dni.measure.map import Settings, make_grid, store
     from fused_dni.measure.map.sweep import sweep
     from fused_dni.ops import registry
     from fused_dni.report.progress import Progress
@@ -141,7 +142,14 @@ def _measured(args: argparse.Namespace, path: Path, command: str) -> dict[str, A
     )
     progress = Progress(enabled=not args.quiet)
     with progress:
-        return sweep(points, settings, path, progress=progress.update, command=command)
+        return sweep(
+            points,
+            settings,
+            Path(args.out),
+            progress=progress.update,
+            command=command,
+            keep=lambda found: out.save(partial(store.write, found)),
+        )
 
 
 def _draw(report: dict[str, Any], folder: Path) -> None:
@@ -153,4 +161,4 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
             if isinstance(block, Figure):
                 block.save(folder / f"{block.name}.svg")
     except ModuleNotFoundError as error:
-        print(f"{PROGRAM}: no figures: pip install {error.name}", file=sys.stderr)
+        warn(f"{PROGRAM}: no figures: pip install {error.name}")

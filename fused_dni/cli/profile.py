@@ -22,6 +22,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
+from fused_dni.cli.output import OutFile, say, warn
 
 #: Options that only some of the tools have.
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -95,10 +96,13 @@ def _profile(args: argparse.Namespace, command: str) -> int:
     if made is None:
         return 1
     from fused_dni.measure.baseline import facts
+    from fused_dni.report.files import as_json
 
     report.update(made, facts=facts(command))
-    (folder / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
-    _print(args, report, folder)
+    out = OutFile("--out", str(folder / "profile.json"))
+    out.write(as_json(report))
+    _print(args, report, out)
+    out.finish()
     return int(report["status"])
 
 
@@ -138,9 +142,9 @@ def _by_nsight(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     tool = nsys if args.tool == "nsys" else ncu
     missing = shutil.which(args.tool) is None
     if missing or not args.quiet:
-        print(f"{VARIABLE}=1 {shlex.join(line)}", file=sys.stderr, flush=True)
+        warn(f"{VARIABLE}=1 {shlex.join(line)}")
     if missing:
-        print(f"{PROGRAM}: error: {tool.MISSING}", file=sys.stderr)
+        warn(f"{PROGRAM}: error: {tool.MISSING}")
         return None
     environment = {**os.environ, VARIABLE: "1"}
     if args.threads is not None:
@@ -150,14 +154,16 @@ def _by_nsight(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     if args.tool == "nsys":
         return {"status": status, "line": line, "timeline": "nsys.nsys-rep"}
     written = folder / "ncu.csv"
-    kernels = ncu.read(written.read_text()) if written.exists() else []
+    kernels = ncu.read(written.read_text("utf-8", "replace")) if written.exists() else []
     return {"status": status, "line": line, "kernels": kernels}
 
 
-def _print(args: argparse.Namespace, report: dict[str, Any], folder: Path) -> None:
+def _print(args: argparse.Namespace, report: dict[str, Any], out: OutFile) -> None:
     from fused_dni.report import as_text, blocks_of
 
     if args.json:
-        print(json.dumps(report, indent=1))
+        say(json.dumps(report, indent=1))
     elif not args.quiet:
-        print(f"\n{as_text(blocks_of(report))}\n\n{folder / 'profile.json'}")
+        say(f"\n{as_text(blocks_of(report))}")
+        if out.written is not None:
+            say(f"\n{out.written}")

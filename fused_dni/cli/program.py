@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shlex
 import sys
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from fused_dni.cli import advise, compare, profile, report, rivals, training, tune, verdict
 from fused_dni.cli import map as map_command
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
+from fused_dni.cli.output import any_terminal, flush, say, warn
 from fused_dni.report import text
+from fused_dni.report.loaded import printable
 
 
 def parser() -> Parser:
@@ -65,15 +68,10 @@ def _env(args: argparse.Namespace, command: str) -> int:
 
     if args.left_out:
         for line in left_out():
-            print(line)
+            say(line)
         return 0
     found = report()
-    if args.json:
-        import json
-
-        print(json.dumps(found, indent=1))
-    else:
-        print(format_report(found))
+    say(json.dumps(found, indent=1) if args.json else format_report(found))
     return 0
 
 
@@ -125,7 +123,7 @@ def _command(argv: Sequence[str]) -> str:
     """The command as it goes into a report: without the reader's folders."""
     words, hide = [], False
     for word in argv:
-        words.append("DIR" if hide else word)
+        words.append("DIR" if hide else printable(word))
         hide = word in _PATHS
         if word.startswith(tuple(f"{option}=" for option in _PATHS)):
             words[-1] = word.partition("=")[0] + "=DIR"
@@ -136,38 +134,36 @@ def _command(argv: Sequence[str]) -> str:
 def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
     """Turn exceptions into a line on stderr and an exit code."""
 
-    def say(message: object, code: int, *, internal: bool = False) -> None:
+    def fail(message: object, code: int, *, internal: bool = False) -> None:
         status[0] = code
         lines = " ".join(str(message).split()) or type(message).__name__
         hint = " (FUSED_DNI_DEBUG=1 shows where)" if internal else ""
-        print(f"{PROGRAM}: error: {lines}{hint}", file=sys.stderr)
+        warn(f"{PROGRAM}: error: {lines}{hint}")
 
     try:
         yield
     except KeyboardInterrupt:
         status[0] = 130
-        print(f"\n{PROGRAM}: stopped; nothing was kept", file=sys.stderr)
+        warn(f"\n{PROGRAM}: stopped; nothing was kept")
     except BrokenPipeError:
-        # Whoever read our output has seen enough (`| head`).
-        status[0] = 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush()  # of help, which argparse prints: whoever read it has seen enough (`| head`)
     except Exception as error:
         if type(error).__name__ == "Interrupted":
             status[0] = 130
-            print(f"\n{PROGRAM}: stopped; {error}", file=sys.stderr)
+            warn(f"\n{PROGRAM}: stopped; {error}")
             return
         if debug:
             raise
         if isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is missing: pip install {error.name}"
-            say(message, 1)
+            fail(message, 1)
         elif isinstance(error, MemoryError):
-            say("not enough memory", 1)
+            fail("not enough memory", 1)
         else:
             bad_input = isinstance(error, (ValueError, IndexError))
             plain = bad_input or isinstance(error, (OSError, RuntimeError))
             named = error if plain else f"{type(error).__name__}: {error}"
-            say(named, 2 if bad_input else 1, internal=not plain)
+            fail(named, 2 if bad_input else 1, internal=not plain)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,21 +171,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     debug = bool(os.environ.get("FUSED_DNI_DEBUG")) or "--traceback" in given
     status = [0]
-    with _as_one_line(debug, status):
+    with any_terminal(), _as_one_line(debug, status):
         try:
             args = _parse(given)
         except SystemExit as stop:  # --help
             return int(stop.code or 0)
         except UsageError as error:
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            warn(f"{PROGRAM}: error: {error}")
             return 2
         if args.version:
-            print(f"{PROGRAM} {_version()}")
+            say(f"{PROGRAM} {_version()}")
         elif args.command is None:
             parser().print_help()
         elif args.command == "env":
             status[0] = _env(args, _command(given))
         else:
             status[0] = args.run(args, _command(given))
-        sys.stdout.flush()
     return status[0]

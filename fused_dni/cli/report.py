@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import PROGRAM, UsageError, common
+from fused_dni.cli.output import OutFile, say
 
 if TYPE_CHECKING:
     from fused_dni.report import Block
@@ -40,22 +40,27 @@ def add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace, command: str) -> int:
     from fused_dni.report import as_text, blocks_of, drawable, load
+    from fused_dni.report.errors import WriteError
 
     page = None if args.output is None else _page(args.output)
     found = load(args.file)
     blocks = blocks_of(found)
     if page is None:
         if args.json:
-            print(json.dumps({"kind": found["kind"], "version": found["version"], "files": []}))
+            say(json.dumps({"kind": found["kind"], "version": found["version"], "files": []}))
         else:
-            print(as_text(blocks))
+            say(as_text(blocks))
         return 0
-    files = _write(page, drawable(blocks), found["facts"])
+    try:
+        files = _write(page, drawable(blocks), found)
+    except WriteError:
+        say(as_text(blocks))
+        raise
     if args.json:
         named = [str(path) for path in files]
-        print(json.dumps({"kind": found["kind"], "version": found["version"], "files": named}))
+        say(json.dumps({"kind": found["kind"], "version": found["version"], "files": named}))
     elif not args.quiet:
-        print(*files, sep="\n")
+        say("\n".join(map(str, files)))
     return 0
 
 
@@ -64,24 +69,30 @@ def _page(given: str) -> Path:
     page = Path(given)
     if page.suffix not in FORMATS:
         raise UsageError(f"--output must end in {' or '.join(FORMATS)}, got {given!r}")
-    if page.is_dir():
-        raise UsageError(f"--output {given} is a folder")
     if not page.parent.is_dir():
         raise UsageError(f"--output {given}: there is no folder {page.parent}")
-    if not os.access(page if page.exists() else page.parent, os.W_OK):
-        raise UsageError(f"--output {given} cannot be written: permission denied")
+    OutFile("--output", given, needed=True)
     return page
 
 
-def _write(page: Path, blocks: list[Block], facts: dict[str, Any]) -> list[Path]:
+def _write(page: Path, blocks: list[Block], report: dict[str, Any]) -> list[Path]:
     """The page and, of Markdown, the figures that lie beside it."""
     from fused_dni.report import Figure, as_markdown
+    from fused_dni.report.errors import WriteError
+    from fused_dni.report.files import unwritten, write_text
     from fused_dni.report.html import as_html
+    from fused_dni.report.loaded import reading
 
     if page.suffix == ".html":
-        page.write_text(as_html(blocks, facts), encoding="utf-8")
-        return [page]
+        with reading(report):
+            made = as_html(blocks, report["facts"])
+        return [write_text(page, made)]
     figures = page.parent / f"{page.stem}-figures"
-    made = as_markdown(blocks, figures, f"{figures.name}/")
-    page.write_text(made + "\n", encoding="utf-8")
+    try:
+        made = as_markdown(blocks, figures, f"{figures.name}/")
+    except WriteError:
+        raise
+    except OSError as error:
+        raise unwritten(figures, error) from error
+    write_text(page, made + "\n")
     return [page, *(figures / f"{b.name}.svg" for b in blocks if isinstance(b, Figure))]

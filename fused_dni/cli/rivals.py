@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from fused_dni.cli.arguments import (
     PROGRAM,
-    UsageError,
     common,
     device_named,
     positive,
     rate,
-    refuse_unwritable,
     set_threads,
     whole,
 )
+from fused_dni.cli.output import OutFile, say
 from fused_dni.cli.training import add_data, dataset_named, load_dataset
 
 
@@ -130,15 +127,18 @@ def _add_output(command: argparse.ArgumentParser, file: str) -> None:
 def _rivals(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import rival_arms, rivals
     from fused_dni.experiments.run import Interrupted
-    from fused_dni.report import load
+    from fused_dni.report import blocks_of, load
+    from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
     settings = rival_arms.defaults(dataset_named(args), **_given(args, rival_arms.Settings))
     device_named(settings.device)
-    out = _writable(args.out)
+    out = OutFile("--out", args.out, needed=True)
     set_threads(args)
     progress = Progress(enabled=not args.quiet)
-    previous = load(out, "rivals") if args.resume else None
+    previous = load(args.out, "rivals") if args.resume else None
+    if previous is not None:
+        blocks_of(previous)  # what it lacks shows before anything runs
     dataset = load_dataset(args, progress)
     try:
         report = rivals.compare(
@@ -147,29 +147,35 @@ def _rivals(args: argparse.Namespace, command: str) -> int:
             seconds=args.seconds,
             tuned=args.tune,
             previous=previous,
-            keep=lambda report: _write(report, out),
+            keep=lambda report: out.write(as_json(report)),
             progress=Progress(enabled=not args.quiet),
             command=command,
         )
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped} and are kept in {out}; --resume goes on from there") from None
+        out.finish()
+        raise Interrupted(
+            f"{stopped} and are kept in {args.out}; --resume goes on from there"
+        ) from None
     _print(report, args.json)
+    out.finish()
     return 0
 
 
 def _interfaces(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import interfaces
+    from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
     settings = interfaces.defaults(dataset_named(args), **_given(args, interfaces.Settings))
-    out = _writable(args.out)
+    out = OutFile("--out", args.out)
     set_threads(args)
     dataset = load_dataset(args, Progress(enabled=not args.quiet))
     report = interfaces.measure(
         settings, dataset, progress=Progress(enabled=not args.quiet), command=command
     )
-    _write(report, out)
+    out.write(as_json(report))
     _print(report, args.json)
+    out.finish()
     return 0
 
 
@@ -182,23 +188,11 @@ def _given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     }
 
 
-def _writable(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir():
-        raise UsageError(f"--out must be a file, {name} is a folder")
-    refuse_unwritable(str(path.parent))
-    return path
+def _print(report: dict[str, Any], printed_as_json: bool) -> None:
+    from fused_dni.report import as_text, blocks_of
+    from fused_dni.report.files import as_json
 
-
-def _write(report: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: a reader, and a resumed run, see the old report or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
-def _print(report: dict[str, Any], as_json: bool) -> None:
-    from fused_dni.report import blocks_of
-    from fused_dni.report.blocks import as_text
-
-    print(json.dumps(report, indent=1) if as_json else as_text(blocks_of(report)))
+    if printed_as_json:
+        say(as_json(report), end="")
+    else:
+        say(as_text(blocks_of(report)))

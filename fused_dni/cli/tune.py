@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from fused_dni.cli.arguments import (
     rule,
     whole,
 )
+from fused_dni.cli.output import say
 from fused_dni.report import text
 
 if TYPE_CHECKING:
@@ -109,16 +111,11 @@ def _tune(args: argparse.Namespace, command: str) -> int:
         for tuned in tune.tune(lambda: make(triton), ops, device, **limits):
             found.append(tuned)
             if not args.json:
-                print(tuned.table(), end="\n\n", flush=True)
+                say(tuned.table(), end="\n\n")
         if set(kind.parts) <= set(ops):  # with their best tiles
             ranked = tune.rank(make, device, **limits)
             if not args.json:
-                print(ranked.table(), end="\n\n", flush=True)
+                say(ranked.table(), end="\n\n")
     report = tune.report(found, ranked, device)
-    if args.json:
-        import json
-
-        print(json.dumps(report, indent=1))
-    else:
-        print(report["kept in"])
+    say(json.dumps(report, indent=1) if args.json else report["kept in"])
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import (
@@ -17,14 +16,16 @@ from fused_dni.cli.arguments import (
     factory,
     positive,
     refuse,
-    refuse_unwritable,
     rule,
     sample_shape,
     set_threads,
     whole,
 )
+from fused_dni.cli.output import OutFile, say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from fused_dni.measure.verdict.segments import Segment
@@ -154,6 +155,7 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     import torch
 
     from fused_dni.measure.verdict import verdict
+    from fused_dni.report.kinds import verdict as reports
     from fused_dni.report.progress import Progress
 
     if args.out is not None and args.out.isdigit():
@@ -161,9 +163,9 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
             f"--out is the file that the JSON goes to, got {args.out!r}; for output features there "
             "is --outputs"
         )
-    for path in (args.plot, args.out):
-        if path is not None:
-            refuse_unwritable(str(Path(path).parent))
+    out, plot = OutFile("--out", args.out), OutFile("--plot", args.plot)
+    if plot.path is not None:
+        _refuse_format(plot.path)
     if args.rank is not None and args.synthesizers is not None:
         raise UsageError("give --rank or --synthesizers, not both")
     set_threads(args)
@@ -198,20 +200,26 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
             progress=progress.update,
         )
     found.facts["command"] = command
-    plotted = found.plot(args.plot) if args.plot is not None else None
-    if args.out is not None:
-        Path(args.out).write_text(found.to_json())
+    out.write(found.to_json() + "\n")
+    plot.save(reports.over_k(found.report()).save)
     if args.json:
-        print(found.to_json())
+        say(found.to_json())
     else:
-        print(found.table())
-        print()
-        print(found.sentence())
-        for path in (plotted, args.out):
-            if path is not None:
-                print()
-                print(path)
+        say(f"{found.table()}\n\n{found.sentence()}")
+        for file in (plot, out):
+            if file.written is not None:
+                say(f"\n{file.written}")
+    for file in (out, plot):
+        file.finish()
     return 0
+
+
+def _refuse_format(plot: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if plot.suffix.lower().removeprefix(".") not in known:
+        raise UsageError(f"--plot must end in one of .{', .'.join(known)}, got {str(plot)!r}")
 
 
 def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
@@ -251,12 +259,7 @@ def _verdict_lstm(args: argparse.Namespace, command: str) -> int:
             seconds=args.seconds,
             progress=progress.update,
         )
-    if args.json:
-        print(found.to_json())
-    else:
-        print(found.table())
-        print()
-        print(found.sentence())
+    say(found.to_json() if args.json else f"{found.table()}\n\n{found.sentence()}")
     return 0
 
 

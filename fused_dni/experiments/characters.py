@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.experiments.data import DataError
+from fused_dni.report.loaded import printable
 
 ENDINGS = (".txt", ".txt.gz")
 #: Unicode scalar values: what an unknown character is one of.
@@ -84,7 +85,7 @@ def load(path: str | os.PathLike[str], validation: float = 0.05) -> Text:
         if not files:
             raise DataError(f"{path} has no file that ends in .txt or .txt.gz; {HOW_TO_GET}")
     text = "".join(_decode(file) for file in files)
-    name = path.name.removesuffix(".gz").removesuffix(".txt") or str(path)
+    name = printable(path.name.removesuffix(".gz").removesuffix(".txt") or str(path))
     return split(text, validation, name)
 
 

@@ -94,7 +94,8 @@ def load(
         progress: called while fetching with file name, bytes so far and bytes in all (or -1).
 
     Raises:
-        DataError: a file is absent, truncated, of the wrong kind, or cannot be fetched.
+        DataError: a file is absent, truncated, of the wrong kind, or cannot be fetched, or there
+            are too few images for ``held_out``.
     """
     if folder is not None:
         train, test, name = *_read_mnist(Path(folder)), "mnist"
@@ -105,9 +106,7 @@ def load(
     else:
         raise DataError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     if held_out:
-        kept = len(train.labels) - len(train.labels) // 6
-        test = Split(train.images[kept:], train.labels[kept:])
-        train = Split(train.images[:kept], train.labels[:kept])
+        train, test = hold_out(train, name)
     # Two scalars, not one per pixel: pixels that never vary would be divided by zero.
     mean, deviation = train.images.mean(), train.images.std()
     if not float(deviation) > 0:
@@ -116,6 +115,23 @@ def load(
         Split(((s.images - mean) / deviation).contiguous(), s.labels) for s in (train, test)
     )
     return Dataset(name, train, test, 10, held_out)
+
+
+def hold_out(train: Split, name: str) -> tuple[Split, Split]:
+    """Cut a training set: what is left of it, and its last sixth for evaluation.
+
+    Raises:
+        DataError: a sixth of it is not one image.
+    """
+    count = len(train.labels) // 6
+    if not count:
+        raise DataError(
+            f"{name} has {len(train.labels)} images to train on: too few to hold a sixth out"
+        )
+    return (
+        Split(train.images[:-count], train.labels[:-count]),
+        Split(train.images[-count:], train.labels[-count:]),
+    )
 
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:

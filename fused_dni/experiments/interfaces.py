@@ -188,7 +188,7 @@ def _run(
         backend=settings.backend,
         seed=seed,
     )
-    warmup_steps = round(settings.warmup * settings.steps)
+    warmup_steps = min(round(settings.warmup * settings.steps), settings.steps - 1)
     trainer = FusedTrainer(
         named(depth, every), seed, ours, settings.steps, warmup_steps if every else 0
     )

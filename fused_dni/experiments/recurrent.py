@@ -41,6 +41,7 @@ from fused_dni.experiments.run import (
     plain,
     read_checkpoint,
     refuse_divergence,
+    warmup_notes,
     write_checkpoint,
 )
 from fused_dni.measure import timing
@@ -793,7 +794,9 @@ def train(
                             kept_as = keep(s)
                             if stop.asked:
                                 raise Interrupted(kept_as)
-                        progress.update(_label(trainer, settings), trainer.position / trainer.total)
+                        if trainer.position < trainer.total:
+                            done = trainer.position / trainer.total
+                            progress.update(_label(trainer, settings), done)
                     _evaluate(trainer, turn, progress)
                     if folder is not None or stop.asked:
                         kept_as = keep(s)
@@ -833,6 +836,13 @@ def _notes(settings: Settings, source: Text | None) -> list[str]:
             f"solved: the running error over batches fell below {settings.threshold:g} bits per "
             "bit to be written (guessing costs 1)"
         )
+    steps = {
+        arm.name: -(-max(1, settings.amount // settings.batch_size) // arm.window)
+        for arm in settings.arms()
+        if arm.synthetic and settings.task == "charlm"
+    }
+    for name, windows in steps.items():
+        notes += warmup_notes([name], round(settings.warmup * windows), windows)
     return notes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
+from fused_dni.report.files import finite
 from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds.recurrent import Outcome, sentence
 
@@ -30,17 +30,8 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
         "memory_curve": outcome.memory_curve,
         "notes": outcome.notes,
     }
-    made: dict[str, Any] = _finite(report)
+    made: dict[str, Any] = finite(report)
     return made
-
-
-def _finite(value: Any) -> Any:
-    """Null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(

@@ -285,7 +285,7 @@ def build(
         backend=backend,
         seed=seed,
     ).to(settings.device)
-    warmup_steps = round(settings.warmup * steps) if synthetic else 0
+    warmup_steps = min(round(settings.warmup * steps), steps - 1) if synthetic else 0
     every_or_never: int | None = max(1, which.every)
     if phase in ("warm-up", "target", "no target"):
         warmup_steps = steps if phase == "warm-up" else 0

@@ -91,10 +91,11 @@ def compare(
     """
     progress = progress or Progress(enabled=False)
     arms = [arm(name) for name in settings.arms]
-    if len(dataset.train.labels) < settings.batch_size:
+    trained_on = held_out(dataset).train if tuned else dataset.train
+    if len(trained_on.labels) < settings.batch_size:
         raise ValueError(
             f"batch_size {settings.batch_size} is larger than the training set "
-            f"({len(dataset.train.labels)} images)"
+            f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
     if previous is not None and previous["settings"] != plain(asdict(settings)):
         raise ValueError("the report that is to be continued is of other settings")
@@ -292,15 +293,8 @@ def tune(
 
 def held_out(dataset: data.Dataset) -> data.Dataset:
     """The training part alone, its last sixth for evaluation."""
-    images, labels = dataset.train
-    kept = len(labels) - len(labels) // 6
-    return data.Dataset(
-        dataset.name,
-        data.Split(images[:kept], labels[:kept]),
-        data.Split(images[kept:], labels[kept:]),
-        dataset.classes,
-        held_out=True,
-    )
+    train, apart = data.hold_out(dataset.train, dataset.name)
+    return data.Dataset(dataset.name, train, apart, dataset.classes, held_out=True)
 
 
 def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -112,6 +112,18 @@ def preset(base: S, presets: Mapping[str, dict[str, Any]], changes: dict[str, An
         raise ValueError(text.unknown("dataset", name, presets))
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(base, **{**presets[name], **given})
+
+
+def warmup_notes(names: Sequence[str], warmup_steps: int, steps: int) -> list[str]:
+    """Say which runs never used a synthetic gradient, as the warm-up was as long as they were."""
+    synthetic = [name for name in names if name.startswith(("cdni", "dni"))]
+    if not synthetic or warmup_steps < steps:
+        return []
+    return [
+        f"All {steps} steps of {', '.join(synthetic)} were warm-up, on true gradients: their "
+        "errors are those of backprop, and say nothing of synthetic gradients. A shorter warm-up "
+        "or a longer run would."
+    ]
 
 
 class Stop:

@@ -33,6 +33,7 @@ from fused_dni.experiments.run import (
     plain,
     read_checkpoint,
     refuse_divergence,
+    warmup_notes,
     write_checkpoint,
 )
 from fused_dni.measure import timing
@@ -450,7 +451,8 @@ def train(
                 keep((s + 1, 0, 0, 0))
     order_of = {name: i for i, name in enumerate(names)}
     finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
-    return Outcome(settings, dataset.name, finished, per_epoch)
+    notes = warmup_notes(names, settings.warmup_steps, settings.epochs * per_epoch)
+    return Outcome(settings, dataset.name, finished, per_epoch, notes=notes)
 
 
 def _label(name: str, settings: Settings, seed: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +12,9 @@ from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds.train import Outcome
 
 
-def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
-    """Gather the whole report as plain data."""
-    return {
+def as_json(outcome: Outcome, command: str | None = None, verdict: Any = None) -> dict[str, Any]:
+    """Gather the whole report as plain data, with the verdict for its layers if there is one."""
+    report = {
         "kind": "train",
         "version": 1,
         "facts": facts(command),
@@ -28,6 +27,7 @@ def as_json(outcome: Outcome, command: str | None = None) -> dict[str, Any]:
         "split": outcome.split,
         "notes": outcome.notes,
     }
+    return report if verdict is None else {**report, "verdict": verdict.report()}
 
 
 def write(
@@ -42,7 +42,4 @@ def write(
     Raises:
         ReportError: the folder cannot be written.
     """
-    report = as_json(outcome, command)
-    if verdict is not None:
-        report["verdict"] = json.loads(verdict.to_json())
-    return write_folder(report, folder)
+    return write_folder(as_json(outcome, command, verdict), folder)

@@ -46,7 +46,7 @@ def facts(command: str | None = None) -> dict[str, Any]:
     """What a reader needs to place the numbers: device, versions, commit, command, time."""
     processor = platform.processor() or platform.machine()
     try:
-        for row in Path("/proc/cpuinfo").read_text().splitlines():
+        for row in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if row.startswith("model name"):
                 processor = row.split(":", 1)[1].strip()
                 break
@@ -89,7 +89,8 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(
             ["git", "-C", str(here), *command],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
         ).stdout.strip()

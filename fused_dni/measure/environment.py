@@ -206,7 +206,7 @@ def _processor() -> dict[str, Any]:
     model: str | None = platform.processor() or platform.machine()
     flags: set[str] = set()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 model = value.strip()
@@ -235,7 +235,7 @@ def openmp_libraries() -> list[str]:
     that fight for the same cores. Empty where the system does not tell (no ``/proc``)."""
     names = ("libgomp", "libomp", "libiomp5", "vcomp")
     try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
+        maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return []
     # A path may hold spaces: it is all that follows the fifth column.
@@ -298,7 +298,12 @@ def _run(*command: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            [path, *command[1:]], capture_output=True, text=True, timeout=20, check=False
+            [path, *command[1:]],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=False,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -307,7 +312,7 @@ def _run(*command: str) -> str | None:
 
 def _compilers() -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for name in (os.environ.get("CXX") or "c++", "g++", "clang++"):
+    for name in (os.environ.get("CXX", "").strip() or "c++", "g++", "clang++"):
         printed = _run(*name.split(), "--version")
         facts[name] = printed.splitlines()[0] if printed else None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

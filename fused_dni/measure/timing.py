@@ -58,6 +58,8 @@ class Staged:
 
 #: Shortest sample, in seconds: well above the clock's resolution and the cost of reading it.
 MIN_SAMPLE = 200e-6
+#: What a sample lasts at least: of a waiting thread nothing may be left, and ratios are made of it.
+RESOLUTION = 1e-9
 #: Shorter candidates are repeated to the length of the longest, up to this.
 MAX_SAMPLE = 20e-3
 #: Samples that a candidate gives in one round; a call before them, not timed, warms its caches.
@@ -180,9 +182,16 @@ def ratio(a: Timing, b: Timing, confidence: float = 0.99) -> Ratio:
             f"{a.name!r} has {len(a.rounds)} rounds and {b.name!r} has {len(b.rounds)}: "
             "only timings from one compare() can be paired"
         )
-    ratios = [x / y for x, y in zip(a.rounds, b.rounds, strict=True)]
+    ratios = [_quotient(x, y) for x, y in zip(a.rounds, b.rounds, strict=True)]
     low, high = median_interval(ratios, confidence)
     return Ratio(statistics.median(ratios), max(low, 0.0), high)
+
+
+def _quotient(x: float, y: float) -> float:
+    """Divide times, of which one may be shorter than the clock can tell: none of none is one."""
+    if y:
+        return x / y
+    return math.inf if x else 1.0
 
 
 def differs(a: Timing, b: Timing, *, confidence: float = 0.99, margin: float = MARGIN) -> str:
@@ -221,13 +230,13 @@ def _host_clock(watch: Stopwatch) -> Clock:
             spent = 0.0
             for _ in range(repeats):
                 spent += watch.time(partial(call.run, call.prepare()))
-            return spent / repeats
+            return max(spent, RESOLUTION) / repeats
 
         def run() -> None:
             for _ in range(repeats):
                 call()
 
-        return watch.time(run) / repeats
+        return max(watch.time(run), RESOLUTION) / repeats
 
     return lambda call, repeats, samples: [sample(call, repeats) for _ in range(samples)]
 
@@ -242,7 +251,8 @@ def _cuda_clock(call: Candidate, repeats: int, samples: int) -> list[float]:
             call()
         mark.record()
     marks[-1].synchronize()
-    return [a.elapsed_time(b) / 1e3 / repeats for a, b in itertools.pairwise(marks)]
+    spent = (a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+    return [max(seconds, RESOLUTION) / repeats for seconds in spent]
 
 
 def _staged_events(call: Staged, repeats: int) -> float:
@@ -355,7 +365,7 @@ def compare(
                     if done >= look:
                         look = done + max(1, done // 4)  # looking takes longer and longer
             if progress is not None:
-                progress(1.0 if over else fraction)
+                progress(1.0 if over else min(fraction, 0.99))  # more rounds, for precision
             if over:
                 return run.timings()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fused_dni.report import text
+from fused_dni.report.errors import ReportError
+from fused_dni.report.files import unwritten
 
 #: Two reports of the same data give the same file.
 _STYLE: Any = {"svg.hashsalt": "fused_dni", "svg.fonttype": "none", "font.size": 9}
@@ -61,6 +64,9 @@ class Figure:
 
         Args:
             inline: for a page's own markup: text and axes take the page's text colour.
+
+        Raises:
+            ReportError: it cannot be drawn from what the report holds.
         """
         import io
 
@@ -77,11 +83,14 @@ class Figure:
         """Write the plot in the format that the file's name says.
 
         Raises:
-            OSError: the file cannot be written.
-            ValueError: an unknown format.
+            WriteError: the file cannot be written.
+            ReportError: an unknown format, or it cannot be drawn from what the report holds.
         """
         stable: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-        self._save(path, {}, dpi=120, **stable)
+        try:
+            self._save(path, {}, dpi=120, **stable)
+        except OSError as error:
+            raise unwritten(path, error) from error
         return path
 
     def _save(self, to: Any, style: dict[str, Any], **options: Any) -> None:
@@ -89,10 +98,34 @@ class Figure:
         from matplotlib.figure import Figure as Canvas
 
         rc: Any = {**_STYLE, **style}
-        with matplotlib.rc_context(rc):
+        with matplotlib.rc_context(rc), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # glyphs that no font has, tight places
             canvas = Canvas(figsize=self.size, layout="constrained")
-            self.draw(canvas)
-            canvas.savefig(to, **options)
+            try:
+                self.draw(canvas)
+                _no_formulas(canvas)
+                canvas.savefig(to, **options)
+            except ReportError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ReportError(
+                    f"does not hold what the figure {self.name!r} is drawn from: {reason}"
+                ) from error
+
+
+def _no_formulas(canvas: Any) -> None:
+    """Show names that hold dollars as they are, but what matplotlib itself writes."""
+    from matplotlib.text import Text as Artist
+
+    for artist in canvas.findobj(Artist):
+        if "$" in artist.get_text() and r"\mathdefault" not in artist.get_text():
+            artist.set_text(label(artist.get_text()))
+
+
+def label(name: str) -> str:
+    """Escape what matplotlib would take for the beginning of a formula."""
+    return name.replace("$", r"\$")
 
 
 Block = Heading | Text | Table | Figure

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_dni.report.blocks import Figure, as_markdown
-from fused_dni.report.kinds import ReportError, blocks_of
+from fused_dni.report.blocks import Block, Figure, as_markdown
+from fused_dni.report.errors import ReportError
+from fused_dni.report.files import as_json, write_text
+from fused_dni.report.kinds import blocks_of
 
 
 def write_folder(report: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
@@ -20,13 +22,19 @@ def write_folder(report: dict[str, Any], folder: str | os.PathLike[str]) -> list
     Raises:
         ReportError: the folder cannot be written, or the report's kind is unknown.
     """
-    said = blocks_of(report)
+    return write_blocks(report, blocks_of(report), folder)
+
+
+def write_blocks(
+    report: dict[str, Any], said: Sequence[Block], folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Write the same of a report that says ``said``."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "report.json", folder / "report.md"]
-        files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        files[1].write_text(as_markdown(said, folder, suffix=".png") + "\n")
+        write_text(files[0], as_json(report))
+        write_text(files[1], as_markdown(said, folder, suffix=".png") + "\n")
     except OSError as error:
         raise ReportError(
             f"cannot write the report to {folder}: {error.strerror or error}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -30,6 +31,7 @@ class Progress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._last: dict[str, float] = {}
+        self._done: set[str] = set()
         if enabled and self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -76,9 +78,13 @@ class Progress:
         now = time.monotonic()
         if fraction < 1.0 and now - self._last.setdefault(name, now) < self._every:
             return
+        if name in self._done:  # a phase that comes again and again ends once in a log
+            return
+        if fraction >= 1.0:
+            self._done.add(name)
         self._last[name] = now
         text = f"{name}: {100 * fraction:.0f} %"
-        print(f"{text}  {note}" if note else text, file=self._stream, flush=True)
+        self._print(f"{text}  {note}" if note else text)
 
     def line(self, text: str) -> None:
         """A line that stays."""
@@ -87,4 +93,8 @@ class Progress:
         if self._bars is not None:
             self._bars.console.print(text, highlight=False, markup=False)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # nobody is there to read it: no reason to stop measuring
             print(text, file=self._stream, flush=True)

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fused_dni.report.errors import ReportError
 from fused_dni.report.intervals import median_interval
 from fused_dni.report.kinds import load
+from fused_dni.report.loaded import reading
 
 #: ``kind`` of a file by pytest-benchmark.
 BENCHMARKS = "pytest-benchmark"
@@ -23,7 +25,7 @@ PARTS = 8
 WIDER = statistics.NormalDist().inv_cdf(0.995) / statistics.NormalDist().inv_cdf(0.975)
 
 
-class ComparisonError(ValueError):
+class ComparisonError(ReportError):
     """The files cannot be compared; the message says why."""
 
 
@@ -65,10 +67,9 @@ def read(path: str | os.PathLike[str]) -> Results:
         ComparisonError: it holds no times, or not what intervals are made from.
         ReportError: it cannot be read, is none, or is in a format that this version does not read.
     """
-    try:
-        results = results_of(load(path))
-    except ComparisonError as error:
-        raise ComparisonError(f"{path} {error}") from error
+    report = load(path)
+    with reading(report):
+        results = results_of(report)
     if not results.rows:
         raise ComparisonError(f"{path} holds no times")
     return results
@@ -94,12 +95,23 @@ def _benchmarks(report: dict[str, Any]) -> dict[str, Row]:
                 "has no rounds, which intervals are made from: write it by "
                 "--benchmark-json, or with --benchmark-save-data"
             )
+        name = str(benchmark["fullname"])
+        if not isinstance(rounds, list) or not rounds:
+            raise ComparisonError(f"has no rounds of {name!r}")
+        rounds = [_time(value, name) for value in rounds]
         low, high = interval(rounds)
         # As it was before the suites had a folder: files from then and now meet.
-        rows[benchmark["fullname"].replace("bench/suites/", "bench/")] = Row(
-            benchmark["group"] or "", statistics.median(rounds), low, high
+        rows[name.replace("bench/suites/", "bench/")] = Row(
+            str(benchmark["group"] or ""), statistics.median(rounds), low, high
         )
     return rows
+
+
+def _time(value: Any, name: str) -> float:
+    """Seconds: a finite number, not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e99:
+        raise ComparisonError(f"has no time of {name!r} but {str(value)[:100]!r}")
+    return float(value)
 
 
 def interval(rounds: Sequence[float]) -> tuple[float, float]:
@@ -127,6 +139,15 @@ def _report(report: dict[str, Any]) -> Results:
     return Results(report["kind"], facts, dict(_timings(body, "")))
 
 
+def _wider(bound: float, median: float) -> float:
+    if bound == median:
+        return median
+    if median == 0.0:  # shorter than the clock could tell: there is no ratio to widen
+        return math.inf
+    ratio = bound / median
+    return median * ratio**WIDER if ratio < 1e99 else math.inf
+
+
 def _timings(value: Any, name: str) -> Iterator[tuple[str, Row]]:
     """Every :meth:`fused_dni.measure.timing.Timing.to_json` inside, by its path."""
     if isinstance(value, list):
@@ -134,9 +155,11 @@ def _timings(value: Any, name: str) -> Iterator[tuple[str, Row]]:
     if not isinstance(value, dict):
         return
     if {"median", "p10", "p90", "rounds"} <= value.keys():
-        median, found = value["median"], value["interval"]
-        bounds = [median * (bound / median) ** WIDER for bound in found] if found else []
-        yield name, Row(name.rpartition("/")[0], median, *bounds)
+        median, found = value["median"], value.get("interval")
+        if median is not None:  # null: what was measured was no number
+            seconds = _time(median, name)
+            bounds = [_wider(_time(bound, name), seconds) for bound in found or ()]
+            yield name, Row(name.rpartition("/")[0], seconds, *bounds)
         return
     for key, item in value.items():
         yield from _timings(item, f"{name}/{key}" if name else str(key))

@@ -18,8 +18,8 @@ class Ratio(Protocol):
 def versus(found: Ratio) -> str:
     """What a ratio of times says, in the words of a sentence: ``1.20x faster than``."""
     word = found.verdict()
-    if word == "faster":
-        return f"{1 / found.median:.2f}x faster than"
+    if word == "faster":  # by no number, where the time was shorter than the clock could tell
+        return f"{1 / found.median:.2f}x faster than" if found.median else "faster than"
     if word == "slower":
         return f"{found.median:.2f}x slower than"
     return "not measurably different from"

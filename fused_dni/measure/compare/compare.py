@@ -14,6 +14,7 @@ from typing import Any
 
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import MARGIN, Ratio
+from fused_dni.report.files import finite
 from fused_dni.report.times import ComparisonError, Results, Row
 
 VERSION = 1
@@ -95,6 +96,7 @@ def _noise(old: Results, new: Results, common: list[str], given: float | None) -
         for name in common
         if FLOOR in name.lower()
         and math.isfinite((ratio := _ratio(old.rows[name], new.rows[name])).high)
+        and ratio.low > 0.0
     }
     bounds = [floor["interval"] for floor in floors.values()]
     worst = max((max(high, 1.0 / low) - 1.0 for low, high in bounds), default=0.0)
@@ -108,7 +110,13 @@ def _noise(old: Results, new: Results, common: list[str], given: float | None) -
 
 
 def _ratio(old: Row, new: Row, noise: float = 0.0) -> Ratio:
-    """Of two independent medians: at worst one is at its interval's end and the other at its."""
+    """Of two independent medians: at worst one is at its interval's end and the other at its.
+
+    Of a time of zero, shorter than the clock could tell, there is none: NaN, between 0 and
+    infinity.
+    """
+    if not old.median or not new.median:
+        return Ratio(math.nan, 0.0, math.inf)
     low = new.low / old.high / (1.0 + noise)
     high = new.high / old.low * (1.0 + noise) if old.low else math.inf
     return Ratio(new.median / old.median, low, high)
@@ -122,6 +130,6 @@ def _row(name: str, old: Results, new: Results, noise: float) -> dict[str, Any]:
         "group": after.group,
         "old": before.median,
         "new": after.median,
-        "ratio": ratio.to_json(),
+        "ratio": finite(ratio.to_json()),
         "verdict": ratio.verdict(),
     }

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.map.grid import Settings
+from fused_dni.report.files import as_json, write_text
 from fused_dni.report.kinds import load
+from fused_dni.report.loaded import reading
 
 VERSION = 1
 #: Facts that tell one series from another.
@@ -34,7 +35,11 @@ def read_or_empty(path: Path, command: str | None = None) -> dict[str, Any]:
     Raises:
         ReportError: the file holds something else.
     """
-    return load(path, "map") if path.exists() else empty(command)
+    if not path.exists():
+        return empty(command)
+    found = load(path, "map")
+    _check(found)
+    return found
 
 
 def series_for(
@@ -51,13 +56,12 @@ def series_for(
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the map in one piece: whoever reads or interrupts sees the old file or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write the map in one piece: whoever reads or interrupts sees the old file or the new one.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    write_text(path, as_json(report))
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -65,12 +69,27 @@ def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Where two have the same point of the same series, a measured one goes before a failed one, and
     else the later one before the earlier.
+
+    Raises:
+        ReportError: one of them, from a file, is incomplete.
     """
     joined = empty()
+    for report in reports:
+        _check(report)
     for key in dict.fromkeys(key for report in reports for key in report["series"]):
         parts = [report["series"][key] for report in reports if key in report["series"]]
         joined["series"][key] = {**parts[0], "points": dict(_worst_first(parts))}
     return joined
+
+
+def _check(report: dict[str, Any]) -> None:
+    """Refuse, by a ReportError that names the file, what is no whole map."""
+    with reading(report):
+        for series in report["series"].values():
+            if not (series["facts"].keys() and series["settings"].keys()):
+                raise ValueError("a series without facts or settings")
+            for point in series["points"].values():
+                str(point["date"])
 
 
 def _worst_first(parts: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

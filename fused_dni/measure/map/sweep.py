@@ -20,6 +20,7 @@ def sweep(
     *,
     progress: Callable[[str, float, str], None] = lambda what, fraction, note: None,
     command: str | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure ``points``, and write the map after each of them.
 
@@ -30,6 +31,7 @@ def sweep(
         path: of the map; continued if it exists.
         progress: called with ``"map"``, the fraction done, and a note on what is being measured.
         command: kept among the facts.
+        keep: called with the map after each point, instead of writing it to ``path``.
 
     Returns:
         The map as it stands in the file.
@@ -37,8 +39,9 @@ def sweep(
     Raises:
         ReportError: ``path`` holds something else than a map.
         Interrupted: Ctrl-C; the file has what was measured.
-        OSError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
+    keep = keep or partial(store.write, path=path)
     report = store.read_or_empty(path, command)
     found = store.series_for(report, settings, command)["points"]
 
@@ -53,7 +56,7 @@ def sweep(
             say(index, 0.0)
             if not measured(point):
                 found[point.key] = measure(point, settings, partial(say, index))
-                store.write(report, path)
+                keep(report)
     except KeyboardInterrupt:
         done = sum(map(measured, points))
         raise Interrupted(

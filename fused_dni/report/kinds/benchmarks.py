@@ -40,7 +40,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             Table(
                 ["benchmark", "median", "interval", "over the fastest"],
                 [
-                    [name, text.seconds(row.median), _interval(row), f"{row.median / fastest:.2f}"]
+                    [name, text.seconds(row.median), _interval(row), _over(row.median, fastest)]
                     for name, row in rows.items()
                 ],
             )
@@ -53,6 +53,10 @@ def blocks(report: dict[str, Any]) -> list[Block]:
 def _short(name: str) -> str:
     """Without the file of a test and the group of a row."""
     return name.rpartition("::")[2] if "::" in name else name.rpartition("/rows/")[2]
+
+
+def _over(median: float, fastest: float) -> str:
+    return f"{median / fastest:.2f}" if fastest else "-"  # shorter than the clock could tell
 
 
 def _interval(row: Row) -> str:

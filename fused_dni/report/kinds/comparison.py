@@ -77,12 +77,14 @@ def _trust(report: dict[str, Any]) -> str:
 
 
 def _size(row: dict[str, Any]) -> float:
-    ratio: float = row["ratio"]["median"]
-    return max(ratio, 1.0 / ratio)
+    ratio: float | None = row["ratio"]["median"]
+    return max(ratio, 1.0 / ratio) if ratio else 0.0
 
 
 def _ratio(row: dict[str, Any]) -> str:
     found = row["ratio"]
+    if found["median"] is None:
+        return "too short to be timed"
     if found["interval"] is None:
         return f"{found['median']:.2f} (too few rounds)"
     low, high = found["interval"]

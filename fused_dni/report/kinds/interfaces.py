@@ -38,21 +38,21 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         Heading("Error"),
         _errors(report),
         Heading("Cosine with the true gradient, by layer"),
-        _by_layer(networks, deepest, "true_cosine"),
+        _by_layer(networks, "true_cosine"),
         _figure("cosine-by-depth", each, "an interface behind every layer"),
     ]
     if len(spaced) > 1:
         said.append(_figure("cosine-by-spacing", spaced, f"{deepest} layers, fewer interfaces"))
     said += [
         Heading("Size against the true gradient, by layer"),
-        _by_layer(networks, deepest, "true_norm_ratio"),
+        _by_layer(networks, "true_norm_ratio"),
         Heading("Cosine with what arrived, by layer"),
         Text(
             "What a synthesizer is trained on is itself made of the prediction above it. A high "
             "cosine here beside a low one above means that it predicts well what is no longer the "
             "gradient."
         ),
-        _by_layer(networks, deepest, "arrived_cosine"),
+        _by_layer(networks, "arrived_cosine"),
     ]
     return said
 
@@ -106,18 +106,20 @@ def _spread(values: Sequence[float]) -> tuple[str, str]:
     return f"{statistics.fmean(values):.2f} %", between
 
 
-def _by_layer(networks: list[dict[str, Any]], deepest: int, name: str) -> Table:
+def _by_layer(networks: list[dict[str, Any]], name: str) -> Table:
+    held = {at["layer"] for row in networks for run in row["runs"] for at in run["layers"]}
+    layers = sorted(held)
     lines = []
     for row in networks:
         if row["every"]:
-            means = [mean_of(row, layer, name) for layer in range(1, deepest + 1)]
+            means = [mean_of(row, layer, name) for layer in layers]
             lines.append(
                 [
                     named(row["depth"], row["every"]),
                     *("" if mean is None else text.significant(mean, 2) for mean in means),
                 ]
             )
-    header = ["network", *(f"layer {layer}" for layer in range(1, deepest + 1))]
+    header = ["network", *(f"layer {layer}" for layer in layers)]
     return Table(header, lines, "Layer 1 reads the input.")
 
 

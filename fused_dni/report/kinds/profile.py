@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fused_dni.report import text
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text, label
 
 #: The range of what lies in none, and the op of what is none of torch's: our kernels, Python.
 NOWHERE = "(no range)"
@@ -103,7 +103,7 @@ def _bars(ranges: list[dict[str, Any]]) -> Figure:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        names = [row["range"] for row in reversed(dearest)]
+        names = [label(row["range"]) for row in reversed(dearest)]
         axes.barh(names, [1e3 * row["own"] for row in reversed(dearest)], height=0.65)
         axes.set_xlabel("own time, ms")
         axes.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fused_dni.report import text
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text, label
 
 
 def blocks(report: dict[str, Any]) -> list[Block]:
@@ -50,6 +50,6 @@ def _draw(report: dict[str, Any], canvas: Any) -> None:
         [m - 1e6 * report["timings"][n]["p10"] for m, n in zip(middle, names, strict=True)],
         [1e6 * report["timings"][n]["p90"] - m for m, n in zip(middle, names, strict=True)],
     ]
-    axes.barh(names, middle, xerr=spread, color="#6fa8dc", capsize=3)
+    axes.barh([label(name) for name in names], middle, xerr=spread, color="#6fa8dc", capsize=3)
     axes.set_xlabel("time per step of the sequence, µs (bars: 10-90 %)")
     axes.grid(True, axis="x", alpha=0.2)

@@ -1,0 +1,147 @@
+"""What commands print and write: on any terminal or pipe, and without losing what was measured."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fused_dni.cli.arguments import PROGRAM, UsageError
+from fused_dni.report.errors import WriteError
+from fused_dni.report.files import try_file, unwritten, write_text
+
+#: For a stream that has no such character.
+_PLAIN = {
+    ord(given): plain
+    for given, plain in (
+        *(("µ", "u"), ("–", "-"), ("—", "-"), ("−", "-"), ("›", ">"), ("×", "x")),
+        *(("±", "+-"), ("≈", "~"), ("≤", "<="), ("≥", ">=")),
+    )
+}
+_HANDLER = "fused_dni.plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode a character that a stream cannot: as it can be read, or as the byte that it was."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    given = error.object[error.start]
+    if "\udc80" <= given <= "\udcff":  # of a file name that is not UTF-8
+        return bytes([ord(given) - 0xDC00]), error.start + 1
+    made = given.translate(_PLAIN).encode("ascii", "backslashreplace")
+    return made.decode("ascii"), error.start + 1
+
+
+codecs.register_error(_HANDLER, _plain)
+
+
+@contextmanager
+def any_terminal() -> Iterator[None]:
+    """Print inside what stdout and stderr cannot encode as far as they can."""
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            changed.append((stream, stream.errors))
+            with suppress(OSError):
+                stream.reconfigure(errors=_HANDLER)
+    try:
+        yield
+    finally:
+        flush()
+        for stream, errors in changed:
+            with suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
+
+
+def say(text: object = "", end: str = "\n") -> None:
+    """Print; what a reader that has closed the pipe (``| head``) does not want is dropped.
+
+    Raises:
+        WriteError: stdout takes no more for another reason.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        _drop()
+    except OSError as error:
+        _drop()
+        raise unwritten("to stdout", error) from error
+
+
+def flush() -> None:
+    """Bring out what was printed in other ways; what nobody reads any more is dropped."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop()
+
+
+def _drop() -> None:
+    """Let everything that goes to stdout from now on vanish, or Python complains as it ends."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def warn(text: object) -> None:
+    """Print a line on stderr, if somebody is there."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class OutFile:
+    """A file beside what a command prints. It is tried before anything is measured: where it
+    cannot be written, that is said at once, the command goes on, prints what it found, and fails
+    at its end.
+
+    Args:
+        option: that names it.
+        given: its path; None where nobody asked for it.
+        needed: the command works with the file, and does not begin without it.
+
+    Raises:
+        UsageError: the path is a folder, or cannot be written and is needed.
+    """
+
+    def __init__(self, option: str, given: str | None, *, needed: bool = False) -> None:
+        self.path = None if given is None else Path(given)
+        self._error: WriteError | None = None
+        if self.path is not None:
+            if self.path.is_dir():
+                raise UsageError(f"{option} must be a file, {given} is a folder")
+            try:
+                try_file(self.path)
+            except WriteError as error:
+                if needed:
+                    raise UsageError(str(error)) from error
+                warn(f"{PROGRAM}: {error}; what is found will be printed all the same")
+
+    def write(self, text: str) -> None:
+        """Write the file, if it was asked for; that it failed is kept for :meth:`finish`."""
+        self.save(lambda path: write_text(path, text))
+
+    def save(self, write: Callable[[Path], object]) -> None:
+        """Write the file by a function, likewise."""
+        self._error = None
+        if self.path is not None:
+            try:
+                write(self.path)
+            except OSError as error:
+                self._error = (
+                    error if isinstance(error, WriteError) else unwritten(self.path, error)
+                )
+
+    @property
+    def written(self) -> Path | None:
+        """The file, if it was written."""
+        return None if self._error else self.path
+
+    def finish(self) -> None:
+        """Raise WriteError if the file could not be written."""
+        if self._error is not None:
+            raise self._error
