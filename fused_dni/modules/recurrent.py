@@ -694,8 +694,8 @@ class Recurrent(DecoupledModule):
                 "untaught",
                 f"the synthesizer was never taught: of {windows.predicted} windows none continued "
                 "a state that this module returned, so it trains as plain truncated "
-                "backpropagation. Hand the state on as it was returned (detached or copied if you like), say which "
-                "rows end by end_of_sequence instead of changing the state, tell a state from a "
+                "backpropagation. Hand the state on as it was returned (detached or copied if you "
+                "like), say which rows end by end_of_sequence instead of changing the state, tell a state from a "
                 "file by remember(state), or take synthesizer=None",
             )
         elif not windows.told_ends and ENDINGS * unused >= windows.continued:
@@ -703,8 +703,8 @@ class Recurrent(DecoupledModule):
                 "ends",
                 f"{unused} of {windows.predicted} windows had a prediction of their future "
                 "injected and were never continued, though others were. Nothing comes after the "
-                "end of a sequence, and no lesson corrects the prediction there: say which rows end by "
-                "end_of_sequence=, or training may diverge",
+                "end of a sequence, and no lesson corrects the prediction there: say which rows "
+                "end by end_of_sequence=, or training may diverge",
             )
 
     def windows(self) -> dict[str, float]:
