@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class _OfThread(threading.local):
 
 
 _traced = _OfThread()
+
+
+_next_number: Any = vars(torch.autograd)["_get_sequence_nr"]
 
 
 class _Span(NamedTuple):
@@ -50,7 +53,7 @@ def note_checkpoint() -> None:
 
 def _context_of_recomputed() -> Tensor | None:
     """The context in which the node was made that the running backward runs anew."""
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     if node is None:
         return None
     number = node._sequence_nr()
@@ -88,14 +91,14 @@ def condition_on(context: Tensor) -> Iterator[None]:
         raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
     token, outer = _current.set(context), _traced.context
     _traced.context = context
-    first, noted = torch.autograd._get_sequence_nr(), _checkpointed.set(False)
+    first, noted = _next_number(), _checkpointed.set(False)
     try:
         yield
     finally:
         _current.reset(token)
         _traced.context = outer
         if _checkpointed.get():
-            _spans.append(_Span(first, torch.autograd._get_sequence_nr(), context))
+            _spans.append(_Span(first, _next_number(), context))
         _checkpointed.reset(noted)
 
 

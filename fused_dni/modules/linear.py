@@ -295,7 +295,7 @@ class FusedDNILinear(LinearSteps):
                 )
             momentum = norm.momentum
             if momentum is None:  # a cumulative average
-                momentum = 1.0 / (float(norm._buffers["num_batches_tracked"] or 0) + 1.0)  # type: ignore[arg-type]
+                momentum = 1.0 / (float(norm._buffers["num_batches_tracked"] or 0) + 1.0)
         if eps != config.eps or momentum != config.momentum:
             self.config = config = replace(config, eps=eps, momentum=momentum)
         settled = not synchronised and (not batch or norm.momentum is not None)

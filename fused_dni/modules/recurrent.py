@@ -695,8 +695,8 @@ class Recurrent(DecoupledModule):
                 f"the synthesizer was never taught: of {windows.predicted} windows none continued "
                 "a state that this module returned, so it trains as plain truncated "
                 "backpropagation. Hand the state on as it was returned (detached or copied if you "
-                "like), say which rows end by end_of_sequence instead of changing the state, tell a state from a "
-                "file by remember(state), or take synthesizer=None",
+                "like), say which rows end by end_of_sequence instead of changing the state, tell "
+                "a state from a file by remember(state), or take synthesizer=None",
             )
         elif not windows.told_ends and ENDINGS * unused >= windows.continued:
             self._warn(

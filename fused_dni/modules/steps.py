@@ -123,7 +123,7 @@ class LinearSteps(Steps):
         if "weight" in own and "bias" in own:
             weight, bias = own["weight"], own["bias"]
         else:  # parametrized; some parametrizations make a transposed weight
-            weight, bias = self.weight.contiguous(), self.bias  # type: ignore[assignment]
+            weight, bias = self.weight.contiguous(), self.bias
         if norm is None:
             return LinearTensors(weight, bias)
         own = norm._parameters
