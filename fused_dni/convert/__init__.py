@@ -437,10 +437,10 @@ def _plain(module: nn.Module) -> bool:
 def _why_not(module: nn.Module) -> str | None:
     """Why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
     kind = next(k for k in (nn.Linear, nn.LSTM, nn.LSTMCell) if isinstance(module, k))
-    if type(module) is not kind:
-        return f"only nn.{kind.__name__} itself can be taken over, got {type(module).__name__}"
     if hasattr(module, "parametrizations"):
         return "it has a parametrization"
+    if type(module) is not kind:
+        return f"only nn.{kind.__name__} itself can be taken over, got {type(module).__name__}"
     if not _plain(module):
         return "it has hooks or a forward of its own, which would be lost"
     if isinstance(module, nn.Linear):

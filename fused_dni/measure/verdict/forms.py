@@ -155,7 +155,7 @@ def decouple(
         return convert(copy.deepcopy(module), synthesizer=None, update=update, backend=backend)
     named = isinstance(synthesizer, str)
     options: dict[str, Any] = {"context_features": context_features} if named else {}
-    ours = convert(
+    ours: nn.Module = convert(
         copy.deepcopy(module),
         synthesizer=synthesizer if not named else "default",
         head="exact" if exact_head else "decoupled",
