@@ -127,12 +127,11 @@ def convert(
     """Replace linear layers, ``nn.LSTM`` and ``nn.LSTMCell`` of a model by fused modules that hold
     the same parameters.
 
-    In ``eval()`` the model computes what it did. How well it *trains* is another matter: without
-    normalisation inside the layers and without labels, synthetic gradients train badly (on the
-    8x8 digits, after 8 epochs, 0.48 of the test set is right where backprop has 0.87). Give the
-    model ``nn.BatchNorm1d`` or ``nn.LayerNorm`` behind its linear layers, and the synthesizers the
-    labels: ``context_features=classes`` here, ``with fused_dni.condition_on(labels):`` around the
-    forward. ``synthesizer=None`` is backprop.
+    In ``eval()`` the model computes what it did. How well it *trains* is another matter:
+    ``convert(model)`` alone, without normalisation inside the layers and without labels, often
+    ends far behind backprop. Give the model ``nn.BatchNorm1d`` or ``nn.LayerNorm`` behind its
+    linear layers, and the synthesizers the labels: ``context_features=classes`` here, ``with
+    fused_dni.condition_on(labels):`` around the forward. ``synthesizer=None`` is backprop.
 
     Inside an ``nn.Sequential`` a linear layer takes along the ``nn.BatchNorm1d`` / ``nn.LayerNorm``
     and the activation that follow it directly; their places are kept by :class:`Absorbed`. It does
