@@ -127,12 +127,11 @@ def convert(
     """Replace linear layers, ``nn.LSTM`` and ``nn.LSTMCell`` of a model by fused modules that hold
     the same parameters.
 
-    In ``eval()`` the model computes what it did. How well it *trains* is another matter: without
-    normalisation inside the layers and without labels, synthetic gradients train badly (on the
-    8x8 digits, after 8 epochs, 0.48 of the test set is right where backprop has 0.87). Give the
-    model ``nn.BatchNorm1d`` or ``nn.LayerNorm`` behind its linear layers, and the synthesizers the
-    labels: ``context_features=classes`` here, ``with fused_dni.condition_on(labels):`` around the
-    forward. ``synthesizer=None`` is backprop.
+    In ``eval()`` the model computes what it did. How well it *trains* is another matter:
+    ``convert(model)`` alone, without normalisation inside the layers and without labels, often
+    ends far behind backprop. Give the model ``nn.BatchNorm1d`` or ``nn.LayerNorm`` behind its
+    linear layers, and the synthesizers the labels: ``context_features=classes`` here, ``with
+    fused_dni.condition_on(labels):`` around the forward. ``synthesizer=None`` is backprop.
 
     Inside an ``nn.Sequential`` a linear layer takes along the ``nn.BatchNorm1d`` / ``nn.LayerNorm``
     and the activation that follow it directly; their places are kept by :class:`Absorbed`. It does
@@ -437,10 +436,10 @@ def _plain(module: nn.Module) -> bool:
 def _why_not(module: nn.Module) -> str | None:
     """Why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
     kind = next(k for k in (nn.Linear, nn.LSTM, nn.LSTMCell) if isinstance(module, k))
-    if type(module) is not kind:
-        return f"only nn.{kind.__name__} itself can be taken over, got {type(module).__name__}"
     if hasattr(module, "parametrizations"):
         return "it has a parametrization"
+    if type(module) is not kind:
+        return f"only nn.{kind.__name__} itself can be taken over, got {type(module).__name__}"
     if not _plain(module):
         return "it has hooks or a forward of its own, which would be lost"
     if isinstance(module, nn.Linear):

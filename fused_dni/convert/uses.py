@@ -88,7 +88,7 @@ def _reachable(module: nn.Module) -> list[ast.AST]:
                 raise TypeError("forward is no Python function")
             continue
         found = inspect.unwrap(found)
-        if found.__module__.startswith("torch.nn.modules.module"):
+        if (found.__module__ or "").startswith("torch.nn.modules.module"):
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(found)))
         code.append(tree)

@@ -464,3 +464,300 @@ def test_from_and_to_lstm(bidirectional, proj_size):
     x = twins.double(2, 5, 3)
     close(back(x)[0], plain(x)[0], 0)
     close(module(x)[0], plain(x)[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# The same function, or left alone
+
+
+class Gate(nn.Sequential):
+    def forward(self, x):
+        z = self[0](x)
+        return z + self[1](z)
+
+
+class Held(nn.Module):
+    """Parts in a container, used as ``way`` says."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.net = nn.Sequential(*parts)
+
+
+class Whole(Held):
+    def forward(self, x):
+        return self.net(x)
+
+
+class Aliased(Held):
+    def forward(self, x):
+        net = self.net
+        return net(x) if x.dim() else net.forward(x)
+
+
+class Indexed(Held):
+    def forward(self, x):
+        z = self.net[0](x)
+        return z + self.net[1](z)
+
+
+class Sliced(Held):
+    def forward(self, x):
+        return self.net[:1](x) * self.net[1:](x)
+
+
+class Looped(Held):
+    def forward(self, x):
+        seen = []
+        for part in self.net:
+            x = part(x)
+            seen.append(x)
+        return sum(seen)
+
+
+class Unpacked(Held):
+    def forward(self, x):
+        linear, act = self.net
+        return act(x) + linear(x)
+
+
+class ByName(nn.Module):
+    def __init__(self, linear, act):
+        super().__init__()
+        self.net = nn.Sequential()
+        self.net.linear, self.net.act = linear, act
+
+    def forward(self, x):
+        return self.net.linear(x) - self.net.act(x)
+
+
+class Helped(Held):
+    def forward(self, x):
+        return self.through(x)
+
+    def through(self, x):
+        return _backwards(self.net, x)
+
+
+def _backwards(net, x):
+    for part in reversed(net):
+        x = part(x)
+    return x
+
+
+class Got(Held):
+    def forward(self, x):
+        return getattr(self, "n" + "et")[0](x)
+
+
+class Blocks(nn.Module):
+    def __init__(self, *parts):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(*parts)])
+
+
+class InBlocks(Blocks):
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = block(x) + i
+        return x
+
+
+class BlocksUnpacked(Blocks):
+    def forward(self, x):
+        for linear, act in self.blocks:
+            x = act(x) + linear(x)
+        return x
+
+
+class BlocksIndexed(Blocks):
+    def forward(self, x):
+        return self.blocks[0][0](x)
+
+
+class Above(nn.Module):
+    def __init__(self, *parts):
+        super().__init__()
+        self.inner = Whole(*parts)
+
+    def forward(self, x):
+        return self.inner.net[0](x)
+
+
+def shared(*, act):
+    linear = nn.Linear(5, 5)
+    return nn.Sequential(linear, act, linear, act)
+
+
+def beside():
+    model = Whole(nn.Linear(5, 5), nn.Tanh())
+    model.also = model.net[0]
+    return model
+
+
+def patched():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+    model[0].forward = lambda x: 2 * x
+    return model
+
+
+def subclassed_activation():
+    class Own(nn.GELU):
+        def forward(self, x):
+            return -x
+
+    return nn.Sequential(nn.Linear(5, 5), Own())
+
+
+def used_twice(last):
+    linear = nn.Linear(5, 5)
+    return nn.Sequential(linear, nn.ReLU(), linear, *last)
+
+
+def normalised_and_not():
+    linear = nn.Linear(5, 5)
+    return nn.Sequential(nn.Sequential(linear, nn.LayerNorm(5)), nn.Tanh(), nn.Sequential(linear))
+
+
+PARTS = (lambda: nn.Linear(5, 5), nn.Tanh)
+TAKEN = {
+    "whole": lambda: Whole(*(p() for p in PARTS)),
+    "aliased": lambda: Aliased(*(p() for p in PARTS)),
+    "in a list": lambda: InBlocks(*(p() for p in PARTS)),
+    "one layer twice, alike": lambda: shared(act=nn.Tanh()),
+}
+APART = {
+    **{
+        cls.__name__: lambda cls=cls: cls(*(p() for p in PARTS))
+        for cls in (Gate, Indexed, Sliced, Looped, Unpacked, ByName, Helped, Got,
+                    BlocksUnpacked, BlocksIndexed, Above)
+    },
+    "one layer twice": lambda: used_twice([]),
+    "one layer twice, otherwise": lambda: used_twice([nn.Sigmoid()]),
+    "one layer, normalised and not": normalised_and_not,
+    "forward of the instance": patched,
+    "subclass of an activation": subclassed_activation,
+    "a frozen norm": lambda: nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5).eval()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TAKEN, *APART])
+def test_the_same_function(name):
+    torch.manual_seed(0)
+    plain = {**TAKEN, **APART}[name]()
+    model, x = copy.deepcopy(plain), torch.randn(4, 5)
+    keys = list(plain.state_dict())
+    if name == "forward of the instance":
+        with pytest.raises(ValueError, match=r"(?s)can be converted\n.*would be lost"):
+            fd.convert(model, head="decoupled")
+        return
+    fd.convert(model, head="decoupled")
+    taken = [m for m in model.modules() if isinstance(m, Absorbed)]
+    assert bool(taken) == (name in TAKEN)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert not any(m.training for m in norms), "a norm that is frozen stays so"
+    assert torch.allclose(model.eval()(x), plain.eval()(x), atol=1e-6)
+    fd.revert(model)
+    assert torch.allclose(model(x), plain(x), atol=1e-6)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_class_whose_source_cannot_be_read():
+    scope = {"nn": nn}
+    exec(
+        "class Hidden(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = nn.Sequential(nn.Linear(5, 5), nn.Tanh())\n"
+        "    def forward(self, x):\n"
+        "        return self.net[0](x)\n",
+        scope,
+    )
+    plain = scope["Hidden"]()
+    model, report = fd.convert(copy.deepcopy(plain), head="decoupled", report=True)
+    x = torch.randn(4, 5)
+    assert torch.allclose(model.eval()(x), plain.eval()(x))
+    assert "source of Hidden.forward cannot be read" in str(report)
+
+
+def test_what_was_attached_is_not_lost():
+    """Buffers, hooks of state dicts: such a layer is left as it is."""
+    with_buffer, with_hook = nn.Linear(3, 3), nn.Linear(3, 3)
+    with_buffer.register_buffer("mask", torch.ones(3))
+    with_hook.register_state_dict_post_hook(lambda *a: None)
+    model = nn.Sequential(with_buffer, with_hook, nn.Linear(3, 3))
+    model, report = fd.convert(model, report=True)
+    assert model[0] is with_buffer and model[1] is with_hook
+    assert "it has 'mask', which would be lost" in report.left()["0"]
+    assert "hooks" in report.left()["1"]
+
+
+def test_the_report_lists_everything():
+    model = mlp()
+    model.append(nn.LSTM(3, 3, bidirectional=True))
+    model.append(weight_norm(nn.Linear(3, 3)))
+    model, report = fd.convert(model, report=True)
+    assert report.converted() == [
+        "1", "2", "3", "5", "6", "7", "8.0", "8.1", "9", "11", "13"
+    ]  # fmt: skip
+    left = report.left()
+    assert "bidirectional" in left["14"] and "parametrization" in left["15"]
+    lines = str(report).splitlines()
+    assert len(lines) == 13
+    assert lines[0] == "1: Linear, FusedDNILinear: decoupled at its output"
+    assert lines[1] == "2: BatchNorm1d, Absorbed: part of '1'"
+    assert "13: Linear, FusedDNILinear: it is the head, whose gradient is exact" in lines
+    with pytest.raises(ValueError, match=r"(?s)can be converted\n.*15.*parametrization"):
+        fd.convert(nn.Sequential(*[nn.ReLU()] * 15, weight_norm(nn.Linear(3, 3))))
+
+
+@pytest.mark.parametrize("synthesizer", ["default", None])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_plain_checkpoint_loads_behind_a_conversion(synthesizer, strict, nested, assign):
+    def make():
+        return nn.Sequential(mlp(), nn.Linear(3, 3)) if nested else mlp()
+
+    plain = used(make())
+    for m in plain.modules():
+        if isinstance(m, nn.LayerNorm | nn.BatchNorm1d):
+            nn.init.uniform_(m.weight)
+            nn.init.uniform_(m.bias)
+    model = fd.convert(make(), synthesizer=synthesizer)
+    if strict and synthesizer is not None:
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\).*synthesizer"):
+            model.load_state_dict(plain.state_dict())
+        return
+    found = model.load_state_dict(plain.state_dict(), strict=strict, assign=assign)
+    assert not found.unexpected_keys and all(".synthesizer." in k for k in found.missing_keys)
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+    again = fd.convert(make(), synthesizer=synthesizer)
+    again.load_state_dict(copy.deepcopy(model).state_dict())  # its own keys are as ever
+    torch.testing.assert_close(again.eval()(x), plain(x))
+
+
+def test_a_rule_begins_without_old_gradients():
+    model = mlp()
+    model(torch.randn(5, 2, 3)).sum().backward()
+    fd.convert(model, update=fd.SGD(0.1))
+    assert all(p.grad is None for g in fd.FusedOptimizer(model).param_groups for p in g["params"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda **k: fd.FusedDNILinear(7, 5, **k), lambda: nn.Linear(7, 5)),
+        (lambda **k: fd.FusedDNILinear(7, 5, False, **k), lambda: nn.Linear(7, 5, False)),
+        (lambda **k: fd.FusedDNILSTM(4, 3, 2, **k), lambda: nn.LSTM(4, 3, 2)),
+        (lambda **k: fd.FusedDNILSTMCell(4, 3, **k), lambda: nn.LSTMCell(4, 3)),
+    ],
+)
+@pytest.mark.parametrize("synthesizer", ["default", None])
+def test_a_seed_gives_the_weights_of_the_stock_module(ours, theirs, synthesizer):
+    torch.manual_seed(3)
+    mine = ours(synthesizer=synthesizer).state_dict()
+    torch.manual_seed(3)
+    for name, value in theirs().state_dict().items():
+        assert torch.equal(value, mine[name]), name
