@@ -73,13 +73,13 @@ def test_what_a_terminal_cannot_show_is_shown_otherwise(results, monkeypatch, en
     assert sys.stdout.errors == "strict"  # as it was
 
 
-def test_a_path_that_is_not_utf_8_is_printed_as_it_is(results, tmp_path, monkeypatch):
+def test_a_path_that_is_not_utf_8_is_printed_all_the_same(results, tmp_path, monkeypatch):
     page = os.path.join(os.fsencode(tmp_path), b"caf\xe9.html")
     for encoding in ("utf-8", "ascii"):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
         assert cli.main(["report", results, "-o", os.fsdecode(page)]) == 0
-        assert raw.getvalue() == page + b"\n" and os.path.exists(page)
+        assert raw.getvalue() == page.replace(b"\xe9", rb"\udce9") + b"\n" and os.path.exists(page)
 
 
 def test_errors_on_a_terminal_that_is_ascii_are_a_line(monkeypatch):
