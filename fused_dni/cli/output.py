@@ -24,15 +24,12 @@ _PLAIN = {
 _HANDLER = "fused_dni.plain"
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encode a character that a stream cannot: as it can be read, or as the byte that it was."""
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Replace what a stream cannot encode by what can be read, or by its number."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    given = error.object[error.start]
-    if "\udc80" <= given <= "\udcff":  # of a file name that is not UTF-8
-        return bytes([ord(given) - 0xDC00]), error.start + 1
-    made = given.translate(_PLAIN).encode("ascii", "backslashreplace")
-    return made.decode("ascii"), error.start + 1
+    given = error.object[error.start : error.end].translate(_PLAIN)
+    return given.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
 codecs.register_error(_HANDLER, _plain)

@@ -36,7 +36,8 @@ def try_file(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # that the parent is a file shows below
+            target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():  # to open a pipe is to wait for its reader
             if not os.access(target, os.W_OK):
                 raise PermissionError(13, "Permission denied")

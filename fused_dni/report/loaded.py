@@ -96,6 +96,8 @@ def reading(report: dict[str, Any]) -> Iterator[None]:
                 f"{origin.path} is incomplete: its settings lack {_named(str(error.name))}"
             ) from error
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, KeyError):
+            reason = f"there is none for {reason}"
         raise ReportError(
             f"{origin.path} does not hold what a {origin.kind!r} report does, at "
             f"{_named(origin.last)} or near it: {reason or type(error).__name__}"

@@ -81,9 +81,14 @@ def results_of(report: dict[str, Any]) -> Results:
     Raises:
         ComparisonError: it has not what intervals are made from, or is of several runs.
     """
-    if report["kind"] == BENCHMARKS:
-        return Results(BENCHMARKS, report["facts"], _benchmarks(report))
-    return _report(report)
+    made = (
+        Results(BENCHMARKS, report["facts"], _benchmarks(report))
+        if report["kind"] == BENCHMARKS
+        else _report(report)
+    )
+    if not isinstance(made.facts, dict):
+        raise ComparisonError(f"has no facts of the machine but {str(made.facts)[:100]!r}")
+    return made
 
 
 def _benchmarks(report: dict[str, Any]) -> dict[str, Row]:

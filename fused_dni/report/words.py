@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,8 +19,10 @@ class Ratio(Protocol):
 def versus(found: Ratio) -> str:
     """What a ratio of times says, in the words of a sentence: ``1.20x faster than``."""
     word = found.verdict()
-    if word == "faster":  # by no number, where the time was shorter than the clock could tell
-        return f"{1 / found.median:.2f}x faster than" if found.median else "faster than"
+    if word != "inconclusive" and not 0.0 < found.median < math.inf:
+        return f"{word} than"  # by no number: one time was shorter than the clock could tell
+    if word == "faster":
+        return f"{1 / found.median:.2f}x faster than"
     if word == "slower":
         return f"{found.median:.2f}x slower than"
     return "not measurably different from"

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+from fused_dni import cli
 from fused_dni.experiments import data
 
 
@@ -231,3 +232,67 @@ def test_the_real_mnist():
     for entry in data.MNIST_FILES.values():
         path = data._find(data.Path(os.environ["FUSED_DNI_MNIST"]), entry.name)
         assert data._checksum(path) == entry.sha256
+
+
+# ------------------------------------------------------------------------------- tiny and broken
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_too_few_images_to_hold_a_sixth_out(tmp_path, count):
+    _write(tmp_path, train=count)
+    with pytest.raises(data.DataError, match=f"mnist has {count} images .* too few to hold"):
+        data.load(folder=tmp_path, held_out=True)
+    assert len(data.load(folder=tmp_path).train.labels) == count
+
+
+def test_six_images_hold_one_out(tmp_path):
+    found = data.load(folder=_write(tmp_path, train=6), held_out=True)
+    assert len(found.train.labels) == 5 and len(found.test.labels) == 1
+
+
+GOOD = gzip.compress(_idx(torch.arange(80, dtype=torch.uint8).view(5, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD[:-12],
+        GOOD + b"<html>",
+        gzip.compress(_idx(torch.arange(5, dtype=torch.uint8))),
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"",
+        b"\x1f\x8b",
+        b"PK\x03\x04",
+    ],
+    ids=["cut", "behind the archive", "labels", "LFS pointer", "empty", "two bytes", "zip"],
+)
+@pytest.mark.parametrize("part", ["train images", "test images"])
+def test_a_folder_with_a_broken_file_is_one_line_with_its_name(tmp_path, content, part):
+    path = _write(tmp_path, train=5, test=5) / f"{data.MNIST_FILES[part].name}.gz"
+    path.write_bytes(content)
+    with pytest.raises(data.DataError) as caught:
+        data.load(folder=tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--held-out"], "too few to hold a sixth out"),
+        (["train"], "batch_size 64 is larger than the training set (5 images)"),
+        (["demo"], "batch_size 64 is larger than the training set (5 images)"),
+        (["rivals", "--tune"], "too few to hold a sixth out"),
+        (["rivals"], "is larger than the training set (5 images)"),
+        (["interfaces"], "is larger than the training set (5 images)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_commands_refuse_tiny_data_before_they_train(tmp_path, capsys, argv, message):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    _write(folder, train=5)
+    out = str(tmp_path / "out")
+    more = ["--batch-size", "64", "--quiet", "--data", str(folder), "--out", out]
+    assert cli.main([*argv, *more]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
