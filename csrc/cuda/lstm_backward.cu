@@ -147,8 +147,8 @@ FUSED_DNI_DEVICE BackwardLayer<X, D> backward_layer(const LSTMBackward& a, int k
 template <class X, class D>
 struct BackwardAhead {
   X gate[4], before, after;
-  X given;  // the gradient at h, for the last layer
-  D above;  // and for others
+  X given;  // the gradient at h for the last layer, where its type is not that of others
+  D above;  // the gradient at h
 };
 
 FUSED_DNI_DEVICE bool is_alive(const Pair& pair, int t) { return t >= 0 && t < pair.length; }
@@ -166,8 +166,13 @@ FUSED_DNI_DEVICE BackwardAhead<X, D> look_ahead(const LSTMBackward& a,
   for (int q = 0; q < 4; ++q) ahead.gate[q] = layer.gates[4 * t * state + pair.gate + q * s.size];
   ahead.before = layer.before[at];
   ahead.after = layer.after[at];
-  if (layer.given != nullptr) ahead.given = layer.given[at];
-  if (layer.above != nullptr) ahead.above = layer.above[at];
+  if constexpr (kSame<X, D>) {
+    const D* from = layer.given != nullptr ? layer.given : layer.above;
+    if (from != nullptr) ahead.above = from[at];
+  } else {
+    if (layer.given != nullptr) ahead.given = layer.given[at];
+    if (layer.above != nullptr) ahead.above = layer.above[at];
+  }
   return ahead;
 }
 
@@ -191,9 +196,10 @@ FUSED_DNI_DEVICE float step(const LSTMBackward& a, const BackwardLayer<X, D>& la
   }
   const int size = a.sizes.size;
   const bool alive = is_alive(pair, t);
-  float dh_given = layer.above != nullptr ? to_float(ahead.above) : to_float(ahead.given);
-  if (t == pair.length - 1) dh_given += arriving<X>(a, pair, 2 * layer.index);
-  dh += dh_given;
+  float given = to_float(ahead.above);
+  if constexpr (!kSame<X, D>) given += to_float(ahead.given);  // one of them is zero
+  if (t == pair.length - 1) given += arriving<X>(a, pair, 2 * layer.index);
+  dh += given;
   const float i = to_float(ahead.gate[0]), f = to_float(ahead.gate[1]);
   const float g = to_float(ahead.gate[2]), o = to_float(ahead.gate[3]);
   const float shown = tanhf(to_float(ahead.after)), e = dc + dh * o * (1.0f - shown * shown);

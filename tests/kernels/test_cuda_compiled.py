@@ -37,7 +37,7 @@ BOUNDS = {
     "linear_kernel": Bound(200, 704, 12),
     "synthesizer_kernel": Bound(192, 512, 4),
     "forward_kernel": Bound(255, 144, 4),  # on sm_80; 48 elsewhere
-    "backward_kernel": Bound(255, 96, 4),  # on sm_80; 64 elsewhere
+    "backward_kernel": Bound(255, 128, 4),  # on sm_80; 64 elsewhere
     "update_kernel": Bound(192, 32, 4),
     "barriers_kernel": Bound(32, 0, 1, products=False),
 }
@@ -195,11 +195,13 @@ def test_a_steps_look_ahead_is_not_waited_for_in_front_of_its_barrier(
     architecture, codes = kernels
     if architecture == "80":
         pytest.skip("without clusters a step's barrier is not told from others")
-    loads = {"forward_kernel": 4, "backward_kernel": 8}  # gates; and cells, the gradient at h
     for code in codes:
-        if code.kernel in loads:
-            assert code.ahead == loads[code.kernel], code.signature
-            assert code.awaited == [], code.signature
+        if code.kernel not in ("forward_kernel", "backward_kernel"):
+            continue
+        # Gates; backwards also two cells and the gradient at h, whose type may be one of two.
+        gates = 4 if code.kernel == "forward_kernel" else 7
+        assert code.ahead == gates + ("Tf32E6__half" in code.signature), code.signature
+        assert code.awaited == [], code.signature
 
 
 def test_a_conversion_in_front_of_the_barrier_is_seen() -> None:
