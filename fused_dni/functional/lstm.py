@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fused_dni import ops
@@ -269,8 +270,8 @@ class CellNode(Node):
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
+    if t is None or torch.compiler.is_dynamo_compiling():
+        return t if t is None else t.contiguous()
     return (t.resolve_neg() if not t._is_zerotensor() else t.new_zeros(t.shape)).contiguous()
 
 
