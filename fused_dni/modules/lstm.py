@@ -38,9 +38,6 @@ class _WindowEnds:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
 
-    def cut_late(self) -> bool:
-        return self.exit.reached
-
     def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
         if self.exit.sources:
             self.exit.begin()
@@ -377,7 +374,7 @@ class FusedDNILSTM(Recurrent):
         nodes of this module that its gradient goes on to."""
         batch = x.shape[1]
         known: Known | None = None
-        sources: list[Any] = []
+        sources: list[Any] | None = []
         if hx is None:
             h = x.new_zeros(self.num_layers, batch, self.hidden_size)
             c = h.clone()
@@ -396,6 +393,8 @@ class FusedDNILSTM(Recurrent):
             if not windows.predicted % WINDOWS and self.statistics.device.type == "cpu":
                 self.warn_of_norm(self.statistics.tolist())
         if known is None:
+            if sources is None:
+                h, c, sources = h.detach(), c.detach(), []
             return h.contiguous(), c.contiguous(), None, sources
         if decoupled:
             h, c = h.detach(), c.detach()
@@ -405,9 +404,9 @@ class FusedDNILSTM(Recurrent):
         h, c = h.contiguous(), c.contiguous()
         # M is asked again at that state: with the context that it had there, or not at all.
         if not decoupled or (context is not None and known.context is None):
-            return h, c, None, sources
+            return h, c, None, []
         context = None if context is None else known.context
-        return h, c, Entrance(context, known.ended), sources
+        return h, c, Entrance(context, known.ended), []
 
     def _enter_traced(
         self, h: Tensor, c: Tensor, decoupled: bool
