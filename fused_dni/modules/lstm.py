@@ -512,6 +512,9 @@ class FusedDNILSTM(Recurrent):
             setattr(plain, name, getattr(self, name))
         return plain
 
+    def _stock_module(self) -> nn.Module:
+        return self.to_lstm()
+
     def extra_repr(self) -> str:
         """As of ``nn.LSTM``, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"

@@ -349,6 +349,19 @@ class Recurrent(DecoupledModule):
             self.auxiliary_update = None if rule is None else RuleState(rule)
         self.register_module("auxiliary_head", head)
 
+    def _stock_module(self) -> nn.Module:
+        """PyTorch's module on the same parameters."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the module in ``torch.jit.script``: PyTorch's own, which computes the same."""
+        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
+            raise RuntimeError(
+                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
+                "would train by plain backpropagation; call eval() first"
+            )
+        return self._stock_module()
+
     # -- parameters ----------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
