@@ -224,11 +224,12 @@ class FusedDNILSTM(Recurrent):
         Args:
             input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or packed.
             hx: the state h, c, [L, B, H] each ([L, H] unbatched); None for zeros. In training
-                with a synthesizer it is cut here if an earlier window of this module made it,
-                detached or not; that of another module, or a learned one, gets its gradient.
+                with a synthesizer it is cut here, and learned from, if it is what an earlier call
+                of this module returned, detached, copied or not, or rows of it in order; the
+                gradient of any other goes on as with ``nn.LSTM`` (see :meth:`remember`).
             end_of_sequence: bool [B] ([] unbatched): rows whose sequence ends with this window.
                 Nothing is injected there, the synthesizer is trained towards zero, and the next
-                call starts those rows from a zero state.
+                call starts those rows from a zero state, if it is given this state.
             lengths: int64 [B], steps of each row, in [1, T]; not with packed input.
             context: what the synthesizer is conditioned on, int64 [B] or [B, K]; None to take it
                 from :func:`fused_dni.condition_on`.

