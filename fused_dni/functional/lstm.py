@@ -29,7 +29,8 @@ from fused_dni.ops.types import (
 TWICE = (
     "a window's backward was run a second time (its state or output was used by a later loss): run "
     "one backward a window; a module with a rule and no synthesizer does not cut the state, as "
-    "nn.LSTM: detach it for truncated backpropagation"
+    "nn.LSTM, nor is one cut that was combined with other tensors that ask for a gradient: detach "
+    "it for truncated backpropagation"
 )
 
 
@@ -62,10 +63,6 @@ class Ends(Protocol):
 
     # Whether the node returns the weights' gradients; otherwise the module applies them.
     returns_weights: bool
-
-    def cut_late(self) -> bool:
-        """Whether what arrives in a second backward came through a later window, and ends here."""
-        ...
 
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
@@ -129,8 +126,6 @@ class WindowNode(Node):
         call: Call = ctx.call
         ends: Ends | None = ctx.ends
         if ends is not None:
-            if ctx.spent and ends.cut_late():
-                return (None,) * len(ctx.needs_input_grad)
             spend(ctx, TWICE)
         (x, lengths, *rest) = ctx.saved_tensors
         trace = LSTMTrace(*rest[:5])

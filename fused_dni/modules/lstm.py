@@ -38,9 +38,6 @@ class _WindowEnds:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
 
-    def cut_late(self) -> bool:
-        return self.exit.reached
-
     def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
         if self.exit.sources:
             self.exit.begin()
@@ -227,11 +224,12 @@ class FusedDNILSTM(Recurrent):
         Args:
             input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or packed.
             hx: the state h, c, [L, B, H] each ([L, H] unbatched); None for zeros. In training
-                with a synthesizer it is cut here if an earlier window of this module made it,
-                detached or not; that of another module, or a learned one, gets its gradient.
+                with a synthesizer it is cut here, and learned from, if it is what an earlier call
+                of this module returned, detached, copied or not, or rows of it in order; the
+                gradient of any other goes on as with ``nn.LSTM`` (see :meth:`remember`).
             end_of_sequence: bool [B] ([] unbatched): rows whose sequence ends with this window.
                 Nothing is injected there, the synthesizer is trained towards zero, and the next
-                call starts those rows from a zero state.
+                call starts those rows from a zero state, if it is given this state.
             lengths: int64 [B], steps of each row, in [1, T]; not with packed input.
             context: what the synthesizer is conditioned on, int64 [B] or [B, K]; None to take it
                 from :func:`fused_dni.condition_on`.
@@ -377,7 +375,7 @@ class FusedDNILSTM(Recurrent):
         nodes of this module that its gradient goes on to."""
         batch = x.shape[1]
         known: Known | None = None
-        sources: list[Any] = []
+        sources: list[Any] | None = []
         if hx is None:
             h = x.new_zeros(self.num_layers, batch, self.hidden_size)
             c = h.clone()
@@ -396,6 +394,8 @@ class FusedDNILSTM(Recurrent):
             if not windows.predicted % WINDOWS and self.statistics.device.type == "cpu":
                 self.warn_of_norm(self.statistics.tolist())
         if known is None:
+            if sources is None:
+                h, c, sources = h.detach(), c.detach(), []
             return h.contiguous(), c.contiguous(), None, sources
         if decoupled:
             h, c = h.detach(), c.detach()
@@ -405,9 +405,9 @@ class FusedDNILSTM(Recurrent):
         h, c = h.contiguous(), c.contiguous()
         # M is asked again at that state: with the context that it had there, or not at all.
         if not decoupled or (context is not None and known.context is None):
-            return h, c, None, sources
+            return h, c, None, []
         context = None if context is None else known.context
-        return h, c, Entrance(context, known.ended), sources
+        return h, c, Entrance(context, known.ended), []
 
     def _enter_traced(
         self, h: Tensor, c: Tensor, decoupled: bool
@@ -512,6 +512,9 @@ class FusedDNILSTM(Recurrent):
         for name in self._names:
             setattr(plain, name, getattr(self, name))
         return plain
+
+    def _stock_module(self) -> nn.Module:
+        return self.to_lstm()
 
     def extra_repr(self) -> str:
         """As of ``nn.LSTM``, and the rule."""

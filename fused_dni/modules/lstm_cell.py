@@ -380,6 +380,9 @@ class FusedDNILSTMCell(Recurrent):
             plain._parameters[name] = self._parameters[name]
         return plain.train(self.training)
 
+    def _stock_module(self) -> nn.Module:
+        return self.to_lstm_cell()
+
     def extra_repr(self) -> str:
         """As of ``nn.LSTMCell``, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"

@@ -8,6 +8,7 @@ gradient that reaches the window's start trains the synthesizer there: :class:`E
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -60,6 +61,7 @@ UNUSED, ENDINGS = 41, 20
 UNTAUGHT = 100
 # Of predictions to what they predict; looked at every so many windows.
 NORM_RATIO, WINDOWS = 100.0, 64
+_INNER = ("fused_dni.", "torch.")
 
 
 class Example(NamedTuple):
@@ -351,6 +353,19 @@ class Recurrent(DecoupledModule):
             self.auxiliary_update = None if rule is None else RuleState(rule)
         self.register_module("auxiliary_head", head)
 
+    def _stock_module(self) -> nn.Module:
+        """PyTorch's module on the same parameters."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
+        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
+            raise RuntimeError(
+                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
+                "would train by plain backpropagation; call eval() first"
+            )
+        return self._stock_module()
+
     # -- parameters ----------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
@@ -600,7 +615,9 @@ class Recurrent(DecoupledModule):
         """Whether traced code returned this very tensor, of this module: no op passes that on."""
         return getattr(t, "_fused_dni_owner", None) == id(self)
 
-    def _known(self, h: Tensor, c: Tensor, decoupled: bool) -> tuple[Known | None, list[Any]]:
+    def _known(
+        self, h: Tensor, c: Tensor, decoupled: bool
+    ) -> tuple[Known | None, list[Any] | None]:
         """What is known of a state that is given.
 
         Args:
@@ -609,7 +626,8 @@ class Recurrent(DecoupledModule):
 
         Returns:
             What was noted of it, None if it is not known to be this module's; and of such a state
-            the nodes of this module that its gradient will reach.
+            the nodes of this module that its gradient will reach, None if it is to be cut: their
+            backward has been run, and nothing else asks for a gradient.
         """
         returned = self._returned
         if not (decoupled or returned.marked) or torch._C._are_functorch_transforms_active():
@@ -631,7 +649,8 @@ class Recurrent(DecoupledModule):
                 found = others.recall_copy(h, c)
         if found is None:
             self._warn_of_rows(h)
-            return None, nodes
+            through = alone and any([node.spent for node in nodes])
+            return None, None if through else nodes
         known = found.noted or _NOTHING
         return known if found.rows is None else known.of(found.rows), []
 
@@ -676,10 +695,14 @@ class Recurrent(DecoupledModule):
     # -- what a user can be told -----------------------------------------------------------------
 
     def _warn(self, kind: str, message: str) -> None:
-        """Warn once."""
-        if kind not in self._windows.warned:
-            self._windows.warned.add(kind)
-            warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=6)
+        """Warn once, at the line that called the library."""
+        if kind in self._windows.warned:
+            return
+        self._windows.warned.add(kind)
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INNER):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=level)
 
     def _judge_starts(self) -> None:
         """Warn of windows that had a prediction injected and were not continued."""

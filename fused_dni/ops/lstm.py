@@ -54,13 +54,12 @@ def _lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layers = layers_of(parameters, bias)
     trace = registry.get(backend).lstm_forward(x, h, c, layers, lengths, tuple(dropout), save)
-    h, c = trace.h.data, trace.c.data  # at version 0, whatever the backend did
-    note_by_weight(parameters[0], h, c)
+    note_by_weight(parameters[0], trace.h, trace.c)
     hidden = trace.hidden
     if not save and hidden.shape[0] > 1:
         hidden = hidden[-1:].clone()
     cells, gates = (t if save else None for t in (trace.cells, trace.gates))
-    return hidden, h, c, empty_if_none(cells, x), empty_if_none(gates, x)
+    return hidden, trace.h, trace.c, empty_if_none(cells, x), empty_if_none(gates, x)
 
 
 @_lstm_forward.register_fake

@@ -111,7 +111,7 @@ class Returned:
     def changed(self, h: Tensor) -> bool:
         """Whether this memory was returned, and changed in place since."""
         record = self._records.get(h.untyped_storage()._cdata)
-        return record is not None and h._version != record.h_version
+        return record is not None and _changed(h, record.h, record.h_version)
 
     def recall(self, h: Tensor, c: Tensor) -> Found | None:
         """Find a state by its memory; None if it is not known."""
@@ -150,6 +150,8 @@ class Returned:
             or h.device != last_h.device
             or h.device.type == "meta"
             or not _unchanged(*self._last)
+            or _changed(h, record.h, record.h_version)
+            or _changed(c, record.c, record.c_version)
             or (h.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             return None
@@ -179,6 +181,12 @@ def _free(record: _Record | None) -> None:
 
 def _unchanged(h: Tensor, c: Tensor, record: _Record) -> bool:
     return h._version == record.h_version and c._version == record.c_version
+
+
+def _changed(t: Tensor, memory: int, version: int) -> bool:
+    """Whether this is that memory and was changed in place."""
+    same: bool = t.untyped_storage()._cdata == memory
+    return same and t._version != version
 
 
 def _some_rows(h: Tensor, c: Tensor, record: _Record) -> Found | None:

@@ -141,6 +141,7 @@ def lstm_forward(
             hidden[k, t + 1] = torch.where(alive[t], stepped, 0)
             cells[k, t + 1], gates[k, t] = c_k, opened
         last_h[k], last_c[k] = h_k, c_k
+    last_h, last_c = last_h.data, last_c.data  # new to everybody: their versions begin here
     if not save:
         return LSTMTrace(hidden, last_h, last_c)
     return LSTMTrace(hidden, last_h, last_c, cells, gates)
