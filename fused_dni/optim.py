@@ -32,7 +32,7 @@ class _Linked(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the rule's parameter group."""
-        return ".".join(part for part in (self.layer, self.part) if part)
+        return f"{self.layer}.{self.part}" if self.part else self.layer
 
     def holds(self, parameter: Tensor) -> bool:
         return any(parameter is p for p in self.slots)

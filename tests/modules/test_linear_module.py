@@ -152,14 +152,15 @@ def test_weights_move_and_synthesizers_learn(backend, rule):
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses = []
-    for _ in range(60):
+    for step in range(60):
         optimizer.zero_grad()
         with fd.condition_on(y):
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        found = fd.diagnostics(model, reset=True)
+        if step in (39, 59):  # over twenty steps: that of a single one depends on the seed
+            found = fd.diagnostics(model, reset=True)
     for name, p in model.named_parameters():
         if name != "0.bias":  # in front of batch normalisation
             assert not torch.equal(p, before[name]), f"{name} never moved"
