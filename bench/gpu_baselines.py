@@ -115,7 +115,9 @@ def driver() -> str | None:
     """The NVIDIA driver's version; None where nvidia-smi does not say."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        said = subprocess.run(
+            query, capture_output=True, encoding="utf-8", timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return said.split("\n", 1)[0].strip() or None

@@ -155,7 +155,7 @@ class Run:
         self.out = work
         site = work / "site"
         site.mkdir()
-        (site / "sitecustomize.py").write_text(FINDER.format(root=str(root)))
+        (site / "sitecustomize.py").write_text(FINDER.format(root=str(root)), encoding="utf-8")
         paths = [str(site), str(root), environ.get("PYTHONPATH", "")]
         nvcc = machine.which("nvcc")
         self.environment = {
@@ -177,10 +177,14 @@ class Run:
         file, log = self.work / "facts.json", self.work / "probe.log"
         command = [self.python, self.script("gpu_baselines"), str(file), "--part", "device"]
         ended = self.machine.run(command, self.environment, log, 90.0)
-        lines = log.read_text().strip().splitlines() if log.exists() else []
+        lines = (
+            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if log.exists()
+            else []
+        )
         last = lines[-1] if lines else "it says nothing"
         if ended.status == 0:
-            self.facts = json.loads(file.read_text())["baselines"]["device"]
+            self.facts = json.loads(file.read_text(encoding="utf-8"))["baselines"]["device"]
             return 0, ""
         if ended.status == 3:
             return 3, f"{last}, nothing to measure"
@@ -212,7 +216,10 @@ class Run:
             return
         log = self.work / "nvcc.log"
         self.machine.run([nvcc, "--version"], self.environment, log, 20.0)
-        release = re.search(r"release (\d+)\.(\d+)", log.read_text() if log.exists() else "")
+        release = re.search(
+            r"release (\d+)\.(\d+)",
+            log.read_text(encoding="utf-8", errors="replace") if log.exists() else "",
+        )
         driver = str(self.facts.get("driver_cuda") or "")
         if release and driver and int(release[1]) > int(driver.partition(".")[0]):
             self.note(
@@ -238,7 +245,7 @@ class Run:
         self.out = out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            before = json.loads((out / "run.json").read_text())
+            before = json.loads((out / "run.json").read_text(encoding="utf-8"))
         except ValueError:
             before = {}
         except FileNotFoundError:
@@ -356,7 +363,7 @@ class Run:
         tuned = self.work / "tiles"
         for path in sorted(tuned.glob("*.json")) if tuned.is_dir() else ():
             with contextlib.suppress(ValueError):
-                self.record["tuned"][path.stem] = json.loads(path.read_text())
+                self.record["tuned"][path.stem] = json.loads(path.read_text(encoding="utf-8"))
         self.save()
 
     def process(self, part: Part, command: list[str], limit: float) -> dict[str, Any]:
@@ -369,7 +376,7 @@ class Run:
             offset = log.stat().st_size if log.exists() else 0
             left = limit - (self.machine.now() - start)
             try:
-                with open(log, "a") as output:
+                with open(log, "a", encoding="utf-8") as output:
                     output.write(f"==== {part.name}: {' '.join(command)}\n")
                 ended = self.machine.run(command, environment, log, left, part.interrupt)
                 with open(log, "rb") as output:
@@ -421,12 +428,12 @@ def commit(root: Path, environ: Mapping[str, str]) -> str | None:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(
-                command, cwd=root, capture_output=True, text=True, timeout=20, check=True
+                command, cwd=root, capture_output=True, encoding="utf-8", timeout=20, check=True
             ).stdout.strip()
     if environ.get("FUSED_DNI_COMMIT"):
         return environ["FUSED_DNI_COMMIT"]
     with contextlib.suppress(OSError):
-        return (root / "COMMIT").read_text().split()[0]
+        return (root / "COMMIT").read_text(encoding="utf-8").split()[0]
     return None
 
 
@@ -624,7 +631,7 @@ def summary(run: Run) -> str:
             lines.append(f"{entry['call']} {entry['name']}: done in {entry['seconds']:g} s")
     for text in ("baselines.txt", "kernels.txt"):
         with contextlib.suppress(OSError):
-            lines.append((run.work / text).read_text().rstrip())
+            lines.append((run.work / text).read_text(encoding="utf-8").rstrip())
     for entry in parts:
         lines += [f"{entry['name']}: {line}" for line in entry.get("said", ())]
     lines += run.notes

@@ -48,7 +48,8 @@ _checkpointed: ContextVar[bool] = ContextVar("fused_dni_checkpointed", default=F
 def note_checkpoint() -> None:
     """Say that what runs now may be run again by a backward, outside of its context: in training
     without gradients (a checkpoint of the reentrant kind), or under saved-tensor hooks."""
-    _checkpointed.set(True)
+    if not torch.compiler.is_compiling():  # which reads no ContextVar
+        _checkpointed.set(True)
 
 
 def _context_of_recomputed() -> Tensor | None:

@@ -246,11 +246,6 @@ class RuleState:
             if p is not None:
                 self._own(i, p)
         device = next((p.device for p in slots if p is not None), self.hyper.device)
-        if device.type == "meta":
-            raise RuntimeError(
-                "a fused rule cannot train parameters on the meta device: give them memory first, "
-                "by to_empty(device=...) and reset_parameters()"
-            )
         if self.hyper.device != device:
             self.hyper = self.hyper.to(device)
 

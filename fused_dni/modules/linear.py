@@ -249,6 +249,11 @@ class FusedDNILinear(LinearSteps):
             self._fit(layer)
             h = exact_linear(x, layer, config, False, backend, need_dx)
             return self._unfold(h, input)
+        if self.update is not None and layer.weight.is_meta:
+            raise RuntimeError(
+                "a fused rule cannot train parameters on the meta device: give them memory first, "
+                "by to_empty(device=...) and reset_parameters()"
+            )
         phase = self.phase
         if x.dtype is torch.float16 and (decoupled or self.update is not None):
             self.refuse_untold_scale(x.device.type)
@@ -280,7 +285,9 @@ class FusedDNILinear(LinearSteps):
         kind: type[nn.Module] = nn.BatchNorm1d if batch else nn.LayerNorm
         # With running statistics a synchronised normalisation is an ordinary one.
         synchronised = batch and not self.training and type(norm) is nn.SyncBatchNorm
-        if type(norm) is not kind and not synchronised:
+        # A parametrization makes a class of its own of it.
+        parametrized = isinstance(norm, kind) and "parametrizations" in norm._modules
+        if type(norm) is not kind and not (synchronised or parametrized):
             raise RuntimeError(
                 f"norm must be nn.{kind.__name__}, which the fused layer computes itself, got "
                 f"nn.{type(norm).__name__}; keep another normalisation outside of the layer"
