@@ -451,7 +451,7 @@ def serves(architectures: str, major: int, minor: int) -> bool:
 def write(path: Path, text: str) -> None:
     """Written whole and moved into place: a kill leaves the old one."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
