@@ -35,6 +35,15 @@ settings.register_profile(
 settings.load_profile("fused_dni")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Load our profile again: torch.testing._internal loads its own wherever it is imported."""
+    settings.load_profile("fused_dni")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    settings.load_profile("fused_dni")  # opcheck imports it inside of a test
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test for each backend: one case after another, and in each the backends, so that what
     they are compared with is derived once for all of them (strategies.tolerances)."""
