@@ -29,6 +29,7 @@ def diagnostics(
         By layer name: ``cosine`` and ``norm_ratio`` (|s|/|g|) of the synthetic gradient s against
         the gradient g that arrived (which may be bootstrapped), over all elements since the last
         reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
+        ``target_unit``, in which the synthesizer predicts that;
         ``targets``, the rows trained on; ``skipped_updates`` and ``skipped_synthesizer_updates``;
         ``auxiliary_cosine`` and ``auxiliary_norm_ratio`` of an auxiliary head against the synthetic
         gradient that it predicts; of an LSTM ``windows``, those with a prediction at their end, and
@@ -80,7 +81,8 @@ def _sums(layer: DecoupledModule) -> dict[str, float]:
         "cosine": cosine,
         "norm_ratio": norm_ratio,
         **head,
-        "synthesizer_loss": _ratio(s[SQUARED_ERROR], rows),
+        "synthesizer_loss": _ratio(s[SQUARED_ERROR] * layer.unit**2, rows),
+        "target_unit": layer.unit,
         "targets": rows,
         "skipped_updates": float(layer.skipped_updates),
         "skipped_synthesizer_updates": float(

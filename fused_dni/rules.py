@@ -221,6 +221,14 @@ class RuleState:
             tuple(None if t is None else t.clone() for t in second),
         )
 
+    def rescale(self, factors: Sequence[float]) -> None:
+        """Have the gradients seen so far been so many times as large, slot by slot: the moments
+        are scaled, the second by the square (both in place)."""
+        for order, held in enumerate(self._held, 1):
+            for t, factor in zip(held, factors, strict=False):
+                if t is not None:
+                    t.mul_(factor**order)
+
     def reset(self) -> None:
         """Forget moments and counts."""
         self.hyper.zero_()
@@ -295,7 +303,7 @@ class RuleState:
                 f"{type(p).__name__} that is no plain nn.Parameter (a parametrization, "
                 "functional_call or sharding replaced it); use update=None"
             )
-        if _gathered(p):
+        if gathered(p):
             raise RuntimeError(
                 "a fused rule (update=...) under fully_shard (FSDP) is refused: it would update a "
                 "gathered copy that is thrown away; use update=None"
@@ -312,7 +320,7 @@ class RuleState:
         _owners[p] = weakref.ref(self)
 
 
-def _gathered(p: Tensor) -> bool:
+def gathered(p: Tensor) -> bool:
     """Whether FSDP2 gathered ``p`` from its shards for this forward."""
     sharding = sys.modules.get("torch.distributed._composable_state")
     for reference in list(getattr(sharding, "_module_state_mapping", {}).values()):

@@ -3,7 +3,8 @@
 **Protocol.** A synthesizer is an ``nn.Module`` called as ``synthesizer(h, context)`` with the
 detached output h of the layer, rows first, and the context (None without one). It returns a tensor
 of h's shape: the prediction of ``kappa * dL/dh``, where kappa is the layer's target scale (the
-batch size, for a mean loss). It is trained by regression on that. Its last layer should start at
+batch size, for a mean loss). It is trained by regression on that, in the synthesizer's own unit
+(:class:`TargetUnit`) if it is one of those here. Its last layer should start at
 zero, so that an untrained synthesizer does nothing (Jaderberg et al. 2016, arXiv 1608.05343,
 appendix). Subclasses of :class:`Synthesizer` that return their parameters from :meth:`fused` run
 inside the fused kernels; all others run as they are, under autograd.
@@ -12,6 +13,9 @@ inside the fused kernels; all others run as they are, under autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +29,31 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+@dataclass
+class TargetUnit:
+    """The size of what a synthesizer learns: its output is ``kappa * dL/dh / size``.
+
+    Layers without an explicit ``target_scale`` set it (see
+    :mod:`fused_dni.modules.target_unit`), so that the loss may have any scale.
+
+    Attributes:
+        size: a power of two, so that a division by it rounds nothing.
+        lessons: how many there have been, which says when the size is looked at.
+    """
+
+    size: float = 1.0
+    lessons: int = 0
+
+
 class Synthesizer(nn.Module):
     """Base of the synthesizers shipped here.
 
     Args:
         features: size O of the layer's output.
         context_features: K, number of classes or size of the conditioning vector; 0 for none.
+
+    Attributes:
+        unit: in what unit gradients are predicted; part of the state dict.
     """
 
     def __init__(self, features: int, context_features: int = 0) -> None:
@@ -40,6 +63,37 @@ class Synthesizer(nn.Module):
             raise ValueError(f"context_features must be at least 0, got {context_features}")
         self.features = features
         self.context_features = context_features
+        self.unit = TargetUnit()
+
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that scale the output when all are scaled together. None by default: what
+        such a synthesizer predicts has the unit 1."""
+        return ()
+
+    def get_extra_state(self) -> Tensor:
+        """The unit, for the state dict."""
+        return torch.tensor([self.unit.size, self.unit.lessons], dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over the unit of a state dict."""
+        size, lessons = state.tolist()
+        self.unit = TargetUnit(size, int(lessons))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+        unexpected_keys: Any, error_msgs: Any,
+    ) -> None:  # fmt: skip
+        """Load a state dict from before there were units: its predictions are in the unit 1."""
+        key = f"{prefix}_extra_state"
+        if key not in state_dict and any(k.startswith(prefix) for k in state_dict):
+            state_dict[key] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("unit", TargetUnit())  # pickled before there were units
 
     def fused(self) -> SynthesizerTensors | None:
         """The parameters in the form that kernels take, or None if there is no such form."""
@@ -74,6 +128,11 @@ class _Affine(Synthesizer):
                 if p is not None:
                     p.zero_()
 
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.context_weight, self.bias))
+
     def fused(self) -> SynthesizerTensors | None:
         if "parametrizations" in self._modules:
             return None
@@ -90,7 +149,7 @@ class _Affine(Synthesizer):
         raise NotImplementedError
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict ``kappa * dL/dh``.
+        """Predict ``kappa * dL/dh``, in the synthesizer's unit.
 
         Args:
             h: [N, O].
@@ -197,6 +256,13 @@ class DiagonalSynthesizer(_Affine):
         return h * self.weight
 
 
+def _given(parameters: Iterable[Tensor | None]) -> tuple[nn.Parameter, ...]:
+    """Those that are there, if all of them are parameters of their own."""
+    there = [p for p in parameters if p is not None]
+    own = [p for p in there if isinstance(p, nn.Parameter)]
+    return tuple(own) if len(own) == len(there) else ()
+
+
 def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
     """The context as dense rows [N, K]."""
     if context is None:
@@ -271,6 +337,10 @@ class MLPSynthesizer(Synthesizer):
         last = _LastLinear(width, features, device=device, dtype=dtype)
         self.layers = nn.Sequential(*stack, last)
 
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        last: Any = self.layers[-1]
+        return _given((last.weight, last.bias))
+
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O] from h [N, O] and the context."""
         if self.context_features:
@@ -332,6 +402,10 @@ class ConvSynthesizer(Synthesizer):
         )
         self.dims = dims
         self.layers = nn.Sequential(*stack, last)
+
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        last: Any = self.layers[-1]
+        return _given((last.weight, last.bias))
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, C, *spatial] from h of that shape and the context."""

@@ -35,13 +35,19 @@ settings.register_profile(
 settings.load_profile("fused_dni")
 
 
-def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Load our profile again: torch.testing._internal loads its own wherever it is imported."""
+def _undo_torch_testing() -> None:
+    """What torch.testing._internal does to a process that imports it, as opcheck does too: it loads
+    a profile of hypothesis, and forbids to set the flags of torch.backends."""
     settings.load_profile("fused_dni")
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    _undo_torch_testing()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    settings.load_profile("fused_dni")  # opcheck imports it inside of a test
+    _undo_torch_testing()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

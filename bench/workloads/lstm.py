@@ -218,6 +218,8 @@ class Window:
         x, h, c, self.grad = data(shape, dtype)
         self.x, self.state = x.clone().requires_grad_(), (h, c)
         self.lstm = make(shape, method, dtype, backend)
+        if method.synthesizer:
+            self.lstm.remember(self.state)  # so that each window teaches
         self.parameters = list(self.lstm.parameters())
         self.forward: Callable[[], tuple[Tensor, State]] = lambda: self.lstm(self.x, self.state)
         if method.compiled:

@@ -23,8 +23,11 @@ from fused_dni.backends.common.synthesizer import synthetic_gradient
 from fused_dni.context import current_context
 from fused_dni.functional import check
 from fused_dni.functional.update import apply_
+from fused_dni.modules import target_unit
 from fused_dni.modules.pending import inside_backward
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
+    ROWS,
     STATISTICS_SIZE,
     Backend,
     Prediction,
@@ -32,7 +35,7 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import Rule, RuleState
-from fused_dni.synthesizers import Synthesizer
+from fused_dni.synthesizers import Synthesizer, TargetUnit
 
 # Set on the output of a decoupled module whose synthesizer is not trained in this step, to the
 # version of that tensor: changed in place (``h += skip(x)``) it is another, and does not count. A
@@ -94,11 +97,21 @@ class How(NamedTuple):
 
 class Forecast(NamedTuple):
     """A prediction on its way to be trained: ``scaled`` = M(h), by fused kernels (``prediction``)
-    or by a module under autograd (``graph``: M(h) with its graph, None if it will not learn)."""
+    or by a module under autograd (``graph``: M(h) with its graph, None if it will not learn), in
+    the synthesizer's unit of that time."""
 
     scaled: Tensor
     prediction: Prediction | None
     graph: Tensor | None
+    unit: float
+
+    def within(self, unit: float) -> Forecast:
+        """The same prediction in another unit."""
+        scaled = self.scaled * (self.unit / unit)
+        prediction = self.prediction
+        if prediction is not None:
+            prediction = prediction._replace(scaled=scaled)
+        return Forecast(scaled, prediction, self.graph, unit)
 
 
 class Lesson(NamedTuple):
@@ -131,7 +144,8 @@ class DecoupledModule(nn.Module):
     Args:
         update: rule for the module's own parameters, None to leave gradients to an optimizer.
         synthesizer_update: rule for the synthesizer; as ``update`` if None.
-        target_scale: kappa, the number by which the loss divides; None for the number of rows.
+        target_scale: kappa, the number by which the loss divides; None for the number of rows and
+            a unit that follows the size of what arrives (:mod:`fused_dni.modules.target_unit`).
         max_norm: bound of the synthetic gradient's Frobenius norm, per layer; None for none.
     """
 
@@ -207,7 +221,7 @@ class DecoupledModule(nn.Module):
     ) -> Lesson:
         """What is learned from the gradient that arrived at h; ``trace`` is what the forward left
         behind (see :mod:`fused_dni.modules.steps`)."""
-        return Lesson(h, forecast, context, arrived, self.scale_of(h))
+        return Lesson(h, forecast, context, arrived, self.kappa(h.shape[0]))
 
     # -- the synthesizer's side ----------------------------------------------------------------
 
@@ -234,16 +248,28 @@ class DecoupledModule(nn.Module):
         """The backend that runs fused synthesizers on h."""
         raise NotImplementedError
 
+    def kappa(self, rows: int) -> float:
+        """The number by which the loss of a batch divides."""
+        return float(rows) if self.target_scale is None else self.target_scale
+
+    @property
+    def unit(self) -> float:
+        """The unit in which the synthesizer predicts now."""
+        synthesizer = self._modules["synthesizer"]
+        return synthesizer.unit.size if isinstance(synthesizer, Synthesizer) else 1.0
+
     def scale_of(self, h: Tensor) -> float:
-        """kappa for a batch with h's rows."""
-        return float(h.shape[0]) if self.target_scale is None else self.target_scale
+        """By what M(h) is to be divided now, to be the gradient at h."""
+        kappa = float(h.shape[0]) if self.target_scale is None else self.target_scale
+        synthesizer = self._modules["synthesizer"]  # as `unit`: every step asks
+        return kappa / synthesizer.unit.size if isinstance(synthesizer, Synthesizer) else kappa
 
     def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
         """Run the synthesizer on (detached) h; keep what its training needs if it learns."""
         fused = self.fused_synthesizer(h)
         if fused is not None:
             prediction = ops.synthesizer_predict(self.synthesizer_backend(h), h, fused, context)
-            return Forecast(prediction.scaled, prediction, None)
+            return Forecast(prediction.scaled, prediction, None, self.unit)
         assert self.synthesizer is not None
         with torch.set_grad_enabled(learns), _autocast_to(h.dtype, h.device, self.synthesizer):
             out: Tensor = self.synthesizer(h.detach(), context)
@@ -251,12 +277,15 @@ class DecoupledModule(nn.Module):
             raise RuntimeError(
                 f"synthesizer must return the shape of h, {list(h.shape)}, got {list(out.shape)}"
             )
-        return Forecast(out.detach(), None, out if learns and out.requires_grad else None)
+        graph = out if learns and out.requires_grad else None
+        return Forecast(out.detach(), None, graph, self.unit)
 
     def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
         """The synthetic gradient, clipped to ``max_norm``."""
         return synthetic_gradient(
-            Prediction(forecast.scaled), self.scale_of(h), self.max_norm or 0.0
+            Prediction(forecast.scaled),
+            self.kappa(h.shape[0]) / forecast.unit,
+            self.max_norm or 0.0,
         )
 
     def how(self, rows: int) -> How:
@@ -265,7 +294,7 @@ class DecoupledModule(nn.Module):
         return How(
             phase.true_share,
             phase.target or phase.warmup,
-            float(rows) if self.target_scale is None else self.target_scale,
+            self.kappa(rows),
             self.max_norm or 0.0,
             phase.loss_scale,
         )
@@ -277,6 +306,8 @@ class DecoupledModule(nn.Module):
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
+        if isinstance(self.synthesizer, Synthesizer):
+            self.synthesizer.unit = TargetUnit()
         for _, rule, _ in self.rules():
             rule.reset()
         self.statistics.zero_()
@@ -289,9 +320,52 @@ class DecoupledModule(nn.Module):
             self.statistics = self.statistics.to(device)
         return self.statistics
 
+    def follow(self, lessons: list[Lesson]) -> float:
+        """Have the synthesizer's unit follow the size of what it is about to learn; the unit."""
+        synthesizer = self._modules["synthesizer"]
+        if not isinstance(synthesizer, Synthesizer):
+            return 1.0
+        unit = synthesizer.unit
+        if self.target_scale is not None:
+            return unit.size
+        unit.lessons = n = unit.lessons + 1
+        if not target_unit.due(n):
+            return unit.size
+        first = lessons[0].arrived
+        if not direct(first) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+            unit.lessons -= 1  # its size cannot be seen
+            return unit.size
+        rows = sum([lesson.h.shape[0] for lesson in lessons])
+        squares = [_square(lesson.arrived) * lesson.target_scale**2 for lesson in lessons] + [
+            _square(lesson.forecast.scaled) * lesson.forecast.unit**2 for lesson in lessons
+        ]
+        means = torch.stack(squares).reshape(2, -1).sum(1) / rows
+        size = target_unit.size_for(unit, self, means)
+        if size != unit.size:
+            why = target_unit.refuses(synthesizer)
+            if why is None:
+                self.rescale(synthesizer, unit.size / size)
+                unit.size = size
+            elif unit.lessons == 1:
+                target_unit.warn_of(size, why)
+        return unit.size
+
+    def rescale(self, synthesizer: Synthesizer, factor: float) -> None:
+        """Scale what the synthesizer predicts and everything measured in its unit."""
+        slots = self.synthesizer_parameters()
+        target_unit.rescale(synthesizer, self.synthesizer_update, slots, factor)
+        self.statistics[:ROWS] *= factor**2
+
     def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
-        h, forecast, context, arrived, scale, _ = lesson
+        unit = self.unit if torch.compiler.is_compiling() else self.follow([lesson])
+        return self._gradients_of(lesson, unit)
+
+    def _gradients_of(self, lesson: Lesson, unit: float) -> tuple[Tensor | None, ...]:
+        h, forecast, context, arrived, kappa, _ = lesson
+        if forecast.unit != unit:
+            forecast = forecast.within(unit)
+        scale = kappa / unit
         statistics = self.statistics_on(h.device)
         if forecast.prediction is not None:
             fused = self.fused_synthesizer(h)
@@ -329,20 +403,24 @@ class DecoupledModule(nn.Module):
         first = lessons[0]
         fused = self.fused_synthesizer(first.h)
         rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
-        if len(lessons) == 1 and fused is not None and first.forecast.prediction is not None:
+        unit = self.follow(lessons)
+        forecast = first.forecast
+        if forecast.unit != unit:
+            forecast = forecast.within(unit)
+        if len(lessons) == 1 and fused is not None and forecast.prediction is not None:
             ops.synthesizer_update_(
                 self.synthesizer_backend(first.h),
                 first.h,
-                first.forecast.prediction,
+                forecast.prediction,
                 first.arrived.contiguous(),
                 fused,
                 first.context,
-                first.target_scale,
+                first.target_scale / unit,
                 self.statistics_on(first.h.device),
                 rule,
             )
             return
-        made = [self.lesson_gradients(lesson) for lesson in lessons]
+        made = [self._gradients_of(lesson, unit) for lesson in lessons]
         apply_given(self.synthesizer_parameters(), sum_slots(made), rule)
 
     # -- what a forward asks first -------------------------------------------------------------
@@ -473,6 +551,12 @@ def _autocast_to(dtype: torch.dtype, device: torch.device, module: nn.Module) ->
     if dtype in LOW_PRECISION and any(p.dtype != dtype for p in module.parameters()):
         return torch.autocast(device.type, dtype, cache_enabled=False)
     return nullcontext()
+
+
+def _square(t: Tensor) -> Tensor:
+    """The sum of squares, float64 []."""
+    norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.float64)
+    return norm.square()
 
 
 def sum_slots(made: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:

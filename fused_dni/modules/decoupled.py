@@ -32,7 +32,8 @@ class Decoupled(SegmentSteps):
         update: rule for the segment's parameters, applied in the forward; None to leave gradients
             in ``.grad``.
         synthesizer_update: rule for the synthesizer; None for the same as ``update``.
-        target_scale: kappa, the number by which the loss divides; None for the batch size.
+        target_scale: kappa: the synthesizer learns so many times the gradient; None for the batch
+            size over a power of two that follows the size of the gradients.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
 
     Raises:

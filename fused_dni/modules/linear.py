@@ -16,6 +16,7 @@ from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
 from fused_dni.modules.base import NO_TARGET, untraced
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
+from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     Backend,
@@ -87,8 +88,9 @@ class FusedDNILinear(LinearSteps):
             the one at z, in front of normalisation and activation.
         update: rule (``SGD``, ``Adam``, ``AdamW``) for the layer's own parameters, or None.
         synthesizer_update: rule for the synthesizer; None for the same as ``update``.
-        target_scale: kappa, the number by which the loss divides. None for the number of rows,
-            right for a loss that is a mean over rows; to be given for summed or masked losses.
+        target_scale: kappa: the synthesizer learns so many times the gradient. None for the number
+            of rows, by which a mean loss divides, over a power of two that follows the size of the
+            gradients, so that the loss may have any scale. A number is taken as it is.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
         eps, momentum: of the normalisation.
         backend: force a backend by name.
@@ -333,6 +335,9 @@ class FusedDNILinear(LinearSteps):
             return nodes.unruled(self, use, (x,), context, need_dx)
         self._fit(layer, fused)
         self.check_labels(context)
+        tracing = torch.compiler.is_compiling()
+        if not tracing:
+            note_replicas(self)
         h: Tensor = nodes.Local.apply(
             x,
             *layer[:4],
@@ -344,6 +349,8 @@ class FusedDNILinear(LinearSteps):
             backend,
             fused.kind,
             self.how(x.shape[0]),
+            self.unit,
+            None if tracing else self,
             need_dx,
         )
         return h

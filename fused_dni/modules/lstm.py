@@ -55,7 +55,7 @@ class _WindowEnds:
         site.defer(window.rows(closed.gradients), 1.0)
         if closed.lesson is not None:
             rows, grad, prediction = closed.lesson
-            forecast = Forecast(prediction.scaled, prediction, None)
+            forecast = Forecast(prediction.scaled, prediction, None, site.unit)
             teach_later(site, Lesson(rows, forecast, None, grad, self.exit.target_scale))
         return ()
 
@@ -117,8 +117,9 @@ class FusedDNILSTM(Recurrent):
         update: rule (``SGD``, ``Adam``, ``AdamW``) applied to the layers at the end of the
             backward; None to leave gradients in ``.grad``.
         synthesizer_update: rule for synthesizer and auxiliary head; None for the same.
-        target_scale: kappa, the number by which the loss divides. None for the steps times the
-            rows of the window, right for a loss that is a mean over both.
+        target_scale: kappa: the synthesizer learns so many times the gradient. None for the steps
+            times the rows of the window, by which a mean loss divides, over a power of two that
+            follows the size of the gradients. A number is taken as it is.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
         max_target_norm: bound of the norm, row by row, of the synthesizer's target, kappa times the
             gradient; None for none. A target is made of a prediction in its turn, and where the
@@ -335,7 +336,7 @@ class FusedDNILSTM(Recurrent):
         h, c, entrance, sources = self._enter(hx, x, decoupled, context, tracing)
         backend = registry.resolve(self.backend, x, weight, "lstm")
         masks = self._dropout_masks(steps, batch, x)
-        scale = self._scale(steps, batch)
+        scale = self.kappa(steps * batch)
         ends = None
         ruled = self.training and self.update is not None and not probing
         if torch.is_grad_enabled():

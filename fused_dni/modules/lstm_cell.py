@@ -282,7 +282,7 @@ class FusedDNILSTMCell(Recurrent):
             )
         ends.closes = True
         context = self._context_rows(context, batch, h)
-        scale = self._scale(ends.steps, batch)
+        scale = self.kappa(ends.steps * batch)
         if self.phase.probe is not None:
             probed = self._probe(h.unsqueeze(0), c.unsqueeze(0), end_of_sequence, context, scale)
             return _reset(probed[0].squeeze(0), probed[1].squeeze(0), start)

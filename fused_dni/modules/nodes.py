@@ -44,6 +44,7 @@ from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
 from fused_dni.modules.pending import at_end_of_backward
 from fused_dni.modules.steps import Steps
+from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops.types import (
     Backend,
     LinearConfig,
@@ -91,13 +92,14 @@ def rescaled(made: Slots, loss_scale: float | None) -> Slots:
     return tuple(None if t is None else t * loss_scale for t in made)
 
 
-def mixed_gradient(arrived: Tensor | None, scaled: Tensor, how: How) -> Tensor | None:
-    """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from ``scaled`` =
-    M(h); None if that has no defined part."""
+def mixed_gradient(arrived: Tensor | None, forecast: Forecast, how: How) -> Tensor | None:
+    """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from M(h); None if
+    that has no defined part."""
     share = how.true_share
     if share == 1.0:
         return arrived
-    synthetic = synthetic_gradient(Prediction(scaled), how.target_scale, how.max_norm)
+    scale = how.target_scale / forecast.unit
+    synthetic = synthetic_gradient(Prediction(forecast.scaled), scale, how.max_norm)
     if share == 0.0:
         return synthetic
     if arrived is None:
@@ -124,7 +126,7 @@ def received(
     if learns and arrived is not None:
         lesson = site.lesson(h, forecast, context, arrived, trace)
         arrived = lesson.arrived
-    return mixed_gradient(arrived, forecast.scaled, how), lesson
+    return mixed_gradient(arrived, forecast, how), lesson
 
 
 def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
@@ -237,7 +239,8 @@ class Local(Node):
     """:class:`Late` of a linear layer with a fused synthesizer and without a rule, on tensors
     alone: ``torch.compile`` follows it.
 
-    Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not.
+    Inputs: x, 4 layer slots, 4 synthesizer slots (differentiable), then what is not; ``owner`` is
+    None, and the synthesizer's ``unit`` stays as it is, where the call is traced.
     """
 
     @staticmethod
@@ -260,6 +263,8 @@ class Local(Node):
         backend: Backend,
         kind: str,
         how: How,
+        unit: float,
+        owner: DecoupledModule | None,
         need_dx: bool,
     ) -> Tensor:
         layer = LinearTensors(weight, bias, norm_weight, norm_bias, running_mean, running_var)
@@ -282,6 +287,7 @@ class Local(Node):
         ctx.running, ctx.statistics = (running_mean, running_var), statistics
         ctx.call, ctx.kind = (config, True, backend), kind
         ctx.how, ctx.need_dx, ctx.spent = how, need_dx, False
+        ctx.unit, ctx.owner = unit, owner
         return h
 
     @staticmethod
@@ -293,8 +299,8 @@ class Local(Node):
         layer = LinearTensors(*slots[:4], *ctx.running)
         use = LinearUse(x, h, Saved(normalized, rstd), layer, *ctx.call)
         synthesizer = SynthesizerTensors(ctx.kind, *slots[4:])
-        site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics)
-        none: Slots = (None,) * 18
+        site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics, ctx.unit, ctx.owner)
+        none: Slots = (None,) * 20
         gradient, lesson = received(site, how, h, context, use, arrived)
         if gradient is None:
             return none
@@ -321,13 +327,23 @@ class _TensorSite:
         use: LinearUse,
         target_scale: float,
         statistics: Tensor,
+        unit: float,
+        owner: DecoupledModule | None,
     ) -> None:
         self.synthesizer, self.use = synthesizer, use
         self.target_scale, self.statistics = target_scale, statistics
+        self.unit, self.owner = unit, owner
+        if owner is not None:
+            # torch.func.functional_call may have lent the tensors for the forward alone.
+            own = owner.synthesizer_parameters()[0]
+            if own is not None and own.data_ptr() == synthesizer.weight.data_ptr():
+                self.unit = owner.unit
+            else:
+                self.owner = None
 
     def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
         made = ops.synthesizer_predict(self.use.backend, h, self.synthesizer, context)
-        return Forecast(made.scaled, made, None)
+        return Forecast(made.scaled, made, None, self.unit)
 
     def lesson(
         self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
@@ -339,15 +355,20 @@ class _TensorSite:
         return Lesson(h, forecast, context, true.delta, self.target_scale, behind)
 
     def lesson_gradients(self, lesson: Lesson) -> Slots:
-        assert lesson.forecast.prediction is not None
+        unit, forecast = self.unit, lesson.forecast
+        if self.owner is not None:
+            unit = self.owner.follow([lesson])
+            if unit != forecast.unit:
+                forecast = forecast.within(unit)
+        assert forecast.prediction is not None
         return ops.synthesizer_gradients(
             self.use.backend,
             lesson.h,
-            lesson.forecast.prediction,
+            forecast.prediction,
             lesson.arrived.contiguous(),
             self.synthesizer,
             lesson.context,
-            lesson.target_scale,
+            lesson.target_scale / unit,
             self.statistics,
         )
 
@@ -436,6 +457,7 @@ def unruled(
 ) -> Tensor:
     """Run a module without a rule in training; arguments as of :func:`ruled`."""
     module.check_labels(context)
+    note_replicas(module)
     parameters = (*module.local_parameters(), *module.learners())
     h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, *parameters)
     return h
@@ -485,6 +507,8 @@ def delivered(module: Steps, inputs: tuple[Any, ...], context: Tensor | None) ->
     delivery: Delivery = module.delivery
     if module.update is not None:
         module.refuse_fused_rule()
+    else:
+        note_replicas(module)
     with torch.no_grad():
         step = module.step_locally(inputs, context, delivery.need_dx, delivery.learns)
     if module.update is not None:

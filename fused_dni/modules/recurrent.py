@@ -23,6 +23,7 @@ from fused_dni.backends.reference.lstm import weight_gradients
 from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.lstm import origins
+from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.pending import at_end_of_backward
@@ -41,7 +42,7 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import Rule, RuleState
-from fused_dni.synthesizers import LinearSynthesizer, Synthesizer
+from fused_dni.synthesizers import LinearSynthesizer, Synthesizer, TargetUnit
 
 State = tuple[Tensor, Tensor]
 Slots = tuple[Tensor | None, ...]
@@ -98,6 +99,7 @@ class Arrival(NamedTuple):
 
     rows: Tensor | None = None  # [B, 2 L H]: the state
     scaled: Tensor | None = None  # [B, 2 L H]: M's prediction there, zero for rows that end
+    unit: float = 1.0  # that of the prediction
 
 
 class Exit:
@@ -124,6 +126,8 @@ class Exit:
         self.strength = site.sg_scale * (1.0 - phase.true_share) if predicts else 0.0
         self.learns = predicts and (phase.target or phase.warmup)
         self.loss_scale = phase.loss_scale or 1.0
+        if site.update is None and not torch.compiler.is_compiling():
+            target_unit.note_replicas(site)
         self.arrival = Arrival()
         # Windows that the state came from through other ops: its gradient goes on to them.
         self.sources: list[Any] = []
@@ -152,10 +156,10 @@ class Exit:
         if not (strength or teaches):
             return grad_h, grad_c, Arrival()
         rows = state_rows(h, c)
-        scaled = site.predict(rows, self.context, False).scaled
+        scaled, _, _, unit = site.predict(rows, self.context, False)
         if self.ended is not None:
             scaled = scaled.masked_fill(self.ended.unsqueeze(1), 0.0)
-        arrival = Arrival(rows, scaled)
+        arrival = Arrival(rows, scaled, unit)
         if not strength:
             return grad_h, grad_c, arrival
         started = inject(
@@ -163,7 +167,7 @@ class Exit:
             grad_h,
             grad_c,
             h.shape[0],
-            self.target_scale,
+            self.target_scale / unit,
             site.max_norm or 0.0,
             strength * self.loss_scale,
         )
@@ -179,13 +183,17 @@ class Exit:
         fused = site.fused_state_synthesizer()
         if fused is None:
             return None
+        teaches = self.learns and (entrance or self.ended is not None)
+        if teaches and site.update is None and not site.pass_lesson():
+            return None
+        unit = site.unit
         return LSTMBoundary(
             fused,
             self.ended,
-            self.target_scale,
+            self.target_scale / unit,
             0.0 if self._reached != -1 and self.reached else self.strength,
             site.max_norm or 0.0,
-            site.max_target_norm or 0.0,
+            (site.max_target_norm or 0.0) / unit,
             self.learns,
             entrance,
         )
@@ -236,7 +244,7 @@ class Entrance:
             return [], []
         if end.site.auxiliary_head is None or scaled is None:
             return [example], []
-        lesson = example._replace(grad=scaled / end.target_scale)
+        lesson = example._replace(grad=scaled * (arrival.unit / end.target_scale))
         more = end.site.auxiliary_gradient(lesson)
         return [example._replace(grad=example.grad + more)], [lesson]
 
@@ -450,6 +458,25 @@ class Recurrent(DecoupledModule):
 
     # -- learning ------------------------------------------------------------------------------
 
+    def pass_lesson(self) -> bool:
+        """Count a lesson that a kernel gives itself; False, and none counted, where :meth:`follow`
+        is to see it."""
+        if self.target_scale is not None:
+            return True
+        unit = cast(Synthesizer, self._modules["synthesizer"]).unit
+        if target_unit.due(unit.lessons + 1):
+            return False
+        unit.lessons += 1
+        return True
+
+    def rescale(self, synthesizer: Synthesizer, factor: float) -> None:
+        super().rescale(synthesizer, factor)
+        head = self._modules["auxiliary_head"]
+        if head is not None:  # it predicts in the synthesizer's unit
+            slots = self.auxiliary_parameters()
+            target_unit.rescale(cast(Synthesizer, head), self.auxiliary_update, slots, factor)
+            self.auxiliary_statistics[:ROWS] *= factor**2
+
     def teach(self, lessons: list[Example], heads: list[Example], loss_scale: float) -> Slots:
         """Train synthesizer and auxiliary head, at the end of the backward if there is a rule;
         otherwise return their parameters' gradients, in the order of :meth:`_learners`."""
@@ -481,7 +508,7 @@ class Recurrent(DecoupledModule):
             prediction, grad = self._only_counted(
                 counted, forecast.prediction, grad, self.statistics_on(rows.device)
             )
-            forecast = Forecast(prediction.scaled, prediction, None)
+            forecast = Forecast(prediction.scaled, prediction, None, forecast.unit)
         return Lesson(rows, forecast, context, grad, scale)
 
     @staticmethod
@@ -505,12 +532,13 @@ class Recurrent(DecoupledModule):
         measured in those units and sent down with the weight ``AUXILIARY_WEIGHT``.
         """
         head = cast(LinearSynthesizer, self.auxiliary_head)
+        scale = example.target_scale / self.unit
         with torch.no_grad():
-            error = head(example.rows, example.context) - example.grad * example.target_scale
+            error = head(example.rows, example.context) - example.grad * scale
             back = error @ head.weight
             if head.down is not None:
                 back = back @ head.down
-        sent: Tensor = back * (AUXILIARY_WEIGHT / example.target_scale)
+        sent: Tensor = back * (AUXILIARY_WEIGHT / scale)
         return sent
 
     def _head_gradients(self, example: Example) -> Slots:
@@ -527,7 +555,7 @@ class Recurrent(DecoupledModule):
             grad,
             fused,
             context,
-            scale,
+            scale / self.unit,
             self.auxiliary_statistics,
         )
 
@@ -548,7 +576,7 @@ class Recurrent(DecoupledModule):
             grad,
             fused,
             context,
-            scale,
+            scale / self.unit,
             self.auxiliary_statistics,
             rule,
         )
@@ -780,9 +808,6 @@ class Recurrent(DecoupledModule):
         self.check_labels(rows)
         return rows
 
-    def _scale(self, steps: int, batch: int) -> float:
-        return float(steps * batch) if self.target_scale is None else self.target_scale
-
     def _probe(
         self, h: Tensor, c: Tensor, ended: Tensor | None, context: Tensor | None, scale: float
     ) -> State:
@@ -796,13 +821,15 @@ class Recurrent(DecoupledModule):
                 forecast = forecast._replace(scaled=scaled)
         assert self.phase.probe is not None
         if rows.requires_grad:
-            self.phase.probe(rows, forecast, scale)
+            self.phase.probe(rows, forecast, scale / self.unit)
         return rows_state(rows, h.shape[0])
 
 
 def _reset_head(head: nn.Module) -> None:
     """Let a synthesizer start anew: as it says itself, or what it is made of, its last layer at
     zero if it is one of the library's."""
+    if isinstance(head, Synthesizer):
+        head.unit = TargetUnit()
     own = getattr(head, "reset_parameters", None)
     if own is not None:
         own()

@@ -239,7 +239,7 @@ class LinearSteps(Steps):
             else:
                 step = self._step_watched(x, layer, backend, fused, context, need_dx, learns)
             p = step.prediction
-            forecast = None if p is None else Forecast(p.scaled, p, None)
+            forecast = None if p is None else Forecast(p.scaled, p, None, self.unit)
             saved = step.saved
             trace = None
             if saved is not None:

@@ -86,14 +86,7 @@ class Returned:
         record.h, record.c = references
         h, c = h.detach(), c.detach()
         record.h_version, record.c_version = h._version, c._version
-        record.layout = (
-            h.dtype,
-            h.shape,
-            h.stride(),
-            h.storage_offset(),
-            c.stride(),
-            c.storage_offset(),
-        )
+        record.layout = _layout(h, c)
         record.noted = noted
         if noted is not None:
             self.marked = True
@@ -123,15 +116,7 @@ class Returned:
             or c._version != record.c_version
         ):
             return None
-        layout = (
-            h.dtype,
-            h.shape,
-            h.stride(),
-            h.storage_offset(),
-            c.stride(),
-            c.storage_offset(),
-        )
-        if layout == record.layout:
+        if _layout(h, c) == record.layout:
             return Found(record.noted)
         return _some_rows(h, c, record)
 
@@ -181,6 +166,11 @@ def _free(record: _Record | None) -> None:
 
 def _unchanged(h: Tensor, c: Tensor, record: _Record) -> bool:
     return h._version == record.h_version and c._version == record.c_version
+
+
+def _layout(h: Tensor, c: Tensor) -> tuple[Any, ...]:
+    """How a state lies in its memory."""
+    return (h.dtype, h.shape, h.stride(), h.storage_offset(), c.stride(), c.storage_offset())
 
 
 def _changed(t: Tensor, memory: int, version: int) -> bool:
