@@ -71,10 +71,9 @@ def size_for(unit: TargetUnit, module: nn.Module, squares: Tensor) -> float:
     if group is not None:
         torch.distributed.all_reduce(squares, torch.distributed.ReduceOp.MAX, group)
     target, predicted = squares.tolist()
-    if target == 0.0 and unit.lessons == 1:
-        unit.lessons = 0  # nothing has been learned: the next lesson is the first
     size = max(target, predicted) ** 0.5
     if target == 0.0 or not math.isfinite(size):
+        unit.lessons -= 1  # nothing was learned: the next lesson is looked at
         return unit.size
     if unit.lessons == 1:
         if predicted:

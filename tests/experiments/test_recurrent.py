@@ -438,14 +438,15 @@ def test_boundaries_whose_future_is_cut_off_are_left_out():
 
 
 def test_memory_grows_with_the_window_and_not_with_the_sequence():
-    rows = memory.memory_curve(("fused", "dni"), (4, 16), (32, 64), batch=8, inputs=32, hidden=32)
+    # Long enough for each to have a window in which the unit of targets is looked at.
+    rows = memory.memory_curve(("fused", "dni"), (4, 16), (192, 256), batch=8, inputs=32, hidden=32)
     held = {(row["method"], row["window"], row["sequence"]): row["bytes"] for row in rows}
     for method in ("fused", "dni"):
         for window in (4, 16):
-            assert held[method, window, 32] == held[method, window, 64]
-        assert held[method, 16, 64] > held[method, 4, 64]
-    # What a window keeps at the least, h, c and four gates a step, for 32 steps more.
-    assert held["fused", 64, 64] - held["fused", 32, 32] >= 32 * 8 * 32 * 6 * 4
+            assert held[method, window, 192] == held[method, window, 256]
+        assert held[method, 16, 256] > held[method, 4, 256]
+    # What a window keeps at the least, h, c and four gates a step, for 64 steps more.
+    assert held["fused", 256, 256] - held["fused", 192, 192] >= 64 * 8 * 32 * 6 * 4
     table = as_text([recurrent_report.memory_table(rows)])
     assert "dni T=16" in table and "fused whole sequence" in table
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from clusters import clusters
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from twins import close, disturb, double
 
 import fused_dni as fd
 from fused_dni.modules import target_unit
 from fused_dni.synthesizers import TargetUnit
-from tests.support.clusters import clusters
-from tests.support.twins import close, disturb, double
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,8 @@ def pickled() -> dict[str, Any]:
 
 def _check(pickled: dict[str, Any], name: str, model: torch.nn.Module, optimizer: Any) -> None:
     make.train(model, optimizer, 100)
-    after = model.state_dict()
+    # But for the units of synthesizers, which there were none of.
+    after = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
     expected = pickled["models"][name]["after"]
     assert after.keys() == expected.keys()
     same_bits = make.here() == pickled["here"]

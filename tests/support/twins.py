@@ -128,9 +128,15 @@ def _tensors(value: Any) -> Any:
     return value
 
 
+def values(model: nn.Module) -> dict[str, Any]:
+    """The state dict; of synthesizers' units the size, without the count of what arrived."""
+    state = dict(model.state_dict())
+    return {k: v[:1] if k.endswith("_extra_state") else v for k, v in state.items()}
+
+
 def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
     """Values of parameters, gradients, buffers, rules' and optimizers' state."""
-    state: dict[str, Any] = {"state": _tensors(dict(model.state_dict()))}
+    state: dict[str, Any] = {"state": _tensors(values(model))}
     state["grad"] = {n: _tensors(p.grad) for n, p in model.named_parameters()}
     for name, module in model.named_modules():
         if not isinstance(module, DecoupledModule):
