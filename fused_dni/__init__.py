@@ -19,6 +19,7 @@ from fused_dni.modules import (
     FusedDNILSTM,
     FusedDNILSTMCell,
     backward_boundary,
+    backward_local,
 )
 from fused_dni.optim import FusedOptimizer, ordinary_parameters
 from fused_dni.rules import SGD, Adam, AdamW
@@ -57,6 +58,7 @@ __all__ = [
     "advise",
     "annotate",
     "backward_boundary",
+    "backward_local",
     "condition_on",
     "convert",
     "diagnostics",

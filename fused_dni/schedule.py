@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 from torch import nn
 
 from fused_dni.modules.base import DecoupledModule, Phase
+from fused_dni.modules.recurrent import Recurrent
+from fused_dni.ops.types import ROWS
+
+# Steps with targets after which it is asked whether any came.
+LOOK = 32
 
 
 class LossScaler(Protocol):
@@ -61,12 +67,44 @@ class Schedule:
         self.loss_scale = loss_scale
         self.steps = 0
         self._told: Phase | None = None
+        self._wanted = 0  # steps with targets so far
+        # An LSTM learns from the window that comes next, and says itself if there is none.
+        self._learners = [
+            m for m in self._layers if m.synthesizer is not None and not isinstance(m, Recurrent)
+        ]
+        self._learned = [0.0 for _ in self._learners]
+        self._warned = not self._learners
         self._tell()
 
     def step(self) -> None:
         """One training step is over: set the layers' flags for the next."""
+        if self.target:
+            self._wanted += 1
+            if not self._wanted % LOOK:
+                self._listen()
         self.steps += 1
         self._tell()
+
+    def _listen(self) -> None:
+        """Say so, once, if steps with targets bring none (this waits for the device)."""
+        learned = [float(m.statistics[ROWS]) for m in self._learners]
+        if learned == self._learned and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"of {LOOK} steps with targets none brought a gradient to a decoupled layer: "
+                "where schedule.target is true run what is above the layers and the loss's "
+                "backward, or their synthesizers learn nothing",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._learned = learned
+
+    @property
+    def target(self) -> bool:
+        """Whether the coming step needs the true gradient: on other steps nothing above the
+        decoupled layers need be run, not even the loss (see :func:`fused_dni.backward_local`)."""
+        assert self._told is not None
+        return self._told.target or self._told.warmup
 
     def phase(self) -> Phase:
         """What the layers are told for the coming step."""

@@ -2,6 +2,7 @@
 
 from fused_dni.modules.decoupled import Decoupled
 from fused_dni.modules.linear import FusedDNILinear
+from fused_dni.modules.local import backward_local
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.modules.lstm_cell import FusedDNILSTMCell
 from fused_dni.modules.recurrent import backward_boundary
@@ -14,4 +15,5 @@ __all__ = [
     "FusedDNILSTMCell",
     "FusedDNILinear",
     "backward_boundary",
+    "backward_local",
 ]
