@@ -29,6 +29,7 @@ from fused_dni.synthesizers import (
     DiagonalSynthesizer,
     LinearSynthesizer,
     MLPSynthesizer,
+    SoftmaxSynthesizer,
     Synthesizer,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "LinearSynthesizer",
     "MLPSynthesizer",
     "Schedule",
+    "SoftmaxSynthesizer",
     "Synthesizer",
     "Verdict",
     "advise",

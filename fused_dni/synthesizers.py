@@ -54,7 +54,11 @@ class Synthesizer(nn.Module):
 
     Attributes:
         unit: in what unit gradients are predicted; part of the state dict.
+        takes_rows: it is called with h [N, features] alone; a layer folds the leading dimensions
+            of other shapes into N.
     """
+
+    takes_rows = False
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
@@ -106,6 +110,7 @@ class Synthesizer(nn.Module):
 class _Affine(Synthesizer):
     """Synthesizers of the form ``f(h) + context + bias`` with fused kernels."""
 
+    takes_rows = True
     kind: str
     weight: nn.Parameter
     down: nn.Parameter | None
@@ -312,6 +317,8 @@ class MLPSynthesizer(Synthesizer):
         device, dtype: of the parameters.
     """
 
+    takes_rows = True
+
     def __init__(
         self,
         features: int,
@@ -347,6 +354,106 @@ class MLPSynthesizer(Synthesizer):
             h = torch.cat([h, _one_hot(context, self.context_features, h)], dim=1)  # [N, O + K]
         out: Tensor = self.layers(h)
         return out
+
+
+class SoftmaxSynthesizer(Synthesizer):
+    """Predict the gradient in front of a softmax: ``M(h, y) = h A.T + c - g W[y]``.
+
+    Of a cross entropy, a mean over N rows, of ``softmax(h W.T + b)`` the gradient at h is
+    ``(sum_w p_w W[w] - W[y]) / N``. The second part is known: the head's own row, read at each
+    prediction, nothing of the head being copied or trained here. The first, what the model expects,
+    is predicted from h. So the context is the label, which takes no table of classes, however many
+    there are. Runs under autograd, not inside the fused kernels.
+
+    Args:
+        head: the layer in front of the softmax: a module with a ``weight`` [classes, O], as
+            ``nn.Linear(O, classes)``, or the ``nn.Embedding(classes, O)`` that a model ties to it.
+            It is not registered here.
+        rank: R of a low-rank A; None for dense.
+        ignore_index: rows with this label are not in the loss: nothing is predicted there, and the
+            mean is over the others.
+        label_smoothing: as in ``F.cross_entropy``: where g starts.
+
+    Attributes:
+        weight: [O, O], or [O, R] for low rank; down: [R, O] or None; bias: c, [O]; gain: g, [].
+        They start as those of :class:`LinearSynthesizer`, g at ``1 - label_smoothing``.
+
+    Raises:
+        TypeError: a head without such a weight.
+        ValueError: a rank, or a smoothing, out of range.
+        RuntimeError: in a forward, a head whose weight has another shape than it had.
+    """
+
+    takes_rows = True
+
+    def __init__(
+        self,
+        head: nn.Module,
+        rank: int | None = None,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        table = getattr(head, "weight", None)
+        if not isinstance(table, Tensor) or table.dim() != 2:
+            raise TypeError(
+                "head must be a module with a weight [classes, features], as nn.Linear, got "
+                f"{type(head).__name__}"
+            )
+        classes, features = table.shape
+        super().__init__(features, classes)
+        if rank is not None and not 1 <= rank <= features:
+            raise ValueError(f"rank must be in [1, features={features}] or None, got {rank}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.__dict__["head"] = head  # no submodule: it is not this module's to train or to save
+        self.rank = rank
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        factory: Any = {"device": table.device, "dtype": table.dtype}
+        inner = features if rank is None else rank
+        self.weight = nn.Parameter(torch.empty(features, inner, **factory))
+        self.down = None if rank is None else nn.Parameter(torch.empty(rank, features, **factory))
+        self.bias = nn.Parameter(torch.empty(features, **factory))
+        self.gain = nn.Parameter(torch.empty((), **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let it start anew: what the model expects is taken for zero."""
+        with torch.no_grad():
+            if self.down is not None:
+                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+            self.weight.zero_()
+            self.bias.zero_()
+            self.gain.fill_(1.0 - self.label_smoothing)
+
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.bias, self.gain))
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
+        int64 [N]."""
+        head: Any = self.head
+        table: Tensor = head.weight.detach()
+        if table.shape != (self.context_features, self.features):
+            raise RuntimeError(
+                f"the head's weight is {list(table.shape)}, where the synthesizer was made for "
+                f"[{self.context_features}, {self.features}]: make a new synthesizer for it"
+            )
+        if context is None or context.dtype != torch.int64 or context.shape != h.shape[:1]:
+            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
+            raise RuntimeError(f"context must be labels, int64 [{h.shape[0]}], got {given}")
+        counted = (context != self.ignore_index).unsqueeze(1)  # [N, 1]
+        rows = F.embedding(context.where(counted.squeeze(1), 0), table)  # [N, O]
+        reduced = h if self.down is None else F.linear(h, self.down)  # [N, R]
+        out = F.linear(reduced, self.weight, self.bias) - self.gain * rows.to(h.dtype)
+        share = counted.sum().clamp(min=1).to(h.dtype) / h.shape[0]
+        return torch.where(counted, out / share, 0.0)  # the loss divides by those that count
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
 
 
 class ConvSynthesizer(Synthesizer):

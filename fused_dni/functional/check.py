@@ -90,8 +90,8 @@ def batch(x: Tensor, config: LinearConfig, training: bool) -> None:
         )
 
 
-def labels(context: Tensor | None, classes: int) -> None:
-    """Refuse a class index outside ``[0, classes)``.
+def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> None:
+    """Refuse a class index outside ``[0, classes)`` that is not the one ignored.
 
     Only on a CPU, where looking at the data costs no synchronisation.
     """
@@ -99,6 +99,10 @@ def labels(context: Tensor | None, classes: int) -> None:
         return
     if not classes or not direct(context) or not context.numel():
         return
+    if ignored is not None:
+        context = context[context != ignored]
+        if not context.numel():
+            return
     low, high = (int(v) for v in torch.aminmax(context))
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high

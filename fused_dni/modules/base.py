@@ -288,6 +288,10 @@ class DecoupledModule(nn.Module):
             self.max_norm or 0.0,
         )
 
+    def rows_in(self, h: Tensor) -> int:
+        """How many rows of h the synthesizer predicts for."""
+        return h.shape[0]
+
     def how(self, rows: int) -> How:
         """How this step's gradient is made, where that is in the backward; h has so many rows."""
         phase = self.phase
@@ -447,7 +451,7 @@ class DecoupledModule(nn.Module):
         forecast = None
         if self.synthesizer is not None:
             forecast = self.predict(rows.detach(), context, False)
-        self.phase.probe(at, forecast, self.scale_of(rows))
+        self.phase.probe(at, forecast, self.kappa(self.rows_in(rows)) / self.unit)
 
     def refuse_recording(self) -> None:
         """Raise where a step would be recorded that is to learn anew whenever it is run."""
@@ -527,7 +531,9 @@ class DecoupledModule(nn.Module):
 
     def check_labels(self, context: Tensor | None) -> None:
         """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
-        check.labels(context, getattr(self.synthesizer, "context_features", None) or 0)
+        synthesizer = self.synthesizer
+        classes = getattr(synthesizer, "context_features", None) or 0
+        check.labels(context, classes, getattr(synthesizer, "ignore_index", None))
 
 
 def run_apart(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, dict[int, Tensor]]:

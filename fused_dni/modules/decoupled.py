@@ -11,11 +11,10 @@ from torch.autograd import forward_ad
 from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.modules import nodes
-from fused_dni.modules.base import (
-    NO_TARGET,
-)
+from fused_dni.modules.base import NO_TARGET
 from fused_dni.modules.steps import SegmentSteps, segment_inputs
 from fused_dni.rules import Rule
+from fused_dni.synthesizers import Synthesizer
 
 
 class Decoupled(SegmentSteps):
@@ -28,7 +27,8 @@ class Decoupled(SegmentSteps):
     Args:
         module: the segment. It is called with the arguments of the forward and returns one tensor
             whose first dimension is the batch.
-        synthesizer: see :mod:`fused_dni.synthesizers`; sees h as the segment returns it.
+        synthesizer: see :mod:`fused_dni.synthesizers`. Those that take rows [N, O] see an output
+            [..., O] as rows; all others see it as the segment returns it.
         update: rule for the segment's parameters, applied in the forward; None to leave gradients
             in ``.grad``.
         synthesizer_update: rule for the synthesizer; None for the same as ``update``.
@@ -63,7 +63,8 @@ class Decoupled(SegmentSteps):
         Args:
             *inputs, **named: the segment's arguments: tensors, lists, tuples, dictionaries and
                 packed sequences of them, and what holds no tensor.
-            context: class indices int64 [N] or conditioning vectors [N, K]; None to take it from
+            context: class indices int64 [N] or conditioning vectors [N, K], or, for a segment
+                that returns [N, ..., O], [N, ...] or [N, ..., K]; None to take it from
                 :func:`fused_dni.condition_on`.
 
         Returns:
@@ -122,4 +123,8 @@ class Decoupled(SegmentSteps):
             return context
         like = next(self.synthesizer.parameters())
         n = tensors[0].shape[:1] if tensors else torch.Size((0,))
+        if context is not None and isinstance(self.synthesizer, Synthesizer):
+            own = context.shape if context.dtype == torch.int64 else context.shape[:-1]
+            if self.synthesizer.takes_rows and len(own) > 1:
+                return context  # of the rows of h, which is not known yet
         return fold_context(context, n, features, like)

@@ -160,7 +160,7 @@ class Late(Node):
         ctx.set_materialize_grads(False)
         ctx.module, ctx.context, ctx.need_dx, ctx.spent = module, context, need_dx, False
         ctx.asked = asked
-        ctx.how = module.how(h.shape[0])
+        ctx.how = module.how(module.rows_in(h))
         # Saved so that autograd sees a change between forward and backward.
         returned = tensors[asked:] if module.update is None else ()
         ctx.save_for_backward(h, *returned, *module.watched(inputs, need_dx))

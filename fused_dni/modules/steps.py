@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from fused_dni import ops
 from fused_dni.backends.common.precision import accumulator
+from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.linear import (
     LinearUse,
@@ -44,6 +45,7 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
+from fused_dni.synthesizers import Synthesizer
 
 Slots = tuple[Tensor | None, ...]
 
@@ -438,6 +440,38 @@ class SegmentSteps(Steps):
         assert self.synthesizer is not None
         return registry.resolve(None, h, next(self.synthesizer.parameters()))
 
+    # -- a synthesizer that takes rows sees all leading dimensions of h as one ------------------
+
+    def _folded(self, h: Tensor) -> Tensor:
+        synthesizer = self._modules["synthesizer"]
+        if h.dim() > 2 and isinstance(synthesizer, Synthesizer) and synthesizer.takes_rows:
+            return h.flatten(0, -2)
+        return h
+
+    def _context_of(self, context: Tensor | None, h: Tensor) -> Tensor | None:
+        rows = self._folded(h)
+        features = getattr(self._modules["synthesizer"], "context_features", None)
+        if rows is h or context is None or not features:
+            return context
+        return fold_context(context, h.shape[:-1], features, h)
+
+    def rows_in(self, h: Tensor) -> int:
+        return self._folded(h).shape[0]
+
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+        return super().predict(self._folded(h), self._context_of(context, h), learns)
+
+    def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
+        return super().synthetic(forecast, self._folded(h)).reshape(h.shape)
+
+    def lesson(
+        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Lesson:
+        context = self._context_of(context, h)
+        return super().lesson(self._folded(h), forecast, context, self._folded(arrived), trace)
+
+    # -- under autograd --------------------------------------------------------------------------
+
     def _inner(self, inputs: Any, need_dx: bool) -> Inner:
         """Run the segment in a graph of its own."""
         leaves: list[Tensor | None] = []
@@ -461,7 +495,8 @@ class SegmentSteps(Steps):
         wanted = [t for t in slots if t is not None and t.requires_grad]
         made: Slots = ()
         if wanted and h.requires_grad:
-            made = torch.autograd.grad(h, wanted, gradient.to(h.dtype), allow_unused=True)
+            gradient = gradient.reshape(h.shape).to(h.dtype)
+            made = torch.autograd.grad(h, wanted, gradient, allow_unused=True)
         by_id = {id(t): g for t, g in zip(wanted, made, strict=False)}
         out = tuple(None if t is None else by_id.get(id(t)) for t in slots)
         return out[: len(leaves)], out[len(leaves) :]
