@@ -27,6 +27,7 @@ from fused_dni.schedule import Schedule
 from fused_dni.synthesizers import (
     ConvSynthesizer,
     DiagonalSynthesizer,
+    DifferenceSynthesizer,
     LinearSynthesizer,
     MLPSynthesizer,
     SoftmaxSynthesizer,
@@ -46,6 +47,7 @@ __all__ = [
     "Decoupled",
     "DecoupledSequential",
     "DiagonalSynthesizer",
+    "DifferenceSynthesizer",
     "FusedDNILSTM",
     "FusedDNILSTMCell",
     "FusedDNILinear",

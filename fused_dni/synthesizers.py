@@ -456,6 +456,76 @@ class SoftmaxSynthesizer(Synthesizer):
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
+class DifferenceSynthesizer(Synthesizer):
+    """Predict from how far h is from where it should be: ``a * (h - t) + V U (h - t) + c``.
+
+    For a loss that is a distance of h from a context t of the same size, in whatever space: of an
+    autoencoder's output from its input as a frozen network sees both, of a student from a teacher.
+    Runs under autograd, not inside the fused kernels.
+
+    Args:
+        features: O, of h and of the context [N, O].
+        rank: R of the low-rank part; 0 for none: then these are 2 O numbers.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: a, [O]; up: V, [O, R] or None; down: U, [R, O] or None; bias: c, [O]. All start at
+        zero but ``down``.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside [0, features].
+    """
+
+    takes_rows = True
+
+    def __init__(
+        self,
+        features: int,
+        rank: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, features)
+        if not 0 <= rank <= features:
+            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
+        self.rank = rank
+        factory: Any = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(features, **factory))
+        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
+        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
+        self.bias = nn.Parameter(torch.empty(features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero what forms the output; draw what reduces the input."""
+        with torch.no_grad():
+            if self.down is not None:
+                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+            for p in (self.weight, self.up, self.bias):
+                if p is not None:
+                    p.zero_()
+
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.up, self.bias))
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit; h and context [N, O]."""
+        if context is None or context.shape != h.shape:
+            given = "none" if context is None else str(list(context.shape))
+            raise RuntimeError(f"context must have the shape of h, {list(h.shape)}, got {given}")
+        away = h - context.to(h.dtype)  # [N, O]
+        out = away * self.weight + self.bias
+        if self.up is not None and self.down is not None:
+            out = out + F.linear(F.linear(away, self.down), self.up)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, rank={self.rank}"
+
+
 class ConvSynthesizer(Synthesizer):
     """Convolutional synthesizer for maps [N, C, *spatial]; the last convolution starts at zero.
 

@@ -14,7 +14,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fused_dni.cli import advise, compare, profile, report, rivals, training, tune, verdict
+from fused_dni.cli import (
+    advise,
+    compare,
+    profile,
+    race,
+    report,
+    rivals,
+    training,
+    tune,
+    verdict,
+)
 from fused_dni.cli import map as map_command
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
 from fused_dni.cli.output import any_terminal, flush, say, warn
@@ -45,6 +55,7 @@ def parser() -> Parser:
     compare.add_compare(commands)
     rivals.add_rivals(commands)
     rivals.add_interfaces(commands)
+    race.add_race(commands)
     profile.add_profile(commands)
     report.add_report(commands)
     env = commands.add_parser(

@@ -109,3 +109,49 @@ def test_the_default():
 def test_a_parametrized_synthesizer_has_no_fused_form():
     m = nn.utils.parametrizations.weight_norm(fd.LinearSynthesizer(5))
     assert m.fused() is None
+
+
+# ---------------------------------------------------------------------------------------------
+# From how far h is from a context
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_difference_synthesizer_is_its_formula(rank):
+    synthesizer = fd.DifferenceSynthesizer(5, rank, dtype=torch.float64)
+    h, t = double(6, 5), double(6, 5)
+    assert not synthesizer(h, t).any()  # untaught
+    twins.disturb(synthesizer)
+    expected = (h - t) * synthesizer.weight + synthesizer.bias
+    if rank:
+        expected = expected + (h - t) @ synthesizer.down.t() @ synthesizer.up.t()
+    close(synthesizer(h, t), expected)
+    before = synthesizer(h, t).detach()
+    with torch.no_grad():
+        for p in synthesizer.last_layer():
+            p.mul_(4.0)
+    assert torch.equal(synthesizer(h, t), 4.0 * before)
+
+
+def test_difference_synthesizer_is_exact_for_a_weighted_squared_error():
+    torch.manual_seed(0)
+    scale = torch.rand(5, dtype=torch.float64) + 0.5
+    layer = fd.Decoupled(
+        nn.Linear(4, 5).double(), fd.DifferenceSynthesizer(5, dtype=torch.float64),
+        update=fd.SGD(0.0), synthesizer_update=fd.Adam(0.03),
+    )  # fmt: skip
+    for _ in range(400):
+        x, t = double(32, 4), double(32, 5)
+        h = layer(x, context=t)
+        (scale * (h - t).square()).sum(1).mean().backward()
+    fd.diagnostics(layer, reset=True)
+    h = layer(x, context=t)
+    (scale * (h - t).square()).sum(1).mean().backward()
+    assert fd.diagnostics(layer)[""]["cosine"] > 0.9999
+
+
+@pytest.mark.parametrize("context", [None, torch.zeros(6, 4, dtype=torch.float64)])
+def test_difference_synthesizer_refuses_another_shape(context):
+    with pytest.raises(RuntimeError, match="context must have the shape of h"):
+        fd.DifferenceSynthesizer(5, dtype=torch.float64)(double(6, 5), context)
+    with pytest.raises(ValueError, match="rank must be in"):
+        fd.DifferenceSynthesizer(5, 6)
