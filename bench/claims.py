@@ -7,6 +7,7 @@ the answers read all of it, whatever machine it is from.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, tex
 from fused_dni.report.kinds import advice as advice_report
 from fused_dni.report.kinds import interfaces as interfaces_report
 from fused_dni.report.kinds import planted
+from fused_dni.report.kinds import race as race_report
 from fused_dni.report.kinds import recurrent as recurrent_report
 from fused_dni.report.kinds import rivals as rivals_report
 from fused_dni.report.kinds import verdict as verdict_report
@@ -69,11 +71,15 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
         yield f"mnist-{interface}-{rank}", words
+    for race, seconds in (("words", "40"), ("perceptual", "30")):
+        words = ["race", f"bench.races:{race}", "--seconds", seconds, "--threads", "2", *out]
+        yield f"race-{race}", words
     yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
 
 
 def measure(data: str, only: list[str] | None) -> int:
-    """Run the commands whose name begins with one of ``only``; the number that failed."""
+    """Run the commands whose name begins with one of ``only``; the number that failed. The word
+    model's text is the file named by CORPUS in the environment."""
     machine = stored.machine(facts())
     failed = 0
     for name, words in commands(data):
@@ -85,7 +91,10 @@ def measure(data: str, only: list[str] | None) -> int:
             places = {"FOLDER": folder, "OUT": str(made)}
             program = [] if words[0].endswith(".py") else ["-m", "fused_dni.cli"]
             run = [sys.executable, *program, *(places.get(word, word) for word in words)]
-            done = subprocess.run(run, cwd=stored.ROOT, stdout=subprocess.PIPE, encoding="utf-8")
+            done = subprocess.run(
+                run, cwd=stored.ROOT, stdout=subprocess.PIPE, encoding="utf-8",
+                env={**os.environ, "MNIST": os.path.abspath(data)},
+            )  # fmt: skip
             if not {"OUT", "FOLDER"} & set(words):
                 made.write_text(done.stdout, encoding="utf-8")
             if not made.exists() or not made.stat().st_size:
@@ -345,6 +354,18 @@ def rivals(reports: dict[str, Report]) -> Answer:
     return Answer(f"Error at equal wall-clock, from the best: {listed}.", shown)
 
 
+def tops(reports: dict[str, Report]) -> Answer:
+    """Races under an expensive top."""
+    said: list[str] = []
+    shown: list[Block] = []
+    for key, report in reports.items():
+        name = {"words": "Word model", "perceptual": "Perceptual loss"}[key.rpartition("race-")[2]]
+        said.append(f"{name}: {race_report.sentence(report)}")
+        shown += [Text(f"{name}.")]
+        shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
+    return Answer(" ".join(said), shown)
+
+
 def accuracy(reports: dict[str, Report]) -> Answer:
     """MNIST with the interface at either place, by the rank of the synthesizers."""
     rows = []
@@ -385,6 +406,15 @@ def trust(reports: dict[str, Report]) -> Answer:
 
 
 QUESTIONS = (
+    Question(
+        "“If what lies above is expensive, the prediction may be a lot cheaper, once trained”",
+        "A network below a top that costs many times what it does itself and is run, the loss "
+        "included, on every k-th step alone: a word language model under its softmax, an "
+        "autoencoder under a loss of frozen convolutional features. Each arm on its own clock for "
+        "the same time, beside what people do by hand instead.",
+        ("verdict/*-race-*",),
+        tops,
+    ),
     Question(
         "“A simple dense layer probably will not gain”",
         "A linear layer alone, without normalisation or activation, inside a network: on steps "

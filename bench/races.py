@@ -1,4 +1,4 @@
-"""Races under an expensive top: `fused-dni race races:words` (with bench/ on PYTHONPATH).
+"""Races under an expensive top: `fused-dni race bench.races:words`, in the repository's root.
 
 words        a word language model whose softmax costs more than its LSTM; CORPUS=FILE, a text
 perceptual   an autoencoder under a loss of frozen convolutional features; MNIST=DIR
@@ -153,8 +153,8 @@ def words() -> dict[str, Callable[[int], Words]]:
     corpus(CLASSES)  # what is missing shows at once
     return {
         "backprop": Words,
-        "synthetic, k=4": lambda seed: Words(seed, every=4),
-        "synthetic, k=8": lambda seed: Words(seed, every=8),
+        "DNI k=4": lambda seed: Words(seed, every=4),
+        "DNI k=8": lambda seed: Words(seed, every=8),
         "sampled softmax": lambda seed: Words(seed, sampled=True),
     }
 
@@ -265,8 +265,8 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
 
     return {
         "backprop": Autoencoder,
-        "synthetic, dense, k=8": lambda seed: Autoencoder(seed, dense, 8),
-        "synthetic, h - x, k=8": lambda seed: Autoencoder(seed, difference, 8),
-        "synthetic, h - x, k=16": lambda seed: Autoencoder(seed, difference, 16),
-        "by hand, k=8": lambda seed: Autoencoder(seed, every=8, by_hand=True),
+        "DNI k=8, dense": lambda seed: Autoencoder(seed, dense, 8),
+        "DNI k=8": lambda seed: Autoencoder(seed, difference, 8),
+        "DNI k=16": lambda seed: Autoencoder(seed, difference, 16),
+        "by hand k=8": lambda seed: Autoencoder(seed, every=8, by_hand=True),
     }

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, estimates, gpu, lstm, training, verdict
+from pages import cpu, estimates, gpu, lstm, races, training, verdict
 from stored import ROOT, matching
 
 DOCUMENTS = (
@@ -49,6 +49,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "estimates": ("*-gpu", estimates.render_estimates),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
+    "races": ("verdict/*-race-*", races.render_races),
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-future": ("*-copy", each(training.render_future)),
     "charlm": ("*-charlm", each(training.render_recurrent)),

@@ -32,7 +32,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     if not report["runs"]:
         return [*said, Text("Unfinished: no seed was finished.")]
     said += [
-        _table(report),
+        table(report),
         Text(sentence(report), lead=True),
         Figure(
             "loss-vs-time",
@@ -104,7 +104,8 @@ def _range(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def _table(report: dict[str, Any]) -> Table:
+def table(report: dict[str, Any]) -> Table:
+    """A row an arm."""
     first = report["settings"]["arms"][0]
     lines = []
     for name in report["settings"]["arms"]:
