@@ -56,9 +56,11 @@ class Synthesizer(nn.Module):
         unit: in what unit gradients are predicted; part of the state dict.
         takes_rows: it is called with h [N, features] alone; a layer folds the leading dimensions
             of other shapes into N.
+        ignore_index: the label of rows that are not in the loss, None if there is none.
     """
 
     takes_rows = False
+    ignore_index: int | None = None
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()

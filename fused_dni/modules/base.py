@@ -333,7 +333,7 @@ class DecoupledModule(nn.Module):
         if self.target_scale is not None:
             return unit.size
         unit.lessons = n = unit.lessons + 1
-        if not target_unit.due(n):
+        if (n & (n - 1) and n % target_unit.INTERVAL) or not target_unit.due(n):
             return unit.size
         first = lessons[0].arrived
         if not direct(first) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -531,9 +531,9 @@ class DecoupledModule(nn.Module):
 
     def check_labels(self, context: Tensor | None) -> None:
         """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
-        synthesizer = self.synthesizer
-        classes = getattr(synthesizer, "context_features", None) or 0
-        check.labels(context, classes, getattr(synthesizer, "ignore_index", None))
+        synthesizer = self._modules["synthesizer"]
+        ignored = synthesizer.ignore_index if isinstance(synthesizer, Synthesizer) else None
+        check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
 
 
 def run_apart(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, dict[int, Tensor]]:
