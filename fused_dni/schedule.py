@@ -88,7 +88,13 @@ class Schedule:
     def _listen(self) -> None:
         """Say so, once, if steps with targets bring none (this waits for the device)."""
         learned = [float(m.statistics[ROWS]) for m in self._learners]
-        if learned == self._learned and not self._warned:
+        can = any(
+            p.requires_grad
+            for m in self._learners
+            if m.synthesizer is not None
+            for p in m.synthesizer.parameters()
+        )
+        if can and learned == self._learned and not self._warned:
             self._warned = True
             warnings.warn(
                 f"of {LOOK} steps with targets none brought a gradient to a decoupled layer: "

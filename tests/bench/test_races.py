@@ -22,6 +22,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     file.write_text("\n".join(lines[i % 2 if i % 3 else 0] for i in range(1200)))
     monkeypatch.setenv("CORPUS", str(file))
     monkeypatch.setattr(races, "CLASSES", 24)
+    monkeypatch.setattr(races, "HEAD_RATE", races.RATE)  # chosen for words by the thousand
+    monkeypatch.setattr(races, "SAMPLED_HEAD_RATE", races.RATE)
     races.corpus.cache_clear()
     yield
     races.corpus.cache_clear()

@@ -196,6 +196,18 @@ def test_targets_that_come_are_no_reason_to_warn() -> None:
             schedule.step()
 
 
+def test_frozen_synthesizers_are_no_reason_to_warn() -> None:
+    bottom, _ = made("layers", RULE)
+    for m in bottom.modules():
+        if getattr(m, "synthesizer", None) is not None:
+            m.synthesizer.requires_grad_(False)
+    schedule = fd.Schedule(bottom)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * scheduling.LOOK + 1):
+            schedule.step()
+
+
 def test_the_schedule_says_which_steps_need_the_top() -> None:
     schedule = fd.Schedule(made("layers", RULE)[0], warmup_steps=2, target_every=3)
     found = []
