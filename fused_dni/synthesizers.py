@@ -447,7 +447,8 @@ class SoftmaxSynthesizer(Synthesizer):
         if context is None or context.dtype != torch.int64 or context.shape != h.shape[:1]:
             given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
             raise RuntimeError(f"context must be labels, int64 [{h.shape[0]}], got {given}")
-        counted = (context != self.ignore_index).unsqueeze(1)  # [N, 1]
+        assert self.ignore_index is not None
+        counted = context.ne(self.ignore_index).unsqueeze(1)  # [N, 1]
         rows = F.embedding(context.where(counted.squeeze(1), 0), table)  # [N, O]
         reduced = h if self.down is None else F.linear(h, self.down)  # [N, R]
         out = F.linear(reduced, self.weight, self.bias) - self.gain * rows.to(h.dtype)
