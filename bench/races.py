@@ -28,6 +28,11 @@ WARMUP = 50
 RATE = 2e-3
 
 
+def scheduled(bottom: nn.Module, every: int) -> fd.Schedule:
+    """Targets on every so-manieth step, which use the true gradient."""
+    return fd.Schedule(bottom, warmup_steps=WARMUP, target_every=every, mix=1.0)
+
+
 # ------------------------------------------------------------------------------------- word model
 
 CLASSES, WIDTH, STEPS, BATCH = 10_000, 128, 8, 32
@@ -92,9 +97,7 @@ class Words:
         if every is not None:
             synthesizer = fd.SoftmaxSynthesizer(self.head)
             self.bottom = fd.Decoupled(self.below, synthesizer)
-            self.schedule = fd.Schedule(
-                self.bottom, warmup_steps=WARMUP, target_every=every, mix=1.0
-            )
+            self.schedule = scheduled(self.bottom, every)
             dense += list(synthesizer.parameters())
         self.optimizers = [
             torch.optim.Adam(dense, RATE),
@@ -221,9 +224,7 @@ class Autoencoder:
         self.schedule: fd.Schedule | None = None
         if synthesizer is not None:
             self.bottom = fd.Decoupled(inner, synthesizer())
-            self.schedule = fd.Schedule(
-                self.bottom, warmup_steps=WARMUP, target_every=every, mix=1.0
-            )
+            self.schedule = scheduled(self.bottom, every)
         self.every, self.by_hand, self.steps = every, by_hand, 0
         self.optimizer = torch.optim.Adam(self.bottom.parameters(), 1e-3)
 

@@ -128,12 +128,7 @@ class _Affine(Synthesizer):
 
     def reset_parameters(self) -> None:
         """Zero what forms the output; draw what reduces the input."""
-        with torch.no_grad():
-            if self.down is not None:
-                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-            for p in (self.weight, self.context_weight, self.bias):
-                if p is not None:
-                    p.zero_()
+        _start(self.down, (self.weight, self.context_weight, self.bias))
 
     def last_layer(self) -> tuple[nn.Parameter, ...]:
         if "parametrizations" in self._modules:
@@ -261,6 +256,15 @@ class DiagonalSynthesizer(_Affine):
 
     def _predict(self, h: Tensor) -> Tensor:
         return h * self.weight
+
+
+def _start(down: Tensor | None, last: Iterable[Tensor | None]) -> None:
+    """Zero what forms the output; draw what reduces the input."""
+    if down is not None:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    for p in last:
+        if p is not None:
+            nn.init.zeros_(p)
 
 
 def _given(parameters: Iterable[Tensor | None]) -> tuple[nn.Parameter, ...]:
@@ -422,12 +426,8 @@ class SoftmaxSynthesizer(Synthesizer):
 
     def reset_parameters(self) -> None:
         """Let it start anew: what the model expects is taken for zero."""
-        with torch.no_grad():
-            if self.down is not None:
-                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-            self.weight.zero_()
-            self.bias.zero_()
-            self.gain.fill_(1.0 - self.label_smoothing)
+        _start(self.down, (self.weight, self.bias))
+        nn.init.constant_(self.gain, 1.0 - self.label_smoothing)
 
     def last_layer(self) -> tuple[nn.Parameter, ...]:
         if "parametrizations" in self._modules:
@@ -502,12 +502,7 @@ class DifferenceSynthesizer(Synthesizer):
 
     def reset_parameters(self) -> None:
         """Zero what forms the output; draw what reduces the input."""
-        with torch.no_grad():
-            if self.down is not None:
-                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-            for p in (self.weight, self.up, self.bias):
-                if p is not None:
-                    p.zero_()
+        _start(self.down, (self.weight, self.up, self.bias))
 
     def last_layer(self) -> tuple[nn.Parameter, ...]:
         if "parametrizations" in self._modules:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fused_dni.cli.arguments import PROGRAM, UsageError
 from fused_dni.report.errors import WriteError
@@ -142,3 +143,40 @@ class OutFile:
         """Raise WriteError if the file could not be written."""
         if self._error is not None:
             raise self._error
+
+
+def unfinished(path: str, kind: str) -> dict[str, Any]:
+    """The report that a run goes on with.
+
+    Raises:
+        ReportError: it is none, or lacks something.
+    """
+    from fused_dni.report import blocks_of, load
+
+    report = load(path, kind)
+    blocks_of(report)  # what it lacks shows before anything runs
+    return report
+
+
+@contextmanager
+def resumable(out: OutFile) -> Iterator[None]:
+    """Say of a run that is stopped where its finished part is, and how to go on."""
+    from fused_dni.measure.errors import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        out.finish()
+        raise Interrupted(
+            f"{stopped} and are kept in {out.path}; --resume goes on from there"
+        ) from None
+
+
+def say_report(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report, for a reader or for a machine."""
+    from fused_dni.report import as_text, blocks_of, files
+
+    if as_json:
+        say(files.as_json(report), end="")
+    else:
+        say(as_text(blocks_of(report)))

@@ -16,7 +16,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
 
 
 def add_race(commands: Any) -> None:
@@ -54,18 +54,14 @@ def add_race(commands: Any) -> None:
 
 
 def _race(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.errors import Interrupted
     from fused_dni.measure.race import race
-    from fused_dni.report import as_text, blocks_of, load
     from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
     device_named(args.device)
     out = OutFile("--out", args.out, needed=True)
     set_threads(args)
-    previous = load(args.out, "race") if args.resume else None
-    if previous is not None:
-        blocks_of(previous)  # what it lacks shows before anything runs
+    previous = unfinished(args.out, "race") if args.resume else None
     if ":" not in args.what:
         raise UsageError(f"race takes package.module:factory, got {args.what!r}")
     arms = built(args.what)
@@ -74,7 +70,7 @@ def _race(args: argparse.Namespace, command: str) -> int:
             f"{args.what} must return a dictionary of functions of a seed, got "
             f"{type(arms).__name__}"
         )
-    try:
+    with resumable(out):
         report = race(
             arms,
             seconds=args.seconds,
@@ -86,11 +82,6 @@ def _race(args: argparse.Namespace, command: str) -> int:
             progress=Progress(enabled=not args.quiet),
             command=command,
         )
-    except Interrupted as stopped:
-        out.finish()
-        raise Interrupted(
-            f"{stopped} and are kept in {args.out}; --resume goes on from there"
-        ) from None
-    say(as_json(report) if args.json else as_text(blocks_of(report)), end="" if args.json else "\n")
+    say_report(report, args.json)
     out.finish()
     return 0

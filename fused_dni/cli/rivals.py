@@ -14,7 +14,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
 from fused_dni.cli.training import add_data, dataset_named, load_dataset
 
 
@@ -126,8 +126,6 @@ def _add_output(command: argparse.ArgumentParser, file: str) -> None:
 
 def _rivals(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import rival_arms, rivals
-    from fused_dni.experiments.run import Interrupted
-    from fused_dni.report import blocks_of, load
     from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
@@ -136,11 +134,9 @@ def _rivals(args: argparse.Namespace, command: str) -> int:
     out = OutFile("--out", args.out, needed=True)
     set_threads(args)
     progress = Progress(enabled=not args.quiet)
-    previous = load(args.out, "rivals") if args.resume else None
-    if previous is not None:
-        blocks_of(previous)  # what it lacks shows before anything runs
+    previous = unfinished(args.out, "rivals") if args.resume else None
     dataset = load_dataset(args, progress)
-    try:
+    with resumable(out):
         report = rivals.compare(
             settings,
             dataset,
@@ -151,12 +147,7 @@ def _rivals(args: argparse.Namespace, command: str) -> int:
             progress=Progress(enabled=not args.quiet),
             command=command,
         )
-    except Interrupted as stopped:
-        out.finish()
-        raise Interrupted(
-            f"{stopped} and are kept in {args.out}; --resume goes on from there"
-        ) from None
-    _print(report, args.json)
+    say_report(report, args.json)
     out.finish()
     return 0
 
@@ -174,7 +165,7 @@ def _interfaces(args: argparse.Namespace, command: str) -> int:
         settings, dataset, progress=Progress(enabled=not args.quiet), command=command
     )
     out.write(as_json(report))
-    _print(report, args.json)
+    say_report(report, args.json)
     out.finish()
     return 0
 
@@ -186,13 +177,3 @@ def _given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name in settings.__dataclass_fields__ and name != "dataset"
     }
-
-
-def _print(report: dict[str, Any], printed_as_json: bool) -> None:
-    from fused_dni.report import as_text, blocks_of
-    from fused_dni.report.files import as_json
-
-    if printed_as_json:
-        say(as_json(report), end="")
-    else:
-        say(as_text(blocks_of(report)))
