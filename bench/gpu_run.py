@@ -61,6 +61,13 @@ class Ended(NamedTuple):
     seconds: float
 
 
+def _apart() -> None:
+    """In a new process: its own group, and deaf to Ctrl-C no longer, which a shell makes of what it
+    starts in the background."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Machine:
     """The clock, and processes. (Tests have another.)"""
 
@@ -92,7 +99,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
+                preexec_fn=_apart,
             )
         grace = min(GRACE, limit / 4)
         stopped = False
