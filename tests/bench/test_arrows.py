@@ -10,7 +10,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 #: From the bottom to the top. What stands in one line does not import each other.
 FLOORS = (
-    ("stored", "clocks", "models", "planted", "gpu_run"),
+    ("stored", "clocks", "models", "planted", "races", "gpu_run"),
     ("workloads", "gpu_baselines"),
     ("crossover", "groups", "suites", "conftest"),
     ("measuring", "claims"),
