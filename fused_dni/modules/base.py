@@ -333,7 +333,9 @@ class DecoupledModule(nn.Module):
         if self.target_scale is not None:
             return unit.size
         unit.lessons = n = unit.lessons + 1
-        if (n & (n - 1) and n % target_unit.INTERVAL) or not target_unit.due(n):
+        if n & (n - 1) and n % target_unit.INTERVAL:  # most of them, told without a call
+            return unit.size
+        if not target_unit.due(n):
             return unit.size
         first = lessons[0].arrived
         if not direct(first) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -101,9 +101,9 @@ def rescale(
 
     with torch.no_grad():
         for p in synthesizer.parameters():
-            # No graph is to mind: whoever kept it for a backward reads the unit along with it.
-            with _unsafe_preserve_version_counter(p):
-                if id(p) in last:
+            if id(p) in last:
+                # No graph is to mind: whoever kept p for a backward reads the unit along with it.
+                with _unsafe_preserve_version_counter(p):
                     p.mul_(factor)
             if p.grad is not None:
                 p.grad.mul_(of(p))
