@@ -37,10 +37,11 @@ CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -nam
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
 # The same with the tools that tests need, compiled with warnings as errors, and under build/ the CUDA
-# sources for all architectures and, emulated, for a CPU.
+# sources for all architectures and, emulated, for a CPU: these need compilers alone, and are built
+# while pip fetches and unpacks what is large. (A job of its own group: Ctrl-C ends its compilers too.)
 TOOLS := $(VENV)/.installed-for-tests
 
-.PHONY: install install-for-tests demo lint test test-all bench tables answers clean distclean FORCE
+.PHONY: install install-for-tests demo format lint test test-all bench tables answers clean distclean FORCE
 
 install: $(INSTALLED)
 install-for-tests: $(TOOLS)
@@ -70,26 +71,32 @@ $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/fused-dni env --left-out && touch $@
 $(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
 	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."; \
-	export FUSED_DNI_WERROR=1; \
-	$(PIP) --upgrade pip && $(PIP) --build-constraint constraints.txt -e ".[test]" && \
-	$(BIN)/fused-dni env --left-out && $(BIN)/python tests/support/built.py && touch $@
+	export FUSED_DNI_WERROR=1; set -m; \
+	$(PIP) --upgrade pip setuptools pybind11 ninja; \
+	$(BIN)/python tests/support/built.py & built=$$!; \
+	trap 'kill -- -$$built 2>/dev/null || true' EXIT; \
+	$(PIP) --build-constraint constraints.txt -e ".[test]"; \
+	$(BIN)/fused-dni env --left-out; wait $$built; touch $@
 
 demo: $(INSTALLED)
 	@$(BIN)/fused-dni demo $(DEMO_ARGS)
 
-lint: $(TOOLS)
+format: $(TOOLS)
 	@echo "ruff check";  $(BIN)/ruff check .
 	@echo "ruff format"; $(BIN)/ruff format --check .
-	@echo "mypy";        $(BIN)/mypy
 	@echo "clang-format"; $(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+lint: format
+	@echo "mypy";        $(BIN)/mypy
 
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# C++ and CUDA (for all architectures) are compiled with warnings as errors by the installation.
-test: lint
+# C++ and CUDA (for all architectures) are compiled with warnings as errors by the installation; mypy
+# is one of the tests (test_types.py), as it has one core busy for a minute.
+test: format
 	@$(PYTEST) $(TEST_ARGS)
 
-test-all: lint
+test-all: format
 	@$(PYTEST) -m "" $(TEST_ARGS)
 
 bench: $(TOOLS)

@@ -4,7 +4,8 @@ change; several processes may ask at once.
     python tests/support/built.py
 
 builds all of it ahead of the tests, as `make install-for-tests` does (they do it themselves
-otherwise).
+otherwise). That takes setuptools, pybind11 and ninja, and neither torch nor pytest, which are being
+installed meanwhile.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 
@@ -37,12 +36,19 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def cuda_extension() -> ModuleType:
+class NotBuilt(Exception):
+    """Why there is none, in one line."""
+
+
+def build_cuda() -> Path:
     """``_cuda`` for all architectures, warnings being errors: an installation has it for the GPUs
-    of its machine alone. Not what ``fused_dni`` imports."""
+    of its machine alone.
+
+    Raises:
+        NotBuilt: there is nothing to build it with, or it is not wanted.
+    """
     if os.environ.get("FUSED_DNI_CUDA_ARCHS", "").strip().lower() == "none":
-        pytest.skip("FUSED_DNI_CUDA_ARCHS says none")
+        raise NotBuilt("FUSED_DNI_CUDA_ARCHS says none")
     folder = BUILD / "cuda"
     with alone("cuda"):
         done = subprocess.run(
@@ -56,8 +62,21 @@ def cuda_extension() -> ModuleType:
     there = folder / "fused_dni" / "backends"
     left_out = json.loads((there / "build.json").read_text())["left out"]
     if left_out:
-        pytest.skip(f"not built: {left_out['_cuda']}")
+        raise NotBuilt(f"not built: {left_out['_cuda']}")
     (path,) = there.glob("_cuda.*.so")
+    return path
+
+
+@functools.cache
+def cuda_extension() -> ModuleType:
+    """The module that :func:`build_cuda` makes, which is not what ``fused_dni`` imports; a test
+    that asks for it is skipped where there is none."""
+    import pytest
+
+    try:
+        path = build_cuda()
+    except NotBuilt as without:
+        pytest.skip(str(without))
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -72,9 +91,9 @@ def main() -> None:
         name = f"host_emulation_{sanitize}" if sanitize else "host_emulation"
         emulation["build"](BUILD / name, sanitize)
     try:
-        cuda_extension()
-    except pytest.skip.Exception as without:
-        print(f"without CUDA for all architectures: {without.msg}")
+        build_cuda()
+    except NotBuilt as without:
+        print(f"without CUDA for all architectures: {without}")
 
 
 if __name__ == "__main__":
