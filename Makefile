@@ -38,7 +38,8 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
 # The same with the tools that tests need, compiled with warnings as errors, and under build/ the CUDA
 # sources for all architectures and, emulated, for a CPU: these need compilers alone, and are built
-# while pip fetches and unpacks what is large. (A job of its own group: Ctrl-C ends its compilers too.)
+# while pip fetches and unpacks what is large. (A process group of
+# its own, so that Ctrl-C ends its compilers too.)
 TOOLS := $(VENV)/.installed-for-tests
 
 .PHONY: install install-for-tests demo format lint test test-all bench tables answers clean distclean FORCE
@@ -71,9 +72,9 @@ $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/fused-dni env --left-out && touch $@
 $(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
 	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."; \
-	export FUSED_DNI_WERROR=1; set -m; \
+	export FUSED_DNI_WERROR=1; \
 	$(PIP) --upgrade pip setuptools pybind11 ninja; \
-	$(BIN)/python tests/support/built.py & built=$$!; \
+	set -m; $(BIN)/python tests/support/built.py & built=$$!; set +m; \
 	trap 'kill -- -$$built 2>/dev/null || true' EXIT; \
 	$(PIP) --build-constraint constraints.txt -e ".[test]"; \
 	$(BIN)/fused-dni env --left-out; wait $$built; touch $@
