@@ -12,9 +12,15 @@ from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds.train import Outcome
 
 
-def as_json(outcome: Outcome, command: str | None = None, verdict: Any = None) -> dict[str, Any]:
-    """Gather the whole report as plain data, with the verdict for its layers if there is one."""
-    report = {
+def as_json(
+    outcome: Outcome,
+    command: str | None = None,
+    verdict: Any = None,
+    race: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Gather the whole report as plain data, with the verdict for its layers and a race under an
+    expensive top, if there are any."""
+    report: dict[str, Any] = {
         "kind": "train",
         "version": 1,
         "facts": facts(command),
@@ -27,7 +33,11 @@ def as_json(outcome: Outcome, command: str | None = None, verdict: Any = None) -
         "split": outcome.split,
         "notes": outcome.notes,
     }
-    return report if verdict is None else {**report, "verdict": verdict.report()}
+    if verdict is not None:
+        report["verdict"] = verdict.report()
+    if race is not None:
+        report["race"] = race
+    return report
 
 
 def write(

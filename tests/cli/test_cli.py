@@ -215,16 +215,20 @@ def test_verdict_of_the_named_shapes(capsys, kind, norm):
     assert "floor" in printed and "at batch 8" in printed
 
 
-def test_demo_ends_with_the_verdict_and_the_paths(capsys, tmp_path):
+def test_demo_ends_with_the_verdict_a_race_and_the_paths(capsys, tmp_path):
     argv = ["demo", *TINY, "--out", str(tmp_path), "--no-compile", "--seconds", "0.05"]
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--race", "0.2"]) == 0
     printed = capsys.readouterr().out
-    sentence, paths = printed.rstrip().split("\n\n")[-2:]
+    sentence, heading, arms, raced, paths = printed.rstrip().split("\n\n")[-5:]
     assert sentence.startswith("On 1 CPU thread") and "synthetic gradient" in sentence
-    assert str(tmp_path / "report.md") in paths and str(tmp_path / "verdict.png") in paths
+    assert heading.startswith("Under an expensive top\n") and "backprop" in arms and raced
+    for name in ("report.md", "verdict.png", "loss-vs-time.png"):
+        assert str(tmp_path / name) in paths and (tmp_path / name).exists()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"]["break_even"] and report["split"]["pieces"]
-    assert "## Verdict for these layers" in (tmp_path / "report.md").read_text()
+    assert report["race"]["kind"] == "race" and report["race"]["finished"]
+    said = (tmp_path / "report.md").read_text()
+    assert "## Verdict for these layers" in said and "## Under an expensive top" in said
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_resume_finishes(capsys, tmp_path):

@@ -213,4 +213,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     if "verdict" in report:
         said.append(Heading("Verdict for these layers"))
         said += [b for b in blocks_of(report["verdict"]) if not isinstance(b, Heading)]
+    if "race" in report:
+        said.append(Heading("Under an expensive top"))
+        said += [b for b in blocks_of(report["race"]) if not isinstance(b, Heading)]
     return [*said, *map(Text, report["notes"])]
