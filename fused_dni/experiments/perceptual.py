@@ -1,7 +1,7 @@
 """An autoencoder under an expensive top: how its images look to a convolutional network.
 
 The network is frozen and costs many times what learns. By synthetic gradients it is run on every
-k-th step alone, the loss included; so it is by hand, with the error of pixels for the steps between.
+k-th step alone, the loss included; so it is by hand, with the error of pixels in between.
 """
 
 from __future__ import annotations
