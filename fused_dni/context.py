@@ -117,6 +117,38 @@ def current_context() -> Tensor | None:
     return context
 
 
+def check_context(context: Tensor | None, features: int, like: Tensor) -> Tensor:
+    """Check all of ``context`` but its leading dimensions; arguments as of :func:`fold_context`.
+
+    Returns:
+        int64 [...] or ``like.dtype`` [..., K], detached.
+
+    Raises:
+        ValueError: no context.
+        RuntimeError: a dtype, device or last dimension that does not fit.
+    """
+    if context is None:
+        raise ValueError(
+            f"context is missing: the synthesizer has context_features={features}; pass "
+            "context=... to the layer or run the forward inside fused_dni.condition_on(...)"
+        )
+    if context.device != like.device:
+        raise RuntimeError(f"context is on {context.device}, the layer on {like.device}")
+    if context.dtype == torch.int64:
+        return context
+    if context.is_floating_point():
+        if context.dim() == 0 or context.shape[-1] != features:
+            raise RuntimeError(
+                f"context of dtype {context.dtype} must have shape [..., {features}] "
+                f"(context_features), got {list(context.shape)}"
+            )
+        return context.detach().to(like.dtype)
+    raise RuntimeError(
+        "context must be class indices (torch.int64) or a floating point vector, got "
+        f"{context.dtype}"
+    )
+
+
 def fold_context(
     context: Tensor | None, leading: torch.Size, features: int, like: Tensor
 ) -> Tensor | None:
@@ -135,28 +167,8 @@ def fold_context(
         ValueError: no context.
         RuntimeError: a shape, dtype or device that does not fit.
     """
-    if context is None:
-        raise ValueError(
-            f"context is missing: the synthesizer has context_features={features}; pass "
-            "context=... to the layer or run the forward inside fused_dni.condition_on(...)"
-        )
-    if context.device != like.device:
-        raise RuntimeError(f"context is on {context.device}, the layer on {like.device}")
-    if context.dtype == torch.int64:
-        rows = context
-    elif context.is_floating_point():
-        if context.dim() == 0 or context.shape[-1] != features:
-            raise RuntimeError(
-                f"context of dtype {context.dtype} must have shape [..., {features}] "
-                f"(context_features), got {list(context.shape)}"
-            )
-        rows = context.detach().to(like.dtype)
-    else:
-        raise RuntimeError(
-            "context must be class indices (torch.int64) or a floating point vector, got "
-            f"{context.dtype}"
-        )
-    tail = rows.shape[rows.dim() :] if context.dtype == torch.int64 else rows.shape[-1:]
+    rows = check_context(context, features, like)
+    tail = rows.shape[rows.dim() :] if rows.dtype == torch.int64 else rows.shape[-1:]
     shape = rows.shape[: rows.dim() - len(tail)]
     if shape == leading and len(leading) == 1:
         return rows.contiguous()
