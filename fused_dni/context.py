@@ -117,15 +117,24 @@ def current_context() -> Tensor | None:
     return context
 
 
-def check_context(context: Tensor | None, features: int, like: Tensor) -> Tensor:
-    """Check all of ``context`` but its leading dimensions; arguments as of :func:`fold_context`.
+def fold_context(
+    context: Tensor | None, leading: torch.Size | None, features: int, like: Tensor
+) -> Tensor:
+    """Check ``context`` and fold it to one row per row of the folded input.
+
+    Args:
+        context: as in :func:`condition_on`, or None.
+        leading: the input's leading dimensions, with N = their product; None to check all else
+            and fold nothing.
+        features: K, the synthesizer's ``context_features`` (> 0).
+        like: a tensor whose device, and dtype for a dense context, is required.
 
     Returns:
-        int64 [...] or ``like.dtype`` [..., K], detached.
+        int64 [N] or ``like.dtype`` [N, K], contiguous; unfolded [...] or [..., K].
 
     Raises:
         ValueError: no context.
-        RuntimeError: a dtype, device or last dimension that does not fit.
+        RuntimeError: a shape, dtype or device that does not fit.
     """
     if context is None:
         raise ValueError(
@@ -135,40 +144,22 @@ def check_context(context: Tensor | None, features: int, like: Tensor) -> Tensor
     if context.device != like.device:
         raise RuntimeError(f"context is on {context.device}, the layer on {like.device}")
     if context.dtype == torch.int64:
-        return context
-    if context.is_floating_point():
+        rows = context
+    elif context.is_floating_point():
         if context.dim() == 0 or context.shape[-1] != features:
             raise RuntimeError(
                 f"context of dtype {context.dtype} must have shape [..., {features}] "
                 f"(context_features), got {list(context.shape)}"
             )
-        return context.detach().to(like.dtype)
-    raise RuntimeError(
-        "context must be class indices (torch.int64) or a floating point vector, got "
-        f"{context.dtype}"
-    )
-
-
-def fold_context(
-    context: Tensor | None, leading: torch.Size, features: int, like: Tensor
-) -> Tensor | None:
-    """Check ``context`` and fold it to one row per row of the folded input.
-
-    Args:
-        context: as in :func:`condition_on`, or None.
-        leading: the input's leading dimensions, with N = their product.
-        features: K, the synthesizer's ``context_features`` (> 0).
-        like: a tensor whose device, and dtype for a dense context, is required.
-
-    Returns:
-        int64 [N] or ``like.dtype`` [N, K], contiguous.
-
-    Raises:
-        ValueError: no context.
-        RuntimeError: a shape, dtype or device that does not fit.
-    """
-    rows = check_context(context, features, like)
-    tail = rows.shape[rows.dim() :] if rows.dtype == torch.int64 else rows.shape[-1:]
+        rows = context.detach().to(like.dtype)
+    else:
+        raise RuntimeError(
+            "context must be class indices (torch.int64) or a floating point vector, got "
+            f"{context.dtype}"
+        )
+    if leading is None:
+        return rows
+    tail = rows.shape[rows.dim() :] if context.dtype == torch.int64 else rows.shape[-1:]
     shape = rows.shape[: rows.dim() - len(tail)]
     if shape == leading and len(leading) == 1:
         return rows.contiguous()

@@ -543,17 +543,15 @@ class DecoupledModule(nn.Module):
             rule.tensors(slots)
         self.check_context(context)
 
-    def check_context(self, context: Tensor | None) -> None:
-        """Refuse what the synthesizer cannot predict from, before anything is changed."""
+    def check_context(self, context: Tensor | None, fused: bool = False) -> None:
+        """Refuse a label out of range, and what the synthesizer cannot predict from unless it is
+        ``fused``, before anything is changed (fused steps do so themselves)."""
         synthesizer = self._modules["synthesizer"]
+        ignored = None
         if isinstance(synthesizer, Synthesizer):
-            synthesizer.check(context)
-        self.check_labels(context)
-
-    def check_labels(self, context: Tensor | None) -> None:
-        """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
-        synthesizer = self._modules["synthesizer"]
-        ignored = synthesizer.ignore_index if isinstance(synthesizer, Synthesizer) else None
+            ignored = synthesizer.ignore_index
+            if not fused:
+                synthesizer.check(context)
         check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
 
 

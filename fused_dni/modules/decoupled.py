@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fused_dni.context import check_context, fold_context, note_checkpoint
+from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.modules import nodes
 from fused_dni.modules.base import NO_TARGET, untraced
@@ -141,6 +141,6 @@ class Decoupled(SegmentSteps):
             return context
         like = next(self.synthesizer.parameters())
         if self._takes_rows():
-            return check_context(context, features, like)  # of rows of h, which is not known yet
+            return fold_context(context, None, features, like)  # h's rows are not known yet
         n = tensors[0].shape[:1] if tensors else torch.Size((0,))
         return fold_context(context, n, features, like)
