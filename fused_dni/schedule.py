@@ -21,7 +21,8 @@ class LossScaler(Protocol):
 
 
 def _can_learn(layer: DecoupledModule) -> bool:
-    return any([p is not None and p.requires_grad for p in layer.learners()])
+    slots = (*layer.parameters_behind(), *layer.synthesizer_parameters())
+    return any([p is not None and p.requires_grad for p in slots])
 
 
 class Schedule:

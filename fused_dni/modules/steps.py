@@ -486,13 +486,27 @@ class SegmentSteps(Steps):
     # Shapes of the arguments and of the context that the segment's output was last known to fit.
     _fitted: tuple[Any, ...] = ()
 
+    def _ruled_inside(self) -> dict[int, nn.Parameter]:
+        """What decoupled modules inside the segment update by rules of their own, by identity."""
+        return {
+            id(p): p
+            for m in self.module.modules()
+            if isinstance(m, DecoupledModule) and m.update is not None
+            for p in m.parameters()
+        }
+
     def local_parameters(self) -> Slots:
-        """All of the segment but what decoupled modules inside it update by rules of their own."""
-        ruled: set[int] = set()
-        for m in self.module.modules():
-            if isinstance(m, DecoupledModule) and m.update is not None:
-                ruled.update(id(p) for p in m.parameters())
+        """All of the segment but what its modules update by rules of their own."""
+        ruled = self._ruled_inside()
         return tuple([p for p in self.module.parameters() if id(p) not in ruled])
+
+    def learners(self) -> Slots:
+        """And, where a module inside learns in the node's backward, a tensor for its output to ask
+        for a gradient though none is returned."""
+        learners = super().learners()
+        if any([p.requires_grad for p in self._ruled_inside().values()]):
+            learners += (torch.empty(0, requires_grad=True),)
+        return learners
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         assert self.synthesizer is not None
