@@ -118,18 +118,19 @@ def current_context() -> Tensor | None:
 
 
 def fold_context(
-    context: Tensor | None, leading: torch.Size, features: int, like: Tensor
-) -> Tensor | None:
+    context: Tensor | None, leading: torch.Size | None, features: int, like: Tensor
+) -> Tensor:
     """Check ``context`` and fold it to one row per row of the folded input.
 
     Args:
         context: as in :func:`condition_on`, or None.
-        leading: the input's leading dimensions, with N = their product.
+        leading: the input's leading dimensions, with N = their product; None to check all else
+            and fold nothing.
         features: K, the synthesizer's ``context_features`` (> 0).
         like: a tensor whose device, and dtype for a dense context, is required.
 
     Returns:
-        int64 [N] or ``like.dtype`` [N, K], contiguous.
+        int64 [N] or ``like.dtype`` [N, K], contiguous; unfolded [...] or [..., K].
 
     Raises:
         ValueError: no context.
@@ -156,6 +157,8 @@ def fold_context(
             "context must be class indices (torch.int64) or a floating point vector, got "
             f"{context.dtype}"
         )
+    if leading is None:
+        return rows
     tail = rows.shape[rows.dim() :] if context.dtype == torch.int64 else rows.shape[-1:]
     shape = rows.shape[: rows.dim() - len(tail)]
     if shape == leading and len(leading) == 1:

@@ -30,7 +30,9 @@ def diagnostics(
         the gradient g that arrived (which may be bootstrapped), over all elements since the last
         reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
         ``target_unit``, in which the synthesizer predicts that;
-        ``targets``, the rows trained on; ``skipped_updates`` and ``skipped_synthesizer_updates``;
+        ``targets``, the rows trained on; ``missed_targets``, the steps with targets in which, as a
+        ``Schedule`` saw, nothing came to learn from (not of an LSTM);
+        ``skipped_updates`` and ``skipped_synthesizer_updates``;
         ``auxiliary_cosine`` and ``auxiliary_norm_ratio`` of an auxiliary head against the synthetic
         gradient that it predicts; of an LSTM ``windows``, those with a prediction at their end, and
         ``windows_continued``, those that continued a state of its own (compiled code counts
@@ -51,6 +53,7 @@ def diagnostics(
     if reset:
         for layer in layers.values():
             layer.statistics.zero_()
+            layer.missed_targets = 0
             if isinstance(layer, Recurrent):
                 layer.auxiliary_statistics.zero_()
     return out
@@ -76,6 +79,8 @@ def _sums(layer: DecoupledModule) -> dict[str, float]:
     if isinstance(layer, Recurrent):
         layer.warn_of_norm(s)
         head |= layer.windows()
+    else:
+        head["missed_targets"] = float(layer.missed_targets)
     cosine, norm_ratio = _agreement(s)
     return {
         "cosine": cosine,

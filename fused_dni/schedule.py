@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fused_dni.modules.base import DecoupledModule, Phase
 from fused_dni.modules.recurrent import Recurrent
-from fused_dni.ops.types import ROWS
 
-# Steps with targets after which it is asked whether any came.
+# So many steps with targets that bring none, one after another, are said.
 LOOK = 32
 
 
@@ -19,6 +18,11 @@ class LossScaler(Protocol):
     """What is needed of a ``torch.amp.GradScaler``."""
 
     def get_scale(self) -> float: ...
+
+
+def _can_learn(layer: DecoupledModule) -> bool:
+    slots = (*layer.parameters_behind(), *layer.synthesizer_parameters())
+    return any([p is not None and p.requires_grad for p in slots])
 
 
 class Schedule:
@@ -67,34 +71,38 @@ class Schedule:
         self.loss_scale = loss_scale
         self.steps = 0
         self._told: Phase | None = None
-        self._wanted = 0  # steps with targets so far
         # An LSTM learns from the window that comes next, and says itself if there is none.
         self._learners = [
             m for m in self._layers if m.synthesizer is not None and not isinstance(m, Recurrent)
         ]
-        self._learned = [0.0 for _ in self._learners]
-        self._warned = not self._learners
+        self._heard = self._lessons()
+        self._missed = 0  # steps with targets that brought none, one after another
+        self._warned = False
         self._tell()
 
     def step(self) -> None:
         """One training step is over: set the layers' flags for the next."""
         if self.target:
-            self._wanted += 1
-            if not self._wanted % LOOK:
-                self._listen()
+            self._listen()
         self.steps += 1
         self._tell()
 
+    def _lessons(self) -> list[tuple[Tensor, int]]:
+        """What changes with each lesson of a layer, and is known without waiting for a device."""
+        return [(m.statistics, m.statistics._version) for m in self._learners]
+
     def _listen(self) -> None:
-        """Say so, once, if steps with targets bring none (this waits for the device)."""
-        learned = [float(m.statistics[ROWS]) for m in self._learners]
-        can = any(
-            p.requires_grad
-            for m in self._learners
-            if m.synthesizer is not None
-            for p in m.synthesizer.parameters()
-        )
-        if can and learned == self._learned and not self._warned:
+        """Count, by layer, that a step with targets brought none; say so, once, if none does."""
+        before, self._heard = self._heard, self._lessons()
+        missed = taught = 0
+        for m, (old, version), (sums, now) in zip(self._learners, before, self._heard, strict=True):
+            if sums is not old or now != version:
+                taught += 1
+            elif _can_learn(m):
+                missed += 1
+                m.missed_targets += 1
+        self._missed = self._missed + 1 if missed and not taught else 0
+        if self._missed == LOOK and not self._warned:
             self._warned = True
             warnings.warn(
                 f"of {LOOK} steps with targets none brought a gradient to a decoupled layer: "
@@ -103,7 +111,6 @@ class Schedule:
                 UserWarning,
                 stacklevel=3,
             )
-        self._learned = learned
 
     @property
     def target(self) -> bool:

@@ -71,6 +71,23 @@ class Synthesizer(nn.Module):
         self.context_features = context_features
         self.unit = TargetUnit()
 
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        """Raise for what nothing can be predicted from. Layers ask before they change anything.
+
+        Args:
+            context: int64 or floating point with K last, what else they have being any shape that
+                the layer takes; with ``shape`` as the forward takes it.
+            shape: of h as the forward takes it; None while it is not known.
+
+        Raises:
+            RuntimeError: what does not fit.
+        """
+        if shape is not None and self.takes_rows and shape[-1] != self.features:
+            raise RuntimeError(
+                f"h must have shape [..., {self.features}], the synthesizer's features, got "
+                f"[..., {shape[-1]}]"
+            )
+
     def last_layer(self) -> tuple[nn.Parameter, ...]:
         """The parameters that scale the output when all are scaled together. None by default: what
         such a synthesizer predicts has the unit 1."""
@@ -374,10 +391,13 @@ class SoftmaxSynthesizer(Synthesizer):
     Args:
         head: the layer in front of the softmax: a module with a ``weight`` [classes, O], as
             ``nn.Linear(O, classes)``, or the ``nn.Embedding(classes, O)`` that a model ties to it.
-            It is not registered here.
+            It is not registered here: it is neither saved nor moved with the synthesizer, and of a
+            copy or pickle of the synthesizer without it there is a copy of its own. A model that
+            takes another module for its head needs a new synthesizer too, and nothing can notice
+            that; another ``weight`` of the same module is seen.
         rank: R of a low-rank A; None for dense.
-        ignore_index: rows with this label are not in the loss: nothing is predicted there, and the
-            mean is over the others.
+        ignore_index: rows with this label are not in the loss: their gradient is zero, they
+            teach nothing, and the mean is over the others.
         label_smoothing: as in ``F.cross_entropy``: where g starts.
 
     Attributes:
@@ -387,7 +407,8 @@ class SoftmaxSynthesizer(Synthesizer):
     Raises:
         TypeError: a head without such a weight.
         ValueError: a rank, or a smoothing, out of range.
-        RuntimeError: in a forward, a head whose weight has another shape than it had.
+        RuntimeError: in a forward, a head whose weight has another shape than it had, or is on
+            another device; a context that is not labels.
     """
 
     takes_rows = True
@@ -434,20 +455,33 @@ class SoftmaxSynthesizer(Synthesizer):
             return ()
         return _given((self.weight, self.bias, self.gain))
 
-    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
-        int64 [N]."""
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
         head: Any = self.head
-        table: Tensor = head.weight.detach()
+        table: Tensor = head.weight
         if table.shape != (self.context_features, self.features):
             raise RuntimeError(
                 f"the head's weight is {list(table.shape)}, where the synthesizer was made for "
                 f"[{self.context_features}, {self.features}]: make a new synthesizer for it"
             )
-        if context is None or context.dtype != torch.int64 or context.shape != h.shape[:1]:
+        if table.device != self.bias.device:
+            raise RuntimeError(
+                f"the head is on {table.device}, the synthesizer on {self.bias.device}: it does "
+                "not move with the synthesizer"
+            )
+        rows = "..." if shape is None else shape[0]
+        fits = context is not None and context.dtype == torch.int64
+        if context is None or not fits or (shape is not None and context.shape != shape[:1]):
             given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
-            raise RuntimeError(f"context must be labels, int64 [{h.shape[0]}], got {given}")
-        assert self.ignore_index is not None
+            raise RuntimeError(f"context must be labels, int64 [{rows}], got {given}")
+        super().check(context, shape)
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
+        int64 [N]."""
+        self.check(context, h.shape)
+        head: Any = self.head
+        table: Tensor = head.weight.detach()
+        assert context is not None and self.ignore_index is not None
         counted = context.ne(self.ignore_index).unsqueeze(1)  # [N, 1]
         rows = F.embedding(context.where(counted.squeeze(1), 0), table)  # [N, O]
         reduced = h if self.down is None else F.linear(h, self.down)  # [N, R]
@@ -477,6 +511,7 @@ class DifferenceSynthesizer(Synthesizer):
 
     Raises:
         ValueError: a size below 1, or a rank outside [0, features].
+        RuntimeError: in a forward, a context that has not the shape of h.
     """
 
     takes_rows = True
@@ -509,11 +544,20 @@ class DifferenceSynthesizer(Synthesizer):
             return ()
         return _given((self.weight, self.up, self.bias))
 
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        super().check(context, shape)
+        fits = context is not None and context.is_floating_point()
+        if context is None or not fits or (shape is not None and context.shape != shape):
+            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
+            wanted = f"[..., {self.features}]" if shape is None else str(list(shape))
+            raise RuntimeError(
+                f"context must have the shape of h, floating point {wanted}, got {given}"
+            )
+
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit; h and context [N, O]."""
-        if context is None or context.shape != h.shape:
-            given = "none" if context is None else str(list(context.shape))
-            raise RuntimeError(f"context must have the shape of h, {list(h.shape)}, got {given}")
+        self.check(context, h.shape)
+        assert context is not None
         away = h - context.to(h.dtype)  # [N, O]
         out = away * self.weight + self.bias
         if self.up is not None and self.down is not None:
@@ -582,12 +626,16 @@ class ConvSynthesizer(Synthesizer):
         last: Any = self.layers[-1]
         return _given((last.weight, last.bias))
 
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        if shape is not None and (len(shape) != self.dims + 2 or shape[1] != self.features):
+            raise RuntimeError(
+                f"h must have {self.dims + 2} dimensions [N, {self.features}, *spatial], got "
+                f"{list(shape)}"
+            )
+
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, C, *spatial] from h of that shape and the context."""
-        if h.dim() != self.dims + 2:
-            raise RuntimeError(
-                f"h must have {self.dims + 2} dimensions [N, C, *spatial], got {list(h.shape)}"
-            )
+        self.check(context, h.shape)
         if self.context_features:
             rows = _one_hot(context, self.context_features, h)  # [N, K]
             maps = rows.reshape(*rows.shape, *(1 for _ in h.shape[2:]))

@@ -151,6 +151,9 @@ class DecoupledModule(nn.Module):
 
     synthesizer: nn.Module | None
 
+    # Steps with targets, of a Schedule, in which nothing came to learn from.
+    missed_targets = 0
+
     # Attributes that hold the rules' states (or None).
     rule_names: ClassVar[tuple[str, ...]] = ("update", "synthesizer_update")
 
@@ -315,6 +318,7 @@ class DecoupledModule(nn.Module):
         for _, rule, _ in self.rules():
             rule.reset()
         self.statistics.zero_()
+        self.missed_targets = 0
 
     def statistics_on(self, device: torch.device) -> Tensor:
         """The sums that training adds to, moved along with the module."""
@@ -392,7 +396,7 @@ class DecoupledModule(nn.Module):
         target = arrived * scale
         error = forecast.scaled - target
         s, g, e = (t.double().flatten() for t in (forecast.scaled, target, error))
-        sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(float(h.shape[0]))])
+        sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(self._taught(h, context))])
         if bool(torch.isfinite(sums).all()):
             statistics += sums
         wanted = [p for p in slots if p is not None and p.requires_grad]
@@ -402,6 +406,14 @@ class DecoupledModule(nn.Module):
             )
         )
         return tuple(next(made) if p is not None and p.requires_grad else None for p in slots)
+
+    def _taught(self, h: Tensor, context: Tensor | None) -> float:
+        """How many rows of h a lesson is about: not those that the loss ignores."""
+        synthesizer = self._modules["synthesizer"]
+        ignored = synthesizer.ignore_index if isinstance(synthesizer, Synthesizer) else None
+        if ignored is None or context is None:
+            return float(h.shape[0])
+        return float(context.ne(ignored).sum())
 
     def learn(self, lessons: list[Lesson]) -> None:
         """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""
@@ -529,12 +541,17 @@ class DecoupledModule(nn.Module):
         """Raise now for what an update at the end of the backward would raise for."""
         for _, rule, slots in self.rules():
             rule.tensors(slots)
-        self.check_labels(context)
+        self.check_context(context)
 
-    def check_labels(self, context: Tensor | None) -> None:
-        """Refuse a label out of range before anything is changed (fused steps do so themselves)."""
+    def check_context(self, context: Tensor | None, fused: bool = False) -> None:
+        """Refuse a label out of range, and what the synthesizer cannot predict from unless it is
+        ``fused``, before anything is changed (fused steps do so themselves)."""
         synthesizer = self._modules["synthesizer"]
-        ignored = synthesizer.ignore_index if isinstance(synthesizer, Synthesizer) else None
+        ignored = None
+        if isinstance(synthesizer, Synthesizer):
+            ignored = synthesizer.ignore_index
+            if not fused:
+                synthesizer.check(context)
         check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
 
 

@@ -11,10 +11,9 @@ from torch.autograd import forward_ad
 from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET
-from fused_dni.modules.steps import SegmentSteps, segment_inputs
+from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.steps import SegmentSteps, segment_call, segment_output
 from fused_dni.rules import Rule
-from fused_dni.synthesizers import Synthesizer
 
 
 class Decoupled(SegmentSteps):
@@ -24,9 +23,15 @@ class Decoupled(SegmentSteps):
     from the synthesizer's prediction at its output h; the synthesizer learns from the gradient
     that arrives there. The segment itself runs as it is, under autograd.
 
+    A segment may return more than its output: a tuple or list, named or nested (``nn.LSTM``'s
+    output and state), whose first element, or the first of that, is h. In training all else is
+    handed on detached: no gradient flows through it, in no phase. Of a packed sequence h is the
+    data [N, O], and the context is packed alike.
+
     Args:
-        module: the segment. It is called with the arguments of the forward and returns one tensor
-            whose first dimension is the batch.
+        module: the segment. It is called with the arguments of the forward and returns h, whose
+            first dimension is the batch, alone or first. Decoupled modules inside it keep their
+            rules; ``update`` is for the other parameters.
         synthesizer: see :mod:`fused_dni.synthesizers`. Those that take rows [N, O] see an output
             [..., O] as rows; all others see it as the segment returns it.
         update: rule for the segment's parameters, applied in the forward; None to leave gradients
@@ -37,7 +42,11 @@ class Decoupled(SegmentSteps):
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
 
     Raises:
-        TypeError: a segment or synthesizer that is no module, or an output that is no tensor.
+        TypeError: a segment or synthesizer that is no module; an output that is no tensor and has
+            none first, or one of integers.
+        RuntimeError: an output that carries no graph though the segment's parameters ask for
+            gradients, or has not the synthesizer's features. Nothing is changed then, nor are the
+            segment's buffers and the random generators, where shapes alone are the reason.
         ValueError, RuntimeError: as :class:`FusedDNILinear`.
     """
 
@@ -57,7 +66,7 @@ class Decoupled(SegmentSteps):
         self.module = module
         self.attach(synthesizer, synthesizer_update or update)
 
-    def forward(self, *inputs: Any, context: Tensor | None = None, **named: Any) -> Tensor:
+    def forward(self, *inputs: Any, context: Tensor | None = None, **named: Any) -> Any:
         """Run the segment on ``inputs``; tensors in them may ask for gradients.
 
         Args:
@@ -68,7 +77,8 @@ class Decoupled(SegmentSteps):
                 :func:`fused_dni.condition_on`.
 
         Returns:
-            What the segment returns.
+            What the segment returns; in training all of it but h is detached. In ``eval()``, under
+            ``no_grad()`` and without synthesizer and rule it is as the segment returns it.
 
         Raises:
             TypeError: a tensor that asks for a gradient in an object that is none of these.
@@ -77,19 +87,26 @@ class Decoupled(SegmentSteps):
         if self.training and plain:
             note_checkpoint()
         if plain or (self.synthesizer is None and self.update is None):
-            return self._checked(self.module(*inputs, **named))
+            out = self.module(*inputs, **named)
+            segment_output(out)  # refuses what training would
+            return out
         self.refuse_recording()
-        given = segment_inputs(inputs, named)
+        run = untraced(self._train) if torch.compiler.is_compiling() else self._train
+        return run(inputs, named, context)
+
+    def _train(self, inputs: tuple[Any, ...], named: dict[str, Any], context: Tensor | None) -> Any:
+        given = segment_call(inputs, named)
         tensors = tuple(t for t in given.leaves if isinstance(t, Tensor))
         if forward_ad._current_level >= 0:
             check.no_tangents(**{f"argument {i}": t for i, t in enumerate(tensors)})
         if any(t.dim() and t.shape[0] == 0 for t in tensors):
             raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
-        rows = self._rows(tensors, context)
+        given.context = rows = self._rows(tensors, context)
         if self.phase.probe is not None:
-            h = self._checked(self.module(*inputs, **named))
+            out = self.module(*inputs, **named)
+            h = segment_output(out).h
             self.probe(h, h, rows)
-            return h
+            return out
         if self.delivery is not None:
             for t in tensors:
                 t.requires_grad_(self.delivery.need_dx)
@@ -103,7 +120,8 @@ class Decoupled(SegmentSteps):
         h = run(self, given, tensors, rows, need_dx)
         if self.synthesizer is not None and not (self.phase.target or self.phase.warmup):
             setattr(h, NO_TARGET, h._version)
-        return h
+        assert given.output is not None
+        return given.output.around(h)
 
     def reset_parameters(self) -> None:
         """Have every part of the segment draw its parameters anew, and forget everything that was
@@ -122,9 +140,7 @@ class Decoupled(SegmentSteps):
         if not features:
             return context
         like = next(self.synthesizer.parameters())
+        if self._takes_rows():
+            return fold_context(context, None, features, like)  # h's rows are not known yet
         n = tensors[0].shape[:1] if tensors else torch.Size((0,))
-        if context is not None and isinstance(self.synthesizer, Synthesizer):
-            own = context.shape if context.dtype == torch.int64 else context.shape[:-1]
-            if self.synthesizer.takes_rows and len(own) > 1:
-                return context  # of the rows of h, which is not known yet
         return fold_context(context, n, features, like)

@@ -334,7 +334,7 @@ class FusedDNILinear(LinearSteps):
         if fused is None:
             return nodes.unruled(self, use, (x,), context, need_dx)
         self._fit(layer, fused)
-        self.check_labels(context)
+        self.check_context(context, fused=True)
         tracing = torch.compiler.is_compiling()
         if not tracing:
             note_replicas(self)

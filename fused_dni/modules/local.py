@@ -10,6 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from fused_dni.modules.base import NO_TARGET
 
+# What stands in a packed sequence beside its data.
+_COUNTS = (torch.int64, torch.int32)
+
 
 def backward_local(*outputs: Any) -> None:
     """Deliver the gradients of a step that needs none from above its decoupled layers.
@@ -27,15 +30,16 @@ def backward_local(*outputs: Any) -> None:
             fd.backward_local(h)
 
     Args:
-        *outputs: what decoupled layers returned in this step: tensors, or lists, tuples and
-            dictionaries of them.
+        *outputs: what decoupled layers returned in this step: tensors, packed sequences, or lists,
+            tuples and dictionaries of them. Of a segment that returns more than its output give
+            the output alone.
 
     Raises:
         TypeError: no tensor among the outputs.
         RuntimeError: a tensor that no decoupled layer returned in a step without targets (or that
             was changed since). Nothing was run.
     """
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.dtype not in _COUNTS]
     if not tensors:
         raise TypeError(f"outputs must be tensors that decoupled layers returned, got {outputs!r}")
     for t in tensors:

@@ -150,7 +150,7 @@ class Late(Node):
     def forward(
         ctx: Any,
         module: Steps,
-        inputs: tuple[Any, ...],
+        inputs: Any,
         context: Tensor | None,
         need_dx: bool,
         asked: int,
@@ -205,7 +205,7 @@ class Stepped(Node):
     def forward(
         ctx: Any,
         module: Steps,
-        inputs: tuple[Any, ...],
+        inputs: Any,
         context: Tensor | None,
         need_dx: bool,
         learns: bool,
@@ -397,7 +397,7 @@ class Call(NamedTuple):
     """A call of a decoupled module with a rule, as :func:`watching` reports it."""
 
     module: Steps
-    inputs: tuple[Any, ...]
+    inputs: Any
     context: Tensor | None
     need_dx: bool
 
@@ -417,7 +417,7 @@ def watching(report: Callable[[Call], None]) -> Iterator[None]:
 
 def ruled(
     module: Steps,
-    inputs: tuple[Any, ...],
+    inputs: Any,
     asked: tuple[Tensor, ...],
     context: Tensor | None,
     need_dx: bool,
@@ -450,13 +450,13 @@ def ruled(
 
 def unruled(
     module: Steps,
-    inputs: tuple[Any, ...],
+    inputs: Any,
     asked: tuple[Tensor, ...],
     context: Tensor | None,
     need_dx: bool,
 ) -> Tensor:
     """Run a module without a rule in training; arguments as of :func:`ruled`."""
-    module.check_labels(context)
+    module.check_context(context)
     note_replicas(module)
     parameters = (*module.local_parameters(), *module.learners())
     h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, *parameters)
@@ -502,7 +502,7 @@ class Delivery:
         return self.module.lesson(step.h, forecast, context, arrived, step.trace)
 
 
-def delivered(module: Steps, inputs: tuple[Any, ...], context: Tensor | None) -> Tensor:
+def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:
     """Run a module inside a :class:`Delivery`."""
     delivery: Delivery = module.delivery
     if module.update is not None:

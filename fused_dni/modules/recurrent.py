@@ -805,7 +805,7 @@ class Recurrent(DecoupledModule):
         if not features:
             return context
         rows = fold_context(context, torch.Size((batch,)), features, like)
-        self.check_labels(rows)
+        self.check_context(rows)
         return rows
 
     def _probe(

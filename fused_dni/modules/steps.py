@@ -5,11 +5,13 @@ the update. For linear layers on fused kernels, and for any segment under autogr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fused_dni import ops
@@ -54,14 +56,14 @@ class Steps(DecoupledModule):
     """A decoupled module whose training steps nodes run (:mod:`fused_dni.modules.nodes`)."""
 
     def step_locally(
-        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+        self, inputs: Any, context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
         """Run forward, prediction and, with a rule, the update; gradients in the result without.
 
         Nothing that is returned carries a graph."""
         raise NotImplementedError
 
-    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+    def open(self, inputs: Any, need_dx: bool) -> tuple[Tensor, Any]:
         """Run the forward alone; h and what :meth:`close` needs."""
         raise NotImplementedError
 
@@ -74,7 +76,7 @@ class Steps(DecoupledModule):
         """Apply ``update`` to the sum of contributions."""
         raise NotImplementedError
 
-    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+    def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
         """Name what :meth:`close` reads and no graph watches: a change in place is to be an
         error."""
         return ()
@@ -230,7 +232,7 @@ class LinearSteps(Steps):
         return bound.step
 
     def step_locally(
-        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+        self, inputs: Any, context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
         x, layer, backend = inputs
         fused = self.fused_synthesizer(x)
@@ -282,7 +284,7 @@ class LinearSteps(Steps):
     ) -> LocalStep:
         """:meth:`step_locally` with a synthesizer that no kernel runs, or without a rule."""
         self._fit(layer, self.fused_synthesizer(x))
-        self.check_labels(context)
+        self.check_context(context)
         h, trace = forward_use(x, layer, self.config, True, backend)
         forecast = self.predict(h, context, learns)
         made = self._backward(trace, self.synthetic(forecast, h), need_dx)
@@ -317,12 +319,12 @@ class LinearSteps(Steps):
             made = [lesson.behind for lesson in lessons]
             self._apply_rule(self.norm_update, self.parameters_behind(), made)
 
-    def watched(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, ...]:
+    def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
         x, layer, _ = inputs
         read = (x, layer.weight if need_dx else None, layer.norm_weight, layer.norm_bias)
         return tuple([t for t in read if t is not None])
 
-    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+    def open(self, inputs: Any, need_dx: bool) -> tuple[Tensor, Any]:
         x, layer, backend = inputs
         self._fit(layer, self.fused_synthesizer(x))
         return forward_use(x, layer, self.config, True, backend)
@@ -377,12 +379,21 @@ def _sum(parts: list[Any]) -> Tensor | None:
 # Any segment
 
 
-class SegmentInputs(NamedTuple):
-    """What a segment is called with: the leaves of its arguments, tensors and others, and how they
-    stood in lists, dictionaries and keyword arguments (None: they are the arguments)."""
+class SegmentCall:
+    """A call of a segment.
 
-    leaves: tuple[Any, ...]
-    structure: TreeSpec | None
+    Attributes:
+        leaves: of its arguments, tensors and others.
+        structure: how they stood in lists, dictionaries and keyword arguments; None: they are the
+            arguments.
+        context: the synthesizer's, checked but for its leading dimensions.
+        output: what the segment returned, once it ran, detached.
+    """
+
+    def __init__(self, leaves: tuple[Any, ...], structure: TreeSpec | None) -> None:
+        self.leaves, self.structure = leaves, structure
+        self.context: Tensor | None = None
+        self.output: SegmentOutput | None = None
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Other leaves in the place of these, as positional and keyword arguments."""
@@ -392,11 +403,51 @@ class SegmentInputs(NamedTuple):
         return args, named
 
 
+class SegmentOutput(NamedTuple):
+    """What a segment returns: h, where the gradient is predicted; the leaves behind it, and how
+    all stood in tuples and lists (None: h is all there is)."""
+
+    h: Tensor
+    others: tuple[Any, ...]
+    structure: TreeSpec | None
+
+    def detached(self) -> SegmentOutput:
+        """The same without a graph."""
+        others = [t.detach() if isinstance(t, Tensor) else t for t in self.others]
+        return SegmentOutput(self.h.detach(), tuple(others), self.structure)
+
+    def around(self, h: Tensor) -> Any:
+        """The whole, with another h in the place of this."""
+        return h if self.structure is None else tree_unflatten([h, *self.others], self.structure)
+
+
+def segment_output(out: Any) -> SegmentOutput:
+    """Find h in what a segment returned: the first element, or the first of that, and so on.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if isinstance(out, Tensor):
+        return SegmentOutput(out, (), None)
+    h, names = out, []
+    while isinstance(h, (tuple, list)):
+        names.append(type(h).__name__)
+        h = h[0] if h else None
+    leaves, structure = tree_flatten(out)
+    if not isinstance(h, Tensor) or leaves[0] is not h:
+        where = " in ".join([type(h).__name__, *reversed(names)])
+        raise TypeError(
+            "the decoupled segment must return a tensor, or a tuple or list (a named tuple, a "
+            f"packed sequence) whose first element is one; got {where}"
+        )
+    return SegmentOutput(h, tuple(leaves[1:]), structure)
+
+
 # What is no container and holds no tensor.
 _ATOMS = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-def segment_inputs(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentInputs:
+def segment_call(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentCall:
     """Find the tensors that a segment is called with, wherever they stand in its arguments.
 
     Raises:
@@ -404,7 +455,7 @@ def segment_inputs(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentInput
             what is below would silently get none.
     """
     if not named and all(isinstance(a, _ATOMS) for a in args):
-        return SegmentInputs(args, None)
+        return SegmentCall(args, None)
     leaves, structure = tree_flatten((args, named))
     for leaf in leaves:
         if isinstance(leaf, (*_ATOMS, nn.Module)) or not hasattr(leaf, "__dict__"):
@@ -416,7 +467,7 @@ def segment_inputs(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentInput
                     f"and packed sequences of them; got {type(leaf).__name__}, whose {name} asks "
                     "for a gradient: give its tensors, or detach them"
                 )
-    return SegmentInputs(tuple(leaves), structure)
+    return SegmentCall(tuple(leaves), structure)
 
 
 class Inner(NamedTuple):
@@ -432,9 +483,30 @@ class SegmentSteps(Steps):
     """Any module under autograd, as nodes see it."""
 
     module: nn.Module
+    # Shapes of the arguments and of the context that the segment's output was last known to fit.
+    _fitted: tuple[Any, ...] = ()
+
+    def _ruled_inside(self) -> dict[int, nn.Parameter]:
+        """What decoupled modules inside the segment update by rules of their own, by identity."""
+        return {
+            id(p): p
+            for m in self.module.modules()
+            if isinstance(m, DecoupledModule) and m.update is not None
+            for p in m.parameters()
+        }
 
     def local_parameters(self) -> Slots:
-        return tuple(self.module.parameters())
+        """All of the segment but what its modules update by rules of their own."""
+        ruled = self._ruled_inside()
+        return tuple([p for p in self.module.parameters() if id(p) not in ruled])
+
+    def learners(self) -> Slots:
+        """And, where a module inside learns in the node's backward, a tensor for its output to ask
+        for a gradient though none is returned."""
+        learners = super().learners()
+        if any([p.requires_grad for p in self._ruled_inside().values()]):
+            learners += (torch.empty(0, requires_grad=True),)
+        return learners
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         assert self.synthesizer is not None
@@ -442,18 +514,20 @@ class SegmentSteps(Steps):
 
     # -- a synthesizer that takes rows sees all leading dimensions of h as one ------------------
 
-    def _folded(self, h: Tensor) -> Tensor:
+    def _takes_rows(self) -> bool:
+        """Whether h is folded to rows for the synthesizer."""
         synthesizer = self._modules["synthesizer"]
-        if h.dim() > 2 and isinstance(synthesizer, Synthesizer) and synthesizer.takes_rows:
-            return h.flatten(0, -2)
-        return h
+        return isinstance(synthesizer, Synthesizer) and synthesizer.takes_rows
+
+    def _folded(self, h: Tensor) -> Tensor:
+        return h.flatten(0, -2) if h.dim() > 2 and self._takes_rows() else h
 
     def _context_of(self, context: Tensor | None, h: Tensor) -> Tensor | None:
-        rows = self._folded(h)
-        features = getattr(self._modules["synthesizer"], "context_features", None)
-        if rows is h or context is None or not features:
+        synthesizer: Any = self._modules["synthesizer"]
+        if context is None or not self._takes_rows() or not synthesizer.context_features:
             return context
-        return fold_context(context, h.shape[:-1], features, h)
+        like = next(synthesizer.parameters())
+        return fold_context(context, h.shape[:-1], synthesizer.context_features, like)
 
     def rows_in(self, h: Tensor) -> int:
         return self._folded(h).shape[0]
@@ -483,16 +557,75 @@ class SegmentSteps(Steps):
                 leaves.append(t if wanted else None)
             cut.append(t)
         args, named = inputs.arguments(cut)
-        with torch.enable_grad():
+        aliases: dict[int, Tensor] = {}
+        with torch.enable_grad(), self._put_back(inputs):
             if self.update is not None:  # gradients are used here: hooks see them here
-                return Inner(self._checked(self.module(*args, **named)), leaves, {})
-            h, aliases = run_apart(self.module, *args, **named)
-            return Inner(self._checked(h), leaves, aliases)
+                out = self.module(*args, **named)
+            else:
+                out, aliases = run_apart(self.module, *args, **named)
+            output = segment_output(out)
+            self._fit(output, inputs, leaves)
+        inputs.output = output.detached()
+        return Inner(output.h, leaves, aliases)
+
+    def _fit(self, output: SegmentOutput, inputs: SegmentCall, leaves: list[Tensor | None]) -> None:
+        """Refuse an output that cannot be trained on, before anything is learned or updated."""
+        h = output.h
+        if self.delivery is not None and output.structure is not None:
+            raise TypeError(
+                "inside a DecoupledSequential a segment must return one tensor, got "
+                f"{len(output.others) + 1} leaves: put it into nn.Sequential, or call it yourself"
+            )
+        if not (h.is_floating_point() or h.is_complex()):
+            raise TypeError(f"the segment's output is {h.dtype}, which carries no gradient")
+        if not h.requires_grad:
+            asking = [*leaves, *self.local_parameters()]
+            if any([t is not None and t.requires_grad for t in asking]):
+                raise RuntimeError(
+                    "the segment's output carries no graph, though the segment's parameters or its "
+                    "inputs ask for gradients: it is detached, computed under no_grad(), or does "
+                    "not depend on them; return what is to be trained first"
+                )
+        synthesizer = self._modules["synthesizer"]
+        context = self._context_of(inputs.context, h)
+        if isinstance(synthesizer, Synthesizer):
+            synthesizer.check(context, self._folded(h).shape)
+
+    @contextmanager
+    def _put_back(self, inputs: SegmentCall) -> Iterator[None]:
+        """Put the segment's buffers and the random generators back if what is inside raises,
+        unless arguments of these shapes gave an output that fits just before."""
+        context = inputs.context
+        shapes = [t.shape for t in inputs.leaves if isinstance(t, Tensor)]
+        key = (*shapes, None if context is None else context.shape)
+        if key == self._fitted:
+            yield
+            return
+        buffers = [(b, b.clone()) for b in self.module.buffers() if not is_lazy(b)]
+        devices = {p.device for p in self.module.parameters() if p.is_cuda}
+        if devices and torch.cuda.is_current_stream_capturing():
+            devices.clear()
+        generators = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+        drawn = torch.get_rng_state()
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+            torch.set_rng_state(drawn)
+            for device, state in generators:
+                torch.cuda.set_rng_state(state, device)
+            raise
+        self._fitted = key
 
     def _differentiate(self, inner: Inner, gradient: Tensor) -> tuple[Slots, Slots]:
         h, leaves, aliases = inner
         slots = [*leaves, *(aliases.get(id(p), p) for p in self.local_parameters())]
-        wanted = [t for t in slots if t is not None and t.requires_grad]
+        # All of the segment's: a module inside it whose rule is applied in the backward has one of
+        # them for its anchor, and its node is not run unless that is asked for.
+        asked = [*leaves, *(aliases.get(id(p), p) for p in self.module.parameters())]
+        wanted = [t for t in asked if t is not None and t.requires_grad]
         made: Slots = ()
         if wanted and h.requires_grad:
             gradient = gradient.reshape(h.shape).to(h.dtype)
@@ -502,9 +635,9 @@ class SegmentSteps(Steps):
         return out[: len(leaves)], out[len(leaves) :]
 
     def step_locally(
-        self, inputs: tuple[Any, ...], context: Tensor | None, need_dx: bool, learns: bool
+        self, inputs: Any, context: Tensor | None, need_dx: bool, learns: bool
     ) -> LocalStep:
-        self.check_labels(context)
+        self.check_context(context)
         inner = self._inner(inputs, need_dx)
         h = inner.h.detach()
         forecast = self.predict(h, context, learns)
@@ -514,7 +647,7 @@ class SegmentSteps(Steps):
             made = ()
         return LocalStep(h, dx, forecast if learns else None, made)
 
-    def open(self, inputs: tuple[Any, ...], need_dx: bool) -> tuple[Tensor, Any]:
+    def open(self, inputs: Any, need_dx: bool) -> tuple[Tensor, Any]:
         inner = self._inner(inputs, need_dx)
         return inner.h.detach(), inner
 
@@ -527,12 +660,3 @@ class SegmentSteps(Steps):
         others = self.other_gradients(slots)
         made = [*contributions, others] if others else contributions
         apply_given(slots, sum_slots(made), self.update.tensors(slots))
-
-    @staticmethod
-    def _checked(h: Any) -> Tensor:
-        if not isinstance(h, Tensor):
-            raise TypeError(
-                "the decoupled segment must return one tensor, got "
-                f"{type(h).__name__}; wrap it so that it does"
-            )
-        return h
