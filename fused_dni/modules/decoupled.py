@@ -121,6 +121,8 @@ class Decoupled(SegmentSteps):
         context = self.given_context(context, features)
         if not features:
             return context
+        if context is not None and getattr(self.synthesizer, "context_as_h", False):
+            return context.detach()
         like = next(self.synthesizer.parameters())
         n = tensors[0].shape[:1] if tensors else torch.Size((0,))
         if context is not None and isinstance(self.synthesizer, Synthesizer):
