@@ -3,8 +3,9 @@
     python bench/answers.py measure --data DIR [--only NAME ...]   run the commands below, in order
     python bench/answers.py render [--check]                       write the page from the results
 
-``measure`` runs on an otherwise idle machine, about an hour and a half on 2 cores, with CORPUS=FILE
-in the environment for the word model (plain text or gzip); what it writes to
+``measure`` runs on an otherwise idle machine, about three hours on 2 cores, with CORPUS=FILE in the
+environment for races over a text (plain text or gzip) and the wheel of ``bench/races/encoder.py``
+for the one under a sentence encoder; races that lack these are left out. What it writes to
 ``bench/results/verdict`` is committed. ``render`` reads all of it, whatever machine it is from.
 """
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import races
 import stored
 from fused_dni.measure.baseline import facts
 from fused_dni.ops.types import ACTIVATIONS
@@ -71,19 +72,23 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
         yield f"mnist-{interface}-{rank}", words
-    for race, seconds in (("words", "40"), ("perceptual", "30")):
+    for race in races.TITLES:
+        seconds = "30" if race == "perceptual" else "40"
         words = ["race", f"bench.races:{race}", "--seconds", seconds, "--threads", "2", *out]
         yield f"race-{race}", words
     yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
 
 
 def measure(data: str, only: list[str] | None) -> int:
-    """Run the commands whose name begins with one of ``only``; the number that failed. The word
-    model's text is the file named by CORPUS in the environment."""
+    """Run the commands whose name begins with one of ``only``; the number that failed. A race that
+    lacks what it needs (CORPUS in the environment names a text) is left out, with a line."""
     machine = stored.machine(facts())
     failed = 0
     for name, words in commands(data):
         if only and not name.startswith(tuple(only)):
+            continue
+        if name.startswith("race-") and (why := races.lacks(name.removeprefix("race-"))):
+            print(f"{name}: left out: {why}", flush=True)
             continue
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -357,13 +362,29 @@ def rivals(reports: dict[str, Report]) -> Answer:
 def tops(reports: dict[str, Report]) -> Answer:
     """Races under an expensive top."""
     said: list[str] = []
+    brief: list[str] = []
     shown: list[Block] = []
-    for key, report in reports.items():
-        name = {"words": "Word model", "perceptual": "Perceptual loss"}[key.rpartition("race-")[2]]
+    for report in reports.values():
+        name = races.title(report)
         said.append(f"{name}: {race_report.sentence(report)}")
+        brief.append(f"{name}: {soonest(report, True)}; {soonest(report, False)}")
         shown += [Text(f"{name}.")]
         shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
-    return Answer(" ".join(said), shown)
+    start = "In what part of its time others come to what backprop ends with, the soonest by "
+    start += "synthetic gradients and the soonest otherwise. "
+    return Answer(" ".join(said), shown, start + ". ".join(brief) + ".")
+
+
+def soonest(report: Report, ours: bool) -> str:
+    """The arm, of those by DNI or of the others, that came first to what the race's first ends
+    with, and in what part of its time."""
+    found = []
+    for name in report["settings"]["arms"][1:]:
+        shares = race_report.shares(report, name)
+        times = [share for share in shares if share is not None]
+        if name.startswith("DNI") == ours and len(times) == len(shares):
+            found.append((statistics.median(times), name))
+    return f"{min(found)[1]} {min(found)[0]:.2f}" if found else "none"
 
 
 def accuracy(reports: dict[str, Report]) -> Answer:
@@ -409,9 +430,10 @@ QUESTIONS = (
     Question(
         "“If what lies above is expensive, the prediction may be a lot cheaper, once trained”",
         "A network below a top that costs many times what it does itself and is run, the loss "
-        "included, on every k-th step alone: a word language model under its softmax, an "
-        "autoencoder under a loss of frozen convolutional features. Each arm on its own clock for "
-        "the same time, beside what people do by hand instead.",
+        "included, on every k-th step alone: word language models under their softmax, an "
+        "autoencoder under a loss of frozen convolutional features, compressed embeddings under a "
+        "pretrained sentence encoder. Each arm on its own clock for the same time, beside what "
+        "people do by hand instead, and beside the same number of full steps alone.",
         ("verdict/*-race-*",),
         tops,
     ),

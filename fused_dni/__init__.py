@@ -31,6 +31,7 @@ from fused_dni.synthesizers import (
     LinearSynthesizer,
     MLPSynthesizer,
     SoftmaxSynthesizer,
+    SurrogateSynthesizer,
     Synthesizer,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "MLPSynthesizer",
     "Schedule",
     "SoftmaxSynthesizer",
+    "SurrogateSynthesizer",
     "Synthesizer",
     "Verdict",
     "advise",

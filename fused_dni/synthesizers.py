@@ -13,7 +13,7 @@ inside the fused kernels; all others run as they are, under autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,12 @@ class Synthesizer(nn.Module):
         unit: in what unit gradients are predicted; part of the state dict.
         takes_rows: it is called with h [N, features] alone; a layer folds the leading dimensions
             of other shapes into N.
+        context_as_h: its context is called for in the shape of h, as the segment returns it.
         ignore_index: the label of rows that are not in the loss, None if there is none.
     """
 
     takes_rows = False
+    context_as_h = False
     ignore_index: int | None = None
 
     def __init__(self, features: int, context_features: int = 0) -> None:
@@ -300,6 +302,34 @@ def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
     return context.to(like.dtype)
 
 
+def _check_as_h(context: Tensor | None, shape: torch.Size | None, form: str) -> None:
+    """Refuse a context that is not what h, of this shape or form, should be."""
+    fits = context is not None and context.is_floating_point()
+    if context is None or not fits or (shape is not None and context.shape != shape):
+        given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
+        wanted = form if shape is None else str(list(shape))
+        raise RuntimeError(
+            f"context must have the shape of h, floating point {wanted}, got {given}"
+        )
+
+
+def _with_difference(h: Tensor, context: Tensor | None) -> Tensor:
+    """``[h, t, h - t]`` beside each other: [N, 3 O, ...]."""
+    assert context is not None
+    t = context.to(h.dtype)
+    return torch.cat([h, t, h - t], dim=1)
+
+
+def _own_size(features: int, context_features: int) -> int:
+    """The size of a context that h is held against."""
+    if context_features not in (0, features):
+        raise ValueError(
+            f"with difference=True the context has the size of h, context_features={features} "
+            f"(or 0, to leave it out), got {context_features}"
+        )
+    return features
+
+
 class _FromZero(nn.Module):
     """Parameters that start, and start anew, from zero."""
 
@@ -337,10 +367,16 @@ class MLPSynthesizer(Synthesizer):
         hidden: width of the hidden layers.
         layers: number of hidden layers, at least 1.
         context_features: K, 0 for none.
+        difference: the context t is what h should be, [N, O], and the first layer sees
+            [h, t, h - t].
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size below 1, or with ``difference`` a context of another size than h.
     """
 
     takes_rows = True
+    difference = False  # as it was pickled before there was one
 
     def __init__(
         self,
@@ -349,14 +385,18 @@ class MLPSynthesizer(Synthesizer):
         layers: int = 1,
         context_features: int = 0,
         *,
+        difference: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if difference:
+            context_features = _own_size(features, context_features)
         super().__init__(features, context_features)
+        self.difference = difference
         _positive("hidden", hidden)
         _positive("layers", layers)
         stack: list[nn.Module] = []
-        width = features + context_features
+        width = features + context_features + (features if difference else 0)
         for _ in range(layers):
             stack += [
                 nn.Linear(width, hidden, bias=False, device=device, dtype=dtype),
@@ -371,9 +411,17 @@ class MLPSynthesizer(Synthesizer):
         last: Any = self.layers[-1]
         return _given((last.weight, last.bias))
 
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        super().check(context, shape)
+        if self.difference:
+            _check_as_h(context, shape, f"[..., {self.features}]")
+
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O] from h [N, O] and the context."""
-        if self.context_features:
+        self.check(context, h.shape)
+        if self.difference:
+            h = _with_difference(h, context)  # [N, 3 O]
+        elif self.context_features:
             h = torch.cat([h, _one_hot(context, self.context_features, h)], dim=1)  # [N, O + K]
         out: Tensor = self.layers(h)
         return out
@@ -546,13 +594,7 @@ class DifferenceSynthesizer(Synthesizer):
 
     def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
         super().check(context, shape)
-        fits = context is not None and context.is_floating_point()
-        if context is None or not fits or (shape is not None and context.shape != shape):
-            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
-            wanted = f"[..., {self.features}]" if shape is None else str(list(shape))
-            raise RuntimeError(
-                f"context must have the shape of h, floating point {wanted}, got {given}"
-            )
+        _check_as_h(context, shape, f"[..., {self.features}]")
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit; h and context [N, O]."""
@@ -571,7 +613,7 @@ class DifferenceSynthesizer(Synthesizer):
 class ConvSynthesizer(Synthesizer):
     """Convolutional synthesizer for maps [N, C, *spatial]; the last convolution starts at zero.
 
-    The context is laid out as K constant channels beside h.
+    The context is laid out as K constant channels beside h, unless it is what h should be.
 
     Args:
         features: C, channels of h.
@@ -580,8 +622,15 @@ class ConvSynthesizer(Synthesizer):
         kernel_size: odd; "same" padding.
         context_features: K, 0 for none.
         dims: number of spatial dimensions, 1, 2 or 3.
+        difference: the context t is what h should be, of h's shape, and the first convolution sees
+            the channels [h, t, h - t].
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size out of range, or with ``difference`` a context of other channels than h.
     """
+
+    difference = False  # as it was pickled before there was one
 
     def __init__(
         self,
@@ -592,10 +641,14 @@ class ConvSynthesizer(Synthesizer):
         context_features: int = 0,
         *,
         dims: int = 2,
+        difference: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if difference:
+            context_features = _own_size(features, context_features)
         super().__init__(features, context_features)
+        self.difference = self.context_as_h = difference
         _positive("hidden", hidden)
         _positive("layers", layers)
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -606,7 +659,7 @@ class ConvSynthesizer(Synthesizer):
         norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
         half = kernel_size // 2
         stack: list[nn.Module] = []
-        width = features + context_features
+        width = features + context_features + (features if difference else 0)
         for _ in range(layers):
             stack += [
                 conv(
@@ -632,13 +685,116 @@ class ConvSynthesizer(Synthesizer):
                 f"h must have {self.dims + 2} dimensions [N, {self.features}, *spatial], got "
                 f"{list(shape)}"
             )
+        if self.difference:
+            _check_as_h(context, shape, f"[N, {self.features}, *spatial]")
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, C, *spatial] from h of that shape and the context."""
         self.check(context, h.shape)
-        if self.context_features:
+        if self.difference:
+            h = _with_difference(h, context)  # [N, 3 C, *spatial]
+        elif self.context_features:
             rows = _one_hot(context, self.context_features, h)  # [N, K]
             maps = rows.reshape(*rows.shape, *(1 for _ in h.shape[2:]))
             h = torch.cat([h, maps.expand(*rows.shape, *h.shape[2:])], dim=1)  # [N, C + K, ...]
         out: Tensor = self.layers(h)
         return out
+
+
+class SurrogateSynthesizer(Synthesizer):
+    """Correct a cheap loss's gradient: ``M(h, t) = a * ds/dh + correction(h, t)``.
+
+    For a dear loss that has a cheap stand-in s: the error of pixels for the error as a network sees
+    it, a small critic for a large one. Untaught, M is the stand-in's gradient; what is learned is
+    how much of it to take of each feature and, by the correction, what it leaves out. Runs under
+    autograd, not inside the fused kernels.
+
+    Args:
+        features: O, of h; C for maps [N, C, *spatial], which need a correction that takes maps.
+        surrogate: called as ``surrogate(h, context)``, returns what each row costs, [N]. It is
+            differentiated at h, at each prediction; nothing of it is registered, copied or trained
+            here. A gain learns as fast as other synthesizers where a row's gradient has a norm of
+            1 or more: let it be a sum over features, not a mean.
+        correction: a synthesizer of the same features, whose prediction is added; None for none.
+        context_features: K, of the context; None for O: it is what h should be. 0 for none.
+        device, dtype: of the gain.
+
+    Attributes:
+        gain: a, [O]; starts at one.
+
+    Raises:
+        TypeError: a surrogate that cannot be called, or a correction that is no module.
+        ValueError: a size out of range, or a correction of other features or another context.
+        RuntimeError: in a forward, a surrogate that does not return [N], or is not differentiable
+            at h.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        surrogate: Callable[[Tensor, Tensor | None], Tensor],
+        correction: nn.Module | None = None,
+        *,
+        context_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, features if context_features is None else context_features)
+        if not callable(surrogate):
+            raise TypeError(
+                "surrogate must be called as surrogate(h, context), got "
+                f"{type(surrogate).__name__}, which cannot be"
+            )
+        if correction is not None and not isinstance(correction, nn.Module):
+            raise TypeError(
+                f"correction must be None or an nn.Module, got {type(correction).__name__}"
+            )
+        if isinstance(correction, Synthesizer):
+            of = (correction.features, correction.context_features)
+            if of[0] != features or of[1] not in (0, self.context_features):
+                raise ValueError(
+                    f"correction must have features={features} and context_features="
+                    f"{self.context_features} or 0, got features={of[0]} and context_features="
+                    f"{of[1]}"
+                )
+            self.takes_rows, self.context_as_h = correction.takes_rows, correction.context_as_h
+        else:
+            self.takes_rows = correction is None
+        self.__dict__["surrogate"] = surrogate  # no submodule: it is not this module's to train
+        self.gain = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.correction = correction
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the stand-in's gradient be taken as it is. The correction starts anew by its own."""
+        nn.init.ones_(self.gain)
+
+    def last_layer(self) -> tuple[nn.Parameter, ...]:
+        own = () if "parametrizations" in self._modules else _given((self.gain,))
+        if self.correction is None or not own:
+            return own
+        more = self.correction.last_layer() if isinstance(self.correction, Synthesizer) else ()
+        return (*own, *more) if more else ()
+
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        super().check(context, shape)
+        if isinstance(self.correction, Synthesizer):
+            self.correction.check(context, shape)
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh``, of h's shape [N, O] or [N, C, *spatial], in the synthesizer's
+        unit."""
+        surrogate: Any = self.surrogate
+        with torch.enable_grad():
+            at = h.detach().requires_grad_()
+            costs = surrogate(at, context)
+            if not isinstance(costs, Tensor) or costs.shape != h.shape[:1]:
+                given = list(costs.shape) if isinstance(costs, Tensor) else type(costs).__name__
+                raise RuntimeError(
+                    f"surrogate must return a cost a row, [{h.shape[0]}], got {given}"
+                )
+            if not costs.requires_grad:
+                raise RuntimeError("surrogate must be differentiable at h: its result has no graph")
+            (slope,) = torch.autograd.grad(costs.sum(), at)
+        out = slope * self.gain.view(-1, *(1 for _ in h.shape[2:]))
+        return out if self.correction is None else out + self.correction(h, context)

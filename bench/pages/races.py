@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import races
 from fused_dni.report.kinds import race
 from stored import named
 
@@ -16,9 +17,10 @@ def render_races(results: list[dict[str, Any]]) -> str:
     for report in results:
         facts, settings = report["facts"], report["settings"]
         parts.append(
-            f"{named(facts)}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
-            f"commit {facts['commit']}: `{facts['command']}`. {settings['seconds']:g} s an arm and "
-            f"seed, {len(settings['seeds'])} seeds."
+            f"**{races.title(report)}.** {named(facts)}, {facts['threads']} threads, torch "
+            f"{facts['torch']}, {facts['date']}, commit {facts['commit']}: "
+            f"`{facts['command']}`. {settings['seconds']:g} s an arm and seed, "
+            f"{len(settings['seeds'])} seeds."
         )
         table = race.table(report)
         parts.append(

