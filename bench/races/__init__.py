@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .arms import corpus_path
 from .autoencoder import perceptual
 from .compression import sentence
+from .corpus import corpus_path
 from .encoder import folder
 from .word_model import words, words_16k, words_256
 

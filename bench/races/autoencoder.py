@@ -1,4 +1,4 @@
-"""An autoencoder that is to look right to a frozen network."""
+"""An autoencoder that is to look right to a frozen network: the arms."""
 
 from __future__ import annotations
 
@@ -6,100 +6,17 @@ import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fused_dni as fd
 from fused_dni.experiments import data
-
-from .arms import Between, Racer
-
-BATCH = 64
+from fused_dni.experiments.perceptual import Autoencoder, Images, pixels
 
 
 @lru_cache
-def digits() -> tuple[Tensor, Tensor]:
-    """MNIST's images, [N, 784] from 0 to 1: for training, and held out."""
-    found = data.load(folder=os.environ.get("MNIST", "mnist"))
-    low, high = found.train.images.aminmax()
-    train, apart = ((s.images - low) / (high - low) for s in (found.train, found.test))
-    return train, apart[:512]
-
-
-class Frozen(nn.Module):
-    """Features of a convolutional network that is not trained: images to [N, F]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.layers = nn.Sequential(
-                nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-                nn.Conv2d(64, 64, 3, padding=1),
-            )  # fmt: skip
-        self.requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        made: Tensor = self.layers(images.view(-1, 1, 28, 28)).flatten(1)
-        return made
-
-
-def pixels(h: Tensor, x: Tensor | None) -> Tensor:
-    """The squared error of an image's pixels: [N]."""
-    assert x is not None
-    return (h - x).square().flatten(1).sum(1)
-
-
-class Autoencoder(Racer):
-    """The autoencoder in training.
-
-    Args:
-        synthesizer: makes one.
-        every, between: see :class:`Racer`; the surrogate is the squared error of pixels.
-        maps: images have the shape [1, 28, 28], for synthesizers that are convolutions; else [784].
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        synthesizer: Callable[[], nn.Module] | None = None,
-        every: int | None = None,
-        between: Between = "prediction",
-        maps: bool = False,
-    ) -> None:
-        torch.manual_seed(seed)
-        self.shape = (1, 28, 28) if maps else (784,)
-        self.train, self.apart = (part.view(-1, *self.shape) for part in digits())
-        self.critic = Frozen()
-        inner = nn.Sequential(
-            nn.Flatten(1), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 32),
-            nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 784), nn.Sigmoid(),
-            nn.Unflatten(1, self.shape),
-        )  # fmt: skip
-        super().__init__(inner, synthesizer() if synthesizer else None, every, between)
-        self.lower = [torch.optim.Adam(self.bottom.parameters(), 1e-3)]
-
-    def batch(self) -> Tensor:
-        return self.train[torch.randint(len(self.train), (BATCH,))]
-
-    def below(self, batch: Tensor) -> Tensor:
-        made: Tensor = (
-            self.bottom(batch) if self.schedule is None else self.bottom(batch, context=batch)
-        )
-        return made
-
-    def above(self, h: Tensor, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.critic(batch)
-        return (self.critic(h) - wanted).square().sum(1).mean()
-
-    def surrogate(self, h: Tensor, batch: Tensor) -> Tensor:
-        return pixels(h, batch).mean()
-
-    def loss(self) -> float:
-        with torch.no_grad():
-            return float(self.above(self.inner(self.apart), self.apart))
+def images() -> Images:
+    """MNIST's."""
+    return Images(data.load(folder=os.environ.get("MNIST", "mnist")))
 
 
 def dense() -> nn.Module:
@@ -123,10 +40,9 @@ def convolved() -> nn.Module:
 
 def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
     """Backprop, a surrogate made by hand, and synthetic gradients of several forms."""
-    digits()
-    arm = partial(partial, Autoencoder)
+    arm = partial(partial, Autoencoder, images())
     return {
-        "backprop": Autoencoder,
+        "backprop": arm(),
         "full steps only k=8": arm(synthesizer=difference, every=8, between="dropped"),
         "held gradient k=8": arm(every=8, between="held"),
         "by hand k=8": arm(every=8, between="surrogate"),

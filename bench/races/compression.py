@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
+from fused_dni.experiments.tops import Between, Racer
 
-from .arms import Between, Racer, text
+from .corpus import text
 from .encoder import Encoder, pretrained
 
 # Words a sentence, sentences a batch, numbers that a word's embedding is squeezed through.

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
+from fused_dni.experiments.tops import Between, Racer
 
-from .arms import Between, Racer, text
+from .corpus import text
 
 STEPS, BATCH = 8, 32
 SAMPLES = 200

@@ -1,95 +1,84 @@
 """An autoencoder under an expensive top: how its images look to a convolutional network.
 
-The network is frozen and costs many times what learns. By synthetic gradients it is run on every
-k-th step alone, the loss included; so it is by hand, with the error of pixels in between.
+The network is frozen and costs many times what learns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fused_dni.experiments.data import DataError, Dataset
-from fused_dni.modules.decoupled import Decoupled
-from fused_dni.modules.local import backward_local
-from fused_dni.schedule import Schedule
+from fused_dni.experiments.tops import Between, Racer
 from fused_dni.synthesizers import DifferenceSynthesizer
 
-BATCH, RATE, WARMUP = 64, 1e-3, 50
+BATCH, RATE = 64, 1e-3
 #: Images that the loss is looked at on.
 HELD_OUT = 512
 
 
 class Critic(nn.Module):
-    """Features of a convolutional network that is not trained: [N, side^2] to [N, F].
+    """Features of a convolutional network that is not trained: images [N, 1, S, S] to [N, F]."""
 
-    Args:
-        side: of the images.
-        channels: of the first convolution; the others have twice as many.
-    """
-
-    def __init__(self, side: int, channels: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.side = side
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             self.layers = nn.Sequential(
-                nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), nn.ReLU(),
-                nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+                nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+                nn.Conv2d(64, 64, 3, padding=1),
             )  # fmt: skip
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        made: Tensor = self.layers(images.view(-1, 1, self.side, self.side)).flatten(1)
+        made: Tensor = self.layers(images).flatten(1)
         return made
 
 
 class Images:
-    """Images as rows from 0 to 1, and the network that looks at them.
+    """Images as rows from 0 to 1.
 
     Args:
-        dataset: square images.
-        channels: of the critic.
+        dataset: square ones.
+
+    Attributes:
+        train: [N, S * S], for training; apart: held out; side: S.
 
     Raises:
         DataError: images that are not square.
     """
 
-    def __init__(self, dataset: Dataset, channels: int = 32) -> None:
-        side = math.isqrt(dataset.features)
-        if side * side != dataset.features:
-            raise DataError(f"the images of {dataset.name} are not square: {dataset.features}")
+    def __init__(self, dataset: Dataset) -> None:
+        self.side = math.isqrt(dataset.features)
+        if self.side**2 != dataset.features:
+            raise DataError(
+                f"the images of {dataset.name} are not square, of {dataset.features} pixels"
+            )
         low, high = dataset.train.images.aminmax()
         self.train, apart = ((s.images - low) / (high - low) for s in (dataset.train, dataset.test))
         self.apart = apart[:HELD_OUT]
-        self.critic = Critic(side, channels)
-
-    @property
-    def features(self) -> int:
-        """Pixels of an image."""
-        return int(self.train.shape[1])
-
-    def loss(self, h: Tensor, x: Tensor) -> Tensor:
-        """How far images are from others, as the critic sees both."""
-        with torch.no_grad():
-            wanted = self.critic(x)
-        found: Tensor = (self.critic(h) - wanted).square().sum(1).mean()
-        return found
 
 
-class Autoencoder:
-    """The autoencoder in training: an arm of a race.
+def pixels(h: Tensor, x: Tensor | None) -> Tensor:
+    """The squared error of an image's pixels: [N]."""
+    assert x is not None
+    return (h - x).square().flatten(1).sum(1)
+
+
+class Autoencoder(Racer):
+    """The autoencoder in training.
 
     Args:
         images: what it is trained on.
         seed: of its parameters and batches.
-        synthesizer: makes one; None for backprop.
-        every: targets on every so-manieth step.
-        by_hand: the error of pixels stands for the loss on the other steps.
+        synthesizer: makes one.
+        every, between: see :class:`Racer`; the surrogate is the squared error of pixels.
+        maps: h has the shape [N, 1, S, S], for synthesizers that are convolutions; else [N, S * S].
     """
 
     def __init__(
@@ -97,58 +86,54 @@ class Autoencoder:
         images: Images,
         seed: int,
         synthesizer: Callable[[], nn.Module] | None = None,
-        every: int = 1,
-        by_hand: bool = False,
+        every: int | None = None,
+        between: Between = "prediction",
+        maps: bool = False,
     ) -> None:
         torch.manual_seed(seed)
-        self.images, self.every, self.by_hand, self.steps = images, every, by_hand, 0
-        n = images.features
+        self.images, n = images, images.side**2
+        self.shape = (1, images.side, images.side) if maps else (n,)
+        self.critic = Critic()
         inner = nn.Sequential(
-            nn.Linear(n, 256), nn.ReLU(), nn.Linear(256, 32),
+            nn.Flatten(1), nn.Linear(n, 256), nn.ReLU(), nn.Linear(256, 32),
             nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, n), nn.Sigmoid(),
+            nn.Unflatten(1, self.shape),
         )  # fmt: skip
-        self.bottom: nn.Module = inner
-        self.schedule: Schedule | None = None
-        if synthesizer is not None:
-            self.bottom = Decoupled(inner, synthesizer())
-            self.schedule = Schedule(self.bottom, warmup_steps=WARMUP, target_every=every, mix=1.0)
-        self.optimizer = torch.optim.Adam(self.bottom.parameters(), RATE)
+        super().__init__(inner, synthesizer() if synthesizer else None, every, between)
+        self.lower = [torch.optim.Adam(self.bottom.parameters(), RATE)]
 
-    def step(self) -> None:
-        """Train on a batch."""
-        x = self.images.train[torch.randint(len(self.images.train), (BATCH,))]
-        self.optimizer.zero_grad()
-        if self.schedule is not None:
-            h = self.bottom(x, context=x)
-            if self.schedule.target:
-                self.images.loss(h, x).backward()
-            else:
-                backward_local(h)
-            self.schedule.step()
-        elif self.by_hand and self.steps >= WARMUP and self.steps % self.every:
-            (self.bottom(x) - x).square().sum(1).mean().backward()
-        else:
-            self.images.loss(self.bottom(x), x).backward()
-        self.optimizer.step()
-        self.steps += 1
+    def batch(self) -> Tensor:
+        train = self.images.train
+        return train[torch.randint(len(train), (BATCH,))].view(-1, *self.shape)
+
+    def below(self, batch: Tensor) -> Tensor:
+        context = {} if self.schedule is None else {"context": batch}
+        made: Tensor = self.bottom(batch, **context)
+        return made
+
+    def above(self, h: Tensor, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self._seen(batch)
+        return (self._seen(h) - wanted).square().sum(1).mean()
+
+    def _seen(self, images: Tensor) -> Tensor:
+        made: Tensor = self.critic(images.view(-1, 1, self.images.side, self.images.side))
+        return made
+
+    def surrogate(self, h: Tensor, batch: Tensor) -> Tensor:
+        return pixels(h, batch).mean()
 
     def loss(self) -> float:
-        """The loss on what is held out."""
-        self.bottom.eval()
+        apart = self.images.apart.view(-1, *self.shape)
         with torch.no_grad():
-            found = float(self.images.loss(self.bottom(self.images.apart), self.images.apart))
-        self.bottom.train()
-        return found
+            return float(self.above(self.inner(apart), apart))
 
 
 def arms(images: Images) -> dict[str, Callable[[int], Autoencoder]]:
-    """Backprop, synthetic gradients, and a surrogate made by hand."""
-
-    def synthesizer() -> nn.Module:
-        return DifferenceSynthesizer(images.features)
-
+    """Backprop, synthetic gradients, and by hand: the error of pixels for the steps in between."""
+    synthesizer = partial(DifferenceSynthesizer, images.side**2)
     return {
-        "backprop": lambda seed: Autoencoder(images, seed),
-        "DNI k=8": lambda seed: Autoencoder(images, seed, synthesizer, 8),
-        "by hand k=8": lambda seed: Autoencoder(images, seed, every=8, by_hand=True),
+        "backprop": partial(Autoencoder, images),
+        "DNI k=8": partial(Autoencoder, images, synthesizer=synthesizer, every=8),
+        "by hand k=8": partial(Autoencoder, images, every=8, between="surrogate"),
     }

@@ -17,8 +17,10 @@ import claims
 import fused_dni as fd
 import races
 import rates
-from races import arms, autoencoder, compression, encoder, word_model
-from races.arms import Racer
+from fused_dni.experiments import perceptual, tops
+from fused_dni.experiments.data import Dataset, Split
+from fused_dni.experiments.tops import Racer
+from races import autoencoder, compression, corpus, encoder, word_model
 from races.word_model import RATE, Setting, Words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +34,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     file.write_text("\n".join(lines[i % 2 if i % 3 else 0] for i in range(1200)))
     monkeypatch.setenv("CORPUS", str(file))
     monkeypatch.setattr(word_model, "compiled_loss", lambda: word_model.dense_loss)
-    caches = (arms.text, word_model.corpus, compression.prepared)
+    caches = (corpus.text, word_model.corpus, compression.prepared)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -42,15 +44,16 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = torch.rand(200, 784).square()
-    monkeypatch.setattr(autoencoder, "digits", lambda: (drawn, drawn[:20]))
-    monkeypatch.setattr(autoencoder, "BATCH", 4)
+    drawn = Split(torch.rand(200, 784).square(), torch.zeros(200, dtype=torch.int64))
+    found = perceptual.Images(Dataset("drawn", drawn, Split(*(part[:20] for part in drawn))))
+    monkeypatch.setattr(autoencoder, "images", lambda: found)
+    monkeypatch.setattr(perceptual, "BATCH", 4)
 
 
 @pytest.fixture
 def toy(text: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder that knows the text's words."""
-    known = {w: i + 2 for i, w in enumerate(sorted(set(arms.text())))}
+    known = {w: i + 2 for i, w in enumerate(sorted(set(corpus.text())))}
 
     def made() -> tuple[encoder.Encoder, dict[str, int]]:
         torch.manual_seed(0)
@@ -80,7 +83,7 @@ def word(**options: Any) -> Words:
 MADE: dict[str, tuple[Callable[..., Racer], dict[str, Any], str]] = {
     "words": (word, {}, "text"),
     "perceptual": (
-        lambda **options: autoencoder.Autoencoder(1, **options),
+        lambda **options: perceptual.Autoencoder(autoencoder.images(), 1, **options),
         {"synthesizer": autoencoder.difference},
         "images",
     ),
@@ -98,7 +101,7 @@ def made(
 ) -> tuple[Callable[..., Racer], dict[str, Any]]:
     make, decoupled, needs = MADE[request.param]
     request.getfixturevalue(needs)
-    monkeypatch.setattr(arms, "WARMUP", 3)
+    monkeypatch.setattr(tops, "WARMUP", 3)
     return make, decoupled
 
 
@@ -184,7 +187,7 @@ def test_what_an_arm_needs(every: int | None, between: Any, synthesizer: bool) -
 def test_word_models_learn(text: None, name: str) -> None:
     racer = word_model.grid(TINY)[name][1](1)
     before = racer.loss()
-    for _ in range(arms.WARMUP + 40):
+    for _ in range(tops.WARMUP + 40):
         racer.step()
     assert racer.loss() < before * (0.85 if "full steps" in name else 0.7)
     if racer.schedule is not None:
@@ -245,7 +248,7 @@ def test_between_full_steps_the_head_learns_from_samples(
     text: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the bottom as without that, from the same prediction."""
-    monkeypatch.setattr(arms, "WARMUP", 3)
+    monkeypatch.setattr(tops, "WARMUP", 3)
     one, two = word(every=4), word(every=4, sampled_between=True)
     for racer in (one, two):
         for _ in range(4):
@@ -290,7 +293,7 @@ def test_rates_are_those_that_were_best(
 def test_autoencoders_look_at_the_critic_when_they_must(
     images: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arms, "WARMUP", 8)
+    monkeypatch.setattr(tops, "WARMUP", 8)
     for name, make in races.perceptual().items():
         racer, looks = make(1), 0
 
@@ -308,7 +311,7 @@ def test_autoencoders_look_at_the_critic_when_they_must(
 
 
 def test_compressions_learn(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms, "WARMUP", 8)
+    monkeypatch.setattr(tops, "WARMUP", 8)
     for name, make in races.sentence().items():
         racer = make(1)
         before = racer.loss()
@@ -340,7 +343,7 @@ def test_what_a_race_lacks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CORPUS", raising=False)
-    arms.text.cache_clear()
+    corpus.text.cache_clear()
     word_model.corpus.cache_clear()
     with pytest.raises(ValueError, match="CORPUS is not set"):
         races.words()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import os
-import re
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-import fused_dni as fd
+from fused_dni.modules.decoupled import Decoupled
+from fused_dni.modules.local import backward_local
+from fused_dni.schedule import Schedule
 
 WARMUP = 50
 #: Of steps that are not full:
@@ -57,13 +54,11 @@ class Racer:
         self.every, self.between, self.steps = every, between, 0
         self.lower: list[torch.optim.Optimizer] = []
         self.upper: list[torch.optim.Optimizer] = []
-        self.schedule: fd.Schedule | None = None
+        self.schedule: Schedule | None = None
         if synthesizer is not None:
-            self.bottom = fd.Decoupled(inner, synthesizer)
+            self.bottom = Decoupled(inner, synthesizer)
             # A full step has paid for the true gradient: it is used.
-            self.schedule = fd.Schedule(
-                self.bottom, warmup_steps=WARMUP, target_every=every, mix=1.0
-            )
+            self.schedule = Schedule(self.bottom, warmup_steps=WARMUP, target_every=every, mix=1.0)
 
     def batch(self) -> Any:
         """Draw the next."""
@@ -111,7 +106,7 @@ class Racer:
             elif self.between == "surrogate":
                 self.surrogate(h, batch).backward()
             else:
-                fd.backward_local(h)
+                backward_local(h)
                 self.meanwhile(h.detach(), batch)
         if full or self.between != "dropped":
             for optimizer in self.lower:
@@ -122,26 +117,3 @@ class Racer:
         if self.schedule is not None:
             self.schedule.step()
         self.steps += 1
-
-
-def corpus_path() -> Path:
-    """The text that CORPUS names.
-
-    Raises:
-        ValueError: it is not set, or no file.
-    """
-    path = os.environ.get("CORPUS")
-    if path is None:
-        raise ValueError("CORPUS is not set: the path of a text, plain or gzipped")
-    if not Path(path).is_file():
-        raise ValueError(f"CORPUS is no file: {path}")
-    return Path(path)
-
-
-@lru_cache
-def text() -> list[str]:
-    """Its words and signs."""
-    path = corpus_path()
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    return re.findall(r"[a-z']+|[^\sa-z']", raw.decode("utf-8", "replace").lower())
