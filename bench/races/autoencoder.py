@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class Autoencoder(Racer):
         synthesizer: makes one.
         every, between: see :class:`Racer`; the surrogate is the squared error of pixels.
         maps: images have the shape [1, 28, 28], for synthesizers that are convolutions; else [784].
+        rate: of the synthesizer. A weight of a convolution counts at every pixel: it needs a lower
+            one than a weight a feature.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Autoencoder(Racer):
         every: int | None = None,
         between: Between = "prediction",
         maps: bool = False,
+        rate: float = 1e-3,
     ) -> None:
         torch.manual_seed(seed)
         self.shape = (1, 28, 28) if maps else (784,)
@@ -77,8 +81,12 @@ class Autoencoder(Racer):
             nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 784), nn.Sigmoid(),
             nn.Unflatten(1, self.shape),
         )  # fmt: skip
-        super().__init__(inner, synthesizer() if synthesizer else None, every, between)
-        self.lower = [torch.optim.Adam(self.bottom.parameters(), 1e-3)]
+        made = synthesizer() if synthesizer else None
+        super().__init__(inner, made, every, between)
+        groups: list[dict[str, Any]] = [{"params": inner.parameters()}]
+        if made is not None:
+            groups.append({"params": made.parameters(), "lr": rate})
+        self.lower = [torch.optim.Adam(groups, 1e-3)]
 
     def batch(self) -> Tensor:
         return self.train[torch.randint(len(self.train), (BATCH,))]
