@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 class Frozen(nn.Module):
-    """Features of a convolutional network that is not trained: images to [N, F]."""
+    """Features of a convolutional network that is not trained: [N, 784] to [N, F]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class Frozen(nn.Module):
 def pixels(h: Tensor, x: Tensor | None) -> Tensor:
     """The squared error of an image's pixels: [N]."""
     assert x is not None
-    return (h - x).square().flatten(1).sum(1)
+    return (h - x).square().sum(1)
 
 
 class Autoencoder(Racer):
@@ -58,9 +57,6 @@ class Autoencoder(Racer):
     Args:
         synthesizer: makes one.
         every, between: see :class:`Racer`; the surrogate is the squared error of pixels.
-        maps: images have the shape [1, 28, 28], for synthesizers that are convolutions; else [784].
-        rate: of the synthesizer. A weight of a convolution counts at every pixel: it needs a lower
-            one than a weight a feature.
     """
 
     def __init__(
@@ -69,24 +65,16 @@ class Autoencoder(Racer):
         synthesizer: Callable[[], nn.Module] | None = None,
         every: int | None = None,
         between: Between = "prediction",
-        maps: bool = False,
-        rate: float = 1e-3,
     ) -> None:
         torch.manual_seed(seed)
-        self.shape = (1, 28, 28) if maps else (784,)
-        self.train, self.apart = (part.view(-1, *self.shape) for part in digits())
+        self.train, self.apart = digits()
         self.critic = Frozen()
         inner = nn.Sequential(
-            nn.Flatten(1), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 32),
+            nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 32),
             nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 784), nn.Sigmoid(),
-            nn.Unflatten(1, self.shape),
         )  # fmt: skip
-        made = synthesizer() if synthesizer else None
-        super().__init__(inner, made, every, between)
-        groups: list[dict[str, Any]] = [{"params": inner.parameters()}]
-        if made is not None:
-            groups.append({"params": made.parameters(), "lr": rate})
-        self.lower = [torch.optim.Adam(groups, 1e-3)]
+        super().__init__(inner, synthesizer() if synthesizer else None, every, between)
+        self.lower = [torch.optim.Adam(self.bottom.parameters(), 1e-3)]
 
     def batch(self) -> Tensor:
         return self.train[torch.randint(len(self.train), (BATCH,))]
@@ -123,12 +111,6 @@ def gain() -> nn.Module:
     return fd.SurrogateSynthesizer(784, pixels)
 
 
-def convolved() -> nn.Module:
-    """The same, and what a small convolution adds that sees image, reconstruction, difference."""
-    correction = fd.ConvSynthesizer(1, hidden=8, kernel_size=5, difference=True)
-    return fd.SurrogateSynthesizer(1, pixels, correction)
-
-
 def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
     """Backprop, a surrogate made by hand, and synthetic gradients of several forms."""
     digits()
@@ -144,6 +126,4 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
         "DNI k=16": arm(synthesizer=difference, every=16),
         "DNI k=8, surrogate": arm(synthesizer=gain, every=8),
         "DNI k=16, surrogate": arm(synthesizer=gain, every=16),
-        "DNI k=8, surrogate and convolution": arm(synthesizer=convolved, every=8, maps=True),
-        "DNI k=16, surrogate and convolution": arm(synthesizer=convolved, every=16, maps=True),
     }
