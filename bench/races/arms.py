@@ -124,6 +124,12 @@ class Racer:
         self.steps += 1
 
 
+def squared_error(h: Tensor, t: Tensor | None) -> Tensor:
+    """The squared distance of h from what it should be: [N]."""
+    assert t is not None
+    return (h - t).square().sum(1)
+
+
 def corpus_path() -> Path:
     """The text that CORPUS names.
 

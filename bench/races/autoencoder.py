@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fused_dni as fd
 from fused_dni.experiments import data
 
-from .arms import Between, Racer
+from .arms import Between, Racer, squared_error
 
 BATCH = 64
 
@@ -43,12 +43,6 @@ class Frozen(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         made: Tensor = self.layers(images.view(-1, 1, 28, 28)).flatten(1)
         return made
-
-
-def pixels(h: Tensor, x: Tensor | None) -> Tensor:
-    """The squared error of an image's pixels: [N]."""
-    assert x is not None
-    return (h - x).square().sum(1)
 
 
 class Autoencoder(Racer):
@@ -91,7 +85,7 @@ class Autoencoder(Racer):
         return (self.critic(h) - wanted).square().sum(1).mean()
 
     def surrogate(self, h: Tensor, batch: Tensor) -> Tensor:
-        return pixels(h, batch).mean()
+        return squared_error(h, batch).mean()
 
     def loss(self) -> float:
         with torch.no_grad():
@@ -108,7 +102,7 @@ def difference() -> nn.Module:
 
 def gain() -> nn.Module:
     """The surrogate's gradient, as much of it as is learned."""
-    return fd.SurrogateSynthesizer(784, pixels)
+    return fd.SurrogateSynthesizer(784, squared_error)
 
 
 def perceptual() -> dict[str, Callable[[int], Autoencoder]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 
-from .arms import Between, Racer, text
+from .arms import Between, Racer, squared_error, text
 from .encoder import Encoder, pretrained
 
 # Words a sentence, sentences a batch, numbers that a word's embedding is squeezed through.
@@ -59,12 +59,6 @@ def prepared() -> tuple[Encoder, Sentences, Sentences]:
     )
 
 
-def distance(h: Tensor, t: Tensor | None) -> Tensor:
-    """The squared distance of embeddings from the encoder's own: [N]."""
-    assert t is not None
-    return (h - t).square().sum(1)
-
-
 class Compression(Racer):
     """The compression in training.
 
@@ -100,7 +94,7 @@ class Compression(Racer):
         return (self.encoder(h) - batch.vectors).square().sum(1).mean()
 
     def surrogate(self, h: Tensor, batch: Sentences) -> Tensor:
-        return distance(h.flatten(0, 1), batch.embedded.flatten(0, 1)).mean()
+        return squared_error(h.flatten(0, 1), batch.embedded.flatten(0, 1)).mean()
 
     def loss(self) -> float:
         """Squared distance of a sentence's vector from its own: 2 less twice their cosine."""
@@ -113,11 +107,7 @@ def difference(width: int) -> nn.Module:
 
 
 def gain(width: int) -> nn.Module:
-    return fd.SurrogateSynthesizer(width, distance)
-
-
-def mlp(width: int) -> nn.Module:
-    return fd.SurrogateSynthesizer(width, distance, fd.MLPSynthesizer(width, 256, difference=True))
+    return fd.SurrogateSynthesizer(width, squared_error)
 
 
 def sentence() -> dict[str, Callable[[int], Compression]]:
