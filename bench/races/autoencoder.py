@@ -10,7 +10,8 @@ from torch import nn
 
 import fused_dni as fd
 from fused_dni.experiments import data
-from fused_dni.experiments.perceptual import Autoencoder, Images, pixels
+from fused_dni.experiments.perceptual import Autoencoder, Images
+from fused_dni.experiments.tops import squared_error
 
 
 @lru_cache
@@ -29,13 +30,7 @@ def difference() -> nn.Module:
 
 def gain() -> nn.Module:
     """The surrogate's gradient, as much of it as is learned."""
-    return fd.SurrogateSynthesizer(784, pixels)
-
-
-def convolved() -> nn.Module:
-    """The same, and what a small convolution adds that sees image, reconstruction, difference."""
-    correction = fd.ConvSynthesizer(1, hidden=8, kernel_size=5, difference=True)
-    return fd.SurrogateSynthesizer(1, pixels, correction)
+    return fd.SurrogateSynthesizer(784, squared_error)
 
 
 def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
@@ -52,6 +47,4 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
         "DNI k=16": arm(synthesizer=difference, every=16),
         "DNI k=8, surrogate": arm(synthesizer=gain, every=8),
         "DNI k=16, surrogate": arm(synthesizer=gain, every=16),
-        "DNI k=8, surrogate and convolution": arm(synthesizer=convolved, every=8, maps=True),
-        "DNI k=16, surrogate and convolution": arm(synthesizer=convolved, every=16, maps=True),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni.experiments.tops import Between, Racer
+from fused_dni.experiments.tops import Between, Racer, squared_error
 
 from .corpus import text
 from .encoder import Encoder, pretrained
@@ -60,12 +60,6 @@ def prepared() -> tuple[Encoder, Sentences, Sentences]:
     )
 
 
-def distance(h: Tensor, t: Tensor | None) -> Tensor:
-    """The squared distance of embeddings from the encoder's own: [N]."""
-    assert t is not None
-    return (h - t).square().sum(1)
-
-
 class Compression(Racer):
     """The compression in training.
 
@@ -101,7 +95,7 @@ class Compression(Racer):
         return (self.encoder(h) - batch.vectors).square().sum(1).mean()
 
     def surrogate(self, h: Tensor, batch: Sentences) -> Tensor:
-        return distance(h.flatten(0, 1), batch.embedded.flatten(0, 1)).mean()
+        return squared_error(h.flatten(0, 1), batch.embedded.flatten(0, 1)).mean()
 
     def loss(self) -> float:
         """Squared distance of a sentence's vector from its own: 2 less twice their cosine."""
@@ -114,11 +108,7 @@ def difference(width: int) -> nn.Module:
 
 
 def gain(width: int) -> nn.Module:
-    return fd.SurrogateSynthesizer(width, distance)
-
-
-def mlp(width: int) -> nn.Module:
-    return fd.SurrogateSynthesizer(width, distance, fd.MLPSynthesizer(width, 256, difference=True))
+    return fd.SurrogateSynthesizer(width, squared_error)
 
 
 def sentence() -> dict[str, Callable[[int], Compression]]:

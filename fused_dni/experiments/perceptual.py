@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dni.experiments.data import DataError, Dataset
-from fused_dni.experiments.tops import Between, Racer
+from fused_dni.experiments.tops import Between, Racer, squared_error
 from fused_dni.synthesizers import DifferenceSynthesizer
 
 BATCH, RATE = 64, 1e-3
@@ -64,12 +64,6 @@ class Images:
         self.apart = apart[:HELD_OUT]
 
 
-def pixels(h: Tensor, x: Tensor | None) -> Tensor:
-    """The squared error of an image's pixels: [N]."""
-    assert x is not None
-    return (h - x).square().flatten(1).sum(1)
-
-
 class Autoencoder(Racer):
     """The autoencoder in training.
 
@@ -78,7 +72,6 @@ class Autoencoder(Racer):
         seed: of its parameters and batches.
         synthesizer: makes one.
         every, between: see :class:`Racer`; the surrogate is the squared error of pixels.
-        maps: h has the shape [N, 1, S, S], for synthesizers that are convolutions; else [N, S * S].
     """
 
     def __init__(
@@ -88,23 +81,20 @@ class Autoencoder(Racer):
         synthesizer: Callable[[], nn.Module] | None = None,
         every: int | None = None,
         between: Between = "prediction",
-        maps: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         self.images, n = images, images.side**2
-        self.shape = (1, images.side, images.side) if maps else (n,)
         self.critic = Critic()
         inner = nn.Sequential(
-            nn.Flatten(1), nn.Linear(n, 256), nn.ReLU(), nn.Linear(256, 32),
+            nn.Linear(n, 256), nn.ReLU(), nn.Linear(256, 32),
             nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, n), nn.Sigmoid(),
-            nn.Unflatten(1, self.shape),
         )  # fmt: skip
         super().__init__(inner, synthesizer() if synthesizer else None, every, between)
         self.lower = [torch.optim.Adam(self.bottom.parameters(), RATE)]
 
     def batch(self) -> Tensor:
         train = self.images.train
-        return train[torch.randint(len(train), (BATCH,))].view(-1, *self.shape)
+        return train[torch.randint(len(train), (BATCH,))]
 
     def below(self, batch: Tensor) -> Tensor:
         context = {} if self.schedule is None else {"context": batch}
@@ -121,10 +111,10 @@ class Autoencoder(Racer):
         return made
 
     def surrogate(self, h: Tensor, batch: Tensor) -> Tensor:
-        return pixels(h, batch).mean()
+        return squared_error(h, batch).mean()
 
     def loss(self) -> float:
-        apart = self.images.apart.view(-1, *self.shape)
+        apart = self.images.apart
         with torch.no_grad():
             return float(self.above(self.inner(apart), apart))
 

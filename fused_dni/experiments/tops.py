@@ -117,3 +117,9 @@ class Racer:
         if self.schedule is not None:
             self.schedule.step()
         self.steps += 1
+
+
+def squared_error(h: Tensor, t: Tensor | None) -> Tensor:
+    """The squared distance of h from what it should be: [N]."""
+    assert t is not None
+    return (h - t).square().sum(1)
