@@ -10,11 +10,10 @@ FIRST = 4  # k before anything has been measured, within the bounds
 SMOOTHED = 8  # targets: what is older weighs less than 1/e
 PATIENCE = 4  # targets at a k before it may change
 FACTOR = 2**0.5  # of the next k over this one, and back
-# By how much a rate has to be better for a k that is longer, or shorter. A k that is too short
-# costs a part of the time; under one that is too long the synthesizer loses the gradient.
-LONGER, SHORTER = 0.10, 0.02
-# Targets after which a longer k that was left is tried again; each return doubles it.
-AGAIN, RAREST = 32, 1024
+MARGIN = 0.05  # by how much the best rate has to be better than that of this k
+# Targets at a k after which nothing is held to be known of others; each return to a shorter one
+# doubles it.
+AGAIN, RAREST = 16, 1024
 TIMED = 16  # cycles that the measured costs are medians of
 
 
@@ -54,7 +53,7 @@ class Pace:
         self.k = min(max(FIRST, bounds[0]), bounds[1])
         self._sums: list[list[float]] = []  # by layer (s-g)**2 and g*g at this k
         self._count = 0  # targets at this k
-        self._other: tuple[int, float] | None = None  # the k before this one, and its q
+        self._other: tuple[int, float] | None = None  # the k before this one, and its r2
         self._again = AGAIN
         self._plain: list[float] = []  # seconds of a step without a target, by cycle
         self._targets: list[float] = []  # seconds of a step with one
@@ -93,7 +92,7 @@ class Pace:
             self._move(self.k + 1, None)  # a step without a target is to be timed
 
     def explained(self) -> float:
-        """q at this k: the part of the gradient that is predicted, 1 - |s - g|^2 / |g|^2, of the
+        """r2 at this k: the part of the gradient that is predicted, 1 - |s - g|^2 / |g|^2, of the
         layer that is predicted worst."""
         return min(1.0 - error / size for error, size in self._sums)
 
@@ -106,42 +105,51 @@ class Pace:
         plain = median(self._plain)
         return max(median(self._targets) - plain, 0.0) / plain
 
-    def rate(self, k: int, q: float, ratio: float) -> float:
-        """Gain per time of cycles of k steps, in which a predicted step gains q."""
-        return (self.mix + (k - self.mix) * q) / (k + ratio)
+    def best(self, here: float, falls: float, ratio: float) -> tuple[int, float, float]:
+        """The k of the best rate, that rate, and the rate at this k.
+
+        Args:
+            here: r2 at this k.
+            falls: the factor by which r2 falls with each step that k is longer.
+            ratio: what a target adds, in steps without one.
+        """
+        least, most = self.bounds
+        explained = {k: min(here * falls ** (k - self.k), 1.0) for k in range(1, most + 1)}
+        rates = {
+            k: self._rate(k, explained[k], explained[1], ratio) for k in range(least, most + 1)
+        }
+        k = max(rates, key=lambda k: (rates[k], -k))
+        return k, rates[k], rates[self.k]
+
+    def _rate(self, k: int, explained: float, fresh: float, ratio: float) -> float:
+        gain = explained - (k - 1) * (fresh - explained)
+        return (self.mix + (k - self.mix) * gain) / (k + ratio)
 
     def _decide(self, ratio: float) -> None:
-        """Go one part of the way to the k whose rate is best, if it is better by the margin."""
-        here = self.explained()
-        if self._other is not None and self._other[0] > self.k and self._count >= self._again:
+        """Go a part of the way to the k whose rate is best, if it is better by the margin."""
+        if self._count >= self._again:
             self._other = None
-        falls = self._fall(here)
-        least, most = self.bounds
-        rates = [
-            (self.rate(k, min(here * falls ** (k - self.k), 1.0), ratio), k)
-            for k in range(least, most + 1)
-        ]
-        best, wanted = max(rates, key=lambda pair: (pair[0], -pair[1]))
-        now = rates[self.k - least][0]
-        margin = LONGER if wanted > self.k else SHORTER
-        if wanted == self.k or best - now <= margin * abs(now):
+        here = self.explained()
+        wanted, best, now = self.best(here, self._falls(here), ratio)
+        if best - now <= MARGIN * abs(now):
             return
         if wanted > self.k:
-            self._move(min(max(round(self.k * FACTOR), self.k + 1), wanted), here)
-            return
-        self._again = min(2 * self._again, RAREST)
-        self._move(max(min(round(self.k / FACTOR), self.k - 1), wanted), here)
+            k = min(max(round(self.k * FACTOR), self.k + 1), wanted)
+        else:
+            k = max(min(round(self.k / FACTOR), self.k - 1), wanted)
+            self._again = min(2 * self._again, RAREST)
+        self._move(k, here)
 
-    def _fall(self, here: float) -> float:
-        """The factor by which q falls with each step of k, from this k and the one before."""
+    def _falls(self, here: float) -> float:
+        """The factor by which r2 falls with each step of k, from this k and the one before."""
         if self._other is None or here <= 0.0 or self._other[1] <= 0.0:
             return 1.0
-        k, q = self._other
-        fall: float = (here / q) ** (1.0 / (self.k - k))
-        return min(fall, 1.0)
+        k, there = self._other
+        factor: float = (here / there) ** (1.0 / (self.k - k))
+        return min(factor, 1.0)
 
     def _move(self, k: int, here: float | None) -> None:
-        """Take another k; of this one its q is kept, if it is given."""
+        """Take another k; of this one its r2 is kept, if it is given."""
         if k != self.k:
             self._other = None if here is None else (self.k, here)
             self.k = k
