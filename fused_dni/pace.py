@@ -11,9 +11,9 @@ SMOOTHED = 8  # targets: what is older weighs less than 1/e
 PATIENCE = 4  # targets at a k before it may change
 FACTOR = 2**0.5  # of the next k over this one, and back
 MARGIN = 0.05  # by how much the best rate has to be better than that of this k
-# Targets at a k after which nothing is held to be known of others; each return to a shorter one
-# doubles it.
+# Targets behind a return from a longer k before one is tried again; each return doubles it.
 AGAIN, RAREST = 16, 1024
+FADES = 8  # targets in which r2 at shorter k, once better, comes near to what it is at this k
 TIMED = 16  # cycles that the measured costs are medians of
 
 
@@ -31,12 +31,20 @@ class Seen(NamedTuple):
 
 
 class Pace:
-    """Choose k by the gain per second, from step to step with targets.
+    """Choose k by the gain per time, from step to step with targets.
 
-    A step by the true gradient gains 1 and one by a prediction q(k); a cycle of k steps takes the
-    time of k + ``cost_ratio`` steps without a target. Its gain per time is::
+    r2(k) is the part of the gradient g that the prediction s explains, 1 - |s - g|^2 / |g|^2, as
+    measured on steps with targets: there the prediction is k steps old, the oldest of its cycle.
+    Of that, a step by a prediction gains, when one by the true gradient gains 1::
 
-        rate(k) = (mix + (1 - mix) q(k) + (k - 1) q(k)) / (k + cost_ratio)
+        q(k) = r2(k) - (k - 1) (r2(1) - r2(k))
+        rate(k) = (mix + (k - mix) q(k)) / (k + cost_ratio)
+
+    The first term is what is left of the gain of a step, in the second order, where its length is
+    the best for the true gradient. What no k explains differs from row to row, and that is all it
+    takes. What r2 falls by with k is an error that the k - 1 predicted steps of a cycle have in
+    common: it adds up, and counts once for each. r2 elsewhere than at k is extrapolated as
+    a * r**k, r being the least that this k and another say, and 1 where no other is known.
 
     Args:
         bounds: the least and the largest k.
@@ -53,7 +61,8 @@ class Pace:
         self.k = min(max(FIRST, bounds[0]), bounds[1])
         self._sums: list[list[float]] = []  # by layer (s-g)**2 and g*g at this k
         self._count = 0  # targets at this k
-        self._other: tuple[int, float] | None = None  # the k before this one, and its r2
+        self._known: dict[int, float] = {}  # r2 at other k
+        self._barred = 0  # targets for which k may not grow
         self._again = AGAIN
         self._plain: list[float] = []  # seconds of a step without a target, by cycle
         self._targets: list[float] = []  # seconds of a step with one
@@ -83,6 +92,10 @@ class Pace:
             sums[0] = keep * sums[0] + layer.squared_error
             sums[1] = keep * sums[1] + layer.g_dot_g
         self._count += 1
+        here = self.explained()
+        self._barred = max(self._barred - 1, 0)
+        if not self._barred:  # longer ones are to be tried
+            self._known = {k: there for k, there in self._known.items() if k < self.k}
         if self._count < PATIENCE:
             return
         ratio = self.ratio()
@@ -90,6 +103,9 @@ class Pace:
             self._decide(ratio)
         elif self.k < self.bounds[1] and self.explained() > 0.0:
             self._move(self.k + 1, None)  # a step without a target is to be timed
+        for k, there in self._known.items():
+            if k < self.k and there > here:
+                self._known[k] = there + (here - there) / FADES
 
     def explained(self) -> float:
         """r2 at this k: the part of the gradient that is predicted, 1 - |s - g|^2 / |g|^2, of the
@@ -127,31 +143,34 @@ class Pace:
 
     def _decide(self, ratio: float) -> None:
         """Go a part of the way to the k whose rate is best, if it is better by the margin."""
-        if self._count >= self._again:
-            self._other = None
         here = self.explained()
         wanted, best, now = self.best(here, self._falls(here), ratio)
         if best - now <= MARGIN * abs(now):
             return
-        if wanted > self.k:
-            k = min(max(round(self.k * FACTOR), self.k + 1), wanted)
-        else:
-            k = max(min(round(self.k / FACTOR), self.k - 1), wanted)
-            self._again = min(2 * self._again, RAREST)
-        self._move(k, here)
+        if wanted < self.k:
+            self._barred, self._again = self._again, min(2 * self._again, RAREST)
+            self._move(max(min(round(self.k / FACTOR), self.k - 1), wanted), here)
+        elif not self._barred:
+            self._move(min(max(round(self.k * FACTOR), self.k + 1), wanted), here)
 
     def _falls(self, here: float) -> float:
-        """The factor by which r2 falls with each step of k, from this k and the one before."""
-        if self._other is None or here <= 0.0 or self._other[1] <= 0.0:
-            return 1.0
-        k, there = self._other
-        factor: float = (here / there) ** (1.0 / (self.k - k))
-        return min(factor, 1.0)
+        """The factor by which r2 falls with each step of k: the least that what is known of this
+        k and another says."""
+        factors = [
+            (here / there) ** (1.0 / (self.k - k))
+            for k, there in self._known.items()
+            if k != self.k and there > 0.0 < here
+        ]
+        least: float = min([1.0, *factors])
+        return least
 
     def _move(self, k: int, here: float | None) -> None:
-        """Take another k; of this one its r2 is kept, if it is given."""
+        """Take another k. Of this one r2 is kept; nothing of any if it is None."""
+        if here is None:
+            self._known = {}
         if k != self.k:
-            self._other = None if here is None else (self.k, here)
+            if here is not None:
+                self._known[self.k] = here
             self.k = k
             self._sums, self._count = [], 0
 
@@ -161,7 +180,8 @@ class Pace:
             "k": self.k,
             "sums": [list(sums) for sums in self._sums],
             "count": self._count,
-            "other": self._other,
+            "known": [[k, there] for k, there in self._known.items()],
+            "barred": self._barred,
             "again": self._again,
             "plain": list(self._plain),
             "targets": list(self._targets),
@@ -172,7 +192,7 @@ class Pace:
         least, most = self.bounds
         self.k = min(max(int(state["k"]), least), most)
         self._sums = [list(sums) for sums in state["sums"]]
-        self._count, self._again = int(state["count"]), int(state["again"])
-        other = state["other"]
-        self._other = None if other is None else (int(other[0]), float(other[1]))
+        self._count = int(state["count"])
+        self._barred, self._again = int(state["barred"]), int(state["again"])
+        self._known = {int(k): float(there) for k, there in state["known"]}
         self._plain, self._targets = list(state["plain"]), list(state["targets"])

@@ -48,25 +48,27 @@ class Schedule:
             between calls of :meth:`step`: then k depends on the clock, and a run repeated need not
             have the same bits; with a number it has.
 
-    ``target_every="auto"``: a step by the true gradient gains 1, one by a prediction s of g
+    ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
+    explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
+    old as any of their cycle. When a step by the true gradient gains 1, one by a prediction gains
+    q(k), and k follows the gain per time::
 
-        q(k) = 1 - sum((s - g)**2) / sum(g**2),
+        q(k) = r2(k) - (k - 1) * (r2(1) - r2(k))
+        rate(k) = (mix + (k - mix) * q(k)) / (k + cost_ratio)
 
-    the part of the gradient that is explained: what is left of a step's gain, in the second order,
-    where its length is the one that gains most. It is measured on steps with targets, where the
-    prediction is as old as any of its cycle. k follows the gain per time,
+    What r2 falls by with k is an error that the predicted steps of a cycle have in common, so it
+    counts once for each; what no k explains does not. r2 elsewhere is extrapolated as ``a * r**k``,
+    from this k and those tried before.
 
-        rate(k) = (mix + (k - mix) q(k)) / (k + cost_ratio),
-
-    q being extrapolated from this k and the one before as ``a * r**k``. k starts at 4 and moves by
-    a factor of at most 1.4, behind four or more targets, where the best k of ``bounds`` has a rate
-    that is better by a tenth (to a longer one) or a fiftieth (to a shorter one). A longer k that
-    was left is tried again after 32 targets, then 64, and so on. A sum of s*g that is not
-    positive makes k the least at once. Of several layers the one that is predicted worst counts;
-    recurrent ones, which learn from the next window, and frozen synthesizers do not. Parameters
-    above the layers, which learn on steps with targets alone, are not known of: bound k where
-    their learning matters. Twice in a cycle the host waits for the device. Replicas of
-    ``DistributedDataParallel`` choose one k, from the sums over all, and need ``cost_ratio``.
+    k starts at 4 and moves by a factor of about 1.4, behind four or more targets, where the best k
+    of ``bounds`` has a rate that is better by a twentieth. Behind a move to a shorter one it does
+    not grow for 16 targets, then 32, and so on. A sum of s*g that is not positive makes k the least
+    at once; what is not finite is not looked at, nor is warm-up. Of several layers the one that is
+    predicted worst counts; recurrent ones, which learn from the next window, and frozen
+    synthesizers do not. Parameters above the layers, which learn on steps with targets alone, are
+    not known of: bound k where their learning matters. Twice in a cycle the host waits for the
+    device. Replicas of ``DistributedDataParallel`` choose one k, from the sums over all, and need
+    ``cost_ratio``; under ``fully_shard`` give a number.
 
     Attributes:
         steps: steps so far.
@@ -91,7 +93,8 @@ class Schedule:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         auto = target_every == "auto"
-        if target_every is not None and not auto and not _at_least_one(target_every):
+        number = target_every is None or (not isinstance(target_every, str) and target_every >= 1)
+        if not auto and not number:
             raise ValueError(
                 f'target_every must be at least 1, "auto" or None, got {target_every!r}'
             )
@@ -100,7 +103,7 @@ class Schedule:
                 'bounds and cost_ratio go with target_every="auto", got '
                 f"bounds={bounds!r}, cost_ratio={cost_ratio!r} and target_every={target_every!r}"
             )
-        if len(bounds) != 2 or not all(map(_at_least_one, bounds)) or bounds[0] > bounds[1]:
+        if not _are_bounds(bounds):
             raise ValueError(f"bounds must be two integers, 1 <= least <= largest, got {bounds!r}")
         if cost_ratio is not None and not 0.0 <= cost_ratio < float("inf"):
             raise ValueError(
@@ -261,29 +264,50 @@ class Schedule:
         constructor's."""
         if self._pace is None:
             return {"steps": self.steps}
-        pace = {"due": self._due, "distance": self._distance, **self._pace.state_dict()}
+        pace = {
+            "due": self._due,
+            "distance": self._distance,
+            "before": self._before,
+            # Sums that start anew would be rounded otherwise.
+            "statistics": [layer.statistics.tolist() for layer in self._measuring],
+            **self._pace.state_dict(),
+        }
         return {"steps": self.steps, "pace": pace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; load the model first. With "auto", from a
-        state without it, k starts anew, and the coming step (behind warm-up) has a target."""
-        self.steps = int(state["steps"])
-        if self._pace is not None:
-            pace = state.get("pace")
-            if pace is None:
-                self._pace = Pace(self._pace.bounds, self._pace.cost_ratio, self._pace.mix)
-                # How old its prediction will be is not known: not as old as any cycle.
-                self._due, self._distance = max(self.steps, self.warmup_steps), 0
-            else:
-                self._pace.load_state_dict(pace)
-                self._due, self._distance = int(pace["due"]), int(pace["distance"])
+        """Continue where :meth:`state_dict` was taken. With "auto", the layers' running sums (see
+        :func:`fused_dni.diagnostics`) go on too; from a state without it k starts anew, and the
+        coming step, or the first behind warm-up, has a target.
+
+        Raises:
+            ValueError: the state of a model with another number of layers that can learn. Nothing
+                was changed.
+        """
+        pace, found = self._pace, state.get("pace")
+        if pace is not None and found is not None:
+            if len(found["statistics"]) != len(self._measuring):
+                raise ValueError(
+                    f"the state is of {len(found['statistics'])} layers whose synthesizers learn; "
+                    f"this model has {len(self._measuring)}"
+                )
+            pace.load_state_dict(found)
+            self._due, self._distance = int(found["due"]), int(found["distance"])
+            self._before = [list(sums) for sums in found["before"]]
+            for layer, sums in zip(self._measuring, found["statistics"], strict=True):
+                layer.statistics.copy_(torch.tensor(sums, dtype=torch.float64))
+        elif pace is not None:
+            self._pace = Pace(pace.bounds, pace.cost_ratio, pace.mix)
+            # How old its prediction will be is not known: not as old as any cycle.
+            self._due, self._distance = max(int(state["steps"]), self.warmup_steps), 0
             self._before = self._sums()
-            self._began = self._ended = self._plain = None
+        self._began = self._ended = self._plain = None
+        self.steps = int(state["steps"])
         self._tell()
 
 
-def _at_least_one(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+def _are_bounds(given: Any) -> bool:
+    two = isinstance(given, (tuple, list)) and len(given) == 2
+    return two and all(isinstance(k, int) for k in given) and 1 <= given[0] <= given[1]
 
 
 def _can_learn(layer: DecoupledModule) -> bool:
