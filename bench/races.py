@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ WARMUP = 50
 RATE = 2e-3
 
 
-def scheduled(bottom: nn.Module, every: int) -> fd.Schedule:
+def scheduled(bottom: nn.Module, every: int | Literal["auto"]) -> fd.Schedule:
     """Targets on every so-manieth step, which use the true gradient."""
     return fd.Schedule(bottom, warmup_steps=WARMUP, target_every=every, mix=1.0)
 
@@ -202,7 +202,7 @@ class Autoencoder:
 
     Args:
         synthesizer: makes one; None for backprop.
-        every: targets on every so-manieth step.
+        every: targets on every so-manieth step; "auto" by what they cost on the clock.
         by_hand: on the other steps the squared error of pixels stands for the loss.
     """
 
@@ -210,7 +210,7 @@ class Autoencoder:
         self,
         seed: int,
         synthesizer: Callable[[], nn.Module] | None = None,
-        every: int = 1,
+        every: int | Literal["auto"] = 1,
         by_hand: bool = False,
     ) -> None:
         torch.manual_seed(seed)
@@ -243,7 +243,7 @@ class Autoencoder:
             else:
                 fd.backward_local(h)
             self.schedule.step()
-        elif self.by_hand and self.steps >= WARMUP and self.steps % self.every:
+        elif self.by_hand and self.steps >= WARMUP and self.steps % int(self.every):
             (self.bottom(x) - x).square().sum(1).mean().backward()
         else:
             self._loss(self.bottom(x), x).backward()
@@ -273,5 +273,6 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
         "DNI k=8, dense": lambda seed: Autoencoder(seed, dense, 8),
         "DNI k=8": lambda seed: Autoencoder(seed, difference, 8),
         "DNI k=16": lambda seed: Autoencoder(seed, difference, 16),
+        "DNI auto": lambda seed: Autoencoder(seed, difference, "auto"),
         "by hand k=8": lambda seed: Autoencoder(seed, every=8, by_hand=True),
     }

@@ -13,7 +13,7 @@ FACTOR = 2**0.5  # of the next k over this one, and back
 MARGIN = 0.05  # by how much the best rate has to be better than that of this k
 # Targets behind a return from a longer k before one is tried again; each return doubles it.
 AGAIN, RAREST = 16, 1024
-FADES = 8  # targets in which r2 at shorter k, once better, comes near to what it is at this k
+FADES = 24  # targets in which r2 at shorter k, once better, comes near to what it is at this k
 TIMED = 16  # cycles that the measured costs are medians of
 
 
