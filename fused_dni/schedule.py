@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Phase
 from fused_dni.modules.recurrent import Recurrent
+from fused_dni.ops.types import G_DOT_G, S_DOT_G, SQUARED_ERROR
+from fused_dni.pace import Pace, Seen
 
 # So many steps with targets that bring none, one after another, are said.
 LOOK = 32
+BOUNDS = 1, 64  # of k, where it is chosen
 
 
 class LossScaler(Protocol):
     """What is needed of a ``torch.amp.GradScaler``."""
 
     def get_scale(self) -> float: ...
-
-
-def _can_learn(layer: DecoupledModule) -> bool:
-    slots = (*layer.parameters_behind(), *layer.synthesizer_parameters())
-    return any([p is not None and p.requires_grad for p in slots])
 
 
 class Schedule:
@@ -37,27 +38,77 @@ class Schedule:
         warmup_steps: steps of plain backprop in which synthesizers learn from true gradients.
         target_every: k: synthesizers are trained on every k-th step (the first of them right after
             the warm-up); on the others no gradients between decoupled layers are made at all.
-            None for never.
+            None for never. "auto" has k follow what steps with targets measure (below).
         mix: share of the true gradient in the gradient used, on steps with targets; in [0, 1].
         loss_scale: the factor on the loss, if there is one: a number or a ``GradScaler``, read at
             every :meth:`step` (which therefore comes after ``scaler.update()``).
+        bounds: of "auto", the least and the largest k.
+        cost_ratio: of "auto", what a target adds to a step (what is above, forward and backward,
+            and the synthesizer's lesson), over what a step without one takes. None to time both
+            between calls of :meth:`step`: then k depends on the clock, and a run repeated need not
+            have the same bits; with a number it has.
+
+    ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
+    explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
+    old as any of their cycle. When a step by the true gradient gains 1, one by a prediction gains
+    q(k), and k follows the gain per time::
+
+        q(k) = r2(k) - (k - 1) * (r2(1) - r2(k))
+        rate(k) = (mix + (k - mix) * q(k)) / (k + cost_ratio)
+
+    What r2 falls by with k is an error that the predicted steps of a cycle have in common, so it
+    counts once for each; what no k explains does not. r2 elsewhere is extrapolated as ``a * r**k``,
+    from this k and those tried before.
+
+    k starts at 4 and moves by a factor of about 1.4, behind four or more targets, where the best k
+    of ``bounds`` has a rate that is better by a twentieth. Behind a move to a shorter one it does
+    not grow for 16 targets, then 32, and so on. A sum of s*g that is not positive makes k the least
+    at once; what is not finite is not looked at, nor is warm-up. Of several layers the one that is
+    predicted worst counts; recurrent ones, which learn from the next window, and frozen
+    synthesizers do not. Parameters above the layers, which learn on steps with targets alone, are
+    not known of: bound k where their learning matters. Twice in a cycle the host waits for the
+    device. Replicas of ``DistributedDataParallel`` choose one k, from the sums over all, and need
+    ``cost_ratio``; under ``fully_shard`` give a number.
+
+    Attributes:
+        steps: steps so far.
+        k: steps from one target to the next, as things are; None for never.
 
     Raises:
-        ValueError: an argument out of range, or a model without decoupled layers.
+        ValueError: an argument out of range or that ``target_every`` has no use for; a model
+            without decoupled layers or, with "auto", without a layer whose synthesizer can learn.
+        RuntimeError: by :meth:`step`: replicas without ``cost_ratio``.
     """
 
     def __init__(
         self,
         model: nn.Module,
         warmup_steps: int = 0,
-        target_every: int | None = 1,
+        target_every: int | Literal["auto"] | None = 1,
         mix: float = 0.0,
         loss_scale: float | LossScaler | None = None,
+        bounds: tuple[int, int] = BOUNDS,
+        cost_ratio: float | None = None,
     ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
-        if target_every is not None and target_every < 1:
-            raise ValueError(f"target_every must be at least 1 or None, got {target_every}")
+        auto = target_every == "auto"
+        number = target_every is None or (not isinstance(target_every, str) and target_every >= 1)
+        if not auto and not number:
+            raise ValueError(
+                f'target_every must be at least 1, "auto" or None, got {target_every!r}'
+            )
+        if not auto and (bounds != BOUNDS or cost_ratio is not None):
+            raise ValueError(
+                'bounds and cost_ratio go with target_every="auto", got '
+                f"bounds={bounds!r}, cost_ratio={cost_ratio!r} and target_every={target_every!r}"
+            )
+        if not _are_bounds(bounds):
+            raise ValueError(f"bounds must be two integers, 1 <= least <= largest, got {bounds!r}")
+        if cost_ratio is not None and not 0.0 <= cost_ratio < float("inf"):
+            raise ValueError(
+                f"cost_ratio must be None or at least 0 and finite, got {cost_ratio!r}"
+            )
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"mix must be in [0, 1], got {mix}")
         if isinstance(loss_scale, (int, float)) and not 0.0 < loss_scale < float("inf"):
@@ -78,6 +129,23 @@ class Schedule:
         self._heard = self._lessons()
         self._missed = 0  # steps with targets that brought none, one after another
         self._warned = False
+        self._pace: Pace | None = None
+        if auto:
+            if not any(map(_is_taught, self._learners)):
+                raise ValueError(
+                    'target_every="auto" needs a layer whose synthesizer learns on steps with '
+                    "targets: model has none (recurrent layers learn from the next window, frozen "
+                    "synthesizers not at all); give a number"
+                )
+            self._pace = Pace(bounds, cost_ratio, mix)
+        # Where k is chosen: the step with the next target, how long after the lesson before it,
+        # the sums in front of it; the times of that and of the last step with a target.
+        self._due, self._distance = warmup_steps, 1
+        self._measuring = [m for m in self._learners if auto and _is_taught(m)]
+        self._before = self._sums()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._plain: float | None = None
         self._tell()
 
     def step(self) -> None:
@@ -85,7 +153,64 @@ class Schedule:
         if self.target:
             self._listen()
         self.steps += 1
+        if self._pace is not None:
+            self._choose(self._pace)
         self._tell()
+
+    @property
+    def k(self) -> int | None:
+        """Steps from one target to the next, as things are; None for never."""
+        if self._pace is not None:
+            return self._pace.k
+        return None if self.target_every is None else int(self.target_every)
+
+    def _choose(self, pace: Pace) -> None:
+        """Behind a step with a target take in what it measured; in front of one, begin."""
+        if self.steps == self._due + 1:
+            measured = self._measured()
+            if pace.cost_ratio is None:
+                now = time.perf_counter()
+                pace.time(self._plain, None if self._began is None else now - self._began)
+                self._ended = now
+            pace.observe(measured, self._distance)
+            self._distance = pace.k
+            self._due += pace.k
+        if self.steps == self._due:
+            self._before = self._sums()
+            if pace.cost_ratio is None:
+                self._began = time.perf_counter()
+                steps = self._distance - 1
+                self._plain = None
+                if steps > 0 and self._ended is not None:
+                    self._plain = (self._began - self._ended) / steps
+
+    def _sums(self) -> list[list[float]]:
+        """By layer what its synthesizer was trained on, in the unit 1 (this waits for the device).
+        Units are powers of two: nothing is rounded where one has moved."""
+        found = []
+        for layer in self._measuring:
+            sums, square = layer.statistics.tolist(), layer.unit**2
+            found.append([sums[i] * square for i in (S_DOT_G, G_DOT_G, SQUARED_ERROR)])
+        return found
+
+    def _measured(self) -> list[Seen]:
+        """By layer what was added in a step with a target, in all replicas together."""
+        seen = []
+        for layer, after, before in zip(self._measuring, self._sums(), self._before, strict=True):
+            added = [a - b for a, b in zip(after, before, strict=True)]
+            group = target_unit.replicas(layer)
+            if group is not None:
+                assert self._pace is not None
+                if self._pace.cost_ratio is None:
+                    raise RuntimeError(
+                        'target_every="auto" in replicas of DistributedDataParallel needs '
+                        "cost_ratio: by clocks of their own they would choose different k"
+                    )
+                total = torch.tensor(added, dtype=torch.float64, device=layer.statistics.device)
+                torch.distributed.all_reduce(total, group=group)
+                added = total.tolist()
+            seen.append(Seen(*added))
+        return seen
 
     def _lessons(self) -> list[tuple[Tensor, int]]:
         """What changes with each lesson of a layer, and is known without waiting for a device."""
@@ -125,9 +250,13 @@ class Schedule:
         scale = self.loss_scale
         if scale is not None and not isinstance(scale, (int, float)):
             scale = scale.get_scale()
+        if self._pace is not None:
+            target = self.steps == self._due
+        else:
+            target = self.target_every is not None and past % int(self.target_every) == 0
         return Phase(
             warmup=past < 0,
-            target=self.target_every is not None and past % self.target_every == 0,
+            target=target,
             mix=self.mix,
             loss_scale=scale,
         )
@@ -140,10 +269,64 @@ class Schedule:
                 layer.phase = phase
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count; the arguments are the constructor's."""
-        return {"steps": self.steps}
+        """The step count and, with "auto", all that k is chosen from; the arguments are the
+        constructor's."""
+        if self._pace is None:
+            return {"steps": self.steps}
+        pace = {
+            "due": self._due,
+            "distance": self._distance,
+            "before": self._before,
+            # Sums that start anew would be rounded otherwise.
+            "statistics": [layer.statistics.tolist() for layer in self._measuring],
+            **self._pace.state_dict(),
+        }
+        return {"steps": self.steps, "pace": pace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Continue where :meth:`state_dict` was taken. With "auto", the layers' running sums (see
+        :func:`fused_dni.diagnostics`) go on too; from a state without it k starts anew, and the
+        coming step, or the first behind warm-up, has a target.
+
+        Raises:
+            ValueError: the state of a model with another number of layers that can learn. Nothing
+                was changed.
+        """
+        pace, found = self._pace, state.get("pace")
+        if pace is not None and found is not None:
+            if len(found["statistics"]) != len(self._measuring):
+                raise ValueError(
+                    f"the state is of {len(found['statistics'])} layers whose synthesizers learn; "
+                    f"this model has {len(self._measuring)}"
+                )
+            pace.load_state_dict(found)
+            self._due, self._distance = int(found["due"]), int(found["distance"])
+            self._before = [list(sums) for sums in found["before"]]
+            for layer, sums in zip(self._measuring, found["statistics"], strict=True):
+                layer.statistics.copy_(torch.tensor(sums, dtype=torch.float64))
+        elif pace is not None:
+            self._pace = Pace(pace.bounds, pace.cost_ratio, pace.mix)
+            # How old its prediction will be is not known: not as old as any cycle.
+            self._due, self._distance = max(int(state["steps"]), self.warmup_steps), 0
+            self._before = self._sums()
+        self._began = self._ended = self._plain = None
+        self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()
+
+
+def _are_bounds(given: Any) -> bool:
+    two = isinstance(given, (tuple, list)) and len(given) == 2
+    return two and all(isinstance(k, int) for k in given) and 1 <= given[0] <= given[1]
+
+
+def _is_taught(layer: DecoupledModule) -> bool:
+    """Whether the synthesizer has anything to train."""
+    synthesizer = layer.synthesizer
+    return synthesizer is not None and any(p.requires_grad for p in synthesizer.parameters())
+
+
+def _can_learn(layer: DecoupledModule) -> bool:
+    """Whether anything learns from what arrives: the synthesizer, or parameters behind h."""
+    slots = (*layer.parameters_behind(), *layer.synthesizer_parameters())
+    return any([p is not None and p.requires_grad for p in slots])

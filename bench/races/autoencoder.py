@@ -45,6 +45,7 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
         "DNI k=8, dense": arm(synthesizer=dense, every=8),
         "DNI k=8": arm(synthesizer=difference, every=8),
         "DNI k=16": arm(synthesizer=difference, every=16),
+        "DNI auto": arm(synthesizer=difference, every="auto"),
         "DNI k=8, surrogate": arm(synthesizer=gain, every=8),
         "DNI k=16, surrogate": arm(synthesizer=gain, every=16),
     }

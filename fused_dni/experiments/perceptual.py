@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dni.experiments.data import DataError, Dataset
-from fused_dni.experiments.tops import Between, Racer, squared_error
+from fused_dni.experiments.tops import Between, Every, Racer, squared_error
 from fused_dni.synthesizers import DifferenceSynthesizer
 
 BATCH, RATE = 64, 1e-3
@@ -79,7 +79,7 @@ class Autoencoder(Racer):
         images: Images,
         seed: int,
         synthesizer: Callable[[], nn.Module] | None = None,
-        every: int | None = None,
+        every: Every = None,
         between: Between = "prediction",
     ) -> None:
         torch.manual_seed(seed)

@@ -21,6 +21,7 @@ WARMUP = 50
 #:              belong to another batch.)
 #: surrogate    the bottom learns from a cheap loss
 Between = Literal["prediction", "dropped", "held", "surrogate"]
+Every = int | Literal["auto"] | None
 
 
 class Racer:
@@ -31,7 +32,8 @@ class Racer:
     Args:
         inner: what is below the interface.
         synthesizer: of the gradient at its output; None where ``between`` needs none.
-        every: after the warm-up the first and every so-manieth step is full; None for backprop.
+        every: after the warm-up the first and every so-manieth step is full; "auto" by what they
+            cost on the clock; None for backprop.
         between: what the others are.
 
     Attributes:
@@ -44,11 +46,11 @@ class Racer:
         self,
         inner: nn.Module,
         synthesizer: nn.Module | None = None,
-        every: int | None = None,
+        every: Every = None,
         between: Between = "prediction",
     ) -> None:
         predicts = every is not None and between in ("prediction", "dropped")
-        if (synthesizer is not None) != predicts:
+        if (synthesizer is not None) != predicts or (every == "auto" and not predicts):
             raise ValueError(f"every={every}, between={between!r}, synthesizer={synthesizer!r}")
         self.inner = self.bottom = inner
         self.every, self.between, self.steps = every, between, 0
@@ -91,7 +93,7 @@ class Racer:
         if self.every is None:
             return True
         past = self.steps - WARMUP
-        return past < 0 or past % self.every == 0
+        return past < 0 or past % int(self.every) == 0
 
     def step(self) -> None:
         """Train by one step."""

@@ -52,6 +52,11 @@ def note_replicas(module: nn.Module) -> None:
         _replicas.pop(module, None)
 
 
+def replicas(module: nn.Module) -> Any:
+    """The processes that held replicas of it in its last forward; None for none."""
+    return _replicas.get(module)
+
+
 def due(lessons: int) -> bool:
     """Whether the unit is to be looked at in this lesson, the first being 1."""
     if lessons < EARLIEST:
@@ -67,7 +72,7 @@ def size_for(unit: TargetUnit, module: nn.Module, squares: Tensor) -> float:
         squares: float64 [2], sums of squares of targets and predictions, kappa times a gradient
             both, in the mean over rows. The largest of all replicas counts.
     """
-    group = _replicas.get(module)
+    group = replicas(module)
     if group is not None:
         torch.distributed.all_reduce(squares, torch.distributed.ReduceOp.MAX, group)
     target, predicted = squares.tolist()

@@ -33,7 +33,7 @@ FLOORS = (
     ("annotate",),
     ("convert", "diagnostics", "optim", "schedule"),
     ("modules",),
-    ("context", "rules", "synthesizers"),
+    ("context", "pace", "rules", "synthesizers"),
     ("functional",),
     ("backends",),
     ("ops",),
