@@ -61,19 +61,15 @@ def corpus(classes: int) -> tuple[Tensor, Tensor]:
 
 
 class Below(nn.Module):
-    """Embedding and LSTM, one window after another of the same streams: [T, B] to [T, B, H]."""
+    """Embedding and LSTM: words [T, B] and a state to [T, B, H] and the next state."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(classes, width, sparse=True)
         self.lstm = nn.LSTM(width, width)
-        self.state: Any = None
 
-    def forward(self, words: Tensor) -> Tensor:
-        out, state = self.lstm(self.embedding(words), self.state)
-        self.state = tuple(t.detach() for t in state)
-        made: Tensor = out
-        return made
+    def forward(self, words: Tensor, state: Any = None) -> Any:
+        return self.lstm(self.embedding(words), state)
 
 
 class Words:
@@ -90,6 +86,7 @@ class Words:
         self.below = Below(CLASSES, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
         self.position = 0
+        self.state: Any = None
         self.sampled = sampled
         self.schedule: fd.Schedule | None = None
         self.bottom: nn.Module = self.below
@@ -110,16 +107,18 @@ class Words:
 
     def step(self) -> None:
         if self.position + STEPS + 1 > len(self.train):
-            self.position, self.below.state = 0, None
+            self.position, self.state = 0, None
         window = self.train[self.position : self.position + STEPS + 1]
         self.position += STEPS
         x, y = window[:-1], window[1:].contiguous()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.schedule is None:
-            self._loss(self.bottom(x), y).backward()
+            h, state = self.bottom(x, self.state)
+            self.state = tuple(t.detach() for t in state)
+            self._loss(h, y).backward()
         else:
-            h = self.bottom(x, context=y)
+            h, self.state = self.bottom(x, self.state, context=y)
             if self.schedule.target:
                 self._loss(h, y).backward()
             else:
@@ -143,15 +142,14 @@ class Words:
         return F.cross_entropy(logits, torch.zeros_like(labels))
 
     def loss(self) -> float:
-        state, self.below.state = self.below.state, None
+        state: Any = None
         total, windows = 0.0, 0
         with torch.no_grad():
             for at in range(0, min(len(self.apart) - 1, 320) - 40, 40):
-                h = self.below(self.apart[at : at + 40])
+                h, state = self.below(self.apart[at : at + 40], state)
                 y = self.apart[at + 1 : at + 41]
                 total += float(F.cross_entropy(self.head(h.flatten(0, 1)), y.flatten()))
                 windows += 1
-        self.below.state = state
         return total / windows
 
 
