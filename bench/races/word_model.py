@@ -53,19 +53,15 @@ def corpus(classes: int) -> tuple[Tensor, Tensor]:
 
 
 class Below(nn.Module):
-    """Embedding and LSTM, one window after another of the same streams: [T, B] to [T, B, H]."""
+    """Embedding and LSTM: words [T, B] and a state to [T, B, H] and the next state."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(classes, width, sparse=True)
         self.lstm = nn.LSTM(width, width)
-        self.state: Any = None
 
-    def forward(self, words: Tensor) -> Tensor:
-        out, state = self.lstm(self.embedding(words), self.state)
-        self.state = tuple(t.detach() for t in state)
-        made: Tensor = out
-        return made
+    def forward(self, words: Tensor, state: Any = None) -> Any:
+        return self.lstm(self.embedding(words), state)
 
 
 def dense_loss(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -147,6 +143,7 @@ class Words(Racer):
         super().__init__(inner, synthesizer, every, between)
         self.model: Below = inner
         self.position = 0
+        self.state: Any = None
         own = [] if synthesizer is None else list(synthesizer.parameters())
         self.lower = [
             torch.optim.Adam([*inner.lstm.parameters(), *own], RATE),
@@ -170,14 +167,17 @@ class Words(Racer):
 
     def batch(self) -> tuple[Tensor, Tensor]:
         if self.position + STEPS + 1 > len(self.train):
-            self.position, self.model.state = 0, None
+            self.position, self.state = 0, None
         window = self.train[self.position : self.position + STEPS + 1]
         self.position += STEPS
         return window[:-1], window[1:].contiguous()
 
     def below(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        made: Tensor = self.bottom(x) if self.schedule is None else self.bottom(x, context=y)
+        context = {} if self.schedule is None else {"context": y}
+        h, state = self.bottom(x, self.state, **context)
+        self.state = tuple(t.detach() for t in state)
+        made: Tensor = h
         return made
 
     def above(self, h: Tensor, batch: tuple[Any, Tensor]) -> Tensor:
@@ -202,18 +202,17 @@ class Words(Racer):
 
     def loss(self) -> float:
         """Mean over words, by the whole softmax whatever the head was trained by."""
-        state, self.model.state = self.model.state, None
-        total, windows = 0.0, 0
+        total, windows, state = 0.0, 0, None
         with torch.no_grad():
             for at in range(0, min(len(self.apart) - 1, 320) - 40, 40):
-                h = self.model(self.apart[at : at + 40]).flatten(0, 1)
+                out, state = self.model(self.apart[at : at + 40], state)
+                h = out.flatten(0, 1)
                 y = self.apart[at + 1 : at + 41].flatten()
                 if self.head_kind == "adaptive":
                     total += float(self.head(h, y).loss)
                 else:
                     total += float(dense_loss(h, self.head.weight, self.head.bias, y))
                 windows += 1
-        self.model.state = state
         return total / windows
 
 

@@ -101,6 +101,19 @@ def train(model, run, steps, schedule, seed=0):
     return out
 
 
+def test_lessons_of_compiled_steps_are_seen():
+    """By the schedule, which counts those that it misses."""
+    layer = linear(4, 5)
+    schedule = fd.Schedule(layer)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        h = run(double(8, 4))
+        if step != 2:
+            h.square().mean().backward()
+        schedule.step()
+    assert fd.diagnostics(layer)[""]["missed_targets"] == 1.0
+
+
 @backends
 def test_training_without_a_rule(backend):
     """Eager equals compiled; targets and none are two graphs, and nothing else makes a third."""

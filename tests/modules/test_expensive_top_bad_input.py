@@ -169,6 +169,22 @@ def test_a_head_that_does_not_fit_any_more(how: str, phase: str, rule: fd.Adam |
     twins.unchanged(before, twins.snapshot(case.bottom) | {"random": torch.get_rng_state()})
 
 
+@updates
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_fused_layer_under_a_head_that_was_resized(phase: str, rule: fd.Adam | None) -> None:
+    head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+    layer = fd.FusedDNILinear(
+        4, WIDTH, normalization="batch", synthesizer=fd.SoftmaxSynthesizer(head), update=rule,
+        dtype=torch.float64,
+    )  # fmt: skip
+    fd.Schedule(layer, **PHASES[phase])
+    head.weight = nn.Parameter(double(CLASSES + 1, WIDTH))
+    before = twins.snapshot(layer)
+    with pytest.raises(RuntimeError, match="make a new synthesizer"):
+        layer(double(T, 4), context=torch.zeros(T, dtype=torch.int64))
+    twins.unchanged(before, twins.snapshot(layer))
+
+
 def test_another_weight_of_the_head_is_seen_and_another_head_is_not() -> None:
     case = Case(None, target_every=None)
     synthesizer, h, y = case.bottom.synthesizer, double(T, WIDTH), case.context(T)
