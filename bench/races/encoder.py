@@ -51,8 +51,9 @@ class Encoder(nn.Module):
     Sentences are of one length, without padding. [CLS] and [SEP] are put around them here.
 
     Args:
-        words: embeddings of the vocabulary [V, D].
+        vocabulary: words in it.
         width: D; heads, inner: of a layer; layers: how many; longest: of a sentence, with the two.
+        ends: the numbers of [CLS] and [SEP].
     """
 
     def __init__(
