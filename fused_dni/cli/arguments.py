@@ -229,6 +229,17 @@ def device_named(name: str) -> torch.device:
     return device
 
 
+def refuse_format(plot: Path | None) -> None:
+    """Refuse a plot in a format that is not known, before anything is measured."""
+    if plot is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if plot.suffix.lower().removeprefix(".") not in known:
+        raise UsageError(f"--plot must end in one of .{', .'.join(known)}, got {str(plot)!r}")
+
+
 def refuse_unwritable(folder: str) -> None:
     """Refuse an unwritable folder before minutes of work, not after."""
     path = Path(folder)
