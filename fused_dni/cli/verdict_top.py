@@ -86,7 +86,7 @@ def add_verdict_top(commands: Any) -> None:
         help="(1 2 3)",
     )  # fmt: skip
     race.add_argument(
-        "--warmup-steps", type=whole(0, "warmup-steps"),  metavar="N",
+        "--warmup-steps", type=whole(0, "warmup-steps"), metavar="N",
         help="of plain backprop, before the top is left out (50)",
     )  # fmt: skip
     out = command.add_argument_group("output")
@@ -116,6 +116,8 @@ def _verdict_top(args: argparse.Namespace, command: str) -> int:
         raise UsageError(f"{args.what} brings its own synthesizer: leave --synthesizers out")
     names = args.synthesizers or ["auto"]
     update = at_rate(rule(args.update), args.lr)
+    if args.race is not None:
+        drawn(made.batch, -1)  # what fails is said before anything is measured
     progress = Progress(enabled=not args.quiet)
     with progress:
         found = verdict_top(

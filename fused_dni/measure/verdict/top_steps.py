@@ -69,7 +69,9 @@ def given(made: Any, where: str) -> Given:
         )
     found = Given(*parts)
     if not isinstance(found.synthesizer, (nn.Module, type(None))):
-        raise VerdictError(f"the synthesizer of {where} must be an nn.Module, got {types}")
+        raise VerdictError(
+            f"the synthesizer of {where} must be an nn.Module, got {type(made[3]).__name__}"
+        )
     return found
 
 
