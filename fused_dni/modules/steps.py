@@ -460,13 +460,15 @@ class SegmentSteps(Steps):
 
     def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
         synthesizer, rows = self._modules["synthesizer"], self._folded(h)
-        if isinstance(synthesizer, Synthesizer) and synthesizer.takes_rows:
-            # Kernels take addresses, and would read and write beyond them.
-            if rows.dim() != 2 or rows.shape[1] != synthesizer.features:
-                raise RuntimeError(
-                    f"synthesizer has features={synthesizer.features}, the segment returns "
-                    f"{list(h.shape)}"
-                )
+        if (
+            isinstance(synthesizer, Synthesizer)
+            and synthesizer.takes_rows
+            and rows.shape[1:] != (synthesizer.features,)
+        ):  # kernels take addresses, and would read and write beyond them
+            raise RuntimeError(
+                f"synthesizer has features={synthesizer.features}, the segment returns "
+                f"{list(h.shape)}"
+            )
         return super().predict(rows, self._context_of(context, h), learns)
 
     def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
