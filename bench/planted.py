@@ -6,7 +6,7 @@ prints JSON with the counts. ``differences``: a candidate with 15 % more work, w
 with the same, so many runs each. ``segments``: modules of which it is known whether synthetic
 gradients pay there. ``sums``: parts of a step against the whole. ``tops``: under tops that cost 2,
 10 and 50 times what is below them, the mean step over whole cycles against b + s + (τ + m)/k. With
-``--busy N`` so many processes compete for the cores meanwhile. Exit status 1 if a bound of the counts is broken.
+``--busy N`` so many processes compete for the cores meanwhile. Exit status 1 if a bound is broken.
 """
 
 from __future__ import annotations
