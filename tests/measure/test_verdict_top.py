@@ -24,6 +24,7 @@ from fused_dni.measure.verdict.top_race import top_arms
 from fused_dni.measure.verdict.top_steps import Subject, pose
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import race as races
+from fused_dni.report.times import results_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow(60)]
 
@@ -576,6 +577,23 @@ def test_the_example_of_the_help_works(folder: Path, capsys: pytest.CaptureFixtu
     assert report["race"] is None and report["facts"]["command"].startswith("fused-dni verdict top")
     assert cli.main(["report", "v.json", "-o", "v.html"]) == 0
     assert "<svg" in (folder / "v.html").read_text()
+
+
+def test_the_example_of_the_docs_works() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "measuring.md").read_text("utf-8")
+    code = page.split("## An expensive top")[1].split("```python\n")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(compile(code, "docs/measuring.md", "exec"), found)
+    bottom, top, batch = found["factory"]()
+    assert list(pose(bottom, top, batch(0), "auto", RULE).synthesizers) == ["difference"]
+    assert torch.equal(batch(3)[0], batch(3)[0]) and not torch.equal(batch(3)[0], batch(-1)[0])
+
+
+def test_times_that_are_differences_are_no_times() -> None:
+    """A prediction that costs less than can be measured may come out below zero."""
+    report = json.loads(tops.planted(1.0, 10.0, prediction=-0.01).to_json())
+    assert all("prediction" not in name for name in results_of(report).rows)
+    assert "-10.0 µs" in as_text(blocks_of(report))
 
 
 def test_a_race_beside_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,8 @@ class TopVerdict:
         }
 
     def _variant(self, variant: TopVariant) -> dict[str, Any]:
+        # A difference of times, perhaps below zero, and none that `compare` could take up.
+        prediction = self.prediction(variant).to_json()
         whole = timing.combine("b + τ", [(1.0, self.bottom), (1.0, self.top)])
         cycles = {}
         for k, cycle in variant.cycles.items():
@@ -140,7 +142,7 @@ class TopVerdict:
         return {
             "synthesizer": variant.synthesizer,
             "without": variant.without.to_json(),
-            "prediction": self.prediction(variant).to_json(),
+            "prediction": {key: prediction[key] for key in ("median", "interval")},
             "lesson": variant.lesson.to_json(),
             "cycles": cycles,
             "most": _factor(whole, self.predicted(variant, None)),

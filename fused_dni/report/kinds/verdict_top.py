@@ -189,7 +189,7 @@ def parts(report: dict[str, Any]) -> Table:
 
 
 def _row(timed: Mapping[str, Any]) -> list[str]:
-    return [text.seconds(timed[key]) for key in ("median", "p10", "p90")]
+    return [text.seconds(timed.get(key)) for key in ("median", "p10", "p90")]
 
 
 def factors(report: dict[str, Any]) -> Table:
