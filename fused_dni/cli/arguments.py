@@ -33,7 +33,7 @@ ACTIVATIONS = (
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 #: What `verdict` knows by name.
-SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm")
+SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm", "top")
 
 
 class UsageError(ValueError):

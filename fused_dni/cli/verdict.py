@@ -52,7 +52,7 @@ def add_verdict(commands: Any) -> None:
     verdict.add_argument(
         "what",
         metavar="SEGMENT",
-        help="linear, mlp, block, conv, transformer, lstm or package.module:factory",
+        help="linear, mlp, block, conv, transformer, lstm, top or package.module:factory",
     )
     shape = verdict.add_argument_group("segment")
     shape.add_argument("--in", dest="inputs", type=whole(1, "in"), help="input features")

@@ -500,6 +500,8 @@ LOOSE = nn.Linear(D, 5)
         ({"synthesizer": "desne"}, "unknown synthesizer 'desne', did you mean 'dense'"),
         ({"synthesizer": "softmax"}, "'softmax' does not fit h of shape .* there are difference"),
         ({"synthesizer": "conv"}, "'conv' does not fit h of shape"),
+        ({"synthesizer": None}, "a module, a name or several names, got NoneType"),
+        ({"synthesizer": [nn.Linear(D, D)]}, "a module, a name or several names, got list"),
         ({"synthesizer": []}, "synthesizer must name at least one"),
         (
             {

@@ -321,6 +321,14 @@ def pose(
             "sample must be a batch (x, *rest): a tensor for the bottom, and what the top is "
             f"called with behind h, got {got}"
         )
+    names = [synthesizer] if isinstance(synthesizer, str) else synthesizer
+    if not isinstance(synthesizer, nn.Module) and (
+        not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names)
+    ):
+        raise VerdictError(
+            "synthesizer must be a module, a name or several names, got "
+            f"{type(synthesizer).__name__}"
+        )
     x, *rest = (part.detach() if isinstance(part, Tensor) else part for part in sample)
     if not x.dim() or not x.numel():
         raise VerdictError(f"x must be a batch, got shape {list(x.shape)}")
