@@ -510,8 +510,8 @@ def _named(
             made[name] = forms.make_synthesizer(name, h, told)
             if context is not None and not told:
                 notes.append(
-                    f"The synthesizer {name} does not see the context. One that is told how much "
-                    "there is of it does: fd.LinearSynthesizer(features, context_features=classes)."
+                    f"The synthesizer {name} does not see the context. One of your own may: with "
+                    "context_features=classes, where it is labels."
                 )
     if not made:
         raise VerdictError("synthesizer must name at least one, got none")

@@ -119,7 +119,7 @@ def _most(variant: Mapping[str, Any]) -> str:
     """What is gained if the top is never run."""
     most = variant["most"]
     if most["verdict"] == "faster":
-        return f"No k can make it more than {_times(most)} as fast, (b + τ)/(b + s)."
+        return f"By its parts no k can make it more than {_times(most)} as fast, (b + τ)/(b + s)."
     return f"Were the top never run, a step would be {_versus(most)} backprop, by (b + τ)/(b + s)."
 
 
