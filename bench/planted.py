@@ -4,8 +4,9 @@
 
 prints JSON with the counts. ``differences``: a candidate with 15 % more work, with 15 % less, and
 with the same, so many runs each. ``segments``: modules of which it is known whether synthetic
-gradients pay there. ``sums``: parts of a step against the whole. With ``--busy N`` so many
-processes compete for the cores meanwhile. Exit status 1 if a bound of the counts is broken.
+gradients pay there. ``sums``: parts of a step against the whole. ``tops``: under tops that cost 2,
+10 and 50 times what is below them, the mean step over whole cycles against b + s + (τ + m)/k. With
+``--busy N`` so many processes compete for the cores meanwhile. Exit status 1 if a bound is broken.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
-from fused_dni.measure.verdict import Verdict, verdict
+from fused_dni.measure.verdict import Verdict, verdict, verdict_top
 from fused_dni.measure.verdict.segments import conv
 from fused_dni.report.progress import Progress
 
 #: What is planted, and of ten runs how many are to be called rightly; none the other way round.
 PLANTED = {"slower": 1.15, "faster": 1 / 1.15, "inconclusive": 1.0}
 RIGHT = 0.9
+PARTS = ("differences", "segments", "sums", "tops")
 OPPOSITE = {"slower": "faster", "faster": "slower"}
 #: Products that a planted candidate's work is made of, more or fewer of them.
 PRODUCTS = 40
+#: How many times as much as what is below planted tops cost, and how often they are run.
+DEAR = (2, 10, 50)
+CYCLES = (2, 4, 8, 16)
+#: A mean step over whole cycles is to be the formula's within this share.
+FORMULA = 0.10
 
 
 class Heavy(nn.Module):
@@ -67,6 +74,23 @@ class _Heavy(torch.autograd.Function):
         for i in range(ctx.products):  # there and back
             turned = turned @ (ctx.rotation if i % 2 else ctx.rotation.t())
         return turned if ctx.products % 2 == 0 else gradient, None, None
+
+
+class Dear(nn.Module):
+    """A frozen top of so many matrix products forward and as many backward."""
+
+    def __init__(self, features: int, products: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        orthogonal, _ = torch.linalg.qr(torch.randn(features, features, generator=generator))
+        self.products = products
+        self.register_buffer("rotation", orthogonal)
+
+    def forward(self, h: Tensor, wanted: Tensor) -> Tensor:
+        away = h - wanted
+        for _ in range(self.products):
+            away = away @ self.rotation
+        return away.square().mean()
 
 
 class Expectation:
@@ -175,6 +199,37 @@ def sums(seconds: float) -> list[dict[str, Any]]:
     return [row for row in made if row["composed"]]
 
 
+def tops(seconds: float, rows: int = 128, features: int = 512) -> dict[str, dict[str, Any]]:
+    """Mean steps over whole cycles under planted tops, over what the formula says."""
+
+    def measure(products: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        x = torch.randn(rows, features)
+        made = verdict_top(
+            nn.Linear(features, features),
+            Dear(features, products),
+            (x, x),
+            synthesizer="difference",
+            target_every=CYCLES,
+            seconds=seconds,
+        )
+        return made.report()
+
+    tried = 10
+    unit = measure(tried)["top over bottom"]["median"] / tried
+    found = {}
+    for times in DEAR:
+        made = measure(max(1, round(times / unit)))
+        (variant,) = made["variants"]
+        found[str(times)] = {
+            "top over bottom": made["top over bottom"],
+            "measured over predicted": {
+                k: cycle["measured over predicted"] for k, cycle in variant["cycles"].items()
+            },
+        }
+    return found
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -203,11 +258,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one comparison (2)")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="competing processes (0)")
     parser.add_argument("--threads", type=int, default=1, help="(1)")
-    parser.add_argument("--only", nargs="+", choices=("differences", "segments", "sums"))
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    wanted = args.only or ("differences", "segments", "sums")
+    wanted = args.only or PARTS
     progress = Progress()
     report: dict[str, Any] = {
         "kind": "planted",
@@ -250,6 +305,16 @@ def main(argv: list[str] | None = None) -> int:
                 if not row["agrees"]
             ]
             progress.update("sums", 1.0)
+        if "tops" in wanted:
+            progress.update("tops", 0.0)
+            report["tops"] = tops(2 * args.seconds)
+            failures += [
+                f"a top of {times} times, k = {k}: off by {100 * off:+.0f} %"
+                for times, row in report["tops"].items()
+                for k, ratio in row["measured over predicted"].items()
+                if abs(off := ratio["median"] - 1.0) > FORMULA
+            ]
+            progress.update("tops", 1.0)
     report["failures"] = failures
     text = json.dumps(report, indent=1)
     print(text)

@@ -37,7 +37,14 @@ from fused_dni.synthesizers import (
 
 if TYPE_CHECKING:
     from fused_dni.measure.advise.advise import Advice, advise
-    from fused_dni.measure.verdict import LSTMVerdict, Verdict, verdict, verdict_lstm
+    from fused_dni.measure.verdict import (
+        LSTMVerdict,
+        TopVerdict,
+        Verdict,
+        verdict,
+        verdict_lstm,
+        verdict_top,
+    )
 
 __all__ = [
     "SGD",
@@ -60,6 +67,7 @@ __all__ = [
     "SoftmaxSynthesizer",
     "SurrogateSynthesizer",
     "Synthesizer",
+    "TopVerdict",
     "Verdict",
     "advise",
     "annotate",
@@ -73,6 +81,7 @@ __all__ = [
     "revert",
     "verdict",
     "verdict_lstm",
+    "verdict_top",
 ]
 
 # The instrument, by the module that holds it: a training loop does not wait for its import.
@@ -80,9 +89,11 @@ _LATE = {
     "Advice": "fused_dni.measure.advise",
     "advise": "fused_dni.measure.advise",
     "LSTMVerdict": "fused_dni.measure.verdict",
+    "TopVerdict": "fused_dni.measure.verdict",
     "Verdict": "fused_dni.measure.verdict",
     "verdict": "fused_dni.measure.verdict",
     "verdict_lstm": "fused_dni.measure.verdict",
+    "verdict_top": "fused_dni.measure.verdict",
 }
 
 

@@ -33,7 +33,7 @@ ACTIVATIONS = (
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 #: What `verdict` knows by name.
-SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm")
+SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm", "top")
 
 
 class UsageError(ValueError):
@@ -227,6 +227,17 @@ def device_named(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda was asked for, but torch finds no CUDA device here")
     return device
+
+
+def refuse_format(plot: Path | None) -> None:
+    """Refuse a plot in a format that is not known, before anything is measured."""
+    if plot is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if plot.suffix.lower().removeprefix(".") not in known:
+        raise UsageError(f"--plot must end in one of .{', .'.join(known)}, got {str(plot)!r}")
 
 
 def refuse_unwritable(folder: str) -> None:

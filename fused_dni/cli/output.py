@@ -18,7 +18,7 @@ from fused_dni.report.files import try_file, unwritten, write_text
 _PLAIN = {
     ord(given): plain
     for given, plain in (
-        *(("µ", "u"), ("–", "-"), ("—", "-"), ("−", "-"), ("›", ">"), ("×", "x")),
+        *(("µ", "u"), ("τ", "t"), ("–", "-"), ("—", "-"), ("−", "-"), ("›", ">"), ("×", "x")),
         *(("±", "+-"), ("≈", "~"), ("≤", "<="), ("≥", ">=")),
     )
 }

@@ -24,6 +24,7 @@ from fused_dni.cli import (
     training,
     tune,
     verdict,
+    verdict_top,
 )
 from fused_dni.cli import map as map_command
 from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
@@ -46,6 +47,7 @@ def parser() -> Parser:
     training.add_demo(commands)
     verdict.add_verdict(commands)
     verdict.add_verdict_lstm(commands)
+    verdict_top.add_verdict_top(commands)
     advise.add_advise(commands)
     training.add_train(commands)
     for task in training.RECURRENT:
@@ -103,9 +105,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         cut = words.index("--")
         words, behind = words[:cut], words[cut + 1 :]
     for i, (word, following) in enumerate(itertools.pairwise(words)):
-        if (word == "train" and following in training.RECURRENT) or (word, following) == (
-            "verdict",
-            "lstm",
+        if (word == "train" and following in training.RECURRENT) or (
+            word == "verdict" and following in ("lstm", "top")
         ):
             words[i : i + 2] = [f"{word} {following}"]
             break

@@ -16,6 +16,7 @@ from fused_dni.cli.arguments import (
     factory,
     positive,
     refuse,
+    refuse_format,
     rule,
     sample_shape,
     set_threads,
@@ -24,8 +25,6 @@ from fused_dni.cli.arguments import (
 from fused_dni.cli.output import OutFile, say
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from fused_dni.measure.verdict.segments import Segment
@@ -45,14 +44,15 @@ def add_verdict(commands: Any) -> None:
         f"  {PROGRAM} verdict block --depth 8 --synthesizers dense rank16\n"
         f"  {PROGRAM} verdict transformer --width 256 --tokens 128 --batch 4\n"
         f"  {PROGRAM} verdict package.module:factory --sample 64x784\n"
-        f"  {PROGRAM} verdict lstm --hidden 256 --batch 32 --window 8 --long 40\n\n"
+        f"  {PROGRAM} verdict lstm --hidden 256 --batch 32 --window 8 --long 40\n"
+        f"  {PROGRAM} verdict top package.module:factory --race 20\n\n"
         "A factory is called without arguments and returns a module, or (module, sample).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verdict.add_argument(
         "what",
         metavar="SEGMENT",
-        help="linear, mlp, block, conv, transformer, lstm or package.module:factory",
+        help="linear, mlp, block, conv, transformer, lstm, top or package.module:factory",
     )
     shape = verdict.add_argument_group("segment")
     shape.add_argument("--in", dest="inputs", type=whole(1, "in"), help="input features")
@@ -164,8 +164,7 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
             "is --outputs"
         )
     out, plot = OutFile("--out", args.out), OutFile("--plot", args.plot)
-    if plot.path is not None:
-        _refuse_format(plot.path)
+    refuse_format(plot.path)
     if args.rank is not None and args.synthesizers is not None:
         raise UsageError("give --rank or --synthesizers, not both")
     set_threads(args)
@@ -212,14 +211,6 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     for file in (out, plot):
         file.finish()
     return 0
-
-
-def _refuse_format(plot: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if plot.suffix.lower().removeprefix(".") not in known:
-        raise UsageError(f"--plot must end in one of .{', .'.join(known)}, got {str(plot)!r}")
 
 
 def _verdict_lstm(args: argparse.Namespace, command: str) -> int:

@@ -9,6 +9,7 @@ from flops import install
 
 import planted
 from fused_dni.measure import timing
+from fused_dni.report import as_text, blocks_of
 
 EXPECTED = planted.segments(features=32, products=80)
 
@@ -83,3 +84,35 @@ def test_a_comparison_is_of_the_work_that_was_planted(monkeypatch):
     install(monkeypatch)
     for word in planted.PLANTED:
         assert planted.planted_difference(word, 1.0, 0) == word
+
+
+def test_mean_steps_under_planted_tops_are_the_formula(monkeypatch):
+    """By operations, as many as were planted: to the last one."""
+    install(monkeypatch)
+    found = planted.tops(1.0, rows=8, features=16)
+    assert list(found) == ["2", "10", "50"]
+    for times, row in found.items():
+        assert row["top over bottom"]["median"] == pytest.approx(int(times), rel=1e-3)
+        for ratio in row["measured over predicted"].values():
+            assert ratio["median"] == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(("off", "failures"), [(1.09, 0), (0.91, 0), (1.11, 1), (0.89, 1)])
+def test_the_script_fails_where_the_formula_is_off(capsys, monkeypatch, off, failures):
+    def tops(seconds):
+        sound = {"median": 1.0, "interval": None}
+        return {
+            "10": {
+                "top over bottom": {"median": 9.8, "interval": None},
+                "measured over predicted": {"2": sound, "8": {"median": off, "interval": None}},
+            }
+        }
+
+    monkeypatch.setattr(planted, "tops", tops)
+    assert planted.main(["--only", "tops"]) == failures
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["failures"]) == failures
+    assert all("a top of 10 times, k = 8: off by" in line for line in report["failures"])
+    said = as_text(blocks_of(report))
+    assert "within 9 %" in said or "within 11 %" in said
+    assert f"{100 * (off - 1):+.0f} %" in said

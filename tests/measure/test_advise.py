@@ -112,6 +112,19 @@ def test_a_planted_backward_above_an_interface_is_found():
     assert "Proposal: an interface behind 0 (" in sentence(report)
 
 
+def test_an_expensive_top_is_proposed_in_words(untimed):
+    critic = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), critic)
+    found = fd.advise(model, torch.randn(4, 8), lambda h: h.square().mean(), **QUICK)
+    assert found.report["expensive top"]["blocks"] == ["2.0", "2.1", "2.2", "2.3", "loss"]
+    words = "There is an expensive top: 2.0 to loss takes 5.00 times as long as what learns below."
+    assert words in found.sentence()
+    assert "3.69x faster than stock backprop, at most 6.00x" in found.sentence()  # 6 / (1 + 5/8)
+    module, sample, loss = TINY["mlp"]()
+    cheap = fd.advise(module, sample, loss, **QUICK)
+    assert cheap.report["expensive top"] is None and "expensive" not in cheap.sentence()
+
+
 def test_all_proposes_every_block_whether_or_not_it_pays(untimed):
     report = fd.advise(*TINY["convnet"](), all_blocks=True, **QUICK).report
     named = [one["block"] for one in report["proposal"]["interfaces"]]

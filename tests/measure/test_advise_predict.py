@@ -11,6 +11,7 @@ from fused_dni.measure.advise.choose import best_by_k, choose, everywhere
 from fused_dni.measure.advise.forms import Interface, Making, converted, interfaces
 from fused_dni.measure.advise.measure import possible
 from fused_dni.measure.advise.predict import BACKWARD, OPTIMIZER, Blocks, Form, Plan, memory, runs
+from fused_dni.measure.advise.top import expensive_top
 from fused_dni.measure.timing import Timing
 from fused_dni.rules import SGD
 from models import convnet, lstm_lm, mlp
@@ -265,6 +266,57 @@ def test_only_the_block_that_pays_gets_an_interface():
 
     chosen = _choice(_blocks(found, time))
     assert chosen is not None and set(chosen.interfaces) == {1}
+
+
+# ------------------------------------------------------------------------------- expensive tops
+
+
+def _frozen(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*modules).requires_grad_(False)
+
+
+def _top(found, *seconds: float):
+    """What is found where the blocks take these times."""
+    assert len(found) == len(seconds)
+    return expensive_top(_blocks(found, lambda i, form: seconds[i]))
+
+
+def test_a_frozen_tail_is_an_expensive_top():
+    critic = _frozen(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    found = _found(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), critic, loss=lambda h: h.mean())
+    assert [b.name for b in found] == ["0", "2", "3.0", "3.1", "3.2", "loss"]
+    top = _top(found, 1.0, 2.0, 5.0, 0.5, 5.5, 1.0)
+    assert top["blocks"] == ["3.0", "3.1", "3.2", "loss"] and not top["trained"]
+    assert top["over below"]["median"] == pytest.approx(12 / 3)
+    assert top["by k"]["8"]["median"] == pytest.approx(15 / (3 + 12 / 8))
+    assert top["most"]["median"] == pytest.approx(15 / 3)
+    # As dear as what is below, the last trained layer taken along.
+    top = _top(found, 1.0, 2.0, 1.0, 0.0, 1.0, 0.5)
+    assert top["blocks"] == ["2", "3.0", "3.1", "3.2", "loss"] and top["trained"]
+    assert _top(found, 9.0, 2.0, 1.0, 0.0, 1.0, 0.5) is None
+
+
+def test_a_large_head_and_a_dear_loss_are_expensive_tops():
+    found = survey(*TINY["mlp"]())
+    assert _top(found, 1.0, 1.0, 6.0, 1.0)["blocks"] == ["6", "loss"]
+    assert _top(found, 1.0, 1.0, 6.0, 1.0)["trained"]
+    assert _top(found, 1.0, 1.0, 1.0, 9.0)["blocks"] == ["loss"]
+    assert not _top(found, 1.0, 1.0, 1.0, 9.0)["trained"]
+    assert _top(found, 1.0, 1.0, 1.0, 0.5) is None
+
+
+def test_what_reads_from_below_is_no_top():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.critic = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+        def forward(self, x):
+            return self.critic(self.first(x) + x)
+
+    assert _top(survey(Skips(), torch.randn(4, 8), None), 1.0, 9.0) is None
+    # Nothing below it, or nothing in it, learns.
+    assert _top(_found(nn.Linear(8, 8)), 9.0) is None
 
 
 # ------------------------------------------------------------------------------------------- forms

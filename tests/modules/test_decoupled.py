@@ -244,3 +244,22 @@ def test_a_synthesizer_of_ones_own():
         assert layer.synthesizer.scale.grad is not None or not torch.equal(
             layer.synthesizer.scale, before
         )
+
+
+@pytest.mark.parametrize("features", [4, 6])
+@pytest.mark.parametrize(
+    "make",
+    [fd.LinearSynthesizer, lambda n: fd.LinearSynthesizer(n, 2), fd.DiagonalSynthesizer],
+    ids=["dense", "low rank", "diagonal"],
+)
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.1)], ids=["returned", "fused"])
+def test_a_synthesizer_of_another_size_is_refused(features, make, rule):
+    """Kernels take addresses: they would read and write beyond the prediction."""
+    segment = fd.Decoupled(nn.Linear(3, 5), make(features), update=rule)
+    before = {name: p.detach().clone() for name, p in segment.named_parameters()}
+    for x in (torch.randn(2, 3), torch.randn(2, 4, 3)):
+        message = f"synthesizer has features={features}, the segment returns"
+        with pytest.raises(RuntimeError, match=message):
+            segment(x).sum().backward()
+    for name, p in segment.named_parameters():
+        assert torch.equal(p.detach(), before[name]) and p.grad is None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tops
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,12 @@ def _map() -> dict[str, Any]:
     found = _committed("verdict/amd-epyc-avx2-map.json")
     for series in found["series"].values():
         series["points"] = dict(list(series["points"].items())[:4])
+    return found
+
+
+def _top() -> dict[str, Any]:
+    raced = _committed("verdict/amd-epyc-avx2-race-words.json")
+    found: dict[str, Any] = json.loads(tops.planted(1.0, 10.0, race=raced).to_json())
     return found
 
 
@@ -65,6 +72,7 @@ PROFILE = {"kind": "profile", "version": 1, "profiled": ["a", "b"], "status": 1,
 SOUND = {
     "verdict": _committed("verdict/amd-epyc-avx2-segment-conv.json"),
     "verdict lstm": _committed("verdict/amd-epyc-avx2-lstm-window.json"),
+    "verdict top": _top(),
     "train": _committed("amd-epyc-mnist-rank-1.json"),
     "train charlm": _committed("amd-epyc-8m-charlm.json"),
     "advice": _committed("verdict/amd-epyc-avx2-advice-lstm_lm.json"),

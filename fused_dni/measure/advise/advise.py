@@ -43,6 +43,7 @@ from fused_dni.measure.advise.measure import (
     possible,
 )
 from fused_dni.measure.advise.predict import ASSUMPTIONS, Blocks, Form, Plan
+from fused_dni.measure.advise.top import expensive_top
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, first_line
@@ -169,6 +170,7 @@ def advise(
         "proposal": None if proposed is None else _plan(subject.blocks, proposed),
         "everywhere": None if forced is None else _plan(subject.blocks, forced),
         "by k": [_rung(measured, plan) for plan in ladder],
+        "expensive top": expensive_top(measured),
         "doubt": abs(stock.median - 1.0),
         "drift": drift,
         "steps": {

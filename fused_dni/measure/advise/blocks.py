@@ -195,11 +195,13 @@ def survey(model: nn.Module, sample: Tensor, loss: Loss | None) -> list[Block]:
         raise AdviceError("no trainable parameter of the model was used in its forward")
     blocks = _grouped(model, leaves, recorder.calls, output)
     if loss is not None:
-        blocks.append(_loss_block(loss, output, blocks))
+        made = [recorder.calls[block.paths[-1]].made for block in blocks]
+        last = next((i for i, m in enumerate(made) if any(t is output for t in tensors(m))), None)
+        blocks.append(_loss_block(loss, output, last))
     return blocks
 
 
-def _loss_block(loss: Loss, output: Tensor, blocks: list[Block]) -> Block:
+def _loss_block(loss: Loss, output: Tensor, producer: int | None) -> Block:
     try:
         value = loss(output)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -209,7 +211,6 @@ def _loss_block(loss: Loss, output: Tensor, blocks: list[Block]) -> Block:
     if not isinstance(value, Tensor) or value.dim():
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise AdviceError(f"the loss must be a scalar tensor, got {got}")
-    head = next((i for i, block in enumerate(blocks) if block.why == _HEAD), None)
     return Block(
         name="loss",
         kind="loss",
@@ -220,7 +221,7 @@ def _loss_block(loss: Loss, output: Tensor, blocks: list[Block]) -> Block:
         named={},
         asks=True,
         output=value.detach(),
-        producer=head,
+        producer=producer,
     )
 
 

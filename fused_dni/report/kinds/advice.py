@@ -6,6 +6,7 @@ from typing import Any
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.words import often
 
 STOCK, OURS, PROPOSAL, EVERYWHERE = "stock backprop", "our kernels", "proposal", "everywhere"
 
@@ -70,11 +71,36 @@ def sentence(report: dict[str, Any]) -> str:
         parts.append(f"So, for time alone, take {_LONG[best]}.")
     else:
         parts.append(f"So no interface pays: keep {_LONG[keep]}.")
+    parts += _top(report)
     worst = max(abs(step["error %"]) for step in steps.values())
     parts.append(f"Predicted steps were within {worst:.0f} % of the measured ones.")
     if report["proposal"] is not None or forced is not None:
         parts.append("What interfaces cost in accuracy is not predicted: `train` measures it.")
     return " ".join(parts)
+
+
+#: How often the sentence has an expensive top run.
+TOP_K = 8
+
+
+def _top(report: dict[str, Any]) -> list[str]:
+    """The interface in front of an expensive top, if the model has one."""
+    found = report.get("expensive top")  # reports had none before
+    if found is None:
+        return []
+    names = found["blocks"]
+    times, factor, most = (
+        text.significant(ratio["median"])
+        for ratio in (found["over below"], found["by k"][str(TOP_K)], found["most"])
+    )
+    what = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    trained = " (what is trained there would learn on those alone)" if found["trained"] else ""
+    return [
+        f"There is an expensive top: {what} takes {times} times as long as what learns below. "
+        f"With an interface in front of it, and the top run {often(TOP_K)} alone{trained}, a step "
+        f"is predicted to be {factor}x faster than stock backprop, at most {most}x, prediction and "
+        "lesson not counted: `fused-dni verdict top` measures it."
+    ]
 
 
 def _keep(report: dict[str, Any]) -> str:

@@ -30,6 +30,22 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             for row in found
         ]
         made.append(Table(["composed step", "sum of its parts over it"], rows))
+    if found := report.get("tops"):
+        rows = [
+            [
+                f"{times}, k = {k}",
+                f"{row['top over bottom']['median']:.1f}",
+                f"{100 * (ratio['median'] - 1):+.0f} %",
+            ]
+            for times, row in found.items()
+            for k, ratio in row["measured over predicted"].items()
+        ]
+        caption = (
+            "The top's time over that of what is below it, planted and measured, and by how much "
+            "the mean step over whole cycles of k steps is off b + s + (τ + m)/k, whose parts were "
+            "measured apart."
+        )
+        made.append(Table(["planted top, times", "measured", "off by"], rows, caption))
     return made
 
 
@@ -42,6 +58,16 @@ def sentence(report: dict[str, Any]) -> str:
     if found := report.get("segments"):
         right = [row for row in found.values() if row["said"] in row["allowed"]]
         said.append(f"planted segments in {len(right)} of {len(found)}")
+    if found := report.get("tops"):
+        off = [
+            abs(ratio["median"] - 1.0)
+            for row in found.values()
+            for ratio in row["measured over predicted"].values()
+        ]
+        said.append(
+            f"mean steps under {len(found)} planted tops were the formula's within "
+            f"{100 * max(off):.0f} %"
+        )
     if not said:
         return "Only sums of parts were measured."
     joined = "; ".join(said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
@@ -74,29 +74,46 @@ def shares(report: dict[str, Any], name: str) -> list[float | None]:
     return found
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """What the race has shown."""
-    first, *others = report["settings"]["arms"]
-    won, lost, open_ = [], [], []
-    for name in others:
+class Outcome(NamedTuple):
+    """Which arms were sooner than the first at what it ends with: with every seed (``won``, with
+    the parts of its time, best first), with none, with some."""
+
+    won: list[tuple[str, list[float]]]
+    lost: list[str]
+    mixed: list[str]
+
+
+def outcome(report: dict[str, Any]) -> Outcome:
+    """What became of the other arms."""
+    made = Outcome([], [], [])
+    for name in report["settings"]["arms"][1:]:
         found = shares(report, name)
         times = [share for share in found if share is not None]
         if len(times) == len(found) and max(times) < 1.0:
-            won.append((statistics.median(times), name, _range(times)))
+            made.won.append((name, times))
         elif not times:
-            lost.append(name)
+            made.lost.append(name)
         else:
-            open_.append(name)
+            made.mixed.append(name)
+    made.won.sort(key=lambda one: (statistics.median(one[1]), one[0]))
+    return made
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """What the race has shown."""
+    first = report["settings"]["arms"][0]
+    won, lost, mixed = outcome(report)
     said = []
     if won:
-        won.sort()
-        best = "; ".join(f"{name} {share:.2f} ({spread})" for share, name, spread in won)
+        best = "; ".join(
+            f"{name} {statistics.median(times):.2f} ({_range(times)})" for name, times in won
+        )
         said.append(f"With every seed sooner than {first} at what it ends with, in parts of its "
                     f"time: {best}.")  # fmt: skip
     if lost:
         said.append(f"Never there in that time: {', '.join(lost)}.")
-    if open_:
-        said.append(f"With some seeds, and not with others: {', '.join(open_)}.")
+    if mixed:
+        said.append(f"With some seeds, and not with others: {', '.join(mixed)}.")
     return " ".join(said)
 
 

@@ -1,0 +1,303 @@
+"""Whether it pays not to run what lies above a network: measured, and held against the formula.
+
+What learns may lie under a top (a frozen critic, a large softmax, a simulator, the loss included)
+that costs many times what the bottom does. With an interface between them the top is run on every
+k-th step alone. :func:`verdict_top` times, interleaved in one process
+(:mod:`fused_dni.measure.timing`),
+
+==============  ==================================================================================
+``bottom``      b, the step of what learns: forward, local backward, optimizer
+``top``         τ, forward and backward of everything above
+``lesson``      m, the synthesizer's
+``without``     a whole step without the top: b + s, where s is the prediction with all that
+                delivers it
+``backprop``    a whole step of backprop: b + τ
+``k``           whole cycles of k steps, the top in the first: b + s + (τ + m)/k a step
+==============  ==================================================================================
+
+and prints the predicted factor (b + τ)/(b + s + (τ + m)/k) beside the measured one. What a step is
+worth, a race says (:mod:`fused_dni.measure.verdict.top_race`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fused_dni.measure import timing
+from fused_dni.measure.baseline import facts
+from fused_dni.measure.timing import Candidate, Timing
+from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
+from fused_dni.measure.verdict.result import break_even
+from fused_dni.measure.verdict.top_steps import Subject, Top, pose, unchanged
+from fused_dni.report.kinds import verdict_top as reports
+from fused_dni.rules import Adam, Rule
+
+#: Format of the JSON.
+VERSION = 1
+#: How often the top is run, where nobody says.
+KS = (1, 2, 4, 8, 16)
+#: How narrow the intervals of the ratios are to be: beyond it a busy machine gets more time.
+PRECISION = 0.02
+
+
+@dataclass(frozen=True)
+class TopVariant:
+    """DNI with one synthesizer.
+
+    Attributes:
+        synthesizer: its name.
+        without: seconds of a step without the top, b + s.
+        lesson: m.
+        cycles: a measured step on the average of a cycle, by k.
+        memory: peak bytes of a step with the top and of one without.
+    """
+
+    synthesizer: str
+    without: Timing
+    lesson: Timing
+    cycles: dict[int, Timing]
+    memory: tuple[int, int]
+
+
+@dataclass
+class TopVerdict:
+    """Result of :func:`verdict_top`.
+
+    Attributes:
+        title: what was measured.
+        backprop, bottom, top: seconds of a step of backprop, b and τ.
+        variants: one a synthesizer.
+        memory: peak bytes of a step of backprop.
+        memory_is: what these bytes are.
+        facts: device, versions, settings.
+        notes: what the reader should know.
+        race: a report of :func:`fused_dni.measure.race.race` of the same bottom and top, or None;
+            tables and sentence take it up.
+    """
+
+    title: str
+    backprop: Timing
+    bottom: Timing
+    top: Timing
+    variants: list[TopVariant]
+    memory: int
+    memory_is: str
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    race: dict[str, Any] | None = None
+
+    def prediction(self, variant: TopVariant) -> Timing:
+        """s: what a step without the top takes more than b."""
+        return timing.combine("prediction", [(1.0, variant.without), (-1.0, self.bottom)])
+
+    def predicted(self, variant: TopVariant, k: int | None) -> Timing:
+        """b + s + (τ + m)/k, for k of None b + s."""
+        parts = [(1.0, variant.without)]
+        if k is not None:
+            parts += [(1.0 / k, self.top), (1.0 / k, variant.lesson)]
+        return timing.combine("predicted", parts)
+
+    def report(self) -> dict[str, Any]:
+        """Everything as plain data; tables, plots and pages are made from it alone."""
+        return {
+            "kind": "verdict top",
+            "version": VERSION,
+            "title": self.title,
+            "facts": self.facts,
+            "timings": {
+                "backprop": self.backprop.to_json(),
+                "bottom": self.bottom.to_json(),
+                "top": self.top.to_json(),
+            },
+            "top over bottom": timing.ratio(self.top, self.bottom).to_json(),
+            "variants": [self._variant(variant) for variant in self.variants],
+            "memory": self.memory,
+            "memory_is": self.memory_is,
+            "notes": self.notes,
+            "race": self.race,
+        }
+
+    def _variant(self, variant: TopVariant) -> dict[str, Any]:
+        # A difference of times, perhaps below zero, and none that `compare` could take up.
+        prediction = self.prediction(variant).to_json()
+        whole = timing.combine("b + τ", [(1.0, self.bottom), (1.0, self.top)])
+        cycles = {}
+        for k, cycle in variant.cycles.items():
+            predicted = self.predicted(variant, k)
+            cycles[str(k)] = {
+                "measured": cycle.to_json(),
+                "predicted": predicted.to_json(),
+                "measured over predicted": timing.ratio(cycle, predicted).to_json(),
+                "factor": _factor(self.backprop, cycle),
+                "predicted factor": _factor(whole, predicted),
+            }
+        return {
+            "synthesizer": variant.synthesizer,
+            "without": variant.without.to_json(),
+            "prediction": {key: prediction[key] for key in ("median", "interval")},
+            "lesson": variant.lesson.to_json(),
+            "cycles": cycles,
+            "most": _factor(whole, self.predicted(variant, None)),
+            "break_even": break_even(lambda k: self.predicted(variant, k), whole).to_json(),
+            "memory": {"with the top": variant.memory[0], "without": variant.memory[1]},
+        }
+
+    def to_json(self) -> str:
+        """Everything, as a JSON text."""
+        return json.dumps({**self.report(), "sentence": self.sentence()}, indent=1)
+
+    def table(self, *, markdown: bool = False) -> str:
+        """The parts of a step; a row for each synthesizer and k, measured beside predicted.
+
+        A ``~`` marks a factor whose interval reaches one: no difference could be shown.
+        """
+        return reports.tables(self.report(), markdown=markdown)
+
+    def sentence(self) -> str:
+        """Whether it pays, in plain English."""
+        return reports.sentence(self.report())
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the factors over k, and a race's losses over time, into an image file.
+
+        Raises:
+            WriteError: the file cannot be written.
+            ReportError: an unknown format.
+        """
+        return reports.figure(self.report()).save(Path(path))
+
+
+def _factor(base: Timing, cycle: Timing) -> dict[str, Any]:
+    """How many times as fast a cycle is, and what may be said of it."""
+    return {**timing.ratio(base, cycle).to_json(), "verdict": timing.differs(cycle, base)}
+
+
+def verdict_top(
+    bottom: nn.Module,
+    top: Top,
+    sample: Sequence[Any],
+    *,
+    synthesizer: nn.Module | str | Sequence[str] = "auto",
+    target_every: Sequence[int] = KS,
+    update: Rule | None = None,
+    seconds: float = 5.0,
+    title: str | None = None,
+    progress: Callable[[str, float], None] | bool = False,
+) -> TopVerdict:
+    """Measure what is gained by running the top on every k-th step alone, on this machine.
+
+    Args:
+        bottom: what learns: called with x, returns one tensor h [N, ..., O].
+        top: everything above, the loss included: called with ``(h, *rest)``, returns a scalar. A
+            module, whose parameters, if there are any to train, are trained on steps with targets;
+            or a function that trains none.
+        sample: a batch ``(x, *rest)`` on the modules' device. The first tensor of the rest is the
+            synthesizer's context, too.
+        synthesizer: ``auto``, a name, several, or a module. ``softmax``: the rest begins with
+            labels, and a linear layer of the top reads h (:class:`fused_dni.SoftmaxSynthesizer`);
+            ``difference``: with a tensor of h's own shape
+            (:class:`fused_dni.DifferenceSynthesizer`); ``rank16`` or another rank, ``dense``,
+            ``diagonal``, ``conv`` as in :func:`fused_dni.verdict`. ``auto`` is the first of these
+            that fits.
+        target_every: the k to measure, each at least 1.
+        update: rule, by default ``Adam``, of ``torch.optim``. Its rate is replaced while timing.
+        seconds: budget of the timed rounds of all candidates together; exceeded, to three times as
+            much at most, where the machine is too busy for narrow intervals, and further where
+            eight rounds take longer.
+        title: name in table and sentence.
+        progress: called with what is being done and the fraction done; True for bars.
+
+    Returns:
+        A :class:`TopVerdict`. Nothing that was given is changed: modules are copied, and the
+        buffers of what a function refers to, and the random numbers, are put back.
+
+    Raises:
+        VerdictError: bottom, top, sample and synthesizer do not fit, or there is nothing to train.
+        ValueError: an argument out of range.
+    """
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    ks = tuple(dict.fromkeys(target_every))
+    if not ks or not all(isinstance(k, int) and k >= 1 for k in ks):
+        raise ValueError(f"target_every must hold whole numbers from 1 on, got {ks!r}")
+    if progress is True:
+        from fused_dni.report.progress import Progress
+
+        progress = Progress().update
+    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    update = update or Adam()
+    say("checking", 0.0)
+    subject = pose(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
+    say("checking", 1.0)
+    with unchanged(subject.top, subject.x.device):
+        found = _measured(subject, ks, seconds, lambda fraction: say("measuring", fraction))
+    above = type(top).__name__ if isinstance(top, nn.Module) else getattr(top, "__name__", "top")
+    return TopVerdict(
+        title=title or f"{type(bottom).__name__} under {above}",
+        **found,
+        facts={
+            **facts(),
+            "where": subject.x.device.type,
+            "dtype": str(subject.h.dtype).removeprefix("torch."),
+            "sample": list(subject.x.shape),
+            "h": list(subject.h.shape),
+            "update": repr(update),
+        },
+        notes=subject.notes,
+    )
+
+
+def _measured(
+    subject: Subject, ks: Sequence[int], seconds: float, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    """Times and peaks of all candidates."""
+    device = subject.x.device
+    candidates: dict[str, Candidate] = {
+        "backprop": subject.steps(),
+        "bottom": subject.of_bottom(),
+        "top": subject.of_top(),
+    }
+    for name in subject.synthesizers:
+        candidates[f"{name}, without"] = subject.steps(name, None)
+        candidates[f"{name}, lesson"] = subject.of_lesson(name)
+        for k in ks:
+            candidates[f"{name}, k={k}"] = subject.steps(name, k)
+    times = timing.compare(
+        candidates,
+        seconds=seconds,
+        precision=PRECISION,
+        block=1,  # rounds are what is paired, and a top may be slow
+        device=device,
+        progress=progress,
+    )
+    variants = []
+    for name in subject.synthesizers:
+        cycles = {
+            k: timing.combine(f"{name}, k={k}", [(1.0 / k, times[f"{name}, k={k}"])]) for k in ks
+        }
+        peaks = [timing.peak_memory(subject.steps(name, every), device) for every in (1, None)]
+        variants.append(
+            TopVariant(
+                name,
+                times[f"{name}, without"],
+                times[f"{name}, lesson"],
+                cycles,
+                (peaks[0], peaks[1]),
+            )
+        )
+    return {
+        "backprop": times["backprop"],
+        "bottom": times["bottom"],
+        "top": times["top"],
+        "variants": variants,
+        "memory": timing.peak_memory(subject.steps(), device),
+        "memory_is": timing.PEAK_MEMORY_CUDA if device.type == "cuda" else timing.PEAK_MEMORY_CPU,
+    }
