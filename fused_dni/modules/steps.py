@@ -533,17 +533,7 @@ class SegmentSteps(Steps):
         return self._folded(h).shape[0]
 
     def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
-        synthesizer, rows = self._modules["synthesizer"], self._folded(h)
-        if (
-            isinstance(synthesizer, Synthesizer)
-            and synthesizer.takes_rows
-            and rows.shape[1:] != (synthesizer.features,)
-        ):  # kernels take addresses, and would read and write beyond them
-            raise RuntimeError(
-                f"synthesizer has features={synthesizer.features}, the segment returns "
-                f"{list(h.shape)}"
-            )
-        return super().predict(rows, self._context_of(context, h), learns)
+        return super().predict(self._folded(h), self._context_of(context, h), learns)
 
     def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
         return super().synthetic(forecast, self._folded(h)).reshape(h.shape)

@@ -258,7 +258,9 @@ def test_a_synthesizer_of_another_size_is_refused(features, make, rule):
     segment = fd.Decoupled(nn.Linear(3, 5), make(features), update=rule)
     before = {name: p.detach().clone() for name, p in segment.named_parameters()}
     for x in (torch.randn(2, 3), torch.randn(2, 4, 3)):
-        message = f"synthesizer has features={features}, the segment returns"
+        message = (
+            rf"h must have shape \[..., {features}\], the synthesizer's features, got \[..., 5\]"
+        )
         with pytest.raises(RuntimeError, match=message):
             segment(x).sum().backward()
     for name, p in segment.named_parameters():
