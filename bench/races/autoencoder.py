@@ -48,4 +48,5 @@ def perceptual() -> dict[str, Callable[[int], Autoencoder]]:
         "DNI auto": arm(synthesizer=difference, every="auto"),
         "DNI k=8, surrogate": arm(synthesizer=gain, every=8),
         "DNI k=16, surrogate": arm(synthesizer=gain, every=16),
+        "DNI auto, surrogate": arm(synthesizer=gain, every="auto"),
     }

@@ -33,6 +33,7 @@ def add_race(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("what", metavar="FACTORY", help="package.module:factory")
+    command.add_argument("--arms", nargs="+", metavar="NAME", help="of these (all)")
     command.add_argument(
         "--seconds", type=positive("seconds"), default=20.0, help="of each arm and seed (20)"
     )
@@ -70,6 +71,10 @@ def _race(args: argparse.Namespace, command: str) -> int:
             f"{args.what} must return a dictionary of functions of a seed, got "
             f"{type(arms).__name__}"
         )
+    if args.arms is not None:
+        if unknown := [name for name in args.arms if name not in arms]:
+            raise UsageError(f"--arms: {args.what} has {', '.join(arms)}; not {unknown[0]!r}")
+        arms = {name: arms[name] for name in dict.fromkeys(args.arms)}
     with resumable(out):
         report = race(
             arms,

@@ -165,6 +165,9 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["race", "my_arms:arms", *options, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"] == report["runs"]
     assert cli.main(["report", "race.json", "-o", "race.html"]) == 0
+    some = ["--arms", "first", "slow", "--out", "some.json"]
+    assert cli.main(["race", "my_arms:arms", *options, *some]) == 0
+    assert load(folder / "some.json", "race")["settings"]["arms"] == ["first", "slow"]
     page = (folder / "race.html").read_text()
     assert "<svg" in page and "Loss against an arm&#x27;s own clock" in page
 
@@ -176,6 +179,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["my_arms:module"], "must return a dictionary of functions of a seed, got int"),
         (["my_arms:nothing"], "unknown factory in my_arms 'nothing'"),
         (["my_arms:arms", "--seconds", "0"], "seconds"),
+        (["my_arms:arms", "--arms", "first", "frist"], "my_arms:arms has first, "),
+        (["my_arms:arms", "--arms", "first"], "a race takes two arms or more, got ['first']"),
         (["my_arms:arms", "--out", "."], "--out must be a file"),
     ],
 )
