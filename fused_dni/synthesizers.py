@@ -369,7 +369,10 @@ class SoftmaxSynthesizer(Synthesizer):
     ``(sum_w p_w W[w] - W[y]) / N``. The second part is known: the head's own row, read at each
     prediction, nothing of the head being copied or trained here. The first, what the model expects,
     is predicted from h. So the context is the label, which takes no table of classes, however many
-    there are. Runs under autograd, not inside the fused kernels.
+    there are. A lesson takes the head's rows as they are when it is applied.
+
+    Runs inside the fused kernels where the head's weight is contiguous and of the synthesizer's
+    dtype or bfloat16; else under autograd.
 
     Args:
         head: the layer in front of the softmax: a module with a ``weight`` [classes, O], as
@@ -387,7 +390,8 @@ class SoftmaxSynthesizer(Synthesizer):
     Raises:
         TypeError: a head without such a weight.
         ValueError: a rank, or a smoothing, out of range.
-        RuntimeError: in a forward, a head whose weight has another shape than it had.
+        RuntimeError: in a forward, a head whose weight has another shape than it had, or lies on
+            another device than the synthesizer.
     """
 
     takes_rows = True
@@ -434,9 +438,26 @@ class SoftmaxSynthesizer(Synthesizer):
             return ()
         return _given((self.weight, self.bias, self.gain))
 
-    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
-        int64 [N]."""
+    def fused(self) -> SynthesizerTensors | None:
+        if "parametrizations" in self._modules:
+            return None
+        p: Any = self._parameters
+        weight, table = p["weight"], self._table()
+        if not table.is_contiguous() or table.dtype not in (weight.dtype, torch.bfloat16):
+            return None
+        assert self.ignore_index is not None
+        return SynthesizerTensors(
+            "dense" if self.rank is None else "lowrank",
+            weight,
+            p.get("down"),
+            p["gain"],
+            p["bias"],
+            table,
+            self.ignore_index,
+        )
+
+    def _table(self) -> Tensor:
+        """The head's weight [classes, O], as it is now."""
         head: Any = self.head
         table: Tensor = head.weight.detach()
         if table.shape != (self.context_features, self.features):
@@ -444,6 +465,16 @@ class SoftmaxSynthesizer(Synthesizer):
                 f"the head's weight is {list(table.shape)}, where the synthesizer was made for "
                 f"[{self.context_features}, {self.features}]: make a new synthesizer for it"
             )
+        if table.device != self.bias.device:
+            raise RuntimeError(
+                f"the head's weight is on {table.device}, the synthesizer on {self.bias.device}"
+            )
+        return table
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
+        int64 [N]."""
+        table = self._table()
         if context is None or context.dtype != torch.int64 or context.shape != h.shape[:1]:
             given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
             raise RuntimeError(f"context must be labels, int64 [{h.shape[0]}], got {given}")
