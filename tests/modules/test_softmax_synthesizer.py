@@ -226,6 +226,7 @@ def test_in_a_linear_layer(rule: fd.SGD | None, interface: str) -> None:
         same(*both)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's about itself
 def test_compiled() -> None:
     torch.manual_seed(0)
     synthesizer = fd.SoftmaxSynthesizer(head_of(), 2)
