@@ -1115,9 +1115,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _specimen_step(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, problem: Problem, tiles: Tiles,
-    dx: bool,
+    dx: bool, tabled: bool,
 ) -> list[Launch]:  # fmt: skip
-    """A step with labels of ten classes and a rank of 16."""
+    """A step with labels of ten classes, or of a table's ten rows, and a rank of 16."""
     rank, classes = 16, 10
     adam = problem.rule != "sgd"
     vectors = {
@@ -1138,8 +1138,9 @@ def _specimen_step(
         **vectors,
         synthesizer_weight=_meta(*shapes[problem.source]),
         down=_meta(rank, outputs) if problem.source == "lowrank" else None,
-        context_weight=_meta(outputs, classes),
+        context_weight=_meta() if tabled else _meta(outputs, classes),
         synthesizer_bias=_meta(outputs),
+        table=_meta(classes, outputs) if tabled else None,
         labels=_meta(rows, dtype=torch.int64),
         hyper=_meta(7, dtype=torch.float64),
         **moments,
@@ -1181,6 +1182,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         ("bf16 preactivation", half, inside, True),
         ("tf32", full, step._replace(precision="tf32"), False),
         ("fp32", full, step, False),
+        ("bf16 table", half, step, False),
         ("fp16 diagonal", torch.float16, step._replace(source="diagonal", norm="none"), False),
     ]  # fmt: skip
     seen = set()
@@ -1192,13 +1194,16 @@ def specimens(architecture: int) -> Iterator[Specimen]:
             tiles = default_tiles(
                 rows, inputs, outputs, dtype, problem.rule, problem.precision, architecture
             )
-            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx):
+            tabled = "table" in name
+            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx, tabled):
                 phase = launch.arguments["FIRST"]
                 part = "step" if tiles.launches == "one" else PHASES[phase]
                 multiplies = part in ("step", "product", "dx", "weight")
                 # Phases without a product are much the same in all cases and architectures.
-                key = f"{part} {problem.norm} {problem.source} {problem.interface}"
+                key = f"{part} {problem.norm} {problem.source} {problem.interface} {tabled}"
                 if not multiplies and (key in seen or architecture != 90):
+                    continue
+                if tabled and part not in ("step", "gradient"):  # the others read no table
                     continue
                 seen.add(key)
                 yield Specimen(

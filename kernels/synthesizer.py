@@ -776,9 +776,10 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
 
 
 def _specimen(
-    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int
+    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int, tabled: bool
 ) -> list[Launch]:
-    """A prediction, or a step of training, on tensors that are not there; 10 classes, rank 16."""
+    """A prediction, or a step of training, on tensors that are not there; 10 classes, or a table
+    [10, O]; rank 16."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -788,7 +789,7 @@ def _specimen(
     slots: dict[str, tuple[int, ...]] = {"weight": shapes[problem.source]}
     if rank:
         slots["down"] = (rank, outputs)
-    slots |= {"context": (outputs, 10), "bias": (outputs,)}
+    slots |= {"context": () if tabled else (outputs, 10), "bias": (outputs,)}
     if problem.training:
         problem = problem._replace(trainable=(True, rank > 0, True, True))
     kept = {"sgd": ("first",), "adam": ("first", "second")}.get(problem.rule, ())
@@ -799,8 +800,9 @@ def _specimen(
         h=empty(rows, outputs, dtype=dtype),
         synthesizer_weight=empty(*slots["weight"]),
         down=empty(rank, outputs) if rank else None,
-        context_weight=empty(outputs, 10),
+        context_weight=empty(*slots["context"]),
         synthesizer_bias=empty(outputs),
+        table=empty(10, outputs, dtype=dtype) if tabled else None,
         labels=empty(rows, dtype=torch.int64),
         scaled=empty(rows, outputs),
         reduced=empty(rows, rank) if rank else None,
@@ -830,9 +832,13 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         ("train dense adam bf16", 128, 1024, bf16, train._replace(source="dense", rule="adam")),
         ("train diagonal fp32", 128, 1024, fp32, train._replace(source="diagonal")),
         ("train tf32", 128, 1024, fp32, train._replace(precision="tf32")),
+        ("predict table bf16", 128, 1024, bf16, predict),
+        ("train table dense bf16", 128, 1024, bf16, train._replace(source="dense")),
+        ("train table bf16", 128, 1024, bf16, train),
         ("train bf16", 4096, 4096, bf16, train),
     ):
-        for launch in _specimen(rows, outputs, dtype, problem, architecture):
+        tabled = "table" in name
+        for launch in _specimen(rows, outputs, dtype, problem, architecture, tabled):
             first = launch.arguments["FIRST"]
             whole = first != launch.arguments["LAST"]
             part = "" if whole else f" phase {first}"

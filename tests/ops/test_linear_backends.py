@@ -702,6 +702,26 @@ def test_a_label_outside_of_the_table(backend: Backend, label: int) -> None:
         assert torch.equal(t, old)
 
 
+def test_a_gains_gradient_is_looked_at(backend: Backend) -> None:
+    """Of finite factors, larger than float32 has room for: skipped and counted."""
+    dtypes = serve(backend, "float32")
+    case = tabled("lowrank", dtypes).to(*dtypes).on(device_of(backend))
+    _, state = bind(case)
+    h, context, grad_h = case.inputs["h"], case.inputs["context"], case.inputs["grad_h"]
+    synthesizer = case.synthesizer()
+    prediction = backend.synthesizer_predict(h, synthesizer, context)
+    huge = synthesizer._replace(table=torch.full_like(case.parameters["synthesizer.table"], 1e38))
+    statistics = h.new_zeros(STATISTICS_SIZE, dtype=torch.float64)
+    rule = state.tensors(synthesizer.parameters())
+    before = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    lesson = (h, prediction, grad_h.abs() * 1e4, huge, context, case.target_scale, statistics, rule)
+    backend.synthesizer_update_(*lesson)
+    assert rule.hyper[SKIPPED] == 1 and rule.hyper[STEP] == 0
+    after = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    for t, old in zip(after, before, strict=True):
+        assert torch.equal(t, old)
+
+
 def test_vectors_are_no_labels_of_a_table(backend: Backend) -> None:
     dtypes = serve(backend, "float32")
     case = tabled("dense", dtypes).to(*dtypes).on(device_of(backend))
