@@ -443,7 +443,9 @@ class SoftmaxSynthesizer(Synthesizer):
             return None
         p: Any = self._parameters
         weight, table = p["weight"], self._table()
-        if not table.is_contiguous() or table.dtype not in (weight.dtype, torch.bfloat16):
+        # A subclass (a sharded head) need not have its elements where a kernel would look.
+        readable = type(table) is Tensor and table.is_contiguous()
+        if not readable or table.dtype not in (weight.dtype, torch.bfloat16):
             return None
         assert self.ignore_index is not None
         return SynthesizerTensors(

@@ -279,11 +279,24 @@ def test_a_bfloat16_head(width: int) -> None:
     same(*both, tolerance=1e-5)
 
 
-def test_a_head_that_kernels_cannot_read_goes_by_autograd() -> None:
+class Elsewhere(Tensor):
+    """A subclass, of which nobody knows where its elements are."""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda weight: weight.t().contiguous().t(),
+        lambda weight: weight.as_subclass(Elsewhere),
+        lambda weight: weight.float(),
+    ],
+    ids=["strided", "subclass", "dtype"],
+)
+def test_a_head_that_kernels_cannot_read_goes_by_autograd(changed: Any) -> None:
     head = head_of()
     synthesizer = fd.SoftmaxSynthesizer(head)
     assert synthesizer.fused() is not None
-    head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
+    head.weight = nn.Parameter(changed(head.weight.detach()))
     assert synthesizer.fused() is None
     layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), synthesizer, update=fd.SGD(0.1))
     layer(double(N, 4), context=labels_of(N)).backward(double(N, WIDTH))
