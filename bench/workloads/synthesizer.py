@@ -103,18 +103,18 @@ class SoftmaxStep:
 def check_softmax_by_autograd(case: Case) -> None:
     """Autograd's prediction and update against the reference in float64; raises as
     :func:`check_synthesizer`."""
-    candidate, twin = (
-        SoftmaxStep(case),
-        SynthesizerStep("softmax", case, "reference", torch.float64),
-    )
+    candidate = SoftmaxStep(case)
+    twin = SynthesizerStep("softmax", case, "reference", torch.float64)
     predicted, prediction = candidate.predict(), twin.predict()
-    error = float((predicted.double() - prediction.scaled).norm() / prediction.scaled.norm())
+    away = predicted.detach().double() - prediction.scaled
+    error = float(away.norm() / prediction.scaled.norm())
     candidate.update(predicted)
     twin.update(prediction)
     slots = zip(candidate.module.fused().parameters(), twin.tensors.parameters(), strict=True)
     for got, want in slots:
         if got is not None and want is not None:
-            error = max(error, float((got.double() - want).norm() / want.norm()))
+            away = (got.double() - want).detach()
+            error = max(error, float(away.norm() / want.detach().norm()))
     if not error <= 1e-5:
         raise Disagreement(f"softmax by autograd, {case}: off by {error:.2e}")
 
