@@ -187,7 +187,7 @@ def run_step(
         if got is not None:
             close(got, exact, depth, "running")
     for name, got, exact in zip(
-        ["weight", "down", "context", "bias"], synthesizer[1:], m, strict=True
+        ["weight", "down", "context", "bias"], synthesizer.parameters(), m, strict=True
     ):
         assert isinstance(got, Tensor) and exact.grad is not None
         close(got.detach(), exact.detach(), depth, "synthesizer " + name, (exact.grad, passed))
