@@ -403,7 +403,19 @@ REFUSED: dict[str, tuple[tuple[int, ...], Any, type[Exception], str]] = {
     "synthesizer": ((4, 0), 3, ValueError, "synthesizer: got 3, takes 0 to 2"),
     "rank": ((4, 1), 0, ValueError, "rank: got 0, takes 1 to"),
     "another rank": ((4, 1), 6, ValueError, r"synthesizer weight: got sizes \[37, 5\]"),
-    "no down": ((4, 4), None, TypeError, "down: got None"),
+    "no down": ((4, 6), None, TypeError, "down: got None"),
+    "table's type": (
+        (4, 3), lambda _: (64, 2, 7, 37, 37, 1), TypeError,
+        "table: got float16, takes float32 or bfloat16",
+    ),
+    "table's sizes": (
+        (4, 3), lambda _: (64, 0, 6, 37, 37, 1), ValueError,
+        r"table: got sizes \[6, 37\], takes \[7, 37\]",
+    ),
+    "a table and a gain for each class": (
+        (4, 3), lambda _: (64, 0, 7, 37, 37, 1), ValueError,
+        r"context_weight: got sizes \[37, 7\], takes \[\]",
+    ),
     "unwanted context": ((4, 2), 0, TypeError, "context_weight: got a tensor, takes None"),
     "rows of x overlap": (
         (5,), lambda t: (*t[:4], 19, 1), ValueError, "x: got strides .* do not overlap",
