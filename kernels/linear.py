@@ -1115,7 +1115,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _specimen_step(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, problem: Problem, tiles: Tiles,
-    dx: bool, tabled: bool,
+    dx: bool, tabled: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """A step with labels of ten classes, or of a table's ten rows, and a rank of 16."""
     rank, classes = 16, 10
