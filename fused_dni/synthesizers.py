@@ -434,7 +434,10 @@ class SoftmaxSynthesizer(Synthesizer):
     ``(sum_w p_w W[w] - W[y]) / N``. The second part is known: the head's own row, read at each
     prediction, nothing of the head being copied or trained here. The first, what the model expects,
     is predicted from h. So the context is the label, which takes no table of classes, however many
-    there are. Runs under autograd, not inside the fused kernels.
+    there are. A lesson takes the head's rows as they are when it is applied.
+
+    Runs inside the fused kernels where the head's weight is contiguous and of the synthesizer's
+    dtype or bfloat16; else under autograd.
 
     Args:
         head: the layer in front of the softmax: a module with a ``weight`` [classes, O], as
@@ -503,9 +506,30 @@ class SoftmaxSynthesizer(Synthesizer):
             return ()
         return _given((self.weight, self.bias, self.gain))
 
-    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+    def fused(self) -> SynthesizerTensors | None:
+        if "parametrizations" in self._modules:
+            return None
+        p: Any = self._parameters
+        weight, table = p["weight"], self._table()
+        # A subclass (a sharded head) need not have its elements where a kernel would look.
+        readable = type(table) is Tensor and table.is_contiguous()
+        if not readable or table.dtype not in (weight.dtype, torch.bfloat16):
+            return None
+        assert self.ignore_index is not None
+        return SynthesizerTensors(
+            "dense" if self.rank is None else "lowrank",
+            weight,
+            p.get("down"),
+            p["gain"],
+            p["bias"],
+            table,
+            self.ignore_index,
+        )
+
+    def _table(self) -> Tensor:
+        """The head's weight [classes, O], as it is now."""
         head: Any = self.head
-        table: Tensor = head.weight
+        table: Tensor = head.weight.detach()
         if table.shape != (self.context_features, self.features):
             raise RuntimeError(
                 f"the head's weight is {list(table.shape)}, where the synthesizer was made for "
@@ -516,6 +540,10 @@ class SoftmaxSynthesizer(Synthesizer):
                 f"the head is on {table.device}, the synthesizer on {self.bias.device}: it does "
                 "not move with the synthesizer"
             )
+        return table
+
+    def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
+        self._table()
         rows = "..." if shape is None else shape[0]
         fits = context is not None and context.dtype == torch.int64
         if context is None or not fits or (shape is not None and context.shape != shape[:1]):
@@ -527,8 +555,7 @@ class SoftmaxSynthesizer(Synthesizer):
         """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
         int64 [N]."""
         self.check(context, h.shape)
-        head: Any = self.head
-        table: Tensor = head.weight.detach()
+        table = self._table()
         assert context is not None and self.ignore_index is not None
         counted = context.ne(self.ignore_index).unsqueeze(1)  # [N, 1]
         rows = F.embedding(context.where(counted.squeeze(1), 0), table)  # [N, O]

@@ -48,7 +48,13 @@ from fused_dni.kernels.common import (
 )
 from fused_dni.kernels.launch import Launch, Specimen, constants
 from fused_dni.kernels.meeting import LINEAR, RECORD, Kernel, Meeting, meet
-from fused_dni.kernels.synthesizer import TYPES, down_tile, predict_tile, reduce_tiles
+from fused_dni.kernels.synthesizer import (
+    TYPES,
+    counted_rows,
+    down_tile,
+    predict_tile,
+    reduce_tiles,
+)
 from fused_dni.kernels.tiles import (
     FLAGS,
     combine_moments,
@@ -102,8 +108,9 @@ class Tensors(NamedTuple):
     # The synthesizer and what it is conditioned on.
     synthesizer_weight: Any = None  # [O, O], [O, R] or [O]
     down: Any = None  # [R, O]
-    context_weight: Any = None  # [O, K]
+    context_weight: Any = None  # [O, K]; with a table []
     synthesizer_bias: Any = None  # [O]
+    table: Any = None  # [K, O]
     labels: Any = None  # int64 [N]
     vectors: Any = None  # [N, K]
     # The rule: float64 hyper-parameters, moments by slot.
@@ -162,6 +169,7 @@ class Sizes(NamedTuple):
     max_norm: float
     eps: float
     momentum: float
+    ignored: int  # with a table: the label of rows that are not in the loss
 
 
 class Options(NamedTuple):
@@ -359,6 +367,7 @@ def _gradient(t, s, C: tl.constexpr, program, programs):
     down, across = tl.cdiv(s.rows, C.rows), tl.cdiv(s.outputs, C.outs)
     largest = 0.0
     squares = tl.full((), 0.0, tl.float64)
+    counted = counted_rows(t, s)
     for index in range(program, down * across, programs):
         r, o = place(index, down, across)
         row, out = r * C.rows, o * C.outs
@@ -367,7 +376,7 @@ def _gradient(t, s, C: tl.constexpr, program, programs):
         if C.source == "given":
             g = load_tile(t.grad_h, row, out, s.rows, s.outputs, C.rows, C.outs).to(tl.float32)
         else:
-            g = predict_tile(t, s, C, h, row, out)
+            g = predict_tile(t, s, C, h, row, out, counted)
             if t.scaled is not None:
                 store_tile(t.scaled, g, row, out, s.rows, s.outputs, C.rows, C.outs)
             g *= s.inverse_scale
@@ -775,6 +784,7 @@ class Problem(NamedTuple):
     nesterov: bool = False
     trainable: tuple[bool, bool, bool, bool] = (False, False, False, False)
     precision: str = "ieee"  # of float32 products: "ieee", "tf32"
+    ignored: int = -100  # with a table: the label of rows that are not in the loss
 
 
 # Ranges of phases. In an update nothing is computed in front of MEASURE: `Tensors.h` is None.
@@ -946,6 +956,7 @@ def plan(
         problem.max_norm,
         problem.eps,
         problem.momentum,
+        problem.ignored,
     )
     options = _options(t, problem, tiles, rank, whole)
     how: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -1104,9 +1115,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _specimen_step(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, problem: Problem, tiles: Tiles,
-    dx: bool,
+    dx: bool, tabled: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """A step with labels of ten classes and a rank of 16."""
+    """A step with labels of ten classes, or of a table's ten rows, and a rank of 16."""
     rank, classes = 16, 10
     adam = problem.rule != "sgd"
     vectors = {
@@ -1127,8 +1138,9 @@ def _specimen_step(
         **vectors,
         synthesizer_weight=_meta(*shapes[problem.source]),
         down=_meta(rank, outputs) if problem.source == "lowrank" else None,
-        context_weight=_meta(outputs, classes),
+        context_weight=_meta() if tabled else _meta(outputs, classes),
         synthesizer_bias=_meta(outputs),
+        table=_meta(classes, outputs) if tabled else None,
         labels=_meta(rows, dtype=torch.int64),
         hyper=_meta(7, dtype=torch.float64),
         **moments,
@@ -1170,6 +1182,7 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         ("bf16 preactivation", half, inside, True),
         ("tf32", full, step._replace(precision="tf32"), False),
         ("fp32", full, step, False),
+        ("bf16 table", half, step, False),
         ("fp16 diagonal", torch.float16, step._replace(source="diagonal", norm="none"), False),
     ]  # fmt: skip
     seen = set()
@@ -1181,13 +1194,16 @@ def specimens(architecture: int) -> Iterator[Specimen]:
             tiles = default_tiles(
                 rows, inputs, outputs, dtype, problem.rule, problem.precision, architecture
             )
-            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx):
+            tabled = "table" in name
+            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx, tabled):
                 phase = launch.arguments["FIRST"]
                 part = "step" if tiles.launches == "one" else PHASES[phase]
                 multiplies = part in ("step", "product", "dx", "weight")
                 # Phases without a product are much the same in all cases and architectures.
-                key = f"{part} {problem.norm} {problem.source} {problem.interface}"
+                key = f"{part} {problem.norm} {problem.source} {problem.interface} {tabled}"
                 if not multiplies and (key in seen or architecture != 90):
+                    continue
+                if tabled and part not in ("step", "gradient"):  # the others read no table
                     continue
                 seen.add(key)
                 yield Specimen(

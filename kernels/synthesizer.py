@@ -57,6 +57,7 @@ KERNEL = Kernel("synthesizer_kernel", PHASES, ("N", "O", "R"))
 _LARGEST: tl.constexpr = tl.constexpr(1.0e38)  # well inside float32
 _REDUCED: tl.constexpr = tl.constexpr(64)  # elements that a program sums up at a time
 _CLASSES: tl.constexpr = tl.constexpr(32)  # context features in a tile
+_LABELS: tl.constexpr = tl.constexpr(1024)  # labels that are counted at a time
 
 
 class Tensors(NamedTuple):
@@ -65,8 +66,9 @@ class Tensors(NamedTuple):
     h: Any = None  # [N, O]
     synthesizer_weight: Any = None  # [O, O], [O, R] or [O]
     down: Any = None  # [R, O]
-    context_weight: Any = None  # [O, K]
+    context_weight: Any = None  # [O, K]; with a table []
     synthesizer_bias: Any = None  # [O]
+    table: Any = None  # [K, O]
     labels: Any = None  # int64 [N]
     vectors: Any = None  # [N, K]
     grad_h: Any = None  # [N, O]: g
@@ -92,7 +94,8 @@ class Tensors(NamedTuple):
     partial: Any = None  # [out tiles, N, R]
     back: Any = None  # [N, R]: e V
     columns: Any = None  # [row tiles, 2, O]: sums of e and, for a diagonal M, of e h
-    sums: Any = None  # float64 [4, FLAGS]: of s g, s s, g g, (s - g)^2, by program
+    # float64 [5, FLAGS], by program: of s g, s s, g g, (s - g)^2; with a table of -e W[label]
+    sums: Any = None
     largest: Any = None  # [4, FLAGS]: largest magnitudes of operands, of e, of e V, of gradients
     step: Any = None  # float64 [1]: the rule's step count before this one
     meeting: Any = None  # Meeting, in one launch
@@ -109,6 +112,7 @@ class Sizes(NamedTuple):
     reduce_programs: int  # in REDUCE
     trial_programs: int  # in TRIAL
     target_scale: float  # kappa
+    ignored: int  # with a table: the label of rows that are not in the loss
 
 
 class Options(NamedTuple):
@@ -140,9 +144,38 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def predict_tile(t, s, C: tl.constexpr, h, row, out):
-    """M(h) [rows, outs], float32; ``h`` is this tile of t.h. A class index that there is not makes
-    its row NaN, so that whatever is made of it is skipped and counted."""
+def counted_rows(t, s):
+    """How many rows are in the loss, at least 1; all without a table."""
+    counted = s.rows
+    if t.table is not None:
+        found = tl.full((_LABELS,), 0, tl.int32)
+        for n in range(0, s.rows, _LABELS):
+            i = n + tl.arange(0, _LABELS)
+            label = tl.load(t.labels + i, mask=i < s.rows, other=s.ignored)
+            found += (label != s.ignored).to(tl.int32)
+        counted = tl.maximum(tl.sum(found), 1)
+    return counted
+
+
+@triton.jit
+def _label_tile(t, s, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
+    """The table's rows of a tile's labels, float32, and which rows are in the loss. A label that
+    there is not makes its row NaN."""
+    i, j = row + tl.arange(0, ROWS), out + tl.arange(0, OUTS)
+    label = tl.load(t.labels + i, mask=i < s.rows, other=s.ignored)
+    counted = label != s.ignored
+    known = (label >= 0) & (label < s.classes)
+    at = tl.where(known, label, 0)[:, None] * s.outputs + j[None, :]
+    inside = (counted & known)[:, None] & (j < s.outputs)[None, :]
+    w = tl.load(t.table + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where((counted & (known == 0))[:, None], float("nan"), w), counted
+
+
+@triton.jit
+def predict_tile(t, s, C: tl.constexpr, h, row, out, counted):
+    """M(h) [rows, outs], float32; ``h`` is this tile of t.h, ``counted`` of :func:`counted_rows`. A
+    class index that there is not makes its row NaN, so that whatever is made of it is skipped and
+    counted."""
     if C.source == "dense":
         m = tl.full((C.rows, C.outs), 0.0, tl.float32)
         for k in range(0, s.outputs, C.depth):
@@ -156,7 +189,13 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
         m = dot(a.to(C.operand), tl.trans(b.to(C.operand)), m, C.precision)
     else:
         m = h * load_vector(t.synthesizer_weight, out, s.outputs, C.outs, 0.0)[None, :]
-    if t.labels is not None:
+    bias = load_vector(t.synthesizer_bias, out, s.outputs, C.outs, 0.0)
+    if t.table is not None:
+        w, inside = _label_tile(t, s, row, out, C.rows, C.outs)
+        m += bias[None, :] - tl.load(t.context_weight).to(tl.float32) * w
+        m = tl.where(inside[:, None], m * (s.rows / counted), 0.0)
+        bias = tl.full((C.outs,), 0.0, tl.float32)
+    elif t.labels is not None:
         i, j = row + tl.arange(0, C.rows), out + tl.arange(0, C.outs)
         label = tl.load(t.labels + i, mask=i < s.rows, other=0)
         known = (label >= 0) & (label < s.classes)
@@ -169,7 +208,7 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out):
             v = load_tile(t.vectors, row, k, s.rows, s.classes, C.rows, _CLASSES)
             w = load_tile(t.context_weight, out, k, s.outputs, s.classes, C.outs, _CLASSES)
             m = dot(v.to(C.operand), tl.trans(w.to(C.operand)), m, C.precision)
-    return m + load_vector(t.synthesizer_bias, out, s.outputs, C.outs, 0.0)[None, :]
+    return m + bias[None, :]
 
 
 @triton.jit
@@ -206,11 +245,12 @@ def _down(t, s, C: tl.constexpr, program, programs):
 @triton.jit
 def _predict(t, s, C: tl.constexpr, program, programs):
     down, across = tl.cdiv(s.rows, C.rows), tl.cdiv(s.outputs, C.outs)
+    counted = counted_rows(t, s)
     for index in range(program, down * across, programs):
         r, o = place(index, down, across)
         row, out = r * C.rows, o * C.outs
         h = load_tile(t.h, row, out, s.rows, s.outputs, C.rows, C.outs).to(tl.float32)
-        m = predict_tile(t, s, C, h, row, out)
+        m = predict_tile(t, s, C, h, row, out, counted)
         store_tile(t.scaled, m, row, out, s.rows, s.outputs, C.rows, C.outs)
 
 
@@ -219,12 +259,18 @@ def _predict(t, s, C: tl.constexpr, program, programs):
 
 
 @triton.jit
-def _error(t, s, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """e of a tile, and M(h) and the target kappa g that it is made of."""
+def _error(t, s, gain, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
+    """e of a tile, and M(h) and the target kappa g that it is made of; ``gain`` is 2 over how many
+    rows are in the loss."""
     m = load_tile(t.scaled, row, out, s.rows, s.outputs, ROWS, OUTS)
     g = load_tile(t.grad_h, row, out, s.rows, s.outputs, ROWS, OUTS).to(tl.float32)
     target = g * s.target_scale
-    return (m - target) * (2.0 / s.rows), m, target
+    e = (m - target) * gain
+    if t.table is not None:
+        i = row + tl.arange(0, ROWS)
+        label = tl.load(t.labels + i, mask=i < s.rows, other=s.ignored)
+        e = tl.where((label != s.ignored)[:, None], e, 0.0)
+    return e, m, target
 
 
 @triton.jit
@@ -232,16 +278,20 @@ def _parts(t, s, C: tl.constexpr, program, programs):
     down, across = tl.cdiv(s.rows, C.rows), tl.cdiv(s.outputs, C.outs)
     operands, errors = 0.0, 0.0
     zero = tl.full((), 0.0, tl.float64)
-    sg, ss, gg, ee = zero, zero, zero, zero
+    sg, ss, gg, ee, ew = zero, zero, zero, zero, zero
+    gain = 2.0 / counted_rows(t, s)
     for index in range(program, down * across, programs):
         r, o = place(index, down, across)
         row, out = r * C.rows, o * C.outs
-        e, m, target = _error(t, s, row, out, C.rows, C.outs)
+        e, m, target = _error(t, s, gain, row, out, C.rows, C.outs)
         h = load_tile(t.h, row, out, s.rows, s.outputs, C.rows, C.outs).to(tl.float32)
         operands, errors = tl.maximum(operands, magnitude(h)), tl.maximum(errors, magnitude(e))
         m, target = m.to(tl.float64), target.to(tl.float64)
         sg, ss, gg = sg + tl.sum(m * target), ss + tl.sum(m * m), gg + tl.sum(target * target)
         ee += tl.sum((m - target) * (m - target))
+        if t.table is not None:
+            w, _counted = _label_tile(t, s, row, out, C.rows, C.outs)
+            ew += tl.sum((e * w).to(tl.float64))
         if t.columns is not None:
             at = t.columns + r * 2 * s.outputs
             sums = tl.sum(e, 0)
@@ -268,6 +318,8 @@ def _parts(t, s, C: tl.constexpr, program, programs):
     tl.store(t.sums + FLAGS + program, ss)
     tl.store(t.sums + 2 * FLAGS + program, gg)
     tl.store(t.sums + 3 * FLAGS + program, ee)
+    if t.table is not None:
+        tl.store(t.sums + 4 * FLAGS + program, -ew)
     if C.rule != "none":
         if program == 0:
             tl.store(t.step, tl.load(t.hyper + STEP))
@@ -281,6 +333,8 @@ def _context_magnitude(t, s, C: tl.constexpr, row):
         i = row + tl.arange(0, C.rows)
         label = tl.load(t.labels + i, mask=i < s.rows, other=0)
         known = (label >= 0) & (label < s.classes)
+        if t.table is not None:
+            known = known | (label == s.ignored)
         largest = tl.max(tl.where(known, 1.0, float("inf")))
     elif t.vectors is not None:
         for k in range(0, s.classes, _CLASSES):
@@ -291,7 +345,7 @@ def _context_magnitude(t, s, C: tl.constexpr, row):
 
 @triton.jit
 def _total(t, s, C: tl.constexpr, which):
-    """One of the sums of the statistics, over all programs."""
+    """One of the sums, over all programs."""
     i = tl.arange(0, FLAGS)
     at = t.sums + which * FLAGS + i
     return tl.sum(tl.load(at, mask=i < s.parts_programs, other=0.0))
@@ -305,6 +359,9 @@ def _finite(t, s, C: tl.constexpr):
     errors = largest_left(t.largest, 1, s.parts_programs)
     if C.source == "lowrank":
         errors = tl.maximum(errors, largest_left(t.largest, 2, s.reduce_programs))
+    if t.table is not None:  # no product over the rows, but a sum over all elements
+        ew = tl.abs(_total(t, s, C, 4)).to(tl.float32)
+        errors = tl.maximum(errors, tl.where(ew == ew, ew, float("inf")))
     finite = (operands < float("inf")) & (errors < float("inf"))
     return finite, tl.maximum(operands, 1.0) * errors * s.rows < _LARGEST
 
@@ -315,6 +372,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.con
     magnitude in the latter case."""
     largest = 0.0
     outs = tl.cdiv(s.outputs, C.weight_outs)
+    gain = 2.0 / counted_rows(t, s)
     if C.train_weight and C.source == "dense":
         ins = tl.cdiv(s.outputs, C.weight_ins)
         for index in range(program, outs * ins, programs):
@@ -322,7 +380,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.con
             out, column = o * C.weight_outs, i * C.weight_ins
             g = tl.full((C.weight_outs, C.weight_ins), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
-                e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
+                e, _m, _g = _error(t, s, gain, k, out, C.depth, C.weight_outs)
                 h = load_tile(t.h, k, column, s.rows, s.outputs, C.depth, C.weight_ins)
                 e, h = tl.trans(e.to(C.back_operand)), h.to(C.back_operand)
                 g = dot(e, h, g, C.back_precision)
@@ -336,7 +394,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.con
             out = o * C.weight_outs
             g = tl.full((C.weight_outs, C.rank), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
-                e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
+                e, _m, _g = _error(t, s, gain, k, out, C.depth, C.weight_outs)
                 p = load_tile(t.reduced, k, 0, s.rows, s.rank, C.depth, C.rank)
                 e, p = tl.trans(e.to(C.back_operand)), p.to(C.back_operand)
                 g = dot(e, p, g, C.back_precision)
@@ -358,13 +416,20 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.con
                 t.down, t.first_down, t.second_down, t.grad_down, g, 0, out, s.rank, s.outputs,
                 factors, C, C.rank, C.weight_outs, step, 1, LOOK,
             ))  # fmt: skip
-    if C.train_context:
+    if C.train_context and t.table is not None:
+        for _ in range(programs - 1 - program, 1, programs):
+            g = tl.full((C.outs,), 0.0, tl.float32) + _total(t, s, C, 4).to(tl.float32)
+            largest = tl.maximum(largest, _slot_vector(
+                t.context_weight, t.first_context, t.second_context, t.grad_context, g, 0, 1,
+                factors, C, step, 2, LOOK,
+            ))  # fmt: skip
+    elif C.train_context:
         ins = tl.cdiv(s.classes, _CLASSES)
         for index in range(program, outs * ins, programs):
             out, column = index // ins * C.weight_outs, index % ins * _CLASSES
             g = tl.full((C.weight_outs, _CLASSES), 0.0, tl.float32)
             for k in range(0, s.rows, C.depth):
-                e, _m, _g = _error(t, s, k, out, C.depth, C.weight_outs)
+                e, _m, _g = _error(t, s, gain, k, out, C.depth, C.weight_outs)
                 c = _context_tile(t, s, C, k, column)
                 g = dot(tl.trans(e.to(C.back_operand)), c, g, C.back_precision)
             largest = tl.maximum(largest, _slot_tile(
@@ -576,6 +641,7 @@ class Problem(NamedTuple):
     nesterov: bool = False
     trainable: tuple[bool, bool, bool, bool] = (False, False, False, False)
     precision: str = "ieee"  # of float32 products: "ieee", "tf32"
+    ignored: int = -100  # with a table: the label of rows that are not in the loss
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -608,7 +674,7 @@ def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:
             made["back"] = room(rows, rank)
         if t.synthesizer_bias is not None or problem.source == "diagonal":
             made["columns"] = room(triton.cdiv(rows, tiles.rows), 2, outputs)
-        made["sums"] = room(4, FLAGS.value, dtype=torch.float64)
+        made["sums"] = room(5, FLAGS.value, dtype=torch.float64)
         made["largest"] = room(4, FLAGS.value)
         made["step"] = room(1, dtype=torch.float64)
     return t._replace(**made)
@@ -630,7 +696,8 @@ def plan(
         resident: programs that a cooperative launch may have (one in the interpreter).
     """
     rows, outputs, rank, classes = sizes
-    grids = _grids(problem, tiles, sizes)
+    learned = classes if t.table is None else 1
+    grids = _grids(problem, tiles, (rows, outputs, rank, learned))
     if tiles.launches == "one":
         common = min(max(grids.values()), resident)
         grids = dict.fromkeys(grids, common)
@@ -643,6 +710,7 @@ def plan(
         grids.get(REDUCE.value, 0),
         grids.get(TRIAL.value, 0),
         problem.target_scale,
+        problem.ignored,
     )
     arguments: dict[str, Any] = {"t": t, "s": s, "C": _options(t, problem, tiles, rank)}
     how: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -708,9 +776,10 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
 
 
 def _specimen(
-    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int
+    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int, tabled: bool
 ) -> list[Launch]:
-    """A prediction, or a step of training, on tensors that are not there; 10 classes, rank 16."""
+    """A prediction, or a step of training, on tensors that are not there; 10 classes, or a table
+    [10, O]; rank 16."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -720,7 +789,7 @@ def _specimen(
     slots: dict[str, tuple[int, ...]] = {"weight": shapes[problem.source]}
     if rank:
         slots["down"] = (rank, outputs)
-    slots |= {"context": (outputs, 10), "bias": (outputs,)}
+    slots |= {"context": () if tabled else (outputs, 10), "bias": (outputs,)}
     if problem.training:
         problem = problem._replace(trainable=(True, rank > 0, True, True))
     kept = {"sgd": ("first",), "adam": ("first", "second")}.get(problem.rule, ())
@@ -731,8 +800,9 @@ def _specimen(
         h=empty(rows, outputs, dtype=dtype),
         synthesizer_weight=empty(*slots["weight"]),
         down=empty(rank, outputs) if rank else None,
-        context_weight=empty(outputs, 10),
+        context_weight=empty(*slots["context"]),
         synthesizer_bias=empty(outputs),
+        table=empty(10, outputs, dtype=dtype) if tabled else None,
         labels=empty(rows, dtype=torch.int64),
         scaled=empty(rows, outputs),
         reduced=empty(rows, rank) if rank else None,
@@ -762,9 +832,13 @@ def specimens(architecture: int) -> Iterator[Specimen]:
         ("train dense adam bf16", 128, 1024, bf16, train._replace(source="dense", rule="adam")),
         ("train diagonal fp32", 128, 1024, fp32, train._replace(source="diagonal")),
         ("train tf32", 128, 1024, fp32, train._replace(precision="tf32")),
+        ("predict table bf16", 128, 1024, bf16, predict),
+        ("train table dense bf16", 128, 1024, bf16, train._replace(source="dense")),
+        ("train table bf16", 128, 1024, bf16, train),
         ("train bf16", 4096, 4096, bf16, train),
     ):
-        for launch in _specimen(rows, outputs, dtype, problem, architecture):
+        tabled = "table" in name
+        for launch in _specimen(rows, outputs, dtype, problem, architecture, tabled):
             first = launch.arguments["FIRST"]
             whole = first != launch.arguments["LAST"]
             part = "" if whole else f" phase {first}"

@@ -1,4 +1,8 @@
-"""Synthesizers alone, below any module: prediction, and training by Adam on an arrived target."""
+"""Synthesizers alone, below any module: prediction, and training by Adam on an arrived target.
+
+In front of a softmax autograd and ``torch.optim`` stand beside the ops. Beside each group its
+floor: the product of a dense synthesizer.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,32 @@ def bench_update(timed, case, kind, backend):
         lambda: lambda: step.update(prediction),
         lambda: w.check_synthesizer(kind, case, backend),
     )
+
+
+@CASES
+def bench_predict_by_autograd(timed, case):
+    timed(
+        f"What does a prediction cost? {case}",
+        lambda: w.SoftmaxStep(case).predict,
+        lambda: w.check_softmax_by_autograd(case),
+    )
+
+
+@CASES
+def bench_update_by_autograd(timed, case):
+    step = w.SoftmaxStep(case)
+    predicted = step.predict()
+    timed(
+        f"What does training a synthesizer cost? {case}",
+        lambda: lambda: step.update(predicted),
+        lambda: w.check_softmax_by_autograd(case),
+    )
+
+
+@CASES
+@pytest.mark.parametrize("what", ["a prediction", "training a synthesizer"])
+def bench_floor(timed, case, what):
+    timed(f"What does {what} cost? {case}", lambda: w.floor(case, what == "a prediction"))
 
 
 @pytest.mark.skipif(wg.why_no_gpu() is not None, reason=str(wg.why_no_gpu()))

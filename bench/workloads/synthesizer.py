@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,23 @@ from fused_dni.rules import RuleState
 from workloads import CLASSES, RANK, Disagreement
 from workloads.step import Case
 
-KINDS = ("dense", "lowrank", "diagonal")
+KINDS = ("dense", "lowrank", "diagonal", "softmax")
+WORDS = 10_000  # classes of the head in front of a softmax
+
+
+def classes(kind: str) -> int:
+    """How many labels a synthesizer of the kind is conditioned on."""
+    return WORDS if kind == "softmax" else CLASSES
 
 
 def synthesizer(kind: str, features: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A label-conditioned synthesizer of the kind, with random instead of zero outputs."""
     torch.manual_seed(2)
-    if kind == "diagonal":
-        made: nn.Module = fd.DiagonalSynthesizer(features, CLASSES)
+    if kind == "softmax":
+        head = nn.Linear(features, WORDS, bias=False).to(dtype)
+        made: nn.Module = fd.SoftmaxSynthesizer(head)
+    elif kind == "diagonal":
+        made = fd.DiagonalSynthesizer(features, CLASSES)
     else:
         made = fd.LinearSynthesizer(features, RANK if kind == "lowrank" else None, CLASSES)
     with torch.no_grad():
@@ -42,7 +52,7 @@ class SynthesizerStep:
         shape = (case.batch, case.hidden)
         self.h = torch.randn(shape, generator=generator).relu().to(dtype)
         self.g = (torch.randn(shape, generator=generator) / case.batch).to(dtype)
-        self.labels = torch.randint(0, CLASSES, (case.batch,), generator=generator)
+        self.labels = torch.randint(0, classes(kind), (case.batch,), generator=generator)
         self.scale = float(case.batch)
         with torch.no_grad():
             self.tensors = synthesizer(kind, case.hidden, dtype).fused()
@@ -68,6 +78,56 @@ class SynthesizerStep:
                 self.statistics,
                 self.rule,
             )
+
+
+class SoftmaxStep:
+    """Prediction and training in front of a softmax, by autograd and ``torch.optim``."""
+
+    def __init__(self, case: Case) -> None:
+        twin = SynthesizerStep("softmax", case, "reference")
+        self.h, self.g, self.labels, self.scale = twin.h, twin.g, twin.labels, twin.scale
+        self.module = synthesizer("softmax", case.hidden)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), 1e-4, foreach=True)
+
+    def predict(self) -> torch.Tensor:
+        predicted: torch.Tensor = self.module(self.h, self.labels)
+        return predicted
+
+    def update(self, predicted: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        error = predicted.detach() - self.g * self.scale
+        predicted.backward(error * (2.0 / len(error)), retain_graph=True)
+        self.optimizer.step()
+
+
+def check_softmax_by_autograd(case: Case) -> None:
+    """Autograd's prediction and update against the reference in float64; raises as
+    :func:`check_synthesizer`."""
+    candidate = SoftmaxStep(case)
+    twin = SynthesizerStep("softmax", case, "reference", torch.float64)
+    predicted, prediction = candidate.predict(), twin.predict()
+    away = predicted.detach().double() - prediction.scaled
+    error = float(away.norm() / prediction.scaled.norm())
+    candidate.update(predicted)
+    twin.update(prediction)
+    slots = zip(candidate.module.fused().parameters(), twin.tensors.parameters(), strict=True)
+    for got, want in slots:
+        if got is not None and want is not None:
+            away = (got.double() - want).detach()
+            error = max(error, float(away.norm() / want.detach().norm()))
+    if not error <= 1e-5:
+        raise Disagreement(f"softmax by autograd, {case}: off by {error:.2e}")
+
+
+def floor(case: Case, predicts: bool) -> Callable[[], None]:
+    """The product that a dense synthesizer's prediction, or its training, cannot avoid."""
+    h, out = torch.randn(case), torch.empty(case if predicts else (case.hidden, case.hidden))
+    other = torch.randn(case.hidden, case.hidden) if predicts else torch.randn(case)
+
+    def run() -> None:
+        torch.mm(h if predicts else h.t(), other, out=out)
+
+    return run
 
 
 def check_synthesizer(kind: str, case: Case, backend: str) -> None:

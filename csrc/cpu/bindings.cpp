@@ -87,14 +87,21 @@ SynthesizerArguments read_synthesizer(const py::tuple& items, std::int64_t rows)
   a.down = read.pointer();
   a.context_weight = read.pointer();
   a.bias = read.pointer();
+  a.table = read.pointer<const void>();
+  a.narrow = read.flag();
+  a.ignored = read.integer();
   a.labels = read.pointer<const std::int64_t>();
   a.vectors = read.pointer<const void>();
   read.finish();
-  for (std::int64_t n = 0; a.labels && n < rows; ++n)
+  a.counted = 0;
+  for (std::int64_t n = 0; a.labels && n < rows; ++n) {
+    if (a.table && a.labels[n] == a.ignored) continue;
+    ++a.counted;
     if (a.labels[n] < 0 || a.labels[n] >= a.classes)
       throw py::index_error("class index " + std::to_string(a.labels[n]) + " (row " +
                             std::to_string(n) + ") is outside [0, " + std::to_string(a.classes) +
                             ")");
+  }
   return a;
 }
 

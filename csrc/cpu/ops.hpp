@@ -30,8 +30,12 @@ struct SynthesizerArguments {
   std::int64_t rank, classes;  // R, K
   void* weight;                // [O, O], [O, R] or [O]
   void* down;                  // [R, O]
-  void* context_weight;        // [O, K]
+  void* context_weight;        // [O, K]; with a table []
   void* bias;                  // [O]
+  const void* table;           // [K, O]
+  bool narrow;                 // the table is of bfloat16
+  std::int64_t ignored;        // with a table: the label of rows that are not in the loss
+  std::int64_t counted;        // how many are
   const std::int64_t* labels;  // [N] in [0, K), or
   const void* vectors;         // [N, K]
 };

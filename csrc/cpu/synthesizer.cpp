@@ -6,6 +6,7 @@
 //   low rank  dV = e^T p,  dU = (e V)^T h       p = h U^T, from the prediction
 //   diagonal  da = sum_n e * h
 //   all       dC = e^T context,  dc = sum_n e
+//   table     dg = -sum_on e * W[label],  e of the mean over rows in the loss
 //
 // Threads own features. All gradients but the dense dA are small: they are made in full, found
 // finite, and then applied; dA is applied tile by tile where it is made, as a layer's weight is.
@@ -54,6 +55,7 @@ struct Trainer {
   const Index rank_row, class_row;            // R and K rounded up to whole vectors
   const T factor, kappa;                      // 2 / N, and the target's scale
   const bool train_dense;                     // the weight's gradient is a large product
+  const LabelRows<T> head;
   WeightPhase<T> product;
 
   T* error = nullptr;      // [O][stride]: s, then e
@@ -64,7 +66,8 @@ struct Trainer {
   T* back = nullptr;       // [threads][N][rank_row]: parts of e V; their sum in every thread's copy
   T* back_sum = nullptr;   // [threads][N][rank_row]
   T* panels = nullptr;     // [threads][..]
-  double* sums = nullptr;  // [threads][8], a line each
+  T* mean = nullptr;       // [threads][stride]: 2 / rows in the loss in these, 0 in the others
+  double* sums = nullptr;  // [threads][8], a line each: the statistics', the gain's gradient
   Report<T>* reports = nullptr;  // [threads]
 
   T* grad_weight = nullptr;   // [O][rank_row], or [O] for a diagonal one
@@ -78,13 +81,14 @@ struct Trainer {
         rows(a.rows),
         features(a.features),
         rank(kind == kLowRank ? a.synthesizer.rank : 0),
-        classes(a.synthesizer.context_weight ? a.synthesizer.classes : 0),
+        classes(a.synthesizer.context_weight && !a.synthesizer.table ? a.synthesizer.classes : 0),
         stride(transposed_stride<T>(a.rows)),
         rank_row(round_up(rank, kLanes<T>)),
         class_row(round_up(classes, kLanes<T>)),
         factor(T(2.0 / static_cast<double>(a.rows))),
         kappa(T(a.target_scale)),
         train_dense(kind == kDense),
+        head(a.synthesizer, a.rows, a.features),
         product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {}
 
   bool scatters() const { return a.synthesizer.labels && classes > kOneHotClasses; }
@@ -98,6 +102,7 @@ struct Trainer {
     back = scratch.take<T>(threads * rows * rank_row);
     back_sum = scratch.take<T>(threads * rows * rank_row);
     panels = scratch.take<T>(threads * packed_scratch<T>(rank));
+    mean = scratch.take<T>(head.table ? threads * stride : 0);
     sums = scratch.take<double>(8 * threads);
     reports = scratch.take<Report<T>>(threads);
     grad_weight = scratch.take<T>(kind == kDiagonal ? features : features * rank_row);
@@ -112,13 +117,16 @@ struct Trainer {
   void prepare(const Team& team, Range own, Report<T>& report) const {
     take(a.scaled, own, error);
     take(a.grad_h, own, other);
+    T* weights = mean + team.rank * stride;
+    if (head.table) head.weigh(T(2.0 / static_cast<double>(head.counted)), stride, weights);
     Magnitude<T> magnitude;
-    DoubleSum<T> dot, predicted, target, squared;
+    DoubleSum<T> dot, predicted, target, squared, gain;
     for (Index o = own.begin; o < own.end; ++o) {
       Vec<T> total{};
       for (Index n = 0; n < rows; n += kLanes<T>) {  // padding is zero in both
         const Vec<T> s = load(error + o * stride + n), t = load(other + o * stride + n) * kappa;
-        const Vec<T> d = s - t, e = d * factor;
+        const Vec<T> d = s - t;
+        const Vec<T> e = head.table ? in_the_mean<T>(d, load(weights + n)) : d * factor;
         dot.add_product(s, t);
         predicted.add_product(s, s);
         target.add_product(t, t);
@@ -135,6 +143,13 @@ struct Trainer {
     mine[1] = predicted.value();
     mine[2] = target.value();
     mine[3] = squared.value();
+    if (head.table) {
+      head.each(own.begin, own.end, [&](Index o, Index n, Index width, const Vec<T>* rows_of) {
+        for (Index i = 0; i < width; ++i)
+          gain.add_product(rows_of[i], load(error + (o + i) * stride + n));
+      });
+      mine[4] = -gain.value();
+    }
 
     const Range batch = part(rows, 1, team.rank, team.size);
     if (train_dense)
@@ -201,6 +216,7 @@ struct Trainer {
         report.include(magnitude_of(grad_context + o * class_row, classes));
     }
     report.include(magnitude_of(grad_bias + own.begin, own.size()));
+    if (head.table) report.include(T(__builtin_fabs(grad_gain(team))));
   }
 
   // Writes the thread's gradients to where the caller wants them.
@@ -222,7 +238,10 @@ struct Trainer {
     } else if (out[kWeight]) {
       product.gradients(team, nullptr, out[kWeight]);
     }
-    copy_rows(grad_context, class_row, classes, out[kContext]);
+    if (!head.table)
+      copy_rows(grad_context, class_row, classes, out[kContext]);
+    else if (out[kContext] && team.rank == 0)
+      *out[kContext] = grad_gain(team);
     copy_rows(grad_bias, 1, 1, out[kBias]);
   }
 
@@ -246,8 +265,20 @@ struct Trainer {
     } else {
       product.update(team, nullptr, rule, slot_of<T>(a.rule, kWeight, s.weight));
     }
-    apply_rows(kContext, s.context_weight, grad_context, class_row, classes);
+    if (!head.table) {
+      apply_rows(kContext, s.context_weight, grad_context, class_row, classes);
+    } else if (team.rank == 0) {
+      const T gradient = grad_gain(team);
+      apply_slot(rule, slot_of<T>(a.rule, kContext, s.context_weight), 0, 1, &gradient);
+    }
     apply_slot(rule, slot_of<T>(a.rule, kBias, s.bias), own.begin, own.end, grad_bias);
+  }
+
+  // The gradient of the gain, over all threads.
+  T grad_gain(const Team& team) const {
+    double total = 0.0;
+    for (int t = 0; t < team.size; ++t) total += sums[8 * t + 4];
+    return T(total);
   }
 
   // The sums over all threads; false if one is not finite.

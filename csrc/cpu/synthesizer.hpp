@@ -13,6 +13,80 @@ enum SynthesizerSlot { kWeight, kDown, kContext, kBias };
 // As many classes are cheaper as a product with one-hot columns than as a gather.
 constexpr Index kOneHotClasses = 32;
 
+// What is zero, whatever x is, in rows of weight zero.
+template <class T>
+FUSED_DNI_INLINE Vec<T> in_the_mean(Vec<T> x, Vec<T> weight) {
+  return weight > Vec<T>{} ? x * weight : Vec<T>{};
+}
+
+// The rows of a softmax's head that a batch's labels name.
+template <class T>
+struct LabelRows {
+  const void* table;  // [K, O], null for none
+  bool narrow;        // of bfloat16, else of T
+  const std::int64_t* labels;
+  std::int64_t ignored;
+  Index rows, features, counted;  // N, O, rows in the loss, at least 1
+
+  LabelRows(const SynthesizerArguments& from, Index n, Index o)
+      : table(from.table),
+        narrow(from.narrow),
+        labels(from.labels),
+        ignored(from.ignored),
+        rows(n),
+        features(o),
+        counted(larger(from.counted, 1)) {}
+
+  // The weights [stride] of rows in a mean over those in the loss: `factor`, or zero.
+  void weigh(T factor, Index stride, T* to) const {
+    for (Index n = 0; n < stride; ++n) to[n] = n < rows && labels[n] != ignored ? factor : T(0);
+  }
+
+  // f(o, n, width, v) for blocks of all rows and features [first, last): v[i] has feature o + i of
+  // the rows from n on, i < width; zeros where a row is not in the loss.
+  template <class F>
+  void each(Index first, Index last, F&& f) const {
+    if (narrow)
+      blocks<std::uint16_t>(first, last, f);
+    else
+      blocks<T>(first, last, f);
+  }
+
+ private:
+  // As many elements as a vector of T has.
+  template <class Element>
+  struct Many {
+    typedef Element V __attribute__((vector_size(sizeof(Element) * kLanes<T>)));
+  };
+  using Words = typename Many<std::uint32_t>::V;
+
+  template <class Element, class F>
+  void blocks(Index first, Index last, F& f) const {
+    constexpr int L = kLanes<T>;
+    const Element* all = static_cast<const Element*>(table);
+    for (Index n = 0; n < rows; n += L)
+      for (Index o = first; o < last; o += L) {
+        const Index width = smaller(L, last - o);
+        Vec<T> v[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          v[i] = n + i < rows && labels[n + i] != ignored
+                     ? wide(all + labels[n + i] * features + o, width)
+                     : Vec<T>{};
+        transpose_registers<T>(v);
+        f(o, n, width, v);
+      }
+  }
+
+  FUSED_DNI_INLINE static Vec<T> wide(const T* from, Index width) { return load_upto(from, width); }
+  FUSED_DNI_INLINE static Vec<T> wide(const std::uint16_t* from, Index width) {
+    typename Many<std::uint16_t>::V bits{};
+    __builtin_memcpy(&bits, from, sizeof(std::uint16_t) * width);
+    const Words words = __builtin_convertvector(bits, Words) << 16;
+    return __builtin_convertvector((typename Many<float>::V)words, Vec<T>);
+  }
+};
+
 template <class T>
 struct Predictor {
   SynthesizerKind kind;
@@ -21,17 +95,20 @@ struct Predictor {
   const T *weight, *down, *context_weight, *bias, *vectors;
   const std::int64_t* labels;
   bool one_hot, gather;
+  LabelRows<T> head;
 
   T* context = nullptr;  // [K][stride]: one-hot labels or conditioning vectors, transposed
   T* partial = nullptr;  // [threads][R][stride]: each thread's part of U hT
   T* reduced = nullptr;  // [threads][R][stride]: their sum, a copy a thread
+  T* mean = nullptr;     // [stride]: N / rows in the loss in these, 0 in the others
 
   Predictor(const SynthesizerArguments& from, Index n, Index o)
       : kind(static_cast<SynthesizerKind>(from.kind)),
         rows(n),
         features(o),
         rank(kind == kLowRank ? from.rank : 0),
-        classes(from.context_weight && (from.labels || from.vectors) ? from.classes : 0),
+        classes(from.context_weight && !from.table && (from.labels || from.vectors) ? from.classes
+                                                                                    : 0),
         stride(transposed_stride<T>(n)),
         weight(static_cast<const T*>(from.weight)),
         down(static_cast<const T*>(from.down)),
@@ -40,16 +117,20 @@ struct Predictor {
         vectors(static_cast<const T*>(from.vectors)),
         labels(from.labels),
         one_hot(classes > 0 && labels && classes <= kOneHotClasses),
-        gather(classes > 0 && labels && !one_hot) {}
+        gather(classes > 0 && labels && !one_hot),
+        head(from, n, o) {}
 
   void plan(Scratch& scratch, int threads) {
     context = scratch.take<T>(gather ? 0 : classes * stride);
     partial = scratch.take<T>(threads * rank * stride);
     reduced = scratch.take<T>(threads * rank * stride);
+    mean = scratch.take<T>(head.table ? stride : 0);
   }
 
   // Phase 1, any time before the barrier in front of phase 3: this thread's rows of the context.
   void transpose_context(const Team& team) const {
+    if (head.table && team.rank == 0)
+      head.weigh(T(static_cast<double>(rows) / static_cast<double>(head.counted)), stride, mean);
     if (classes == 0 || gather) return;
     const Range own = part(classes, kLanes<T>, team.rank, team.size);
     if (!one_hot) {
@@ -98,6 +179,16 @@ struct Predictor {
     if (classes > 0 && !gather)
       multiply(count, rows, classes, context_weight + first * classes, classes, 1, context, stride,
                out, stride, true);
+    if (head.table) {
+      head.each(first, last, [&](Index o, Index n, Index width, const Vec<T>* rows_of) {
+        for (Index i = 0; i < width; ++i) {
+          T* at = out + (o - first + i) * stride + n;
+          const Vec<T> sum = load(at) + (bias ? bias[o + i] : T(0)) - *context_weight * rows_of[i];
+          store(at, in_the_mean<T>(sum, load(mean + n)));
+        }
+      });
+      return;
+    }
     if (bias == nullptr && !gather) return;
     for (Index o = first; o < last; ++o) {
       T* row = out + (o - first) * stride;

@@ -90,10 +90,11 @@ void read_saved(Reader& read, LinearArguments& a, Need need) {
 struct Named {
   const char* name;
   Slot* slot;
-  std::int64_t rows, columns = 0;  // no columns: a vector
+  std::int64_t rows, columns = 0;  // no columns: a vector; no rows: a number
 
   float* read(Reader& from, const char* what, Need need) const {
     const std::string full = std::string(what) + " of " + name;
+    if (rows == 0) return from.contiguous<float>(full.c_str(), {}, need);
     if (columns == 0) return from.vector<float>(full.c_str(), rows, need);
     return from.contiguous<float>(full.c_str(), {rows, columns}, need);
   }
@@ -115,7 +116,7 @@ void with_slots(SynthesizerArguments& a, F&& f) {
   const std::int64_t columns[] = {a.outputs, s.rank, 0};  // by source
   const Slots slots = {{"synthesizer weight", &a.weight, a.outputs, columns[s.source]},
                        {"down", &a.down, s.rank, a.outputs},
-                       {"context_weight", &a.context, a.outputs, s.classes},
+                       {"context_weight", &a.context, s.table ? 0 : a.outputs, s.classes},
                        {"synthesizer bias", &a.bias, a.outputs}};
   f(slots);
 }
@@ -154,7 +155,7 @@ void read_gradients(Reader& read, bool (&trainable)[4], const Slots& slots) {
   }
 }
 
-// Kind, R, K, parameters; and behind them in the same tuple nothing.
+// Kind, R, K, table, the label ignored, parameters; and behind them in the same tuple nothing.
 void read_synthesizer(const py::tuple& items, Synthesizer& s, std::int64_t outputs) {
   Reader read(items);
   s.source = static_cast<Source>(read.integer("synthesizer", kDense, kDiagonal));
@@ -162,18 +163,25 @@ void read_synthesizer(const py::tuple& items, Synthesizer& s, std::int64_t outpu
   s.rank = static_cast<int>(read.integer("rank", low ? 1 : 0, low ? INT_MAX : 0));
   s.classes = read_size(read, "classes", 0);
   const Need context = s.classes > 0 ? kRequired : kAbsent;
+  const Tensor table = read.tensor("table", {kFloat32, kBfloat16}, {s.classes, outputs},
+                                   s.classes > 0 ? kOptional : kAbsent);
+  s.table = table.data;
+  s.narrow = table.type == kBfloat16;
+  s.ignored = read.integer();
   if (s.source == kDiagonal)
     s.weight = read.vector<float>("synthesizer weight", outputs);
   else
     s.weight = read.contiguous<float>("synthesizer weight", {outputs, low ? s.rank : outputs});
   s.down = read.contiguous<float>("down", {s.rank, outputs}, low ? kRequired : kAbsent);
-  s.context_weight = read.contiguous<float>("context_weight", {outputs, s.classes}, context);
+  s.context_weight = s.table
+                         ? read.contiguous<float>("context_weight", {})
+                         : read.contiguous<float>("context_weight", {outputs, s.classes}, context);
   s.bias = read.vector<float>("synthesizer bias", outputs, kOptional);
   read.finish();
 }
 
 void read_context(Reader& read, Synthesizer& s, std::int64_t rows) {
-  const Need either = s.classes > 0 ? kOptional : kAbsent;
+  const Need either = s.table ? kRequired : s.classes > 0 ? kOptional : kAbsent;
   s.labels = read.vector<std::int64_t>("labels", rows, either);
   const Need other = s.classes > 0 && !s.labels ? kRequired : kAbsent;
   s.vectors = read.contiguous<float>("context", {rows, s.classes}, other);

@@ -371,6 +371,7 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
   const bool batch = a.normalization == kBatchNormalization;
   float largest = 0.0f;
   double squares = 0.0;
+  const int counted = counted_rows(a.synthesizer, a.rows, arena);
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     const int o = at.c();
@@ -381,7 +382,7 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
       for (int i = 0; i < T::kEach; ++i)
         g.value[i] = at.inside(i) ? arrived<X>(a.grad_h, a.grad_wide, at.at(i)) : 0.0f;
     } else {
-      predict_tile<typename C::Forward>(g, arena, a.synthesizer, all_h, at);
+      predict_tile<typename C::Forward>(g, arena, a.synthesizer, all_h, at, counted);
       FUSED_DNI_BY_FOUR
       for (int i = 0; i < T::kEach; ++i) {
         if (a.scaled != nullptr && at.inside(i)) a.scaled[at.at(i)] = g.value[i];

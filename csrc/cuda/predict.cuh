@@ -41,11 +41,31 @@ FUSED_DNI_DEVICE void reduce(const Synthesizer& s, const X* h, int rows, int out
   reduce_rows(s.reduced, h, s.down, 1, outputs, rows, s.rank, outputs);
 }
 
-// M(h). A class index that there is not makes its row NaN, so that whatever is made of it is
-// skipped and counted. Begins with a barrier.
+// How many rows are in the loss, at least 1; all without a table. All threads come here.
+FUSED_DNI_CALLED inline int counted_rows(const Synthesizer& s, int rows, SharedArena arena) {
+  if (s.table == nullptr) return rows;
+  double mine = 0.0;
+  for (int n = thread(); n < rows; n += kThreads) mine += s.labels[n] != s.ignored;
+  const int counted = static_cast<int>(block_sum(mine, arena));
+  return counted > 1 ? counted : 1;
+}
+FUSED_DNI_DEVICE bool in_the_loss(const Synthesizer& s, int n) {
+  return s.table == nullptr || s.labels[n] != s.ignored;
+}
+
+// An element of the table's row for row n; NaN if its label is none.
+FUSED_DNI_DEVICE float label_element(const Synthesizer& s, int n, int o, int outputs) {
+  const std::int64_t label = s.labels[n], at = label * outputs + o;
+  if (label < 0 || label >= s.classes) return NAN;
+  return s.narrow ? to_float(static_cast<const bf16*>(s.table)[at])
+                  : static_cast<const float*>(s.table)[at];
+}
+
+// M(h); `counted` of counted_rows. A class index that there is not makes its row NaN, so that
+// whatever is made of it is skipped and counted. Begins with a barrier.
 template <class P, class X>
 FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthesizer& s,
-                                   const X* h, const Place<TileOf<P>>& at) {
+                                   const X* h, const Place<TileOf<P>>& at, int counted) {
   using T = TileOf<P>;
   using Wide = Operand<float, Lies::kAlong>;
   const int rows = at.rows, outputs = at.columns;
@@ -69,6 +89,17 @@ FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthe
     for (int i = 0; i < T::kEach; ++i) m.value[i] += c.value[i];
   }
   const float bias = s.bias != nullptr && column ? s.bias[at.c()] : 0.0f;
+  if (s.table != nullptr) {
+    const float gain = *s.context_weight, mean = static_cast<float>(at.rows) / counted;
+    FUSED_DNI_ONE_BY_ONE
+    for (int i = 0; i < T::kEach; ++i) {
+      if (!at.inside(i)) continue;
+      const float w =
+          in_the_loss(s, at.r(i)) ? label_element(s, at.r(i), at.c(), at.columns) : 0.0f;
+      m.value[i] = in_the_loss(s, at.r(i)) ? (m.value[i] + bias - gain * w) * mean : 0.0f;
+    }
+    return;
+  }
   FUSED_DNI_BY_FOUR
   for (int i = 0; i < T::kEach; ++i) {
     if (s.labels != nullptr && at.inside(i)) {

@@ -4,7 +4,8 @@
 // [N, O], a low-rank M's U [R, O] and V [O, R]:
 //
 //   predict  [N, R], tiles of [N, O]  h U^T and, behind a barrier, M(h)
-//   errors   tiles of [N, O]          e, its column sums, the statistics, largest magnitudes
+//   errors   tiles of [N, O]          e, its column sums, the statistics, largest magnitudes; with
+//                                     a table -e W[label]
 //   back     [N, R]                   e V
 //   trial    each parameter           gradients, only looked at, where bounds do not tell
 //   apply    each parameter           gradients, and the rule (or the gradients alone)
@@ -51,7 +52,7 @@ std::size_t divide(SynthesizerArguments& a, void* room) {
   const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, Single::T::M);
   if (!a.training) return used;
   take(a.step, 1);
-  take(a.sums, 4 * kMostBlocks);
+  take(a.sums, 5 * kMostBlocks);
   take(a.largest, 4 * kMostBlocks);
   take(a.error, n * o);
   if (a.synthesizer.source == kLowRank) take(a.back, n * a.synthesizer.rank);
@@ -70,10 +71,11 @@ FUSED_DNI_DEVICE void predict(const SynthesizerArguments& a, SharedArena arena) 
     reduce(a.synthesizer, h, a.rows, a.outputs);
     grid_barrier(a.barrier, Phase::kPredict);
   }
+  const int counted = counted_rows(a.synthesizer, a.rows, arena);
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     T m;
-    predict_tile<typename C::Forward>(m, arena, a.synthesizer, h, at);
+    predict_tile<typename C::Forward>(m, arena, a.synthesizer, h, at, counted);
     FUSED_DNI_BY_FOUR
     for (int i = 0; i < T::kEach; ++i)
       if (at.inside(i)) a.scaled[at.at(i)] = m.value[i];
@@ -89,7 +91,7 @@ FUSED_DNI_DEVICE float look_at_operands(const SynthesizerArguments& a) {
   float largest = 1.0f;
   if (s.labels != nullptr) {
     for (int n = block() * kThreads + thread(); n < a.rows; n += blocks() * kThreads)
-      if (s.labels[n] < 0 || s.labels[n] >= s.classes) largest = INFINITY;
+      if (in_the_loss(s, n) && (s.labels[n] < 0 || s.labels[n] >= s.classes)) largest = INFINITY;
   } else if (s.vectors != nullptr) {
     largest = fmaxf(largest, look_at(s.vectors, s.classes, a.rows, s.classes));
   }
@@ -102,9 +104,10 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
   using T = typename C::T;
   using X = typename C::X;
   const auto* all_h = static_cast<const X*>(a.h);
-  const float gain = 2.0f / a.rows;
+  const Synthesizer& of = a.synthesizer;
+  const float gain = 2.0f / counted_rows(of, a.rows, arena);
   float largest = 0.0f, operands = look_at_operands(a);
-  double sums[4] = {};
+  double sums[5] = {};
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     float sum = 0.0f, dot = 0.0f;
@@ -113,7 +116,8 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
       if (!at.inside(i)) continue;
       const float m = a.scaled[at.at(i)];
       const float target = arrived<X>(a.grad_h, a.grad_wide, at.at(i)) * a.target_scale;
-      const float h = to_float(all_h[at.at(i)]), e = (m - target) * gain;
+      const float h = to_float(all_h[at.at(i)]);
+      const float e = in_the_loss(of, at.r(i)) ? (m - target) * gain : 0.0f;
       a.error[at.at(i)] = e;
       sum += e;
       dot += e * h;
@@ -124,6 +128,8 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
       sums[1] += s * s;
       sums[2] += g * g;
       sums[3] += (s - g) * (s - g);
+      if (of.table != nullptr && in_the_loss(of, at.r(i)))
+        sums[4] -= e * label_element(of, at.r(i), at.c(), a.outputs);
     }
     if (a.columns == nullptr) continue;
     sum = column_sum<T>(sum, arena);
@@ -138,7 +144,7 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
   }
   leave_largest(a.largest, operands, arena);
   leave_largest(a.largest + kMostBlocks, largest, arena);
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     const double all = block_sum(sums[i], arena);
     if (thread() == 0) a.sums[i * kMostBlocks + block()] = all;
   }
@@ -208,10 +214,11 @@ FUSED_DNI_CALLED void label_gradient(Settling& to, const SynthesizerArguments& a
   }
 }
 
-// Every parameter's gradient; returns the largest magnitude if they were looked at.
+// Every parameter's gradient, the gain's given; returns the largest magnitude if they were looked
+// at.
 template <class C>
 FUSED_DNI_CALLED float slots(const SynthesizerArguments& a, SharedArena arena, const RuleFactors& f,
-                             bool look) {
+                             bool look, float gain) {
   const Synthesizer& s = a.synthesizer;
   const auto* h = static_cast<const typename C::X*>(a.h);
   Settling to{f, look};
@@ -220,7 +227,11 @@ FUSED_DNI_CALLED float slots(const SynthesizerArguments& a, SharedArena arena, c
   if (a.trainable[0] && s.source == kLowRank)
     matrix_gradient<C>(to, a.weight, arena, a.error, a.outputs, s.reduced, s.rank, a.rows);
   if (a.trainable[1]) matrix_gradient<C>(to, a.down, arena, a.back, s.rank, h, a.outputs, a.rows);
-  if (a.trainable[2] && s.labels != nullptr) label_gradient(to, a, arena);
+  if (a.trainable[2] && s.table != nullptr) {
+    if (block() == blocks() - 1 && thread() == 0) to(a.context, 0, gain);
+  } else if (a.trainable[2] && s.labels != nullptr) {
+    label_gradient(to, a, arena);
+  }
   if (a.trainable[2] && s.vectors != nullptr)
     matrix_gradient<C>(to, a.context, arena, a.error, a.outputs, s.vectors, s.classes, a.rows);
   if (a.columns == nullptr) return to.largest;
@@ -243,21 +254,22 @@ FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
     size += fabs(sums[i]);
   }
   bool applied = size < static_cast<double>(INFINITY);
+  const float gain = static_cast<float>(sum_left(a.sums + 4 * kMostBlocks, blocks(), arena));
   if (a.rule == kNoRule) {
-    slots<C>(a, arena, no_rule(), false);
+    slots<C>(a, arena, no_rule(), false, gain);
   } else {
     const float operands = largest_left(a.largest, blocks(), arena);
-    float largest = largest_left(a.largest + kMostBlocks, blocks(), arena);
+    float largest = fmaxf(largest_left(a.largest + kMostBlocks, blocks(), arena), magnitude(gain));
     if (a.synthesizer.source == kLowRank)
       largest = fmaxf(largest, largest_left(a.largest + 2 * kMostBlocks, blocks(), arena));
     applied = applied && operands < INFINITY && largest < INFINITY;
     if (applied && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest)) {  // all blocks alike
-      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, no_rule(), true), arena);
+      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, no_rule(), true, gain), arena);
       grid_barrier(a.barrier, Phase::kUpdate);
       applied = largest_left(a.largest + 3 * kMostBlocks, blocks(), arena) < INFINITY;
     }
     const double step = *a.step + 1.0;
-    if (applied) slots<C>(a, arena, rule_factors(a.hyper, step, a.rule, a.nesterov), false);
+    if (applied) slots<C>(a, arena, rule_factors(a.hyper, step, a.rule, a.nesterov), false, gain);
     if (block() == 0 && thread() == 0) {
       if (applied)
         a.hyper[kStep] = step;

@@ -18,8 +18,11 @@ struct Synthesizer {
   int rank = 0, classes = 0;              // R, K; 0 without
   const float* weight = nullptr;          // [O, O], [O, R] or [O]
   const float* down = nullptr;            // [R, O]
-  const float* context_weight = nullptr;  // [O, K]
+  const float* context_weight = nullptr;  // [O, K]; with a table []
   const float* bias = nullptr;            // [O]
+  const void* table = nullptr;            // [K, O] of float32 or
+  bool narrow = false;                    // bfloat16
+  std::int64_t ignored = 0;               // with a table: the label of rows not in the loss
   const std::int64_t* labels = nullptr;   // [N]
   const float* vectors = nullptr;         // [N, K]
   float* reduced = nullptr;               // [N, R]: h U^T

@@ -125,15 +125,18 @@ def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
 
 def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
     """The argument tuple but for the context, which :func:`_context` ends it with."""
-    kind, weight, down, context_weight, bias = synthesizer
+    kind, weight, down, context_weight, bias, table, ignored = synthesizer
     return (
         _SYNTHESIZER[kind],
         0 if down is None else down.shape[0],
-        0 if context_weight is None else context_weight.shape[1],
+        synthesizer.classes,
         weight.data_ptr(),
         0 if down is None else down.data_ptr(),
         0 if context_weight is None else context_weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if table is None else table.data_ptr(),
+        table is not None and table.dtype is not weight.dtype,
+        ignored,
     )
 
 

@@ -138,8 +138,9 @@ def layer(tensors: LinearTensors, config: LinearConfig) -> None:
 
 
 def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
-    """Refuse a synthesizer of another dtype or device than the layer's weight."""
-    for name, t in zip(tensors._fields[1:], tensors.parameters(), strict=True):
+    """Refuse a synthesizer of another dtype or device than the layer's weight, and a table that
+    kernels cannot read."""
+    for name, t in zip(tensors._fields[1:5], tensors.parameters(), strict=True):
         if t is None:
             continue
         if t.dtype != weight.dtype or t.device != weight.device or not t.is_contiguous():
@@ -147,6 +148,19 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
                 f"the synthesizer's {name} must be {weight.dtype} on {weight.device}, contiguous, "
                 f"as the layer's, got {t.dtype} on {t.device}"
             )
+    table = tensors.table
+    if table is not None and (
+        table.dim() != 2
+        or table.shape[1] != weight.shape[0]
+        or table.dtype not in (weight.dtype, torch.bfloat16)
+        or table.device != weight.device
+        or not table.is_contiguous()
+    ):
+        raise RuntimeError(
+            f"the synthesizer's table must be {weight.dtype} or torch.bfloat16 "
+            f"[K, {weight.shape[0]}] on {weight.device}, contiguous, got {table.dtype} "
+            f"{list(table.shape)} on {table.device}"
+        )
 
 
 def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ def synthesizer_predict(
     Args:
         h: [N, O].
         synthesizer: its tensors.
-        context: int64 [N] or floating point [N, K], if there is a context weight.
+        context: int64 [N] or floating point [N, K], if there is a context weight; int64 [N] if
+            there is a table.
         backend: force one by name.
 
     Raises:
-        IndexError: a class index outside ``[0, K)``.
+        IndexError: a class index outside ``[0, K)`` that is not the one ignored.
         RuntimeError: the named backend cannot serve.
     """
     found = registry.resolve(backend, h, synthesizer.weight)

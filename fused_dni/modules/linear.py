@@ -343,6 +343,7 @@ class FusedDNILinear(LinearSteps):
             *layer[:4],
             *fused.parameters(),
             *layer[4:],
+            *fused[5:],
             context,
             self.statistics_on(x.device),
             self.config,

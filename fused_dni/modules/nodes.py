@@ -42,7 +42,7 @@ from fused_dni.functional.linear import (
 )
 from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
-from fused_dni.modules.pending import at_end_of_backward
+from fused_dni.modules.pending import LEARN, at_end_of_backward
 from fused_dni.modules.steps import Steps
 from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops.types import (
@@ -131,7 +131,7 @@ def received(
 
 def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
     """Train the synthesizer by its rule at the end of the running backward."""
-    at_end_of_backward(module, "learn", module.learn, lesson)
+    at_end_of_backward(module, LEARN, module.learn, lesson)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,6 +257,8 @@ class Local(Node):
         synthesizer_bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
+        table: Tensor | None,
+        ignore_index: int,
         context: Tensor | None,
         statistics: Tensor,
         config: LinearConfig,
@@ -286,6 +288,8 @@ class Local(Node):
         )
         ctx.running, ctx.statistics = (running_mean, running_var), statistics
         ctx.call, ctx.kind = (config, True, backend), kind
+        # Not saved: it is read as it is when the backward predicts.
+        ctx.label_part = (table, ignore_index)
         ctx.how, ctx.need_dx, ctx.spent = how, need_dx, False
         ctx.unit, ctx.owner = unit, owner
         return h
@@ -298,9 +302,9 @@ class Local(Node):
         x, h, normalized, rstd, *slots, context = ctx.saved_tensors
         layer = LinearTensors(*slots[:4], *ctx.running)
         use = LinearUse(x, h, Saved(normalized, rstd), layer, *ctx.call)
-        synthesizer = SynthesizerTensors(ctx.kind, *slots[4:])
+        synthesizer = SynthesizerTensors(ctx.kind, *slots[4:], *ctx.label_part)
         site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics, ctx.unit, ctx.owner)
-        none: Slots = (None,) * 20
+        none: Slots = (None,) * 22
         gradient, lesson = received(site, how, h, context, use, arrived)
         if gradient is None:
             return none

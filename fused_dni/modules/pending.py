@@ -8,12 +8,14 @@ raises changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch.autograd import Variable
+
+LEARN = "learn"  # the role of a synthesizer's lessons
 
 
 class Owner(Protocol):
@@ -30,7 +32,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.owners: dict[int, Owner] = {}
-        self.jobs: dict[Hashable, tuple[Callable[[list[Any]], None], list[Any]]] = {}
+        self.jobs: dict[tuple[int, str], tuple[Callable[[list[Any]], None], list[Any]]] = {}
 
     def flush(self) -> None:
         """Apply everything, or raise before anything is applied."""
@@ -38,7 +40,9 @@ class _Batch:
         jobs, self.jobs = self.jobs, {}
         for owner in owners.values():
             owner.refuse_other_gradients(True)
-        for apply, contributions in jobs.values():
+        # Lessons first: a synthesizer may read what another layer's update moves, a head's rows.
+        for key in sorted(jobs, key=lambda key: key[1] != LEARN):
+            apply, contributions = jobs[key]
             apply(contributions)
         torch.clear_autocast_cache()  # it may hold parameters as they were before
 

@@ -196,8 +196,10 @@ class LinearSteps(Steps):
             or torch._C._are_functorch_transforms_active()
         )
         if addressed:
-            learned = () if synthesizer is None else synthesizer.parameters()
-            fits = [None if t is None else t.data_ptr() for t in (*layer, *learned)]
+            others: Slots = ()
+            if synthesizer is not None:
+                others = (*synthesizer.parameters(), synthesizer.table)
+            fits = [None if t is None else t.data_ptr() for t in (*layer, *others)]
             if fits == self._binding.fits:
                 return
         check.layer(layer, self.config)
@@ -212,11 +214,12 @@ class LinearSteps(Steps):
         """The decoupled step over these tensors, bound anew when one of them has moved."""
         assert self.update is not None
         rule = self.update.tensors(self._slots(layer))
-        tensors = (*layer, *synthesizer.parameters())
+        tensors = (*layer, *synthesizer.parameters(), synthesizer.table)
         key = (
             backend,
             self.config,
             self.max_norm,
+            synthesizer.ignore_index,
             [None if t is None else t.data_ptr() for t in tensors],
         )
         bound = self._binding

@@ -28,16 +28,20 @@ def _synthesizer_predict(
     down: Tensor | None,
     context_weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor | None,
+    ignore_index: int,
     context: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = SynthesizerTensors(kind, weight, down, context_weight, bias)
+    tensors = SynthesizerTensors(kind, weight, down, context_weight, bias, table, ignore_index)
     p = registry.get(backend).synthesizer_predict(h, tensors, context)
     return p.scaled, empty_if_none(p.reduced, weight)
 
 
 @_synthesizer_predict.register_fake
-def _(h, kind, weight, down, context_weight, bias, context, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    h, kind, weight, down, context_weight, bias, table, ignore_index, context, backend
+):
     reduced = (0,) if down is None else (h.shape[0], down.shape[0])
     return weight.new_empty(h.shape), weight.new_empty(reduced)
 
@@ -47,9 +51,7 @@ def synthesizer_predict(
 ) -> Prediction:
     if direct(h):
         return backend.synthesizer_predict(h, synthesizer, context)
-    scaled, reduced = _synthesizer_predict(
-        h, synthesizer.kind, *synthesizer.parameters(), context, backend.name
-    )
+    scaled, reduced = _synthesizer_predict(h, *synthesizer, context, backend.name)
     return Prediction(scaled, none_if_empty(reduced))
 
 
@@ -64,6 +66,8 @@ def _synthesizer_gradients(
     down: Tensor | None,
     context_weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor | None,
+    ignore_index: int,
     context: Tensor | None,
     target_scale: float,
     statistics: Tensor,
@@ -73,7 +77,7 @@ def _synthesizer_gradients(
         h,
         Prediction(scaled, reduced),
         grad_h,
-        SynthesizerTensors(kind, weight, down, context_weight, bias),
+        SynthesizerTensors(kind, weight, down, context_weight, bias, table, ignore_index),
         context,
         target_scale,
         statistics,
@@ -93,6 +97,8 @@ def _(  # type: ignore[no-untyped-def]
     down,
     context_weight,
     bias,
+    table,
+    ignore_index,
     context,
     target_scale,
     statistics,
@@ -122,8 +128,7 @@ def synthesizer_gradients(
         h,
         *prediction,
         grad_h,
-        synthesizer.kind,
-        *synthesizer.parameters(),
+        *synthesizer,
         context,
         target_scale,
         statistics,
@@ -155,6 +160,8 @@ def _synthesizer_update_(
     down: Tensor | None,
     context_weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor | None,
+    ignore_index: int,
     context: Tensor | None,
     target_scale: float,
     statistics: Tensor,
@@ -171,7 +178,7 @@ def _synthesizer_update_(
         h,
         Prediction(scaled, reduced),
         grad_h,
-        SynthesizerTensors(kind, weight, down, context_weight, bias),
+        SynthesizerTensors(kind, weight, down, context_weight, bias, table, ignore_index),
         context,
         target_scale,
         statistics,
@@ -205,8 +212,7 @@ def synthesizer_update_(
         h,
         *prediction,
         grad_h,
-        synthesizer.kind,
-        *synthesizer.parameters(),
+        *synthesizer,
         context,
         target_scale,
         statistics,

@@ -89,13 +89,27 @@ class SynthesizerTensors(NamedTuple):
 
     ``context`` is ``context_weight[:, label]`` for class indices, ``c @ context_weight.T`` for a
     conditioning vector ``c``.
+
+    With a ``table``, that of a softmax's head, it is ``-context_weight * table[label]``: the table
+    is read and never written, and what is learned is a number. Rows whose label is ``ignore_index``
+    are not in the loss then: there ``M(h)`` is zero, and nothing is learned. The loss is a mean
+    over the others, so that ``M(h)`` is N / (their number) times the sum above.
     """
 
     kind: str
     weight: Tensor
     down: Tensor | None = None
-    context_weight: Tensor | None = None  # [O, K]
+    context_weight: Tensor | None = None  # [O, K]; with a table []
     bias: Tensor | None = None  # [O]
+    table: Tensor | None = None  # [K, O], contiguous, of the parameters' dtype or bfloat16
+    ignore_index: int = -100
+
+    @property
+    def classes(self) -> int:
+        """K, 0 without a context."""
+        if self.table is not None:
+            return self.table.shape[0]
+        return 0 if self.context_weight is None else self.context_weight.shape[1]
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The four slots in the order that rules and gradients use."""

@@ -187,7 +187,7 @@ def run_step(
         if got is not None:
             close(got, exact, depth, "running")
     for name, got, exact in zip(
-        ["weight", "down", "context", "bias"], synthesizer[1:], m, strict=True
+        ["weight", "down", "context", "bias"], synthesizer.parameters(), m, strict=True
     ):
         assert isinstance(got, Tensor) and exact.grad is not None
         close(got.detach(), exact.detach(), depth, "synthesizer " + name, (exact.grad, passed))
@@ -379,7 +379,7 @@ assert fused_dni.backends._cpu.max_threads() == 3
 def test_synthesizers(isa: str, kind: str, classes: int) -> None:
     n, o = 50, 37
     for context, dtype in itertools.product(
-        (None, "label", "vector"), (torch.float32, torch.float64)
+        (None, "label", "vector", "table"), (torch.float32, torch.float64)
     ):
         g = torch.Generator().manual_seed(1)
 
@@ -391,26 +391,32 @@ def test_synthesizers(isa: str, kind: str, classes: int) -> None:
         if kind == "lowrank":
             p = {"weight": randn(o, 4), "down": randn(4, o) / 6}
         c = None
+        table = randn(classes, o).bfloat16() if context == "table" else None
         if context:
-            p["context_weight"] = randn(o, classes)
-            c = (
-                torch.randint(classes, (n,), generator=g)
-                if context == "label"
-                else randn(n, classes)
-            )
+            p["context_weight"] = randn(1)[0] if context == "table" else randn(o, classes)
+            c = randn(n, classes)
+            if context != "vector":
+                c = torch.randint(classes, (n,), generator=g)
         p["bias"] = randn(o)
         exact = {k: t.clone().requires_grad_() for k, t in p.items()}
         s = h * exact["weight"] if kind == "diagonal" else None
         if s is None:
             s = (h @ exact["down"].t() if kind == "lowrank" else h) @ exact["weight"].t()
         s = s + exact["bias"]
-        if c is not None:
+        counted = torch.arange(n) % 5 > 0
+        if table is not None and c is not None:
+            c[~counted] = 99
+            s = s - exact["context_weight"] * table.double()[c.where(counted, 0)]
+            s = torch.where(counted[:, None], s * n / counted.sum(), 0.0)
+        elif c is not None:
             wide = F.one_hot(c, classes).double() if context == "label" else c
             s = s + wide @ exact["context_weight"].t()
         ((s - 3.0 * grad_h).square().sum() / n).backward()
 
-        mine = SynthesizerTensors(kind, **{k: t.to(dtype) for k, t in p.items()})
-        given_c = c if c is None or context == "label" else c.to(dtype)
+        mine = SynthesizerTensors(
+            kind, **{k: t.to(dtype) for k, t in p.items()}, table=table, ignore_index=99
+        )
+        given_c = c.to(dtype) if c is not None and context == "vector" else c
         prediction = BACKEND.synthesizer_predict(h.to(dtype), mine, given_c)
         close(prediction.scaled, s.detach(), max(o, classes), "scaled")
         statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)

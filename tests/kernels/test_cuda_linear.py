@@ -286,15 +286,22 @@ def test_a_synthesizers_products_are_looked_at(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "interface"),
-    [(-1, "output"), (7, "output"), (2**33, "output"), (7, "preactivation")],
+    ("label", "interface", "context"),
+    [
+        (-1, "output", "label"),
+        (7, "output", "label"),
+        (2**33, "output", "label"),
+        (7, "preactivation", "label"),
+        (-1, "output", "table"),
+        (2**33, "preactivation", "table"),
+    ],
 )
 def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
-    label: int, interface: str, monkeypatch: pytest.MonkeyPatch
+    label: int, interface: str, context: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing waits for the data there: its row is NaN, and the update does not happen."""
     monkeypatch.setattr(adapter, "check_context", lambda *_: None)
-    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam",
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": context, "rule": "adam",
                "interface": interface}  # fmt: skip
     case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
     state, other = bind(case)
@@ -396,7 +403,19 @@ REFUSED: dict[str, tuple[tuple[int, ...], Any, type[Exception], str]] = {
     "synthesizer": ((4, 0), 3, ValueError, "synthesizer: got 3, takes 0 to 2"),
     "rank": ((4, 1), 0, ValueError, "rank: got 0, takes 1 to"),
     "another rank": ((4, 1), 6, ValueError, r"synthesizer weight: got sizes \[37, 5\]"),
-    "no down": ((4, 4), None, TypeError, "down: got None"),
+    "no down": ((4, 6), None, TypeError, "down: got None"),
+    "table's type": (
+        (4, 3), lambda _: (64, 2, 7, 37, 37, 1), TypeError,
+        "table: got float16, takes float32 or bfloat16",
+    ),
+    "table's sizes": (
+        (4, 3), lambda _: (64, 0, 6, 37, 37, 1), ValueError,
+        r"table: got sizes \[6, 37\], takes \[7, 37\]",
+    ),
+    "a table and a gain for each class": (
+        (4, 3), lambda _: (64, 0, 7, 37, 37, 1), ValueError,
+        r"context_weight: got sizes \[37, 7\], takes \[\]",
+    ),
     "unwanted context": ((4, 2), 0, TypeError, "context_weight: got a tensor, takes None"),
     "rows of x overlap": (
         (5,), lambda t: (*t[:4], 19, 1), ValueError, "x: got strides .* do not overlap",

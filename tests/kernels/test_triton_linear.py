@@ -305,15 +305,22 @@ def test_a_synthesizers_products_are_looked_at(way: str, kind: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("label", "interface"),
-    [(-1, "output"), (7, "output"), (2**33, "output"), (7, "preactivation")],
+    ("label", "interface", "context"),
+    [
+        (-1, "output", "label"),
+        (7, "output", "label"),
+        (2**33, "output", "label"),
+        (7, "preactivation", "label"),
+        (-1, "output", "table"),
+        (2**33, "preactivation", "table"),
+    ],
 )
 def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
-    way: str, label: int, interface: str, monkeypatch: pytest.MonkeyPatch
+    way: str, label: int, interface: str, context: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing waits for the data there: its row is NaN, and the update does not happen."""
     monkeypatch.setattr(adapter, "check_context", lambda *_: None)
-    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label", "rule": "adam",
+    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": context, "rule": "adam",
                "interface": interface}  # fmt: skip
     case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
     state, other = bind(case)

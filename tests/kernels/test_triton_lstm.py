@@ -520,7 +520,7 @@ def train_once(case: LSTMCase, state: Any, statistics: Tensor) -> dict[str, Tens
     p = case.parameters
     synthesizer = SynthesizerTensors(
         options["kind"],
-        **{name: p.get(f"synthesizer.{name}") for name in SynthesizerTensors._fields[1:]},
+        **{name: p.get(f"synthesizer.{name}") for name in SynthesizerTensors._fields[1:5]},
     )
     boundary = LSTMBoundary(
         synthesizer, given["ended"], 35.0, **{k: options[k] for k in LSTMBoundary._fields[3:]}

@@ -156,6 +156,166 @@ def test_a_head_that_was_resized_is_an_error() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# On the fused kernels, against the same under autograd
+
+
+class ByAutograd(fd.SoftmaxSynthesizer):
+    def fused(self) -> None:
+        return None
+
+
+def by_autograd(layer: Any) -> Any:
+    """A copy of a layer whose synthesizer no kernel runs, with the same head."""
+    memo = {id(layer.synthesizer.head): layer.synthesizer.head}
+    twin = copy.deepcopy(layer, memo)
+    twin.synthesizer.__class__ = ByAutograd
+    return twin
+
+
+def learned(layer: Any) -> dict[str, Tensor]:
+    """All that training moves, but moments, whose order is the form's; without .grad None."""
+    found = {n: p.detach() for n, p in layer.named_parameters()}
+    found |= {f"{n}.grad": p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    unit = torch.tensor(layer.unit)
+    return found | {"statistics": layer.statistics, "unit": unit}
+
+
+def same(layer: Any, twin: Any, tolerance: float = 1e-10) -> None:
+    assert layer.synthesizer.fused() is not None and twin.synthesizer.fused() is None
+    mine, other = learned(layer), learned(twin)
+    assert mine.keys() == other.keys()
+    for name, t in mine.items():
+        close(t, other[name], tolerance)
+
+
+@pytest.mark.parametrize("phase", ["k=1", "mix", "warmup"])
+@pytest.mark.parametrize("rule", [None, fd.Adam(0.01, eps=1e-3)], ids=["returned", "fused"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_kernels_are_autograd(rank: int | None, rule: fd.Adam | None, phase: str) -> None:
+    torch.manual_seed(0)
+    synthesizer = fd.SoftmaxSynthesizer(head_of(), rank)
+    twins.disturb(synthesizer)
+    layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), synthesizer, update=rule)
+    both = (layer, by_autograd(layer))
+    for _ in range(4):
+        x, y, g = double(3, 4, 4), labels_of(3, 4, ignored=True), double(3, 4, WIDTH)
+        for each in both:
+            each.phase = fd.modules.base.Phase(
+                warmup=phase == "warmup", mix=0.5 if phase == "mix" else 0.0
+            )
+            each(x, context=y).backward(g)
+        same(*both)
+
+
+@pytest.mark.parametrize("interface", ["output", "preactivation"])
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.1)], ids=["returned", "fused"])
+def test_in_a_linear_layer(rule: fd.SGD | None, interface: str) -> None:
+    """A step in one launch, against one in pieces."""
+    torch.manual_seed(0)
+    synthesizer = fd.SoftmaxSynthesizer(head_of(), 2)
+    twins.disturb(synthesizer)
+    layer = fd.FusedDNILinear(
+        4, WIDTH, normalization="batch", activation="gelu", synthesizer=synthesizer, update=rule,
+        interface=interface, dtype=torch.float64,
+    )  # fmt: skip
+    both = (layer, by_autograd(layer))
+    for _ in range(3):
+        x, y, g = double(N, 4), labels_of(N, ignored=True), double(N, WIDTH)
+        for each in both:
+            each(x, context=y).backward(g)
+        same(*both)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's about itself
+def test_compiled() -> None:
+    torch.manual_seed(0)
+    synthesizer = fd.SoftmaxSynthesizer(head_of(), 2)
+    twins.disturb(synthesizer)
+    layer = fd.FusedDNILinear(
+        4, WIDTH, synthesizer=synthesizer, target_scale=1.0, dtype=torch.float64
+    )
+    twin = by_autograd(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x, y, g = double(N, 4), labels_of(N, ignored=True), double(N, WIDTH)
+        compiled(x, context=y).backward(g)
+        twin(x, context=y).backward(g)
+        same(layer, twin)
+        with torch.no_grad():
+            synthesizer.head.weight.mul_(1.5)  # seen by the next call
+
+
+def test_lessons_come_before_the_head_moves() -> None:
+    found = []
+    for form in (lambda layer: layer, by_autograd):
+        torch.manual_seed(0)
+        head = fd.FusedDNILinear(
+            WIDTH, CLASSES, synthesizer=None, update=fd.SGD(10.0), dtype=torch.float64
+        )
+        layer = form(
+            fd.Decoupled(
+                nn.Linear(4, WIDTH).double(), fd.SoftmaxSynthesizer(head), update=fd.SGD(0.1)
+            )
+        )
+        for _ in range(2):
+            x, y = double(N, 4), labels_of(N)
+            F.cross_entropy(head(layer(x, context=y)), y).backward()
+        found.append((layer, head))
+    same(found[0][0], found[1][0])
+    close(found[0][1].weight, found[1][1].weight)
+
+
+@pytest.mark.parametrize("width", [WIDTH, 19])
+def test_a_bfloat16_head(width: int) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(width, CLASSES)
+    layer = fd.Decoupled(nn.Linear(4, width), fd.SoftmaxSynthesizer(head), update=fd.SGD(0.1))
+    head.bfloat16()
+    both = (layer, by_autograd(layer))
+    for _ in range(2):
+        x, y, g = torch.randn(N, 4), labels_of(N), torch.randn(N, width)
+        for each in both:
+            each(x, context=y).backward(g)
+    same(*both, tolerance=1e-5)
+
+
+class Elsewhere(Tensor):
+    """A subclass, of which nobody knows where its elements are."""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda weight: weight.t().contiguous().t(),
+        lambda weight: weight.as_subclass(Elsewhere),
+        lambda weight: weight.float(),
+    ],
+    ids=["strided", "subclass", "dtype"],
+)
+def test_a_head_that_kernels_cannot_read_goes_by_autograd(changed: Any) -> None:
+    head = head_of()
+    synthesizer = fd.SoftmaxSynthesizer(head)
+    assert synthesizer.fused() is not None
+    head.weight = nn.Parameter(changed(head.weight.detach()))
+    assert synthesizer.fused() is None
+    layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), synthesizer, update=fd.SGD(0.1))
+    layer(double(N, 4), context=labels_of(N)).backward(double(N, WIDTH))
+    assert layer.synthesizer_update is not None and layer.synthesizer_update.steps == 1
+
+
+def test_a_head_elsewhere_is_an_error() -> None:
+    head = head_of()
+    layer = fd.Decoupled(
+        nn.Linear(4, WIDTH).double(), fd.SoftmaxSynthesizer(head), update=fd.SGD(0.1)
+    )
+    head.to("meta")
+    before = twins.snapshot(layer)
+    with pytest.raises(RuntimeError, match="the head is on meta, the synthesizer on cpu"):
+        layer(double(N, 4), context=labels_of(N))
+    twins.unchanged(before, twins.snapshot(layer))
+
+
+# ---------------------------------------------------------------------------------------------
 # Sequences: an output [B, T, WIDTH] is B T rows
 
 SYNTHESIZERS: dict[str, Any] = {

@@ -49,6 +49,7 @@ from fused_dni.ops.types import (
     STEP,
     SYNTHESIZERS,
     Backend,
+    SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
 
@@ -592,3 +593,163 @@ def test_the_tolerance_catches_a_wrong_formula(what: str) -> None:
         got = run_step(REFERENCE, case.to(torch.float32, torch.float32))
     with pytest.raises(AssertionError, match="should be"):
         compare(got, exact, allowed)
+
+
+# ---------------------------------------------------------------------------------------------
+# In front of a softmax: a table that is read where the labels say
+
+TABLED = {**TABLE[0], **SMOOTH, "normalization": None, "activation": "tanh", "context": "table",
+          "max_norm": 0.0, "rule": "momentum"}  # fmt: skip
+
+
+def run_synthesizer(backend: Backend, case: Case) -> dict[str, Tensor]:
+    """A prediction, its gradients, and an update."""
+    _, state = bind(case)
+    h, context, grad_h = case.inputs["h"], case.inputs["context"], case.inputs["grad_h"]
+    synthesizer = case.synthesizer()._replace(**case.extra)
+    statistics = h.new_zeros(STATISTICS_SIZE, dtype=torch.float64)
+    prediction = backend.synthesizer_predict(h, synthesizer, context)
+    lesson = (h, prediction, grad_h, synthesizer, context, case.target_scale, statistics)
+    made = backend.synthesizer_gradients(*lesson)
+    backend.synthesizer_update_(*lesson, state.tensors(synthesizer.parameters()))
+    out = {"scaled": prediction.scaled, "statistics": statistics, "hyper": state.hyper}
+    out |= {f"d.{i}": g for i, g in enumerate(made) if g is not None}
+    return out | {name: p.detach() for name, p in case.parameters.items()}
+
+
+def tabled(
+    kind: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, int] = (45, 37)
+) -> Case:
+    rows, outputs = shape
+    case = make_case((rows, 1, outputs, 5, 11), {**TABLED, "kind": kind}, 7, *dtypes)
+    case.inputs["h"] = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(1)).to(
+        dtypes[0]
+    )
+    return case
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("ignored", ["some", "all", "none", "a class"])
+@pytest.mark.parametrize("kind", SYNTHESIZERS)
+def test_rows_of_a_table(
+    backend: Backend, kind: str, ignored: str, dtype: str, threads: int, poisoned: None
+) -> None:
+    dtypes = serve(backend, dtype)
+    set_threads(backend, threads)
+    case = tabled(kind, dtypes)
+    labels = case.inputs["context"]
+    if ignored == "all":
+        labels.fill_(-100)
+    elif ignored == "none":
+        labels.clamp_(min=0)
+    elif ignored == "a class":
+        labels.clamp_(min=0)
+        case.extra["ignore_index"] = int(labels[0])
+    check(backend, case, dtypes, run_synthesizer)
+
+
+@pytest.mark.parametrize("kind", SYNTHESIZERS)
+def test_a_bfloat16_table(backend: Backend, kind: str) -> None:
+    """Read as it is, by every backend."""
+    dtypes = serve(backend, "float32")
+    case = tabled(kind, dtypes)
+    rounded = case.parameters["synthesizer.table"].bfloat16()
+    case.parameters["synthesizer.table"] = rounded.to(dtypes[1])
+    exact, allowed = tolerances(run_synthesizer, case, torch.finfo(dtypes[0]).eps)
+    fresh = case.to(*dtypes).on(device_of(backend))
+    fresh.extra["table"] = rounded.to(device_of(backend))
+    compare(run_synthesizer(backend, fresh), exact, allowed)
+
+
+def test_a_table_and_strided_rows(backend: Backend) -> None:
+    dtypes = serve(backend, "float32")
+    case = tabled("lowrank", dtypes)
+    exact, allowed = tolerances(run_synthesizer, case, torch.finfo(dtypes[0]).eps)
+    fresh = case.to(*dtypes).on(device_of(backend))
+    for name in ("h", "grad_h"):
+        fresh.inputs[name] = fresh.inputs[name].t().contiguous().t()
+    compare(run_synthesizer(backend, fresh), exact, allowed)
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+def test_a_label_outside_of_the_table(backend: Backend, label: int) -> None:
+    """On a CPU an error, on a GPU a step that is skipped and counted; nothing changed in either."""
+    dtypes = serve(backend, "float32")
+    case = tabled("lowrank", dtypes).to(*dtypes).on(device_of(backend))
+    _, state = bind(case)
+    h, good, grad_h = case.inputs["h"], case.inputs["context"], case.inputs["grad_h"]
+    bad = good.clone()
+    bad[5] = label
+    synthesizer = case.synthesizer()
+    statistics = h.new_zeros(STATISTICS_SIZE, dtype=torch.float64)
+    rule = state.tensors(synthesizer.parameters())
+    prediction = backend.synthesizer_predict(h, synthesizer, good)
+    before = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    lesson = (grad_h, synthesizer, bad, case.target_scale, statistics, rule)
+    if device_of(backend) == "cpu" or backend.name == "reference":
+        with pytest.raises(IndexError, match=str(label)):
+            backend.synthesizer_predict(h, synthesizer, bad)
+        with pytest.raises(IndexError, match=str(label)):
+            backend.synthesizer_update_(h, prediction, *lesson)
+    else:
+        predicted = backend.synthesizer_predict(h, synthesizer, bad)
+        assert predicted.scaled[5].isnan().all() and not predicted.scaled[:5].isnan().any()
+        backend.synthesizer_update_(h, prediction, *lesson)
+        assert rule.hyper[SKIPPED] == 1
+    after = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    for t, old in zip(after, before, strict=True):
+        assert torch.equal(t, old)
+
+
+def test_a_gains_gradient_is_looked_at(backend: Backend) -> None:
+    """Of finite factors, larger than float32 has room for: skipped and counted."""
+    dtypes = serve(backend, "float32")
+    case = tabled("lowrank", dtypes).to(*dtypes).on(device_of(backend))
+    _, state = bind(case)
+    h, context, grad_h = case.inputs["h"], case.inputs["context"], case.inputs["grad_h"]
+    synthesizer = case.synthesizer()
+    prediction = backend.synthesizer_predict(h, synthesizer, context)
+    huge = synthesizer._replace(table=torch.full_like(case.parameters["synthesizer.table"], 1e38))
+    statistics = h.new_zeros(STATISTICS_SIZE, dtype=torch.float64)
+    rule = state.tensors(synthesizer.parameters())
+    before = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    lesson = (h, prediction, grad_h.abs() * 1e4, huge, context, case.target_scale, statistics, rule)
+    backend.synthesizer_update_(*lesson)
+    assert rule.hyper[SKIPPED] == 1 and rule.hyper[STEP] == 0
+    after = snapshot(*synthesizer.parameters(), *rule.first, statistics)
+    for t, old in zip(after, before, strict=True):
+        assert torch.equal(t, old)
+
+
+def test_vectors_are_no_labels_of_a_table(backend: Backend) -> None:
+    dtypes = serve(backend, "float32")
+    case = tabled("dense", dtypes).to(*dtypes).on(device_of(backend))
+    with pytest.raises(RuntimeError, match="context must be labels, int64"):
+        backend.synthesizer_predict(
+            case.inputs["h"], case.synthesizer(), case.inputs["h"].new_zeros(45, 11)
+        )
+
+
+def test_a_table_of_more_than_two_to_the_31_elements(backend: Backend) -> None:
+    """Of which three rows are ever touched."""
+    dtypes = serve(backend, "float32")
+    classes, outputs = 2**20 + 2, 2048
+    try:
+        table = torch.empty(classes, outputs, dtype=torch.bfloat16, device=device_of(backend))
+    except RuntimeError as error:
+        pytest.skip(f"no room for it: {error}")
+    labels = torch.tensor([0, classes - 1, 2**20], device=table.device)
+    table[labels] = torch.randn(3, outputs, dtype=torch.bfloat16, device=table.device)
+    h = torch.randn(3, outputs, dtype=dtypes[0], device=table.device)
+    weight = torch.zeros(outputs, dtype=dtypes[1], device=table.device)
+    gain = torch.ones((), dtype=dtypes[1], device=table.device)
+    synthesizer = SynthesizerTensors("diagonal", weight, None, gain, None, table)
+    prediction = backend.synthesizer_predict(h, synthesizer, labels)
+    assert torch.equal(prediction.scaled, -table[labels].to(dtypes[1]))
+    made = backend.synthesizer_gradients(
+        h, prediction, torch.zeros_like(h), synthesizer, labels, 1.0,
+        torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=table.device),
+    )  # fmt: skip
+    expected = 2 / 3 * table[labels].double().square().sum()
+    torch.testing.assert_close(made[2].double(), expected, rtol=1e-5, atol=0.0)

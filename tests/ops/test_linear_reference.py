@@ -97,13 +97,19 @@ def torch_prediction(h: Tensor, case: Case, p: dict[str, Tensor]) -> Tensor:
         s = F.linear(F.linear(h, p["synthesizer.down"]), weight)
     else:
         s = h * weight
-    context = case.inputs.get("context")
-    if context is not None:
+    context, table = case.inputs.get("context"), p.get("synthesizer.table")
+    counted = torch.ones(h.shape[0], 1, dtype=torch.bool)
+    if table is not None and context is not None:
+        counted = context.ne(case.synthesizer().ignore_index).unsqueeze(1)
+        rows = F.embedding(context.clamp(min=0), table.detach())
+        s = s - p["synthesizer.context_weight"] * rows
+    elif context is not None:
         c = p["synthesizer.context_weight"]
         if not context.is_floating_point():
             context = F.one_hot(context, c.shape[1]).to(h.dtype)
         s = s + F.linear(context, c)
-    return s + p["synthesizer.bias"] if "synthesizer.bias" in p else s
+    s = s + p["synthesizer.bias"] if "synthesizer.bias" in p else s
+    return torch.where(counted, s * h.shape[0] / counted.sum(), 0.0)
 
 
 def torch_optimizer(rule: Rule, parameters: list[Tensor]) -> torch.optim.Optimizer:

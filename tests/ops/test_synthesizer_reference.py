@@ -47,7 +47,7 @@ def gradients(case: Case, statistics: Tensor | None = None, **changes: Any) -> A
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("context", [None, "label", "vector"])
+@pytest.mark.parametrize("context", [None, "label", "vector", "table"])
 @pytest.mark.parametrize("kind", SYNTHESIZERS)
 def test_prediction_and_gradients_are_autograd(kind: str, context: str | None, bias: bool) -> None:
     case = make(kind, context, bias)
@@ -68,24 +68,25 @@ def test_prediction_and_gradients_are_autograd(kind: str, context: str | None, b
     [SGD(0.1), SGD(0.1, 0.9, 0.01, True), Adam(0.01, eps=1e-3), AdamW(0.01, eps=1e-3)],
     ids=lambda r: f"{r.kind}{'-nesterov' * getattr(r, 'nesterov', False)}",
 )
+@pytest.mark.parametrize("context", ["label", "table"])
 @pytest.mark.parametrize("kind", SYNTHESIZERS)
-def test_update_is_torch_optim(kind: str, rule: Rule) -> None:
-    case = make(kind, "label")
+def test_update_is_torch_optim(kind: str, context: str, rule: Rule) -> None:
+    case = make(kind, context)
     case.rule = rule
     _, state = bind(case)
     twin = case.to(torch.float64, torch.float64)
     p = {k: t.detach().requires_grad_() for k, t in twin.parameters.items()}
     leaves = [p["synthesizer." + n] for n in NAMES if "synthesizer." + n in p]
     optimizer = torch_optimizer(rule, leaves)
-    h, context = case.inputs["h"], case.inputs["context"]
+    h, given = case.inputs["h"], case.inputs["context"]
     statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
     for t in range(4):
         grad_h = torch.randn(10, 9, dtype=torch.float64) / 10
         now = case.synthesizer()
         versions = [q._version for q in now.parameters() if q is not None]
-        prediction = REFERENCE.synthesizer_predict(h, now, context)
+        prediction = REFERENCE.synthesizer_predict(h, now, given)
         REFERENCE.synthesizer_update_(
-            h, prediction, grad_h, now, context, 10.0, statistics,
+            h, prediction, grad_h, now, given, 10.0, statistics,
             state.tensors(now.parameters()),
         )  # fmt: skip
         assert all(

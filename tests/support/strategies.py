@@ -80,7 +80,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "rule": tuple(RULES),
     "normalization": (None, "batch", "layer"),
     "kind": SYNTHESIZERS,
-    "context": (None, "label", "vector"),
+    "context": (None, "label", "vector", "table"),  # labels and a head's table, some ignored
     "max_norm": (0.0, 0.05),
     "bias": (True, False),
     "affine": (True, False),
@@ -200,7 +200,7 @@ class Case:
 
     def synthesizer(self) -> SynthesizerTensors:
         p = self.parameters
-        fields = SynthesizerTensors._fields[1:]
+        fields = SynthesizerTensors._fields[1:6]
         return SynthesizerTensors(self.kind, **{k: p.get("synthesizer." + k) for k in fields})
 
 
@@ -240,13 +240,20 @@ def make_case(
         }[options["kind"]]()
         if options["kind"] == "lowrank":
             p["synthesizer.down"] = randn(r, o, scale=o**-0.5)
-        if options["context"]:
+        frozen = {options["frozen"]} - {None}
+        if options["context"] == "table":
+            p["synthesizer.context_weight"] = randn(1)[0]
+            p["synthesizer.table"] = randn(k, o)
+            frozen.add("synthesizer.table")
+        elif options["context"]:
             p["synthesizer.context_weight"] = randn(o, k)
         if options["synthesizer_bias"]:
             p["synthesizer.bias"] = randn(o)
         inputs = {"x": randn(n, i) + 0.2, "grad_h": randn(n, o) / n}
-        if options["context"] == "label":
+        if options["context"] in ("label", "table"):
             inputs["context"] = torch.randint(k, (n,), generator=g)
+            if options["context"] == "table":
+                inputs["context"][1::3] = SynthesizerTensors._field_defaults["ignore_index"]
         elif options["context"] == "vector":
             inputs["context"] = randn(n, k)
         case = Case(
@@ -264,7 +271,7 @@ def make_case(
             options["need_dx"],
             inputs,
             p,
-            () if options["frozen"] is None else (options["frozen"],),
+            tuple(frozen),
         ).to(dtype, parameter_dtype)
         if options["activation"] != "relu" or _clear_of_zero(case):
             return case
@@ -655,7 +662,7 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
     given, options, layers = case.inputs, case.options, case.stack()
     x, lengths = given["x"], given.get("lengths")
     trace = backend.lstm_forward(x, given["h"], given["c"], layers, lengths, (), True)
-    fields = SynthesizerTensors._fields[1:]
+    fields = SynthesizerTensors._fields[1:5]
     synthesizer = SynthesizerTensors(
         options["kind"], **{k: case.parameters.get(f"synthesizer.{k}") for k in fields}
     )

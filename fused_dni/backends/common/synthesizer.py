@@ -6,6 +6,10 @@ or vectors [N, K])::
     dense      M(h) = h A^T + C[context] + c               A [O, O], C [O, K], c [O]
     low rank   M(h) = (h U^T) V^T + C[context] + c         U [R, O], V [O, R]
     diagonal   M(h) = a * h + C[context] + c               a [O]
+
+and with the table W of a softmax's head and the learned g, N* of the N rows being in the loss::
+
+    M(h) = N / N* (h A^T - g W[label] + c) in those, 0 in the others        W [K, O], g []
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ def is_label(context: Tensor) -> bool:
     return not context.is_floating_point()
 
 
-def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
-    """Refuse a context that does not go with the synthesizer (synchronises with the device).
+def check_form(synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
+    """Refuse a context of another kind than the synthesizer takes.
 
     Raises:
         ValueError: context given to an unconditional synthesizer, or missing from a conditional.
-        IndexError: a class index outside ``[0, K)``.
+        RuntimeError: vectors where there is a table, or one on another device.
     """
     if (context is None) != (synthesizer.context_weight is None):
         raise ValueError(
@@ -35,9 +39,32 @@ def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> No
             if context is None
             else "this synthesizer takes no context, got one"
         )
-    if context is None or synthesizer.context_weight is None or not is_label(context):
+    table = synthesizer.table
+    if table is None or context is None:
         return
-    classes = synthesizer.context_weight.shape[1]
+    if not is_label(context):
+        raise RuntimeError(
+            f"context must be labels, int64 [N], got {context.dtype} {list(context.shape)}"
+        )
+    if table.device != context.device:
+        raise RuntimeError(f"the table is on {table.device}, the labels on {context.device}")
+
+
+def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
+    """Refuse a context that does not go with the synthesizer (synchronises with the device).
+
+    Raises:
+        ValueError, RuntimeError: as :func:`check_form`.
+        IndexError: a class index outside ``[0, K)`` that is not the one ignored.
+    """
+    check_form(synthesizer, context)
+    if context is None or not is_label(context):
+        return
+    if synthesizer.table is not None:
+        context = context[context != synthesizer.ignore_index]
+        if not context.numel():
+            return
+    classes = synthesizer.classes
     low, high = (int(v) for v in torch.aminmax(context))
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
@@ -45,13 +72,32 @@ def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> No
 
 
 def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
-    """``C[:, label]`` or ``context C^T``, [N, O]."""
+    """``C[:, label]`` or ``context C^T`` or ``-g W[label]``, [N, O]."""
     weight = synthesizer.context_weight
     assert weight is not None
     dtype = accumulator(weight)
+    if synthesizer.table is not None:
+        return -weight.to(dtype) * label_rows(synthesizer, context).to(dtype)
     if is_label(context):
         return weight.t()[context.long()].to(dtype)  # [K, O] -> [N, O]
     return product(context, weight.t(), h.dtype, dtype)  # [N, K] @ [K, O] -> [N, O]
+
+
+def label_rows(synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
+    """``W[label]`` [N, O], in the table's dtype; any row where the label is ignored."""
+    assert synthesizer.table is not None
+    known = context.ne(synthesizer.ignore_index)
+    return synthesizer.table[torch.where(known, context, 0).long()]  # [K, O] -> [N, O]
+
+
+def in_the_mean(rows: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None) -> Tensor:
+    """With a table, ``rows`` [N, O] times N over the number of those in the loss, zero in the
+    others: what the division of M(h) by their share does to it, and to a gradient at it."""
+    if synthesizer.table is None or context is None:
+        return rows
+    counted = context.ne(synthesizer.ignore_index).unsqueeze(1)  # [N, 1]
+    share = counted.sum().clamp(min=1).to(rows.dtype) / rows.shape[0]
+    return torch.where(counted, rows / share, 0.0)
 
 
 def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Tensor:
@@ -70,10 +116,11 @@ def synthesizer_predict(
 
     Raises:
         ValueError: unknown kind, or a context that does not go with the synthesizer.
-        IndexError: a class index outside ``[0, K)``.
+        RuntimeError: vectors where there is a table.
+        IndexError: a class index outside ``[0, K)`` that is not the one ignored.
     """
     check_context(synthesizer, context)
-    kind, weight, down, _, bias = synthesizer
+    kind, weight, down, _, bias, *_ = synthesizer
     dtype = accumulator(weight)
     reduced = None
     if kind == "dense":
@@ -90,7 +137,7 @@ def synthesizer_predict(
         scaled = scaled + context_term(h, synthesizer, context)
     if bias is not None:
         scaled = scaled + bias.to(dtype)
-    return Prediction(scaled, reduced)
+    return Prediction(in_the_mean(scaled, synthesizer, context), reduced)
 
 
 def synthetic_gradient(prediction: Prediction, target_scale: float, max_norm: float) -> Tensor:
@@ -111,8 +158,9 @@ def gradients_of_error(
     context: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients, slot by slot, of what has the gradient ``e`` [N, O] at ``M(h)``, in e's dtype."""
-    kind, weight, down, context_weight, bias = synthesizer
+    kind, weight, down, context_weight, bias, table, _ = synthesizer
     dtype = e.dtype
+    e = in_the_mean(e, synthesizer, context)
     d_down = None
     if kind == "dense":
         d_weight = product(e.t(), h, h.dtype, dtype)  # [O, N] @ [N, O] -> [O, O]
@@ -126,7 +174,10 @@ def gradients_of_error(
     else:
         raise ValueError(f"unknown synthesizer {kind!r}")
     d_context = None
-    if context is not None and context_weight is not None:
+    if context is not None and table is not None:
+        terms = (e * label_rows(synthesizer, context).to(dtype)).reshape(-1, 1)  # [N * O, 1]
+        d_context = -sum_rows(terms)[0]  # []
+    elif context is not None and context_weight is not None:
         d_context = context_gradient(e, h, context, context_weight.shape[1])  # [O, K]
     d_bias = sum_rows(e) if bias is not None else None  # [N, O] -> [O]
     return (d_weight, d_down, d_context, d_bias)

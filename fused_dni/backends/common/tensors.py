@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_dni.backends.common.synthesizer import check_form
 from fused_dni.ops.types import (
     FROM_OUTPUT,
     LinearConfig,
@@ -40,15 +41,10 @@ def split_context(
     """A context as kernels read it: class indices or vectors, one of them or none.
 
     Raises:
-        ValueError: a context missing or unexpected.
+        ValueError, RuntimeError: as :func:`~fused_dni.backends.common.synthesizer.check_form`.
         TypeError: class indices of another type than int64.
     """
-    if (context is None) != (synthesizer.context_weight is None):
-        raise ValueError(
-            "this synthesizer takes a context, got none"
-            if context is None
-            else "this synthesizer takes no context, got one"
-        )
+    check_form(synthesizer, context)
     if context is None:
         return None, None
     context = context.contiguous()

@@ -368,11 +368,13 @@ def _rule(rule: RuleTensors) -> tuple[Any, ...]:
 
 
 def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[Any, ...]:
-    down, context = synthesizer.down, synthesizer.context_weight
+    down = synthesizer.down
     return (
         _SYNTHESIZER[synthesizer.kind],
         0 if down is None else down.shape[0],
-        0 if context is None else context.shape[1],
+        synthesizer.classes,
+        described(synthesizer.table),
+        synthesizer.ignore_index,
         *_all(synthesizer.parameters()),
     )
 

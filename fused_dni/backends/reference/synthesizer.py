@@ -11,6 +11,11 @@ Czarnecki et al. 2017 (arXiv 1703.00522). With h [N, O], a context (class indice
     e          = dL/dM = 2/N (M(h) - kappa g)              [N, O]
     dA = e^T h,  dV = e^T (h U^T),  dU = (e V)^T h,  da = sum_N e * h,
     dC = e^T onehot (or e^T context),  dc = sum_N e
+
+With the table W [K, O] of a softmax's head, a learned g [] and N* rows in the loss::
+
+    M(h) = N / N* (.. - g W[label]) in those, 0 in the others
+    e    = 2/N* (M(h) - kappa g)    in those, 0 in the others,   dg = -sum_NO e * W[label]
 """
 
 from __future__ import annotations

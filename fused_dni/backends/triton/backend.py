@@ -201,7 +201,9 @@ class TritonBackend(TritonLSTM):
         h = h.contiguous()
         made = empty_prediction(h, synthesizer, torch.float32)
         t = _synthesizer(h, made, synthesizer, context)
-        problem = synthesizer_kernels.Problem(synthesizer.kind, False, precision=precision())
+        problem = synthesizer_kernels.Problem(
+            synthesizer.kind, False, precision=precision(), ignored=synthesizer.ignore_index
+        )
         _launch_synthesizer("synthesizer_predict", t, problem)
         return made
 
@@ -224,7 +226,7 @@ class TritonBackend(TritonLSTM):
         )  # fmt: skip
         problem = synthesizer_kernels.Problem(
             synthesizer.kind, True, target_scale, precision=precision(),
-            trainable=_four([p is not None for p in parameters]),
+            trainable=_four([p is not None for p in parameters]), ignored=synthesizer.ignore_index,
         )  # fmt: skip
         _launch_synthesizer("synthesizer_train", t, problem)
         increment_version(statistics)
@@ -250,7 +252,7 @@ class TritonBackend(TritonLSTM):
         )  # fmt: skip
         problem = synthesizer_kernels.Problem(
             synthesizer.kind, True, target_scale, rule.kind, rule.nesterov,
-            _four(rule.trainable), precision(),
+            _four(rule.trainable), precision(), synthesizer.ignore_index,
         )  # fmt: skip
         _launch_synthesizer("synthesizer_train", t, problem)
         increment_version([statistics, *updated(parameters, rule)])
@@ -288,11 +290,12 @@ class _Step:
         self.problem = _problem(config, layer, True)._replace(
             source=synthesizer.kind, interface=config.interface, max_norm=max_norm, rule=rule.kind,
             nesterov=rule.nesterov, trainable=_four(rule.trainable),
+            ignored=synthesizer.ignore_index,
         )  # fmt: skip
         self.fixed = linear.Tensors(
             None, *layer, synthesizer_weight=synthesizer.weight, down=synthesizer.down,
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
-            **_rule(rule),
+            table=synthesizer.table, **_rule(rule),
         )  # fmt: skip
         # Of the last few shapes of batches that came, each on its stream: a room that is forgotten
         # is free for that stream alone, and there only behind what still uses it.
@@ -398,8 +401,13 @@ def _tiles(op: str, x: Tensor, weight: Tensor, rule: str) -> linear.Tiles:
 def _sizes(t: linear.Tensors) -> tuple[int, int, int, int, int]:
     outputs, inputs = t.weight.shape
     rank = 0 if t.down is None else t.down.shape[0]
-    classes = 0 if t.context_weight is None else t.context_weight.shape[1]
-    return t.x.shape[0], inputs, outputs, rank, classes
+    return t.x.shape[0], inputs, outputs, rank, _classes(t)
+
+
+def _classes(t: Any) -> int:
+    if t.table is not None:
+        return int(t.table.shape[0])
+    return 0 if t.context_weight is None else int(t.context_weight.shape[1])
 
 
 def _launch(
@@ -446,10 +454,14 @@ def _synthesizer(
     labels, vectors = _context(synthesizer, context)
     reduced = prediction.reduced
     return synthesizer_kernels.Tensors(
-        h, synthesizer.weight, synthesizer.down, synthesizer.context_weight, synthesizer.bias,
-        labels, vectors, scaled=prediction.scaled.contiguous(),
+        h,
+        *synthesizer.parameters(),
+        synthesizer.table,
+        labels,
+        vectors,
+        scaled=prediction.scaled.contiguous(),
         reduced=None if reduced is None else reduced.contiguous(),
-    )  # fmt: skip
+    )
 
 
 def _launch_synthesizer(
@@ -463,9 +475,8 @@ def _launch_synthesizer(
 
     tiles = tuning.choose(op, (rows, outputs), dtype, device, default)
     rank = 0 if t.down is None else t.down.shape[0]
-    classes = 0 if t.context_weight is None else t.context_weight.shape[1]
     if tiles.launches == "one":
         t = t._replace(meeting=meeting_on(device, stream(device)))
     t = synthesizer_kernels.workspace(t, problem, tiles, rank)
-    sizes = (rows, outputs, rank, classes)
+    sizes = (rows, outputs, rank, _classes(t))
     run(synthesizer_kernels.plan(t, problem, tiles, sizes, resident(device)), device)
