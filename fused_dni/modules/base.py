@@ -396,7 +396,7 @@ class DecoupledModule(nn.Module):
         target = arrived * scale
         error = forecast.scaled - target
         s, g, e = (t.double().flatten() for t in (forecast.scaled, target, error))
-        sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(self._taught(h, context))])
+        sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(float(h.shape[0]))])
         if bool(torch.isfinite(sums).all()):
             statistics += sums
         wanted = [p for p in slots if p is not None and p.requires_grad]
@@ -406,14 +406,6 @@ class DecoupledModule(nn.Module):
             )
         )
         return tuple(next(made) if p is not None and p.requires_grad else None for p in slots)
-
-    def _taught(self, h: Tensor, context: Tensor | None) -> float:
-        """How many rows of h a lesson is about: not those that the loss ignores."""
-        synthesizer = self._modules["synthesizer"]
-        ignored = synthesizer.ignore_index if isinstance(synthesizer, Synthesizer) else None
-        if ignored is None or context is None:
-            return float(h.shape[0])
-        return float(context.ne(ignored).sum())
 
     def learn(self, lessons: list[Lesson]) -> None:
         """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""

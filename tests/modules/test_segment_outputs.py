@@ -265,11 +265,10 @@ def test_a_packed_sequence_is_the_rows_that_count(rule: fd.SGD | None, target: b
         else:
             fd.backward_local(out)
         slots = [p.detach() if rule else p.grad for p in bottom.module.parameters()]
-        found.append((slots, float(bottom.statistics[-1]), fd.diagnostics(bottom)[""]))
+        found.append((slots, fd.diagnostics(bottom)[""]["cosine"]))
     close(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1] == (int(LENGTHS.sum()) if target else 0)
     if target:
-        assert found[0][2]["cosine"] == pytest.approx(found[1][2]["cosine"], rel=1e-9)
+        assert found[0][1] == pytest.approx(found[1][1], rel=1e-9)
 
 
 @given(ignored=st.lists(st.booleans(), min_size=T * B, max_size=T * B), ruled=st.booleans())
@@ -292,7 +291,6 @@ def test_what_is_ignored_gets_no_gradient_and_teaches_nothing(
         layer(x, context=y).backward(arrived)
         assert x.grad is not None and not bool(x.grad[mask].any())
         assert bool(x.grad[~mask].any()) == (not all(ignored))
-        assert int(layer.statistics[-1]) == ignored.count(False)
         lessons.append([p.detach() if ruled else p.grad for p in layer.synthesizer.parameters()])
     close(*lessons)
 
