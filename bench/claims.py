@@ -73,9 +73,9 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
         yield f"mnist-{interface}-{rank}", words
     for race in races.TITLES:
-        seconds = "30" if race == "perceptual" else "40"
-        words = ["race", f"bench.races:{race}", "--seconds", seconds, "--threads", "2", *out]
-        yield f"race-{race}", words
+        words = ["race", f"bench.races:{race}", "--seconds", races.SECONDS[race], "--threads", "2"]
+        arms = ["--arms", *races.ARMS[race]] if race in races.ARMS else []
+        yield f"race-{race}", [*words, *arms, *out]
     yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
 
 

@@ -23,7 +23,18 @@ from .corpus import corpus_path
 from .encoder import folder
 from .word_model import words, words_16k, words_256
 
-__all__ = ["TITLES", "lacks", "perceptual", "sentence", "title", "words", "words_16k", "words_256"]
+__all__ = [
+    "ARMS",
+    "SECONDS",
+    "TITLES",
+    "lacks",
+    "perceptual",
+    "sentence",
+    "title",
+    "words",
+    "words_16k",
+    "words_256",
+]
 
 #: By the factory's name, what is raced.
 TITLES = {
@@ -33,6 +44,12 @@ TITLES = {
     "perceptual": "Perceptual loss",
     "sentence": "Frozen sentence encoder",
 }
+#: What `make answers` runs of each: seconds of an arm and seed, and which arms where not all.
+SECONDS = {
+    "words": "24", "words_16k": "20", "words_256": "20", "perceptual": "20", "sentence": "20",
+}  # fmt: skip
+_SOME = ("backprop", "sampled softmax", "DNI k=4", "DNI k=8", "DNI k=8, head sampled")
+ARMS: dict[str, tuple[str, ...]] = {"words_16k": _SOME, "words_256": _SOME}
 # What each needs; a function raises where it is missing.
 _NEEDS: dict[str, tuple[Callable[[], object], ...]] = {
     "words": (corpus_path,),
