@@ -46,11 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
                 seconds=given.seconds, seeds=[SEED], marks=1, progress=Progress(),
             )  # fmt: skip
             ends = {run["name"]: run["history"][-1]["loss"] for run in report["runs"]}
-            found = json.loads(path.read_text()) if path.exists() else {}
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             found.setdefault(name, {})[arm] = {
                 multiple: round(loss, 4) for multiple, loss in ends.items() if math.isfinite(loss)
             }
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{name}, {arm}: {found[name][arm]}", flush=True)
     return 0
 

@@ -250,7 +250,7 @@ def grid(setting: Setting) -> dict[str, dict[int, Callable[[int], Words]]]:
 
 def multiple(race: str, arm: str) -> int:
     """The multiple of RATE for an arm's head: the best by :data:`RATES`."""
-    tried = json.loads(RATES.read_text()) if RATES.exists() else {}
+    tried = json.loads(RATES.read_text(encoding="utf-8")) if RATES.exists() else {}
     found = tried.get(race, {}).get(arm)
     return int(min(found, key=found.get)) if found else ARMS[arm][1]
 

@@ -126,10 +126,13 @@ def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
 def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
     """The argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias, table, ignored = synthesizer
+    classes = (
+        0 if context_weight is None else context_weight.shape[1] if table is None else len(table)
+    )
     return (
         _SYNTHESIZER[kind],
         0 if down is None else down.shape[0],
-        synthesizer.classes,
+        classes,
         weight.data_ptr(),
         0 if down is None else down.data_ptr(),
         0 if context_weight is None else context_weight.data_ptr(),

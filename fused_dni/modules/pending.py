@@ -41,9 +41,10 @@ class _Batch:
         for owner in owners.values():
             owner.refuse_other_gradients(True)
         # Lessons first: a synthesizer may read what another layer's update moves, a head's rows.
-        for key in sorted(jobs, key=lambda key: key[1] != LEARN):
-            apply, contributions = jobs[key]
-            apply(contributions)
+        for lessons in (True, False):
+            for (_, role), (apply, contributions) in jobs.items():
+                if (role == LEARN) is lessons:
+                    apply(contributions)
         torch.clear_autocast_cache()  # it may hold parameters as they were before
 
 

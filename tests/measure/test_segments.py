@@ -62,4 +62,4 @@ def test_foreign_options_are_named():
 
 
 def test_the_command_line_knows_the_same_names():
-    assert set(arguments.SEGMENTS) == {*segments.SEGMENTS, "lstm"}
+    assert set(arguments.SEGMENTS) == {*segments.SEGMENTS, "lstm", "top"}

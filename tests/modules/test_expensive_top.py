@@ -223,7 +223,7 @@ def test_steps_leave_nothing(name: str, rule: fd.SGD | None, steps: int) -> None
         run(steps)
         after = alive()
     assert after["tensors"] <= before["tensors"] + 2, (before, after)
-    assert after["nodes"] == before["nodes"] == 0, (before, after)
+    assert after["nodes"] <= before["nodes"], (before, after)
     # Of an LSTM's states some dozen records, a few objects each, wait until they are looked at.
     assert after["objects"] < before["objects"] + 400, (before, after)
 

@@ -44,7 +44,8 @@ def split_context(
         ValueError, RuntimeError: as :func:`~fused_dni.backends.common.synthesizer.check_form`.
         TypeError: class indices of another type than int64.
     """
-    check_form(synthesizer, context)
+    if synthesizer.table is not None or (context is None) != (synthesizer.context_weight is None):
+        check_form(synthesizer, context)  # not called where nothing can be wrong: every step asks
     if context is None:
         return None, None
     context = context.contiguous()
