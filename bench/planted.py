@@ -44,6 +44,13 @@ CYCLES = (2, 4, 8, 16)
 FORMULA = 0.10
 
 
+def _rotation(features: int, seed: int) -> Tensor:
+    """An orthogonal matrix [features, features]: a product with it changes no norm."""
+    drawn = torch.randn(features, features, generator=torch.Generator().manual_seed(seed))
+    orthogonal, _ = torch.linalg.qr(drawn)
+    return orthogonal
+
+
 class Heavy(nn.Module):
     """A function without parameters whose backward is far dearer than its forward.
 
@@ -52,10 +59,8 @@ class Heavy(nn.Module):
 
     def __init__(self, features: int, products: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        orthogonal, _ = torch.linalg.qr(torch.randn(features, features, generator=generator))
         self.products = products
-        self.register_buffer("rotation", orthogonal)
+        self.register_buffer("rotation", _rotation(features, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = _Heavy.apply(x, self.rotation, self.products)
@@ -81,10 +86,8 @@ class Dear(nn.Module):
 
     def __init__(self, features: int, products: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        orthogonal, _ = torch.linalg.qr(torch.randn(features, features, generator=generator))
         self.products = products
-        self.register_buffer("rotation", orthogonal)
+        self.register_buffer("rotation", _rotation(features, 5))
 
     def forward(self, h: Tensor, wanted: Tensor) -> Tensor:
         away = h - wanted

@@ -172,6 +172,21 @@ def resumable(out: OutFile) -> Iterator[None]:
         ) from None
 
 
+def say_verdict(found: Any, as_json: bool, out: OutFile, plot: OutFile, figure: Any) -> None:
+    """Print a verdict, for a reader or for a machine, and write its JSON and its figure."""
+    out.write(found.to_json() + "\n")
+    plot.save(figure.save)
+    if as_json:
+        say(found.to_json())
+    else:
+        say(f"{found.table()}\n\n{found.sentence()}")
+        for file in (plot, out):
+            if file.written is not None:
+                say(f"\n{file.written}")
+    for file in (out, plot):
+        file.finish()
+
+
 def say_report(report: dict[str, Any], as_json: bool) -> None:
     """Print a report, for a reader or for a machine."""
     from fused_dni.report import as_text, blocks_of, files

@@ -22,7 +22,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import OutFile, say, say_verdict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -199,17 +199,7 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
             progress=progress.update,
         )
     found.facts["command"] = command
-    out.write(found.to_json() + "\n")
-    plot.save(reports.over_k(found.report()).save)
-    if args.json:
-        say(found.to_json())
-    else:
-        say(f"{found.table()}\n\n{found.sentence()}")
-        for file in (plot, out):
-            if file.written is not None:
-                say(f"\n{file.written}")
-    for file in (out, plot):
-        file.finish()
+    say_verdict(found, args.json, out, plot, reports.over_k(found.report()))
     return 0
 
 

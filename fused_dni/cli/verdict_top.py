@@ -18,7 +18,7 @@ from fused_dni.cli.arguments import (
     set_threads,
     whole,
 )
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import OutFile, say_verdict
 
 if TYPE_CHECKING:
     from fused_dni.measure.race import Arms
@@ -142,17 +142,7 @@ def _verdict_top(args: argparse.Namespace, command: str) -> int:
             warmup=WARMUP if args.warmup_steps is None else args.warmup_steps,
         )
         _race(args, found, arms, out, command)
-    out.write(found.to_json() + "\n")
-    plot.save(reports.figure(found.report()).save)
-    if args.json:
-        say(found.to_json())
-    else:
-        say(f"{found.table()}\n\n{found.sentence()}")
-        for file in (plot, out):
-            if file.written is not None:
-                say(f"\n{file.written}")
-    for file in (out, plot):
-        file.finish()
+    say_verdict(found, args.json, out, plot, reports.figure(found.report()))
     return 0
 
 
