@@ -12,7 +12,7 @@
 # MNIST=...     folder of the four MNIST files, for make answers
 # JOBS=...      processes that run tests (one a core); 0 for this one alone
 #
-# FUSED_DNI_CUDA_ARCHS: see setup.py; by default CUDA kernels are built for the GPUs that are there.
+# FUSED_DNI_CPU_ISAS, FUSED_DNI_CUDA_ARCHS: see setup.py; by default what is built is for this machine.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -72,7 +72,7 @@ $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/fused-dni env --left-out && touch $@
 $(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
 	@echo "Installing fused_dni and what it is tested with (the first time takes minutes) ..."; \
-	export FUSED_DNI_WERROR=1; \
+	export FUSED_DNI_WERROR=1 FUSED_DNI_CPU_ISAS=all; \
 	$(PIP) --upgrade pip setuptools pybind11 ninja; \
 	set -m; $(BIN)/python tests/support/built.py & built=$$!; set +m; \
 	trap 'kill -- -$$built 2>/dev/null || true' EXIT; \

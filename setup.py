@@ -6,9 +6,12 @@ namespaces, and linked into one module that chooses at run time. setuptools has 
 extension and compiles one file after another, so the work goes to ninja: it runs the compilers in
 parallel and knows from their dependency files what a changed header touches.
 
-nvcc needs no GPU, but minutes, so it compiles for the GPUs that nvidia-smi lists; where there is
-none, there is no CUDA part. Three environment variables change that:
+What is installed is for this machine: its instruction sets, and the GPUs that nvidia-smi lists
+(nvcc needs none, but minutes; where there is none, there is no CUDA part). Environment variables
+change that:
 
+FUSED_DNI_CPU_ISAS    what to compile for beside portable code: "avx2;avx512", or "all", as a wheel
+                      for other machines wants it
 FUSED_DNI_CUDA_ARCHS  what to compile for: "80;90a", "all" that the toolkit knows, or "none"
 CUDA_HOME             where nvcc is, in front of the path and /usr/local/cuda
 FUSED_DNI_WERROR      1 makes warnings errors, as ``make test`` has it
@@ -66,6 +69,15 @@ NVCC_FLAGS = [
     "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if STRICT else ""),
 ]  # fmt: skip
 OLDEST_NVCC = (12, 4)
+
+
+# What a compiler defines where it compiles for a set.
+ISA_MACROS = {
+    "portable": set(),
+    "avx2": {"__AVX2__", "__FMA__"},
+    "avx512": {"__AVX512F__", "__AVX512DQ__", "__AVX512BW__", "__AVX512VL__"},
+    "avx512bf16": {"__AVX512BF16__"},
+}
 
 
 class Missing(Exception):
@@ -159,6 +171,33 @@ def _compiler() -> str:
     return command
 
 
+def _cpu_isas(compiler: str) -> list[str]:
+    """The instruction sets to compile for.
+
+    Raises:
+        Missing: the environment asks for something else.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = list(ISAS) if x86 else ["portable"]
+    asked = os.environ.get("FUSED_DNI_CPU_ISAS", "").strip().lower()
+    if asked == "all":
+        return known
+    if asked:
+        names = {name for name in re.split(r"[;,\s]+", asked) if name}
+        if not names <= set(known):
+            raise Missing(
+                f"FUSED_DNI_CPU_ISAS={asked!r} is not a list of {', '.join(known)} separated by "
+                'semicolons, nor "all"'
+            )
+        return [isa for isa in known if isa in names | {"portable"}]
+    command = [*shlex.split(compiler), "-march=native", "-dM", "-E", "-xc++", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        return known
+    defined = set(re.findall(r"#define (\w+)", said.stdout))
+    return [isa for isa in known if ISA_MACROS[isa] <= defined]
+
+
 class NinjaBuild(build_ext):
     """``build_ext`` whose compiling and linking is done by ninja."""
 
@@ -231,13 +270,12 @@ class NinjaBuild(build_ext):
         )
         build.rule("link", "$cxx -shared $in $ldflags -fopenmp -o $out", description="link $out")
         objects: list[str] = []
+        isas = _cpu_isas(compiler)
+        linked = {"isa": [f"-DFUSED_DNI_WITH_{isa.upper()}" for isa in isas]}
         for name in COMMON:
-            objects += build.build(f"{name}.o", "compile", str(CPU / name))
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        for isa, wider in ISAS.items():
-            if wider and not x86:
-                continue
-            flags = [*KERNEL_FLAGS, *wider, f"-DFUSED_DNI_ISA={isa}"]
+            objects += build.build(f"{name}.o", "compile", str(CPU / name), variables=linked)
+        for isa in isas:
+            flags = [*KERNEL_FLAGS, *ISAS[isa], f"-DFUSED_DNI_ISA={isa}"]
             for name in BF16_KERNELS if isa == "avx512bf16" else KERNELS:
                 objects += build.build(
                     f"{name}.{isa}.o", "compile", str(CPU / name), variables={"isa": flags}

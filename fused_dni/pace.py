@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 FIRST = 4  # k before anything has been measured, within the bounds
 SMOOTHED = 8  # targets: what is older weighs less than 1/e
-PATIENCE = 4  # targets at a k before it may change
+PATIENCE = 4  # targets at a k before it may change; before it may grow, k if that is more
 FACTOR = 2**0.5  # of the next k over this one, and back
 MARGIN = 0.05  # by how much the best rate has to be better than that of this k
 # Targets behind a return from a longer k before one is tried again; each return doubles it.
 AGAIN, RAREST = 16, 1024
+# A fall of r2 from one target to the next that is no noise: this part of it, and so many times its
+# mean deviation. What an update by predictions has led to is then undone by true gradients.
+FALL, DEVIATIONS = 0.05, 4.0
+RETREAT = 4  # by what k is divided then
+LONGER = 4  # times as long it may not grow to what it was
 FADES = 24  # targets in which r2 at shorter k, once better, comes near to what it is at this k
 TIMED = 16  # cycles that the measured costs are medians of
 
@@ -37,14 +42,17 @@ class Pace:
     measured on steps with targets: there the prediction is k steps old, the oldest of its cycle.
     Of that, a step by a prediction gains, when one by the true gradient gains 1::
 
-        q(k) = r2(k) - (k - 1) (r2(1) - r2(k))
+        q(k) = r2(k) - (k - 1) / 3 (r2(1) - r2(k))
         rate(k) = (mix + (k - mix) q(k)) / (k + cost_ratio)
 
     The first term is what is left of the gain of a step, in the second order, where its length is
     the best for the true gradient. What no k explains differs from row to row, and that is all it
-    takes. What r2 falls by with k is an error that the k - 1 predicted steps of a cycle have in
-    common: it adds up, and counts once for each. r2 elsewhere than at k is extrapolated as
-    a * r**k, r being the least that this k and another say, and 1 where no other is known.
+    takes. What r2 falls by with k is an error that the predicted steps of a cycle have in common:
+    it adds up. In the cycle's oldest prediction it has that size and before, where it grows with
+    age, less: of the k - 1 that it would count if it were always there, a quarter where its norm
+    goes with the age and 4/9 where its square does; a third is taken. r2 elsewhere than at k is
+    extrapolated as a * r**k, r being the least that this k and another say, and 1 where no other
+    is known.
 
     Args:
         bounds: the least and the largest k.
@@ -62,8 +70,12 @@ class Pace:
         self._sums: list[list[float]] = []  # by layer (s-g)**2 and g*g at this k
         self._count = 0  # targets at this k
         self._known: dict[int, float] = {}  # r2 at other k
-        self._barred = 0  # targets for which k may not grow
+        self._barred = 0  # targets for which k may not grow beyond the ceiling
+        self._ceiling = bounds[1]
         self._again = AGAIN
+        self._deviation = (
+            0.25  # of r2 from what it was, in the mean; much as long as little is seen
+        )
         self._plain: list[float] = []  # seconds of a step without a target, by cycle
         self._targets: list[float] = []  # seconds of a step with one
 
@@ -88,6 +100,14 @@ class Pace:
         if len(self._sums) != len(seen):
             self._sums, self._count = [[0.0, 0.0] for _ in seen], 0
         keep = 1.0 - 1.0 / SMOOTHED
+        if self._count:
+            before = self.explained()
+            now = min(1.0 - layer.squared_error / layer.g_dot_g for layer in seen)
+            if before - now > FALL * max(before, 0.0) + DEVIATIONS * self._deviation:
+                self._bar(max(round(self.k / FACTOR), self.bounds[0]), LONGER)
+                self._move(max(self.k // RETREAT, self.bounds[0]), None)
+                return
+            self._deviation = keep * self._deviation + abs(now - before) / SMOOTHED
         for sums, layer in zip(self._sums, seen, strict=True):
             sums[0] = keep * sums[0] + layer.squared_error
             sums[1] = keep * sums[1] + layer.g_dot_g
@@ -138,7 +158,7 @@ class Pace:
         return k, rates[k], rates[self.k]
 
     def _rate(self, k: int, explained: float, fresh: float, ratio: float) -> float:
-        gain = explained - (k - 1) * (fresh - explained)
+        gain = explained - (k - 1) / 3.0 * (fresh - explained)
         return (self.mix + (k - self.mix) * gain) / (k + ratio)
 
     def _decide(self, ratio: float) -> None:
@@ -148,10 +168,23 @@ class Pace:
         if best - now <= MARGIN * abs(now):
             return
         if wanted < self.k:
-            self._barred, self._again = self._again, min(2 * self._again, RAREST)
-            self._move(max(min(round(self.k / FACTOR), self.k - 1), wanted), here)
-        elif not self._barred:
-            self._move(min(max(round(self.k * FACTOR), self.k + 1), wanted), here)
+            shorter = max(min(round(self.k / FACTOR), self.k - 1), wanted)
+            self._bar(shorter)
+            self._move(shorter, here)
+            return
+        longer = min(max(round(self.k * FACTOR), self.k + 1), wanted)
+        if self._barred:
+            longer = min(longer, self._ceiling)
+        if longer > self.k and self._count >= self.k:
+            self._move(longer, here)
+
+    def _bar(self, ceiling: int, longer: int = 1) -> None:
+        """Let k stay at or below this for a while, for twice as long the next time."""
+        self._ceiling = ceiling
+        again = self._again
+        if not self._barred:
+            self._again = min(2 * again, RAREST)
+        self._barred = max(self._barred, longer * again)
 
     def _falls(self, here: float) -> float:
         """The factor by which r2 falls with each step of k: the least that what is known of this
@@ -182,7 +215,9 @@ class Pace:
             "count": self._count,
             "known": [[k, there] for k, there in self._known.items()],
             "barred": self._barred,
+            "ceiling": self._ceiling,
             "again": self._again,
+            "deviation": self._deviation,
             "plain": list(self._plain),
             "targets": list(self._targets),
         }
@@ -194,5 +229,6 @@ class Pace:
         self._sums = [list(sums) for sums in state["sums"]]
         self._count = int(state["count"])
         self._barred, self._again = int(state["barred"]), int(state["again"])
+        self._ceiling, self._deviation = int(state["ceiling"]), float(state["deviation"])
         self._known = {int(k): float(there) for k, there in state["known"]}
         self._plain, self._targets = list(state["plain"]), list(state["targets"])

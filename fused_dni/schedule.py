@@ -53,16 +53,19 @@ class Schedule:
     old as any of their cycle. When a step by the true gradient gains 1, one by a prediction gains
     q(k), and k follows the gain per time::
 
-        q(k) = r2(k) - (k - 1) * (r2(1) - r2(k))
+        q(k) = r2(k) - (k - 1) / 3 * (r2(1) - r2(k))
         rate(k) = (mix + (k - mix) * q(k)) / (k + cost_ratio)
 
-    What r2 falls by with k is an error that the predicted steps of a cycle have in common, so it
-    counts once for each; what no k explains does not. r2 elsewhere is extrapolated as ``a * r**k``,
+    What r2 falls by with k is an error that the predicted steps of a cycle have in common: it adds
+    up, as it grows with age by a third of what it is at the end for each; what no k explains does
+    not. r2 elsewhere is extrapolated as ``a * r**k``,
     from this k and those tried before.
 
-    k starts at 4 and moves by a factor of about 1.4, behind four or more targets, where the best k
-    of ``bounds`` has a rate that is better by a twentieth. Behind a move to a shorter one it does
-    not grow for 16 targets, then 32, and so on. A sum of s*g that is not positive makes k the least
+    k starts at 4 and moves by a factor of about 1.4, behind four or more targets (k or more, if it
+    grows), where the best k of ``bounds`` has a rate that is better by a twentieth. Behind a move
+    to a shorter one it does not grow for 16 targets, then 32, and so on. Where r2 falls from one
+    target to the next, by a twentieth and more than its noise, k is divided by 4 at once and stays
+    below what it was for four times as many. A sum of s*g that is not positive makes k the least
     at once; what is not finite is not looked at, nor is warm-up. Of several layers the one that is
     predicted worst counts; recurrent ones, which learn from the next window, and frozen
     synthesizers do not. Parameters above the layers, which learn on steps with targets alone, are

@@ -90,7 +90,7 @@ class Synthesizer(nn.Module):
                 f"[..., {shape[-1]}]"
             )
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         """The parameters that scale the output when all are scaled together. None by default: what
         such a synthesizer predicts has the unit 1."""
         return ()
@@ -149,7 +149,7 @@ class _Affine(Synthesizer):
         """Zero what forms the output; draw what reduces the input."""
         _start(self.down, (self.weight, self.context_weight, self.bias))
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         if "parametrizations" in self._modules:
             return ()
         return _given((self.weight, self.context_weight, self.bias))
@@ -407,7 +407,7 @@ class MLPSynthesizer(Synthesizer):
         last = _LastLinear(width, features, device=device, dtype=dtype)
         self.layers = nn.Sequential(*stack, last)
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         last: Any = self.layers[-1]
         return _given((last.weight, last.bias))
 
@@ -501,7 +501,7 @@ class SoftmaxSynthesizer(Synthesizer):
         _start(self.down, (self.weight, self.bias))
         nn.init.constant_(self.gain, 1.0 - self.label_smoothing)
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         if "parametrizations" in self._modules:
             return ()
         return _given((self.weight, self.bias, self.gain))
@@ -614,7 +614,7 @@ class DifferenceSynthesizer(Synthesizer):
         """Zero what forms the output; draw what reduces the input."""
         _start(self.down, (self.weight, self.up, self.bias))
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         if "parametrizations" in self._modules:
             return ()
         return _given((self.weight, self.up, self.bias))
@@ -702,7 +702,7 @@ class ConvSynthesizer(Synthesizer):
         self.dims = dims
         self.layers = nn.Sequential(*stack, last)
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
+    def last_layer(self) -> tuple[Tensor, ...]:
         last: Any = self.layers[-1]
         return _given((last.weight, last.bias))
 
@@ -732,22 +732,23 @@ class SurrogateSynthesizer(Synthesizer):
     """Correct a cheap loss's gradient: ``M(h, t) = a * ds/dh + correction(h, t)``.
 
     For a dear loss that has a cheap stand-in s: the error of pixels for the error as a network sees
-    it, a small critic for a large one. Untaught, M is the stand-in's gradient; what is learned is
-    how much of it to take of each feature and, by the correction, what it leaves out. Runs under
-    autograd, not inside the fused kernels.
+    it, a small critic for a large one. Untaught, M is the stand-in's gradient; the first lesson
+    gives it the true gradient's size, and what is learned from then on is how much of it to take
+    of each feature and, by the correction, what it leaves out. Runs under autograd, not inside the
+    fused kernels.
 
     Args:
         features: O, of h; C for maps [N, C, *spatial], which need a correction that takes maps.
         surrogate: called as ``surrogate(h, context)``, returns what each row costs, [N]. It is
             differentiated at h, at each prediction; nothing of it is registered, copied or trained
-            here. A gain learns as fast as other synthesizers where a row's gradient has a norm of
-            1 or more: let it be a sum over features, not a mean.
+            here.
         correction: a synthesizer of the same features, whose prediction is added; None for none.
         context_features: K, of the context; None for O: it is what h should be. 0 for none.
         device, dtype: of the gain.
 
     Attributes:
-        gain: a, [O]; starts at one.
+        gain: a, [O], but for a factor ``scale`` that is not trained: set in the first lesson, it
+            follows the synthesizer's unit, so that the gain stays about as large as it starts, one.
 
     Raises:
         TypeError: a surrogate that cannot be called, or a correction that is no module.
@@ -789,19 +790,26 @@ class SurrogateSynthesizer(Synthesizer):
             self.takes_rows = correction is None
         self.__dict__["surrogate"] = surrogate  # no submodule: it is not this module's to train
         self.gain = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        # Were the gain in the unit, a step of Adam's might be a large part of it.
+        self.scale: Tensor
+        self.register_buffer("scale", torch.empty((), device=device, dtype=dtype))
         self.correction = correction
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Let the stand-in's gradient be taken as it is. The correction starts anew by its own."""
         nn.init.ones_(self.gain)
+        nn.init.ones_(self.scale)
 
-    def last_layer(self) -> tuple[nn.Parameter, ...]:
-        own = () if "parametrizations" in self._modules else _given((self.gain,))
-        if self.correction is None or not own:
-            return own
+    def untaught(self) -> bool:
+        """Whether the stand-in's gradient is still taken as it is. (This waits for a GPU.)"""
+        return bool((self.scale * self.gain == 1.0).all())
+
+    def last_layer(self) -> tuple[Tensor, ...]:
+        if self.correction is None:
+            return (self.scale,)
         more = self.correction.last_layer() if isinstance(self.correction, Synthesizer) else ()
-        return (*own, *more) if more else ()
+        return (self.scale, *more) if more else ()
 
     def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
         super().check(context, shape)
@@ -823,5 +831,5 @@ class SurrogateSynthesizer(Synthesizer):
             if not costs.requires_grad:
                 raise RuntimeError("surrogate must be differentiable at h: its result has no graph")
             (slope,) = torch.autograd.grad(costs.sum(), at)
-        out = slope * self.gain.view(-1, *(1 for _ in h.shape[2:]))
+        out = slope * (self.scale * self.gain).view(-1, *(1 for _ in h.shape[2:]))
         return out if self.correction is None else out + self.correction(h, context)

@@ -338,8 +338,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def find_specimens(modules: Sequence[str], architecture: int, match: str) -> list[Specimen]:
-    """The specimens of these modules (of all kernel files, if none is named) with ``match`` in the
-    kernel's name or in their own."""
+    """The specimens of these modules (of all kernel files, if none is named) in whose name behind
+    their kernel's (``"kernel: name"``) the regular expression ``match`` is found."""
     if not modules:
         here = Path(__file__)
         names = [module.name for module in pkgutil.iter_modules([str(here.parent)])]
@@ -348,7 +348,7 @@ def find_specimens(modules: Sequence[str], architecture: int, match: str) -> lis
     for module in map(importlib.import_module, modules):
         if hasattr(module, "specimens"):
             found += module.specimens(architecture)
-    return [s for s in found if match in f"{s.launch.kernel.__name__}: {s.name}"]
+    return [s for s in found if re.search(match, f"{s.launch.kernel.__name__}: {s.name}")]
 
 
 # What the workers find when they are forked: launches hold functions that cannot be sent to them.
@@ -449,7 +449,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("modules", nargs="*", help="modules with specimens; default: all kernels")
     parser.add_argument("--arch", type=int, choices=SHARED, required=True, help="90 for sm_90")
-    parser.add_argument("--match", default="", metavar="NAME", help="those with NAME in their name")
+    parser.add_argument(
+        "--match", default="", metavar="REGEX", help="those whose name it is found in"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     given = parser.parse_args(arguments)
@@ -460,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         parser.error(str(error))
     if not specimens:
-        parser.error(f"no specimen has {given.match!r} in its name")
+        parser.error(f"{given.match!r} is found in no specimen's name")
     ready = examine(specimens, given.arch, max(given.jobs, 1))
     outcomes = list(_counted(ready, len(specimens), f"sm_{given.arch}"))
     order = [(s.launch.kernel.__name__, s.name) for s in specimens]

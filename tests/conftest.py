@@ -25,20 +25,28 @@ if not torch.cuda.is_available():
         build = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))["build"]
         os.environ["FUSED_DNI_CUDA_EMULATION"] = str(build(ROOT / "build" / "host_emulation"))
 
-settings.register_profile(
-    "fused_dni",
-    deadline=None,  # shared machines stall
-    derandomize=True,  # the same examples in every run
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("fused_dni")
+# Of each property a few examples; with what is left out unless asked for (`make test-all`), many.
+for profile, examples in (("few", 10), ("many", 100)):
+    settings.register_profile(
+        profile,
+        deadline=None,  # shared machines stall
+        derandomize=True,  # the same examples in every run
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+_profile = "few"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _profile
+    _profile = "few" if "not repeat" in config.option.markexpr else "many"
+    settings.load_profile(_profile)
 
 
 def _undo_torch_testing() -> None:
     """What torch.testing._internal does to a process that imports it, as opcheck does too: it loads
     a profile of hypothesis, and forbids to set the flags of torch.backends."""
-    settings.load_profile("fused_dni")
+    settings.load_profile(_profile)
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 

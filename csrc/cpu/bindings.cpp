@@ -449,7 +449,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Kernels for CPUs; fused_dni/backends/cpu.py is their face.";
   m.attr("compiler") = __VERSION__;
   m.def("isa", &isa, "The instruction set in use: 'portable', 'avx2' or 'avx512'.");
-  m.def("isas", &isas, "The instruction sets that this machine can run, narrowest first.");
+  m.def("isas", &isas, "The instruction sets that can be used here, narrowest first.");
+  m.def("wider", &wider, "A wider one that this machine can run and this build has not; or ''.");
   m.def(
       "set_isa",
       [](const std::string& name) {

@@ -4,7 +4,8 @@
 
 namespace fused_dni {
 
-// Every file of kernels has a function that enters its own into the table.
+// Every file of kernels has a function that enters its own into the table; setup.py says for which
+// instruction sets they were compiled.
 #define FUSED_DNI_DECLARE(isa)    \
   namespace isa {                 \
   void add_linear(Kernels&);      \
@@ -21,9 +22,13 @@ namespace fused_dni {
   }                               \
   }
 FUSED_DNI_DECLARE(portable)
-#if defined(__x86_64__)
+#ifdef FUSED_DNI_WITH_AVX2
 FUSED_DNI_DECLARE(avx2)
+#endif
+#ifdef FUSED_DNI_WITH_AVX512
 FUSED_DNI_DECLARE(avx512)
+#endif
+#ifdef FUSED_DNI_WITH_AVX512BF16
 namespace avx512bf16 {
 void add_linear_bf16(Kernels&);
 }
@@ -37,6 +42,18 @@ struct Variant {
   Kernels kernels;
 };
 
+#if defined(__x86_64__)
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#else
+bool runs_avx2() { return false; }
+bool runs_avx512() { return false; }
+#endif
+
 std::vector<Variant> runnable() {
   std::vector<Variant> found;
   const auto add = [&](const char* name, void (*kernels)(Kernels&)) {
@@ -44,14 +61,15 @@ std::vector<Variant> runnable() {
     kernels(found.back().kernels);
   };
   add("portable", portable::add);
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    add("avx2", avx2::add);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      add("avx512", avx512::add);
-      if (__builtin_cpu_supports("avx512bf16")) avx512bf16::add_linear_bf16(found.back().kernels);
-    }
+#ifdef FUSED_DNI_WITH_AVX2
+  if (runs_avx2()) add("avx2", avx2::add);
+#endif
+#ifdef FUSED_DNI_WITH_AVX512
+  if (runs_avx512()) {
+    add("avx512", avx512::add);
+#ifdef FUSED_DNI_WITH_AVX512BF16
+    if (__builtin_cpu_supports("avx512bf16")) avx512bf16::add_linear_bf16(found.back().kernels);
+#endif
   }
 #endif
   return found;
@@ -77,6 +95,11 @@ std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Variant& variant : variants()) names.emplace_back(variant.name);
   return names;
+}
+
+std::string wider() {
+  const std::string widest = runs_avx512() ? "avx512" : runs_avx2() ? "avx2" : "portable";
+  return variants().back().name == widest ? "" : widest;
 }
 
 bool set_isa(const std::string& name) {

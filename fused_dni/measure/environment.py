@@ -151,23 +151,31 @@ def _package() -> dict[str, Any]:
 def left_out() -> list[str]:
     """Say in a line each what the installation left out, and how to get it."""
     kernels = {"_cpu": "C++", "_cuda": "CUDA"}
-    return [f"without the {kernels[name]} kernels: {why}" for name, why in built.left_out().items()]
+    lines = [
+        f"without the {kernels[name]} kernels: {why}" for name, why in built.left_out().items()
+    ]
+    if wider := _extension().get("C++ left out"):
+        lines.append(
+            f"without C++ kernels for {wider}, which this machine can run: install fused_dni here, "
+            'or with FUSED_DNI_CPU_ISAS="all"'
+        )
+    return lines
 
 
 def _extension() -> dict[str, Any]:
-    """What the compiled extension says of itself: every public function that takes nothing and
-    answers with plain data about the build (``isa``, ``compiler`` and the like)."""
+    """What the compiled extension says of itself."""
     try:
         import fused_dni.backends._cpu as cpu
     except ImportError as error:
         return {"C++ extension": built.why_missing("_cpu", error)}
-    facts: dict[str, Any] = {"C++ extension": getattr(cpu, "__file__", "built in")}
-    for name in ("isa", "isas", "available_isas", "supported_isas", "compiler", "build_info"):
-        value = getattr(cpu, name, None)
-        if callable(value):
-            value = value()
-        if isinstance(value, (str, int, list, tuple, dict)):
-            facts[f"C++ {name.replace('_', ' ')}"] = value
+    facts: dict[str, Any] = {
+        "C++ extension": cpu.__file__,
+        "C++ isa": cpu.isa(),
+        "C++ isas": cpu.isas(),
+        "C++ compiler": cpu.compiler,
+    }
+    if wider := cpu.wider():
+        facts["C++ left out"] = wider
     return facts
 
 

@@ -35,7 +35,7 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import Rule, RuleState
-from fused_dni.synthesizers import Synthesizer, TargetUnit
+from fused_dni.synthesizers import SurrogateSynthesizer, Synthesizer, TargetUnit
 
 # Set on the output of a decoupled module whose synthesizer is not trained in this step, to the
 # version of that tensor: changed in place (``h += skip(x)``) it is another, and does not count. A
@@ -329,7 +329,8 @@ class DecoupledModule(nn.Module):
         return self.statistics
 
     def follow(self, lessons: list[Lesson]) -> float:
-        """Have the synthesizer's unit follow the size of what it is about to learn; the unit."""
+        """Have the synthesizer's unit follow the size of what it is about to learn; the unit.
+        Predictions of lessons in the list may be scaled."""
         synthesizer = self._modules["synthesizer"]
         if not isinstance(synthesizer, Synthesizer):
             return 1.0
@@ -350,7 +351,14 @@ class DecoupledModule(nn.Module):
             _square(lesson.forecast.scaled) * lesson.forecast.unit**2 for lesson in lessons
         ]
         means = torch.stack(squares).reshape(2, -1).sum(1) / rows
-        size = target_unit.size_for(unit, self, means)
+        untaught = n == 1 and isinstance(synthesizer, SurrogateSynthesizer)
+        untaught = untaught and synthesizer.untaught()
+        size, factor = target_unit.size_for(unit, self, means, untaught)
+        if factor != 1.0:
+            target_unit.resize(synthesizer, factor)
+            for i, lesson in enumerate(lessons):
+                made = lesson.forecast
+                lessons[i] = lesson._replace(forecast=made._replace(unit=made.unit * factor))
         if size != unit.size:
             why = target_unit.refuses(synthesizer)
             if why is None:
@@ -368,8 +376,11 @@ class DecoupledModule(nn.Module):
 
     def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
-        unit = self.unit if torch.compiler.is_compiling() else self.follow([lesson])
-        return self._gradients_of(lesson, unit)
+        if torch.compiler.is_compiling():
+            return self._gradients_of(lesson, self.unit)
+        lessons = [lesson]
+        unit = self.follow(lessons)
+        return self._gradients_of(lessons[0], unit)
 
     def _gradients_of(self, lesson: Lesson, unit: float) -> tuple[Tensor | None, ...]:
         h, forecast, context, arrived, kappa, _ = lesson
@@ -410,10 +421,10 @@ class DecoupledModule(nn.Module):
     def learn(self, lessons: list[Lesson]) -> None:
         """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""
         assert self.synthesizer_update is not None
-        first = lessons[0]
-        fused = self.fused_synthesizer(first.h)
+        fused = self.fused_synthesizer(lessons[0].h)
         rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
         unit = self.follow(lessons)
+        first = lessons[0]
         forecast = first.forecast
         if forecast.unit != unit:
             forecast = forecast.within(unit)

@@ -26,7 +26,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni.rules import RuleState, gathered
-from fused_dni.synthesizers import Synthesizer, TargetUnit
+from fused_dni.synthesizers import SurrogateSynthesizer, Synthesizer, TargetUnit
 
 # Of 1/16, 1/8, 1/4 and 1/2 (with limits in proportion) the third was best for networks of three
 # and six layers on MNIST that are told the label, rates of 1e-3, and second for those that are not.
@@ -64,13 +64,17 @@ def due(lessons: int) -> bool:
     return not lessons & (lessons - 1) or not lessons % INTERVAL
 
 
-def size_for(unit: TargetUnit, module: nn.Module, squares: Tensor) -> float:
-    """The size that a unit should have.
+def size_for(
+    unit: TargetUnit, module: nn.Module, squares: Tensor, untaught: bool
+) -> tuple[float, float]:
+    """The size that a unit should have, and the factor that predictions need.
 
     Args:
         unit: the present one, this lesson counted.
         squares: float64 [2], sums of squares of targets and predictions, kappa times a gradient
             both, in the mean over rows. The largest of all replicas counts.
+        untaught: predictions that are not zero were learned nowhere: in the first lesson they are
+            given the targets' size. Otherwise the factor is 1.
     """
     group = replicas(module)
     if group is not None:
@@ -79,13 +83,25 @@ def size_for(unit: TargetUnit, module: nn.Module, squares: Tensor) -> float:
     size = max(target, predicted) ** 0.5
     if target == 0.0 or not math.isfinite(size):
         unit.lessons -= 1  # nothing was learned: the next lesson is looked at
-        return unit.size
+        return unit.size, 1.0
+    factor = 1.0
     if unit.lessons == 1:
+        if predicted and not untaught:
+            # It has learned elsewhere, and one batch says little against that.
+            return unit.size, 1.0
         if predicted:
-            return unit.size  # it has learned elsewhere, and one batch says little against that
+            size = target**0.5
+            factor = size / predicted**0.5
     elif NORMS[0] <= size / unit.size <= NORMS[1]:
-        return unit.size
-    return min(max(2.0 ** round(math.log2(size / MOVED_TO)), 1.0 / LARGEST), LARGEST)
+        return unit.size, 1.0
+    size = 2.0 ** round(math.log2(size / MOVED_TO))
+    return min(max(size, 1.0 / LARGEST), LARGEST), factor
+
+
+def resize(synthesizer: SurrogateSynthesizer, factor: float) -> None:
+    """Scale what an untaught synthesizer predicts. A graph that is kept for its lesson sees it."""
+    with torch.no_grad(), _unsafe_preserve_version_counter(synthesizer.scale):
+        synthesizer.scale.mul_(factor)
 
 
 def rescale(
@@ -99,13 +115,13 @@ def rescale(
     Args:
         rule: whose moments go along; slots: what it works on.
     """
-    last = {id(p) for p in synthesizer.last_layer()}
+    last = {id(p): p for p in synthesizer.last_layer()}
 
     def of(p: Tensor) -> float:
         return factor if id(p) in last else factor**2
 
     with torch.no_grad():
-        for p in synthesizer.parameters():
+        for p in {**last, **{id(p): p for p in synthesizer.parameters()}}.values():
             if id(p) in last:
                 # No graph is to mind: whoever kept p for a backward reads the unit along with it.
                 with _unsafe_preserve_version_counter(p):

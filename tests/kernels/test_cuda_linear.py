@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_machine import BACKEND, CUDA, DEVICE, MARKS, emulated, machine
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     OPTIONS,
@@ -110,7 +110,6 @@ def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: No
                 assert torch.equal(t, once[name]), name
 
 
-@settings(max_examples=12)
 @given(
     shape=shapes(least_rows=2),
     row=st.sampled_from(TABLE),

@@ -72,6 +72,7 @@ def test_cpu_kernels(cxx: str) -> None:
             *("--build-lib", str(where), "--build-temp", str(where / "objects")),
             CXX=cxx,
             FUSED_DNI_WERROR="1",
+            FUSED_DNI_CPU_ISAS="all",
         )
     (module,) = (where / "fused_dni" / "backends").glob("_cpu*.so")
     for names, where_from in (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from strategies import (
     compare,
     make_case,
     named,
+    paired,
     pairwise,
     run_parts,
     run_step,
@@ -83,6 +85,11 @@ def divided(tiles: tuple[linear.Tiles, synthesizer.Tiles]) -> Iterator[None]:
         yield
 
 
+def described(value: Any) -> str:
+    """Of a test's id."""
+    return named(value) if isinstance(value, dict) else str(value)
+
+
 def check(case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> None:
     """One op's results against the float64 reference's, within derived tolerances."""
     exact, allowed = tolerances(run, case, torch.finfo(dtypes[0]).eps)
@@ -93,16 +100,18 @@ def check(case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> None
 FULL = (torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", TABLE[::4], ids=named)
+@pytest.mark.parametrize(
+    ("options", "way"), [*zip(TABLE[::3], itertools.cycle(WAYS), strict=False)], ids=described
+)
 def test_step_tile_by_tile(options: dict[str, Any], way: str, poisoned: None) -> None:
     with divided(WAYS[way]):
         check(make_case((35, 20, 37, 5, 7), options, 1, *FULL), FULL, run_step)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", TABLE[1::5], ids=named)
+@pytest.mark.parametrize(
+    ("options", "way"), [*zip(TABLE[1::4], itertools.cycle(WAYS), strict=False)], ids=described
+)
 def test_parts_tile_by_tile(
     options: dict[str, Any], training: bool, way: str, poisoned: None
 ) -> None:
@@ -173,16 +182,11 @@ def test_a_step_at_the_preactivation_meets_less_often(
     assert counts[0] - counts[1] == saved
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
-@pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)],
-    ids=["float16", "bfloat16"],
-)
+@paired(dtype=[torch.float16, torch.bfloat16], normalization=[None, "batch", "layer"], way=[*WAYS])
 def test_low_precision(
-    dtypes: tuple[torch.dtype, torch.dtype], normalization: str | None, way: str, poisoned: None
+    dtype: torch.dtype, normalization: str | None, way: str, poisoned: None
 ) -> None:
+    dtypes = (dtype, torch.float32)
     options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
                "context": "label", "rule": "momentum"}  # fmt: skip
     with divided(WAYS[way]):
@@ -367,8 +371,9 @@ def test_random_rounding_is_the_references() -> None:
     assert torch.equal(out, rounded_at_random(value, 41, 2)[512:])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["dense", "lowrank", "diagonal"])
+@pytest.mark.parametrize(
+    ("kind", "way"), [("dense", "one"), ("lowrank", "several"), ("diagonal", "one")]
+)
 def test_parameters_that_are_rounded_at_random(way: str, kind: str) -> None:
     """Within a tolerance of bfloat16 all the way; moments are float32."""
     options = {**TABLE[0], **SMOOTH, "normalization": "layer", "kind": kind, "context": "label",

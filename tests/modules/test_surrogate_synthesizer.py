@@ -100,7 +100,40 @@ def test_it_learns_how_much_of_it_to_take(name: str, rule: fd.SGD | None) -> Non
             optimizer.step()
     assert fd.diagnostics(layer)[""]["cosine"] > 0.999
     if name == "none":
-        close(m.gain.detach() * layer.unit, weight, 1e-2)
+        close(m.gain.detach() * m.scale * layer.unit, weight, 1e-2)
+
+
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.0)], ids=["returned", "fused"])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 3e5])
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_first_lesson_gives_it_the_size_of_the_true_gradient(
+    taught: bool, size: float, rule: fd.SGD | None
+) -> None:
+    """And is itself what it would be with that size; nothing happens to one that was taught."""
+    torch.manual_seed(0)
+    m = fd.SurrogateSynthesizer(WIDTH, away, **OF)
+    if taught:
+        with torch.no_grad():
+            m.gain[0] = 0.5
+    layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), m, update=rule)
+    x, t, g = double(8, 4), double(8, WIDTH), size * double(8, WIDTH)
+    h = layer(x, context=t)
+    slopes = slope(away, h.detach(), t)
+    h.backward(g)
+    made = slopes * m.gain.detach() * m.scale * layer.unit  # 8 times the gradient, as g is 8 g / 8
+    if taught:
+        assert m.scale == 1.0 and layer.unit == 1.0
+    else:
+        close(made.norm(), (8 * g).norm(), 1e-12)
+        assert 2**-5 <= 8 * g.norm() / 8**0.5 / layer.unit <= 1.0
+    if rule is None:
+        assert m.gain.grad is not None
+        error = (made - 8 * g) / layer.unit
+        expected = 2.0 / 8 * (error * slopes * m.scale).sum(0)
+        close(m.gain.grad, expected, 1e-9)
+    before = m.scale.clone()
+    layer(x, context=t).backward(g)
+    assert torch.equal(m.scale, before)
 
 
 def test_the_loss_may_have_another_scale() -> None:
@@ -129,14 +162,14 @@ def test_a_surrogate_is_neither_registered_nor_trained() -> None:
     critic = Critic()
     m = fd.SurrogateSynthesizer(WIDTH, critic, **OF)
     assert [name for name, _ in m.named_parameters()] == ["gain"]
-    assert sorted(m.state_dict()) == ["_extra_state", "gain"]
+    assert sorted(m.state_dict()) == ["_extra_state", "gain", "scale"]
     layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), m, update=fd.SGD(0.1))
     before = copy.deepcopy(critic.state_dict())
     for _ in range(3):
         t = double(N, WIDTH)
         (2.0 * critic(layer(double(N, 4), context=t), t)).mean().backward()
     assert all(torch.equal(before[name], now) for name, now in critic.state_dict().items())
-    assert bool((m.gain != 1.0).any())
+    assert bool((m.gain * m.scale != 1.0).all())
     # What arrived in the critic's .grad is the loss's, none of the prediction's.
     critic.zero_grad()
     m(double(N, WIDTH), double(N, WIDTH)).sum().backward()

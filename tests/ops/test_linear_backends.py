@@ -26,6 +26,7 @@ from strategies import (
     is_slow,
     make_case,
     named,
+    paired,
     pairwise,
     run_parts,
     run_step,
@@ -150,7 +151,7 @@ def test_step_at_the_preactivation(
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", SERVED)
-@pytest.mark.parametrize("options", TABLE[::2], ids=named)
+@pytest.mark.parametrize("options", TABLE[::3], ids=named)
 def test_parts(
     backend: Backend, dtype: str, options: dict[str, Any], training: bool, poisoned: None
 ) -> None:
@@ -188,10 +189,9 @@ THIN = [
 ]
 
 
-@pytest.mark.parametrize("what", ["step", "preactivation", "parts"])
-@pytest.mark.parametrize("threads", [2, 4, 7])
-@pytest.mark.parametrize("shape", THIN, ids=str)
-@pytest.mark.parametrize("kind", SYNTHESIZERS)
+@paired(
+    kind=list(SYNTHESIZERS), shape=THIN, threads=[2, 4, 7], what=["step", "preactivation", "parts"]
+)
 def test_more_threads_than_work(
     backend: Backend,
     kind: str,

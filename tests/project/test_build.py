@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -21,12 +23,13 @@ from fused_dni.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 
 Say = Callable[[str, str], None]
+OURS = re.compile("FUSED_DNI_")
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     """A machine whose path has only the tools that a test adds, with what each prints."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "FUSED_DNI_CUDA_ARCHS", "FUSED_DNI_WERROR", "CXX"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", *filter(OURS.match, os.environ)):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     access = os.access  # this machine's own toolkit is none of that one's
@@ -110,7 +113,61 @@ def test_warnings_are_errors_only_where_that_is_asked_for(
     assert "-Werror" not in " ".join([*setup()["FLAGS"], *setup()["NVCC_FLAGS"]])
     monkeypatch.setenv("FUSED_DNI_WERROR", "1")
     assert "-Werror" in setup()["FLAGS"] and "-Werror" in setup()["NVCC_FLAGS"]
-    assert "export FUSED_DNI_WERROR=1" in (ROOT / "Makefile").read_text()
+    assert "export FUSED_DNI_WERROR=1 FUSED_DNI_CPU_ISAS=all;" in (ROOT / "Makefile").read_text()
+
+
+def cpu(names: dict[str, Any]) -> Any:
+    """What the C++ kernels are compiled for, or why they are not."""
+    try:
+        return names["_cpu_isas"]("c++")
+    except names["Missing"] as missing:
+        return str(missing)
+
+
+MACROS = ["AVX2", "FMA", "AVX512F", "AVX512DQ", "AVX512BW", "AVX512VL", "AVX512BF16"]
+
+
+@pytest.mark.parametrize(
+    ("defined", "built_for"),
+    [
+        (MACROS, ["portable", "avx2", "avx512", "avx512bf16"]),
+        (MACROS[:6], ["portable", "avx2", "avx512"]),
+        (MACROS[:5], ["portable", "avx2"]),
+        (MACROS[:1], ["portable"]),
+        ([], ["portable"]),
+    ],
+)
+def test_cpu_kernels_are_for_what_this_machine_runs(
+    machine: Say, monkeypatch: pytest.MonkeyPatch, defined: list[str], built_for: list[str]
+) -> None:
+    """As its compiler says, where it does."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    machine("c++", "\n".join(f"#define __{name}__ 1" for name in defined))
+    assert cpu(setup()) == built_for
+    monkeypatch.setenv("FUSED_DNI_CPU_ISAS", "all")
+    assert cpu(setup()) == ["portable", "avx2", "avx512", "avx512bf16"]
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert cpu(setup()) == ["portable"]
+
+
+def test_where_the_compiler_does_not_say_they_are_for_all(
+    machine: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    machine("c++", "unknown option '-march=native'")
+    (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
+    assert cpu(setup()) == ["portable", "avx2", "avx512", "avx512bf16"]
+
+
+def test_the_instruction_sets_that_are_asked_for(
+    machine: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("FUSED_DNI_CPU_ISAS", "AVX512;avx2")
+    assert cpu(setup()) == ["portable", "avx2", "avx512"]
+    monkeypatch.setenv("FUSED_DNI_CPU_ISAS", "avx2 neon")
+    said = cpu(setup())
+    assert "FUSED_DNI_CPU_ISAS='avx2 neon'" in said and "portable, avx2, avx512" in said
 
 
 @pytest.mark.parametrize("command", [["build"], ["build_ext", "--inplace"]], ids=" ".join)
@@ -140,6 +197,11 @@ def test_what_was_left_out_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(built, "left_out", lambda: {"_cuda": "there was no nvcc"})
+    _cpu = pytest.importorskip("fused_dni.backends._cpu")
+    monkeypatch.setattr(_cpu, "wider", lambda: "avx512")
+    assert main(["env", "--left-out"]) == 0
+    assert "without C++ kernels for avx512" in capsys.readouterr().out
+    monkeypatch.setattr(_cpu, "wider", lambda: "")
     assert main(["env", "--left-out"]) == 0
     assert capsys.readouterr().out == "without the CUDA kernels: there was no nvcc\n"
     absent = ModuleNotFoundError("No module named 'fused_dni.backends._cuda'")
