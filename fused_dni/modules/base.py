@@ -351,11 +351,11 @@ class DecoupledModule(nn.Module):
             _square(lesson.forecast.scaled) * lesson.forecast.unit**2 for lesson in lessons
         ]
         means = torch.stack(squares).reshape(2, -1).sum(1) / rows
-        untaught = n == 1 and isinstance(synthesizer, SurrogateSynthesizer)
-        untaught = untaught and synthesizer.untaught()
+        surrogate = synthesizer if isinstance(synthesizer, SurrogateSynthesizer) else None
+        untaught = n == 1 and surrogate is not None and surrogate.untaught()
         size, factor = target_unit.size_for(unit, self, means, untaught)
-        if factor != 1.0:
-            target_unit.resize(synthesizer, factor)
+        if surrogate is not None and factor != 1.0:
+            target_unit.resize(surrogate, factor)
             for i, lesson in enumerate(lessons):
                 made = lesson.forecast
                 lessons[i] = lesson._replace(forecast=made._replace(unit=made.unit * factor))
