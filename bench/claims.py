@@ -76,7 +76,9 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         words = ["race", f"bench.races:{race}", "--seconds", races.SECONDS[race], "--threads", "2"]
         arms = ["--arms", *races.ARMS[race]] if race in races.ARMS else []
         yield f"race-{race}", [*words, *arms, *out]
-    yield "planted", ["bench/planted.py", "--busy", "2", "--out", "OUT"]
+    planted = ["bench/planted.py", "--out", "OUT"]
+    yield "planted", [*planted, "--busy", "2", "--only", "differences", "segments", "sums"]
+    yield "planted-tops", [*planted, "--threads", "2", "--seconds", "1", "--only", "tops"]
 
 
 def measure(data: str, only: list[str] | None) -> int:
@@ -420,10 +422,9 @@ def advice(reports: dict[str, Report]) -> Answer:
 
 
 def trust(reports: dict[str, Report]) -> Answer:
-    """Planted differences and segments, and sums of parts."""
-    (report,) = reports.values()
-    tables = [block for block in blocks_of(report) if isinstance(block, Table)]
-    return Answer(planted.sentence(report), [*tables])
+    """Planted differences, segments and tops, and sums of parts."""
+    tables = [b for report in reports.values() for b in blocks_of(report) if isinstance(b, Table)]
+    return Answer(" ".join(map(planted.sentence, reports.values())), [*tables])
 
 
 QUESTIONS = (
@@ -539,8 +540,9 @@ QUESTIONS = (
     Question(
         "“Can such figures be trusted?”",
         "Differences planted by a calibrated extra delay, and planted equality, on a busy machine; "
-        "segments whose answer is known. `python bench/planted.py`.",
-        ("verdict/*-planted",),
+        "segments whose answer is known; steps under tops of a known cost, on an idle one. `python "
+        "bench/planted.py`.",
+        ("verdict/*-planted*",),
         trust,
     ),
 )

@@ -16,6 +16,7 @@ AGAIN, RAREST = 16, 1024
 # A fall of r2 from one target to the next that is no noise: this part of it, and so many times its
 # mean deviation. What an update by predictions has led to is then undone by true gradients.
 FALL, DEVIATIONS = 0.05, 4.0
+UNSEEN = 0.25  # that deviation before anything was seen: nothing is a fall for some time
 RETREAT = 4  # by what k is divided then
 LONGER = 4  # times as long it may not grow to what it was
 FADES = 24  # targets in which r2 at shorter k, once better, comes near to what it is at this k
@@ -54,6 +55,9 @@ class Pace:
     extrapolated as a * r**k, r being the least that this k and another say, and 1 where no other
     is known.
 
+    A fall of r2 at one k, beyond its noise, says that predictions have led the layers to where they
+    no longer hold: k retreats at once, and grows again below what it was.
+
     Args:
         bounds: the least and the largest k.
         cost_ratio: what a target adds to a step, over what a step without one costs; None to take
@@ -73,9 +77,7 @@ class Pace:
         self._barred = 0  # targets for which k may not grow beyond the ceiling
         self._ceiling = bounds[1]
         self._again = AGAIN
-        self._deviation = (
-            0.25  # of r2 from what it was, in the mean; much as long as little is seen
-        )
+        self._deviation = UNSEEN  # of r2 from what it was, in the mean
         self._plain: list[float] = []  # seconds of a step without a target, by cycle
         self._targets: list[float] = []  # seconds of a step with one
 
@@ -229,6 +231,8 @@ class Pace:
         self._sums = [list(sums) for sums in state["sums"]]
         self._count = int(state["count"])
         self._barred, self._again = int(state["barred"]), int(state["again"])
-        self._ceiling, self._deviation = int(state["ceiling"]), float(state["deviation"])
+        # States from before these were there have none.
+        self._ceiling = int(state.get("ceiling", most))
+        self._deviation = float(state.get("deviation", UNSEEN))
         self._known = {int(k): float(there) for k, there in state["known"]}
         self._plain, self._targets = list(state["plain"]), list(state["targets"])

@@ -1,9 +1,9 @@
 """The CUDA kernels of the linear layer and its synthesizer: what is theirs alone.
 
-That the backend computes what the reference does is tested in test_linear_backends.py. Here: tiles
-across blocks, the order in which threads run, grids of a few blocks, low precision, updates that
-are all or nothing, what the bindings refuse, workspaces; and, on a GPU, many blocks, CUDA graphs,
-streams. Without a GPU the kernels run on the CPU, see csrc/host_emulation/README.md.
+That the backend computes what the reference does is tested in test_linear_backends.py, what both
+GPU backends owe beyond that in test_gpu_linear.py. Here: tiles across blocks, the order in which
+threads run, grids of a few blocks, low precision, what the bindings refuse. Without a GPU the
+kernels run on the CPU, see csrc/host_emulation/README.md.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_machine import BACKEND, CUDA, DEVICE, MARKS, emulated, machine
+from divided import CUDA_SHAPES, FULL, SMOOTH, TABLE
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    OPTIONS,
     Case,
     Run,
     bind,
     compare,
     make_case,
     named,
-    pairwise,
     run_parts,
     run_step,
     shapes,
@@ -41,15 +39,10 @@ from torch import Tensor
 import fused_dni as fd
 from fused_dni.backends.cuda import backend as adapter
 from fused_dni.backends.cuda.calls import TYPES, meeting
-from fused_dni.functional import linear_step_
 from fused_dni.ops import types as base
-from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, LinearGradients
 
 pytestmark = MARKS
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-TABLE = pairwise(OPTIONS)
-SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
-          "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
 # Every barrier has something to do in one of these.
 BARRED = [
     {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank", "context": "label"},
@@ -58,15 +51,6 @@ BARRED = [
 ORDERED = [
     *TABLE[::9], *BARRED, *[{**options, "interface": "preactivation"} for options in BARRED],
 ]  # fmt: skip
-FULL = (torch.float32, torch.float32)
-# Several tiles along both axes, the last ones only partly filled, for each shape of tiles: few
-# rows, all rows in a tile, neither all rows nor all features in one.
-SHAPES = {
-    "flat": (19, 20, 37, 5, 7),
-    "tall": (45, 20, 37, 5, 7),
-    "tall, not whole": (150, 20, 37, 5, 7),
-    "square": (261, 20, 75, 5, 35),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +75,11 @@ def check(
     return got
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
 @pytest.mark.parametrize("options", ORDERED, ids=named)
 def test_any_grid_in_any_order(options: dict[str, Any], shape: str, poisoned: None) -> None:
     """Right on any grid; on the same grid the same bits, in whatever order threads run."""
-    case = make_case(SHAPES[shape], options, 1, *FULL)
+    case = make_case(CUDA_SHAPES[shape], options, 1, *FULL)
     for run in (run_step, run_parts) if options in BARRED else (run_step,):
         exact, allowed = tolerances(run, case, torch.finfo(torch.float32).eps)
         for resident in (1, 3):
@@ -138,10 +122,10 @@ def test_any_shape_in_any_order(
 @pytest.mark.parametrize("options", TABLE[4::9], ids=named)
 def test_parts(options: dict[str, Any], shape: str, training: bool, poisoned: None) -> None:
     run = functools.partial(run_parts, training=training)
-    check(make_case(SHAPES[shape], options, 2, *FULL), FULL, run)
+    check(make_case(CUDA_SHAPES[shape], options, 2, *FULL), FULL, run)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
 @pytest.mark.parametrize("normalization", [None, "batch", "layer"])
 @pytest.mark.parametrize("x", ["tf32", "float16", "bfloat16"])
 def test_tensor_cores(x: str, normalization: str | None, shape: str, poisoned: None) -> None:
@@ -156,9 +140,9 @@ def test_tensor_cores(x: str, normalization: str | None, shape: str, poisoned: N
         dtype = getattr(torch, x)
         eps = torch.finfo(dtype).eps
     dtypes = (dtype, torch.float32)
-    check(make_case(SHAPES[shape], options, 3, *dtypes), dtypes, run_step, eps)
+    check(make_case(CUDA_SHAPES[shape], options, 3, *dtypes), dtypes, run_step, eps)
     if shape == "tall":
-        check(make_case(SHAPES[shape], options, 3, *dtypes), dtypes, run_parts, eps)
+        check(make_case(CUDA_SHAPES[shape], options, 3, *dtypes), dtypes, run_parts, eps)
 
 
 def test_precision_is_as_torch_says() -> None:
@@ -175,37 +159,6 @@ def test_precision_is_as_torch_says() -> None:
 # The interface at the preactivation
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
-def test_a_step_at_the_preactivation_saves_what_a_forward_would(
-    normalization: str | None, shape: str, poisoned: None
-) -> None:
-    """On demand, and whoever does not ask gets the same of everything else."""
-    options = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "gelu",
-               "kind": "dense", "context": None, "interface": "preactivation"}  # fmt: skip
-    case = make_case(SHAPES[shape], options, 1, *FULL).on(DEVICE)
-    state, _ = bind(case)
-    layer, x = case.layer(), case.inputs["x"]
-    h, saved = BACKEND.linear_forward(x, layer, case.config, True, True)
-    step = BACKEND.bind_step(
-        layer, case.config, case.synthesizer(), 0.0, state.tensors(slots_of_step(case))
-    )
-    parameters = [p for p in slots(layer) if p is not None]
-    before = [p.detach().clone() for p in parameters]
-    asked = step(x, None, case.target_scale, True, True)
-    with torch.no_grad():
-        for p, old in zip(parameters, before, strict=True):
-            p.copy_(old)
-    unasked = step(x, None, case.target_scale, True, False)
-    assert unasked.prediction is None and unasked.saved is None
-    assert asked.saved is not None and asked.dx is not None and unasked.dx is not None
-    assert torch.equal(asked.h, h) and torch.equal(unasked.h, h)
-    assert torch.equal(asked.dx, unasked.dx)
-    for made, expected in zip(asked.saved, saved, strict=True):
-        assert (made is None) == (expected is None)
-        assert made is None or (expected is not None and torch.equal(made, expected))
-
-
 @emulated
 @pytest.mark.parametrize(
     ("normalization", "saved"), [(None, 0), ("batch", 1), ("layer", 1)], ids=str
@@ -220,7 +173,7 @@ def test_a_step_at_the_preactivation_meets_less_often(
     for interface in ("output", "preactivation"):
         options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
                    "context": None, "interface": interface}  # fmt: skip
-        case = make_case(SHAPES["tall, not whole"], options, 1, *FULL)
+        case = make_case(CUDA_SHAPES["tall, not whole"], options, 1, *FULL)
         state, _ = bind(case)
         BACKEND.linear_step_(
             case.inputs["x"], case.layer(), case.config, case.synthesizer(), None, 150.0, 0.0,
@@ -230,101 +183,6 @@ def test_a_step_at_the_preactivation_meets_less_often(
     # h and its product with U^T, delta; and the statistics.
     assert counts[1] == 3 + (normalization is not None)
     assert counts[0] - counts[1] == saved
-
-
-# ---------------------------------------------------------------------------------------------
-# All or nothing
-
-
-@pytest.mark.parametrize("rule", ["momentum", "adamw"])
-def test_products_are_looked_at_where_bounds_do_not_tell(rule: str) -> None:
-    """Rows of 1e30 in delta and x that meet only zeros are applied; those that meet, skipped."""
-    options = {**TABLE[0], **SMOOTH, "normalization": None, "rule": rule}
-    case = make_case((40, 35, 41, 5, 7), options, 6, *FULL).on(DEVICE)
-    state, _ = bind(case)
-    x, layer = torch.zeros_like(case.inputs["x"]), case.layer()
-    delta = torch.zeros_like(case.inputs["grad_h"])
-    delta[0], x[39] = 1e30, 1e30
-    made = LinearGradients(delta, bias=torch.zeros(41, device=DEVICE))
-    BACKEND.linear_update_(x, made, layer, state.tensors(slots(layer)))
-    assert (state.steps, state.skipped) == (1, 0)
-    before = [p.detach().clone() for p in slots(layer) if p is not None]
-    x[0] = 1e30
-    BACKEND.linear_update_(x, made, layer, state.tensors(slots(layer)))
-    assert (state.steps, state.skipped) == (1, 1)
-    after = [p for p in slots(layer) if p is not None]
-    assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["dense", "lowrank", "diagonal"])
-def test_a_synthesizers_products_are_looked_at(kind: str) -> None:
-    options = {**TABLE[0], **SMOOTH, "normalization": None, "kind": kind, "context": "label",
-               "rule": "sgd"}  # fmt: skip
-    case = make_case((40, 35, 41, 5, 7), options, 6, *FULL).on(DEVICE)
-    _, state = bind(case)
-    tensors, context = case.synthesizer(), case.inputs["context"]
-    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=DEVICE)
-    h = torch.zeros_like(case.inputs["grad_h"])
-    h[39] = 1e25
-    prediction = BACKEND.synthesizer_predict(h, tensors, context)
-    zero = prediction._replace(scaled=torch.zeros_like(prediction.scaled))
-    if kind == "lowrank":  # what goes back through V is larger than e
-        assert prediction.reduced is not None
-        zero = zero._replace(reduced=torch.zeros_like(prediction.reduced))
-    grad = torch.zeros_like(h)
-    for row, steps, skipped in ((0, 1, 0), (39, 1, 1)):
-        grad[row] = 1e25
-        before = [p.detach().clone() for p in tensors.parameters() if p is not None]
-        BACKEND.synthesizer_update_(
-            h, zero, grad, tensors, context, 1.0, statistics, state.tensors(tensors.parameters())
-        )
-        assert (state.steps, state.skipped) == (steps, skipped)
-    after = [p for p in tensors.parameters() if p is not None]
-    assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
-    assert float(statistics[4]) == 40.0
-
-
-@pytest.mark.parametrize(
-    ("label", "interface", "context"),
-    [
-        (-1, "output", "label"),
-        (7, "output", "label"),
-        (2**33, "output", "label"),
-        (7, "preactivation", "label"),
-        (-1, "output", "table"),
-        (2**33, "preactivation", "table"),
-    ],
-)
-def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
-    label: int, interface: str, context: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing waits for the data there: its row is NaN, and the update does not happen."""
-    monkeypatch.setattr(adapter, "check_context", lambda *_: None)
-    options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": context, "rule": "adam",
-               "interface": interface}  # fmt: skip
-    case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(DEVICE)
-    state, other = bind(case)
-    layer, tensors = case.layer(), case.synthesizer()
-    own, its = state.tensors(slots_of_step(case)), other.tensors(tensors.parameters())
-    before = [t.detach().clone() for t in (*layer, *tensors.parameters()) if t is not None]
-    bad = case.inputs["context"].clone()
-    bad[30] = label
-    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device=DEVICE)
-    step = BACKEND.linear_step_(
-        case.inputs["x"], layer, case.config, tensors, bad, 37.0, 0.0, own, False, True
-    )
-    assert step.prediction is not None
-    known = torch.arange(37) != 30
-    assert torch.isfinite(step.prediction.scaled[known.to(DEVICE)]).all()
-    assert torch.isnan(step.prediction.scaled[30]).all()
-    good = BACKEND.synthesizer_predict(step.h, tensors, case.inputs["context"])
-    BACKEND.synthesizer_update_(
-        step.h, good, case.inputs["grad_h"], tensors, bad, 37.0, statistics, its
-    )
-    after = [t for t in (*layer, *tensors.parameters()) if t is not None]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    for hyper in (own.hyper, its.hyper):
-        assert hyper[SKIPPED] == 1 and hyper[STEP] == 0
 
 
 @pytest.mark.parametrize("rows", [45, 150, 261])
@@ -554,50 +412,6 @@ def test_constants_are_those_of_the_signature() -> None:
     assert [getattr(base, name) for name in hyper] == list(range(base.HYPER_SIZE))
 
 
-def test_a_step_keeps_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a bound step allocates from call to call are its results."""
-    case = make_case((37, 35, 41, 5, 7), {**TABLE[0], **SMOOTH, "kind": "lowrank",
-                                          "context": None}, 8, *FULL).on(DEVICE)  # fmt: skip
-    state, _ = bind(case)
-    step = BACKEND.bind_step(
-        case.layer(), case.config, case.synthesizer(), 0.0, state.tensors(slots(case.layer()))
-    )
-    made = []
-    real = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made.append(args)
-        return real(self, *args, **kwargs)
-
-    step(case.inputs["x"], None, 37.0, False, True)
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    step(case.inputs["x"], None, 37.0, False, True)
-    assert len(made) == len(("h", "scaled", "reduced"))
-
-
-def test_a_step_forgets_shapes_that_do_not_come_back() -> None:
-    """But for a few; and it follows kappa."""
-    case = make_case((37, 35, 41, 5, 7), {**TABLE[0], **SMOOTH, "normalization": None,
-                                          "kind": "diagonal", "context": None, "rule": "sgd"},
-                     8, *FULL).on(DEVICE)  # fmt: skip
-    state, _ = bind(case)
-    rule = state.tensors(slots(case.layer()))
-    step: Any = BACKEND.bind_step(case.layer(), case.config, case.synthesizer(), 0.0, rule)
-    for rows in (16, 17, 18, 19, 20, 21):
-        step(case.inputs["x"][:rows], None, float(rows), False, False)
-    assert [rows for _, rows, _ in step.rooms] == [18, 19, 20, 21]
-    moved = []
-    for scale in (21.0, 42.0):
-        before = [p.detach().clone() for p in slots(case.layer()) if p is not None]
-        step(case.inputs["x"][:21], None, scale, False, False)
-        after = [p for p in slots(case.layer()) if p is not None]
-        moved.append(after[0].detach() - before[0])
-        with torch.no_grad():
-            for p, q in zip(after, before, strict=True):
-                p.copy_(q)
-    torch.testing.assert_close(2 * moved[1], moved[0], rtol=1e-4, atol=1e-5)
-
-
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     one = torch.zeros(2, 2, device=DEVICE)
     for x in (one, one.half(), one.bfloat16()):
@@ -612,107 +426,3 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "serves tensors on cuda, got x on cpu" in str(BACKEND.why_not(cpu, cpu))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a CUDA device" in str(BACKEND.available())
-
-
-def test_compiled_step() -> None:
-    """Through the registered op, in one graph."""
-    options = {**TABLE[0], **SMOOTH, "kind": "lowrank", "context": "label", "rule": "adam"}
-    case = make_case((19, 16, 24, 5, 7), options, 9, *FULL).on(DEVICE)
-    twin = replace(case).to(*FULL).on(DEVICE)
-    made = []
-    for c, compiled in ((case, True), (twin, False)):
-        state, _ = bind(c)
-        layer, tensors = c.layer(), c.synthesizer()
-        detached = layer._replace(**{
-            k: None if t is None else t.detach() for k, t in layer._asdict().items()
-        })  # fmt: skip
-        rule = state.tensors(slots(layer))
-
-        def step(x, labels, layer=detached, c=c, tensors=tensors, rule=rule):  # type: ignore[no-untyped-def]
-            return linear_step_(x, layer, c.config, tensors, rule, context=labels, backend="cuda")
-
-        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
-        with torch.no_grad():
-            out = run(c.inputs["x"], c.inputs["context"])
-        made.append((out.h, out.prediction.scaled, *[p for p in layer if p is not None]))
-    for a, b in zip(*made, strict=True):
-        assert torch.equal(a, b)
-
-
-# ---------------------------------------------------------------------------------------------
-# On a GPU
-
-gpu = pytest.mark.gpu
-LARGE = {
-    "flat": (30, 200, 328, 16, 10),
-    "tall": (128, 200, 328, 16, 10),
-    "square": (300, 200, 328, 16, 10),
-}
-TRAINED = {**TABLE[0], **SMOOTH, "normalization": "batch", "kind": "lowrank", "context": "label",
-           "rule": "adam"}  # fmt: skip
-
-
-@gpu
-@pytest.mark.parametrize("shape", LARGE)
-@pytest.mark.parametrize("options", TABLE[::4], ids=named)
-def test_gpu_step(options: dict[str, Any], shape: str) -> None:
-    check(make_case(LARGE[shape], options, 1, *FULL), FULL, run_step)
-
-
-@gpu
-@pytest.mark.parametrize("shape", LARGE)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu_low_precision(dtype: torch.dtype, shape: str) -> None:
-    options = {**TRAINED, "rule": "momentum"}
-    dtypes = (dtype, torch.float32)
-    check(make_case(LARGE[shape], options, 2, *dtypes), dtypes, run_step)
-
-
-@gpu
-@pytest.mark.parametrize("shape", LARGE)
-@pytest.mark.parametrize("run", [run_step, run_parts])
-def test_gpu_same_input_same_bits(run: Run, shape: str) -> None:
-    """Twenty times on each of several grids."""
-    case = make_case(LARGE[shape], {**TRAINED, "max_norm": 0.05}, 4, *FULL)
-    for resident in (0, 100, 64, 17, 3):
-        machine(resident=resident)
-        once = check(case, FULL, run)
-        for _ in range(20):
-            for name, t in results(case, FULL, run).items():
-                assert torch.equal(t, once[name]), name
-
-
-@gpu
-@pytest.mark.parametrize("shape", LARGE)
-def test_gpu_graph_and_stream(shape: str) -> None:
-    """Replayed steps are steps, the rule's counters too; nothing needs the default stream."""
-    made = []
-    for captured in (True, False):
-        case = make_case(LARGE[shape], TRAINED, 5, *FULL).on(DEVICE)
-        state, _ = bind(case)
-        step = BACKEND.bind_step(
-            case.layer(), case.config, case.synthesizer(), 0.0, state.tensors(slots(case.layer()))
-        )
-
-        def run(step=step, case=case):  # type: ignore[no-untyped-def]
-            return step(case.inputs["x"], case.inputs["context"], 300.0, True, True)
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            out = run()
-        torch.cuda.current_stream().wait_stream(side)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = run()
-            for _ in range(5):
-                graph.replay()
-        else:
-            for _ in range(5):
-                out = run()
-        torch.cuda.synchronize()
-        assert state.steps == 6
-        made.append((out.h, out.dx, *[p for p in case.layer() if p is not None]))
-    for a, b in zip(*made, strict=True):
-        assert torch.equal(a, b)

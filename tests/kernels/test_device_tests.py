@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     "tests/ops/test_linear_backends.py",
     "tests/ops/test_lstm_backends.py",
+    "tests/kernels/test_gpu_linear.py",
     "tests/kernels/test_cuda_linear.py",
     "tests/kernels/test_cuda_lstm.py",
 ]
@@ -42,8 +44,7 @@ def collected(chosen: str, gpu: bool) -> frozenset[str]:
 
 def of_cuda(ids: frozenset[str]) -> set[str]:
     """Without other backends' cases."""
-    ops = ("tests/ops/", "test_linear_backends", "test_lstm_backends")
-    return {i for i in ids if not i.startswith(ops) or "[cuda" in i}
+    return {i for i in ids if "/test_cuda_" in i or re.search(r"[\[-]cuda\b", i)}
 
 
 def function(name: str) -> str:

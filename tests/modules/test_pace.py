@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -418,3 +419,55 @@ def test_nobody_who_can_learn() -> None:
         with pytest.raises(ValueError, match="needs a layer whose synthesizer learns"):
             fd.Schedule(model, target_every="auto")
     fd.Schedule(nn.ModuleList([frozen, linear(3, 3), fd.FusedDNILSTM(3, 3)]), target_every="auto")
+
+
+# ---------------------------------------------------------------------------------------------
+# Replicas
+
+
+def _replica(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            fd.FusedDNILinear(4, 6, activation="tanh", dtype=torch.float64),
+            nn.Linear(6, 5).double(),
+        )
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+
+        def train(schedule: fd.Schedule, steps: int) -> list[int | None]:
+            found = []
+            for step in range(steps):
+                torch.manual_seed(2 * step + rank)  # each sees rows of its own
+                optimizer.zero_grad()
+                (parallel(double(8, 4)) - double(8, 5)).square().mean().backward()
+                optimizer.step()
+                schedule.step()
+                found.append(schedule.k)
+            return found
+
+        ks = train(fd.Schedule(model, target_every="auto", mix=1.0, cost_ratio=9.0), 200)
+        try:
+            train(fd.Schedule(model, target_every="auto"), 1)
+            said = ""
+        except RuntimeError as error:
+            said = str(error)
+        torch.save((ks, model.state_dict(), said), f"{out}.{rank}")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_replicas_choose_one_k(tmp_path: Path) -> None:
+    """From the sums over all; by clocks of their own they would not."""
+    torch.multiprocessing.spawn(_replica, (tmp_path / "init", tmp_path / "out"), nprocs=2)
+    (ks, state, said), (others, other, _) = (torch.load(tmp_path / f"out.{r}") for r in range(2))
+    assert ks == others and len(set(ks)) > 1
+    for key, value in state.items():
+        if "statistics" not in key:
+            assert torch.equal(value, other[key]), key
+    assert "needs cost_ratio" in said

@@ -482,9 +482,7 @@ def test_what_is_not_finite_is_counted_and_skipped(
 def test_a_label_out_of_range_changes_nothing(backend: Backend, label: int) -> None:
     dtypes = serve(backend, "float32")
     if device_of(backend) != "cpu":
-        pytest.skip(
-            "on a GPU nothing waits for the data: test_cuda_linear.py, test_triton_linear.py"
-        )
+        pytest.skip("on a GPU nothing waits for the data: test_gpu_linear.py")
     row = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label",
            "activation": "tanh"}  # fmt: skip
     case = make_case((19, 18, 33, 3, 4), row, 6, *dtypes).on(device_of(backend))

@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 import torch
+from divided import Asked
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -65,6 +66,9 @@ def properties(item: pytest.Function, pairs: bool) -> Iterator[str]:
     if isinstance(named, str) and named in BACKENDS:
         del parameters["backend"]
         backends = [named]
+    if isinstance(parameters.get("way"), Asked):  # of test_gpu_linear.py
+        op, backends = op.removeprefix("gpu "), [parameters["way"].backend]
+        parameters["way"] = parameters["way"].name
     prefix = f"{op or 'any'} | {' '.join(backends) or '-'} | {name} |"
     yield f"{prefix} is there"
     for argument, value in (parameters | drawn(item.obj)).items():
