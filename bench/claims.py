@@ -369,7 +369,7 @@ def tops(reports: dict[str, Report]) -> Answer:
     for report in reports.values():
         name = races.title(report)
         said.append(f"{name}: {race_report.sentence(report)}")
-        brief.append(f"{name}: {soonest(report, True)}; {soonest(report, False)}")
+        brief.append(f"{name}: {said_of(report, True)}; {said_of(report, False)}")
         shown += [Text(f"{name}.")]
         shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
     start = "In what part of its time others come to what backprop ends with, the soonest by "
@@ -377,16 +377,10 @@ def tops(reports: dict[str, Report]) -> Answer:
     return Answer(" ".join(said), shown, start + ". ".join(brief) + ".")
 
 
-def soonest(report: Report, ours: bool) -> str:
-    """The arm, of those by DNI or of the others, that came first to what the race's first ends
-    with, and in what part of its time."""
-    found = []
-    for name in report["settings"]["arms"][1:]:
-        shares = race_report.shares(report, name)
-        times = [share for share in shares if share is not None]
-        if name.startswith("DNI") == ours and len(times) == len(shares):
-            found.append((statistics.median(times), name))
-    return f"{min(found)[1]} {min(found)[0]:.2f}" if found else "none"
+def said_of(report: Report, ours: bool) -> str:
+    """The soonest arm, of those by DNI or of the others."""
+    found = races.soonest(report, ours)
+    return "none" if found is None else f"{found[0]} {statistics.median(found[1]):.2f}"
 
 
 def accuracy(reports: dict[str, Report]) -> Answer:

@@ -14,8 +14,11 @@ models' heads are chosen by `python bench/rates.py`.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from typing import Any
+
+from fused_dni.report.kinds import race
 
 from .autoencoder import perceptual
 from .compression import sentence
@@ -30,6 +33,7 @@ __all__ = [
     "lacks",
     "perceptual",
     "sentence",
+    "soonest",
     "title",
     "words",
     "words_16k",
@@ -77,3 +81,14 @@ def title(report: dict[str, Any]) -> str:
     """What a race's report is of, by the command that made it."""
     found = re.search(r"bench\.races:(\w+)", report["facts"]["command"] or "")
     return TITLES[found[1]] if found and found[1] in TITLES else "A race"
+
+
+def soonest(report: dict[str, Any], ours: bool) -> tuple[str, list[float]] | None:
+    """The arm, of those by synthetic gradients or of the others, that was first with every seed at
+    what the race's first ends with, and in what parts of its time; None if none was."""
+    found = [
+        (name, [share for share in shares if share is not None])
+        for name in report["settings"]["arms"][1:]
+        if name.startswith("DNI") == ours and None not in (shares := race.shares(report, name))
+    ]
+    return min(found, key=lambda arm: statistics.median(arm[1])) if found else None
