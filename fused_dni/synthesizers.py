@@ -801,6 +801,16 @@ class SurrogateSynthesizer(Synthesizer):
         nn.init.ones_(self.gain)
         nn.init.ones_(self.scale)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # From before there was one, with the gain in the unit.
+        state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "scale" not in self._buffers:
+            self.register_buffer("scale", torch.ones((), dtype=self.gain.dtype))
+
     def untaught(self) -> bool:
         """Whether the stand-in's gradient is still taken as it is. (This waits for a GPU.)"""
         return bool((self.scale * self.gain == 1.0).all())

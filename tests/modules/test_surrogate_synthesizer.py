@@ -136,6 +136,21 @@ def test_the_first_lesson_gives_it_the_size_of_the_true_gradient(
     assert torch.equal(m.scale, before)
 
 
+def test_one_from_before_there_was_a_scale() -> None:
+    m = fd.SurrogateSynthesizer(WIDTH, away, **OF)
+    twins.disturb(m)
+    h, t = double(N, WIDTH), double(N, WIDTH)
+    expected = m(h, t)
+    state = m.state_dict()
+    del state["scale"]
+    other = fd.SurrogateSynthesizer(WIDTH, away, **OF)
+    other.scale.fill_(3.0)
+    other.load_state_dict(state)
+    assert torch.equal(other(h, t), expected)
+    del other._buffers["scale"]
+    assert torch.equal(copy.deepcopy(other)(h, t), expected)
+
+
 def test_the_loss_may_have_another_scale() -> None:
     m = fd.SurrogateSynthesizer(WIDTH, away, CORRECTIONS["mlp"](), **OF).eval()
     layer = fd.Decoupled(nn.Linear(4, WIDTH).double(), m, update=fd.SGD(0.0))
