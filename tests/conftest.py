@@ -39,7 +39,7 @@ _profile = "few"
 
 def pytest_configure(config: pytest.Config) -> None:
     global _profile
-    _profile = "few" if "not repeat" in config.option.markexpr else "many"
+    _profile = "few" if config.option.markexpr else "many"  # -m gpu has no time for many
     settings.load_profile(_profile)
 
 

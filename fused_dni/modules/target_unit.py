@@ -5,11 +5,11 @@ a reward or a perceptual loss it makes targets of 1e-5 or 1e5, which no learning
 synthesizer learns ``kappa * dL/dh / unit``, where the unit follows the size of what arrives.
 
 It is a power of two, so that a division by it rounds nothing. A synthesizer that was never taught
-predicts zero, and is given its unit in its first lesson: the norm of what it learns (root mean
-square over rows) becomes about ``MOVED_TO``. It stays where it is while that norm lies within
-``NORMS``: above them, what Adam adds in a step is too little; below, too much. When it moves, the
-synthesizer's last layer, its gradients and the moments of its rule move with it: what is predicted
-stays the same to the bit.
+predicts zero (but for a surrogate, whose size is set with it), and is given its unit in its first
+lesson: the norm of what it learns (root mean square over rows) becomes about ``MOVED_TO``. It stays
+where it is while that norm lies within ``NORMS``: above them, what Adam adds in a step is too
+little; below, too much. When it moves, the synthesizer's last layer, its gradients and the moments
+of its rule move with it: what is predicted stays the same to the bit.
 """
 
 from __future__ import annotations
