@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
@@ -45,8 +46,9 @@ class Schedule:
         bounds: of "auto", the least and the largest k.
         cost_ratio: of "auto", what a target adds to a step (what is above, forward and backward,
             and the synthesizer's lesson), over what a step without one takes. None to time both
-            between calls of :meth:`step`: then k depends on the clock, and a run repeated need not
-            have the same bits; with a number it has.
+            between calls of :meth:`step` (medians, so that now and then a pause between two does
+            not matter): then k depends on the clock, and a run repeated need not have the same
+            bits; with a number it has.
 
     ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
     explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
@@ -142,13 +144,11 @@ class Schedule:
                 )
             self._pace = Pace(bounds, cost_ratio, mix)
         # Where k is chosen: the step with the next target, how long after the lesson before it,
-        # the sums in front of it; the times of that and of the last step with a target.
+        # the sums in front of it.
         self._due, self._distance = warmup_steps, 1
         self._measuring = [m for m in self._learners if auto and _is_taught(m)]
         self._before = self._sums()
-        self._began: float | None = None
-        self._ended: float | None = None
-        self._plain: float | None = None
+        self._forget_times()
         self._tell()
 
     def step(self) -> None:
@@ -167,25 +167,38 @@ class Schedule:
             return self._pace.k
         return None if self.target_every is None else int(self.target_every)
 
+    def _forget_times(self) -> None:
+        """Time anew, from the next step with a target."""
+        self._left: float | None = None  # when the last step was over
+        self._laps: list[float] = []  # seconds of steps behind the last with a target
+        self._plain: float | None = None  # seconds of one of these, when the next target came
+        self._began: float | None = None  # when that was
+
     def _choose(self, pace: Pace) -> None:
         """Behind a step with a target take in what it measured; in front of one, begin."""
+        arrived = time.perf_counter()
+        if self._left is not None:
+            self._laps.append(arrived - self._left)
         if self.steps == self._due + 1:
             measured = self._measured()
             if pace.cost_ratio is None:
-                now = time.perf_counter()
-                pace.time(self._plain, None if self._began is None else now - self._began)
-                self._ended = now
+                target = None if self._began is None else time.perf_counter() - self._began
+                pace.time(self._plain, target)
+                self._laps = []
+                self._left = arrived
             pace.observe(measured, self._distance)
             self._distance = pace.k
             self._due += pace.k
         if self.steps == self._due:
             self._before = self._sums()
-            if pace.cost_ratio is None:
-                self._began = time.perf_counter()
-                steps = self._distance - 1
-                self._plain = None
-                if steps > 0 and self._ended is not None:
-                    self._plain = (self._began - self._ended) / steps
+            self._began = time.perf_counter()
+            # The median: a pause between two steps (an evaluation, another model's turn) is none of
+            # theirs. What the device has not done by now is all steps' together.
+            self._plain = None
+            if self._laps:
+                self._plain = median(self._laps) + (self._began - arrived) / len(self._laps)
+        if self._left is not None:
+            self._left = time.perf_counter()
 
     def _sums(self) -> list[list[float]]:
         """By layer what its synthesizer was trained on, in the unit 1 (this waits for the device).
@@ -312,7 +325,7 @@ class Schedule:
             # How old its prediction will be is not known: not as old as any cycle.
             self._due, self._distance = max(int(state["steps"]), self.warmup_steps), 0
             self._before = self._sums()
-        self._began = self._ended = self._plain = None
+        self._forget_times()
         self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()

@@ -360,14 +360,17 @@ def test_k_of_a_number() -> None:
     assert [fd.Schedule(layer, target_every=k).k for k in (1, 7, None)] == [1, 7, None]
 
 
-def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds between calls of step(): what a target adds is ten times what a step costs."""
+@pytest.mark.parametrize("pause", [0.0, 50.0])
+def test_by_the_clock(pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds between calls of step(): what a target adds is ten times what a step costs. Pauses,
+    one in most cycles and in some of the steps with a target, are of no step."""
     run = Run("segment", None, cost_ratio=None)
     now = 0.0
     monkeypatch.setattr(scheduling.time, "perf_counter", lambda: now)
     for step in range(80):
         told = run.schedule.target
         now += 11.0 if told else 1.0
+        now += pause * (step % 5 == 3)
         run.train(range(step, step + 1))
     pace = run.schedule._pace
     assert pace is not None and pace.ratio() == pytest.approx(10.0)
