@@ -37,7 +37,7 @@ CXX_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -nam
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 INSTALLED := $(VENV)/.installed
 # The same with the tools that tests need, compiled with warnings as errors, and under build/ the CUDA
-# sources for all architectures and, emulated, for a CPU: these need compilers alone, and are built
+# sources for GPUs and, emulated, for a CPU: these need compilers alone, and are built
 # while pip fetches and unpacks what is large. (A process group of
 # its own, so that Ctrl-C ends its compilers too.)
 TOOLS := $(VENV)/.installed-for-tests
@@ -92,7 +92,7 @@ lint: format
 
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# C++ and CUDA (for all architectures) are compiled with warnings as errors by the installation; mypy
+# C++ and CUDA (for four architectures) are compiled with warnings as errors by the installation; mypy
 # is one of the tests (test_types.py), as it has one core busy for a minute.
 test: format
 	@$(PYTEST) $(TEST_ARGS)

@@ -204,11 +204,13 @@ class NinjaBuild(build_ext):
     user_options = [  # noqa: RUF012  (setuptools')
         *build_ext.user_options,
         ("only=", None, "the one extension to build, for example _cuda (tests/support/built.py)"),
+        ("objects=", None, "of that, instead of the module, these, as launch.cu.o,lstm.cu.o"),
     ]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.only: str | None = None
+        self.objects: str | None = None
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -245,7 +247,8 @@ class NinjaBuild(build_ext):
             for stale in (target, *([installed] if self.only is None else [])):
                 stale.unlink(missing_ok=True)
             return
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        wanted = self.objects.split(",") if self.objects else []
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *wanted]
         if self.verbose:
             command.append("-v")
         try:

@@ -32,49 +32,68 @@ SANITIZERS = {
     "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O0", "-fsanitize=thread", "-DFUSED_DNI_EMULATED_THREADS"],
 }
+# What reads Python's arguments: one thread does, quickly enough as it comes, and compiling its
+# templates takes as long as the kernels. Compiled once for the modules without AddressSanitizer.
+READERS = ("bind_linear.cpp", "bind_lstm.cpp")
 
 
 def build(folder: Path, sanitize: str = "") -> Path:
-    """Build the module in ``folder`` and return its path; several processes may ask at once.
+    """Build a module under ``folder`` and return its path; several processes may ask at once.
 
     Raises:
         RuntimeError: what does not compile, with the compiler's output.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    module = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = Path(sanitize or "plain", f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja", "w", encoding="utf-8") as file:
-            _write(Writer(file), module, SANITIZERS[sanitize])
+            _write(Writer(file), module.name)
         made = subprocess.run(
-            [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], capture_output=True, text=True
+            [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), str(module)],
+            capture_output=True,
+            text=True,
         )
     if made.returncode:
         raise RuntimeError(f"the CUDA sources do not compile for a CPU:\n{made.stdout}")
-    return module
+    return folder / module
 
 
-def _write(rules: Writer, module: Path, sanitizer: list[str]) -> None:
+def _write(rules: Writer, module: str) -> None:
     include = sysconfig.get_paths()["include"]
     rules.variable("cxx", os.environ.get("CXX", "c++"))
-    rules.variable("flags", [*FLAGS, *sanitizer])
+    rules.variable("flags", FLAGS)
     rules.variable("includes", [f"-isystem{pybind11.get_include()}", f"-isystem{include}"])
     rules.rule(
         "compile",
-        "$cxx $flags $includes -MD -MF $out.d -c -x c++ $in -o $out",
+        "$cxx $flags $sanitizer $includes -MD -MF $out.d -c -x c++ $in -o $out",
         depfile="$out.d",
         deps="gcc",
     )
-    rules.rule("link", f"$cxx -shared {' '.join(sanitizer)} $in -o $out -lpthread")
-    objects: list[str] = []
+    rules.rule("link", "$cxx -shared $sanitizer $in -o $out -lpthread")
     # launch.cu is the host's side of a real device.
     sources = [s for s in CUDA.iterdir() if s.suffix in (".cu", ".cpp") and s.name != "launch.cu"]
     machine = [s for s in HERE.glob("*.cpp") if s.name != "planted.cpp"]
-    for source in sorted([*sources, *machine]):
-        objects += rules.build(f"{source.name}.o", "compile", str(source))
-    rules.build(str(module), "link", objects)
-    rules.default(str(module))
+    readers: list[str] = []
+    for name in READERS:
+        readers += rules.build(
+            f"{name}.o", "compile", str(CUDA / name), variables={"sanitizer": "-O0"}
+        )
+    for sanitize, sanitizer in SANITIZERS.items():
+        folder, objects = sanitize or "plain", []
+        for source in sorted([*sources, *machine]):
+            if source.name not in READERS or sanitize == "address":
+                objects += rules.build(
+                    f"{folder}/{source.name}.o",
+                    "compile",
+                    str(source),
+                    variables={"sanitizer": sanitizer},
+                )
+        shared = [] if sanitize == "address" else readers
+        rules.build(
+            f"{folder}/{module}", "link", [*objects, *shared], variables={"sanitizer": sanitizer}
+        )
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The machine code of the CUDA kernels, for every architecture: no GPU is needed, and what is
 installed is for this machine's alone, so that it is built here (support/built.py: minutes, and then
-only what has changed). NVIDIA's disassembler comes with Triton."""
+only what has changed; for which architectures every precision, stands there). NVIDIA's disassembler
+comes with Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from triton import knobs
 
 pytestmark = pytest.mark.slow(700)
 
-ARCHITECTURES = ("80", "90a", "100", "120")
+#: And whether every kernel is compiled for it.
+ARCHITECTURES = [
+    *((name, True) for name in built.MODULE.split(";")),
+    *((name, False) for name in built.NEWER.split(";")),
+    *(pytest.param((name, True), marks=pytest.mark.repeat) for name in built.NEWER.split(";")),
+]
 
 
 class Bound(NamedTuple):
@@ -44,7 +50,7 @@ BOUNDS = {
 
 
 class Code(NamedTuple):
-    """What is read off one kernel."""
+    """What is read off one kernel function."""
 
     kernel: str  # as in BOUNDS
     signature: str
@@ -57,12 +63,14 @@ class Code(NamedTuple):
     awaited: list[str]  # what needs one of them before that barrier
 
 
-def disassembled(architecture: str) -> list[Code]:
-    """All kernels of the extension for an architecture. Reading a megabyte of instructions takes
-    as long as compiling some of them: what came of it is kept, for this extension and this code."""
-    path = Path(str(built.cuda_extension().__file__))
-    key = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    kept = built.BUILD / "cuda" / f"read-{architecture}.json"
+def disassembled(architecture: str, files: list[Path]) -> list[Code]:
+    """All kernels for an architecture in these files. Reading a megabyte of instructions takes as
+    long as compiling some of them: what came of it is kept, for these files and this code."""
+    content = hashlib.sha256(Path(__file__).read_bytes())
+    for file in files:
+        content.update(file.read_bytes())
+    key = content.hexdigest()
+    kept = built.BUILD / "cuda" / f"read-{architecture}-{len(files)}.json"
     if kept.exists():
         found = json.loads(kept.read_text())
         if found["of"] == key:
@@ -70,7 +78,7 @@ def disassembled(architecture: str) -> list[Code]:
                 Code(**{**row, "instructions": collections.Counter(row["instructions"])})
                 for row in found["kernels"]
             ]
-    codes = _disassembled(architecture, str(path))
+    codes = [code for file in files for code in _disassembled(architecture, str(file))]
     kept.write_text(json.dumps({"of": key, "kernels": [code._asdict() for code in codes]}))
     return codes
 
@@ -125,12 +133,15 @@ def _disassembled(architecture: str, path: str) -> list[Code]:
     return found
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=str)
 def kernels(request: pytest.FixtureRequest) -> tuple[str, list[Code]]:
-    made = built.cuda_extension().architectures.split()
-    if request.param not in made:
-        pytest.skip(f"this nvcc makes code for {' '.join(made)}, not for {request.param}")
-    return request.param, disassembled(request.param)
+    architecture, every = request.param
+    module = built.cuda_extension()
+    if architecture in module.architectures.split():
+        return architecture, disassembled(architecture, [Path(str(module.__file__))])
+    if tuple(map(int, module.toolkit.split("."))) < (12, 8):
+        pytest.skip(f"CUDA {module.toolkit} makes no code for {architecture}")
+    return architecture, disassembled(architecture, built.build_newer(every))
 
 
 def has(code: Code, pattern: str) -> bool:
@@ -169,10 +180,16 @@ def test_every_kernel_keeps_to_its_bounds(
     assert broken == []
 
 
-def test_every_kernel_is_there(kernels: tuple[str, list[Code]]) -> None:
+def test_every_kernel_is_there(
+    kernels: tuple[str, list[Code]], request: pytest.FixtureRequest
+) -> None:
     _, codes = kernels
+    _, every = request.node.callspec.params["kernels"]
     counts = collections.Counter(code.kernel for code in codes)
-    assert counts == {name: bound.variants for name, bound in BOUNDS.items()}
+    wanted = {name: bound.variants for name, bound in BOUNDS.items()}
+    if not every:
+        wanted["linear_kernel"] //= 1 + len(built.REPEATED)
+    assert counts == wanted
 
 
 def test_what_other_blocks_write_is_read_through_the_coherent_cache(

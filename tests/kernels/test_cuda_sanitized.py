@@ -30,7 +30,7 @@ def runtime(name: str) -> str:
 def run(sanitize: str, library: str, *arguments: str, **options: str) -> str:
     """What the process says; it must end well."""
     preloaded = f"{runtime(library)} {runtime('libstdc++.so')}"
-    module = build(ROOT / "build" / f"host_emulation_{sanitize}", sanitize)
+    module = build(ROOT / "build" / "host_emulation", sanitize)
     environment = os.environ | options
     environment |= {"LD_PRELOAD": preloaded, "FUSED_DNI_CUDA_EMULATION": str(module)}
     environment["FUSED_DNI_SPIN_BOUND"] = "0"  # whatever is slow here has not hung

@@ -26,6 +26,12 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 
+# CUDA takes minutes an architecture. The module that tests load has all kernels for two; for the
+# two that came with CUDA 12.8 each kernel is compiled, but not again for precisions that differ
+# in nothing but the type of a product's operands (`make test-all` has them).
+MODULE, NEWER = "80;90a", "100;120"
+REPEATED = ("linear_half.cu", "linear_rounded.cu", "linear_single.cu")
+
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
@@ -41,21 +47,40 @@ class NotBuilt(Exception):
 
 
 def build_cuda() -> Path:
-    """``_cuda`` for all architectures, warnings being errors: an installation has it for the GPUs
-    of its machine alone.
+    """``_cuda`` for the architectures of :data:`MODULE`, warnings being errors: an installation
+    has it for the GPUs of its machine alone.
 
     Raises:
         NotBuilt: there is nothing to build it with, or it is not wanted.
     """
+    (path,) = _cuda(MODULE, BUILD / "cuda").glob("_cuda.*.so")
+    return path
+
+
+def build_newer(every: bool) -> list[Path]:
+    """Objects with the kernels for the architectures of :data:`NEWER`, the sources of
+    :data:`REPEATED` being left out unless it is to be every one.
+
+    Raises:
+        NotBuilt: as above.
+    """
+    sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+    names = sorted(f"{s.name}.o" for s in sources if every or s.name not in REPEATED)
+    folder = BUILD / "cuda" / "newer"
+    _cuda(NEWER, folder, "--objects", ",".join(names))
+    return [folder / "objects" / "_cuda" / name for name in names]
+
+
+def _cuda(architectures: str, folder: Path, *options: str) -> Path:
+    """Build in ``folder``; where what was built lies in it."""
     if os.environ.get("FUSED_DNI_CUDA_ARCHS", "").strip().lower() == "none":
         raise NotBuilt("FUSED_DNI_CUDA_ARCHS says none")
-    folder = BUILD / "cuda"
     with alone("cuda"):
         done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--only", "_cuda",
+            [sys.executable, "setup.py", "-q", "build_ext", "--only", "_cuda", *options,
              "--build-lib", str(folder), "--build-temp", str(folder / "objects")],
             cwd=ROOT,
-            env={**os.environ, "FUSED_DNI_CUDA_ARCHS": "all", "FUSED_DNI_WERROR": "1"},
+            env={**os.environ, "FUSED_DNI_CUDA_ARCHS": architectures, "FUSED_DNI_WERROR": "1"},
             capture_output=True, text=True,
         )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
@@ -63,8 +88,7 @@ def build_cuda() -> Path:
     left_out = json.loads((there / "build.json").read_text())["left out"]
     if left_out:
         raise NotBuilt(f"not built: {left_out['_cuda']}")
-    (path,) = there.glob("_cuda.*.so")
-    return path
+    return there
 
 
 @functools.cache
@@ -85,15 +109,15 @@ def cuda_extension() -> ModuleType:
 
 
 def main() -> None:
-    """Build the CUDA sources for a CPU, plain and with each sanitizer, and for every GPU."""
+    """Build the CUDA sources for a CPU, plain and with each sanitizer, and for GPUs."""
     emulation = runpy.run_path(str(ROOT / "csrc" / "host_emulation" / "build.py"))
     for sanitize in emulation["SANITIZERS"]:
-        name = f"host_emulation_{sanitize}" if sanitize else "host_emulation"
-        emulation["build"](BUILD / name, sanitize)
+        emulation["build"](BUILD / "host_emulation", sanitize)
     try:
         build_cuda()
+        build_newer(every=False)
     except NotBuilt as without:
-        print(f"without CUDA for all architectures: {without}")
+        print(f"without CUDA for GPUs: {without}")
 
 
 if __name__ == "__main__":
