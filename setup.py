@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
-COMMON = ["dispatch.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
+COMMON = ["dispatch.cpp", "quick.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
 KERNELS = ["linear.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp", "lstm_update.cpp"]
 BF16_KERNELS = ["linear_bf16.cpp"]
 

@@ -18,6 +18,11 @@ from torch import Tensor
 _current: ContextVar[Tensor | None] = ContextVar("fused_dni_context", default=None)
 
 
+def variable() -> ContextVar[Tensor | None]:
+    """The variable in which :func:`condition_on` keeps the context."""
+    return _current
+
+
 class _OfThread(threading.local):
     """The same once more, for ``torch.compile``, which reads no ``ContextVar``."""
 

@@ -74,22 +74,25 @@ SUMMARY = {
 
 
 def render_summary(results: dict[str, Any]) -> str:
-    """The step table in one: time over the floor and test error, a row a size and rule."""
+    """The step table in one: time over the floor and, where any was measured, test error, a row a
+    size and rule."""
     groups = results.get("step", {})
     if not groups:
         return "Not measured yet."
+    shown = [n for n in SUMMARY if any(n in group["rows"] for group in groups.values())]
+    errors = bool(results.get("errors"))
     rows = []
     for key in ordered(groups):
         made = groups[key]["rows"]
         floor = next(row for name, row in made.items() if name.startswith("floor"))
         cells = [key, f"{floor['median'] * 1e3:.2f}"]
-        for name in SUMMARY:
+        for name in shown:
             row = made.get(name, {})
             time = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
-            cells.append(f"{time} · {error_of(results, key, name)} %")
+            cells.append(f"{time} · {error_of(results, key, name)} %" if errors else time)
         rows.append(cells)
-    header = ["B/H, rule", "floor, ms", *SUMMARY.values()]
-    what = "Each cell: time of a step over the floor · test error."
+    header = ["B/H, rule", "floor, ms", *[SUMMARY[name] for name in shown]]
+    what = f"Each cell: time of a step over the floor{' · test error' if errors else ''}."
     return "\n\n".join(
         [
             f"{provenance(results, groups)} {what}",

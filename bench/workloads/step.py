@@ -116,9 +116,10 @@ def our_network(
     *,
     synthesizers: bool,
     backend: str | None = None,
-    container: Callable[..., nn.Module] = nn.Sequential,
+    container: Callable[..., nn.Module] = fd.DecoupledSequential,
 ) -> nn.Module:
-    """The network ``stock`` with its weights, on fused layers; the head is always exact."""
+    """The network ``stock`` with its weights, on fused layers, which a DecoupledSequential runs in
+    one call; the head is always exact."""
     stock = copy.deepcopy(stock)
     modules = list(stock)
     layers: list[nn.Module] = []
@@ -158,7 +159,7 @@ class Training:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
-        container: Callable[..., nn.Module] = nn.Sequential,
+        container: Callable[..., nn.Module] = fd.DecoupledSequential,
     ) -> None:
         self.case, self.method = case, method
         stock = stock_network(case.hidden, depth, seed).to(dtype)

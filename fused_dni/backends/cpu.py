@@ -12,12 +12,12 @@ and so do the LSTM's ops, whose results are of the parameters' dtype but for dx.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fused_dni.backends.common.built import why_missing
@@ -30,12 +30,14 @@ from fused_dni.backends.common.tensors import (
 )
 from fused_dni.ops.types import (
     ACTIVATIONS,
+    FROM_OUTPUT,
     NORMALIZATIONS,
     RULES,
     SYNTHESIZERS,
     BoundStep,
     CellGradients,
     CellTrace,
+    Check,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -47,6 +49,8 @@ from fused_dni.ops.types import (
     LSTMRows,
     LSTMTrace,
     Prediction,
+    QuickParts,
+    QuickSynthesizer,
     RuleTensors,
     Saved,
     Step,
@@ -63,6 +67,10 @@ _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
 _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
 _FLOAT64 = torch.float64
+_CHECKS = {
+    "item": _cpu.ITEM, "items value": _cpu.ITEMS_VALUE, "attribute": _cpu.ATTRIBUTE,
+    "method": _cpu.METHOD, "state": _cpu.STATE, "empty": _cpu.EMPTY, "absent": _cpu.ABSENT,
+}  # fmt: skip
 # Dtypes of x and of the parameters.
 _SERVED = (
     (torch.float32, torch.float32),
@@ -281,6 +289,34 @@ class CpuBackend:
     ) -> BoundStep:
         """See :meth:`fused_dni.ops.types.Backend.bind_step`."""
         return _Step(layer, config, synthesizer, max_norm, rule)
+
+    def quick_exact(
+        self, layer: LinearTensors, config: LinearConfig, rule: RuleTensors, parts: QuickParts
+    ) -> Any:
+        """Bind forward, backward and update by the true gradient as calls without the interpreter;
+        see csrc/cpu/quick.cpp for what they return."""
+        weight = layer.weight
+        return _cpu.QuickExact(
+            {
+                **_quick(parts, weight.dtype, _layer(weight, layer, config, True), _rule(rule)),
+                "moved": moved_statistics(layer, config, True),
+                "written": updated(_slots(layer), rule),
+                "keeps": config.normalization is not None or config.activation not in FROM_OUTPUT,
+            }
+        )
+
+    def quick_stack(
+        self,
+        container: nn.Module,
+        surroundings: Sequence[Check],
+        own: Sequence[Check],
+        steps: list[Any],
+        exact: bool,
+    ) -> Any:
+        """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
+        their container."""
+        kind = _cpu.QuickExactStack if exact else _cpu.QuickStack
+        return kind(container, _checks(surroundings), _checks(own), steps)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
@@ -620,6 +656,64 @@ class _Step:
         if h.dtype is not given:
             h, dx = h.to(given), None if dx is None else dx.to(given)
         return Step(h, prediction, dx, saved)
+
+    def quick(self, parts: QuickParts, taught: QuickSynthesizer) -> Any:
+        """Bind the step, with a target or without one, as a call without the interpreter: of
+        ``(module, input, context)``; see csrc/cpu/quick.cpp for what it returns."""
+        synthesizer = self.synthesizer
+        never = [("state", bool, None, None, None)]
+        return _cpu.QuickStep(
+            {
+                **_quick(parts, self.dtype, self.layer, self.rule),
+                "untaught": _checks(taught.untaught),
+                "taught": _checks(never if taught.taught is None else taught.taught),
+                "synthesizer": (*self.fixed, 0, 0),
+                "teacher": None if taught.rule is None else _rule(taught.rule),
+                "teacher group": taught.group,
+                "teacher state": taught.state,
+                "label": taught.label,
+                "context": taught.context,
+                "unit": taught.unit,
+                "written": self.written,
+                "learned": []
+                if taught.rule is None
+                else [taught.statistics, *updated(synthesizer.parameters(), taught.rule)],
+                "last": torch.clear_autocast_cache,
+                "max_norm": self.max_norm,
+                "preactivation": self.inside,
+                "kappa": taught.kappa,
+                "statistics": taught.statistics,
+                "earliest": taught.earliest,
+                "interval": taught.interval,
+            }
+        )
+
+
+def _checks(checks: Sequence[Check]) -> list[tuple[Any, ...]]:
+    return [(_CHECKS[kind], *objects) for kind, *objects in checks]
+
+
+def _quick(
+    parts: QuickParts, dtype: torch.dtype, layer: tuple[Any, ...], rule: tuple[Any, ...]
+) -> dict[str, Any]:
+    """What every quick step is made from."""
+    return {
+        "module": parts.module,
+        "tensor": Tensor,
+        "dtype": dtype,
+        "mark": parts.mark,
+        "threads": torch.get_num_threads,
+        "increment": increment_version,
+        "type": 1 if dtype is _FLOAT64 else 0,
+        "least": parts.least,
+        "layer": layer,
+        "surroundings": _checks(parts.surroundings),
+        "own": _checks(parts.own),
+        "counter": parts.counter,
+        "rule": rule,
+        "group": parts.group,
+        "state": parts.state,
+    }
 
 
 def _lstm_backward(

@@ -82,4 +82,6 @@ def fused(
         layers.append(
             fd.FusedDNILinear.from_linear(head, synthesizer=None, update=update, backend=backend)
         )
+    if isinstance(synthetic, bool):  # a run of layers of one kind, which it takes in one call
+        return fd.DecoupledSequential(*layers)
     return nn.Sequential(*layers)

@@ -154,6 +154,9 @@ class DecoupledModule(nn.Module):
     # Steps with targets, of a Schedule, in which nothing came to learn from.
     missed_targets = 0
 
+    # See pending.Owner.
+    members: ClassVar[tuple[nn.Module, ...]] = ()
+
     # Attributes that hold the rules' states (or None).
     rule_names: ClassVar[tuple[str, ...]] = ("update", "synthesizer_update")
 

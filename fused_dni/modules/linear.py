@@ -15,6 +15,8 @@ from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
 from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.nodes import Exact, Taught
+from fused_dni.modules.quick import quicken
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
 from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops import registry
@@ -208,6 +210,11 @@ class FusedDNILinear(LinearSteps):
         Returns:
             [..., O].
         """
+        tracing = torch.compiler.is_compiling()
+        if not tracing:
+            quick = self._quick(input, context)
+            if quick is not None:
+                return quick
         layer = self._layer()
         norm = self._modules["norm"]
         config = self.config
@@ -245,7 +252,6 @@ class FusedDNILinear(LinearSteps):
             h, _ = ops.linear_forward(backend, x, layer, config, training, False)
             self._count_batch()
             return self._unfold(h, input)
-        tracing = torch.compiler.is_compiling()
         need_dx = tracing or (x.requires_grad and getattr(input, NO_TARGET, None) != input._version)
         if not training:
             self._fit(layer)
@@ -277,6 +283,23 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, h._version)
+        if type(self) is FusedDNILinear and self.update is not None and x is input and not tracing:
+            by_prediction = not phase.warmup and not (phase.target and phase.mix)
+            if by_prediction or not decoupled:
+                quicken(self, backend, rows)
+        return h
+
+    def _quick(self, input: Tensor, context: Tensor | None) -> Tensor | None:
+        """Run the step as one call, if there is one and nothing is in its way."""
+        bound = self._binding
+        h: Tensor | None = None
+        if bound.quick is not None:
+            made = bound.quick(self, input, context)
+            h = made if type(made) is not tuple else Taught.apply(self, made, bound.anchor, input)
+        elif bound.exact is not None:
+            made = bound.exact.forward(self, input, context)
+            if made is not None:
+                h = Exact.apply(self, made, bound.anchor, input)
         return h
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:

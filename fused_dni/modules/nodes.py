@@ -42,12 +42,13 @@ from fused_dni.functional.linear import (
 )
 from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
-from fused_dni.modules.pending import LEARN, at_end_of_backward
-from fused_dni.modules.steps import Steps
+from fused_dni.modules.pending import LEARN, UPDATE, at_end_of_backward
+from fused_dni.modules.steps import LinearSteps, Steps
 from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops.types import (
     Backend,
     LinearConfig,
+    LinearGradients,
     LinearTensors,
     Prediction,
     Saved,
@@ -191,7 +192,7 @@ class Late(Node):
         dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
         ctx.trace = None
         if ruled:
-            at_end_of_backward(module, "update", module.apply_update, made)
+            at_end_of_backward(module, UPDATE, module.apply_update, made)
             return (*(None,) * 5, *rescaled(dx, how.loss_scale), None)
         out = rescaled((*dx, *made, *learned), how.loss_scale)
         wanted = [t if want else None for t, want in zip(out, wants[5:], strict=False)]
@@ -233,6 +234,108 @@ class Stepped(Node):
         dx = rescaled(ctx.dx, scale)
         ctx.dx = ctx.forecast = ctx.trace = None
         return (None, None, None, None, None, None, *dx)
+
+
+class Taught(Node):
+    """:class:`Stepped` of a step with a target that was run as one call (quick.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, _x: Tensor
+    ) -> Tensor:
+        h, scaled, reduced, ctx.dx, ctx.context, unit = made
+        ctx.forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.spent = module, False
+        ctx.loss_scale = module.phase.loss_scale
+        ctx.save_for_backward(h)
+        out: Tensor = h
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        arrived = unscaled(arrived, ctx.loss_scale)
+        (h,) = ctx.saved_tensors
+        if arrived is not None:
+            module: LinearSteps = ctx.module
+            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, None))
+        dx = rescaled((ctx.dx,), ctx.loss_scale)
+        ctx.dx = ctx.forecast = None
+        return (None, None, None, *dx)
+
+
+class Exact(Node):
+    """:class:`Late` of a linear layer without a synthesizer whose step is bound (quick.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
+    ) -> Tensor:
+        h, normalized, rstd, ctx.need_dx = made
+        bound = module._binding
+        assert bound.layer is not None
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.bound, ctx.spent = module, bound.exact, False
+        ctx.layer, ctx.config, ctx.saved = bound.layer, module.config, (normalized, rstd)
+        ctx.loss_scale = module.phase.loss_scale
+        # Saved so that autograd sees a change between forward and backward.
+        weight, _, *read, _, _ = bound.layer
+        watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
+        ctx.save_for_backward(h, x, *watched)
+        out: Tensor = h
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        module: LinearSteps = ctx.module
+        h, x, *_ = ctx.saved_tensors
+        gradient = unscaled(arrived, ctx.loss_scale)
+        if gradient is None:
+            return (None,) * 4
+        made = ctx.bound.backward(gradient, x, h, *ctx.saved, ctx.need_dx)
+        if made is None:
+            backend = module.synthesizer_backend(x)
+            saved = Saved(*ctx.saved)
+            use = LinearUse(x, h.detach(), saved, ctx.layer, ctx.config, True, backend)
+            (dx,), contribution = module.close(use, gradient, ctx.need_dx)
+        else:
+            dx, delta, *vectors = made
+            contribution = (x, LinearGradients(delta, None, None, *vectors))
+        ctx.saved = None
+        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
+        return (None, None, None, *rescaled((dx,), ctx.loss_scale))
+
+
+class ExactStack(Node):
+    """:class:`Exact` of layers one behind the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stack: Any, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
+    ) -> Tensor:
+        ctx.made, ctx.need_dx = made
+        ctx.set_materialize_grads(False)
+        ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
+        out: Tensor = ctx.made[-1][0]
+        ctx.save_for_backward(out, x, *stack.watched(ctx.need_dx))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        _, x, *_ = ctx.saved_tensors
+        gradient = unscaled(arrived, ctx.loss_scale)
+        if gradient is None:
+            return (None,) * 4
+        dx, contribution = ctx.stack.backward(gradient, x, ctx.made, ctx.need_dx)
+        ctx.made = None
+        at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
+        return (None, None, None, *rescaled((dx,), ctx.loss_scale))
 
 
 class Local(Node):
@@ -409,6 +512,11 @@ class Call(NamedTuple):
 _watchers: list[Callable[[Call], None]] = []
 
 
+def watchers() -> list[Callable[[Call], None]]:
+    """Those that :func:`watching` lists, live."""
+    return _watchers
+
+
 @contextmanager
 def watching(report: Callable[[Call], None]) -> Iterator[None]:
     """Have every call of a decoupled module with a rule reported, inside the ``with`` block."""
@@ -438,16 +546,16 @@ def ruled(
     phase = module.phase
     if module._modules["synthesizer"] is None or phase.true_share > 0.0:
         module.refuse_later(context)
-        anchor = _anchor((*module.local_parameters(), *module.learners()))
-        h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, anchor)
+        anchored = anchor((*module.local_parameters(), *module.learners()))
+        h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, anchored)
         return h
     learns = phase.target
     stepped: Tensor
     if not learns and not any([t.requires_grad for t in asked]):
         stepped = module.step_locally(inputs, context, False, False).h
     else:
-        anchor = _anchor(module.learners()) if learns else None
-        stepped = Stepped.apply(module, inputs, context, need_dx, learns, anchor, *asked)
+        anchored = anchor(module.learners()) if learns else None
+        stepped = Stepped.apply(module, inputs, context, need_dx, learns, anchored, *asked)
     torch.clear_autocast_cache()  # it may hold the parameters as they were before the update
     return stepped
 
@@ -523,8 +631,8 @@ def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:
     return h
 
 
-def _anchor(parameters: Slots) -> Tensor | None:
-    """A parameter that makes a node's output require a gradient though none is returned for it."""
+def anchor(parameters: Slots) -> Tensor | None:
+    """Find a parameter that makes a node's output ask for a gradient though none is returned."""
     for p in parameters:
         if p is not None and p.requires_grad:
             return p

@@ -8,7 +8,7 @@ raises changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -16,10 +16,17 @@ import torch
 from torch.autograd import Variable
 
 LEARN = "learn"  # the role of a synthesizer's lessons
+UPDATE = "update"  # of what a module's own rule is applied to
 
 
 class Owner(Protocol):
     """Whose update waits."""
+
+    @property
+    def members(self) -> Sequence[Any]:
+        """The modules that this stands for, whose updates it can apply in one go; none where it is
+        a module itself."""
+        ...
 
     def refuse_other_gradients(self, added: bool) -> None:
         """Raise if its parameters have gradients that its update would not see; ``added`` says
@@ -36,6 +43,9 @@ class _Batch:
 
     def flush(self) -> None:
         """Apply everything, or raise before anything is applied."""
+        for owner in tuple(self.owners.values()):
+            if owner.members and self._meet(owner):
+                self._divide(owner)
         owners, self.owners = self.owners, {}
         jobs, self.jobs = self.jobs, {}
         for owner in owners.values():
@@ -46,6 +56,25 @@ class _Batch:
                 if (role == LEARN) is lessons:
                     apply(contributions)
         torch.clear_autocast_cache()  # it may hold parameters as they were before
+
+    def _meet(self, joint: Owner) -> bool:
+        """Whether one of its members had another use in this backward: a rule is applied once."""
+        (_, contributions) = self.jobs[id(joint), UPDATE]
+        used = {key for key, role in self.jobs if role == UPDATE}
+        for other in self.owners.values():
+            if other is not joint:
+                used.update(map(id, other.members))
+        return len(contributions) > 1 or not used.isdisjoint(map(id, joint.members))
+
+    def _divide(self, joint: Any) -> None:
+        """Give each member what is its own."""
+        del self.owners[id(joint)]
+        _, contributions = self.jobs.pop((id(joint), UPDATE))
+        for contribution in contributions:
+            for member, own in zip(joint.members, joint.divided(contribution), strict=True):
+                self.owners[id(member)] = member
+                job = self.jobs.setdefault((id(member), UPDATE), (member.apply_update, []))
+                job[1].append(own)
 
 
 # By graph task. The engine alone holds a batch (through its callback): when a backward raises, its

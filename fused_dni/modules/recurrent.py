@@ -26,7 +26,7 @@ from fused_dni.functional.lstm import origins
 from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.modules.nodes import teach_later
-from fused_dni.modules.pending import at_end_of_backward
+from fused_dni.modules.pending import UPDATE, at_end_of_backward
 from fused_dni.ops import registry
 from fused_dni.ops.returned import Returned, by_weight, note_by_weight
 from fused_dni.ops.types import (
@@ -597,7 +597,7 @@ class Recurrent(DecoupledModule):
         """Have the rule applied to the products of these rows at the end of the backward."""
         if loss_scale != 1.0:
             rows = tuple(r._replace(delta=r.delta / loss_scale) for r in rows)
-        at_end_of_backward(self, "update", self.apply_update, rows)
+        at_end_of_backward(self, UPDATE, self.apply_update, rows)
 
     def apply_update(self, contributions: list[Any]) -> None:
         rows: tuple[LSTMRows, ...] = contributions[0]

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
+from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
+from fused_dni.modules.quick import Stacked, stacked
+from fused_dni.modules.steps import LinearSteps
 
 
 class DecoupledSequential(nn.Sequential):
@@ -29,9 +32,15 @@ class DecoupledSequential(nn.Sequential):
     Each h between two modules has one consumer, the next module; running a backward through
     another (taken with a forward hook, say) is an error.
 
+    Where all modules up to the last decoupled one are fused linear layers with rules and
+    synthesizers, one directly behind the other, or all are such layers without synthesizers, and
+    no hook looks between them, a step is one call on a CPU.
+
     Args:
         *modules: as ``nn.Sequential``. Decoupled modules without synthesizer count as ordinary.
     """
+
+    _stack: Stacked | None = None
 
     def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
         """Run the modules in turn.
@@ -44,25 +53,42 @@ class DecoupledSequential(nn.Sequential):
         Returns:
             What the last module returns.
         """
-        run = untraced(self._run) if torch.compiler.is_compiling() else self._run
-        out: Tensor = run(input, context)
-        return out
+        if torch.compiler.is_compiling():
+            out: Tensor = untraced(self._run)(input, context)
+            return out
+        stack = self._stack
+        h = None if stack is None else stack.run(self, input, context)
+        if stack is None or h is None:
+            return self._run(input, context)
+        if len(stack.members) == len(self._modules):
+            return h
+        return _plain(list(self)[len(stack.members) :], h, context)
 
     def _run(self, input: Tensor, context: Tensor | None) -> Tensor:
         modules = list(self)
         interfaces = [i for i, m in enumerate(modules) if _decouples(m)]
-        if not self.training or not torch.is_grad_enabled() or not interfaces:
+        if not self.training or not torch.is_grad_enabled():
             return _plain(modules, input, context)
+        if not interfaces:
+            h = _plain(modules, input, context)
+            self._bind(modules)
+            return h
         split = interfaces[-1] + 1
         body = modules[:split]
         phases = [m.phase for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
             return _plain(modules, input, context)
         target = phases[-1].target
-        h: Tensor = Delivered.apply(body, context, target, input, *_owed(body, target))
+        h = Delivered.apply(body, context, target, input, *_owed(body, target))
         if not target:
             setattr(h, NO_TARGET, h._version)
+        self._bind(body)
         return _plain(modules[split:], h, context)
+
+    def _bind(self, body: list[nn.Module]) -> None:
+        """Have the next step of the body be one call, if its layers' are."""
+        if body and all([type(m) is FusedDNILinear for m in body]):
+            self._stack = stacked(self, cast("list[LinearSteps]", body), self._stack)
 
 
 def _decouples(module: nn.Module) -> bool:

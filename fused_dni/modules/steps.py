@@ -94,6 +94,12 @@ class Binding:
         self.rule: RuleTensors | None = None
         self.key: tuple[Any, ...] = ()
         self.fits: list[int | None] = []  # addresses that have been checked
+        # A whole step as one call, by the prediction or by the true gradient: see quick.py.
+        self.quick: Any = None
+        self.exact: Any = None
+        self.tries = 0  # of binding one
+        self.layer: LinearTensors | None = None  # what `exact` is bound to
+        self.anchor: Tensor | None = None  # see nodes.anchor
 
     def __reduce__(self) -> tuple[type[Binding], tuple[()]]:
         return Binding, ()
@@ -232,6 +238,7 @@ class LinearSteps(Steps):
             bound.step = backend.bind_step(
                 layer, self.config, synthesizer, self.max_norm or 0.0, rule
             )
+            bound.quick, bound.tries = None, 0
         return bound.step
 
     def step_locally(
@@ -317,6 +324,14 @@ class LinearSteps(Steps):
         return lesson._replace(arrived=true.delta, behind=behind)
 
     def learn(self, lessons: list[Lesson]) -> None:
+        quick = self._binding.quick
+        if quick is not None and len(lessons) == 1:
+            h, forecast, context, arrived, *_ = lessons[0]
+            p = forecast.prediction
+            if p is not None and quick.learn(
+                h, p.scaled, p.reduced, context, forecast.unit, arrived
+            ):
+                return
         super().learn(lessons)
         if self.norm_update is not None:
             made = [lesson.behind for lesson in lessons]
@@ -340,6 +355,9 @@ class LinearSteps(Steps):
 
     def apply_update(self, contributions: list[Any]) -> None:
         assert self.update is not None
+        exact = self._binding.exact
+        if exact is not None and len(contributions) == 1 and exact.update(*contributions[0]):
+            return
         self._apply_rule(self.update, self.local_parameters(), contributions)
 
     def _apply_rule(

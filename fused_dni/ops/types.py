@@ -18,9 +18,11 @@ on N (Jaderberg et al. 2016, arXiv 1608.05343, section 2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 ACTIVATIONS = (
@@ -280,8 +282,71 @@ class CellGradients(NamedTuple):
     layer: LSTMLayer | None = None
 
 
+#: Something that has to be as it was: what is asked ("item" of a dictionary, "items value" the
+#: attribute of one, "attribute", "method" without arguments, "state" by a function, "empty",
+#: "absent" from a dictionary), of what, by which name and, of an item, which attribute; the answer,
+#: the very object or an integer.
+Check = tuple[str, Any, str | None, str | None, Any]
+
+
+class QuickParts(NamedTuple):
+    """What a call of a layer needs beside its input, if all checks hold.
+
+    Attributes:
+        module: whose call it is.
+        surroundings: checks of what surrounds a call; own: of the layer, in a backward too.
+        least: rows that an input must have.
+        counter: of batches, moved by each call; None for none.
+        mark: the name of an attribute by which a result says that it wants no gradient: its
+            version.
+        group: the rule's hyper-parameters, of which ``lr`` may change.
+        state: the rule's ``__dict__``.
+    """
+
+    module: Any
+    surroundings: Sequence[Check]
+    own: Sequence[Check]
+    least: int
+    counter: Tensor | None
+    mark: str
+    group: dict[str, Any]
+    state: dict[str, Any]
+
+
+class QuickSynthesizer(NamedTuple):
+    """What a call with a synthesizer needs more.
+
+    Attributes:
+        untaught: checks of a step without a target; taught: of one with, None for never.
+        label: int64 where the synthesizer is told labels [N], None where it is told nothing.
+        context: the context variable in which they are where the call is not given them.
+        kappa: by what the loss divides; None for the number of rows.
+        unit: the synthesizer's unit, whose size and lessons are read.
+        statistics: float64 [STATISTICS_SIZE], added to in a lesson.
+        rule: over the synthesizer's slots, None where there has been none yet; group, state: as of
+            the layer's.
+        earliest, interval: the unit may move in the first lesson; from the so-manieth on in every
+            so-manieth, and where their number is a power of 2.
+    """
+
+    untaught: Sequence[Check]
+    taught: Sequence[Check] | None
+    label: torch.dtype | None
+    context: Any
+    kappa: float | None
+    unit: Any
+    statistics: Tensor
+    rule: RuleTensors | None
+    group: dict[str, Any]
+    state: dict[str, Any]
+    earliest: int
+    interval: int
+
+
 class BoundStep(Protocol):
-    """What :meth:`Backend.bind_step` returns."""
+    """What :meth:`Backend.bind_step` returns. One with a method ``quick`` can take a whole step in
+    a call that asks all of :class:`QuickParts` itself; its backend then has ``quick_exact`` for
+    steps by the true gradient, and ``quick_stack`` for layers one behind the other."""
 
     def __call__(
         self,

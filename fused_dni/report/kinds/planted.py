@@ -71,7 +71,8 @@ def sentence(report: dict[str, Any]) -> str:
     if not said:
         return "Only sums of parts were measured."
     joined = "; ".join(said)
-    return f"{joined[0].upper()}{joined[1:]}, with {report['busy']} other processes on the cores."
+    beside = f", with {report['busy']} other processes on the cores" if report["busy"] else ""
+    return f"{joined[0].upper()}{joined[1:]}{beside}."
 
 
 def _interval(found: dict[str, Any]) -> str:

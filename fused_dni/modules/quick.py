@@ -1,0 +1,339 @@
+"""A fused layer's training step as one call, where nothing has changed since the last one.
+
+Around a kernel Python asks some dozens of questions (are the parameters still those? is autocast
+on?), which takes as long as a small layer's kernels. A backend that can ask them itself is given
+them here, as a list; if one is answered otherwise than before, the layer goes its usual way, which
+is what gives the errors and binds anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_dni import context
+from fused_dni.functional.linear import LinearUse
+from fused_dni.modules import nodes, target_unit
+from fused_dni.modules.base import NO_TARGET
+from fused_dni.modules.steps import Binding, LinearSteps
+from fused_dni.ops import registry
+from fused_dni.ops.types import (
+    Backend,
+    Check,
+    LinearGradients,
+    QuickParts,
+    QuickSynthesizer,
+    Saved,
+)
+from fused_dni.rules import RuleState
+from fused_dni.synthesizers import DiagonalSynthesizer, LinearSynthesizer
+
+# Whose tensors are their parameters, and nothing else counts.
+_SYNTHESIZERS = (LinearSynthesizer, DiagonalSynthesizer)
+
+# What surrounds a call.
+_SURROUNDINGS: tuple[Check, ...] = (
+    ("state", torch.is_grad_enabled, None, None, True),
+    ("state", torch._C._get_tracing_state, None, None, None),
+    ("state", torch._C._len_torch_dispatch_stack, None, None, 0),
+    ("state", torch._C._are_functorch_transforms_active, None, None, False),
+    ("state", partial(torch.is_autocast_enabled, "cpu"), None, None, False),
+    ("state", torch._C._current_graph_task_id, None, None, -1),
+    (
+        "state",
+        partial(torch._C._autograd._top_saved_tensors_default_hooks, True),
+        None,
+        None,
+        None,
+    ),
+    ("attribute", DistributedDataParallel, "_active_ddp_module", None, None),
+    ("item", vars(forward_ad), "_current_level", None, -1),
+    ("empty", nodes.watchers(), None, None, None),
+    # Annotated, it is another: whoever looks at the parts of a step gets them.
+    ("attribute", LinearSteps, "step_locally", None, LinearSteps.step_locally),
+)
+
+# What a module's call runs beside its forward.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _items(of: Mapping[str, Any], *names: str) -> list[Check]:
+    return [("item", of, name, None, of[name]) for name in names]
+
+
+def _holder(module: nn.Module, *kinds: str) -> list[Check]:
+    """What a module holds: the dictionaries and all that is in them."""
+    own = module.__dict__
+    found = [*_items(own, *kinds), ("attribute", module, "__class__", None, type(module))]
+    for kind in kinds:
+        found += _items(own[kind], *own[kind])
+    return found
+
+
+def _uncalled(module: nn.Module) -> list[Check]:
+    """That calling the module would run its class's forward and nothing else."""
+    own = module.__dict__
+    return [
+        *[("empty", own[name], None, None, None) for name in _HOOKS],
+        ("absent", own, "forward", None, None),
+        ("attribute", module, "_compiled_call_impl", None, None),
+    ]
+
+
+def _rule(rule: RuleState) -> list[Check]:
+    """A rule that has nothing to write anew but its rate, and no gradient that came by another way
+    to what it updates."""
+    own = rule.__dict__
+    found = [
+        *_items(own, "_tensors", "group"),
+        *_items(rule.group, *[name for name in rule.group if name != "lr"]),
+    ]
+    found += _items(own, "bound") if "bound" in own else [("absent", own, "bound", None, None)]
+    return found + [("attribute", p, "grad", None, None) for p in rule.bound if p is not None]
+
+
+def _fixed(rule: RuleState) -> bool:
+    """Whether the hyper-parameters are numbers, of which none is filled in place."""
+    return not any(isinstance(v, Tensor) for name, v in rule.group.items() if name != "lr")
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[Check]:
+    found: list[Check] = []
+    for t in tensors:
+        if t is not None:
+            found.append(("method", t, "data_ptr", None, t.data_ptr()))
+            found.append(("method", t, "is_contiguous", None, True))
+            found.append(("attribute", t, "requires_grad", None, t.requires_grad))
+    return found
+
+
+def _parts(layer: LinearSteps) -> QuickParts | None:
+    """What a step of the layer depends on; None if a list does not say it."""
+    own, norm, rule = layer.__dict__, layer._modules["norm"], layer.update
+    if rule is None or rule._tensors is None:
+        return None
+    rules = [own[name] for name in layer.rule_names if own.get(name) is not None]
+    if not all(map(_fixed, rules)):
+        return None
+    fixed = ("training", "config", "max_norm", "target_scale", "backend", "statistics")
+    checks: list[Check] = [
+        *_items(own, *fixed),
+        ("item", own, "delivery", None, None),
+        *_items(own, *[name for name in layer.rule_names if name in own]),
+        ("items value", own, "phase", "probe", None),
+        *_holder(layer, "_parameters", "_modules"),
+        *[check for each in rules for check in _rule(each)],
+        *_addresses(layer._layer()),
+    ]
+    counter = None
+    if norm is not None:
+        checks += _holder(norm, "_parameters", "_buffers")
+        changing = ("training", "eps", "momentum", "track_running_stats")
+        checks += _items(norm.__dict__, *[name for name in changing if name in norm.__dict__])
+        counter = norm._buffers.get("num_batches_tracked")
+    return QuickParts(
+        layer,
+        _SURROUNDINGS,
+        checks,
+        least=2 if layer.config.normalization == "batch" else 1,
+        counter=counter,
+        mark=NO_TARGET,
+        group=rule.group,
+        state=rule.__dict__,
+    )
+
+
+def _phase(layer: LinearSteps, target: bool) -> list[Check]:
+    """Of a step that the layer takes by its prediction alone."""
+    values: list[tuple[str, Any]] = [("warmup", False), ("target", target)]
+    if target:  # the number that was given, or the default
+        values.append(("mix", layer.phase.mix))
+    return [("items value", layer.__dict__, "phase", name, value) for name, value in values]
+
+
+def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
+    """Have the layer's next step be one call, if its backend can do that. Where something changes
+    from step to step that such a call does not follow, it is tried again after twice as many steps
+    each time.
+
+    Args:
+        layer: a step of which has just been run, and is bound.
+        backend: by which; given: the context of that call.
+    """
+    bound: Binding = layer._binding
+    bound.tries += 1
+    if bound.tries & (bound.tries - 1):
+        return
+    bound.quick = bound.exact = None
+    teacher = layer.synthesizer_update
+    if teacher is not None and (layer.phase.target or teacher._tensors is not None):
+        teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
+    parts = _parts(layer)
+    if parts is None:
+        return
+    synthesizer = layer._modules["synthesizer"]
+    if synthesizer is None:
+        bind = getattr(backend, "quick_exact", None)
+        if bind is not None:
+            assert layer.update is not None and layer.update._tensors is not None
+            bound.layer = tensors = layer._layer()
+            bound.anchor = nodes.anchor(layer.local_parameters())
+            bound.exact = bind(tensors, layer.config, layer.update._tensors, parts)
+        return
+    bind = getattr(bound.step, "quick", None)
+    if bind is None or teacher is None or type(synthesizer) not in _SYNTHESIZERS:
+        return
+    if given is not None and (given.dtype is not torch.int64 or given.dim() != 1):
+        return
+    assert isinstance(synthesizer, LinearSynthesizer | DiagonalSynthesizer)
+    slots = layer.synthesizer_parameters()
+    checks = [
+        *parts.own,
+        *_holder(synthesizer, "_parameters", "_modules"),
+        *_items(synthesizer.__dict__, "unit"),
+        *_addresses(slots),
+    ]
+    teaches = layer.phase.mix == 0.0 and teacher._tensors is not None
+    taught = QuickSynthesizer(
+        untaught=_phase(layer, False),
+        taught=_phase(layer, True) if teaches else None,
+        label=None if given is None else torch.int64,
+        context=context.variable(),
+        kappa=layer.target_scale,
+        unit=synthesizer.unit,
+        statistics=layer.statistics,
+        rule=teacher._tensors,
+        group=teacher.group,
+        state=teacher.__dict__,
+        earliest=target_unit.EARLIEST,
+        interval=target_unit.INTERVAL,
+    )
+    bound.anchor = nodes.anchor(slots)
+    bound.quick = bind(parts._replace(own=checks), taught)
+
+
+class Stacked:
+    """A step of layers in a container, one behind the other, as one call; gone in a copied or
+    unpickled container.
+
+    Attributes:
+        members: the layers; steps: theirs, of which the call is made.
+    """
+
+    def __init__(self, quick: Any, layers: list[LinearSteps], steps: list[Any]) -> None:
+        self.quick, self.members, self.steps = quick, tuple(layers), steps
+        self.last = layers[-1]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
+        """Take the step; None if anything is in its way."""
+        made = self.quick(container, input, context)
+        if type(made) is tuple:
+            made = nodes.Taught.apply(self.last, made, self.last._binding.anchor, input)
+        out: Tensor | None = made
+        return out
+
+
+class StackedExact(Stacked):
+    """The same of layers without synthesizers, which are updated by the true gradient."""
+
+    def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
+        made = self.quick.forward(container, input, None)
+        if made is None:
+            return None
+        out: Tensor = nodes.ExactStack.apply(self, made, self.last._binding.anchor, input)
+        return out
+
+    def watched(self, need_dx: bool) -> list[Tensor]:
+        """What the backward reads of the layers."""
+        tensors: list[Tensor | None] = []
+        for layer in self.members:
+            bound = layer._binding.layer
+            assert bound is not None
+            read = need_dx or layer is not self.members[0]
+            tensors += [bound.weight if read else None, bound.norm_weight, bound.norm_bias]
+        return [t for t in tensors if t is not None]
+
+    def backward(
+        self, gradient: Tensor, x: Tensor, made: list[tuple[Tensor, ...]], need_dx: bool
+    ) -> tuple[Tensor | None, list[tuple[Any, ...]]]:
+        """Go back through all layers: dx, and what each one's update is made from."""
+        done: tuple[Tensor | None, list[tuple[Any, ...]]] | None
+        done = self.quick.backward(gradient, x, made, need_dx)
+        if done is not None:
+            return done
+        contributions: list[tuple[Any, ...]] = []
+        inputs = [x, *[h for h, _, _ in made[:-1]]]
+        arrived: Tensor | None = gradient
+        for layer, own, (h, *saved) in reversed(list(zip(self.members, inputs, made, strict=True))):
+            backend = layer.synthesizer_backend(own)
+            use = LinearUse(
+                own, h.detach(), Saved(*saved), layer._layer(), layer.config, True, backend
+            )
+            need = need_dx or layer is not self.members[0]
+            assert arrived is not None
+            (arrived,), (_, gradients) = layer.close(use, arrived, need)
+            contributions.insert(0, (own, gradients.delta, *gradients[3:]))
+        return arrived, contributions
+
+    def refuse_other_gradients(self, added: bool) -> None:
+        """Refuse nothing: what came to a layer by another way is added to its update."""
+
+    def apply_update(self, contributions: list[list[tuple[Any, ...]]]) -> None:
+        """Apply each layer's rule."""
+        (made,) = contributions
+        if not self.quick.update(made):
+            for layer, own in zip(self.members, self.divided(made), strict=True):
+                layer.apply_update([own])
+
+    def divided(self, contribution: list[tuple[Any, ...]]) -> list[tuple[Tensor, LinearGradients]]:
+        """What each layer's own ``apply_update`` takes."""
+        return [
+            (x, LinearGradients(delta, None, None, *vectors)) for x, delta, *vectors in contribution
+        ]
+
+
+def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | None) -> Any:
+    """Have the next step of layers in a container be one call: bound to it, or None.
+
+    Args:
+        container: which holds them, one behind the other from its first on.
+        known: what was there before, which stays while the layers' own steps do.
+    """
+    exact = all([layer._modules["synthesizer"] is None for layer in layers])
+    steps = [layer._binding.exact if exact else layer._binding.quick for layer in layers]
+    if known is not None and all([a is b for a, b in zip(steps, known.steps, strict=False)]):
+        return known  # what was in its way was of that step alone
+    backend = registry.resolve(layers[0].backend, layers[0].weight, layers[0].weight)
+    bind = getattr(backend, "quick_stack", None)
+    if bind is None or any(step is None for step in steps):
+        return None
+    if any(
+        below.weight.shape[0] != above.weight.shape[1] or below.weight.dtype != above.weight.dtype
+        for below, above in pairwise(layers)
+    ):
+        return None
+    held = container._modules
+    checks: list[Check] = [
+        *_items(container.__dict__, "training", "_modules"),
+        *_items(held, *held),
+        ("method", held, "__len__", None, len(held)),
+        *[("empty", getattr(nn_module, f"_global{name}"), None, None, None) for name in _HOOKS],
+    ]
+    name = "exact" if exact else "quick"
+    for layer, step in zip(layers, steps, strict=True):
+        checks += [*_uncalled(layer), ("attribute", layer._binding, name, None, step)]
+        if layer._binding.anchor is not None:  # a hook there would be called, if with nothing
+            checks.append(("attribute", layer._binding.anchor, "_backward_hooks", None, None))
+    quick = bind(container, _SURROUNDINGS, checks, steps, exact)
+    return (StackedExact if exact else Stacked)(quick, layers, steps)

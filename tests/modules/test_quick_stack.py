@@ -1,0 +1,394 @@
+"""A container's step as one call: the bits, errors and gradients of the usual way, whatever is done
+to it or around it between two steps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import fused_dni as fd
+from fused_dni.modules.base import Phase
+
+pytest.importorskip("fused_dni.backends._cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ("prediction", "true gradient")
+SIZE, CLASSES, ROWS = 6, 5, 8
+
+
+class Usual(fd.FusedDNILinear):
+    """Has no such call: it is bound for the layer itself alone."""
+
+
+def layer(kind: type[fd.FusedDNILinear], by: str, **options: Any) -> fd.FusedDNILinear:
+    if by == "prediction":
+        options |= {"context_features": CLASSES}
+    else:
+        options |= {"synthesizer": None}
+    options = {"normalization": "batch", "activation": "gelu", **options}
+    return kind(SIZE, SIZE, backend="cpu", update=fd.Adam(0.01), **options)
+
+
+class Trained:
+    """A container in training, and what came of it: results, errors, the gradients of inputs."""
+
+    def __init__(self, kind: type[fd.FusedDNILinear], by: str) -> None:
+        torch.manual_seed(0)
+        self.kind, self.by = kind, by
+        self.model: Any = fd.DecoupledSequential(*(layer(kind, by) for _ in range(3)))
+        self.head = nn.Linear(SIZE, CLASSES)
+        self.schedule = fd.Schedule(self.model, target_every=2) if by == "prediction" else None
+        self.seen: list[Any] = []
+        self.count = 0
+
+    def step(
+        self,
+        change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y),
+        loss: Callable[[Trained, Tensor, Tensor], Tensor] | None = None,
+        between: Callable[[Trained, Tensor], object] = lambda trained, h: None,
+    ) -> None:
+        """One step on a batch of its own; its loss may be more, and something done in front of the
+        backward."""
+        torch.manual_seed(self.count)
+        self.count += 1
+        x, y = change(torch.randn(ROWS, SIZE), torch.randint(0, CLASSES, (ROWS,)))
+        try:
+            with fd.condition_on(y):
+                h = self.model(x)
+                found = F.cross_entropy(self.head(h), y % CLASSES)
+                if loss is not None:
+                    found = found + loss(self, x, y)
+            between(self, h)
+            if found.requires_grad:
+                found.backward()
+            self.seen += [h.detach(), h.requires_grad, found.detach(), x.grad]
+        except Exception as error:
+            self.seen.append(f"{type(error).__name__}: {error}"[:80])  # and then a node's name
+        self.head.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def state(self) -> list[Any]:
+        """All that a step may change."""
+        layers = [m for m in self.model.modules() if isinstance(m, fd.FusedDNILinear)]
+        rules = [rule for each in layers for _, rule, _ in each.rules()]
+        return [
+            *self.model.state_dict().values(),
+            *[rule.hyper for rule in rules],
+            *[t for rule in rules for moments in rule.moments() for t in moments],
+            *[each.statistics for each in layers],
+            *[p.grad for p in self.model.parameters()],
+            *[each.skipped_updates for each in layers],
+        ]
+
+
+def equal(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor):
+        return isinstance(theirs, Tensor) and torch.equal(
+            mine.nan_to_num(7.0), theirs.nan_to_num(7.0)
+        )
+    return bool(mine == theirs)
+
+
+def calls(step: Callable[[], object]) -> int:
+    """Python functions that a step calls."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def hook_between(trained: Trained) -> None:
+    trained.model[1].register_forward_hook(lambda m, a, out: trained.seen.append(out.detach()))
+
+
+def hook_in_front(trained: Trained) -> None:
+    trained.model[2].register_forward_pre_hook(lambda m, a: trained.seen.append(a[0].detach()))
+
+
+def another_behind(trained: Trained) -> None:
+    torch.manual_seed(5)
+    trained.model.append(layer(trained.kind, trained.by))
+    if trained.schedule is not None:
+        steps = trained.schedule.steps
+        trained.schedule = fd.Schedule(trained.model, target_every=2)
+        trained.schedule.load_state_dict({"steps": steps})
+
+
+def ordinary_behind(trained: Trained) -> None:
+    torch.manual_seed(5)
+    trained.model.append(nn.Linear(SIZE, SIZE))
+
+
+def ordinary_between(trained: Trained) -> None:
+    trained.model.insert(1, nn.Tanh())
+
+
+def swapped(trained: Trained) -> None:
+    trained.model[0], trained.model[2] = trained.model[2], trained.model[0]
+
+
+def one_less(trained: Trained) -> None:
+    del trained.model[2]
+
+
+def frozen(trained: Trained) -> None:
+    trained.model[1].requires_grad_(False)
+
+
+def weight_replaced(trained: Trained) -> None:
+    trained.model[1].weight.data = trained.model[1].weight.data * 2
+
+
+def rate(trained: Trained) -> None:
+    trained.model[1].update.group["lr"] = 0.5
+
+
+def forward_replaced(trained: Trained) -> None:
+    own = trained.model[1]
+    own.forward = lambda input, context=None: type(own).forward(own, input * 2, context)
+
+
+def one_evaluates(trained: Trained) -> None:
+    trained.model[1].eval()
+
+
+def loss_scale(trained: Trained) -> None:
+    for each in trained.model:
+        each.phase = Phase(target=each.phase.target, loss_scale=4.0)
+
+
+def watched(trained: Trained) -> None:
+    trained.model[1].weight.register_hook(lambda g: trained.seen.append(g.detach()))
+
+
+CHANGES = [
+    hook_between, hook_in_front, another_behind, ordinary_behind, ordinary_between, swapped,
+    one_less, frozen, weight_replaced, rate, forward_replaced, one_evaluates, loss_scale, watched,
+]  # fmt: skip
+
+
+def agree(by: str, run: Callable[[Trained], object]) -> None:
+    """The same with layers that have the one call and with layers that have not."""
+    mine, theirs = Trained(fd.FusedDNILinear, by), Trained(Usual, by)
+    for trained in (mine, theirs):
+        run(trained)
+    assert theirs.model._stack is None
+    assert len(mine.seen) == len(theirs.seen)
+    for a, b in zip(mine.seen, theirs.seen, strict=True):
+        assert equal(a, b), (a, b)
+    for a, b in zip(mine.state(), theirs.state(), strict=True):
+        assert equal(a, b)
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_between_two_steps(change: Callable[[Trained], None], by: str) -> None:
+    def run(trained: Trained) -> None:
+        for _ in range(7):
+            trained.step()
+        assert trained.kind is Usual or trained.model._stack is not None
+        change(trained)
+        for _ in range(9):
+            trained.step()
+
+    agree(by, run)
+
+
+def _twice(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = trained.model(x.flip(0))
+    return made.square().mean()
+
+
+def _elsewhere(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = trained.model[1](x)
+    return made.square().mean()
+
+
+def _penalty(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    found: Tensor = trained.model[1].weight.square().sum()
+    return found
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("loss", [_twice, _elsewhere, _penalty], ids=lambda f: f.__name__)
+def test_more_in_the_loss(loss: Callable[[Trained, Tensor, Tensor], Tensor], by: str) -> None:
+    """Layers used twice in one backward are updated once; so are those with a penalty."""
+
+    def run(trained: Trained) -> None:
+        for step in range(16):
+            trained.step(loss=loss if step > 6 else None)
+
+    agree(by, run)
+
+
+INPUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "asks for a gradient": lambda x, y: (x.requires_grad_(), y),
+    "one row": lambda x, y: (x[:1], y[:1]),
+    "other rows": lambda x, y: (x[:5], y[:5]),
+    "no rows": lambda x, y: (x[:0], y[:0]),
+    "other features": lambda x, y: (x[:, :3], y),
+    "a label that there is not": lambda x, y: (x, y.index_fill(0, torch.tensor([3]), CLASSES)),
+    "not finite": lambda x, y: (x * float("inf"), y),
+    "of another type": lambda x, y: (x.double(), y),
+    "more dimensions": lambda x, y: (x[None], y[None]),
+    "not contiguous": lambda x, y: (x.t().contiguous().t(), y),
+}
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_another_input(name: str, by: str) -> None:
+    """An error leaves everything as it was, as the usual way does, and later steps are right."""
+
+    def run(trained: Trained) -> None:
+        for step in range(14):
+            trained.step(INPUTS[name] if step in (7, 8) else lambda x, y: (x, y))
+            trained.seen += [copy.deepcopy(t) for t in trained.state()]
+
+    agree(by, run)
+
+
+def _in_place(trained: Trained, h: Tensor) -> None:
+    h.detach().add_(1.0)
+
+
+def _weight_in_place(trained: Trained, h: Tensor) -> None:
+    with torch.no_grad():
+        trained.model[1].weight.mul_(2.0)
+
+
+def _backward_before(trained: Trained, h: Tensor) -> None:
+    if h.requires_grad:
+        h.sum().backward(retain_graph=True)
+
+
+def _labels_gone(trained: Trained, h: Tensor) -> None:
+    gc.collect()
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize(
+    "between",
+    [_in_place, _weight_in_place, _backward_before, _labels_gone],
+    ids=lambda f: f.__name__,
+)
+def test_between_forward_and_backward(between: Callable[[Trained, Tensor], None], by: str) -> None:
+    def run(trained: Trained) -> None:
+        for step in range(14):
+            nothing = step not in (7, 8)
+            trained.step(between=(lambda trained, h: None) if nothing else between)
+
+    agree(by, run)
+
+
+@contextmanager
+def _global_hook() -> Iterator[None]:
+    handle = register_module_forward_hook(lambda module, arguments, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "a hook on every module": _global_hook,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "saved tensors elsewhere": torch.autograd.graph.save_on_cpu,
+    "annotated": fd.annotate,
+}
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings(name: str, by: str) -> None:
+    def run(trained: Trained) -> None:
+        for step in range(14):
+            if step in (7, 8):
+                with SURROUNDINGS[name]():
+                    trained.step()
+            else:
+                trained.step()
+
+    agree(by, run)
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("steps", [13, 14])
+def test_it_is_the_one_call(steps: int, by: str) -> None:
+    """A step without a target, and one with: in the usual way hundreds of Python's calls."""
+    counts = []
+    for kind in (fd.FusedDNILinear, Usual):
+        trained = Trained(kind, by)
+        for _ in range(steps):
+            trained.step()
+        with fd.condition_on(torch.zeros(ROWS, dtype=torch.int64)):
+            counts.append(calls(lambda model=trained.model: model(torch.randn(ROWS, SIZE))))
+    assert counts[0] < 30 and counts[1] > 150, counts
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("how", ["deepcopy", "pickled"])
+def test_a_copy_takes_its_own_steps(how: str, by: str) -> None:
+    def run(trained: Trained) -> None:
+        for _ in range(7):
+            trained.step()
+        if how == "deepcopy":
+            trained.model, trained.schedule = copy.deepcopy((trained.model, trained.schedule))
+        else:
+            file = io.BytesIO()
+            torch.save((trained.model, trained.schedule), file)
+            file.seek(0)
+            trained.model, trained.schedule = torch.load(file, weights_only=False)
+        assert trained.model._stack is None
+        for _ in range(9):
+            trained.step()
+
+    agree(by, run)
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_it_goes_when_nobody_holds_it(by: str) -> None:
+    """Though what it is bound by leads back to it."""
+    trained = Trained(fd.FusedDNILinear, by)
+    for _ in range(9):
+        trained.step()
+    assert trained.model._stack is not None
+    gone = [weakref.ref(each) for each in (trained.model, *trained.model)]
+    del trained
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+
+
+def test_layers_of_one_kind_alone() -> None:
+    """Where some have synthesizers and some have none, each layer's own step is one call."""
+    torch.manual_seed(0)
+    layers = [layer(fd.FusedDNILinear, by) for by in ("true gradient", *KINDS)]
+    model = fd.DecoupledSequential(*layers)
+    fd.Schedule(model, target_every=None)
+    for _ in range(4):
+        with fd.condition_on(torch.zeros(ROWS, dtype=torch.int64)):
+            model(torch.randn(ROWS, SIZE)).sum().backward()
+    assert model._stack is None
+    assert layers[2]._binding.exact is not None
