@@ -94,14 +94,15 @@ class Guard {
     }
   }
 
-  bool holds() const {
-    for (const Check& check : checks_)
-      if (!check.holds()) {
-        PyErr_Clear();  // whatever it was, the usual way says it better
-        return false;
-      }
-    return true;
+  bool holds() const { return broken() == checks_.size(); }
+  // The first that does not hold; their number if all do.
+  std::size_t broken() const {
+    std::size_t i = 0;
+    while (i < checks_.size() && checks_[i].holds()) ++i;
+    if (i < checks_.size()) PyErr_Clear();  // whatever it was, the usual way says it better
+    return i;
   }
+  std::size_t size() const { return checks_.size(); }
 
   template <class Visit>
   void each(const Visit& visit) {
@@ -188,6 +189,14 @@ struct Batch {
   bool asks = false;           // whether whoever made x wants a gradient for it
 };
 
+// Which of the checks of both does not hold; None if all do.
+Object changed_of(const Guard& surroundings, const Guard& own) {
+  std::size_t at = surroundings.broken();
+  if (at == surroundings.size()) at += own.broken();
+  if (at == surroundings.size() + own.size()) return py::none();
+  return py::int_(at);
+}
+
 class Quick {
  public:
   explicit Quick(const py::dict& parts)
@@ -209,6 +218,7 @@ class Quick {
   std::size_t type() const { return type_; }
   bool is(const Object& module) const { return module.is(module_); }
   bool surrounded() const { return surroundings_.holds(); }
+  Object changed() const { return changed_of(surroundings_, own_); }
   bool unchanged() const { return own_.holds(); }
 
   // Whether the input is one that this serves.
@@ -631,6 +641,8 @@ class Stack {
     for (const py::handle& each : steps_) layers_.push_back(each.cast<const Step*>());
   }
 
+  Object changed() const { return changed_of(surroundings_, own_); }
+
   template <class Visit>
   void each(const Visit& visit) {
     surroundings_.each(visit);
@@ -865,17 +877,21 @@ void bind_quick(py::module_& m) {
   bind<QuickStep>(m, "QuickStep")
       .def(py::init<const py::dict&>())
       .def("__call__", &QuickStep::call)
+      .def("changed", &QuickStep::changed)
       .def("learn", &QuickStep::learn);
   bind<QuickExact>(m, "QuickExact")
       .def(py::init<const py::dict&>())
+      .def("changed", &QuickExact::changed)
       .def("forward", &QuickExact::forward)
       .def("backward", &QuickExact::backward)
       .def("update", &QuickExact::update);
   bind<QuickStack>(m, "QuickStack")
       .def(py::init<Object, const py::handle&, const py::handle&, py::list>())
-      .def("__call__", &QuickStack::call);
+      .def("__call__", &QuickStack::call)
+      .def("changed", &QuickStack::changed);
   bind<QuickExactStack>(m, "QuickExactStack")
       .def(py::init<Object, const py::handle&, const py::handle&, py::list>())
+      .def("changed", &QuickExactStack::changed)
       .def("forward", &QuickExactStack::forward)
       .def("backward", &QuickExactStack::backward)
       .def("update", &QuickExactStack::update);

@@ -16,7 +16,7 @@ from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
 from fused_dni.modules.base import NO_TARGET, untraced
 from fused_dni.modules.nodes import Exact, Taught
-from fused_dni.modules.quick import quicken
+from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
 from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops import registry
@@ -511,6 +511,8 @@ class FusedDNILinear(LinearSteps):
             text += f", interface={self.config.interface!r}"
         if self.update is not None:
             text += f", update={self.update.rule}"
+            if self._binding.tries:
+                text += f", steps by {way(self)}"
         return text
 
 

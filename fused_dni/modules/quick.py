@@ -8,7 +8,7 @@ is what gives the errors and binds anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -56,7 +56,7 @@ _SURROUNDINGS: tuple[Check, ...] = (
     ),
     ("attribute", DistributedDataParallel, "_active_ddp_module", None, None),
     ("item", vars(forward_ad), "_current_level", None, -1),
-    ("empty", nodes.watchers(), None, None, None),
+    ("empty", nodes.watchers(), "watching", None, None),
     # Annotated, it is another: whoever looks at the parts of a step gets them.
     ("attribute", LinearSteps, "step_locally", None, LinearSteps.step_locally),
 )
@@ -82,7 +82,7 @@ def _uncalled(module: nn.Module) -> list[Check]:
     """That calling the module would run its class's forward and nothing else."""
     own = module.__dict__
     return [
-        *[("empty", own[name], None, None, None) for name in _HOOKS],
+        *[("empty", own[name], name, None, None) for name in _HOOKS],
         ("absent", own, "forward", None, None),
         ("attribute", module, "_compiled_call_impl", None, None),
     ]
@@ -173,26 +173,37 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
     if bound.tries & (bound.tries - 1):
         return
     bound.quick = bound.exact = None
+    bound.lacks, bound.checks = _bind(layer, backend, given)
+
+
+def _bind(
+    layer: LinearSteps, backend: Backend, given: Tensor | None
+) -> tuple[str, Sequence[Check]]:
+    """Why the layer's step cannot be one call; empty, and the checks of that call, if it can."""
+    bound: Binding = layer._binding
     teacher = layer.synthesizer_update
     if teacher is not None and (layer.phase.target or teacher._tensors is not None):
         teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
     parts = _parts(layer)
     if parts is None:
-        return
+        return "a hyper-parameter of its rule is a tensor", ()
     synthesizer = layer._modules["synthesizer"]
     if synthesizer is None:
         bind = getattr(backend, "quick_exact", None)
-        if bind is not None:
-            assert layer.update is not None and layer.update._tensors is not None
-            bound.layer = tensors = layer._layer()
-            bound.anchor = nodes.anchor(layer.local_parameters())
-            bound.exact = bind(tensors, layer.config, layer.update._tensors, parts)
-        return
+        if bind is None:
+            return f"backend {backend.name!r} has none", ()
+        assert layer.update is not None and layer.update._tensors is not None
+        bound.layer = tensors = layer._layer()
+        bound.anchor = nodes.anchor(layer.local_parameters())
+        bound.exact = bind(tensors, layer.config, layer.update._tensors, parts)
+        return "", (*parts.surroundings, *parts.own)
+    if type(synthesizer) not in _SYNTHESIZERS or teacher is None:
+        return f"its synthesizer is a {type(synthesizer).__name__}", ()
     bind = getattr(bound.step, "quick", None)
-    if bind is None or teacher is None or type(synthesizer) not in _SYNTHESIZERS:
-        return
+    if bind is None:
+        return f"backend {backend.name!r} has none", ()
     if given is not None and (given.dtype is not torch.int64 or given.dim() != 1):
-        return
+        return "its context is not labels [N]", ()
     assert isinstance(synthesizer, LinearSynthesizer | DiagonalSynthesizer)
     slots = layer.synthesizer_parameters()
     checks = [
@@ -218,6 +229,24 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
     )
     bound.anchor = nodes.anchor(slots)
     bound.quick = bind(parts._replace(own=checks), taught)
+    return "", (*parts.surroundings, *checks)
+
+
+def way(layer: LinearSteps) -> str:
+    """Say how the layer takes its steps, as far as is known: in one call, or why not."""
+    bound: Binding = layer._binding
+    quick = bound.quick or bound.exact
+    if quick is None:
+        return f"the usual way ({bound.lacks or 'there was none yet'})"
+    return _said(quick.changed(), bound.checks)
+
+
+def _said(changed: int | None, checks: Sequence[Check]) -> str:
+    if changed is None:
+        return "one call"
+    kind, of, name, _, _ = checks[changed]
+    what = getattr(of, "__name__", "what surrounds it") if kind == "state" else name
+    return f"the usual way ({what} is not as it was)"
 
 
 class Stacked:
@@ -228,12 +257,18 @@ class Stacked:
         members: the layers; steps: theirs, of which the call is made.
     """
 
-    def __init__(self, quick: Any, layers: list[LinearSteps], steps: list[Any]) -> None:
+    def __init__(
+        self, quick: Any, checks: Sequence[Check], layers: list[LinearSteps], steps: list[Any]
+    ) -> None:
         self.quick, self.members, self.steps = quick, tuple(layers), steps
-        self.last = layers[-1]
+        self.last, self._checks = layers[-1], checks
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+    def way(self) -> str:
+        """Say how steps are taken now: in one call, or what is in its way."""
+        return _said(self.quick.changed(), self._checks)
 
     def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
         """Take the step; None if anything is in its way."""
@@ -328,7 +363,7 @@ def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | No
         *_items(container.__dict__, "training", "_modules"),
         *_items(held, *held),
         ("method", held, "__len__", None, len(held)),
-        *[("empty", getattr(nn_module, f"_global{name}"), None, None, None) for name in _HOOKS],
+        *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in _HOOKS],
     ]
     name = "exact" if exact else "quick"
     for layer, step in zip(layers, steps, strict=True):
@@ -336,4 +371,5 @@ def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | No
         if layer._binding.anchor is not None:  # a hook there would be called, if with nothing
             checks.append(("attribute", layer._binding.anchor, "_backward_hooks", None, None))
     quick = bind(container, _SURROUNDINGS, checks, steps, exact)
-    return (StackedExact if exact else Stacked)(quick, layers, steps)
+    kind = StackedExact if exact else Stacked
+    return kind(quick, (*_SURROUNDINGS, *checks), layers, steps)

@@ -64,6 +64,10 @@ class DecoupledSequential(nn.Sequential):
             return h
         return _plain(list(self)[len(stack.members) :], h, context)
 
+    def extra_repr(self) -> str:
+        """How steps are taken, where it can be in one call."""
+        return "" if self._stack is None else f"steps by {self._stack.way()}"
+
     def _run(self, input: Tensor, context: Tensor | None) -> Tensor:
         modules = list(self)
         interfaces = [i for i, m in enumerate(modules) if _decouples(m)]

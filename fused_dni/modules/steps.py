@@ -39,6 +39,7 @@ from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,
     BoundStep,
+    Check,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -100,6 +101,8 @@ class Binding:
         self.tries = 0  # of binding one
         self.layer: LinearTensors | None = None  # what `exact` is bound to
         self.anchor: Tensor | None = None  # see nodes.anchor
+        self.checks: Sequence[Check] = ()  # of what that call depends on
+        self.lacks = ""  # why there is none
 
     def __reduce__(self) -> tuple[type[Binding], tuple[()]]:
         return Binding, ()

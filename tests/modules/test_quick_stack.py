@@ -392,3 +392,34 @@ def test_layers_of_one_kind_alone() -> None:
             model(torch.randn(ROWS, SIZE)).sum().backward()
     assert model._stack is None
     assert layers[2]._binding.exact is not None
+
+
+def test_the_way_is_said() -> None:
+    """By ``repr``, with what is in the way of the one call."""
+    trained = Trained(fd.FusedDNILinear, "prediction")
+    assert "steps by" not in repr(trained.model)
+    for _ in range(7):
+        trained.step()
+    said = repr(trained.model)
+    assert said.count("steps by one call") == 4, said
+    handle = trained.model[1].register_forward_hook(lambda module, arguments, out: None)
+    assert "steps by the usual way (_forward_hooks is not as it was)" in repr(trained.model)
+    handle.remove()
+    with torch.no_grad():
+        assert "(is_grad_enabled is not as it was)" in repr(trained.model)
+    trained.model[1].weight.data = trained.model[1].weight.data.clone()
+    assert "steps by the usual way (data_ptr is not as it was)" in repr(trained.model[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"backend": "reference"}, "backend 'reference' has none"),
+        ({"synthesizer": fd.MLPSynthesizer(SIZE, 4)}, "its synthesizer is a MLPSynthesizer"),
+    ],
+)
+def test_why_there_is_none_is_said(options: dict[str, Any], why: str) -> None:
+    layer = fd.FusedDNILinear(SIZE, SIZE, update=fd.SGD(0.01), **options)
+    fd.Schedule(layer, target_every=None)
+    layer(torch.randn(ROWS, SIZE))
+    assert f"steps by the usual way ({why})" in repr(layer)
