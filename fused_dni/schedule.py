@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from numbers import Integral
 from statistics import median
 from typing import Any, Literal, Protocol
 
@@ -98,10 +99,12 @@ class Schedule:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         auto = target_every == "auto"
-        number = target_every is None or (not isinstance(target_every, str) and target_every >= 1)
+        whole = isinstance(target_every, Integral) and not isinstance(target_every, bool)
+        number = target_every is None or (whole and int(target_every) >= 1)
         if not auto and not number:
             raise ValueError(
-                f'target_every must be at least 1, "auto" or None, got {target_every!r}'
+                'target_every must be a whole number of at least 1, "auto" or None, got '
+                f"{target_every!r}"
             )
         if not auto and (bounds != BOUNDS or cost_ratio is not None):
             raise ValueError(

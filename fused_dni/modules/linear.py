@@ -511,7 +511,7 @@ class FusedDNILinear(LinearSteps):
             text += f", interface={self.config.interface!r}"
         if self.update is not None:
             text += f", update={self.update.rule}"
-            if self._binding.tries:
+            if self._binding.tries and self.training:
                 text += f", steps by {way(self)}"
         return text
 

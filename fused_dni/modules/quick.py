@@ -238,7 +238,12 @@ def way(layer: LinearSteps) -> str:
     quick = bound.quick or bound.exact
     if quick is None:
         return f"the usual way ({bound.lacks or 'there was none yet'})"
-    return _said(quick.changed(), bound.checks)
+    said = _said(quick.changed(), bound.checks)
+    if said != "one call":
+        return said
+    if quick is bound.exact:
+        return "one call forward and one back"
+    return said if layer.config.interface == "output" else "one call, without targets"
 
 
 def _said(changed: int | None, checks: Sequence[Check]) -> str:
@@ -268,7 +273,9 @@ class Stacked:
 
     def way(self) -> str:
         """Say how steps are taken now: in one call, or what is in its way."""
-        return _said(self.quick.changed(), self._checks)
+        said = _said(self.quick.changed(), self._checks)
+        ways = [said] if said != "one call" else [way(layer) for layer in self.members]
+        return next((each for each in ways if not each.startswith("one call")), ways[0])
 
     def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
         """Take the step; None if anything is in its way."""

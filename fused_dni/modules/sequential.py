@@ -26,8 +26,8 @@ class DecoupledSequential(nn.Sequential):
     rule, land in ``.grad`` during the backward. What lies behind the last decoupled module (a head,
     say) runs as it always does; what precedes the container gets its gradient in the backward.
 
-    Phases in which the true gradient is needed (warm-up, mixing), ``eval()`` and ``no_grad()`` run
-    as ``nn.Sequential``. The forward is not traceable by ``torch.compile``.
+    Phases in which the true gradient is needed (warm-up, mixing), ``eval()`` (of a decoupled module
+    alone, too) and ``no_grad()`` run as ``nn.Sequential``. The forward is not traceable by ``torch.compile``.
 
     Each h between two modules has one consumer, the next module; running a backward through
     another (taken with a forward hook, say) is an error.
@@ -66,7 +66,8 @@ class DecoupledSequential(nn.Sequential):
 
     def extra_repr(self) -> str:
         """How steps are taken, where it can be in one call."""
-        return "" if self._stack is None else f"steps by {self._stack.way()}"
+        stack = self._stack
+        return "" if stack is None or not self.training else f"steps by {stack.way()}"
 
     def _run(self, input: Tensor, context: Tensor | None) -> Tensor:
         modules = list(self)
@@ -79,8 +80,11 @@ class DecoupledSequential(nn.Sequential):
             return h
         split = interfaces[-1] + 1
         body = modules[:split]
-        phases = [m.phase for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
+        deciding = [m for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
+        phases = [m.phase for m in deciding]
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
+            return _plain(modules, input, context)
+        if not all(m.training for m in deciding):  # one of them predicts nothing
             return _plain(modules, input, context)
         target = phases[-1].target
         h = Delivered.apply(body, context, target, input, *_owed(body, target))

@@ -408,7 +408,24 @@ def test_the_way_is_said() -> None:
     with torch.no_grad():
         assert "(is_grad_enabled is not as it was)" in repr(trained.model)
     trained.model[1].weight.data = trained.model[1].weight.data.clone()
-    assert "steps by the usual way (data_ptr is not as it was)" in repr(trained.model[1])
+    said = repr(trained.model)
+    assert said.count("steps by the usual way (data_ptr is not as it was)") == 2, said
+    assert "steps by" not in repr(trained.model.eval())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"synthesizer": None}, "steps by one call forward and one back"),
+        ({"interface": "preactivation"}, "steps by one call, without targets"),
+    ],
+)
+def test_which_steps_are_one_call_is_said(options: dict[str, Any], said: str) -> None:
+    each = fd.FusedDNILinear(SIZE, SIZE, backend="cpu", update=fd.SGD(0.01), **options)
+    fd.Schedule(each, target_every=None)
+    for _ in range(2):
+        each(torch.randn(ROWS, SIZE))
+    assert said in repr(each)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def test_state_dict():
     ("arguments", "message"),
     [
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
-        ({"target_every": 0}, 'target_every must be at least 1, "auto" or None, got 0'),
+        ({"target_every": 0}, 'a whole number of at least 1, "auto" or None, got 0'),
+        ({"target_every": 2.5}, 'a whole number of at least 1, "auto" or None, got 2.5'),
+        ({"target_every": True}, 'a whole number of at least 1, "auto" or None, got True'),
         ({"mix": 1.5}, r"mix must be in \[0, 1\], got 1.5"),
         ({"mix": float("nan")}, r"mix must be in \[0, 1\], got nan"),
         ({"loss_scale": 0.0}, "loss_scale must be positive and finite"),

@@ -148,6 +148,18 @@ def test_eval_and_no_grad_are_sequential():
     close(dict(immediate.state_dict()), dict(deferred.state_dict()), 0)
 
 
+@rules
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_module_that_evaluates_is_a_plain_one(rule, which):
+    """In a container that trains: what is above it teaches through it, as in nn.Sequential."""
+    immediate, deferred = both(rule)
+    for model in (immediate, deferred):
+        [m for m in model if getattr(m, "synthesizer", None) is not None][which].eval()
+    a, b = (train(m, 4) for m in (immediate, deferred))
+    close([t[0] for t in a], [t[0] for t in b], 0)
+    close(dict(immediate.state_dict()), dict(deferred.state_dict()), 0)
+
+
 def test_context_as_argument():
     immediate, deferred = both(fd.SGD(0.1))
     x, y = double(8, 5), torch.randint(3, (8,))
