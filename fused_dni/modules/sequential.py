@@ -27,7 +27,8 @@ class DecoupledSequential(nn.Sequential):
     say) runs as it always does; what precedes the container gets its gradient in the backward.
 
     Phases in which the true gradient is needed (warm-up, mixing), ``eval()`` (of a decoupled module
-    alone, too) and ``no_grad()`` run as ``nn.Sequential``. The forward is not traceable by ``torch.compile``.
+    alone, too) and ``no_grad()`` run as ``nn.Sequential``. The forward is not traceable by
+    ``torch.compile``.
 
     Each h between two modules has one consumer, the next module; running a backward through
     another (taken with a forward hook, say) is an error.
