@@ -99,8 +99,9 @@ class Schedule:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         auto = target_every == "auto"
-        whole = isinstance(target_every, Integral) and not isinstance(target_every, bool)
-        number = target_every is None or (whole and int(target_every) >= 1)
+        given: Any = target_every
+        whole = isinstance(given, Integral) and not isinstance(given, bool)
+        number = given is None or (whole and int(given) >= 1)
         if not auto and not number:
             raise ValueError(
                 'target_every must be a whole number of at least 1, "auto" or None, got '

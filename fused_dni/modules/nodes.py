@@ -241,9 +241,10 @@ class Taught(Node):
 
     @staticmethod
     def forward(
-        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, _x: Tensor
+        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor | None
     ) -> Tensor:
         h, scaled, reduced, ctx.dx, ctx.context, unit = made
+        ctx.anchors = len(anchors)
         ctx.forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
         ctx.set_materialize_grads(False)
         ctx.module, ctx.spent = module, False
@@ -263,7 +264,8 @@ class Taught(Node):
             teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, None))
         dx = rescaled((ctx.dx,), ctx.loss_scale)
         ctx.dx = ctx.forecast = None
-        return (None, None, None, *dx)
+        none: Slots = (None,) * ctx.anchors
+        return (None, None, *dx, *none)
 
 
 class Exact(Node):
@@ -315,14 +317,17 @@ class ExactStack(Node):
 
     @staticmethod
     def forward(
-        ctx: Any, stack: Any, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
+        ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor
     ) -> Tensor:
         ctx.made, ctx.need_dx = made
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
-        out: Tensor = ctx.made[-1][0]
+        ctx.anchors = len(anchors)
+        out, *saved = ctx.made[-1]
+        ctx.made[-1] = (out.detach(), *saved)  # the output itself would keep its own node alive
         ctx.save_for_backward(out, x, *stack.watched(ctx.need_dx))
-        return out
+        h: Tensor = out
+        return h
 
     @staticmethod
     @once_differentiable
@@ -330,12 +335,13 @@ class ExactStack(Node):
         spend(ctx, TWICE)
         _, x, *_ = ctx.saved_tensors
         gradient = unscaled(arrived, ctx.loss_scale)
+        none: Slots = (None,) * ctx.anchors
         if gradient is None:
-            return (None,) * 4
+            return (None, None, None, *none)
         dx, contribution = ctx.stack.backward(gradient, x, ctx.made, ctx.need_dx)
         ctx.made = None
         at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
-        return (None, None, None, *rescaled((dx,), ctx.loss_scale))
+        return (None, None, *rescaled((dx,), ctx.loss_scale), *none)
 
 
 class Local(Node):

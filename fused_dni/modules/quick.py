@@ -28,7 +28,9 @@ from fused_dni.ops import registry
 from fused_dni.ops.types import (
     Backend,
     Check,
+    LinearConfig,
     LinearGradients,
+    LinearTensors,
     QuickParts,
     QuickSynthesizer,
     Saved,
@@ -39,12 +41,17 @@ from fused_dni.synthesizers import DiagonalSynthesizer, LinearSynthesizer
 # Whose tensors are their parameters, and nothing else counts.
 _SYNTHESIZERS = (LinearSynthesizer, DiagonalSynthesizer)
 
-# What surrounds a call.
+# What surrounds a forward, and a backward and its end too: who looks at the ops or at the parts of
+# a step (annotated, this method is another) gets them.
+_ALWAYS: tuple[Check, ...] = (
+    ("state", torch._C._len_torch_dispatch_stack, None, None, 0),
+    ("state", torch._C._are_functorch_transforms_active, None, None, False),
+    ("attribute", LinearSteps, "step_locally", None, LinearSteps.step_locally),
+)
+# What surrounds a forward.
 _SURROUNDINGS: tuple[Check, ...] = (
     ("state", torch.is_grad_enabled, None, None, True),
     ("state", torch._C._get_tracing_state, None, None, None),
-    ("state", torch._C._len_torch_dispatch_stack, None, None, 0),
-    ("state", torch._C._are_functorch_transforms_active, None, None, False),
     ("state", partial(torch.is_autocast_enabled, "cpu"), None, None, False),
     ("state", torch._C._current_graph_task_id, None, None, -1),
     (
@@ -57,8 +64,6 @@ _SURROUNDINGS: tuple[Check, ...] = (
     ("attribute", DistributedDataParallel, "_active_ddp_module", None, None),
     ("item", vars(forward_ad), "_current_level", None, -1),
     ("empty", nodes.watchers(), "watching", None, None),
-    # Annotated, it is another: whoever looks at the parts of a step gets them.
-    ("attribute", LinearSteps, "step_locally", None, LinearSteps.step_locally),
 )
 
 # What a module's call runs beside its forward.
@@ -84,6 +89,7 @@ def _uncalled(module: nn.Module) -> list[Check]:
     return [
         *[("empty", own[name], name, None, None) for name in _HOOKS],
         ("absent", own, "forward", None, None),
+        ("attribute", type(module), "forward", None, type(module).forward),
         ("attribute", module, "_compiled_call_impl", None, None),
     ]
 
@@ -94,25 +100,37 @@ def _rule(rule: RuleState) -> list[Check]:
     own = rule.__dict__
     found = [
         *_items(own, "_tensors", "group"),
-        *_items(rule.group, *[name for name in rule.group if name != "lr"]),
+        *_items(rule.group, *[name for name in rule._names if name != "lr"]),
     ]
     found += _items(own, "bound") if "bound" in own else [("absent", own, "bound", None, None)]
-    return found + [("attribute", p, "grad", None, None) for p in rule.bound if p is not None]
+    found += [("attribute", p, "grad", None, None) for p in rule.bound if p is not None]
+    moments = () if rule._tensors is None else (*rule._tensors.first, *rule._tensors.second)
+    return found + _memory([rule.hyper, *moments])
 
 
 def _fixed(rule: RuleState) -> bool:
     """Whether the hyper-parameters are numbers, of which none is filled in place."""
-    return not any(isinstance(v, Tensor) for name, v in rule.group.items() if name != "lr")
+    return not any(isinstance(rule.group[name], Tensor) for name in rule._names if name != "lr")
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[Check]:
+def _memory(tensors: Iterable[Tensor | None]) -> list[Check]:
+    """That tensors lie where they lay, as large and of the same type."""
     found: list[Check] = []
     for t in tensors:
         if t is not None:
             found.append(("method", t, "data_ptr", None, t.data_ptr()))
+            found.append(("method", t, "numel", None, t.numel()))
             found.append(("method", t, "is_contiguous", None, True))
-            found.append(("attribute", t, "requires_grad", None, t.requires_grad))
+            found.append(("attribute", t, "dtype", None, t.dtype))
     return found
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[Check]:
+    """The same of parameters and buffers, and whether they are trained."""
+    asked: list[Check] = [
+        ("attribute", t, "requires_grad", None, t.requires_grad) for t in tensors if t is not None
+    ]
+    return _memory(tensors) + asked
 
 
 def _parts(layer: LinearSteps) -> QuickParts | None:
@@ -121,11 +139,14 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
     if rule is None or rule._tensors is None:
         return None
     rules = [own[name] for name in layer.rule_names if own.get(name) is not None]
-    if not all(map(_fixed, rules)):
+    # What is not settled, a cumulative average, is another number in every step.
+    if not all(map(_fixed, rules)) or (norm is not None and not layer.__dict__.get("_seen")):
         return None
     fixed = ("training", "config", "max_norm", "target_scale", "backend", "statistics")
     checks: list[Check] = [
+        *_ALWAYS,
         *_items(own, *fixed),
+        *_memory([layer.statistics]),
         ("item", own, "delivery", None, None),
         *_items(own, *[name for name in layer.rule_names if name in own]),
         ("items value", own, "phase", "probe", None),
@@ -182,11 +203,11 @@ def _bind(
     """Why the layer's step cannot be one call; empty, and the checks of that call, if it can."""
     bound: Binding = layer._binding
     teacher = layer.synthesizer_update
-    if teacher is not None and (layer.phase.target or teacher._tensors is not None):
+    if teacher is not None and teacher._tensors is not None:
         teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
     parts = _parts(layer)
     if parts is None:
-        return "a hyper-parameter of its rule is a tensor", ()
+        return "its rule or its normalisation changes from step to step", ()
     synthesizer = layer._modules["synthesizer"]
     if synthesizer is None:
         bind = getattr(backend, "quick_exact", None)
@@ -263,10 +284,18 @@ class Stacked:
     """
 
     def __init__(
-        self, quick: Any, checks: Sequence[Check], layers: list[LinearSteps], steps: list[Any]
+        self,
+        quick: Any,
+        checks: Sequence[Check],
+        container: nn.Module,
+        layers: list[LinearSteps],
+        steps: list[Any],
     ) -> None:
         self.quick, self.members, self.steps = quick, tuple(layers), steps
         self.last, self._checks = layers[-1], checks
+        self._container, self._held = container, tuple(container._modules.values())
+        learners = [p for p in self.last.learners() if p is not None and p.requires_grad]
+        self.anchors: list[Tensor | None] = [*learners]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -277,11 +306,17 @@ class Stacked:
         ways = [said] if said != "one call" else [way(layer) for layer in self.members]
         return next((each for each in ways if not each.startswith("one call")), ways[0])
 
+    def holds(self, container: nn.Module) -> bool:
+        """Whether it is that container's, and has in it what was there, in that order."""
+        return container is self._container and self._held == tuple(container._modules.values())
+
     def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
         """Take the step; None if anything is in its way."""
+        if container is not self._container or self._held != tuple(container._modules.values()):
+            return None  # as holds(), without a call
         made = self.quick(container, input, context)
         if type(made) is tuple:
-            made = nodes.Taught.apply(self.last, made, self.last._binding.anchor, input)
+            made = nodes.Taught.apply(self.last, made, input, *self.anchors)
         out: Tensor | None = made
         return out
 
@@ -289,21 +324,32 @@ class Stacked:
 class StackedExact(Stacked):
     """The same of layers without synthesizers, which are updated by the true gradient."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.anchors = [layer._binding.anchor for layer in self.members]
+        self.layers: list[tuple[LinearTensors, LinearConfig]] = []
+        for layer in self.members:
+            assert layer._binding.layer is not None
+            self.layers.append((layer._binding.layer, layer.config))
+
     def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
+        scale = self.last.phase.loss_scale
+        if not self.holds(container) or any(
+            [layer.phase.loss_scale != scale for layer in self.members]
+        ):
+            return None
         made = self.quick.forward(container, input, None)
         if made is None:
             return None
-        out: Tensor = nodes.ExactStack.apply(self, made, self.last._binding.anchor, input)
+        out: Tensor = nodes.ExactStack.apply(self, made, input, *self.anchors)
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:
         """What the backward reads of the layers."""
         tensors: list[Tensor | None] = []
-        for layer in self.members:
-            bound = layer._binding.layer
-            assert bound is not None
-            read = need_dx or layer is not self.members[0]
-            tensors += [bound.weight if read else None, bound.norm_weight, bound.norm_bias]
+        for i, (layer, _) in enumerate(self.layers):
+            weight = layer.weight if need_dx or i > 0 else None
+            tensors += [weight, layer.norm_weight, layer.norm_bias]
         return [t for t in tensors if t is not None]
 
     def backward(
@@ -317,14 +363,12 @@ class StackedExact(Stacked):
         contributions: list[tuple[Any, ...]] = []
         inputs = [x, *[h for h, _, _ in made[:-1]]]
         arrived: Tensor | None = gradient
-        for layer, own, (h, *saved) in reversed(list(zip(self.members, inputs, made, strict=True))):
-            backend = layer.synthesizer_backend(own)
-            use = LinearUse(
-                own, h.detach(), Saved(*saved), layer._layer(), layer.config, True, backend
-            )
-            need = need_dx or layer is not self.members[0]
+        for i in reversed(range(len(made))):
+            member, own, (h, *saved) = self.members[i], inputs[i], made[i]
+            backend = member.synthesizer_backend(own)
+            use = LinearUse(own, h.detach(), Saved(*saved), *self.layers[i], True, backend)
             assert arrived is not None
-            (arrived,), (_, gradients) = layer.close(use, arrived, need)
+            (arrived,), (_, gradients) = member.close(use, arrived, need_dx or i > 0)
             contributions.insert(0, (own, gradients.delta, *gradients[3:]))
         return arrived, contributions
 
@@ -335,7 +379,7 @@ class StackedExact(Stacked):
         """Apply each layer's rule."""
         (made,) = contributions
         if not self.quick.update(made):
-            for layer, own in zip(self.members, self.divided(made), strict=True):
+            for layer, own in reversed(list(zip(self.members, self.divided(made), strict=True))):
                 layer.apply_update([own])
 
     def divided(self, contribution: list[tuple[Any, ...]]) -> list[tuple[Tensor, LinearGradients]]:
@@ -354,8 +398,16 @@ def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | No
     """
     exact = all([layer._modules["synthesizer"] is None for layer in layers])
     steps = [layer._binding.exact if exact else layer._binding.quick for layer in layers]
-    if known is not None and all([a is b for a, b in zip(steps, known.steps, strict=False)]):
+    if (
+        known is not None
+        and known.holds(container)
+        and all([a is b for a, b in zip(steps, known.steps, strict=True)])
+    ):
         return known  # what was in its way was of that step alone
+    if len({id(layer) for layer in layers}) < len(layers):
+        return None  # used twice, it is updated once
+    if exact and any([layer._binding.anchor is None for layer in layers]):
+        return None  # frozen, it has no node, and those in front of it may have none
     backend = registry.resolve(layers[0].backend, layers[0].weight, layers[0].weight)
     bind = getattr(backend, "quick_stack", None)
     if bind is None or any(step is None for step in steps):
@@ -365,18 +417,13 @@ def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | No
         for below, above in pairwise(layers)
     ):
         return None
-    held = container._modules
     checks: list[Check] = [
         *_items(container.__dict__, "training", "_modules"),
-        *_items(held, *held),
-        ("method", held, "__len__", None, len(held)),
         *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in _HOOKS],
     ]
     name = "exact" if exact else "quick"
     for layer, step in zip(layers, steps, strict=True):
         checks += [*_uncalled(layer), ("attribute", layer._binding, name, None, step)]
-        if layer._binding.anchor is not None:  # a hook there would be called, if with nothing
-            checks.append(("attribute", layer._binding.anchor, "_backward_hooks", None, None))
     quick = bind(container, _SURROUNDINGS, checks, steps, exact)
     kind = StackedExact if exact else Stacked
-    return kind(quick, (*_SURROUNDINGS, *checks), layers, steps)
+    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, steps)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_dni as fd
 from fused_dni.modules.base import Phase
@@ -156,6 +157,46 @@ def frozen(trained: Trained) -> None:
     trained.model[1].requires_grad_(False)
 
 
+def frozen_last(trained: Trained) -> None:
+    trained.model[2].requires_grad_(False)
+
+
+def frozen_first(trained: Trained) -> None:
+    trained.model[0].requires_grad_(False)
+
+
+def used_twice(trained: Trained) -> None:
+    trained.model.append(trained.model[0])
+
+
+def other_order(trained: Trained) -> None:
+    first = trained.model._modules.pop("0")
+    trained.model.add_module("0", first)
+
+
+def own_loss_scale(trained: Trained) -> None:
+    each = trained.model[0]
+    each.phase = Phase(target=each.phase.target, loss_scale=8.0)
+
+
+def cumulative_average(trained: Trained) -> None:
+    trained.model[1].norm.momentum = None
+
+
+def statistics_elsewhere(trained: Trained) -> None:
+    trained.model[1].statistics.data = torch.zeros_like(trained.model[1].statistics)
+
+
+def pruned(trained: Trained) -> None:
+    """The last rows are gone, where the memory begins is not."""
+    trained.model[1].weight.data = trained.model[1].weight.data[:3]
+
+
+def appended_and_taken_away(trained: Trained) -> None:
+    another_behind(trained)
+    del trained.model[3]
+
+
 def weight_replaced(trained: Trained) -> None:
     trained.model[1].weight.data = trained.model[1].weight.data * 2
 
@@ -184,7 +225,9 @@ def watched(trained: Trained) -> None:
 
 CHANGES = [
     hook_between, hook_in_front, another_behind, ordinary_behind, ordinary_between, swapped,
-    one_less, frozen, weight_replaced, rate, forward_replaced, one_evaluates, loss_scale, watched,
+    one_less, frozen, frozen_last, frozen_first, used_twice, other_order, own_loss_scale,
+    cumulative_average, statistics_elsewhere, pruned, appended_and_taken_away, weight_replaced,
+    rate, forward_replaced, one_evaluates, loss_scale, watched,
 ]  # fmt: skip
 
 
@@ -366,6 +409,90 @@ def test_a_copy_takes_its_own_steps(how: str, by: str) -> None:
             trained.step()
 
     agree(by, run)
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_frozen_and_thawed(by: str) -> None:
+    def run(trained: Trained) -> None:
+        for step in range(30):
+            if step in (9, 16):
+                trained.model[0].requires_grad_(step == 16)
+            trained.step()
+
+    agree(by, run)
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_moments_elsewhere(by: str) -> None:
+    """Memory that a rule has let go of is not written to: the step goes the usual way."""
+    trained = Trained(fd.FusedDNILinear, by)
+    for _ in range(9):
+        trained.step()
+    rule = trained.model[1].synthesizer_update or trained.model[1].update
+    kept = []
+    for moments in rule.moments():
+        for t in filter(lambda t: t is not None, moments):
+            kept.append((t, t.data))
+            t.data = t.data.clone()
+    assert "data_ptr is not as it was" in repr(trained.model[1])
+    before = [old.clone() for _, old in kept]
+    for _ in range(2):
+        trained.step()
+    if by == "true gradient":
+        assert all(torch.equal(old, b) for (_, old), b in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_work_is_counted(by: str) -> None:
+    """A mode that looks at the ops sees all of them, wherever it begins."""
+    found = []
+    for kind in (fd.FusedDNILinear, Usual):
+        trained = Trained(kind, by)
+        for _ in range(8):
+            trained.step()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            trained.step()
+        behind = FlopCounterMode(display=False)
+        trained.step(between=lambda trained, h, mode=behind: mode.__enter__())
+        behind.__exit__(None, None, None)
+        found.append((counter.get_total_flops(), behind.get_total_flops()))
+    assert found[0] == found[1] and min(found[0]) > 0
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_a_forward_that_is_dropped_goes_at_once(by: str) -> None:
+    trained = Trained(fd.FusedDNILinear, by)
+    for _ in range(8):
+        trained.step()
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.randn(ROWS, SIZE)
+        gone = weakref.ref(x)
+        with fd.condition_on(torch.zeros(ROWS, dtype=torch.int64)):
+            h = trained.model(x)
+        del x, h
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_saving_every_epoch_is_no_change(by: str) -> None:
+    """Nor are containers that grew: they are bound anew."""
+    trained = Trained(fd.FusedDNILinear, by)
+    optimizer = fd.FusedOptimizer(trained.model)
+    for _ in range(9):
+        trained.step()
+    for _ in range(5):
+        optimizer.state_dict()
+        assert "usual way" not in repr(trained.model)
+    another_behind(trained)
+    for _ in range(14):
+        trained.step()
+    assert "usual way" not in repr(trained.model), trained.model
+    assert len(trained.model._stack.members) == 4
 
 
 @pytest.mark.parametrize("by", KINDS)
