@@ -316,9 +316,7 @@ class ExactStack(Node):
     """:class:`Exact` of layers one behind the other."""
 
     @staticmethod
-    def forward(
-        ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor) -> Tensor:
         ctx.made, ctx.need_dx = made
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
