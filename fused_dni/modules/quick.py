@@ -109,7 +109,10 @@ def _rule(rule: RuleState) -> list[Check]:
 
 
 def _fixed(rule: RuleState) -> bool:
-    """Whether the hyper-parameters are numbers, of which none is filled in place."""
+    """Whether the hyper-parameters are numbers, of which none is filled in place, and the moments
+    plain memory."""
+    if any(t is not None and type(t) is not Tensor for held in rule.moments() for t in held):
+        return False
     return not any(isinstance(rule.group[name], Tensor) for name in rule._names if name != "lr")
 
 
@@ -189,6 +192,8 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
         layer: a step of which has just been run, and is bound.
         backend: by which; given: the context of that call.
     """
+    if torch._C._len_torch_dispatch_stack():
+        return  # what was made in that step may be no memory
     bound: Binding = layer._binding
     bound.tries += 1
     if bound.tries & (bound.tries - 1):
