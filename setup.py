@@ -50,7 +50,7 @@ BF16_KERNELS = ["linear_bf16.cpp"]
 # Another compiler's new warning must not break an installation.
 STRICT = os.environ.get("FUSED_DNI_WERROR", "0") not in ("", "0")
 FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden",
+    "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden",
     "-Wall", "-Wextra", *(["-Werror"] if STRICT else []),
 ]  # fmt: skip
 # Square roots need no errno, and a * b + c may be one instruction wherever there is one.

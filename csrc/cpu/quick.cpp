@@ -2,16 +2,21 @@
 // between. What that code would have looked at is looked at here: where anything is not as it was
 // when the step was bound, the answer is None, nothing was done, and the module goes its usual way.
 //
-// Everything is read through Python's objects, so that no header of torch is needed.
+// Everything is read through Python's objects and DLPack's table, so that no header of torch is
+// needed.
 #include "quick.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "dispatch.hpp"
+#include "dlpack.hpp"
 #include "reading.hpp"
 
 namespace fused_dni {
@@ -31,12 +36,10 @@ Object asked(const Object& of, const Object& name) {
 
 // Names that are looked up in every step, made once and kept for as long as Python runs.
 struct Names {
-  Object add = py::str("add_"), contiguous = py::str("is_contiguous"), cpu = py::str("is_cpu"),
-         data_ptr = py::str("data_ptr"), dtype = py::str("dtype"), lessons = py::str("lessons"),
-         lr = py::str("lr"), negative = py::str("is_neg"), new_empty = py::str("new_empty"),
-         requires_grad = py::str("requires_grad"), shape = py::str("shape"), size = py::str("size"),
-         version = py::str("_version"), written = py::str("_written"),
-         zero = py::str("_is_zerotensor");
+  Object lessons = py::str("lessons"), lr = py::str("lr"), narrow = py::str("narrow"),
+         negative = py::str("is_neg"), new_empty = py::str("new_empty"),
+         requires_grad = py::str("requires_grad"), size = py::str("size"),
+         version = py::str("_version"), view = py::str("view"), written = py::str("_written");
 };
 const Names& names() {
   static const Names* made = new Names;
@@ -60,11 +63,35 @@ enum CheckKind : int {
   kState,       // of() is wanted
   kEmpty,       // of has no items
   kAbsent,      // of has no item of that name
+  kMemory,      // of is a tensor in the memory that it was in
+};
+
+// Where a tensor lies, and what lies there.
+struct Place {
+  void* at = nullptr;
+  std::int64_t elements = 0;
+  std::uint8_t code = 0, bits = 0;
+
+  static std::optional<Place> of(PyObject* tensor) {
+    dlpack::View seen;
+    if (!dlpack::view(tensor, seen) || seen.device != dlpack::kCpu || seen.lanes != 1 ||
+        !seen.contiguous())
+      return std::nullopt;
+    return Place{seen.address(), seen.elements(), seen.code, seen.bits};
+  }
+  bool operator==(const Place& other) const {
+    return at == other.at && elements == other.elements && code == other.code && bits == other.bits;
+  }
 };
 
 struct Check {
   int kind;
   std::array<Object, 4> objects;  // of, name, more, wanted: as many as it takes
+  std::optional<Place> place;     // of kMemory
+
+  Check(int what, std::array<Object, 4> given) : kind(what), objects(std::move(given)) {
+    if (kind == kMemory) place = Place::of(objects[0].ptr());
+  }
 
   bool holds() const {
     const auto& [of, name, more, wanted] = objects;
@@ -79,6 +106,7 @@ struct Check {
       case kState: return same(taken(PyObject_CallNoArgs(of.ptr())).ptr(), wanted.ptr());
       case kEmpty: return PyObject_Length(of.ptr()) == 0;
       case kAbsent: return PyDict_Contains(of.ptr(), name.ptr()) == 0;
+      case kMemory: return place && Place::of(of.ptr()) == place;
     }
     return false;
   }
@@ -90,7 +118,7 @@ class Guard {
   explicit Guard(const py::handle& rows) {
     for (const py::handle& each : rows) {
       const auto row = py::reinterpret_borrow<py::tuple>(each);
-      checks_.push_back({row[0].cast<int>(), {row[1], row[2], row[3], row[4]}});
+      checks_.emplace_back(row[0].cast<int>(), std::array<Object, 4>{row[1], row[2], row[3], row[4]});
     }
   }
 
@@ -153,30 +181,51 @@ struct Memory {
   void* at = nullptr;
 };
 
+// A type of elements, as DLPack says it.
+struct Element {
+  std::uint8_t code, bits;
+};
+constexpr Element kInt64{dlpack::kInt, 64};
+
 // Whether t is a torch.Tensor in plain memory: [rows, columns] or, with columns 0, [rows].
-bool plain(const Object& t, const Object& type, const Object& dtype, std::int64_t columns,
+bool plain(const Object& t, const Object& type, Element element, std::int64_t columns,
            Memory& memory) {
+  dlpack::View seen;
   if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type.ptr() ||
-      attribute(t, names().dtype).ptr() != dtype.ptr() ||
-      attribute(t, names().cpu).ptr() != Py_True || asked(t, names().contiguous).ptr() != Py_True ||
-      asked(t, names().negative).ptr() != Py_False || asked(t, names().zero).ptr() != Py_False)
+      !dlpack::view(t.ptr(), seen) || !seen.is(element.code, element.bits) ||
+      seen.dimensions != (columns ? 2 : 1) || (columns && seen.shape[1] != columns) ||
+      !seen.contiguous() || asked(t, names().negative).ptr() != Py_False)
     return false;
-  const Object shape = attribute(t, names().shape);
-  if (!shape || PyTuple_GET_SIZE(shape.ptr()) != (columns ? 2 : 1)) return false;
-  memory.rows = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 0));
-  if (columns && PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 1)) != columns) return false;
-  const Object address = asked(t, names().data_ptr);
-  memory.at = address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
-  return memory.at != nullptr && !PyErr_Occurred();
+  memory.rows = seen.shape[0];
+  memory.at = seen.address();
+  return true;
 }
 
 Object new_empty(const Object& like, std::int64_t rows, std::int64_t columns) {
   return like.attr(names().new_empty)(rows, columns);
 }
+// Of a tensor made here, or None.
 void* address(const Object& t) {
-  if (!t || t.is_none()) return nullptr;
-  return PyLong_AsVoidPtr(Object(t.attr(names().data_ptr)()).ptr());
+  dlpack::View seen;
+  return !t || t.is_none() || !dlpack::view(t.ptr(), seen) ? nullptr : seen.address();
 }
+
+// Where pieces lie in one tensor that holds them all.
+class Layout {
+ public:
+  explicit Layout(Element element) : unit_(512 / element.bits) {}
+
+  std::int64_t take(std::int64_t elements) {  // begins on a cache line's multiple
+    const std::int64_t at = used_;
+    used_ += (elements + unit_ - 1) / unit_ * unit_;
+    return at;
+  }
+  std::int64_t size() const { return used_; }
+
+ private:
+  std::int64_t unit_, used_ = 0;
+};
+constexpr std::int64_t kNowhere = -1;
 
 // ---- What all quick steps are ----------------------------------------------------------------------
 
@@ -189,12 +238,15 @@ struct Batch {
   bool asks = false;           // whether whoever made x wants a gradient for it
 };
 
-// Which of the checks of both does not hold; None if all do.
-Object changed_of(const Guard& surroundings, const Guard& own) {
-  std::size_t at = surroundings.broken();
-  if (at == surroundings.size()) at += own.broken();
-  if (at == surroundings.size() + own.size()) return py::none();
-  return py::int_(at);
+// Which of all the checks does not hold, counted through; None if all do.
+Object changed_of(std::initializer_list<const Guard*> guards) {
+  std::size_t before = 0;
+  for (const Guard* guard : guards) {
+    const std::size_t at = guard->broken();
+    if (at < guard->size()) return py::int_(before + at);
+    before += guard->size();
+  }
+  return py::none();
 }
 
 class Quick {
@@ -202,39 +254,42 @@ class Quick {
   explicit Quick(const py::dict& parts)
       : module_(parts["module"]),
         tensor_(parts["tensor"]),
-        dtype_(parts["dtype"]),
         mark_(parts["mark"]),
         threads_(parts["threads"]),
         increment_(parts["increment"]),
         type_(parts["type"].cast<std::size_t>()),
+        element_{dlpack::kFloat, static_cast<std::uint8_t>(type_ ? 64 : 32)},
         least_(parts["least"].cast<std::int64_t>()),
         layer_(read_layer(parts["layer"])),
         surroundings_(parts["surroundings"]),
+        always_(parts["always"]),
         own_(parts["own"]),
-        counter_(parts["counter"]),
+        counter_(static_cast<std::int64_t*>(address(parts["counter"]))),
         rule_(parts["rule"], parts["group"], parts["state"]) {}
 
   const LayerArguments& layer() const { return layer_; }
-  std::size_t type() const { return type_; }
+  Element element() const { return element_; }
   bool is(const Object& module) const { return module.is(module_); }
-  bool surrounded() const { return surroundings_.holds(); }
-  Object changed() const { return changed_of(surroundings_, own_); }
+  Object changed() const { return changed_of({&surroundings_, &always_, &own_}); }
+  bool surrounded() const { return surroundings_.holds() && always_.holds(); }
+  bool uninspected() const { return always_.holds(); }
   bool unchanged() const { return own_.holds(); }
 
   // Whether the input is one that this serves.
   bool takes(const Object& input, Batch& batch) const {
-    if (!plain(input, tensor_, dtype_, layer_.in, batch.x)) return cleared();
+    if (!plain(input, tensor_, element_, layer_.in, batch.x)) return cleared();
     batch.requires_grad = attribute(input, names().requires_grad).ptr() == Py_True;
     batch.asks = batch.requires_grad && !marked(input);
     return counts(batch) || cleared();
   }
-  // The same of what another layer has handed on.
+  // Whether so many rows are enough, and with how many threads and which rate.
   bool counts(Batch& batch) const {
-    if (batch.x.rows < least_ || !rule_.read(batch.rate)) return false;
     const Object threads = taken(PyObject_CallNoArgs(threads_.ptr()));
     batch.threads = threads ? static_cast<int>(PyLong_AsLong(threads.ptr())) : 0;
-    return batch.threads > 0;
+    return batch.threads > 0 && follows(batch);
   }
+  // The same where the threads are known: of a layer behind another.
+  bool follows(Batch& batch) const { return batch.x.rows >= least_ && rule_.read(batch.rate); }
 
   Object result(const Object& like, std::int64_t rows) const {
     return new_empty(like, rows, layer_.out);
@@ -246,7 +301,7 @@ class Quick {
     return layer;
   }
   void count_batch() const {
-    if (!counter_.is_none()) counter_.attr(names().add)(1);
+    if (counter_) ++*counter_;
   }
   void wrote(const Object& tensors) const { increment_(tensors); }
   void mark(const Object& h) const { py::setattr(h, mark_, h.attr(names().version)); }
@@ -254,11 +309,9 @@ class Quick {
   // For Python's collector: what is held leads back to the module that holds this.
   template <class Visit>
   void each(const Visit& visit) {
-    surroundings_.each(visit);
-    own_.each(visit);
+    for (Guard* guard : {&surroundings_, &always_, &own_}) guard->each(visit);
     rule_.each(visit);
-    for (Object* object : {&module_, &tensor_, &dtype_, &mark_, &threads_, &increment_, &counter_})
-      visit(*object);
+    for (Object* object : {&module_, &tensor_, &mark_, &threads_, &increment_}) visit(*object);
   }
 
   static bool cleared() {
@@ -267,12 +320,13 @@ class Quick {
   }
 
  protected:
-  Object module_, tensor_, dtype_, mark_, threads_, increment_;
+  Object module_, tensor_, mark_, threads_, increment_;
   std::size_t type_;  // 0 float, 1 double
+  Element element_;
   std::int64_t least_;
   LayerArguments layer_;
-  Guard surroundings_, own_;
-  Object counter_;
+  Guard surroundings_, always_, own_;  // always_: of a backward's surroundings too
+  std::int64_t* counter_;               // of batches; null for none
   LiveRule rule_;
 
  private:
@@ -295,9 +349,15 @@ struct Told {
 // How a step is run: without a target, with one, or by nobody here.
 enum class Way { kUntaught, kTaught, kUsual };
 
-// What a step leaves; None where there is none.
+// What a step leaves; null where there is none.
 struct Made {
+  void *h = nullptr, *scaled = nullptr, *reduced = nullptr, *dx = nullptr;
+};
+// The same as tensors; None where there is none.
+struct Handed {
   Object h, scaled, reduced, dx;
+
+  Made made() const { return {address(h), address(scaled), address(reduced), address(dx)}; }
 };
 
 class QuickStep : public Quick {
@@ -307,7 +367,7 @@ class QuickStep : public Quick {
         untaught_(parts["untaught"]),
         taught_(parts["taught"]),
         synthesizer_(read_synthesizer(parts["synthesizer"], 0)),
-        label_(parts["label"]),
+        labels_(parts["labels"].cast<bool>()),
         context_(parts["context"]),
         unit_(parts["unit"]),
         written_(parts["written"]),
@@ -334,15 +394,15 @@ class QuickStep : public Quick {
       return py::none();
     const bool target = way == Way::kTaught;
     if (!target && batch.requires_grad) return py::none();
-    const Made made = room(input, batch.x.rows, target, batch.asks);
-    run(batch, told, made);
+    const Handed made = hands(input, batch.x.rows, target, batch.asks);
+    const LinearStep step = stepping(batch, told, made.made());
+    {
+      py::gil_scoped_release release;
+      run(step);
+    }
     wrote(written_);
-    count_batch();
     last_();
-    if (target)
-      return py::make_tuple(made.h, made.scaled, made.reduced, made.dx, told.labels, unit());
-    mark(made.h);
-    return made.h;
+    return returned(made, target, told);
   }
 
   // The synthesizer's lesson; whether it was given.
@@ -351,15 +411,21 @@ class QuickStep : public Quick {
     Memory seen, gradient;
     Batch batch;
     Told told{labels, nullptr};
-    if (preactivation_ || !unchanged() || !plain(h, tensor_, dtype_, layer_.out, seen) ||
-        !plain(arrived, tensor_, dtype_, layer_.out, gradient) || seen.rows != gradient.rows)
+    if (preactivation_ || !uninspected() || !unchanged() ||
+        !plain(h, tensor_, element_, layer_.out, seen) ||
+        !plain(arrived, tensor_, element_, layer_.out, gradient) || seen.rows != gradient.rows)
       return cleared();
     batch.x.rows = gradient.rows;
     const Object now = attribute(unit_, names().size);
     const bool same_unit = now && PyObject_RichCompareBool(now.ptr(), unit.ptr(), Py_EQ) == 1;
     if (!same_unit || !counts(batch) || !tells(told, gradient.rows) || !teachable())
       return cleared();
-    teach(batch, told, Made{h, scaled, reduced, {}}, gradient.at);
+    const Handed made{h, scaled, reduced, {}};
+    const SynthesizerTrain lesson = teaching(batch, told, made.made(), gradient.at);
+    {
+      py::gil_scoped_release release;
+      run(lesson);
+    }
     wrote(learned_);
     return true;
   }
@@ -373,7 +439,7 @@ class QuickStep : public Quick {
   }
   // The labels, given or of the context.
   bool tells(Told& told, std::int64_t rows) const {
-    if (label_.is_none()) return told.labels.is_none();
+    if (!labels_) return told.labels.is_none();
     if (told.labels.is_none()) {
       PyObject* value = nullptr;
       if (PyContextVar_Get(context_.ptr(), nullptr, &value) < 0) return cleared();
@@ -381,7 +447,7 @@ class QuickStep : public Quick {
       if (!told.labels) return false;
     }
     Memory memory;
-    if (!plain(told.labels, tensor_, label_, 0, memory) || memory.rows != rows) return cleared();
+    if (!plain(told.labels, tensor_, kInt64, 0, memory) || memory.rows != rows) return cleared();
     told.at = static_cast<const std::int64_t*>(memory.at);
     for (std::int64_t n = 0; n < rows; ++n)
       if (told.at[n] < 0 || told.at[n] >= synthesizer_.classes) return false;
@@ -402,14 +468,24 @@ class QuickStep : public Quick {
     if (n < earliest_) return n != 1;
     return (n & (n - 1)) != 0 && n % interval_ != 0;
   }
-  Made room(const Object& like, std::int64_t rows, bool target, bool need_dx) const {
+  // Tensors for what a step leaves.
+  Handed hands(const Object& like, std::int64_t rows, bool target, bool need_dx) const {
     const auto wanted = [&](bool there, std::int64_t columns) {
       return there ? new_empty(like, rows, columns) : Object(py::none());
     };
-    return {result(like, rows), wanted(target, layer_.out),
+    return {wanted(true, layer_.out), wanted(target, layer_.out),
             wanted(target && synthesizer_.down, synthesizer_.rank), wanted(need_dx, layer_.in)};
   }
-  void run(const Batch& batch, const Told& told, const Made& made) const {
+  // What a step returns to Python.
+  Object returned(const Handed& made, bool target, const Told& told) const {
+    if (!target) {
+      mark(made.h);
+      return made.h;
+    }
+    return py::make_tuple(made.h, made.scaled, made.reduced, made.dx, told.labels, unit());
+  }
+  // The step, of which all is done but what run() does, which needs no interpreter.
+  LinearStep stepping(const Batch& batch, const Told& told, const Made& made) const {
     LinearStep step{};
     step.layer = over(batch);
     step.synthesizer = told_by(told, batch.x.rows);
@@ -418,24 +494,28 @@ class QuickStep : public Quick {
     step.max_norm = max_norm_;
     step.preactivation = preactivation_;
     step.x = batch.x.at;
-    step.h = address(made.h);
-    step.scaled = address(made.scaled);
-    step.reduced = address(made.reduced);
-    step.grad_x = address(made.dx);
+    step.h = made.h;
+    step.scaled = made.scaled;
+    step.reduced = made.reduced;
+    step.grad_x = made.dx;
     rule_.write(batch.rate);
-    py::gil_scoped_release release;
-    kernels().linear_step[type_](step);
+    return step;
   }
-  void teach(const Batch& batch, const Told& told, const Made& made, const void* arrived) const {
+  void run(const LinearStep& step) const {
+    kernels().linear_step[type_](step);
+    count_batch();
+  }
+  SynthesizerTrain teaching(const Batch& batch, const Told& told, const Made& made,
+                            const void* arrived) const {
     SynthesizerTrain lesson{};
     lesson.synthesizer = told_by(told, batch.x.rows);
     lesson.rows = batch.x.rows;
     lesson.features = layer_.out;
     lesson.threads = batch.threads;
     lesson.target_scale = scale(batch.x.rows);
-    lesson.h = address(made.h);
-    lesson.scaled = address(made.scaled);
-    lesson.reduced = address(made.reduced);
+    lesson.h = made.h;
+    lesson.scaled = made.scaled;
+    lesson.reduced = made.reduced;
     lesson.grad_h = arrived;
     lesson.statistics = statistics_;
     lesson.update = true;
@@ -447,13 +527,14 @@ class QuickStep : public Quick {
       const Object lessons = unit_.attr(names().lessons);
       py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
     }
-    py::gil_scoped_release release;
-    kernels().synthesizer_train[type_](lesson);
+    return lesson;
   }
+  void run(const SynthesizerTrain& lesson) const { kernels().synthesizer_train[type_](lesson); }
   const Object& written() const { return written_; }
   const Object& learned() const { return learned_; }
   const Object& last() const { return last_; }
   Object unit() const { return unit_.attr(names().size); }
+  std::int64_t rank() const { return synthesizer_.down ? synthesizer_.rank : 0; }
 
   template <class Visit>
   void each(const Visit& visit) {
@@ -461,8 +542,7 @@ class QuickStep : public Quick {
     untaught_.each(visit);
     taught_.each(visit);
     if (teacher_) teacher_->each(visit);
-    for (Object* object : {&label_, &context_, &unit_, &written_, &learned_, &last_})
-      visit(*object);
+    for (Object* object : {&context_, &unit_, &written_, &learned_, &last_}) visit(*object);
   }
 
  private:
@@ -480,7 +560,8 @@ class QuickStep : public Quick {
   Guard untaught_, taught_;
   SynthesizerArguments synthesizer_;
   std::optional<LiveRule> teacher_;  // none before its first lesson
-  Object label_, context_, unit_, written_, learned_, last_;
+  bool labels_;                      // whether the synthesizer is told labels
+  Object context_, unit_, written_, learned_, last_;
   double max_norm_;
   bool preactivation_, given_kappa_;
   double kappa_;
@@ -490,13 +571,13 @@ class QuickStep : public Quick {
 
 // ---- A step by the true gradient ---------------------------------------------------------------------
 
-// What a forward leaves for the backward; None where that reads nothing.
+// What a forward leaves for the backward; null where that reads nothing.
 struct Kept {
-  Object h, normalized, rstd;
+  void *h = nullptr, *normalized = nullptr, *rstd = nullptr;
 };
 // What a backward makes: of x if it is wanted, at z, and of bias, scale and shift where there are any.
 struct Gradients {
-  Object x, delta, bias, scale, shift;
+  void *x = nullptr, *delta = nullptr, *bias = nullptr, *scale = nullptr, *shift = nullptr;
 };
 
 class QuickExact : public Quick {
@@ -512,10 +593,19 @@ class QuickExact : public Quick {
     Batch batch;
     if (!is(module) || !context.is_none() || !surrounded() || !unchanged() || !takes(input, batch))
       return py::none();
-    const Kept kept = run_forward(input, batch);
+    const std::int64_t rows = batch.x.rows;
+    const Object h = new_empty(input, rows, layer_.out);
+    Object normalized = py::none(), rstd = py::none();
+    if (keeps_) normalized = new_empty(input, rows, layer_.out);
+    if (layer_.normalization) rstd = input.attr(names().new_empty)(statistics(rows));
+    const LinearForward forward =
+        going(batch, {address(h), address(normalized), address(rstd)});
+    {
+      py::gil_scoped_release release;
+      run(forward);
+    }
     if (PyObject_Length(moved_.ptr()) > 0) wrote(moved_);
-    count_batch();
-    return py::make_tuple(kept.h, kept.normalized, kept.rstd, batch.asks);
+    return py::make_tuple(h, normalized, rstd, batch.asks);
   }
 
   // dx or None, delta, and the gradients of bias, scale and shift or None; or None.
@@ -523,22 +613,42 @@ class QuickExact : public Quick {
                   const Object& rstd, bool need_dx) const {
     Batch batch;
     Memory gradient;
-    if (!unchanged() || !arrives(arrived, batch, gradient)) {
+    if (!uninspected() || !unchanged() || !arrives(arrived, batch, gradient)) {
       cleared();
       return py::none();
     }
     batch.x.at = address(x);
-    const Gradients made =
-        run_backward(arrived, gradient.at, batch, {h, normalized, rstd}, need_dx);
-    return py::make_tuple(made.x, made.delta, made.bias, made.scale, made.shift);
+    const auto vector = [&](const void* there) {
+      return there ? Object(x.attr(names().new_empty)(layer_.out)) : Object(py::none());
+    };
+    const Object delta = new_empty(x, gradient.rows, layer_.out), bias = vector(layer_.bias),
+                 scale = vector(layer_.norm_weight), shift = vector(layer_.norm_bias);
+    Object dx = py::none();
+    if (need_dx) dx = new_empty(x, gradient.rows, layer_.in);
+    const LinearBackward backward = returning(
+        batch, gradient.at, {address(h), address(normalized), address(rstd)},
+        {address(dx), address(delta), address(bias), address(scale), address(shift)});
+    {
+      py::gil_scoped_release release;
+      run(backward);
+    }
+    return py::make_tuple(dx, delta, bias, scale, shift);
   }
 
   // The update from x and the LinearGradients of fused_dni/ops/types.py; whether it was made.
   bool update(const Object& x, const py::tuple& made) const {
     Batch batch;
-    const Gradients gradients{{}, made[0], made[3], made[4], made[5]};
-    if (!updates(x, gradients, batch)) return cleared();
-    run_update(batch, gradients);
+    Memory delta;
+    if (!uninspected() || !unchanged() || !plain(x, tensor_, element_, layer_.in, batch.x) ||
+        !plain(made[0], tensor_, element_, layer_.out, delta) || delta.rows != batch.x.rows ||
+        !counts(batch))
+      return cleared();
+    const LinearUpdate update = updating(
+        batch, {nullptr, delta.at, address(made[3]), address(made[4]), address(made[5])});
+    {
+      py::gil_scoped_release release;
+      run(update);
+    }
     wrote(written_);
     return true;
   }
@@ -546,71 +656,60 @@ class QuickExact : public Quick {
   // ---- The same in parts, for stacks ---------------------------------------------------------------
 
   bool arrives(const Object& arrived, Batch& batch, Memory& gradient) const {
-    if (!plain(arrived, tensor_, dtype_, layer_.out, gradient)) return false;
+    if (!plain(arrived, tensor_, element_, layer_.out, gradient)) return false;
     batch.x.rows = gradient.rows;
     return counts(batch);
   }
-  bool updates(const Object& x, const Gradients& made, Batch& batch) const {
-    Memory delta;
-    return unchanged() && plain(x, tensor_, dtype_, layer_.in, batch.x) &&
-           plain(made.delta, tensor_, dtype_, layer_.out, delta) && delta.rows == batch.x.rows &&
-           counts(batch);
-  }
-  Kept run_forward(const Object& like, const Batch& batch) const {
-    const std::int64_t rows = batch.x.rows;
-    Kept kept{result(like, rows), py::none(), py::none()};
-    if (keeps_) kept.normalized = result(like, rows);
-    if (layer_.normalization)
-      kept.rstd = like.attr(names().new_empty)(layer_.normalization == 1 ? layer_.out : rows);
+  LinearForward going(const Batch& batch, const Kept& kept) const {
     LinearForward a{};
     a.layer = over(batch);
     a.x = batch.x.at;
-    a.h = address(kept.h);
-    a.normalized = address(kept.normalized);
-    a.rstd = address(kept.rstd);
-    py::gil_scoped_release release;
-    kernels().linear_forward[type_](a);
-    return kept;
+    a.h = kept.h;
+    a.normalized = kept.normalized;
+    a.rstd = kept.rstd;
+    return a;
   }
-  Gradients run_backward(const Object& like, const void* arrived, const Batch& batch,
-                         const Kept& kept, bool need_dx) const {
-    const auto vector = [&](const void* there) {
-      return there ? Object(like.attr(names().new_empty)(layer_.out)) : Object(py::none());
-    };
-    const std::int64_t rows = batch.x.rows;
-    Gradients made{py::none(), result(like, rows), vector(layer_.bias), vector(layer_.norm_weight),
-                   vector(layer_.norm_bias)};
-    if (need_dx) made.x = new_empty(like, rows, layer_.in);
+  LinearBackward returning(const Batch& batch, const void* arrived, const Kept& kept,
+                           const Gradients& made) const {
     LinearBackward a{};
     a.layer = over(batch);
     a.grad_h = arrived;
     a.x = batch.x.at;
-    a.h = address(kept.h);
-    a.normalized = address(kept.normalized);
-    a.rstd = address(kept.rstd);
-    a.delta = address(made.delta);
-    a.grad_x = address(made.x);
-    a.grad_bias = address(made.bias);
-    a.grad_norm_weight = address(made.scale);
-    a.grad_norm_bias = address(made.shift);
-    py::gil_scoped_release release;
-    kernels().linear_backward[type_](a);
-    return made;
+    a.h = kept.h;
+    a.normalized = kept.normalized;
+    a.rstd = kept.rstd;
+    a.delta = made.delta;
+    a.grad_x = made.x;
+    a.grad_bias = made.bias;
+    a.grad_norm_weight = made.scale;
+    a.grad_norm_bias = made.shift;
+    return a;
   }
-  void run_update(const Batch& batch, const Gradients& made) const {
+  LinearUpdate updating(const Batch& batch, const Gradients& made) const {
     LinearUpdate a{};
     a.layer = over(batch);
     a.layer.normalization = a.layer.activation = 0;  // what made delta does not matter
     a.layer.training = false;
     a.rule = rule_.arguments();
     a.x = batch.x.at;
-    a.delta = address(made.delta);
-    a.grad_bias = address(made.bias);
-    a.grad_norm_weight = address(made.scale);
-    a.grad_norm_bias = address(made.shift);
+    a.delta = made.delta;
+    a.grad_bias = made.bias;
+    a.grad_norm_weight = made.scale;
+    a.grad_norm_bias = made.shift;
     rule_.write(batch.rate);
-    py::gil_scoped_release release;
-    kernels().linear_update[type_](a);
+    return a;
+  }
+  void run(const LinearForward& forward) const {
+    kernels().linear_forward[type_](forward);
+    count_batch();
+  }
+  void run(const LinearBackward& backward) const { kernels().linear_backward[type_](backward); }
+  void run(const LinearUpdate& update) const { kernels().linear_update[type_](update); }
+
+  bool keeps() const { return keeps_; }
+  // Elements of rstd; 0 for none.
+  std::int64_t statistics(std::int64_t rows) const {
+    return layer_.normalization == 0 ? 0 : layer_.normalization == 1 ? layer_.out : rows;
   }
   const Object& moved() const { return moved_; }
   const Object& written() const { return written_; }
@@ -629,7 +728,8 @@ class QuickExact : public Quick {
 
 // ---- Stacks ------------------------------------------------------------------------------------------
 
-// Layers one behind the other, each of which reads what the one below made.
+// Layers one behind the other, each of which reads what the one below made. What only they read
+// lies in one tensor.
 template <class Step>
 class Stack {
  public:
@@ -641,7 +741,7 @@ class Stack {
     for (const py::handle& each : steps_) layers_.push_back(each.cast<const Step*>());
   }
 
-  Object changed() const { return changed_of(surroundings_, own_); }
+  Object changed() const { return changed_of({&surroundings_, &own_}); }
 
   template <class Visit>
   void each(const Visit& visit) {
@@ -653,7 +753,25 @@ class Stack {
 
  protected:
   bool stands(const Object& module) const {
-    return module.is(module_) && surroundings_.holds() && own_.holds();
+    return module.is(module_) && surroundings_.holds() && layers_[0]->uninspected() && own_.holds();
+  }
+  Element element() const { return layers_[0]->element(); }
+  // One tensor for all pieces of the layout, and where it begins.
+  std::pair<Object, char*> room(const Object& like, const Layout& layout) const {
+    const Object made = like.attr(names().new_empty)(layout.size());
+    return {made, static_cast<char*>(address(made))};
+  }
+  // The piece at `offset` elements; null for kNowhere.
+  void* at(char* room, std::int64_t offset) const {
+    return offset == kNowhere ? nullptr : room + offset * (element().bits / 8);
+  }
+  // The same as a tensor, or None.
+  Object piece(const Object& room, std::int64_t offset, std::int64_t rows,
+               std::int64_t columns) const {
+    if (offset == kNowhere) return py::none();
+    const std::int64_t count = columns ? rows * columns : rows;
+    const Object flat = room.attr(names().narrow)(0, offset, count);
+    return columns ? Object(flat.attr(names().view)(rows, columns)) : flat;
   }
   // What `of` says of each layer, in one list.
   template <class Of>
@@ -662,8 +780,12 @@ class Stack {
     for (std::size_t i = 0; i < count; ++i) joined += py::list(of(*layers_[i]));
     return std::move(joined);
   }
-  void count_batches() const {
-    for (const Step* layer : layers_) layer->count_batch();
+  // The most that `of` says of any layer but the last (and but the first, from 1 on).
+  template <class Of>
+  std::int64_t most(std::size_t from, std::size_t to, const Of& of) const {
+    std::int64_t found = 0;
+    for (std::size_t i = from; i < to; ++i) found = std::max(found, of(*layers_[i]));
+    return found;
   }
 
   Object module_;
@@ -688,30 +810,38 @@ class QuickStack : public Stack<QuickStep> {
     const Way way = ready(module, input, context, batches, told);
     if (way == Way::kUsual) return py::none();
     const bool target = way == Way::kTaught;
+    const std::size_t count = layers_.size();
+    const QuickStep& last = *layers_.back();
     const std::int64_t rows = batches[0].x.rows;
-    Object dx = py::none();
+    Handed handed = last.hands(input, rows, target, false);
+    if (batches[0].asks) handed.dx = new_empty(input, rows, layers_[0]->layer().in);
+    const auto [inside, pieces] = between(input, rows, target);
+
+    std::vector<LinearStep> steps;
+    std::vector<SynthesizerTrain> lessons;
     Made below;
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      const bool need_dx = target && (i > 0 || batches[0].asks);
-      const Made made = layers_[i]->room(input, rows, target, need_dx);
-      layers_[i]->run(batches[i], told[i], made);
-      if (i + 1 < layers_.size()) batches[i + 1].x.at = address(made.h);
-      if (i == 0)
-        dx = made.dx;
-      else if (target)
-        layers_[i - 1]->teach(batches[i - 1], told[i - 1], below, address(made.dx));
+    for (std::size_t i = 0; i < count; ++i) {
+      Made made = pieces[i % 2];
+      if (i + 1 == count) made = handed.made();
+      if (!layers_[i]->rank()) made.reduced = nullptr;
+      made.dx = i == 0 ? address(handed.dx) : target ? pieces[0].dx : nullptr;
+      steps.push_back(layers_[i]->stepping(batches[i], told[i], made));
+      if (i + 1 < count) batches[i + 1].x.at = made.h;
+      if (i > 0 && target)
+        lessons.push_back(layers_[i - 1]->teaching(batches[i - 1], told[i - 1], below, made.dx));
       below = made;
     }
-    const QuickStep& last = *layers_.back();
+    {
+      py::gil_scoped_release release;
+      for (std::size_t i = 0; i < count; ++i) {
+        layers_[i]->run(steps[i]);
+        if (i > 0 && target) layers_[i - 1]->run(lessons[i - 1]);
+      }
+    }
     last.wrote(written_);
     if (target) last.wrote(learned_);
-    count_batches();
     last.last()();
-    if (target)
-      return py::make_tuple(below.h, below.scaled, below.reduced, dx, told.back().labels,
-                            last.unit());
-    last.mark(below.h);
-    return below.h;
+    return last.returned(handed, target, told.back());
   }
 
   template <class Visit>
@@ -722,6 +852,33 @@ class QuickStack : public Stack<QuickStep> {
   }
 
  private:
+  // What layers leave to the next one alone. A layer's is read until the next one's lesson to it is
+  // over, a gradient only by that: two rooms for the one, which layers use in turn, and one for the
+  // other.
+  std::pair<Object, std::array<Made, 2>> between(const Object& like, std::int64_t rows,
+                                                 bool target) const {
+    const std::size_t count = layers_.size();
+    std::array<Made, 2> pieces;
+    if (count == 1) return {Object(), pieces};
+    const auto out = [](const QuickStep& step) { return step.layer().out; };
+    const auto rank = [](const QuickStep& step) { return step.rank(); };
+    const auto in = [](const QuickStep& step) { return step.layer().in; };
+    const std::int64_t features = rows * most(0, count - 1, out),
+                       ranks = rows * most(0, count - 1, rank),
+                       inputs = rows * most(1, count, in);
+    Layout layout(element());
+    std::int64_t h[2], scaled[2], reduced[2];
+    for (int i = 0; i < 2; ++i) {
+      h[i] = layout.take(features);
+      scaled[i] = target ? layout.take(features) : kNowhere;
+      reduced[i] = target ? layout.take(ranks) : kNowhere;
+    }
+    const std::int64_t dx = target ? layout.take(inputs) : kNowhere;
+    auto [made, begin] = room(like, layout);
+    for (int i = 0; i < 2; ++i)
+      pieces[i] = {at(begin, h[i]), at(begin, scaled[i]), at(begin, reduced[i]), at(begin, dx)};
+    return {std::move(made), pieces};
+  }
   // All is looked at before anything is changed.
   Way ready(const Object& module, const Object& input, const Object& context,
             std::vector<Batch>& batches, std::vector<Told>& told) const {
@@ -732,7 +889,7 @@ class QuickStack : public Stack<QuickStep> {
     if (way == Way::kUntaught && batch.requires_grad) return Way::kUsual;
     for (const QuickStep* layer : layers_) {
       told.push_back({context, nullptr});
-      if ((layer != layers_[0] && layer->way() != way) || !layer->counts(batch) ||
+      if ((layer != layers_[0] && layer->way() != way) || !layer->follows(batch) ||
           !layer->tells(told.back(), batch.x.rows) || !layer->sized() ||
           (way == Way::kTaught && layer != layers_.back() && !layer->teachable())) {
         Quick::cleared();
@@ -754,74 +911,138 @@ class QuickExactStack : public Stack<QuickExact> {
         moved_(all(layers_.size(), [](const QuickExact& step) { return step.moved(); })),
         written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {}
 
-  // A list of (h, normalized, rstd), a layer each, and whether the input wants a gradient; or None.
+  // The last layer's h, what else they leave for a backward, and whether the input wants a gradient;
+  // or None.
   Object forward(const Object& module, const Object& input, const Object& context) const {
     Batch batch;
     if (!context.is_none() || !stands(module) || !layers_[0]->takes(input, batch))
       return py::none();
     const bool asks = batch.asks;
     for (const QuickExact* layer : layers_)
-      if (!layer->unchanged() || !layer->counts(batch)) {
+      if (!layer->unchanged() || !layer->follows(batch)) {
         Quick::cleared();
         return py::none();
       }
-    py::list made;
-    for (const QuickExact* layer : layers_) {
-      const Kept kept = layer->run_forward(input, batch);
-      made.append(py::make_tuple(kept.h, kept.normalized, kept.rstd));
-      batch.x.at = address(kept.h);
+    const std::int64_t rows = batch.x.rows;
+    const Object h = new_empty(input, rows, layers_.back()->layer().out);
+    const Object left = room(input, lay(rows).layout).first;
+    const std::vector<Kept> kept = this->kept(h, left, rows);
+    std::vector<LinearForward> forwards;
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      forwards.push_back(layers_[i]->going(batch, kept[i]));
+      batch.x.at = kept[i].h;
+    }
+    {
+      py::gil_scoped_release release;
+      for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->run(forwards[i]);
     }
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
-    count_batches();
-    return py::make_tuple(made, asks);
+    return py::make_tuple(h, left, asks);
   }
 
-  // dx or None, and a list of (x, delta, the gradients of bias, scale and shift), a layer each, of
-  // what `forward` returned; or None.
-  Object backward(const Object& arrived, const Object& input, const py::list& made,
+  // Of what `forward` returned: dx or None, and what the update reads beside x and that; or None.
+  Object backward(const Object& arrived, const Object& x, const Object& h, const Object& left,
                   bool need_dx) const {
-    std::vector<Batch> batches(layers_.size());
+    const std::size_t count = layers_.size();
+    std::vector<Batch> batches(count);
     Memory gradient;
-    if (!layers_.back()->arrives(arrived, batches.back(), gradient)) {
+    if (!layers_[0]->uninspected() ||
+        !layers_.back()->arrives(arrived, batches.back(), gradient)) {
       Quick::cleared();
       return py::none();
     }
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      batches[i].x.rows = gradient.rows;
-      if (!layers_[i]->unchanged() || !layers_[i]->counts(batches[i])) {
+    const std::int64_t rows = gradient.rows;
+    for (Batch& batch : batches) {
+      batch.x.rows = rows;
+      batch.threads = batches.back().threads;
+    }
+    for (std::size_t i = 0; i < count; ++i)
+      if (!layers_[i]->unchanged() || !layers_[i]->follows(batches[i])) {
         Quick::cleared();
         return py::none();
       }
-    }
-    py::list contributions;
-    Object above = arrived;
-    for (std::size_t i = layers_.size(); i-- > 0;) {
-      const py::tuple kept = made[i];
-      Object x = input;
-      if (i > 0) x = py::tuple(made[i - 1])[0];
-      batches[i].x.at = address(x);
-      const Gradients gradients = layers_[i]->run_backward(
-          arrived, address(above), batches[i], {kept[0], kept[1], kept[2]}, i > 0 || need_dx);
-      contributions.append(
-          py::make_tuple(x, gradients.delta, gradients.bias, gradients.scale, gradients.shift));
+    const std::vector<Kept> kept = this->kept(h, left, rows);
+    const Derived derived = derive(rows);
+    const auto [made, begin] = room(x, derived.layout);
+    // Gradients at inputs inside are read by the next layer alone: they take turns in two places.
+    Layout inside(element());
+    const std::int64_t width =
+        rows * most(1, count, [](const QuickExact& step) { return step.layer().in; });
+    const std::int64_t places[2] = {inside.take(width), inside.take(width)};
+    const auto [passing, turns] = room(x, inside);
+    Object dx = py::none();
+    if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
+    std::vector<LinearBackward> backwards;
+    const void* above = gradient.at;
+    for (std::size_t i = count; i-- > 0;) {
+      batches[i].x.at = i > 0 ? kept[i - 1].h : address(x);
+      Gradients gradients = this->gradients(begin, derived, i);
+      gradients.x = i > 0 ? at(turns, places[i % 2]) : address(dx);
+      backwards.push_back(layers_[i]->returning(batches[i], above, kept[i], gradients));
       above = gradients.x;
     }
-    contributions.attr("reverse")();
-    return py::make_tuple(above, contributions);
+    {
+      py::gil_scoped_release release;
+      for (std::size_t i = 0; i < count; ++i) layers_[count - 1 - i]->run(backwards[i]);
+    }
+    return py::make_tuple(dx, made);
   }
 
-  // All updates, from the contributions that `backward` returned; whether they were made.
-  bool update(const py::list& contributions) const {
-    std::vector<Batch> batches(layers_.size());
-    std::vector<Gradients> made;
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      const py::tuple each = contributions[i];
-      made.push_back({{}, each[1], each[2], each[3], each[4]});
-      if (!layers_[i]->updates(each[0], made[i], batches[i])) return Quick::cleared();
+  // All updates; whether they were made.
+  bool update(const Object& x, const Object& h, const Object& left, const Object& made) const {
+    const std::size_t count = layers_.size();
+    Batch batch;
+    if (!layers_[0]->uninspected() || !layers_[0]->takes(x, batch)) return Quick::cleared();
+    std::vector<Batch> batches(count, batch);
+    for (std::size_t i = 0; i < count; ++i)
+      if (!layers_[i]->unchanged() || !layers_[i]->follows(batches[i])) return Quick::cleared();
+    const std::vector<Kept> kept = this->kept(h, left, batch.x.rows);
+    const Derived derived = derive(batch.x.rows);
+    char* begin = static_cast<char*>(address(made));
+    std::vector<LinearUpdate> updates;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (i > 0) batches[i].x.at = kept[i - 1].h;
+      updates.push_back(layers_[i]->updating(batches[i], gradients(begin, derived, i)));
     }
-    for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->run_update(batches[i], made[i]);
+    {
+      py::gil_scoped_release release;
+      for (std::size_t i = 0; i < count; ++i) layers_[i]->run(updates[i]);
+    }
     layers_[0]->wrote(written_);
     return true;
+  }
+
+  // ---- The same as tensors, for a way that is not the quick one ----
+
+  // (h, normalized or None, rstd or None) of each layer, of what `forward` returned.
+  py::list saved(const Object& h, const Object& left) const {
+    const std::int64_t rows = rows_of(h);
+    const Laid laid = lay(rows);
+    py::list found;
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      const QuickExact& layer = *layers_[i];
+      const std::int64_t out = layer.layer().out;
+      const Object own = i + 1 < layers_.size() ? piece(left, laid.h[i], rows, out) : h;
+      found.append(py::make_tuple(own, piece(left, laid.normalized[i], rows, out),
+                                  piece(left, laid.rstd[i], layer.statistics(rows), 0)));
+    }
+    return found;
+  }
+  // (delta, and the gradients of bias, scale and shift or None) of each layer, of what `backward`
+  // made.
+  py::list contributions(const Object& h, const Object& made) const {
+    const std::int64_t rows = rows_of(h);
+    const Derived derived = derive(rows);
+    py::list found;
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      const std::int64_t out = layers_[i]->layer().out;
+      const auto vector = [&](const std::vector<std::int64_t>& of) {
+        return piece(made, of[i], out, 0);
+      };
+      found.append(py::make_tuple(piece(made, derived.delta[i], rows, out), vector(derived.bias),
+                                  vector(derived.scale), vector(derived.shift)));
+    }
+    return found;
   }
 
   template <class Visit>
@@ -832,6 +1053,62 @@ class QuickExactStack : public Stack<QuickExact> {
   }
 
  private:
+  using Offsets = std::vector<std::int64_t>;
+  struct Laid {  // of what a forward leaves
+    Layout layout;
+    Offsets h, normalized, rstd;
+  };
+  struct Derived {  // of what a backward makes
+    Layout layout;
+    Offsets delta, bias, scale, shift;
+  };
+
+  Laid lay(std::int64_t rows) const {
+    Laid laid{Layout(element()), {}, {}, {}};
+    const auto take = [&](bool there, std::int64_t elements) {
+      return there ? laid.layout.take(elements) : kNowhere;
+    };
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      const QuickExact& layer = *layers_[i];
+      const std::int64_t elements = rows * layer.layer().out;
+      laid.h.push_back(take(i + 1 < layers_.size(), elements));
+      laid.normalized.push_back(take(layer.keeps(), elements));
+      laid.rstd.push_back(take(layer.statistics(rows) > 0, layer.statistics(rows)));
+    }
+    return laid;
+  }
+  Derived derive(std::int64_t rows) const {
+    Derived derived{Layout(element()), {}, {}, {}, {}};
+    for (const QuickExact* layer : layers_) {
+      const LayerArguments& of = layer->layer();
+      const auto vector = [&](const void* there) {
+        return there ? derived.layout.take(of.out) : kNowhere;
+      };
+      derived.delta.push_back(derived.layout.take(rows * of.out));
+      derived.bias.push_back(vector(of.bias));
+      derived.scale.push_back(vector(of.norm_weight));
+      derived.shift.push_back(vector(of.norm_bias));
+    }
+    return derived;
+  }
+  std::vector<Kept> kept(const Object& h, const Object& left, std::int64_t rows) const {
+    const Laid laid = lay(rows);
+    char* begin = static_cast<char*>(address(left));
+    std::vector<Kept> found;
+    for (std::size_t i = 0; i < layers_.size(); ++i)
+      found.push_back({at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
+    found.back().h = address(h);
+    return found;
+  }
+  Gradients gradients(char* begin, const Derived& derived, std::size_t i) const {
+    return {nullptr, at(begin, derived.delta[i]), at(begin, derived.bias[i]),
+            at(begin, derived.scale[i]), at(begin, derived.shift[i])};
+  }
+  static std::int64_t rows_of(const Object& t) {
+    dlpack::View seen;
+    return dlpack::view(t.ptr(), seen) ? seen.shape[0] : 0;
+  }
+
   Object moved_, written_;
 };
 
@@ -894,9 +1171,12 @@ void bind_quick(py::module_& m) {
       .def("changed", &QuickExactStack::changed)
       .def("forward", &QuickExactStack::forward)
       .def("backward", &QuickExactStack::backward)
-      .def("update", &QuickExactStack::update);
-  const char* kinds[] = {"ITEM", "ITEMS_VALUE", "ATTRIBUTE", "METHOD", "STATE", "EMPTY", "ABSENT"};
-  for (int kind = 0; kind < 7; ++kind) m.attr(kinds[kind]) = kind;
+      .def("update", &QuickExactStack::update)
+      .def("saved", &QuickExactStack::saved)
+      .def("contributions", &QuickExactStack::contributions);
+  const char* kinds[] = {"ITEM",  "ITEMS_VALUE", "ATTRIBUTE", "METHOD",
+                         "STATE", "EMPTY",       "ABSENT",    "MEMORY"};
+  for (int kind = 0; kind < 8; ++kind) m.attr(kinds[kind]) = kind;
 }
 
 }  // namespace fused_dni

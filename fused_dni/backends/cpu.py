@@ -70,6 +70,7 @@ _FLOAT64 = torch.float64
 _CHECKS = {
     "item": _cpu.ITEM, "items value": _cpu.ITEMS_VALUE, "attribute": _cpu.ATTRIBUTE,
     "method": _cpu.METHOD, "state": _cpu.STATE, "empty": _cpu.EMPTY, "absent": _cpu.ABSENT,
+    "memory": _cpu.MEMORY,
 }  # fmt: skip
 # Dtypes of x and of the parameters.
 _SERVED = (
@@ -299,7 +300,7 @@ class CpuBackend:
         return _cpu.QuickExact(
             {
                 **_quick(parts, weight.dtype, _layer(weight, layer, config, True), _rule(rule)),
-                "moved": moved_statistics(layer, config, True),
+                "moved": _moved(parts, moved_statistics(layer, config, True)),
                 "written": updated(_slots(layer), rule),
                 "keeps": config.normalization is not None or config.activation not in FROM_OUTPUT,
             }
@@ -671,10 +672,10 @@ class _Step:
                 "teacher": None if taught.rule is None else _rule(taught.rule),
                 "teacher group": taught.group,
                 "teacher state": taught.state,
-                "label": taught.label,
+                "labels": taught.labels,
                 "context": taught.context,
                 "unit": taught.unit,
-                "written": self.written,
+                "written": _moved(parts, self.written),
                 "learned": []
                 if taught.rule is None
                 else [taught.statistics, *updated(synthesizer.parameters(), taught.rule)],
@@ -693,6 +694,11 @@ def _checks(checks: Sequence[Check]) -> list[tuple[Any, ...]]:
     return [(_CHECKS[kind], *objects) for kind, *objects in checks]
 
 
+def _moved(parts: QuickParts, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors that a quick step writes to, with the batches that it counts."""
+    return tensors if parts.counter is None else [*tensors, parts.counter]
+
+
 def _quick(
     parts: QuickParts, dtype: torch.dtype, layer: tuple[Any, ...], rule: tuple[Any, ...]
 ) -> dict[str, Any]:
@@ -700,7 +706,6 @@ def _quick(
     return {
         "module": parts.module,
         "tensor": Tensor,
-        "dtype": dtype,
         "mark": parts.mark,
         "threads": torch.get_num_threads,
         "increment": increment_version,
@@ -708,6 +713,7 @@ def _quick(
         "least": parts.least,
         "layer": layer,
         "surroundings": _checks(parts.surroundings),
+        "always": _checks(parts.always),
         "own": _checks(parts.own),
         "counter": parts.counter,
         "rule": rule,

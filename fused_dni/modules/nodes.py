@@ -317,27 +317,26 @@ class ExactStack(Node):
 
     @staticmethod
     def forward(ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor) -> Tensor:
-        ctx.made, ctx.need_dx = made
+        h: Tensor
+        h, ctx.left, ctx.need_dx = made
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
         ctx.anchors = len(anchors)
-        out, *saved = ctx.made[-1]
-        ctx.made[-1] = (out.detach(), *saved)  # the output itself would keep its own node alive
-        ctx.save_for_backward(out, x, *stack.watched(ctx.need_dx))
-        h: Tensor = out
+        ctx.save_for_backward(h, x, *stack.watched(ctx.need_dx))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> Slots:
         spend(ctx, TWICE)
-        _, x, *_ = ctx.saved_tensors
+        h, x, *_ = ctx.saved_tensors
         gradient = unscaled(arrived, ctx.loss_scale)
         none: Slots = (None,) * ctx.anchors
         if gradient is None:
             return (None, None, None, *none)
-        dx, contribution = ctx.stack.backward(gradient, x, ctx.made, ctx.need_dx)
-        ctx.made = None
+        # Detached: the output itself would keep its own node alive.
+        dx, contribution = ctx.stack.backward(gradient, x, h.detach(), ctx.left, ctx.need_dx)
+        ctx.left = None
         at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
         return (None, None, *rescaled((dx,), ctx.loss_scale), *none)
 

@@ -121,10 +121,7 @@ def _memory(tensors: Iterable[Tensor | None]) -> list[Check]:
     found: list[Check] = []
     for t in tensors:
         if t is not None:
-            found.append(("method", t, "data_ptr", None, t.data_ptr()))
-            found.append(("method", t, "numel", None, t.numel()))
-            found.append(("method", t, "is_contiguous", None, True))
-            found.append(("attribute", t, "dtype", None, t.dtype))
+            found.append(("memory", t, "data_ptr", None, None))
     return found
 
 
@@ -145,9 +142,11 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
     # What is not settled, a cumulative average, is another number in every step.
     if not all(map(_fixed, rules)) or (norm is not None and not layer.__dict__.get("_seen")):
         return None
+    counter = None if norm is None else norm._buffers.get("num_batches_tracked")
+    if counter is not None and counter.dtype is not torch.int64:
+        return None
     fixed = ("training", "config", "max_norm", "target_scale", "backend", "statistics")
     checks: list[Check] = [
-        *_ALWAYS,
         *_items(own, *fixed),
         *_memory([layer.statistics]),
         ("item", own, "delivery", None, None),
@@ -157,15 +156,15 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
         *[check for each in rules for check in _rule(each)],
         *_addresses(layer._layer()),
     ]
-    counter = None
     if norm is not None:
         checks += _holder(norm, "_parameters", "_buffers")
         changing = ("training", "eps", "momentum", "track_running_stats")
         checks += _items(norm.__dict__, *[name for name in changing if name in norm.__dict__])
-        counter = norm._buffers.get("num_batches_tracked")
+        checks += _memory([counter])
     return QuickParts(
         layer,
         _SURROUNDINGS,
+        _ALWAYS,
         checks,
         least=2 if layer.config.normalization == "batch" else 1,
         counter=counter,
@@ -222,7 +221,7 @@ def _bind(
         bound.layer = tensors = layer._layer()
         bound.anchor = nodes.anchor(layer.local_parameters())
         bound.exact = bind(tensors, layer.config, layer.update._tensors, parts)
-        return "", (*parts.surroundings, *parts.own)
+        return "", (*parts.surroundings, *parts.always, *parts.own)
     if type(synthesizer) not in _SYNTHESIZERS or teacher is None:
         return f"its synthesizer is a {type(synthesizer).__name__}", ()
     bind = getattr(bound.step, "quick", None)
@@ -242,7 +241,7 @@ def _bind(
     taught = QuickSynthesizer(
         untaught=_phase(layer, False),
         taught=_phase(layer, True) if teaches else None,
-        label=None if given is None else torch.int64,
+        labels=given is not None,
         context=context.variable(),
         kappa=layer.target_scale,
         unit=synthesizer.unit,
@@ -255,7 +254,7 @@ def _bind(
     )
     bound.anchor = nodes.anchor(slots)
     bound.quick = bind(parts._replace(own=checks), taught)
-    return "", (*parts.surroundings, *checks)
+    return "", (*parts.surroundings, *parts.always, *checks)
 
 
 def way(layer: LinearSteps) -> str:
@@ -358,40 +357,58 @@ class StackedExact(Stacked):
         return [t for t in tensors if t is not None]
 
     def backward(
-        self, gradient: Tensor, x: Tensor, made: list[tuple[Tensor, ...]], need_dx: bool
-    ) -> tuple[Tensor | None, list[tuple[Any, ...]]]:
-        """Go back through all layers: dx, and what each one's update is made from."""
-        done: tuple[Tensor | None, list[tuple[Any, ...]]] | None
-        done = self.quick.backward(gradient, x, made, need_dx)
+        self, gradient: Tensor, x: Tensor, h: Tensor, left: Tensor, need_dx: bool
+    ) -> tuple[Tensor | None, Any]:
+        """Go back through all layers.
+
+        Args:
+            h, left: of the forward.
+
+        Returns:
+            dx, and what the updates are made from: of a call for all of them the tuple of its
+            arguments, else a list of what each layer's takes.
+        """
+        done: tuple[Tensor | None, Tensor] | None
+        done = self.quick.backward(gradient, x, h, left, need_dx)
         if done is not None:
-            return done
-        contributions: list[tuple[Any, ...]] = []
-        inputs = [x, *[h for h, _, _ in made[:-1]]]
+            dx, made = done
+            return dx, (x, h, left, made)
+        contributions: list[tuple[Tensor, LinearGradients]] = []
+        below = x
+        uses: list[LinearUse] = []
+        for i, (out, *saved) in enumerate(self.quick.saved(h, left)):
+            backend = self.members[i].synthesizer_backend(below)
+            uses.append(LinearUse(below, out, Saved(*saved), *self.layers[i], True, backend))
+            below = out
         arrived: Tensor | None = gradient
-        for i in reversed(range(len(made))):
-            member, own, (h, *saved) = self.members[i], inputs[i], made[i]
-            backend = member.synthesizer_backend(own)
-            use = LinearUse(own, h.detach(), Saved(*saved), *self.layers[i], True, backend)
+        for i in reversed(range(len(uses))):
             assert arrived is not None
-            (arrived,), (_, gradients) = member.close(use, arrived, need_dx or i > 0)
-            contributions.insert(0, (own, gradients.delta, *gradients[3:]))
+            (arrived,), own = self.members[i].close(uses[i], arrived, need_dx or i > 0)
+            contributions.insert(0, own)
         return arrived, contributions
 
     def refuse_other_gradients(self, added: bool) -> None:
         """Refuse nothing: what came to a layer by another way is added to its update."""
 
-    def apply_update(self, contributions: list[list[tuple[Any, ...]]]) -> None:
+    def apply_update(self, contributions: list[Any]) -> None:
         """Apply each layer's rule."""
         (made,) = contributions
-        if not self.quick.update(made):
-            for layer, own in reversed(list(zip(self.members, self.divided(made), strict=True))):
-                layer.apply_update([own])
+        if type(made) is tuple and self.quick.update(*made):
+            return
+        for layer, own in reversed(list(zip(self.members, self.divided(made), strict=True))):
+            layer.apply_update([own])
 
-    def divided(self, contribution: list[tuple[Any, ...]]) -> list[tuple[Tensor, LinearGradients]]:
-        """What each layer's own ``apply_update`` takes."""
-        return [
-            (x, LinearGradients(delta, None, None, *vectors)) for x, delta, *vectors in contribution
+    def divided(self, contribution: Any) -> list[tuple[Tensor, LinearGradients]]:
+        """What each layer's own ``apply_update`` takes, of what :meth:`backward` returned."""
+        if type(contribution) is list:
+            return contribution
+        x, h, left, made = contribution
+        inputs = [x, *[out for out, _, _ in self.quick.saved(h, left)[:-1]]]
+        gradients = [
+            LinearGradients(delta, None, None, *vectors)
+            for delta, *vectors in self.quick.contributions(h, made)
         ]
+        return list(zip(inputs, gradients, strict=True))
 
 
 def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | None) -> Any:

@@ -284,8 +284,8 @@ class CellGradients(NamedTuple):
 
 #: Something that has to be as it was: what is asked ("item" of a dictionary, "items value" the
 #: attribute of one, "attribute", "method" without arguments, "state" by a function, "empty",
-#: "absent" from a dictionary), of what, by which name and, of an item, which attribute; the answer,
-#: the very object or an integer.
+#: "absent" from a dictionary, a tensor in the "memory" that it was in), of what, by which name and,
+#: of an item, which attribute; the answer, the very object or an integer.
 Check = tuple[str, Any, str | None, str | None, Any]
 
 
@@ -294,7 +294,7 @@ class QuickParts(NamedTuple):
 
     Attributes:
         module: whose call it is.
-        surroundings: checks of what surrounds a call; own: of the layer, in a backward too.
+        surroundings: checks of what surrounds a call; always: a backward too; own: of the layer.
         least: rows that an input must have.
         counter: of batches, moved by each call; None for none.
         mark: the name of an attribute by which a result says that it wants no gradient: its
@@ -305,6 +305,7 @@ class QuickParts(NamedTuple):
 
     module: Any
     surroundings: Sequence[Check]
+    always: Sequence[Check]
     own: Sequence[Check]
     least: int
     counter: Tensor | None
@@ -318,7 +319,7 @@ class QuickSynthesizer(NamedTuple):
 
     Attributes:
         untaught: checks of a step without a target; taught: of one with, None for never.
-        label: int64 where the synthesizer is told labels [N], None where it is told nothing.
+        labels: whether the synthesizer is told labels, int64 [N], else nothing.
         context: the context variable in which they are where the call is not given them.
         kappa: by what the loss divides; None for the number of rows.
         unit: the synthesizer's unit, whose size and lessons are read.
@@ -331,7 +332,7 @@ class QuickSynthesizer(NamedTuple):
 
     untaught: Sequence[Check]
     taught: Sequence[Check] | None
-    label: torch.dtype | None
+    labels: bool
     context: Any
     kappa: float | None
     unit: Any
