@@ -84,7 +84,7 @@ void call(void (*const (&function)[kTypes])(const Arguments&), std::size_t type,
 
 void linear_forward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
   Reader read(tensors);
-  LinearForward a;
+  LinearForward a{};
   a.layer = read_layer(layer);
   a.x = read.memory("input", a.layer.rows);
   a.h = read.pointer();
@@ -96,7 +96,7 @@ void linear_forward(std::size_t type, const py::tuple& layer, const py::tuple& t
 
 void linear_backward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
   Reader read(tensors);
-  LinearBackward a;
+  LinearBackward a{};
   a.layer = read_layer(layer);
   a.grad_h = read.memory("the gradient", a.layer.rows);
   a.x = read.memory("input", a.layer.rows);
@@ -116,7 +116,7 @@ void linear_backward(std::size_t type, const py::tuple& layer, const py::tuple& 
 void linear_update(std::size_t type, const py::tuple& layer, const py::tuple& rule,
                    const py::tuple& tensors) {
   Reader read(tensors);
-  LinearUpdate a;
+  LinearUpdate a{};
   a.layer = read_layer(layer);
   a.rule = read_rule(rule);
   a.x = read.pointer();

@@ -196,11 +196,11 @@ FUSED_DNI_INLINE void prefetch_row(const T* row, Index width) {
     __builtin_prefetch(row + i);
 }
 
-// Copies rows [0, rows) of a panel `width` wide to packed rows of kPanel elements, zero-padded.
-template <class T>
+// Copies rows [0, rows) of a strip `width` wide to packed rows of kRow elements, zero-padded.
+template <class T, Index kRow = kPanel<T>>
 void pack(const T* src, Index src_stride, Index rows, Index width, T* dst) {
   constexpr Index L = kLanes<T>;
-  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kPanel<T>) {
+  for (Index r = 0; r < rows; ++r, src += src_stride, dst += kRow) {
     prefetch_row(src + kRowsAhead * src_stride, width);
     for (Index v = 0; v < width; v += L) store(dst + v, load_upto(src + v, width - v));
   }
@@ -219,24 +219,42 @@ void pack_strip(const T* src, Index src_stride, Index rows, Index width, T* dst)
   }
 }
 
-// C[rows][width] = keep * C + gain * A B for one strip of a row-major B [depth][..], copied block
+// A strip of B's columns: of a row-major matrix [depth][..], or of one in the transposed layout
+// [..][depth], whose rows it is.
+template <class T>
+struct Columns {
+  const T* at;
+  Index row;
+  bool transposed = false;
+
+  // Copies rows [k, k + count) of B, as pack_strip does.
+  void pack(Index k, Index count, Index width, T* to) const {
+    if (!transposed) return pack_strip(at + k * row, row, count, width, to);
+    for (Index p = 0; p < width; p += kPanel<T>)
+      to_transposed(at + p * row + k, row, smaller(kPanel<T>, width - p), count,
+                    to + p * kBlockK<T>, kPanel<T>);
+  }
+};
+
+// C[rows][width] = keep * C + gain * A B for one strip of B, copied block
 // by block to `packed` (kBlockK * kStrip elements). `width` must be whole vectors,
 // as C is written where it lies. touch(row, count, column, width) is called before a tile is begun
 // that will read C, so that C can be fetched meanwhile.
 template <class T, class Touch>
 FUSED_DNI_INLINE void multiply_into(Index rows, Index width, Index depth, const T* a, Index a_row,
-                                    Index a_col, const T* b, Index b_row, T* packed, T* c,
-                                    Index c_row, T keep, T gain, Touch&& touch) {
+                                    Index a_col, const Columns<T>& b, T* packed, T* c, Index c_row,
+                                    T keep, T gain, Touch&& touch) {
   const Index block = block_depth<T>(depth);
-  const bool copy = rows > kTileRows;  // what is read once is read where it lies
-  const Index panel_row = copy ? kPanel<T> : b_row;
+  // What is read once is read where it lies.
+  const bool copy = rows > kTileRows || b.transposed;
+  const Index panel_row = copy ? kPanel<T> : b.row;
   for (Index k = 0; k < depth; k += block) {
     const Index count = smaller(block, depth - k);
-    if (copy) pack_strip(b + k * b_row, b_row, count, width, packed);
+    if (copy) b.pack(k, count, width, packed);
     for (Index p = 0; p < width; p += kPanel<T>) {
       const Index wide = smaller(kPanel<T>, width - p);
       const TileFunction<T> run = tile_for<T>(wide / kLanes<T>);
-      const T* panel = copy ? packed + p * kBlockK<T> : b + k * b_row + p;
+      const T* panel = copy ? packed + p * kBlockK<T> : b.at + k * b.row + p;
       for (Index m = 0; m < rows;) {
         const Index take = next_rows(rows - m);
         touch(m, take, p, wide);
@@ -265,8 +283,8 @@ FUSED_DNI_INLINE Index packed_scratch(Index rows) {
 // begun, so that body can have its data fetched meanwhile.
 template <class T, class Touch, class Body>
 FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, const T* a, Index a_row,
-                                      Index a_col, const T* b, Index b_row, T* scratch,
-                                      Touch&& touch, Body&& body) {
+                                      Index a_col, const Columns<T>& b, T* scratch, Touch&& touch,
+                                      Body&& body) {
   T* packed = scratch;
   T* sums = scratch + kBlockK<T> * kStrip<T>;
   const Index block = block_depth<T>(depth);
@@ -275,7 +293,7 @@ FUSED_DNI_INLINE void multiply_packed(Index rows, Index width, Index depth, cons
   for (Index k = 0; k < depth; k += block) {
     const Index count = smaller(block, depth - k);
     const bool last = k + count == depth;
-    pack_strip(b + k * b_row, b_row, count, width, packed);
+    b.pack(k, count, width, packed);
     for (Index first = 0; first < rows;) {
       const Index group = next_rows(rows - first, kSumRows, kSumUnit);
       T* group_sums = sums + first * sums_row;

@@ -81,22 +81,24 @@ struct Layer {
 
 // ---- Products and elements ---------------------------------------------------------------------
 
-// x W^T, with x as it comes.
+// x W^T, with x as it comes, or already transposed.
 template <class T>
 struct InputProduct {
   Index rows, in, stride;
   const T* x;  // [N, I]
 
-  T* transposed = nullptr;  // [I][stride]
+  const T* given = nullptr;  // [I][stride], if x came so
+  T* transposed = nullptr;   // [I][stride], made here
 
   InputProduct(const Layer<T>& layer, const void* input)
       : rows(layer.rows), in(layer.in), stride(layer.stride), x(static_cast<const T*>(input)) {}
 
-  void plan(Scratch& scratch) { transposed = scratch.take<T>(in * stride); }
+  void plan(Scratch& scratch) { transposed = scratch.take<T>(given ? 0 : in * stride); }
 
   // This thread's features of xT; returns the largest magnitude among them. A barrier follows.
   T transpose(const Team& team) const {
     const Range own = part(in, kLanes<T>, team.rank, team.size);
+    if (given) return transposed_magnitude(given, stride, rows, own.begin, own.end);
     return to_transposed(x + own.begin, in, rows, own.size(), transposed + own.begin * stride,
                          stride);
   }
@@ -106,7 +108,8 @@ struct InputProduct {
     const T* w = weight + own.begin * in;
     T* to = z + own.begin * stride;
     if (rows > kDotRows)
-      multiply(own.size(), rows, in, w, in, 1, transposed, stride, to, stride, false);
+      multiply(own.size(), rows, in, w, in, 1, given ? given : transposed, stride, to, stride,
+               false);
     else if (rows == 1)
       multiply_dots<T, 1>(own.size(), in, w, x, to, stride);
     else if (rows == 2)
@@ -122,6 +125,7 @@ struct Plain {
   using T = Real;
   using Input = InputProduct<T>;
   using Weight = WeightPhase<T>;
+  static constexpr bool kTransposed = true;  // whether matrices may stay in the transposed layout
 
   static T magnitude(const void* x, Index begin, Index count) {
     return magnitude_of(static_cast<const T*>(x) + begin, count);
@@ -143,6 +147,7 @@ struct Plain {
 template <class T>
 struct Forward {
   const Layer<T>& layer;
+  T *given_z = nullptr, *given_h = nullptr;  // [O][stride], where there is memory for them already
 
   T* z = nullptr;     // [O][stride]: x W^T, then the input of scale-and-shift or of the activation
   T* h = nullptr;     // [O][stride]
@@ -154,8 +159,8 @@ struct Forward {
 
   void plan(Scratch& scratch, int threads) {
     const bool batch = layer.normalization == kBatch, columns = layer.normalization == kLayer;
-    z = scratch.take<T>(layer.out * layer.stride);
-    h = scratch.take<T>(layer.out * layer.stride);
+    z = given_z ? given_z : scratch.take<T>(layer.out * layer.stride);
+    h = given_h ? given_h : scratch.take<T>(layer.out * layer.stride);
     rstd = scratch.take<T>(batch ? layer.out : columns ? threads * layer.stride : 0);
     batch_mean = scratch.take<T>(batch ? layer.out : 0);
     batch_var = scratch.take<T>(batch ? layer.out : 0);
@@ -295,7 +300,11 @@ struct Backward {
   const T* u = nullptr;     // [O][stride]: input of scale-and-shift, or of the activation
   const T* rstd = nullptr;  // [O] batch
 
-  T* delta = nullptr;       // [O][stride]: gradient at h, then at z
+  const T* given_grad_h = nullptr;  // [O][stride], where there is memory for them already
+  T* given_delta = nullptr;
+
+  const T* grad_h = nullptr;  // [O][stride]: gradient at h, in delta's memory if not given
+  T* delta = nullptr;         // [O][stride]: gradient at z
   T* grad_bias = nullptr;   // [O]
   T* grad_scale = nullptr;  // [O]
   T* grad_shift = nullptr;  // [O]
@@ -304,7 +313,8 @@ struct Backward {
 
   void plan(Scratch& scratch, int threads) {
     const Index sums = layer.normalization == kLayer ? 2 * threads * layer.stride : 0;
-    delta = scratch.take<T>(layer.out * layer.stride);
+    delta = given_delta ? given_delta : scratch.take<T>(layer.out * layer.stride);
+    grad_h = given_grad_h ? given_grad_h : delta;
     grad_bias = scratch.take<T>(layer.out);
     grad_scale = scratch.take<T>(layer.out);
     grad_shift = scratch.take<T>(layer.out);
@@ -318,7 +328,7 @@ struct Backward {
       __builtin_memset(parts + 2 * team.rank * layer.stride, 0, sizeof(T) * 2 * layer.stride);
   }
 
-  // Features [first, last): the gradient at h, which is `factor` times what delta holds, becomes
+  // Features [first, last): of the gradient at h, which is `factor` times what grad_h holds, makes
   // that at z. With layer norm, that at the scale's input: finish() does the rest.
   void run(const Team& team, Index first, Index last, T factor, Magnitude<T>& magnitude) const {
     with_activation<T>(layer.activation, [&](auto act) {
@@ -373,7 +383,7 @@ struct Backward {
       slope = act.slope(load(u + at));
     else
       slope = act.slope(load(u + at) * layer.scale_of(o) + layer.shift_of(o));
-    return valid<T>(load(delta + at) * factor * slope, n, layer.rows);
+    return valid<T>(load(grad_h + at) * factor * slope, n, layer.rows);
   }
 
   template <class Act>
@@ -457,18 +467,25 @@ void linear_forward(const LinearForward& a) {
   const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
   typename Kind::Input input(layer, a.x);
   Forward<T> forward{layer};
+  if constexpr (Kind::kTransposed) {
+    if (a.x_transposed) input.given = static_cast<const T*>(a.x);
+    forward.given_h = static_cast<T*>(a.transposed);
+    if (a.transposed) forward.given_z = static_cast<T*>(a.normalized);
+  }
   Scratch::allocate([&](Scratch& scratch) {
     input.plan(scratch);
     forward.plan(scratch, threads);
   });
   parallel(threads, [&](const Team& team) {
-    input.transpose(team);
-    team.sync();
+    if (!a.x_transposed) {
+      input.transpose(team);
+      team.sync();
+    }
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
-    forward.save(team, own, a.normalized, a.rstd);
+    if (a.h) Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
+    forward.save(team, own, a.transposed ? nullptr : a.normalized, a.rstd);
     forward.move_running(own);
   });
 }
@@ -481,15 +498,17 @@ void linear_backward(const LinearBackward& a) {
   Backward<T> backward{layer};
   typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
   T *h = nullptr, *u = nullptr, *rstd = nullptr;
+  if (a.transposed) backward.given_delta = static_cast<T*>(a.delta);
+  if (a.grad_h_transposed) backward.given_grad_h = static_cast<const T*>(a.grad_h);
   Scratch::allocate([&](Scratch& scratch) {
-    h = scratch.take<T>(layer.out * layer.stride);
-    u = scratch.take<T>(a.normalized ? layer.out * layer.stride : 0);
+    h = scratch.take<T>(a.transposed ? 0 : layer.out * layer.stride);
+    u = scratch.take<T>(a.normalized && !a.transposed ? layer.out * layer.stride : 0);
     rstd = scratch.take<T>(layer.stride);
     backward.plan(scratch, threads);
     product.plan(scratch, threads);
   });
-  backward.h = h;
-  backward.u = u;
+  backward.h = a.transposed ? static_cast<const T*>(a.h) : h;
+  backward.u = a.transposed ? static_cast<const T*>(a.normalized) : u;
   backward.rstd = static_cast<const T*>(a.rstd);
   product.delta = backward.delta;
   if (layer.normalization == kLayer)  // padded, as vectors are read from it
@@ -503,14 +522,17 @@ void linear_backward(const LinearBackward& a) {
                     to + first * layer.stride, layer.stride);
     };
     for_groups<T>(own, [&](Index first, Index last) {
-      take(a.grad_h, first, last - first, backward.delta);
-      Kind::take(a.h, layer.out, layer.rows, Range{first, last}, h, layer.stride);
-      if (a.normalized) take(a.normalized, first, last - first, u);
+      if (!a.grad_h_transposed) take(a.grad_h, first, last - first, backward.delta);
+      if (!a.transposed) {
+        Kind::take(a.h, layer.out, layer.rows, Range{first, last}, h, layer.stride);
+        if (a.normalized) take(a.normalized, first, last - first, u);
+      }
       backward.run(team, first, last, T(1), magnitude);
     });
     backward.finish(team, own, rstd, magnitude);
-    from_transposed(backward.delta + own.begin * layer.stride, layer.stride, layer.rows, own.size(),
-                    static_cast<T*>(a.delta) + own.begin, layer.out);
+    if (!a.transposed)
+      from_transposed(backward.delta + own.begin * layer.stride, layer.stride, layer.rows,
+                      own.size(), static_cast<T*>(a.delta) + own.begin, layer.out);
     const auto give = [&](const T* from, void* to) {
       if (to)
         for (Index o = own.begin; o < own.end; ++o) static_cast<T*>(to)[o] = from[o];
@@ -521,6 +543,12 @@ void linear_backward(const LinearBackward& a) {
     if (a.grad_x == nullptr && a.grad_weight == nullptr) return;
     product.prepare(own, a.grad_x != nullptr);
     team.sync();
+    if constexpr (Kind::kTransposed) {
+      if (a.grad_x_transposed) {
+        product.gradient_transposed(team, static_cast<T*>(a.grad_x));
+        return;
+      }
+    }
     product.gradients(team, a.grad_x, static_cast<T*>(a.grad_weight));
   });
 }
@@ -533,26 +561,36 @@ void linear_update(const LinearUpdate& a) {
   const Rule<T> rule(a.rule);
   const Slot<T> weight = slot_of<T>(a.rule, 0, layer.weight);
   typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
-  T* delta = nullptr;
+  if constexpr (Kind::kTransposed) product.x_transposed = a.x_transposed;
+  T* made = nullptr;
   Report<T>* reports = nullptr;
   Scratch::allocate([&](Scratch& scratch) {
-    delta = scratch.take<T>(layer.out * layer.stride);
+    made = scratch.take<T>(a.delta_transposed ? 0 : layer.out * layer.stride);
     reports = scratch.take<Report<T>>(threads);
     product.plan(scratch, threads);
   });
-  product.delta = delta;
+  product.delta = a.delta_transposed ? static_cast<const T*>(a.delta) : made;
   bool applied = false;
   parallel(threads, [&](const Team& team) {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
-    const Range batch = part(layer.rows, 1, team.rank, team.size);
     const T* vectors[] = {static_cast<const T*>(a.grad_bias),
                           static_cast<const T*>(a.grad_norm_weight),
                           static_cast<const T*>(a.grad_norm_bias)};
     Report<T> report;
-    report.delta = to_transposed(static_cast<const T*>(a.delta) + own.begin, layer.out, layer.rows,
-                                 own.size(), delta + own.begin * layer.stride, layer.stride);
+    report.delta =
+        a.delta_transposed
+            ? transposed_magnitude(product.delta, layer.stride, layer.rows, own.begin, own.end)
+            : to_transposed(static_cast<const T*>(a.delta) + own.begin, layer.out, layer.rows,
+                            own.size(), made + own.begin * layer.stride, layer.stride);
     product.prepare(own, false);
-    report.x = Kind::magnitude(a.x, batch.begin * layer.in, batch.size() * layer.in);
+    if (a.x_transposed) {
+      const Range inputs = part(layer.in, 1, team.rank, team.size);
+      report.x = transposed_magnitude(static_cast<const T*>(a.x), layer.stride, layer.rows,
+                                      inputs.begin, inputs.end);
+    } else {
+      const Range batch = part(layer.rows, 1, team.rank, team.size);
+      report.x = Kind::magnitude(a.x, batch.begin * layer.in, batch.size() * layer.in);
+    }
     for (int s = 0; s < 3; ++s)
       if (vectors[s] && a.rule.trainable[s + 1])
         report.include(magnitude_of(vectors[s] + own.begin, own.size()));

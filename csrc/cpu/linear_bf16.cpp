@@ -227,6 +227,7 @@ struct Bf16 {
   using T = float;
   using Input = RoundedInput;
   using Weight = RoundedWeight;
+  static constexpr bool kTransposed = false;
 
   static float magnitude(const void* x, Index begin, Index count) {
     const Half* from = static_cast<const Half*>(x) + begin;

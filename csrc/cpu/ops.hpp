@@ -3,12 +3,24 @@
 // Shapes are those of fused_dni/ops/types.py: N rows, I and O features in and out, rank R, K
 // context features. Matrices are row-major and contiguous; elements are float or double, as the
 // function that is called says. A null pointer is a tensor that is not there (or not wanted).
+//
+// Between the layers of a stack a matrix of the batch may stay as the kernels keep it, transposed:
+// [features][stride] with transposed_stride() elements from row to row.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 namespace fused_dni {
+
+constexpr std::int64_t kCacheLine = 64;
+
+// Whole cache lines, an odd number of them: rows then spread over all sets of a cache.
+[[gnu::always_inline]] constexpr std::int64_t transposed_stride(std::int64_t rows,
+                                                                std::int64_t element_size) {
+  const std::int64_t line = kCacheLine / element_size;
+  return (((rows + line - 1) / line) | 1) * line;
+}
 
 struct LayerArguments {
   std::int64_t rows, in, out;  // N, I, O
@@ -53,10 +65,12 @@ struct RuleArguments {
 
 struct LinearForward {
   LayerArguments layer;
-  const void* x;     // [N, I]
-  void* h;           // [N, O]
-  void* normalized;  // [N, O], what Saved holds
-  void* rstd;        // [O] or [N]
+  const void* x;           // [N, I]
+  void* h;                 // [N, O]; null with `transposed` where nothing else reads it
+  void* normalized;        // [N, O], what Saved holds; with `transposed` in that layout too
+  void* rstd;              // [O] or [N]
+  bool x_transposed;       // more than kDotRows rows
+  void* transposed;        // h [O][stride]
 };
 
 struct LinearBackward {
@@ -68,10 +82,12 @@ struct LinearBackward {
   const void* rstd;        // [O] or [N]
   void* delta;             // [N, O]
   void* grad_x;            // [N, I]
-  void* grad_weight;       // [O, I]
+  void* grad_weight;       // [O, I]; null with anything transposed
   void* grad_bias;         // [O], as the two that follow
   void* grad_norm_weight;
   void* grad_norm_bias;
+  bool transposed;  // h, normalized and delta
+  bool grad_h_transposed, grad_x_transposed;
 };
 
 struct LinearUpdate {
@@ -82,6 +98,7 @@ struct LinearUpdate {
   const void* grad_bias;  // [O], as the two that follow
   const void* grad_norm_weight;
   const void* grad_norm_bias;
+  bool x_transposed, delta_transposed;
 };
 
 struct LinearStep {

@@ -765,14 +765,6 @@ class Stack {
   void* at(char* room, std::int64_t offset) const {
     return offset == kNowhere ? nullptr : room + offset * (element().bits / 8);
   }
-  // The same as a tensor, or None.
-  Object piece(const Object& room, std::int64_t offset, std::int64_t rows,
-               std::int64_t columns) const {
-    if (offset == kNowhere) return py::none();
-    const std::int64_t count = columns ? rows * columns : rows;
-    const Object flat = room.attr(names().narrow)(0, offset, count);
-    return columns ? Object(flat.attr(names().view)(rows, columns)) : flat;
-  }
   // What `of` says of each layer, in one list.
   template <class Of>
   Object all(std::size_t count, const Of& of) const {
@@ -929,7 +921,13 @@ class QuickExactStack : public Stack<QuickExact> {
     const std::vector<Kept> kept = this->kept(h, left, rows);
     std::vector<LinearForward> forwards;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
-      forwards.push_back(layers_[i]->going(batch, kept[i]));
+      LinearForward forward = layers_[i]->going(batch, kept[i]);
+      if (inside(rows)) {
+        forward.x_transposed = i > 0;
+        forward.transposed = kept[i].h;
+        forward.h = i + 1 < layers_.size() ? nullptr : address(h);
+      }
+      forwards.push_back(forward);
       batch.x.at = kept[i].h;
     }
     {
@@ -965,11 +963,11 @@ class QuickExactStack : public Stack<QuickExact> {
     const Derived derived = derive(rows);
     const auto [made, begin] = room(x, derived.layout);
     // Gradients at inputs inside are read by the next layer alone: they take turns in two places.
-    Layout inside(element());
-    const std::int64_t width =
-        rows * most(1, count, [](const QuickExact& step) { return step.layer().in; });
-    const std::int64_t places[2] = {inside.take(width), inside.take(width)};
-    const auto [passing, turns] = room(x, inside);
+    Layout layout(element());
+    const std::int64_t size =
+        stride(rows) * most(1, count, [](const QuickExact& step) { return step.layer().in; });
+    const std::int64_t places[2] = {layout.take(size), layout.take(size)};
+    const auto [passing, turns] = room(x, layout);
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
     std::vector<LinearBackward> backwards;
@@ -978,7 +976,13 @@ class QuickExactStack : public Stack<QuickExact> {
       batches[i].x.at = i > 0 ? kept[i - 1].h : address(x);
       Gradients gradients = this->gradients(begin, derived, i);
       gradients.x = i > 0 ? at(turns, places[i % 2]) : address(dx);
-      backwards.push_back(layers_[i]->returning(batches[i], above, kept[i], gradients));
+      LinearBackward backward = layers_[i]->returning(batches[i], above, kept[i], gradients);
+      if (inside(rows)) {
+        backward.transposed = true;
+        backward.grad_h_transposed = i + 1 < count;
+        backward.grad_x_transposed = i > 0;
+      }
+      backwards.push_back(backward);
       above = gradients.x;
     }
     {
@@ -1002,7 +1006,10 @@ class QuickExactStack : public Stack<QuickExact> {
     std::vector<LinearUpdate> updates;
     for (std::size_t i = 0; i < count; ++i) {
       if (i > 0) batches[i].x.at = kept[i - 1].h;
-      updates.push_back(layers_[i]->updating(batches[i], gradients(begin, derived, i)));
+      LinearUpdate update = layers_[i]->updating(batches[i], gradients(begin, derived, i));
+      update.delta_transposed = inside(batch.x.rows);
+      update.x_transposed = update.delta_transposed && i > 0;
+      updates.push_back(update);
     }
     {
       py::gil_scoped_release release;
@@ -1022,9 +1029,9 @@ class QuickExactStack : public Stack<QuickExact> {
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
       const std::int64_t out = layer.layer().out;
-      const Object own = i + 1 < layers_.size() ? piece(left, laid.h[i], rows, out) : h;
-      found.append(py::make_tuple(own, piece(left, laid.normalized[i], rows, out),
-                                  piece(left, laid.rstd[i], layer.statistics(rows), 0)));
+      const Object own = i + 1 < layers_.size() ? matrix(left, laid.h[i], rows, out) : h;
+      found.append(py::make_tuple(own, matrix(left, laid.normalized[i], rows, out),
+                                  vector(left, laid.rstd[i], layer.statistics(rows))));
     }
     return found;
   }
@@ -1036,11 +1043,9 @@ class QuickExactStack : public Stack<QuickExact> {
     py::list found;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const std::int64_t out = layers_[i]->layer().out;
-      const auto vector = [&](const std::vector<std::int64_t>& of) {
-        return piece(made, of[i], out, 0);
-      };
-      found.append(py::make_tuple(piece(made, derived.delta[i], rows, out), vector(derived.bias),
-                                  vector(derived.scale), vector(derived.shift)));
+      found.append(py::make_tuple(
+          matrix(made, derived.delta[i], rows, out), vector(made, derived.bias[i], out),
+          vector(made, derived.scale[i], out), vector(made, derived.shift[i], out)));
     }
     return found;
   }
@@ -1054,6 +1059,29 @@ class QuickExactStack : public Stack<QuickExact> {
 
  private:
   using Offsets = std::vector<std::int64_t>;
+
+  // Whether matrices of the batch stay transposed between kernels: not so few rows that a product
+  // runs along features.
+  static bool inside(std::int64_t rows) { return rows > 3; }
+  // Elements of such a matrix for each feature.
+  std::int64_t stride(std::int64_t rows) const {
+    return inside(rows) ? transposed_stride(rows, element().bits / 8) : rows;
+  }
+  // Pieces as tensors, a matrix row-major, or None.
+  Object vector(const Object& room, std::int64_t offset, std::int64_t elements) const {
+    if (offset == kNowhere) return py::none();
+    return room.attr(names().narrow)(0, offset, elements);
+  }
+  Object matrix(const Object& room, std::int64_t offset, std::int64_t rows,
+                std::int64_t columns) const {
+    if (offset == kNowhere) return py::none();
+    const Object flat = vector(room, offset, columns * stride(rows));
+    if (!inside(rows)) return flat.attr(names().view)(rows, columns);
+    return flat.attr(names().view)(columns, stride(rows))
+        .attr(names().narrow)(1, 0, rows)
+        .attr("t")()
+        .attr("contiguous")();
+  }
   struct Laid {  // of what a forward leaves
     Layout layout;
     Offsets h, normalized, rstd;
@@ -1070,8 +1098,8 @@ class QuickExactStack : public Stack<QuickExact> {
     };
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
-      const std::int64_t elements = rows * layer.layer().out;
-      laid.h.push_back(take(i + 1 < layers_.size(), elements));
+      const std::int64_t elements = stride(rows) * layer.layer().out;
+      laid.h.push_back(take(i + 1 < layers_.size() || inside(rows), elements));
       laid.normalized.push_back(take(layer.keeps(), elements));
       laid.rstd.push_back(take(layer.statistics(rows) > 0, layer.statistics(rows)));
     }
@@ -1084,7 +1112,7 @@ class QuickExactStack : public Stack<QuickExact> {
       const auto vector = [&](const void* there) {
         return there ? derived.layout.take(of.out) : kNowhere;
       };
-      derived.delta.push_back(derived.layout.take(rows * of.out));
+      derived.delta.push_back(derived.layout.take(stride(rows) * of.out));
       derived.bias.push_back(vector(of.bias));
       derived.scale.push_back(vector(of.norm_weight));
       derived.shift.push_back(vector(of.norm_bias));
@@ -1097,7 +1125,7 @@ class QuickExactStack : public Stack<QuickExact> {
     std::vector<Kept> found;
     for (std::size_t i = 0; i < layers_.size(); ++i)
       found.push_back({at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
-    found.back().h = address(h);
+    if (!inside(rows)) found.back().h = address(h);
     return found;
   }
   Gradients gradients(char* begin, const Derived& derived, std::size_t i) const {

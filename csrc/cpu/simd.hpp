@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "ops.hpp"
+
 #define FUSED_DNI_INLINE [[gnu::always_inline]] inline
 
 namespace fused_dni::FUSED_DNI_ISA {
@@ -26,7 +28,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr Index kLineBytes = 64;
+constexpr Index kLineBytes = kCacheLine;
 
 template <class T>
 struct Simd;
@@ -254,12 +256,10 @@ FUSED_DNI_INLINE void transpose_registers(Vec<T> (&v)[kLanes<T>]) {
 // Inside the kernels a matrix [rows][N] of the batch is kept feature by feature: row f holds the
 // N values of feature f, padded to whole cache lines. A feature's batch statistics, its weights'
 // row and its vector parameters then belong to one row, and the products need no packing of W.
-// The stride is an odd number of lines, so that rows spread over all sets of a cache.
 
 template <class T>
 FUSED_DNI_INLINE Index transposed_stride(Index n) {
-  constexpr Index line = kLineBytes / static_cast<Index>(sizeof(T));
-  return (ceil_div(n, line) | 1) * line;
+  return fused_dni::transposed_stride(n, static_cast<Index>(sizeof(T)));
 }
 
 // A vector of a row at n, without what lies in the padding behind the last of `rows`.
@@ -324,6 +324,16 @@ void from_transposed(const T* src, Index src_stride, Index rows, Index cols, T* 
       }
     }
   }
+}
+
+// The largest magnitude of rows [features) of a matrix [..][stride] in that layout.
+template <class T>
+T transposed_magnitude(const T* at, Index stride, Index rows, Index begin, Index end) {
+  Magnitude<T> magnitude;
+  for (Index f = begin; f < end; ++f)
+    for (Index n = 0; n < rows; n += kLanes<T>)
+      magnitude.add(valid<T>(load(at + f * stride + n), n, rows));
+  return magnitude.value();
 }
 
 }  // namespace fused_dni::FUSED_DNI_ISA

@@ -49,9 +49,10 @@ constexpr auto kNoTouch = [](Index, Index, Index, Index) {};
 template <class T>
 struct WeightPhase {
   Index rows, in, out, stride;
-  const T* weight;           // [O, I]
-  const T* x;                // [N, I]
-  const T* delta = nullptr;  // [O][stride]
+  const T* weight;            // [O, I]
+  const T* x;                 // [N, I], or [I][stride]
+  bool x_transposed = false;  // which
+  const T* delta = nullptr;   // [O][stride]
   T* packed = nullptr;       // a piece a thread
 
   WeightPhase(Index n, Index i, Index o, const T* w, const void* input)
@@ -78,8 +79,8 @@ struct WeightPhase {
       const Range batch = part(rows, kTileRows, grid.minor, grid.minors);
       const Range columns = grid.major_part(in, kLanes<T>);
       for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
-        write(batch.size(), width, out, delta + batch.begin, 1, stride, weight + i, scratch,
-              grad_x + batch.begin * in + i);
+        write(batch.size(), width, out, delta + batch.begin, 1, stride, Columns<T>{weight + i, in},
+              scratch, grad_x + batch.begin * in + i);
       });
       if (wanted) team.sync();
     }
@@ -98,9 +99,22 @@ struct WeightPhase {
   void gradients(const Team& team, void* grad_x, T* grad_weight) const {
     run(team, grad_x, grad_weight != nullptr,
         [&](Index i, Index width, Range features, T* scratch) {
-          write(features.size(), width, rows, delta + features.begin * stride, stride, 1, x + i,
+          write(features.size(), width, rows, delta + features.begin * stride, stride, 1, of_x(i),
                 scratch, grad_weight + features.begin * in + i);
         });
+  }
+
+  // dxT = W^T deltaT to [I][stride]. Here W is A, and its columns are copied to be near each other.
+  void gradient_transposed(const Team& team, T* grad_x) const {
+    T* scratch = packed + team.rank * piece();
+    const Grid grid(team, ceil_div(in, kPanel<T>));
+    const Range batch = part(rows, kLanes<T>, grid.minor, grid.minors);
+    const Range columns = grid.major_part(in, kLanes<T>);
+    for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+      pack<T, kStrip<T>>(weight + i, in, out, width, scratch);
+      multiply(width, batch.size(), out, scratch, 1, kStrip<T>, delta + batch.begin, stride,
+               grad_x + i * stride + batch.begin, stride, false);
+    });
   }
 
   // dx if wanted, and a rule applied to the weight.
@@ -118,7 +132,7 @@ struct WeightPhase {
     Magnitude<T> magnitude;
     run(team, nullptr, true, [&](Index i, Index width, Range features, T* scratch) {
       multiply_packed(features.size(), width, rows, delta + features.begin * stride, stride, 1,
-                      x + i, in, scratch, kNoTouch, [&](Index, Index count, const T* sums) {
+                      of_x(i), scratch, kNoTouch, [&](Index, Index count, const T* sums) {
                         for (Index r = 0; r < count; ++r)
                           for (Index v = 0; v < width; v += kLanes<T>)
                             magnitude.add(load(sums + r * kStrip<T> + v));
@@ -130,15 +144,19 @@ struct WeightPhase {
  private:
   Index piece() const { return packed_scratch<T>(larger(rows, out)); }
 
-  // A strip of a product with B's and C's rows `in` apart, stored at c.
+  // The strip of x's columns from i on.
+  Columns<T> of_x(Index i) const {
+    return x_transposed ? Columns<T>{x + i * stride, stride, true} : Columns<T>{x + i, in};
+  }
+
+  // A strip of a product, stored at c, whose rows are `in` apart.
   void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
-             const T* b, T* scratch, T* c) const {
+             const Columns<T>& b, T* scratch, T* c) const {
     if (width % kLanes<T> == 0) {
-      multiply_into(count, width, depth, a, a_row, a_col, b, in, scratch, c, in, T(0), T(1),
-                    kNoTouch);
+      multiply_into(count, width, depth, a, a_row, a_col, b, scratch, c, in, T(0), T(1), kNoTouch);
       return;
     }
-    multiply_packed(count, width, depth, a, a_row, a_col, b, in, scratch, kNoTouch,
+    multiply_packed(count, width, depth, a, a_row, a_col, b, scratch, kNoTouch,
                     [&](Index m, Index take, const T* sums) {
                       for (Index r = m; r < m + take; ++r, sums += kStrip<T>)
                         for (Index v = 0; v < width; v += kLanes<T>)
@@ -163,11 +181,11 @@ struct WeightPhase {
     // w - lr (g + decay w) is keep w - lr g: the product's own tile can do that in registers. Not
     // block by block of a deep product, as every pass over w would round it once more.
     if (kKind == Rule<T>::kPlain && width % kLanes<T> == 0 && rows <= kBlockK<T>) {
-      multiply_into(features.size(), width, rows, a, stride, 1, x + i, in, scratch,
+      multiply_into(features.size(), width, rows, a, stride, 1, of_x(i), scratch,
                     slot.parameter + first, in, rule.keep, -rule.lr, fetch);
       return;
     }
-    multiply_packed(features.size(), width, rows, a, stride, 1, x + i, in, scratch, fetch,
+    multiply_packed(features.size(), width, rows, a, stride, 1, of_x(i), scratch, fetch,
                     [&](Index o, Index count, const T* sums) {
                       for (Index r = 0; r < count; ++r)
                         apply_span<T, kKind>(rule, slot, first + (o + r) * in, width,
