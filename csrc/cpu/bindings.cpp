@@ -131,7 +131,7 @@ void linear_update(std::size_t type, const py::tuple& layer, const py::tuple& ru
 void linear_step(std::size_t type, const py::tuple& layer, const py::tuple& synthesizer,
                  const py::tuple& rule, const py::tuple& tensors) {
   Reader read(tensors);
-  LinearStep a;
+  LinearStep a{};
   a.layer = read_layer(layer);
   a.synthesizer = read_synthesizer(synthesizer, a.layer.rows);
   a.rule = read_rule(rule);

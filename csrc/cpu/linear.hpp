@@ -619,6 +619,12 @@ void linear_step(const LinearStep& a) {
   const Layer<T> behind = a.preactivation ? layer.up_to_z() : layer;
   Backward<T> backward{behind};
   typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
+  if constexpr (Kind::kTransposed) {
+    if (a.x_transposed) input.given = static_cast<const T*>(a.x);
+    product.x_transposed = a.x_transposed;
+    forward.given_h = static_cast<T*>(a.transposed);
+    if (a.transposed) backward.given_grad_h = static_cast<const T*>(a.scaled);
+  }
   Report<T>* reports = nullptr;
   double* squares = nullptr;  // [threads], of the prediction
   Scratch::allocate([&](Scratch& scratch) {
@@ -634,6 +640,8 @@ void linear_step(const LinearStep& a) {
   backward.u = forward.z;
   backward.rstd = forward.rstd;
   product.delta = backward.delta;
+  // Where the prediction is made: for a lesson that reads it transposed it stays.
+  T* predicted = a.transposed && a.scaled ? static_cast<T*>(a.scaled) : backward.delta;
   bool applied = false;
 
   parallel(threads, [&](const Team& team) {
@@ -648,20 +656,24 @@ void linear_step(const LinearStep& a) {
 
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
+    if (a.h) Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
     forward.save(team, own, a.normalized, a.rstd);
     predictor.reduce(team, own, forward.h);
     if (predictor.kind != kDiagonal) team.sync();
     predictor.combine(team);
-    if (a.reduced && team.rank == 0)
-      from_transposed(predictor.reduced, stride, layer.rows, predictor.rank,
-                      static_cast<T*>(a.reduced), predictor.rank);
+    if (a.reduced && team.rank == 0) {
+      if (a.transposed)
+        __builtin_memcpy(a.reduced, predictor.reduced, sizeof(T) * predictor.rank * stride);
+      else
+        from_transposed(predictor.reduced, stride, layer.rows, predictor.rank,
+                        static_cast<T*>(a.reduced), predictor.rank);
+    }
 
     backward.begin(team);
     const auto predict = [&](Index first, Index last) {
-      T* rows = backward.delta + first * stride;
+      T* rows = predicted + first * stride;
       predictor.predict(team, first, last, forward.h, rows);
-      if (a.scaled)
+      if (a.scaled && !a.transposed)
         from_transposed(rows, stride, layer.rows, last - first, static_cast<T*>(a.scaled) + first,
                         layer.out);
     };
@@ -671,7 +683,7 @@ void linear_step(const LinearStep& a) {
       DoubleSum<T> sum;
       for (Index o = own.begin; o < own.end; ++o)
         for (Index n = 0; n < layer.rows; n += kLanes<T>) {
-          const Vec<T> s = valid<T>(load(backward.delta + o * stride + n), n, layer.rows);
+          const Vec<T> s = valid<T>(load(predicted + o * stride + n), n, layer.rows);
           sum.add_product(s, s);
         }
       squares[team.rank] = sum.value();
@@ -700,12 +712,20 @@ void linear_step(const LinearStep& a) {
     team.sync();
 
     const bool finite = agree_finite(team, reports, product, weight.parameter != nullptr);
+    void* grad_x = a.grad_x;
+    if constexpr (Kind::kTransposed) {
+      if (grad_x && a.grad_x_transposed) {
+        product.gradient_transposed(team, static_cast<T*>(grad_x));
+        team.sync();  // threads share W's columns there, and its rows in the update
+        grad_x = nullptr;
+      }
+    }
     if (finite) {
-      product.update(team, a.grad_x, rule, weight);
+      product.update(team, grad_x, rule, weight);
       update_vectors(layer, a.rule, rule, own, vectors[0], vectors[1], vectors[2]);
       forward.move_running(own);
-    } else if (a.grad_x) {
-      product.update(team, a.grad_x, rule, Slot<T>{});
+    } else if (grad_x) {
+      product.update(team, grad_x, rule, Slot<T>{});
     }
     if (team.rank == 0) applied = finite;
   });

@@ -108,12 +108,14 @@ struct LinearStep {
   double target_scale, max_norm;
   bool preactivation;  // the gradient is predicted at z = x W^T + b, else at h
   const void* x;       // [N, I]
-  void* h;             // [N, O]
+  void* h;             // [N, O]; null with `transposed`
   void* scaled;        // [N, O]
   void* reduced;       // [N, R]
   void* grad_x;        // [N, I]
   void* normalized;    // [N, O], what Saved holds
   void* rstd;          // [O] or [N]
+  bool x_transposed, grad_x_transposed;
+  void* transposed;  // h [O][stride]; scaled and reduced are then in that layout too
 };
 
 struct SynthesizerPredict {
@@ -139,6 +141,7 @@ struct SynthesizerTrain {
   bool update;
   RuleArguments rule;
   void* gradients[kSlots];
+  bool transposed;  // h, scaled, reduced and grad_h
 };
 
 // ---- LSTM: T steps, B sequences side by side, L layers of H units --------------------------------

@@ -756,6 +756,13 @@ class Stack {
     return module.is(module_) && surroundings_.holds() && layers_[0]->uninspected() && own_.holds();
   }
   Element element() const { return layers_[0]->element(); }
+  // Whether matrices of the batch stay transposed between kernels: not so few rows that a product
+  // runs along features.
+  static bool inside(std::int64_t rows) { return rows > 3; }
+  // Elements of such a matrix for each feature.
+  std::int64_t stride(std::int64_t rows) const {
+    return inside(rows) ? transposed_stride(rows, element().bits / 8) : rows;
+  }
   // One tensor for all pieces of the layout, and where it begins.
   std::pair<Object, char*> room(const Object& like, const Layout& layout) const {
     const Object made = like.attr(names().new_empty)(layout.size());
@@ -772,7 +779,7 @@ class Stack {
     for (std::size_t i = 0; i < count; ++i) joined += py::list(of(*layers_[i]));
     return std::move(joined);
   }
-  // The most that `of` says of any layer but the last (and but the first, from 1 on).
+  // The most that `of` says of any of the layers [from, to).
   template <class Of>
   std::int64_t most(std::size_t from, std::size_t to, const Of& of) const {
     std::int64_t found = 0;
@@ -807,7 +814,7 @@ class QuickStack : public Stack<QuickStep> {
     const std::int64_t rows = batches[0].x.rows;
     Handed handed = last.hands(input, rows, target, false);
     if (batches[0].asks) handed.dx = new_empty(input, rows, layers_[0]->layer().in);
-    const auto [inside, pieces] = between(input, rows, target);
+    const auto [held, pieces] = between(input, rows, target);
 
     std::vector<LinearStep> steps;
     std::vector<SynthesizerTrain> lessons;
@@ -817,10 +824,17 @@ class QuickStack : public Stack<QuickStep> {
       if (i + 1 == count) made = handed.made();
       if (!layers_[i]->rank()) made.reduced = nullptr;
       made.dx = i == 0 ? address(handed.dx) : target ? pieces[0].dx : nullptr;
-      steps.push_back(layers_[i]->stepping(batches[i], told[i], made));
+      LinearStep step = layers_[i]->stepping(batches[i], told[i], made);
+      if (inside(rows)) {
+        step.x_transposed = step.grad_x_transposed = i > 0;
+        if (i + 1 < count) std::swap(step.h, step.transposed);
+      }
+      steps.push_back(step);
       if (i + 1 < count) batches[i + 1].x.at = made.h;
-      if (i > 0 && target)
+      if (i > 0 && target) {
         lessons.push_back(layers_[i - 1]->teaching(batches[i - 1], told[i - 1], below, made.dx));
+        lessons.back().transposed = inside(rows);
+      }
       below = made;
     }
     {
@@ -855,9 +869,9 @@ class QuickStack : public Stack<QuickStep> {
     const auto out = [](const QuickStep& step) { return step.layer().out; };
     const auto rank = [](const QuickStep& step) { return step.rank(); };
     const auto in = [](const QuickStep& step) { return step.layer().in; };
-    const std::int64_t features = rows * most(0, count - 1, out),
-                       ranks = rows * most(0, count - 1, rank),
-                       inputs = rows * most(1, count, in);
+    const std::int64_t features = stride(rows) * most(0, count - 1, out),
+                       ranks = stride(rows) * most(0, count - 1, rank),
+                       inputs = stride(rows) * most(1, count, in);
     Layout layout(element());
     std::int64_t h[2], scaled[2], reduced[2];
     for (int i = 0; i < 2; ++i) {
@@ -1060,13 +1074,6 @@ class QuickExactStack : public Stack<QuickExact> {
  private:
   using Offsets = std::vector<std::int64_t>;
 
-  // Whether matrices of the batch stay transposed between kernels: not so few rows that a product
-  // runs along features.
-  static bool inside(std::int64_t rows) { return rows > 3; }
-  // Elements of such a matrix for each feature.
-  std::int64_t stride(std::int64_t rows) const {
-    return inside(rows) ? transposed_stride(rows, element().bits / 8) : rows;
-  }
   // Pieces as tensors, a matrix row-major, or None.
   Object vector(const Object& room, std::int64_t offset, std::int64_t elements) const {
     if (offset == kNowhere) return py::none();

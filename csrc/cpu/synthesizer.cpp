@@ -89,7 +89,9 @@ struct Trainer {
         kappa(T(a.target_scale)),
         train_dense(kind == kDense),
         head(a.synthesizer, a.rows, a.features),
-        product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {}
+        product(a.rows, a.features, a.features, static_cast<const T*>(a.synthesizer.weight), a.h) {
+    product.x_transposed = a.transposed;
+  }
 
   bool scatters() const { return a.synthesizer.labels && classes > kOneHotClasses; }
 
@@ -115,16 +117,17 @@ struct Trainer {
 
   // e, its sums, and everything that the other threads will need. A barrier follows.
   void prepare(const Team& team, Range own, Report<T>& report) const {
-    take(a.scaled, own, error);
-    take(a.grad_h, own, other);
+    const T* scaled = take(a.scaled, own, error);
+    const T* grad_h = take(a.grad_h, own, other);
     T* weights = mean + team.rank * stride;
     if (head.table) head.weigh(T(2.0 / static_cast<double>(head.counted)), stride, weights);
     Magnitude<T> magnitude;
     DoubleSum<T> dot, predicted, target, squared, gain;
     for (Index o = own.begin; o < own.end; ++o) {
       Vec<T> total{};
-      for (Index n = 0; n < rows; n += kLanes<T>) {  // padding is zero in both
-        const Vec<T> s = load(error + o * stride + n), t = load(other + o * stride + n) * kappa;
+      for (Index n = 0; n < rows; n += kLanes<T>) {
+        const Vec<T> s = valid<T>(load(scaled + o * stride + n), n, rows),
+                     t = valid<T>(load(grad_h + o * stride + n), n, rows) * kappa;
         const Vec<T> d = s - t;
         const Vec<T> e = head.table ? in_the_mean<T>(d, load(weights + n)) : d * factor;
         dot.add_product(s, t);
@@ -153,8 +156,14 @@ struct Trainer {
 
     const Range batch = part(rows, 1, team.rank, team.size);
     if (train_dense)
-      report.x = magnitude_of(product.x + batch.begin * features, batch.size() * features);
-    pad_rows(a.reduced, batch, rank, rank_row, reduced);
+      report.x = a.transposed
+                     ? transposed_magnitude(product.x, stride, rows, own.begin, own.end)
+                     : magnitude_of(product.x + batch.begin * features, batch.size() * features);
+    if (a.transposed)
+      to_transposed(static_cast<const T*>(a.reduced) + batch.begin, stride, rank, batch.size(),
+                    reduced + batch.begin * rank_row, rank_row);
+    else
+      pad_rows(a.reduced, batch, rank, rank_row, reduced);
     if (classes > 0 && !scatters()) make_context(batch);
     if (kind == kLowRank) {
       pad_rows(a.synthesizer.weight, own, rank, rank_row, weight);
@@ -177,7 +186,7 @@ struct Trainer {
       multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced, rank_row,
                grad_weight + own.begin * rank_row, rank_row, false);
       for_panels<T, kStripVectors>(own.begin, own.end, [&](Index o, Index width, Index) {
-        multiply_packed(rank, width, rows, q, 1, rank_row, Columns<T>{product.x + o, features},
+        multiply_packed(rank, width, rows, q, 1, rank_row, product.of_x(o),
                         panels + team.rank * packed_scratch<T>(rank), kNoTouch,
                         [&](Index r, Index take, const T* sums) {
                           for (Index i = 0; i < take; ++i)
@@ -192,11 +201,11 @@ struct Trainer {
         report.include(magnitude_of(grad_down + r * features + own.begin, own.size()));
     }
     if (kind == kDiagonal) {
-      take(a.h, own, other);
+      const T* h = take(a.h, own, other);
       for (Index o = own.begin; o < own.end; ++o) {
         Vec<T> total{};
         for (Index n = 0; n < rows; n += kLanes<T>)
-          total += load(error + o * stride + n) * load(other + o * stride + n);
+          total += valid<T>(load(error + o * stride + n) * load(h + o * stride + n), n, rows);
         grad_weight[o] = sum_lanes<T>(total);
       }
       report.include(magnitude_of(grad_weight + own.begin, own.size()));
@@ -293,9 +302,12 @@ struct Trainer {
   }
 
  private:
-  void take(const void* from, Range own, T* to) const {
-    to_transposed(static_cast<const T*>(from) + own.begin, features, rows, own.size(),
-                  to + own.begin * stride, stride);
+  // The thread's features of a matrix in the transposed layout: `to`, or where they lie.
+  const T* take(const void* from, Range own, T* to) const {
+    const T* at = static_cast<const T*>(from);
+    if (a.transposed) return at;
+    to_transposed(at + own.begin, features, rows, own.size(), to + own.begin * stride, stride);
+    return to;
   }
 
   static void pad_rows(const void* from, Range range, Index width, Index row, T* to) {

@@ -127,6 +127,11 @@ struct WeightPhase {
     });
   }
 
+  // The strip of x's columns from i on.
+  Columns<T> of_x(Index i) const {
+    return x_transposed ? Columns<T>{x + i * stride, stride, true} : Columns<T>{x + i, in};
+  }
+
   // Whether all of delta^T x is finite, for the thread's part of it.
   bool finite(const Team& team) const {
     Magnitude<T> magnitude;
@@ -143,11 +148,6 @@ struct WeightPhase {
 
  private:
   Index piece() const { return packed_scratch<T>(larger(rows, out)); }
-
-  // The strip of x's columns from i on.
-  Columns<T> of_x(Index i) const {
-    return x_transposed ? Columns<T>{x + i * stride, stride, true} : Columns<T>{x + i, in};
-  }
 
   // A strip of a product, stored at c, whose rows are `in` apart.
   void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
