@@ -55,10 +55,9 @@ inline const Exchange& exchange() {
     namespace py = pybind11;
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-    const auto* table =
-        capsule.is_none()
-            ? nullptr
-            : static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* table = capsule.is_none() ? nullptr
+                                          : static_cast<const Exchange*>(PyCapsule_GetPointer(
+                                                capsule.ptr(), "dlpack_exchange_api"));
     PyErr_Clear();
     while (table && table->major != kMajorVersion) table = table->older;
     if (table == nullptr)

@@ -305,11 +305,11 @@ struct Backward {
 
   const T* grad_h = nullptr;  // [O][stride]: gradient at h, in delta's memory if not given
   T* delta = nullptr;         // [O][stride]: gradient at z
-  T* grad_bias = nullptr;   // [O]
-  T* grad_scale = nullptr;  // [O]
-  T* grad_shift = nullptr;  // [O]
-  T* parts = nullptr;       // [threads][2][stride]: layer norm's sums over a thread's features
-  T* columns = nullptr;     // [threads][2][stride]: the same over all features, a copy a thread
+  T* grad_bias = nullptr;     // [O]
+  T* grad_scale = nullptr;    // [O]
+  T* grad_shift = nullptr;    // [O]
+  T* parts = nullptr;         // [threads][2][stride]: layer norm's sums over a thread's features
+  T* columns = nullptr;       // [threads][2][stride]: the same over all features, a copy a thread
 
   void plan(Scratch& scratch, int threads) {
     const Index sums = layer.normalization == kLayer ? 2 * threads * layer.stride : 0;

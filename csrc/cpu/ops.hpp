@@ -65,12 +65,12 @@ struct RuleArguments {
 
 struct LinearForward {
   LayerArguments layer;
-  const void* x;           // [N, I]
-  void* h;                 // [N, O]; null with `transposed` where nothing else reads it
-  void* normalized;        // [N, O], what Saved holds; with `transposed` in that layout too
-  void* rstd;              // [O] or [N]
-  bool x_transposed;       // more than kDotRows rows
-  void* transposed;        // h [O][stride]
+  const void* x;      // [N, I]
+  void* h;            // [N, O]; null with `transposed` where nothing else reads it
+  void* normalized;   // [N, O], what Saved holds; with `transposed` in that layout too
+  void* rstd;         // [O] or [N]
+  bool x_transposed;  // more than kDotRows rows
+  void* transposed;   // h [O][stride]
 };
 
 struct LinearBackward {

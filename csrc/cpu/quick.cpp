@@ -118,7 +118,8 @@ class Guard {
   explicit Guard(const py::handle& rows) {
     for (const py::handle& each : rows) {
       const auto row = py::reinterpret_borrow<py::tuple>(each);
-      checks_.emplace_back(row[0].cast<int>(), std::array<Object, 4>{row[1], row[2], row[3], row[4]});
+      checks_.emplace_back(row[0].cast<int>(),
+                           std::array<Object, 4>{row[1], row[2], row[3], row[4]});
     }
   }
 
@@ -191,10 +192,10 @@ constexpr Element kInt64{dlpack::kInt, 64};
 bool plain(const Object& t, const Object& type, Element element, std::int64_t columns,
            Memory& memory) {
   dlpack::View seen;
-  if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type.ptr() ||
-      !dlpack::view(t.ptr(), seen) || !seen.is(element.code, element.bits) ||
-      seen.dimensions != (columns ? 2 : 1) || (columns && seen.shape[1] != columns) ||
-      !seen.contiguous() || asked(t, names().negative).ptr() != Py_False)
+  if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type.ptr() || !dlpack::view(t.ptr(), seen) ||
+      !seen.is(element.code, element.bits) || seen.dimensions != (columns ? 2 : 1) ||
+      (columns && seen.shape[1] != columns) || !seen.contiguous() ||
+      asked(t, names().negative).ptr() != Py_False)
     return false;
   memory.rows = seen.shape[0];
   memory.at = seen.address();
@@ -326,7 +327,7 @@ class Quick {
   std::int64_t least_;
   LayerArguments layer_;
   Guard surroundings_, always_, own_;  // always_: of a backward's surroundings too
-  std::int64_t* counter_;               // of batches; null for none
+  std::int64_t* counter_;              // of batches; null for none
   LiveRule rule_;
 
  private:
@@ -598,8 +599,7 @@ class QuickExact : public Quick {
     Object normalized = py::none(), rstd = py::none();
     if (keeps_) normalized = new_empty(input, rows, layer_.out);
     if (layer_.normalization) rstd = input.attr(names().new_empty)(statistics(rows));
-    const LinearForward forward =
-        going(batch, {address(h), address(normalized), address(rstd)});
+    const LinearForward forward = going(batch, {address(h), address(normalized), address(rstd)});
     {
       py::gil_scoped_release release;
       run(forward);
@@ -625,9 +625,9 @@ class QuickExact : public Quick {
                  scale = vector(layer_.norm_weight), shift = vector(layer_.norm_bias);
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, gradient.rows, layer_.in);
-    const LinearBackward backward = returning(
-        batch, gradient.at, {address(h), address(normalized), address(rstd)},
-        {address(dx), address(delta), address(bias), address(scale), address(shift)});
+    const LinearBackward backward =
+        returning(batch, gradient.at, {address(h), address(normalized), address(rstd)},
+                  {address(dx), address(delta), address(bias), address(scale), address(shift)});
     {
       py::gil_scoped_release release;
       run(backward);
@@ -643,8 +643,8 @@ class QuickExact : public Quick {
         !plain(made[0], tensor_, element_, layer_.out, delta) || delta.rows != batch.x.rows ||
         !counts(batch))
       return cleared();
-    const LinearUpdate update = updating(
-        batch, {nullptr, delta.at, address(made[3]), address(made[4]), address(made[5])});
+    const LinearUpdate update =
+        updating(batch, {nullptr, delta.at, address(made[3]), address(made[4]), address(made[5])});
     {
       py::gil_scoped_release release;
       run(update);
@@ -958,8 +958,7 @@ class QuickExactStack : public Stack<QuickExact> {
     const std::size_t count = layers_.size();
     std::vector<Batch> batches(count);
     Memory gradient;
-    if (!layers_[0]->uninspected() ||
-        !layers_.back()->arrives(arrived, batches.back(), gradient)) {
+    if (!layers_[0]->uninspected() || !layers_.back()->arrives(arrived, batches.back(), gradient)) {
       Quick::cleared();
       return py::none();
     }
@@ -1131,7 +1130,8 @@ class QuickExactStack : public Stack<QuickExact> {
     char* begin = static_cast<char*>(address(left));
     std::vector<Kept> found;
     for (std::size_t i = 0; i < layers_.size(); ++i)
-      found.push_back({at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
+      found.push_back(
+          {at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
     if (!inside(rows)) found.back().h = address(h);
     return found;
   }

@@ -53,7 +53,7 @@ struct WeightPhase {
   const T* x;                 // [N, I], or [I][stride]
   bool x_transposed = false;  // which
   const T* delta = nullptr;   // [O][stride]
-  T* packed = nullptr;       // a piece a thread
+  T* packed = nullptr;        // a piece a thread
 
   WeightPhase(Index n, Index i, Index o, const T* w, const void* input)
       : rows(n),

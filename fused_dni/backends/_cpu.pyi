@@ -18,6 +18,7 @@ METHOD: int
 STATE: int
 EMPTY: int
 ABSENT: int
+MEMORY: int
 
 # Whole steps: what they are made from, by name, and what comes back, is said in csrc/cpu/quick.cpp.
 class QuickStep:
