@@ -59,7 +59,9 @@ def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
                     steps=step.CYCLE,
                     against={
                         "DNI k=4 / backprop on our kernels": f"{k_4} / {step.OURS.name}",
+                        "our backprop / stock eager": f"{step.OURS.name} / {step.STOCK.name}",
                         "DNI k=4 / stock eager": f"{k_4} / {step.STOCK.name}",
+                        "DNI k=4 / stock autotuned": f"{k_4} / {step.AUTOTUNED.name}",
                         "DNI k=1 / stock eager": f"{k_1} / {step.STOCK.name}",
                         "DNI k=1 / stock compiled": f"{k_1} / {step.COMPILED.name}",
                     },

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pages.cells import interval, milliseconds, ordered, provenance, table
+from stored import named
 
 
 def error_of(results: dict[str, Any], key: str, name: str) -> str:
     """Test error of a row, mean over its seeds; of a compiled row, that of the eager one."""
     trained = name.replace("compiled", "eager")
+    if name.startswith("stock backprop and optimizer"):
+        trained = "stock backprop, eager, fused optimizer"
     entry = results.get("errors", {}).get("rows", {}).get(key, {}).get(trained)
     if entry is None:
         return "–" if name.startswith("floor") else "not measured"
@@ -64,6 +67,7 @@ def render_step(results: dict[str, Any]) -> str:
 SUMMARY = {
     "stock backprop, eager, fused optimizer": "stock eager",
     "stock backprop, compiled, fused optimizer": "stock compiled",
+    "stock backprop and optimizer, one compiled step, autotuned": "stock autotuned",
     "backprop on our kernels": "backprop, our kernels",
     "DNI, targets on every step": "DNI k=1",
     "DNI, targets on every 4th step": "DNI k=4",
@@ -100,6 +104,21 @@ def render_summary(results: dict[str, Any]) -> str:
             render_ratios(groups),
         ]
     )
+
+
+def render_instructions(results: dict[str, Any]) -> str:
+    """Counted instructions a step, and their part of stock's (the first row's)."""
+    groups = results.get("instructions", {})
+    if not groups:
+        return f"{named(results['facts'])}: not counted."
+    parts = [provenance(results, groups)]
+    for key in ordered(groups):
+        counts, order = groups[key]["rows"], groups[key]["order"]
+        rows = [
+            [name, f"{counts[name]:,}", f"{counts[name] / counts[order[0]]:.2f}"] for name in order
+        ]
+        parts.append(f"**{key}**\n\n" + table(["step", "instructions", "× stock"], rows))
+    return "\n\n".join(parts)
 
 
 def render_ratios(groups: dict[str, Any]) -> str:

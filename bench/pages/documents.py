@@ -36,6 +36,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "verdict": ("", lambda _: verdict.short()),  # which reads its own
     "summary": ("*-cpu", each(cpu.render_summary)),
     "step": ("*-cpu", each(cpu.render_step)),
+    "instructions": ("*-cpu", each(cpu.render_instructions)),
     "linear": ("*-cpu", each(lambda results: cpu.render_groups(results, "linear"))),
     "synthesizer": ("*-cpu", each(lambda results: cpu.render_groups(results, "synthesizer"))),
     "memory": ("*-cpu", each(cpu.render_memory)),

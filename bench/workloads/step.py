@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,20 +48,22 @@ class Method:
     Attributes:
         name: as printed.
         ours: on fused_dni's layers, else stock PyTorch.
-        compiled: stock network and loss under ``torch.compile``.
+        compiled: what of a stock step is under ``torch.compile``: its network and loss, or, as
+            well as that can do it (``mode="max-autotune"``), all of it: backward and optimizer too.
         target_every: k of the synthesizers' targets; None for never; 0 for no synthesizer.
         bf16: under ``torch.autocast`` to bfloat16.
     """
 
     name: str
     ours: bool = False
-    compiled: bool = False
+    compiled: Literal["", "loss", "step"] = ""
     target_every: int | None = 0
     bf16: bool = False
 
 
 STOCK = Method("stock backprop, eager, fused optimizer")
-COMPILED = Method("stock backprop, compiled, fused optimizer", compiled=True)
+COMPILED = Method("stock backprop, compiled, fused optimizer", compiled="loss")
+AUTOTUNED = Method("stock backprop and optimizer, one compiled step, autotuned", compiled="step")
 OURS = Method("backprop on our kernels", ours=True)
 DNI_1 = Method("DNI, targets on every step", ours=True, target_every=1)
 DNI_4 = Method("DNI, targets on every 4th step", ours=True, target_every=4)
@@ -69,12 +71,13 @@ DNI_NEVER = Method("DNI, never a target", ours=True, target_every=None)
 METHODS = (
     STOCK,
     COMPILED,
+    AUTOTUNED,
     OURS,
     DNI_1,
     DNI_4,
     DNI_NEVER,
     Method("stock backprop, eager, bf16", bf16=True),
-    Method("stock backprop, compiled, bf16", compiled=True, bf16=True),
+    Method("stock backprop, compiled, bf16", compiled="loss", bf16=True),
     Method("backprop on our kernels, bf16", ours=True, bf16=True),
     Method("DNI, targets on every 4th step, bf16", ours=True, target_every=4, bf16=True),
 )
@@ -178,14 +181,26 @@ class Training:
             self.schedule = fd.Schedule(self.model, target_every=every)
         else:
             self.model = stock
-            self.optimizer = stock_optimizer(rule_name, stock, lr)
-        loss: Callable[[Tensor, Tensor], Tensor] = self._loss
-        if method.compiled:
-            loss = torch.compile(loss, fullgraph=True, dynamic=False)
-        self._forward = loss
+            # PyTorch's fused rules are kernels of their own, which a compiler cannot look into.
+            fused = method.compiled != "step"
+            self.optimizer = stock_optimizer(rule_name, stock, lr, fused=fused)
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._loss
+        self._stock_step: Callable[[Tensor, Tensor], Tensor] = self._stock
+        if method.compiled == "loss":
+            self._forward = torch.compile(self._loss, fullgraph=True, dynamic=False)
+        elif method.compiled == "step":
+            self._stock_step = torch.compile(self._stock, mode="max-autotune", dynamic=False)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.model(x), y)
+
+    def _stock(self, x: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            loss = self._forward(x, y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
 
     def scramble_synthesizers(self, seed: int = 1, scale: float = 0.05) -> None:
         """Give the synthesizers random output layers. An untrained one predicts zero, and a step
@@ -205,12 +220,7 @@ class Training:
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One training step, written as a user would write it."""
         if not self.method.ours:
-            self.optimizer.zero_grad()
-            with self._autocast():
-                loss = self._forward(x, y)
-            loss.backward()
-            self.optimizer.step()
-            return loss
+            return self._stock_step(x, y)
         if self.method.target_every == 0:
             with self._autocast():
                 loss = self._forward(x, y)

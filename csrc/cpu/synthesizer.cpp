@@ -185,7 +185,7 @@ struct Trainer {
       }
       multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced, rank_row,
                grad_weight + own.begin * rank_row, rank_row, false);
-      for_panels<T, kStripVectors>(own.begin, own.end, [&](Index o, Index width, Index) {
+      for_strips<T>(own.begin, own.end, kStripVectors, [&](Index o, Index width, Index) {
         multiply_packed(rank, width, rows, q, 1, rank_row, product.of_x(o),
                         panels + team.rank * packed_scratch<T>(rank), kNoTouch,
                         [&](Index r, Index take, const T* sums) {

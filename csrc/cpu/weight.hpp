@@ -71,14 +71,15 @@ struct WeightPhase {
   // dx = delta W if wanted, then strip(i, width, features, scratch) for every strip of W's columns
   // and the rows of W that this thread owns of it. The caller has had a barrier behind delta.
   template <class Strip>
-  void run(const Team& team, void* to, bool wanted, Strip&& strip) const {
+  void run(const Team& team, void* to, bool wanted, Strip&& strip,
+           Index widest = kStripVectors) const {
     T* grad_x = static_cast<T*>(to);
     T* scratch = packed + team.rank * piece();
     if (grad_x != nullptr) {  // threads share the columns of dx; if those are few, its rows too
       const Grid grid(team, ceil_div(in, kPanel<T>));
       const Range batch = part(rows, kTileRows, grid.minor, grid.minors);
       const Range columns = grid.major_part(in, kLanes<T>);
-      for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+      for_strips<T>(columns.begin, columns.end, kStripVectors, [&](Index i, Index width, Index) {
         write(batch.size(), width, out, delta + batch.begin, 1, stride, Columns<T>{weight + i, in},
               scratch, grad_x + batch.begin * in + i);
       });
@@ -90,9 +91,8 @@ struct WeightPhase {
     const Grid grid(team, ceil_div(out, kLanes<T>));
     const Range features = grid.major_part(out, kLanes<T>);
     const Range columns = part(in, kLanes<T>, grid.minor, grid.minors);
-    for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
-      strip(i, width, features, scratch);
-    });
+    for_strips<T>(columns.begin, columns.end, widest,
+                  [&](Index i, Index width, Index) { strip(i, width, features, scratch); });
   }
 
   // dx and the weight's gradient, each if wanted.
@@ -110,7 +110,7 @@ struct WeightPhase {
     const Grid grid(team, ceil_div(in, kPanel<T>));
     const Range batch = part(rows, kLanes<T>, grid.minor, grid.minors);
     const Range columns = grid.major_part(in, kLanes<T>);
-    for_panels<T, kStripVectors>(columns.begin, columns.end, [&](Index i, Index width, Index) {
+    for_strips<T>(columns.begin, columns.end, kStripVectors, [&](Index i, Index width, Index) {
       pack<T, kStrip<T>>(weight + i, in, out, width, scratch);
       multiply(width, batch.size(), out, scratch, 1, kStrip<T>, delta + batch.begin, stride,
                grad_x + i * stride + batch.begin, stride, false);
@@ -120,10 +120,13 @@ struct WeightPhase {
   // dx if wanted, and a rule applied to the weight.
   void update(const Team& team, void* grad_x, const Rule<T>& rule, const Slot<T>& slot) const {
     with_rule(rule, [&](auto kind) {
-      run(team, grad_x, slot.parameter != nullptr,
+      const bool wide = kind.value != Rule<T>::kPlain && rows <= kBlockK<T>;
+      run(
+          team, grad_x, slot.parameter != nullptr,
           [&](Index i, Index width, Range features, T* scratch) {
             update_strip<decltype(kind)::value>(rule, slot, i, width, features, scratch);
-          });
+          },
+          wide ? wide_panels<T>(rows) * kTileVectors : kStripVectors);
     });
   }
 
@@ -147,7 +150,9 @@ struct WeightPhase {
   }
 
  private:
-  Index piece() const { return packed_scratch<T>(larger(rows, out)); }
+  Index piece() const {
+    return larger(packed_scratch<T>(larger(rows, out)), wide_scratch<T>(rows, in));
+  }
 
   // A strip of a product, stored at c, whose rows are `in` apart.
   void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
@@ -178,6 +183,15 @@ struct WeightPhase {
           if (slot.second) __builtin_prefetch(slot.second + at, 1);
         }
     };
+    if (kKind != Rule<T>::kPlain && rows <= kBlockK<T>) {
+      multiply_wide(features.size(), width, rows, a, stride, 1, of_x(i), scratch,
+                    [&](Index o, Index count, const T* sums, Index row) {
+                      for (Index r = 0; r < count; ++r)
+                        apply_span<T, kKind>(rule, slot, first + (o + r) * in, width,
+                                             sums + r * row);
+                    });
+      return;
+    }
     // w - lr (g + decay w) is keep w - lr g: the product's own tile can do that in registers. Not
     // block by block of a deep product, as every pass over w would round it once more.
     if (kKind == Rule<T>::kPlain && width % kLanes<T> == 0 && rows <= kBlockK<T>) {
