@@ -5,8 +5,10 @@
 prints JSON with the counts. ``differences``: a candidate with 15 % more work, with 15 % less, and
 with the same, so many runs each. ``segments``: modules of which it is known whether synthetic
 gradients pay there. ``sums``: parts of a step against the whole. ``tops``: under tops that cost 2,
-10 and 50 times what is below them, the mean step over whole cycles against b + s + (τ + m)/k. With
-``--busy N`` so many processes compete for the cores meanwhile. Exit status 1 if a bound is broken.
+10 and 50 times what is below them, the mean step over whole cycles against b + s + (τ + m)/k.
+``contention``: how much a step on all cores slows down when another process wants one of them, ours
+against stock's. With ``--busy N`` so many processes compete for the cores meanwhile. Exit status 1
+if a bound is broken.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,11 +34,12 @@ from fused_dni.measure.baseline import facts
 from fused_dni.measure.verdict import Verdict, verdict, verdict_top
 from fused_dni.measure.verdict.segments import conv
 from fused_dni.report.progress import Progress
+from workloads import step
 
 #: What is planted, and of ten runs how many are to be called rightly; none the other way round.
 PLANTED = {"slower": 1.15, "faster": 1 / 1.15, "inconclusive": 1.0}
 RIGHT = 0.9
-PARTS = ("differences", "segments", "sums", "tops")
+PARTS = ("differences", "segments", "sums", "tops", "contention")
 OPPOSITE = {"slower": "faster", "faster": "slower"}
 #: Products that a planted candidate's work is made of, more or fewer of them.
 PRODUCTS = 40
@@ -42,6 +48,9 @@ DEAR = (2, 10, 50)
 CYCLES = (2, 4, 8, 16)
 #: A mean step over whole cycles is to be the formula's within this share.
 FORMULA = 0.10
+#: Turns, of idle and of contended steps, and how much more than stock's ours may slow down.
+TURNS = 6
+SLOWER = 1.10
 
 
 def _rotation(features: int, seed: int) -> Tensor:
@@ -233,6 +242,31 @@ def tops(seconds: float, rows: int = 128, features: int = 512) -> dict[str, dict
     return found
 
 
+def contention(seconds: float) -> dict[str, dict[str, float]]:
+    """Mean milliseconds of a network's step on all cores, with nothing else to do for them and with
+    one process more than cores, by method."""
+    case = step.CASES[0]
+    methods = (step.STOCK, step.OURS, step.DNI_4)
+    steps = {m.name: step.stepper(step.prepared(case, "sgd", m)) for m in methods}
+    taken: dict[str, dict[int, list[float]]] = {name: {0: [], 1: []} for name in steps}
+    for _ in range(TURNS):
+        for others in (0, 1):
+            with busy(others):
+                for name, call in steps.items():
+                    end = time.perf_counter() + seconds / TURNS
+                    while (start := time.perf_counter()) < end:
+                        call()
+                        taken[name][others].append(time.perf_counter() - start)
+    milliseconds = {
+        name: {others: 1e3 * fmean(found) / step.CYCLE for others, found in turns.items()}
+        for name, turns in taken.items()
+    }
+    return {
+        name: {"idle": found[0], "contended": found[1], "slowdown": found[1] / found[0]}
+        for name, found in milliseconds.items()
+    }
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -318,6 +352,18 @@ def main(argv: list[str] | None = None) -> int:
                 if abs(off := ratio["median"] - 1.0) > FORMULA
             ]
             progress.update("tops", 1.0)
+        if "contention" in wanted:
+            progress.update("contention", 0.0)
+            torch.set_num_threads(os.cpu_count() or 1)
+            report["contention"] = contention(5 * args.seconds)
+            torch.set_num_threads(args.threads)
+            stock = report["contention"][step.STOCK.name]["slowdown"]
+            failures += [
+                f"{name} slows down by {row['slowdown']:.2f}, stock by {stock:.2f}"
+                for name, row in report["contention"].items()
+                if row["slowdown"] > SLOWER * stock
+            ]
+            progress.update("contention", 1.0)
     report["failures"] = failures
     text = json.dumps(report, indent=1)
     print(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 import gpu_baselines
 import gpu_kernels
 import groups
+import instructions
 import measuring
 import stored
 from fused_dni.ops import measured, registry
-from pages import cells, documents, estimates
+from pages import cells, cpu, documents, estimates
 from workloads import Disagreement, accuracy, backends, gemm, linear, memory, synthesizer
 from workloads import gpu as wg
 from workloads import lstm as wl
@@ -818,3 +820,43 @@ def test_what_ncu_saw_becomes_a_table():
     row = gpu_kernels.ncu_table(text).splitlines()[-1]
     assert row.split()[:4] == ["linear_kernel", "1", "12.5", "µs"] and row.split()[-1] == "132"
     assert gpu_kernels.ncu_table("==ERROR== no permission\n") == "ncu reported no kernel"
+
+
+# ----------------------------------------------------------------------------------- instructions
+
+
+def test_instructions_are_counted_between_two_lengths(monkeypatch, tmp_path, capsys):
+    """What asking costs is in both parts of a method, and goes with their difference."""
+
+    def run(command, **_):
+        out = next(o for o in command if o.startswith("--callgrind-out-file=")).partition("=")[2]
+        for i in range(len(instructions.METHODS)):
+            for j, steps in enumerate((8, 16)):
+                total = 500 + steps * 100 * (i + 1)
+                Path(f"{out}.{2 * i + j + 1}").write_text(f"events: Ir\ntotals: {total}\n")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(instructions.subprocess, "run", run)
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: name)
+    out = tmp_path / "counts.json"
+    assert instructions.main(["--steps", "8", "--out", str(out), "--json"]) == 0
+    expected = {m.name: 100 * (i + 1) for i, m in enumerate(instructions.METHODS)}
+    assert json.loads(capsys.readouterr().out) == expected
+    stored_group = json.loads(out.read_text())["instructions"]["4 layers 8/8 sgd"]
+    assert stored_group["rows"] == expected
+    assert "| 2.00 |" in cpu.render_instructions(json.loads(out.read_text()))
+
+
+def test_instructions_that_cannot_be_counted(monkeypatch, capsys):
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert instructions.main([]) == 2
+    assert "apt install valgrind" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="without totals"):
+        instructions.counted("events: Ir")
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: name)
+    failed = subprocess.CompletedProcess([], 1, "", "no such tool")
+    monkeypatch.setattr(instructions.subprocess, "run", lambda *_, **__: failed)
+    assert instructions.main([]) == 1
+    assert "no such tool" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        instructions.main(["--steps", "3"])

@@ -1,5 +1,6 @@
 """Segments of which it is known whether synthetic gradients pay there: the verdict finds out."""
 
+import contextlib
 import json
 import random
 
@@ -116,3 +117,25 @@ def test_the_script_fails_where_the_formula_is_off(capsys, monkeypatch, off, fai
     said = as_text(blocks_of(report))
     assert "within 9 %" in said or "within 11 %" in said
     assert f"{100 * (off - 1):+.0f} %" in said
+
+
+@pytest.mark.parametrize(("ours", "failures"), [(1.6, 0), (1.7, 1)])
+def test_contention_is_held_against_stock(ours, failures, monkeypatch, capsys):
+    stock, fused = (m.name for m in (planted.step.STOCK, planted.step.OURS))
+    found = {
+        name: {"idle": 1.0, "contended": slowdown, "slowdown": slowdown}
+        for name, slowdown in ((stock, 1.5), (fused, ours))
+    }
+    monkeypatch.setattr(planted, "contention", lambda seconds: found)
+    assert planted.main(["--only", "contention"]) == failures
+    assert json.loads(capsys.readouterr().out)["contention"] == found
+
+
+def test_contention_counts_both_ways(monkeypatch):
+    """Every method, alone and contended: no figure is asked for."""
+    monkeypatch.setattr(planted, "TURNS", 1)
+    monkeypatch.setattr(planted.step, "CASES", (planted.step.Case(16, 32),))
+    monkeypatch.setattr(planted, "busy", lambda processes: contextlib.nullcontext())
+    found = planted.contention(0.05)
+    assert len(found) == 3
+    assert all(row["idle"] > 0 and row["contended"] > 0 for row in found.values())
