@@ -83,7 +83,7 @@ def count(steps: int) -> dict[str, int]:
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--separate-threads=no"]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__]
         command += ["--inside", "--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             raise RuntimeError(f"Valgrind failed: {done.stderr.strip()[-400:]}")
         parts = [

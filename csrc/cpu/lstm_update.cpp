@@ -24,7 +24,8 @@ struct Updater {
   Index outputs;          // 4H
   T* features = nullptr;  // [4H][stride]: delta of one layer at a time
   T* bias = nullptr;      // [4H]: its sums
-  T* packed = nullptr;
+  T* packed = nullptr;    // for whichever phase is at it, a piece a thread
+  Index piece = 0;
   Report<T>* reports = nullptr;  // [L][2][threads]
 
   explicit Updater(const LSTMUpdate& from) : a(from), outputs(kGates * from.hidden) {}
@@ -34,9 +35,9 @@ struct Updater {
     for (Index k = 0; k < a.depth; ++k) rows = larger(rows, a.rows[k].rows);
     features = scratch.take<T>(outputs * transposed_stride<T>(rows));
     bias = scratch.take<T>(outputs);
-    WeightPhase<T> deepest(rows, a.hidden, outputs, nullptr, nullptr);
-    deepest.plan(scratch, threads);
-    packed = deepest.packed;
+    for (Index k = 0; k < a.depth; ++k)
+      for (const LayerSlot slot : kWeights) piece = larger(piece, phase(k, slot).needed());
+    packed = scratch.take<T>(threads * piece);
     reports = scratch.take<Report<T>>(2 * a.depth * threads);
   }
 
@@ -58,6 +59,7 @@ struct Updater {
                         input ? rows.input : rows.hidden);
     made.delta = features;
     made.packed = packed;
+    made.piece = piece;
     return made;
   }
 

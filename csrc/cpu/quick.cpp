@@ -39,7 +39,8 @@ struct Names {
   Object lessons = py::str("lessons"), lr = py::str("lr"), narrow = py::str("narrow"),
          negative = py::str("is_neg"), new_empty = py::str("new_empty"),
          requires_grad = py::str("requires_grad"), size = py::str("size"),
-         version = py::str("_version"), view = py::str("view"), written = py::str("_written");
+         version = py::str("_version"), view = py::str("view"), written = py::str("_written"),
+         zero = py::str("_is_zerotensor");
 };
 const Names& names() {
   static const Names* made = new Names;
@@ -195,7 +196,8 @@ bool plain(const Object& t, const Object& type, Element element, std::int64_t co
   if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type.ptr() || !dlpack::view(t.ptr(), seen) ||
       !seen.is(element.code, element.bits) || seen.dimensions != (columns ? 2 : 1) ||
       (columns && seen.shape[1] != columns) || !seen.contiguous() ||
-      asked(t, names().negative).ptr() != Py_False)
+      asked(t, names().negative).ptr() != Py_False ||
+      asked(t, names().zero).ptr() != Py_False)  // of which DLPack tells an offset from nowhere
     return false;
   memory.rows = seen.shape[0];
   memory.at = seen.address();

@@ -205,7 +205,7 @@ struct Trainer {
       for (Index o = own.begin; o < own.end; ++o) {
         Vec<T> total{};
         for (Index n = 0; n < rows; n += kLanes<T>)
-          total += valid<T>(load(error + o * stride + n) * load(h + o * stride + n), n, rows);
+          total += load(error + o * stride + n) * valid<T>(load(h + o * stride + n), n, rows);
         grad_weight[o] = sum_lanes<T>(total);
       }
       report.include(magnitude_of(grad_weight + own.begin, own.size()));

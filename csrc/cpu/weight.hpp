@@ -54,6 +54,7 @@ struct WeightPhase {
   bool x_transposed = false;  // which
   const T* delta = nullptr;   // [O][stride]
   T* packed = nullptr;        // a piece a thread
+  Index piece = 0;            // its elements
 
   WeightPhase(Index n, Index i, Index o, const T* w, const void* input)
       : rows(n),
@@ -63,7 +64,14 @@ struct WeightPhase {
         weight(w),
         x(static_cast<const T*>(input)) {}
 
-  void plan(Scratch& scratch, int threads) { packed = scratch.take<T>(threads * piece()); }
+  // Elements of scratch that a thread needs.
+  Index needed() const {
+    return larger(packed_scratch<T>(larger(rows, out)), wide_scratch<T>(rows, in));
+  }
+  void plan(Scratch& scratch, int threads) {
+    piece = needed();
+    packed = scratch.take<T>(threads * piece);
+  }
 
   // Makes of the thread's features of delta what the products need of it; a barrier follows.
   void prepare(Range, bool) const {}
@@ -74,7 +82,7 @@ struct WeightPhase {
   void run(const Team& team, void* to, bool wanted, Strip&& strip,
            Index widest = kStripVectors) const {
     T* grad_x = static_cast<T*>(to);
-    T* scratch = packed + team.rank * piece();
+    T* scratch = packed + team.rank * piece;
     if (grad_x != nullptr) {  // threads share the columns of dx; if those are few, its rows too
       const Grid grid(team, ceil_div(in, kPanel<T>));
       const Range batch = part(rows, kTileRows, grid.minor, grid.minors);
@@ -106,7 +114,7 @@ struct WeightPhase {
 
   // dxT = W^T deltaT to [I][stride]. Here W is A, and its columns are copied to be near each other.
   void gradient_transposed(const Team& team, T* grad_x) const {
-    T* scratch = packed + team.rank * piece();
+    T* scratch = packed + team.rank * piece;
     const Grid grid(team, ceil_div(in, kPanel<T>));
     const Range batch = part(rows, kLanes<T>, grid.minor, grid.minors);
     const Range columns = grid.major_part(in, kLanes<T>);
@@ -150,10 +158,6 @@ struct WeightPhase {
   }
 
  private:
-  Index piece() const {
-    return larger(packed_scratch<T>(larger(rows, out)), wide_scratch<T>(rows, in));
-  }
-
   // A strip of a product, stored at c, whose rows are `in` apart.
   void write(Index count, Index width, Index depth, const T* a, Index a_row, Index a_col,
              const Columns<T>& b, T* scratch, T* c) const {

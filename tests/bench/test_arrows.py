@@ -10,10 +10,10 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 #: From the bottom to the top. What stands in one line does not import each other.
 FLOORS = (
-    ("stored", "clocks", "models", "planted", "races", "gpu_run"),
+    ("stored", "clocks", "models", "races", "gpu_run"),
     ("workloads", "gpu_baselines", "rates"),
-    ("crossover", "groups", "suites", "conftest"),
-    ("measuring", "claims"),
+    ("crossover", "groups", "suites", "conftest", "planted"),
+    ("measuring", "claims", "instructions"),
     ("pages",),
     ("tables", "answers", "gpu_kernels"),
 )

@@ -828,7 +828,11 @@ def test_what_ncu_saw_becomes_a_table():
 def test_instructions_are_counted_between_two_lengths(monkeypatch, tmp_path, capsys):
     """What asking costs is in both parts of a method, and goes with their difference."""
 
-    def run(command, **_):
+    started = subprocess.run
+
+    def run(command, **options):
+        if command[0] != "valgrind":
+            return started(command, **options)
         out = next(o for o in command if o.startswith("--callgrind-out-file=")).partition("=")[2]
         for i in range(len(instructions.METHODS)):
             for j, steps in enumerate((8, 16)):

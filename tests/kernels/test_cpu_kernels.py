@@ -457,3 +457,36 @@ def test_a_tensor_without_memory_is_refused():
     lost = LinearTensors(torch._efficientzerotensor((4, 3)), bias)
     with pytest.raises(ValueError, match="weight is a tensor without memory"):
         cpu.linear_forward(torch.randn(5, 3), lost, LinearConfig(), False, False)
+
+
+@pytest.mark.parametrize("threads", [1, 4, 16])
+@pytest.mark.parametrize("kind", [0, 1], ids=["momentum", "adam"])
+def test_a_wide_input_of_an_lstm_is_updated_column_by_column(kind: int, threads: int) -> None:
+    """However wide, by however many threads, in memory of its own: its columns are updated as they
+    are alone."""
+    rows, inputs, hidden = 8, 16_384, 8
+    generator = torch.Generator().manual_seed(0)
+    x, h, delta = (torch.randn(rows, n, generator=generator) for n in (inputs, hidden, 4 * hidden))
+
+    def updated(columns: slice, threads: int) -> torch.Tensor:
+        own = x[:, columns].contiguous()
+        shapes = [(4 * hidden, own.shape[1]), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
+        parameters, first, second = ([torch.zeros(s) for s in shapes] for _ in range(3))
+        hyper = torch.tensor([0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0], dtype=torch.float64)
+        moments = [t.data_ptr() for held in (first, second) for t in held]
+        if kind == 0:
+            moments[4:] = [0] * 4
+        rule = (kind, False, hyper.data_ptr(), *moments, True, True, True, True)
+        for _ in range(2):
+            sizes = (hidden, threads, rows, own.shape[1])
+            addresses = [t.data_ptr() for t in (own, h, delta)]
+            _cpu.lstm_update(
+                False, tuple(p.data_ptr() for p in parameters), rule, (*sizes, *addresses)
+            )
+        assert hyper[5] == 2
+        return parameters[0]
+
+    whole = updated(slice(None), threads)
+    for begin in range(0, inputs, 4096):
+        part = slice(begin, begin + 4096)
+        assert torch.equal(whole[:, part], updated(part, 1))

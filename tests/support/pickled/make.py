@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import gzip
-import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,24 +80,10 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return fd.FusedOptimizer(model) if ruled else torch.optim.Adam(model.parameters(), lr=1e-2)
 
 
-def here() -> dict[str, str]:
-    """What the bits of a step depend on, beside its formulas."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    cut = [line.partition(":") for line in lines]
-    rows = {name.strip(): value.strip() for name, _, value in cut}
-    return {
-        "torch": torch.__version__,
-        "processor": " ".join(rows.get(name, "") for name in ("model name", "cpu family", "model")),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-    }
-
-
 def main(path: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    written: dict[str, Any] = {"here": here(), "models": {}}
+    written: dict[str, Any] = {"models": {}}
     for name, model in models().items():
         optimizer = optimizer_of(model)
         train(model, optimizer, 0)
