@@ -162,10 +162,6 @@ void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Inde
   });
 }
 
-// Few enough rows of the batch that the product is one pass over W, whatever is done: vectors then
-// run along W's rows, as they would be mostly padding in the transposed layout.
-constexpr Index kDotRows = 3;
-
 // C[outputs][batch rows] = W[outputs][depth] x[batch rows][depth]^T, C in the transposed layout.
 template <class T, int kBatch>
 void multiply_dots(Index outputs, Index depth, const T* w, const T* x, T* c, Index c_row) {

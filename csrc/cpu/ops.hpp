@@ -15,6 +15,11 @@ namespace fused_dni {
 
 constexpr std::int64_t kCacheLine = 64;
 
+// Few enough rows of the batch that the product is one pass over W, whatever is done: vectors then
+// run along W's rows, as they would be mostly padding in the transposed layout, and nothing may stay
+// in that.
+constexpr std::int64_t kDotRows = 3;
+
 // Whole cache lines, an odd number of them: rows then spread over all sets of a cache.
 [[gnu::always_inline]] constexpr std::int64_t transposed_stride(std::int64_t rows,
                                                                 std::int64_t element_size) {

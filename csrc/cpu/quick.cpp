@@ -760,7 +760,7 @@ class Stack {
   Element element() const { return layers_[0]->element(); }
   // Whether matrices of the batch stay transposed between kernels: not so few rows that a product
   // runs along features.
-  static bool inside(std::int64_t rows) { return rows > 3; }
+  static bool inside(std::int64_t rows) { return rows > kDotRows; }
   // Elements of such a matrix for each feature.
   std::int64_t stride(std::int64_t rows) const {
     return inside(rows) ? transposed_stride(rows, element().bits / 8) : rows;
