@@ -27,7 +27,8 @@ _NAMES = ("h", "shape", "context", "x", "normalized", "rstd", "norm_weight", "no
 
 class Ticket:
     """What a late target belongs to: a step's output h and the context, as the synthesizer saw
-    them (``shape`` is the output's, of which h may be the rows); of an interface at the preactivation also what takes a gradient at h back to there.
+    them (``shape`` is the output's, of which h may be the rows); of an interface at the
+    preactivation also what takes a gradient at h back to there.
 
     It owns what it holds but for h and the context, which it shares with whoever else has them: do
     not change these in place. It is good for one lesson, and empty afterwards.

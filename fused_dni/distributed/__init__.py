@@ -1,0 +1,8 @@
+"""Pipelines over processes and hosts in which no stage waits for a backward."""
+
+from fused_dni.distributed.pipeline import Pipeline, StepOutput
+from fused_dni.distributed.stage import MODES, Stage
+from fused_dni.distributed.twin import Twin
+from fused_dni.distributed.wire import PipelineError
+
+__all__ = ["MODES", "Pipeline", "PipelineError", "Stage", "StepOutput", "Twin"]
