@@ -176,7 +176,7 @@ class Pipeline:
 
     def _agree(self, why: str) -> None:
         """Raise on every rank if one has a reason, or if ranks differ."""
-        cards = self._exchange(self._card(why))
+        cards = self.exchange(self._card(why))
         for rank, card in enumerate(cards):
             if card["why"]:
                 raise ValueError(
@@ -190,8 +190,8 @@ class Pipeline:
                         f"rank {rank}"
                     )
 
-    def _exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's card, by rank."""
+    def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange what JSON holds in at most 8 KiB between all ranks; by rank."""
         raw = json.dumps(card).encode()
         if len(raw) > _CARD:
             raise ValueError(f"{len(raw)} bytes are too many to exchange, at most {_CARD}")
@@ -423,7 +423,7 @@ class Pipeline:
 
     def reports(self) -> list[dict[str, Any]]:
         """Exchange :meth:`report` between all ranks, each of which must call this; by stage."""
-        return self._exchange(self.report())
+        return self.exchange(self.report())
 
 
 def _forward(step: int, h: Tensor, given: Arrived, asks: bool, waits: bool) -> Message:
