@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from fused_dni.cli import (
     advise,
     compare,
+    pipeline,
     profile,
     race,
     report,
@@ -52,6 +53,7 @@ def parser() -> Parser:
     training.add_train(commands)
     for task in training.RECURRENT:
         training.add_recurrent(commands, task)
+    pipeline.add_pipeline(commands)
     tune.add_tune(commands)
     map_command.add_map(commands)
     compare.add_compare(commands)
@@ -105,7 +107,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         cut = words.index("--")
         words, behind = words[:cut], words[cut + 1 :]
     for i, (word, following) in enumerate(itertools.pairwise(words)):
-        if (word == "train" and following in training.RECURRENT) or (
+        if (word == "train" and following in (*training.RECURRENT, "pipeline")) or (
             word == "verdict" and following in ("lstm", "top")
         ):
             words[i : i + 2] = [f"{word} {following}"]

@@ -9,6 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,7 +159,7 @@ class Checkpoints:
         partial.rename(place)
         for old in self._saved()[: -self._keep]:
             shutil.rmtree(self._place(old))
-            if not any(self._place(old).parent.iterdir()):
+            with suppress(OSError):  # other stages' are in it, or one of them was sooner
                 self._place(old).parent.rmdir()
 
     def _load(self, step: int) -> None:

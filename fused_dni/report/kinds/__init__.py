@@ -31,6 +31,7 @@ KINDS: dict[str, Kind] = {
     "train charlm": Kind("fused_dni.report.kinds.recurrent:blocks", 1),
     "train copy": Kind("fused_dni.report.kinds.recurrent:blocks", 1),
     "train repeat-copy": Kind("fused_dni.report.kinds.recurrent:blocks", 1),
+    "train pipeline": Kind("fused_dni.report.kinds.pipeline:blocks", 1),
     "advice": Kind("fused_dni.report.kinds.advice:blocks", 1),
     "map": Kind("fused_dni.report.kinds.map:blocks", 1),
     "rivals": Kind("fused_dni.report.kinds.rivals:blocks", 1),
