@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fused_dni.report.files import finite
+
 #: More stages than that are refused.
 MOST_STAGES = 10_000
 #: Longest time that may be given, in seconds: whole picoseconds have to fit 64 bits.
@@ -291,5 +293,6 @@ class Settings:
         return max(64, 2 * stages) if self.window is None else self.window
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; null for a bandwidth without limit."""
+        found: dict[str, Any] = finite(asdict(self))
+        return found
