@@ -30,7 +30,7 @@ TIMES = (
     ("optimizer", "an update of the parameters (0)"),
     ("dni", "a DNI step without target (forward + backward + optimizer + forward / 10)"),
     ("target", "what a target adds to it (0)"),
-    ("lesson", "a synthesizer's lesson (forward / 5)"),
+    ("lesson", "a synthesizer's lesson (forward / 20)"),
     ("local", "a step by a local loss (forward + backward + optimizer)"),
 )
 
@@ -110,8 +110,8 @@ def add_simulate(commands: Any) -> None:
                      help="of an update, of GPipe, 1F1B, zero-bubble, 2BW and data parallel "
                      "(four a stage)")  # fmt: skip
     how.add_argument("--window", type=whole(1, "a window"), metavar="W",
-                     help="microbatches under way with stale gradients (64, or two a "
-                     "stage)")  # fmt: skip
+                     help="microbatches under way with stale gradients (what the way there "
+                     "and back takes, to 64 or two a stage)")  # fmt: skip
     how.add_argument("--buffer", type=whole(1, "a buffer"), default=64, metavar="MESSAGES",
                      help="between two stages, of DNI and local losses (64)")  # fmt: skip
     how.add_argument("--target-every", type=every, default=1, metavar="K",
@@ -200,9 +200,7 @@ def _times(args: argparse.Namespace, progress: Any) -> tuple[Times, dict[str, An
         raise UsageError(f"--{error}") from None
 
 
-def _settings(
-    args: argparse.Namespace, times: Times, measured: dict[str, Any] | None
-) -> Settings:
+def _settings(args: argparse.Namespace, times: Times, measured: dict[str, Any] | None) -> Settings:
     from fused_dni.measure.simulate import Failures, Link, Settings, Stragglers
 
     sizes: dict[str, Any] = {}

@@ -141,7 +141,7 @@ def run(chains: Sequence[Chain], progress: Callable[[float], None] | None = None
 
     Raises:
         ValueError: an unfit list, or work that takes no time.
-        OverflowError: a simulated time beyond what 62 bits of picoseconds hold, 53 days.
+        OverflowError: a simulated time of more than 26 days, half of what its picoseconds hold.
     """
     kinds = {(chain.split, chain.late, chain.one_way) for chain in chains}
     if len(kinds) > 1:
@@ -180,10 +180,6 @@ def ticks(seconds: float) -> int:
     return round(seconds / TICK)
 
 
-def _per_byte(bandwidth: float) -> float:
-    return 0.0 if math.isinf(bandwidth) else 1.0 / bandwidth
-
-
 class _Queue:
     """Messages to every stage, in the order of sending: when each arrives."""
 
@@ -220,6 +216,7 @@ class _Loop:
         sizes = [chain.stages for chain in chains]
         self.first_of = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         stages = int(self.first_of[-1])
+        self.top = stages - 1
         lead = chains[0]
         self.split, self.late, self.one_way = lead.split, lead.late, lead.one_way
 
@@ -291,20 +288,12 @@ class _Loop:
         spread: Callable[[Callable[[Chain], int]], Ints],
         number: Ints,
     ) -> None:
-        def back(c: Chain) -> float:
-            return c.link.latency if c.link.latency_back is None else c.link.latency_back
-
-        def wide(c: Chain) -> float:
-            return c.link.bandwidth if c.link.bandwidth_back is None else c.link.bandwidth_back
-
         self.f_latency = spread(lambda c: ticks(c.link.latency))
-        self.b_latency = spread(lambda c: ticks(back(c)))
-        self.f_transfer = spread(lambda c: ticks(c.forward_bytes * _per_byte(c.link.bandwidth)))
-        self.b_transfer = spread(lambda c: ticks(c.backward_bytes * _per_byte(wide(c))))
-        self.f_jitter = spread(
-            lambda c: ticks(c.link.jitter + c.link.jitter_share * c.link.latency)
-        )
-        self.b_jitter = spread(lambda c: ticks(c.link.jitter + c.link.jitter_share * back(c)))
+        self.b_latency = spread(lambda c: ticks(c.link.back))
+        self.f_transfer = spread(lambda c: ticks(c.forward_bytes / c.link.bandwidth))
+        self.b_transfer = spread(lambda c: ticks(c.backward_bytes / c.link.wide_back))
+        self.f_jitter = spread(lambda c: ticks(c.link.jitter_of(c.link.latency)))
+        self.b_jitter = spread(lambda c: ticks(c.link.jitter_of(c.link.back)))
         self.shape = chains[0].link.shape
         self.jitters = bool((self.f_jitter + self.b_jitter).any())
         self.keys = {
@@ -352,19 +341,25 @@ class _Loop:
         lanes = np.arange(len(self.chains))
         stages = np.arange(int(self.first_of[-1]))
         choose = self._choose_one_way if self.one_way else self._choose
+        when, what = choose(stages)
         everything = float(self.total.sum())
         rounds = 0
-        while lanes.size:
+        while True:
             sizes = self.first_of[lanes + 1] - self.first_of[lanes]
             starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
             look = self.look[lanes]
             while True:
-                when, what = choose(stages)
-                earliest = np.minimum.reduceat(when, starts)
+                soon = when[stages]
+                earliest = np.minimum.reduceat(soon, starts)
                 if int(earliest.max()) >= NEVER:
                     break
-                go = np.flatnonzero(when < np.repeat(earliest + look, sizes))
-                self._begin(stages[go], when[go], what[go])
+                go = stages[np.flatnonzero(soon < np.repeat(earliest + look, sizes))]
+                self._begin(go, when[go], what[go])
+                # Only they and their neighbours have seen anything new.
+                seen = stages
+                if 3 * go.size < stages.size:
+                    seen = np.concatenate([go, np.maximum(go, 1) - 1, np.minimum(go + 1, self.top)])
+                when[seen], what[seen] = choose(seen)
                 rounds += 1
                 if not rounds & 255:
                     progress(float(self._counted().sum()) / everything)
@@ -375,9 +370,10 @@ class _Loop:
                 part = slice(self.first_of[lane], self.first_of[lane + 1])
                 assert (self._counted()[part] == self.total[part]).all(), "stages wait for ever"
             lanes = lanes[earliest < NEVER]
+            if not lanes.size:
+                break
             stages = np.concatenate(
                 [np.arange(self.first_of[lane], self.first_of[lane + 1]) for lane in lanes]
-                or [np.zeros(0, np.int64)]
             )
         progress(1.0)
 
@@ -404,13 +400,9 @@ class _Loop:
             # What is awaited next is asked for; it leaves when the question has come.
             asked = self.posted[s]
             ready = np.maximum(down, asked + self.b_latency[s])
-            down = np.where(
-                down < NEVER, ready + self.down_way[self.down.place(s, nf)], NEVER
-            )
+            down = np.where(down < NEVER, ready + self.down_way[self.down.place(s, nf)], NEVER)
             ready = np.maximum(back, asked + self.f_latency[s])
-            back = np.where(
-                back < NEVER, ready + self.back_way[self.back.place(s, nb)], NEVER
-            )
+            back = np.where(back < NEVER, ready + self.back_way[self.back.place(s, nb)], NEVER)
             backward &= ~forward
         down = np.where(self.first[s], 0, down)
         back = np.where(self.final[s], 0, back)
@@ -458,15 +450,12 @@ class _Loop:
         self._send_down(s, end)
 
     def _backward(self, s: Ints, when: Ints) -> None:
-        takes = self.backward[s]
-        if not self.split:
-            takes = takes + self._update(s, self.nb[s])
-        end = self._work(s, when, takes)
+        end = self._work(s, when, self.backward[s])
         self.posted[s] = end
         self.nb[s] += 1
         self._send_back(s, end)
-        if not self.split:
-            self._finish(s, self.nb[s], end)
+        if not self.split:  # an update follows, which the stage below does not wait for
+            self._finish(s, self.nb[s], self._work(s, end, self._update(s, self.nb[s] - 1)))
 
     def _weight(self, s: Ints, when: Ints) -> None:
         end = self._work(s, when, self.weight[s] + self._update(s, self.nw[s]))

@@ -195,9 +195,7 @@ def simulate(
                 progress((i + 1) / len(cases))
         return made
     chains = [mode.chain(case) for case in cases]
-    failing = [
-        not mode.together and case.settings.failures.every is not None for case in cases
-    ]
+    failing = [not mode.together and case.settings.failures.every is not None for case in cases]
     doubled = 1 + any(failing)
 
     def tell(share: float, done: int) -> None:
@@ -229,14 +227,15 @@ def _leaving(mode: Mode, stages: int) -> int:
 
 
 def _row(mode: Mode, case: Case, chain: Chain, ran: Ran) -> dict[str, Any]:
-    out, s = _leaving(mode, case.stages), case.settings
-    begin = 0.0 if chain.flush else ran.begins[out]
-    seconds = ran.ends[out] - begin
-    rate = (chain.total - chain.skip) / seconds
+    s = case.settings
+    # An update is over when the lowest stage has made it. Where there is no such end, each stage
+    # has a time of its own for the same microbatches, and the slowest one sets the pace: those
+    # above or below it work off, or build up, what lies between.
     spans = [
-        seconds if chain.flush else end - start
+        ran.ends[0] if chain.flush else end - start
         for start, end in zip(ran.begins, ran.ends, strict=True)
     ]
+    rate = (chain.total - chain.skip) / max(spans)
     shares = [busy / span for busy, span in zip(ran.busy, spans, strict=True)]
     returned = 0.0
     if not chain.one_way:
@@ -251,7 +250,7 @@ def _row(mode: Mode, case: Case, chain: Chain, ran: Ran) -> dict[str, Any]:
         **_ages(mode, chain, ran),
     }
     if mode.together:
-        _fail(row, case, *_all_back(case, ran.begins[out] if chain.skip else 0.0))
+        _fail(row, case, *_all_back(case, ran.begins[0] if chain.skip else 0.0))
     return row
 
 

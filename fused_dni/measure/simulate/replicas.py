@@ -27,9 +27,7 @@ class Rounds:
     busy: list[float]
 
 
-def run(
-    settings: Settings, replicas: int, work: float, tensor_bytes: float, rounds: int
-) -> Rounds:
+def run(settings: Settings, replicas: int, work: float, tensor_bytes: float, rounds: int) -> Rounds:
     """Simulate rounds of work and exchange.
 
     Args:
@@ -44,7 +42,7 @@ def run(
     slow = _Spells(settings, index)
     key = draws.keys(settings.seed, draws.FORWARD, index)
     transfer = tensor_bytes / replicas / link.bandwidth
-    mean = link.jitter + link.jitter_share * link.latency
+    mean = link.jitter_of(link.latency)
     clock, busy, sent = np.zeros(replicas), np.zeros(replicas), 0
     for _ in range(rounds):
         takes = slow.work(clock, work)

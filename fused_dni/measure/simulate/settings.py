@@ -14,6 +14,8 @@ from fused_dni.report.files import finite
 MOST_STAGES = 10_000
 #: Longest time that may be given, in seconds: whole picoseconds have to fit 64 bits.
 LONGEST = 1e5
+#: Shortest time of work, in seconds.
+TIMES_MINIMUM = 1e-9
 #: How messages' delays beyond the latency are distributed.
 JITTERS = ("exponential", "uniform", "lognormal")
 
@@ -67,7 +69,7 @@ class Times:
                 )
             free = part.name in ("optimizer", "target", "lesson")
             for value in values:
-                _number(part.name, value, 0.0 if free else 1e-9, LONGEST, " seconds")
+                _number(part.name, value, 0.0 if free else TIMES_MINIMUM, LONGEST, " seconds")
         for i in range(longest):
             weight, backward = (v[i % len(v)] for v in (self.weight, self.backward))
             if weight >= backward:
@@ -94,7 +96,7 @@ class Times:
             weight: by default half of ``backward``.
             dni: by default a step of backprop, forward + backward + optimizer, and a tenth of the
                 forward for the prediction.
-            lesson: by default a fifth of the forward.
+            lesson: by default a twentieth of the forward.
             local: by default forward + backward + optimizer.
 
         Raises:
@@ -124,7 +126,7 @@ class Times:
             optimizer=o,
             dni=step if dni is None else spread(dni),
             target=spread(target),
-            lesson=tuple(0.2 * v for v in f) if lesson is None else spread(lesson),
+            lesson=tuple(0.05 * v for v in f) if lesson is None else spread(lesson),
             local=whole if local is None else spread(local),
         )
 
@@ -175,6 +177,26 @@ class Link:
         if self.shape not in JITTERS:
             raise ValueError(f"shape must be one of {', '.join(JITTERS)}, got {self.shape!r}")
 
+    @property
+    def back(self) -> float:
+        """Latency of the way back."""
+        return self.latency if self.latency_back is None else self.latency_back
+
+    @property
+    def wide_back(self) -> float:
+        """Bandwidth of the way back."""
+        return self.bandwidth if self.bandwidth_back is None else self.bandwidth_back
+
+    def jitter_of(self, latency: float) -> float:
+        """Mean jitter in seconds of a way of that latency."""
+        return self.jitter + self.jitter_share * latency
+
+    def around(self, forward_bytes: float, backward_bytes: float) -> float:
+        """Mean seconds of a message there and one back."""
+        ways = ((self.latency, self.bandwidth, forward_bytes),
+                (self.back, self.wide_back, backward_bytes))  # fmt: skip
+        return sum(at + self.jitter_of(at) + moved / wide for at, wide, moved in ways)
+
 
 @dataclass(frozen=True)
 class Stragglers:
@@ -221,8 +243,12 @@ class Failures:
         _number("checkpoint", self.checkpoint, 0.0, LONGEST, " seconds")
 
 
-#: A stage of eight times Linear, BatchNorm, ReLU of 512 at a batch of 256.
-TRIAL = Times.of(5.0e-3, 9.0e-3)
+#: A stage of eight times Linear, BatchNorm, ReLU of 512 at a batch of 256 with Adam, as
+#: :func:`fused_dni.measure.simulate.calibrate.calibrate` found it on one core with AVX2.
+TRIAL = Times.of(
+    15e-3, 27e-3, weight=13.5e-3, optimizer=2e-3, dni=45e-3, target=2.5e-3, lesson=0.6e-3,
+    local=43.5e-3,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,8 +264,8 @@ class Settings:
         parameter_bytes: of a stage's parameters, for what exchanges them.
         microbatches: of an update, for GPipe, 1F1B, zero-bubble, PipeDream-2BW and, over all
             replicas together, data parallel; None for four a stage.
-        window: microbatches that stale asynchronous stages have under way at most; None for 64, or
-            twice the stages if that is more.
+        window: microbatches that stale asynchronous stages have under way at most; None for what
+            the way there and back takes, but no more than 64, or twice the stages if that is more.
         buffer: messages that DNI and local losses keep between two stages at most, under way or
             waiting.
         target_every: k: DNI makes targets for every k-th microbatch.
@@ -289,8 +315,17 @@ class Settings:
         return 4 * stages if self.microbatches is None else self.microbatches
 
     def window_of(self, stages: int) -> int:
-        """Microbatches that stale stages have under way."""
-        return max(64, 2 * stages) if self.window is None else self.window
+        """Microbatches that stale stages have under way: more would only make gradients older."""
+        if self.window is not None:
+            return self.window
+        times = self.times.at(stages)
+        pace = max(map(sum, zip(*(times[n] for n in ("forward", "backward")), strict=True)))
+        around = (
+            sum(times["forward"])
+            + sum(times["backward"])
+            + (stages - 1) * self.link.around(self.forward_bytes, self.backward_bytes)
+        )
+        return min(math.ceil(around / pace) + stages, max(64, 2 * stages))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; null for a bandwidth without limit."""

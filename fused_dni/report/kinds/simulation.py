@@ -105,8 +105,8 @@ def _given(settings: dict[str, Any]) -> str:
         f"A message is {text.size(settings['forward_bytes'])} forward and "
         f"{text.size(settings['backward_bytes'])} back, a microbatch {settings['rows']} rows; an "
         f"update of the exact modes takes {f'{m} microbatches' if m else 'four a stage'}.",
-        f"Stale stages have {window or 'twice as many microbatches as stages, at least 64,'} "
-        f"under way at most, DNI and local losses {settings['buffer']} messages between two "
+        f"Stale stages have {window or 'as many as the way there and back takes'} "
+        f"microbatches under way{' at most' if window else ' (to 64, or two a stage)'}, DNI and local losses {settings['buffer']} messages between two "
         f"stages; targets for every {_every(settings['target_every'])}microbatch"
         + (
             f", dropped beyond {settings['max_age']} steps"
@@ -216,7 +216,9 @@ def sentence(report: dict[str, Any]) -> str:
             found = ahead(rows, name, rival)
             if found and math.isinf(found[-1][1]):
                 begins = found[-1][0]
-                won.append(f"{rival} {'always' if begins == 0.0 else f'from {text.seconds(begins)}'}")
+                won.append(
+                    f"{rival} {'always' if begins == 0.0 else f'from {text.seconds(begins)}'}"
+                )
             else:
                 won.append(f"{rival} {_stretch(found)}")
         if won:
@@ -328,9 +330,7 @@ def _checked(rows: Rows) -> list[Block]:
     worst = max((abs(row["deviation"]) for row in rows), default=0.0)
     return [
         Heading("Held against what was measured"),
-        Table(
-            ["mode", "stages", "latency", "measured steps/s", "simulated", "deviation"], lines
-        ),
+        Table(["mode", "stages", "latency", "measured steps/s", "simulated", "deviation"], lines),
         Text(
             f"{len(rows) - len(off)} of {len(rows)} rows agree within {100 * AGREEMENT:.0f} %; the "
             f"largest deviation is {100 * worst:.1f} %."
