@@ -25,7 +25,7 @@ def _quantity(
     def parse(given: str) -> float:
         value = math.nan
         found = _QUANTITY.fullmatch(given)
-        if found and (found[2] in units or float_or_nan(found[1]) == 0.0 and not found[2]):
+        if found and (found[2] in units or (float_or_nan(found[1]) == 0.0 and not found[2])):
             value = float_or_nan(found[1]) * units.get(found[2], 1.0)
         if not (0.0 <= value < math.inf) or (positive and value == 0.0):
             from_zero = "a positive number" if positive else "a number from 0 on"

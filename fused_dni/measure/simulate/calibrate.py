@@ -1,8 +1,8 @@
 """What a user's stages take, measured one by one on this machine.
 
 The parts of a stage are timed side by side (:mod:`fused_dni.measure.timing`): forward, backward,
-backward for the input alone, optimizer, and, of all but the last, which has the loss, a DNI step with
-and without a target and a lesson, by the methods of :mod:`fused_dni.measure.verdict.top_steps`.
+backward for the input alone, optimizer; and of all but the last, which has the loss, a DNI step
+with and without a target, and a lesson, as in :mod:`fused_dni.measure.verdict.top_steps`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The event loop: chains of stages, their messages, and what a stage does next.
 
 A stage is one worker. Whenever it is free it looks at what has come and at what its mode allows,
-and begins one piece of work (forward, backward, the weights' part of a backward, a lesson); messages
-leave at its end. Events do not pass one by one through a queue: every piece of work takes time and
-every message latency, so nothing that begins now can be felt elsewhere before now plus the shortest
-work plus the latency, and all stages of all chains whose next beginning lies before that begin
-together, as one operation on arrays. A thousand stages cost a Python loop a hundred times as much.
+and begins one piece of work: forward, backward, the weights' part of a backward, a lesson. Messages
+leave at its end. Events do not pass one by one through a queue. Every piece of work takes time and
+every message its latency, so what begins now is felt elsewhere no earlier than the shortest work
+and the latency later; all stages of all chains whose next beginning lies before that begin
+together, as one operation on arrays. Eight million events of a thousand stages take seconds; one
+after the other, in Python, they would take minutes.
 
 Times are whole picoseconds, so that what happens at the same moment does: a gradient that arrives
 just when a stage is free is seen.

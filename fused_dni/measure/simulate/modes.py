@@ -205,7 +205,7 @@ def simulate(
     ran = run(chains, lambda share: tell(share, 0))
     rows = [_row(mode, *one) for one in zip(cases, chains, ran, strict=True)]
     if any(failing):
-        struck = [_struck(case, *one) for case, *one in zip(cases, chains, ran, strict=True)]
+        struck = [_struck(*one) for one in zip(cases, chains, ran, strict=True)]
         again = run(struck, lambda share: tell(share, 1))
         for case, row, before, after in zip(cases, rows, ran, again, strict=True):
             out = _leaving(mode, case.stages)

@@ -1,4 +1,4 @@
-"""What a simulation says: throughput over latency and stages, what is waited for, who wins where."""
+"""What a simulation says: throughput over latency and stages, ages and bytes, who wins where."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ DETAILS = 0.02
 AGREEMENT = 0.2
 #: Columns of latencies at most.
 COLUMNS = 8
-#: Modes whose updates use the gradient of the parameters as they are.
-EXACT = ("gpipe", "1f1b", "zero-bubble", "data-parallel")
 
 Rows = Sequence[dict[str, Any]]
 
@@ -99,20 +97,20 @@ def _times(report: dict[str, Any]) -> str:
 
 def _given(settings: dict[str, Any]) -> str:
     link, slow, failures = settings["link"], settings["stragglers"], settings["failures"]
-    m = settings["microbatches"]
-    window = settings["window"]
+    m, window, oldest = (settings[name] for name in ("microbatches", "window", "max_age"))
     said = [
         f"A message is {text.size(settings['forward_bytes'])} forward and "
         f"{text.size(settings['backward_bytes'])} back, a microbatch {settings['rows']} rows; an "
         f"update of the exact modes takes {f'{m} microbatches' if m else 'four a stage'}.",
-        f"Stale stages have {window or 'as many as the way there and back takes'} "
-        f"microbatches under way{' at most' if window else ' (to 64, or two a stage)'}, DNI and local losses {settings['buffer']} messages between two "
-        f"stages; targets for every {_every(settings['target_every'])}microbatch"
-        + (
-            f", dropped beyond {settings['max_age']} steps"
-            if settings["max_age"] is not None
-            else ""
+        (
+            f"Stale stages have {window} microbatches under way at most, "
+            if window
+            else "Stale stages have as many microbatches under way as the way there and back asks "
+            "for, to 64 or two a stage; "
         )
+        + f"DNI and local losses have {settings['buffer']} messages between two stages at most.",
+        f"DNI makes targets for every {_every(settings['target_every'])}microbatch"
+        + ("" if oldest is None else f", dropped beyond {oldest} steps")
         + f"; DiLoCo averages every {settings['local_steps']} steps.",
     ]
     wide = [link["bandwidth"], link["bandwidth_back"]]
@@ -203,33 +201,26 @@ def _stretch(found: Sequence[tuple[float, float]]) -> str:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """Where each mode starts to win over the exact ones."""
-    rows, settings = report["latency"], report["settings"]
+    """From where on DNI, or the first mode that is there instead, is ahead of each other one."""
+    settings = report["settings"]
     names = [name for name, _ in settings["modes"]]
-    exact = [name for name in names if name in EXACT]
-    others = [name for name in names if name not in EXACT]
+    name = "dni" if "dni" in names else names[0]
     last = settings["latencies"][-1]
-    said = []
-    for name in others:
-        won = []
-        for rival in exact:
-            found = ahead(rows, name, rival)
-            if found and math.isinf(found[-1][1]):
-                begins = found[-1][0]
-                won.append(
-                    f"{rival} {'always' if begins == 0.0 else f'from {text.seconds(begins)}'}"
-                )
-            else:
-                won.append(f"{rival} {_stretch(found)}")
-        if won:
-            said.append(f"{name} is ahead of {', '.join(won)}")
-    if not said:
-        return "Nothing here stands against anything else."
-    best = max((row for row in rows if row["latency"] == last), key=lambda row: row["rows"])
+    found = [
+        f"of {rival} {_stretch(ahead(report['latency'], name, rival))}"
+        for rival in names
+        if rival != name
+    ]
+    if not found:
+        return f"{name} alone: nothing to compare it with."
+    best = max(
+        (row for row in report["latency"] if row["latency"] == last), key=lambda row: row["rows"]
+    )
     return (
-        f"By {100 * AHEAD:.0f} % or more in rows a second, {settings['stages']} stages, latencies "
-        f"to {_named_latency(last)}: {'; '.join(said)}. At {_named_latency(last)} the most are "
-        f"carried by {best['mode']}: {_rows(best['rows'])} a second."
+        f"With {settings['stages']} stages and latencies to {_named_latency(last)}, {name} carries "
+        f"{100 * AHEAD:.0f} % more rows or better than others in these latencies: ahead "
+        f"{', '.join(found)}. At {_named_latency(last)} the most are carried by {best['mode']}, "
+        f"{_rows(best['rows'])} a second."
     )
 
 
