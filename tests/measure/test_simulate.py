@@ -433,6 +433,16 @@ def test_the_report_says_where_each_begins_to_win() -> None:
         assert inside == (ours[at] > 1.05 * theirs[at])
 
 
+def test_a_run_too_short_for_its_stragglers_says_so() -> None:
+    def text(**options: Any) -> str:
+        given = settings(0.02, stragglers=Stragglers(3.0, share=0.5, spell=0.05), **options)
+        report = sweep(given, latencies=(0.0,), chains=(2,), modes=("local",))
+        return as_text(blocks_of(report))
+
+    # Twenty spells and as many gaps of 50 ms take 2 s, and a step 13 ms.
+    assert "--steps" in text(steps=64) and "--steps" not in text(steps=300)
+
+
 @pytest.mark.parametrize(
     ("mine", "expected"),
     [

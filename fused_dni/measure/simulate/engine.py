@@ -5,8 +5,8 @@ and begins one piece of work: forward, backward, the weights' part of a backward
 leave at its end. Events do not pass one by one through a queue. Every piece of work takes time and
 every message its latency, so what begins now is felt elsewhere no earlier than the shortest work
 and the latency later; all stages of all chains whose next beginning lies before that begin
-together, as one operation on arrays. Eight million events of a thousand stages take seconds; one
-after the other, in Python, they would take minutes.
+together, as one operation on arrays. An update of a thousand stages, eight million pieces of work,
+takes seconds; SimPy, at 13 microseconds for a piece, would take two minutes.
 
 Times are whole picoseconds, so that what happens at the same moment does: a gradient that arrives
 just when a stage is free is seen.

@@ -166,7 +166,8 @@ def simulate(
         progress: called with the fraction done.
 
     Returns:
-        A row a point: ``mode``, ``stages``, ``latency``; ``rate`` (microbatches a second),
+        A row a point: ``mode``, ``stages``, ``latency``; ``seconds`` (the simulated time that is
+        measured), ``rate`` (microbatches a second),
         ``rows`` (rows a second), ``updates`` (updates of a stage a second), ``rows_an_update``;
         ``utilisation`` (a stage's share of time at work, by stage, None beyond 64 stages),
         ``least``, ``mean`` and ``most`` of it; ``forward_bytes`` and ``backward_bytes`` (sent by
@@ -243,7 +244,7 @@ def _row(mode: Mode, case: Case, chain: Chain, ran: Ran) -> dict[str, Any]:
     elif chain.targets:
         returned = s.backward_bytes / chain.targets
     linked = case.stages > 1
-    row = _common(mode.name, case, rate, chain.every, shares)
+    row = _common(mode.name, case, max(spans), rate, chain.every, shares)
     row |= {
         "forward_bytes": s.forward_bytes * linked,
         "backward_bytes": returned * linked,
@@ -255,13 +256,14 @@ def _row(mode: Mode, case: Case, chain: Chain, ran: Ran) -> dict[str, Any]:
 
 
 def _common(
-    name: str, case: Case, rate: float, every: float, shares: Sequence[float]
+    name: str, case: Case, seconds: float, rate: float, every: float, shares: Sequence[float]
 ) -> dict[str, Any]:
     rows = case.settings.rows
     return {
         "mode": name,
         "stages": case.stages,
         "latency": case.settings.link.latency,
+        "seconds": seconds,
         "rate": rate,
         "rows": rate * rows,
         "updates": rate / every,
@@ -301,20 +303,22 @@ def _replicas(name: str, case: Case) -> dict[str, Any]:
     s, n = case.settings, case.stages
     times = s.times.at(n)
     pass_ = sum(times["forward"]) + sum(times["backward"])
-    update = sum(times["optimizer"])
+    optimizer = sum(times["optimizer"])
     moved = s.parameter_bytes * n
     if name == "diloco":
         local = s.local_steps
-        each, work = local, local * (pass_ + update)
+        each, work = local, local * (pass_ + optimizer)
     else:
         local = 1
         each = max(1, round(s.update_of(n) / n))
-        work = each * pass_ + update
+        work = each * pass_ + optimizer
     random = s.stragglers.factor > 1.0 or s.link.jitter + s.link.jitter_share > 0.0
     rounds = math.ceil(s.steps / (each * n)) if random else 1
-    found = replicas.run(s, n, work, moved, max(rounds, 10 if random else 1))
+    rounds = max(rounds, 10 if random else 1)
+    found = replicas.run(s, n, work, moved, rounds)
     rate = n * each / found.seconds
-    row = _common(name, case, rate, n if name == "diloco" else n * each, found.busy)
+    update = n if name == "diloco" else n * each
+    row = _common(name, case, rounds * found.seconds, rate, update, found.busy)
     sent = 2 * (n - 1) / n * moved / each
     row |= {"forward_bytes": sent, "backward_bytes": 0.0}
     # Steps of its own since a replica was last what the others are.

@@ -17,6 +17,8 @@ AHEAD = 0.05
 DETAILS = 0.02
 #: Simulated throughput is to be the measured one within this share.
 AGREEMENT = 0.2
+#: Slow spells of a stage beneath which a run is too short.
+SPELLS = 20
 #: Columns of latencies at most.
 COLUMNS = 8
 
@@ -34,7 +36,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             f"Simulated by fused_dni {where['fused_dni'] or '(not installed)'}, commit "
             f"{where['commit'] or 'unknown'}. {_times(report)}"
         ),
-        Text(_given(settings)),
+        Text(_given(settings) + _few_spells(report)),
         Text(sentence(report), lead=True),
         Text(
             "Throughput is not accuracy. Stale gradients, DNI and local losses wait for nothing "
@@ -142,6 +144,22 @@ def _given(settings: dict[str, Any]) -> str:
             "waits for that: a message that is awaited takes two latencies."
         )
     return " ".join(said)
+
+
+def _few_spells(report: dict[str, Any]) -> str:
+    """Say so if chance, not the model, decides what stragglers cost."""
+    slow = report["settings"]["stragglers"]
+    if slow["factor"] <= 1.0 or not 0.0 < slow["share"] < 1.0:
+        return ""
+    wanted = SPELLS * slow["spell"] / slow["share"]
+    least = min(row["seconds"] for row in [*report["latency"], *report["chains"]])
+    if least >= wanted:
+        return ""
+    steps = math.ceil(report["settings"]["steps"] * wanted / least)
+    return (
+        f" In the {text.seconds(least)} that were simulated at least, a stage has few slow spells: "
+        f"--steps {steps} would hold {SPELLS}."
+    )
 
 
 def _every(k: int) -> str:
