@@ -162,27 +162,28 @@ def test_zero_bubble_is_between_1f1b_and_work_alone(stages: int, latency: float)
 # ------------------------------------------------------------------------ another event loop
 
 
-def by_heap(stages: int, m: int, updates: int, mode: str, link: Link, window: int) -> float:
-    """When the lowest stage has made so many updates: one event after the other."""
-    total = m * updates
+def tick(value: float) -> int:
+    return round(value / engine.TICK)
+
+
+def by_heap(chain: engine.Chain, mode: str) -> tuple[list[float], list[float]]:
+    """By stage, when it has done everything, and the mean of the microbatches that were under way
+    at its forwards: one event after the other."""
+    stages, m, total = chain.stages, chain.every, chain.total
     busy = [False] * stages
-    nf, nb = [0] * stages, [0] * stages
-    came: list[tuple[deque[float], deque[float]]] = [(deque(), deque()) for _ in range(stages)]
+    nf, nb, ends, ages = ([0] * stages for _ in range(4))
+    came: list[tuple[deque[int], deque[int]]] = [(deque(), deque()) for _ in range(stages)]
     events: list[tuple[int, int, str, int]] = []
     count = itertools.count()
-    end = 0
 
-    def tick(value: float) -> int:
-        return round(value / engine.TICK)
-
-    latency = tick(link.latency)
-    back = tick(link.latency if link.latency_back is None else link.latency_back)
+    def begin(now: int, takes: float, what: str, s: int) -> None:
+        busy[s] = True
+        heapq.heappush(events, (now + tick(takes), next(count), what, s))
 
     def look(s: int, now: int) -> None:
         if busy[s]:
             return
         limit = total if mode == "stale" else min((nb[s] // m + 1) * m, total)
-        bound = {"stale": window, "gpipe": m}.get(mode, min(m, stages - s))
         gradient = nb[s] < nf[s] and (s == stages - 1 or bool(came[s][1]))
         if mode == "gpipe" and nf[s] < limit:
             gradient = False
@@ -190,14 +191,13 @@ def by_heap(stages: int, m: int, updates: int, mode: str, link: Link, window: in
             if s < stages - 1:
                 came[s][1].popleft()
             nb[s] += 1
-            busy[s] = True
-            heapq.heappush(events, (now + tick(B), next(count), "backward", s))
-        elif nf[s] < min(limit, nb[s] + bound) and (s == 0 or came[s][0]):
+            begin(now, chain.backward[s], "backward", s)
+        elif nf[s] < min(limit, nb[s] + chain.windows[s]) and (s == 0 or came[s][0]):
             if s:
                 came[s][0].popleft()
+            ages[s] += nf[s] - nb[s]
             nf[s] += 1
-            busy[s] = True
-            heapq.heappush(events, (now + tick(F), next(count), "forward", s))
+            begin(now, chain.forward[s], "forward", s)
 
     look(0, 0)
     while events:
@@ -207,43 +207,54 @@ def by_heap(stages: int, m: int, updates: int, mode: str, link: Link, window: in
         while events and events[0][0] == now:
             _, _, what, s = heapq.heappop(events)
             touched.append(s)
-            if what == "update":
-                busy[s], end = False, max(end, now * (s == 0))
-            elif what in ("forward", "backward"):
-                busy[s] = what == "backward" and nb[s] % m == 0
-                if busy[s]:
-                    heapq.heappush(events, (now + tick(1e-3), next(count), "update", s))
-                to = s + 1 if what == "forward" else s - 1
+            if what in ("forward", "backward"):
+                busy[s] = False
+                to, way = (s + 1, chain.link.latency)
+                if what == "backward":
+                    to, way = (s - 1, chain.link.back)
+                    ends[s] = now
+                    if nb[s] % m == 0:
+                        begin(now, chain.optimizer[s], "update", s)
                 if 0 <= to < stages:
-                    way = latency if what == "forward" else back
-                    heapq.heappush(events, (now + way, next(count), f"{what} came", to))
+                    heapq.heappush(events, (now + tick(way), next(count), f"{what} came", to))
+            elif what == "update":
+                busy[s], ends[s] = False, now
             else:
                 came[s][what == "backward came"].append(now)
-        for s in sorted(set(touched)):
+        for s in set(touched):
             look(s, now)
     assert nf == nb == [total] * stages
-    return end * engine.TICK
+    return [end * engine.TICK for end in ends], [age / total for age in ages]
 
 
 @given(
     mode=st.sampled_from(["gpipe", "1f1b", "stale"]),
-    stages=st.integers(1, 6),
+    takes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),
     m=st.integers(1, 9),
-    updates=st.integers(1, 3),
+    updates=st.integers(1, 4),
     there=st.sampled_from([0.0, 1e-4, 4e-3, 7.7e-3, 0.03]),
     back=st.sampled_from([None, 0.0, 2e-3, 0.05]),
     window=st.integers(1, 9),
 )
 def test_it_is_what_one_event_after_the_other_gives(
-    mode: str, stages: int, m: int, updates: int, there: float, back: float | None, window: int
+    mode: str,
+    takes: list[tuple[int, int]],
+    m: int,
+    updates: int,
+    there: float,
+    back: float | None,
+    window: int,
 ) -> None:
+    """Stages of different times, which grow gaps and queues."""
+    times = Times.of(*([1e-3 * t for t in row] for row in zip(*takes, strict=True)), optimizer=2e-3)
     link = Link(there, latency_back=back)
-    m = 1 if mode == "stale" else m
-    given = settings(link=link, microbatches=m, window=window)
-    chain = MODES[mode].chain(Case(stages, given))  # type: ignore[misc]
+    given = settings(link=link, microbatches=m, window=window, times=times)
+    chain = MODES[mode].chain(Case(len(takes), given))  # type: ignore[misc]
     chain = replace(chain, total=m * updates, skip=0)
     (ran,) = engine.run([chain])
-    assert ran.ends[0] == pytest.approx(by_heap(stages, m, updates, mode, link, window), abs=1e-13)
+    ends, ages = by_heap(chain, mode)
+    assert ran.ends == pytest.approx(ends, abs=1e-13)
+    assert ran.age == pytest.approx(ages, abs=1e-12)
 
 
 @pytest.mark.parametrize("mode", CHAINS)
