@@ -22,6 +22,7 @@ from fused_dni.cli import (
     race,
     report,
     rivals,
+    simulate,
     training,
     tune,
     verdict,
@@ -60,6 +61,7 @@ def parser() -> Parser:
     rivals.add_rivals(commands)
     rivals.add_interfaces(commands)
     race.add_race(commands)
+    simulate.add_simulate(commands)
     profile.add_profile(commands)
     report.add_report(commands)
     env = commands.add_parser(
@@ -130,7 +132,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 #: Options whose value is a path of the reader's.
-_PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures")
+_PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures", "--check")
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_dni import cli
+from fused_dni.measure.simulate import Failures, Settings, compare, sweep
 from fused_dni.report import as_text, blocks_of, load
+from fused_dni.report.files import as_json
 from fused_dni.report.kinds import KINDS
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -37,6 +39,16 @@ def _top() -> dict[str, Any]:
     raced = _committed("verdict/amd-epyc-avx2-race-words.json")
     found: dict[str, Any] = json.loads(tops.planted(1.0, 10.0, race=raced).to_json())
     return found
+
+
+def _simulation() -> dict[str, Any]:
+    rows = [
+        {"mode": mode, "stages": 2, "latency_s": 0.01, "steps_per_second": 1.0}
+        for mode in ("1f1b", "dni")
+    ]
+    given = Settings(steps=9, failures=Failures(every=60.0))
+    found = sweep(given, latencies=(0.0, 0.01), chains=(1, 2), modes=("1f1b", "dni"))
+    return {**json.loads(as_json(found)), "checked": compare(rows, given)}
 
 
 def by_pytest(**rounds: Any) -> dict[str, Any]:
@@ -79,6 +91,7 @@ SOUND = {
     "map": _map(),
     "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
+    "simulation": _simulation(),
     "planted": _committed("verdict/amd-epyc-avx2-planted.json"),
     "pytest-benchmark": by_pytest(a=[1e-3] * 9, b=[0.0] * 9, floor=[1e-5] * 8),
     "profile torch": {

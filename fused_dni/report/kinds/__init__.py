@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "rivals": Kind("fused_dni.report.kinds.rivals:blocks", 1),
     "race": Kind("fused_dni.report.kinds.race:blocks", 1),
     "interfaces": Kind("fused_dni.report.kinds.interfaces:blocks", 1),
+    "simulation": Kind("fused_dni.report.kinds.simulation:blocks", 1),
     "profile": Kind("fused_dni.report.kinds.profile:blocks", 1),
     "comparison": Kind("fused_dni.report.kinds.comparison:blocks", 1),
     "benchmarks": Kind("fused_dni.report.kinds.benchmarks:blocks", 1),
