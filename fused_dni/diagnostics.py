@@ -26,7 +26,7 @@ def diagnostics(
         reset: start the running sums anew afterwards.
 
     Returns:
-        By layer name: ``cosine`` and ``norm_ratio`` (|s|/|g|) of the synthetic gradient s against
+        By layer name: ``cosine`` and ``norm_ratio`` (``|s| / |g|``) of the synthetic gradient s against
         the gradient g that arrived (which may be bootstrapped), over all elements since the last
         reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
         ``target_unit``, in which the synthesizer predicts that;
