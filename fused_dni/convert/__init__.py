@@ -79,8 +79,8 @@ class Conversion(NamedTuple):
 
 
 class Report(list[Conversion]):
-    """What :func:`fused_dni.convert` did with every linear and recurrent layer, and with what stands behind
-    them in an ``nn.Sequential``; ``print(report)`` shows a line each."""
+    """What :func:`fused_dni.convert` did with every linear and recurrent layer, and with what
+    stands behind them in an ``nn.Sequential``; ``print(report)`` shows a line each."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
