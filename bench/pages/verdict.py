@@ -133,7 +133,7 @@ def page(figures: Path) -> str:
             if answer.shown is not None:
                 assert not isinstance(answer.shown, Table) or len(answer.shown.rows) <= ROWS
                 parts.append(as_markdown([answer.shown], figures, link=f"{FIGURES.name}/"))
-        parts.append(f"All tables: [there]({TABLES.name}#{anchor(question.claim)}).")
+        parts.append(f"[All tables and commands]({TABLES.name}#{anchor(question.claim)}).")
     return "\n\n".join(parts) + "\n"
 
 

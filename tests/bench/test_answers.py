@@ -78,7 +78,7 @@ def test_the_page_can_be_read_in_a_minute():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_no_paragraph_is_longer_than_its_reader(path):
     for paragraph in paragraphs(path.read_text()):
-        assert len(paragraph) <= 640, paragraph
+        assert len(paragraph) <= 600, paragraph
 
 
 def test_each_line_of_the_readme_has_a_figure_a_device_and_a_link():
