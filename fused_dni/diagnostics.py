@@ -26,9 +26,9 @@ def diagnostics(
         reset: start the running sums anew afterwards.
 
     Returns:
-        By layer name: ``cosine`` and ``norm_ratio`` (|s|/|g|) of the synthetic gradient s against
-        the gradient g that arrived (which may be bootstrapped), over all elements since the last
-        reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
+        By layer name: ``cosine`` and ``norm_ratio`` (``|s| / |g|``) of the synthetic gradient s
+        against the gradient g that arrived (which may be bootstrapped), over all elements since the
+        last reset; ``synthesizer_loss``, the mean over rows of the squared error of kappa * g;
         ``target_unit``, in which the synthesizer predicts that;
         ``targets``, the rows trained on; ``missed_targets``, the steps with targets in which, as a
         ``Schedule`` saw, nothing came to learn from (not of an LSTM);

@@ -65,7 +65,17 @@ class _Shown(dict[Any, Any]):
             "everything), or use load_state_dict"
         )
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # Lightning writes back what it has read, moved to the device where it is, or to the CPU.
+        shown = self[key]
+        if isinstance(shown, Tensor) and isinstance(value, Tensor):
+            same = shown is value or torch.equal(shown.cpu(), value.cpu())
+        else:
+            same = shown is value
+        if not same:
+            self._refuse()
+
+    __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 class FusedOptimizer(torch.optim.Optimizer):

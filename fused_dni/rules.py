@@ -63,7 +63,7 @@ class SGD(Rule):
         momentum: momentum factor in [0, 1).
         weight_decay: L2 penalty.
         nesterov: Nesterov momentum; needs ``momentum > 0``.
-        stochastic_rounding: allow bfloat16 parameters; see :class:`Rule`.
+        stochastic_rounding: allow bfloat16 parameters; see :class:`fused_dni.rules.Rule`.
 
     Raises:
         ValueError: a rate is negative or not finite, or ``nesterov`` without momentum.
@@ -95,7 +95,7 @@ class Adam(Rule):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: L2 penalty, added to the gradient.
-        stochastic_rounding: allow bfloat16 parameters; see :class:`Rule`.
+        stochastic_rounding: allow bfloat16 parameters; see :class:`fused_dni.rules.Rule`.
 
     Raises:
         ValueError: a rate is negative or not finite, or a beta outside [0, 1).

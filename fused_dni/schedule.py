@@ -259,7 +259,7 @@ class Schedule:
 
     @property
     def target(self) -> bool:
-        """Whether the coming step needs the true gradient: on other steps nothing above the
+        """Whether the coming step needs the true gradient. On other steps nothing above the
         decoupled layers need be run, not even the loss (see :func:`fused_dni.backward_local`)."""
         assert self._told is not None
         return self._told.target or self._told.warmup

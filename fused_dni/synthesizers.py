@@ -6,8 +6,9 @@ of h's shape: the prediction of ``kappa * dL/dh``, where kappa is the layer's ta
 batch size, for a mean loss). It is trained by regression on that, in the synthesizer's own unit
 (:class:`TargetUnit`) if it is one of those here. Its last layer should start at
 zero, so that an untrained synthesizer does nothing (Jaderberg et al. 2016, arXiv 1608.05343,
-appendix). Subclasses of :class:`Synthesizer` that return their parameters from :meth:`fused` run
-inside the fused kernels; all others run as they are, under autograd.
+appendix). Subclasses of :class:`Synthesizer` that return their parameters from
+:meth:`fused_dni.Synthesizer.fused` run inside the fused kernels; all others run as they are, under
+autograd.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class TargetUnit:
     """The size of what a synthesizer learns: its output is ``kappa * dL/dh / size``.
 
     Layers without an explicit ``target_scale`` set it (see
-    :mod:`fused_dni.modules.target_unit`), so that the loss may have any scale.
+    ``fused_dni.modules.target_unit``), so that the loss may have any scale.
 
     Attributes:
         size: a power of two, so that a division by it rounds nothing.
@@ -638,7 +639,7 @@ class DifferenceSynthesizer(Synthesizer):
 
 
 class ConvSynthesizer(Synthesizer):
-    """Convolutional synthesizer for maps [N, C, *spatial]; the last convolution starts at zero.
+    """Convolutional synthesizer for maps ``[N, C, *spatial]``; the last convolution starts at zero.
 
     The context is laid out as K constant channels beside h, unless it is what h should be.
 
@@ -738,7 +739,7 @@ class SurrogateSynthesizer(Synthesizer):
     fused kernels.
 
     Args:
-        features: O, of h; C for maps [N, C, *spatial], which need a correction that takes maps.
+        features: O, of h; C for maps ``[N, C, *spatial]``, which need a correction that takes maps.
         surrogate: called as ``surrogate(h, context)``, returns what each row costs, [N]. It is
             differentiated at h, at each prediction; nothing of it is registered, copied or trained
             here.

@@ -9,9 +9,10 @@ from typing import Any
 from pages import cpu, estimates, gpu, lstm, races, training, verdict
 from stored import ROOT, matching
 
+#: All pages but those that are made as a whole.
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recurrent", "kernels")),
+    *sorted({*(ROOT / "docs").glob("*.md")} - {verdict.PAGE, verdict.TABLES}),
 )
 
 
@@ -33,7 +34,9 @@ def on_gpus(
 
 # By name of the table: which results it is made from, and how.
 RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
-    "verdict": ("", lambda _: verdict.short()),  # which reads its own
+    # These read their own.
+    "answers": ("", lambda _: verdict.short("docs/")),
+    "answers-here": ("", lambda _: verdict.short("")),
     "summary": ("*-cpu", each(cpu.render_summary)),
     "step": ("*-cpu", each(cpu.render_step)),
     "instructions": ("*-cpu", each(cpu.render_instructions)),

@@ -1,27 +1,45 @@
-"""``docs/verdict.md``, and its lines in the README."""
+"""``docs/verdict.md``, the tables beside it, and the lines of both in the README."""
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from claims import QUESTIONS, Report, answered
-from fused_dni.report import Figure
+from claims import QUESTIONS, Question, answered
+from fused_dni.report import Block, Figure, Table
 from fused_dni.report.blocks import as_markdown
-from stored import ROOT, named
+from readings import Answer, Report
+from stored import ROOT, matching, named
 
 PAGE = ROOT / "docs" / "verdict.md"
+TABLES = ROOT / "docs" / "verdict-tables.md"
 FIGURES = ROOT / "docs" / "verdict"
+#: What the README says, a line each, and the picture above it.
+BULLETS = ("tops", "iterations", "accuracy", "rivals", "reach")
+PICTURE = "rivals"
+#: What a table of the short page may have.
+ROWS = 8
 
 HEAD = """# The verdict
 
-Is the synthetic gradient really cheaper? What people say of it, sentence by sentence, each with
-what was measured, where, and by which command. All figures are made from `bench/results` by
-`python bench/answers.py render`; `python bench/answers.py measure --data DIR` measures them on
-another machine. Cheaper, faster and slower mean that the 99 % interval of paired ratios lies
-beyond one by more than a per cent; what backprop is compared with is backprop *on the same
-kernels*, unless it says stock. No figure here is from a GPU yet."""
+Is the synthetic gradient really cheaper? What people say of it, and what was measured of each
+claim. All tables, the commands and what else was measured are in
+[verdict-tables.md](verdict-tables.md). Both pages are made from `bench/results` by
+`python bench/answers.py render`; `make answers MNIST=DIR CORPUS=FILE` measures them on another
+machine.
+
+Cheaper, faster and slower mean that the 99 % interval of paired ratios lies beyond one by more than
+a per cent. Backprop is backprop *on the same kernels*, unless it says stock: what fusion saves is
+not the synthetic gradient's. k: targets, and lessons for the synthesizers, on every k-th step.
+"seldom", "in part" and "mostly" are counted: below a quarter, below three quarters, not all."""
+
+TABLES_HEAD = """# The tables behind the verdict
+
+All that [the verdict](verdict.md) rests on, claim by claim: what was measured, on which machine, by
+which command. Made from `bench/results` by `python bench/answers.py render`."""
 
 
 def provenance(reports: dict[str, Report]) -> str:
@@ -40,55 +58,148 @@ def provenance(reports: dict[str, Report]) -> str:
     )
 
 
+def device(reports: dict[str, Report]) -> str:
+    """Where results are from, and with how many threads."""
+    first = next(iter(reports.values()))["facts"]
+    threads = sorted({report["facts"]["threads"] for report in reports.values()})
+    unit = "thread" if threads == [1] else "threads"
+    return f"{named(first)}, {' or '.join(map(str, threads))} {unit}"
+
+
+def gpu() -> str:
+    """Which GPUs there are figures of."""
+    found = sorted({named(report["facts"]) for report in matching("*-gpu").values()})
+    if not found:
+        return "No GPU figure has been measured yet."
+    return f"GPU figures ({', '.join(found)}) are in docs/gpu.md, none of them on this page."
+
+
+def anchor(heading: str) -> str:
+    """The part of a link behind #, as GitHub and MyST make it of a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.lower())
+    return kept.strip().replace(" ", "-")
+
+
+def figures_of(question: Question, machine: int, blocks: list[Block]) -> list[Block]:
+    """The blocks, with figures under the names of their files."""
+    return [
+        replace(block, name=f"{question.key}-{machine}-{place}-{block.name}")
+        if isinstance(block, Figure)
+        else block
+        for place, block in enumerate(blocks, 1)
+    ]
+
+
+def each() -> Iterator[tuple[Question, list[tuple[dict[str, Report], Answer]]]]:
+    """Every question with what is known, a machine at a time; figures under their files' names."""
+    for question in QUESTIONS:
+        found = []
+        for machine, (reports, answer) in enumerate(answered(question), 1):
+            blocks = figures_of(question, machine, answer.blocks)
+            shown = answer.shown
+            if isinstance(shown, Figure):
+                shown = blocks[answer.blocks.index(shown)]
+            found.append((reports, answer._replace(blocks=blocks, shown=shown)))
+        yield question, found
+
+
+def open_(question: Question) -> str:
+    """What stands where there is no answer."""
+    return "Not measured yet." if question.answer else "Left open."
+
+
+def summary(below: str = TABLES.name) -> str:
+    """The table of all claims: answer, figure, device."""
+    lines = ["| they say | answer | figure | device |", "| --- | --- | --- | --- |"]
+    for question, found in each():
+        shown = any(answer.shown is not None for _, answer in found)
+        link = f"[{question.claim}]({'' if shown else below}#{anchor(question.claim)})"
+        if not found:
+            lines.append(f"| {link} | {open_(question)[:-1].lower()} | - | - |")
+        for reports, answer in found:
+            lines.append(f"| {link} | {answer.answer} | {answer.number} | {device(reports)} |")
+    return "\n".join(lines)
+
+
 def page(figures: Path) -> str:
-    """The page; figures are written into a folder."""
-    parts = [HEAD]
-    for number, question in enumerate(QUESTIONS, 1):
+    """The short page; its figures are written into a folder."""
+    parts = [HEAD, gpu(), "## In one table", summary()]
+    for question, found in each():
+        if not any(answer.shown is not None for _, answer in found):
+            continue
+        parts.append(f"## {question.claim}")
+        for reports, answer in found:
+            parts.append(f"{answer.sentence} ({device(reports)}.)")
+            if answer.shown is not None:
+                assert not isinstance(answer.shown, Table) or len(answer.shown.rows) <= ROWS
+                parts.append(as_markdown([answer.shown], figures, link=f"{FIGURES.name}/"))
+        parts.append(f"[All tables and commands]({TABLES.name}#{anchor(question.claim)}).")
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(figures: Path) -> str:
+    """The page of all tables; figures are written into a folder."""
+    parts = [TABLES_HEAD, gpu()]
+    for question, found in each():
         parts += [f"## {question.claim}", question.about]
-        found = list(answered(question))
         if question.answer is not None and not found:
             parts.append("Not measured yet.")
-        for machine, (reports, answer) in enumerate(found, 1):
+        for reports, answer in found:
             parts += [f"**{answer.sentence}**", provenance(reports)]
-            made = [
-                replace(block, name=f"{number}-{machine}-{place}-{block.name}")
-                if isinstance(block, Figure)
-                else block
-                for place, block in enumerate(answer.blocks, 1)
-            ]
-            parts.append(as_markdown(made, figures, link=f"{FIGURES.name}/"))
+            parts.append(as_markdown(answer.blocks, figures, link=f"{FIGURES.name}/"))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def short() -> str:
-    """A line a question, for the README."""
-    rows = []
-    for question in QUESTIONS:
-        found = list(answered(question))
-        missing = "Not measured yet." if question.answer else "Left open."
-        said = " ".join(answer.brief or answer.sentence for _, answer in found) or missing
-        rows.append([question.claim, said])
-    devices = sorted(
-        {named(r["facts"]) for q in QUESTIONS for rs, _ in answered(q) for r in rs.values()}
-    )
-    head = f"Measured on: {', '.join(devices) or 'nothing yet'}."
-    lines = ["| they say | measured |", "| --- | --- |"]
-    lines += [f"| {claim} | {said} |" for claim, said in rows]
-    return head + "\n\n" + "\n".join(lines)
+def short(folder: str) -> str:
+    """The README's picture, answers, and what is known of GPUs; ``folder`` is docs/ from there."""
+    return "\n\n".join([picture(folder), bullets(folder), gpu()])
+
+
+def bullets(folder: str) -> str:
+    """The README's answers: a sentence, a figure, a device, a link."""
+    known = {question.key: (question, found) for question, found in each()}
+    lines = []
+    for key in BULLETS:
+        question, found = known[key]
+        for reports, answer in found:
+            link = f"{folder}{PAGE.name}#{anchor(question.claim)}"
+            lines.append(f"- {answer.bullet} ({device(reports)}; [table]({link})).")
+    return "\n".join(lines)
+
+
+def picture(folder: str) -> str:
+    """The README's figure, and how to read it."""
+    for question, found in each():
+        for reports, answer in found:
+            if question.key == PICTURE and isinstance(answer.shown, Figure):
+                link = f"{folder}{FIGURES.name}/{answer.shown.name}.svg"
+                return (
+                    f"![{answer.shown.caption}]({link})\n\n"
+                    "Test error on MNIST against wall-clock ("
+                    f"{device(reports)}): `fused` is backprop on our kernels, `cdni-k` synthetic "
+                    "gradients with targets on every k-th step (`-z`: at the preactivation)."
+                )
+    return "Not measured yet."
 
 
 def render(check: bool) -> int:
-    """Write the page, or with ``check`` say whether it differs."""
+    """Write the pages, or with ``check`` say whether they differ."""
+    stale = 0
     with tempfile.TemporaryDirectory() as folder:
-        made = page(Path(folder) if check else FIGURES)
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == made:
+        to = Path(folder) if check else FIGURES
+        made = {PAGE: page(to), TABLES: tables(to)}
+    for path, text in made.items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale += 1
+        if check:
+            print(f"docs/{path.name} differs from the results: run python bench/answers.py render")
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"rewrote docs/{path.name}")
+    if not check:
+        for path in FIGURES.iterdir():  # of questions and figures that are no more
+            if not any(f"{FIGURES.name}/{path.name}" in text for text in made.values()):
+                path.unlink()
         return 0
-    if check:
-        print("docs/verdict.md differs from the results: run python bench/answers.py render")
-        return 1
-    PAGE.write_text(made, encoding="utf-8")
-    for path in FIGURES.iterdir():  # of questions that have another number now
-        if f"{FIGURES.name}/{path.name}" not in made:
-            path.unlink()
-    print("rewrote docs/verdict.md")
-    return 0
+    return 1 if stale else 0

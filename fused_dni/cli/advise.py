@@ -65,7 +65,12 @@ def add_advise(commands: Any) -> None:
     out.add_argument("--out", metavar="FILE", help="write the JSON into a file")
     out.add_argument("--quiet", action="store_true", help="no progress")
     common(command)
-    command.set_defaults(run=_advise)
+    command.set_defaults(run=_advise, check=_check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if ":" not in args.what:
+        raise UsageError(f"advise takes package.module:factory, got {args.what!r}")
 
 
 def _advise(args: argparse.Namespace, command: str) -> int:
@@ -100,8 +105,6 @@ def _subject(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Loss | 
     """Module, sample and loss from the factory and the command line."""
     import torch
 
-    if ":" not in args.what:
-        raise UsageError(f"advise takes package.module:factory, got {args.what!r}")
     made = built(args.what)
     parts = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], torch.nn.Module):

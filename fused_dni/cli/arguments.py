@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -133,6 +134,12 @@ def sample_shape(given: str) -> tuple[int, ...]:
     return shape
 
 
+def device_name(given: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", given) is None:
+        raise argparse.ArgumentTypeError(f"unknown device {given!r}: allowed are cpu and cuda[:N]")
+    return given
+
+
 def common(command: argparse.ArgumentParser, *, threads: bool = True) -> None:
     if threads:
         command.add_argument(
@@ -161,12 +168,16 @@ def refuse(args: argparse.Namespace, names: Sequence[str]) -> None:
             raise UsageError(f"--{spelled.get(name, name)} does not go with {args.what}")
 
 
+def no_factory(spec: str) -> UsageError:
+    """What is wrong with a word that names neither a segment nor a factory."""
+    return UsageError(f"{text.unknown('module', spec, SEGMENTS)}, or package.module:factory")
+
+
 def built(spec: str) -> Any:
     """What the factory ``package.module:name`` returns, called without arguments."""
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
-        kinds = text.unknown("module", spec, SEGMENTS)
-        raise UsageError(f"{kinds}, or package.module:factory")
+        raise no_factory(spec)
     sys.path.insert(0, os.getcwd())  # as `python -m` would
     try:
         module = importlib.import_module(place)
@@ -220,13 +231,10 @@ def set_threads(args: argparse.Namespace) -> None:
 def device_named(name: str) -> torch.device:
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device {name!r}: allowed are cpu and cuda[:N]") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    found = torch.device(name)
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda was asked for, but torch finds no CUDA device here")
-    return device
+    return found
 
 
 def refuse_format(plot: Path | None) -> None:

@@ -36,7 +36,15 @@ def add_compare(commands: Any) -> None:
     made.add_argument("--json", action="store_true", help="print the comparison as JSON on stdout")
     made.add_argument("--out", metavar="FILE", help="write the JSON into a file, too")
     common(made, threads=False)
-    made.set_defaults(run=_compare)
+    made.set_defaults(run=_compare, check=_check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what are no results."""
+    from fused_dni.report.times import read
+
+    for name in (args.old, args.new):
+        read(name)
 
 
 def _compare(args: argparse.Namespace, command: str) -> int:

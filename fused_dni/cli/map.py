@@ -13,6 +13,7 @@ from fused_dni.cli.arguments import (
     PROGRAM,
     UsageError,
     common,
+    device_name,
     device_named,
     every,
     positive,
@@ -81,7 +82,7 @@ def add_map(commands: Any) -> None:
     )
     how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd", help="(sgd)")
     how.add_argument("--dtype", choices=DTYPES, default="float32")
-    how.add_argument("--device", default="cpu", help="cpu or cuda")
+    how.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     how.add_argument("--backend", help="force a backend of our kernels")
     how.add_argument(
         "--seconds", type=positive("seconds"), default=2.5, help="of timing, for each point (2.5)"

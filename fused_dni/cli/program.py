@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fused_dni.cli import (
@@ -77,6 +77,13 @@ def parser() -> Parser:
         help="only what the installation left out, and how to get it",
     )
     common(env, threads=False)
+    env.set_defaults(run=_env)
+    # What a command refuses before anything is imported, and whether it needs PyTorch to run.
+    for command in {id(made): made for made in commands.choices.values()}.values():
+        command.set_defaults(
+            check=command.get_default("check"),
+            needs_library=command.get_default("needs_library") is not False,
+        )
     return top
 
 
@@ -182,8 +189,14 @@ def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
             fail(named, 2 if bad_input else 1, internal=not plain)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+def main(argv: Sequence[str] | None = None, *, load: Callable[[], None] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    Args:
+        argv: the arguments; None for the process's.
+        load: imports what is behind the command line; called when the arguments are known to be
+            good, and not at all by what can do without.
+    """
     given = sys.argv[1:] if argv is None else list(argv)
     debug = bool(os.environ.get("FUSED_DNI_DEBUG")) or "--traceback" in given
     status = [0]
@@ -199,8 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{PROGRAM} {_version()}")
         elif args.command is None:
             parser().print_help()
-        elif args.command == "env":
-            status[0] = _env(args, _command(given))
         else:
+            if args.check is not None:
+                args.check(args)
+            if load is not None and args.needs_library:
+                load()
             status[0] = args.run(args, _command(given))
     return status[0]

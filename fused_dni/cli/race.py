@@ -11,6 +11,7 @@ from fused_dni.cli.arguments import (
     UsageError,
     built,
     common,
+    device_name,
     device_named,
     positive,
     set_threads,
@@ -44,14 +45,19 @@ def add_race(commands: Any) -> None:
     command.add_argument(
         "--marks", type=whole(1, "marks"), default=20, help="looks at the loss (20)"
     )
-    command.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    command.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda (cpu)")
     out = command.add_argument_group("output")
     out.add_argument("--out", metavar="FILE", default="race.json", help="(race.json)")
     out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     out.add_argument("--quiet", action="store_true", help="no progress")
     out.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
     common(command)
-    command.set_defaults(run=_race)
+    command.set_defaults(run=_race, check=_check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if ":" not in args.what:
+        raise UsageError(f"race takes package.module:factory, got {args.what!r}")
 
 
 def _race(args: argparse.Namespace, command: str) -> int:
@@ -63,8 +69,6 @@ def _race(args: argparse.Namespace, command: str) -> int:
     out = OutFile("--out", args.out, needed=True)
     set_threads(args)
     previous = unfinished(args.out, "race") if args.resume else None
-    if ":" not in args.what:
-        raise UsageError(f"race takes package.module:factory, got {args.what!r}")
     arms = built(args.what)
     if not isinstance(arms, Mapping) or not all(callable(make) for make in arms.values()):
         raise UsageError(

@@ -35,7 +35,7 @@ def add_report(commands: Any) -> None:
     )
     report.add_argument("--quiet", action="store_true", help="do not name the files written")
     common(report, threads=False)
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, needs_library=False)
 
 
 def _report(args: argparse.Namespace, command: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from fused_dni.cli.arguments import (
     PROGRAM,
     common,
+    device_name,
     device_named,
     positive,
     rate,
@@ -54,7 +55,7 @@ def add_rivals(commands: Any) -> None:
     )
     what.add_argument("--rank", type=whole(0, "rank"), help="of the synthesizers; 0: dense (16)")
     what.add_argument("--backend", help="force a backend of our kernels")
-    what.add_argument("--device", help="cpu or cuda (cpu)")
+    what.add_argument("--device", type=device_name, help="cpu or cuda (cpu)")
     budget = rivals.add_argument_group("budget")
     budget.add_argument(
         "--seconds-per-run",

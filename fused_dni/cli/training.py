@@ -122,7 +122,7 @@ def add_train(commands: Any) -> None:
     )
     train.add_argument("--no-split", action="store_true", help="do not measure them")
     common(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, check=_check)
 
 
 def add_recurrent(commands: Any, task: str) -> None:
@@ -243,7 +243,7 @@ def add_recurrent(commands: Any, task: str) -> None:
     keep.add_argument("--checkpoint", metavar="DIR", help="keep the state of the run in DIR")
     keep.add_argument("--resume", action="store_true", help="continue from --checkpoint DIR")
     common(train)
-    train.set_defaults(run=_train_recurrent, task=task)
+    train.set_defaults(run=_train_recurrent, task=task, check=_check)
 
 
 def add_demo(commands: Any) -> None:
@@ -266,10 +266,18 @@ def add_demo(commands: Any) -> None:
         help="of each arm and seed under the expensive top (8)",
     )  # fmt: skip
     common(demo)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, check=_check)
 
 
 # ---------------------------------------------------------------------------------------- commands
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if args.resume and args.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint DIR")
+    if hasattr(args, "dataset"):
+        dataset_named(args)
 
 
 def dataset_named(args: argparse.Namespace) -> str:
@@ -332,8 +340,6 @@ def _prepare(args: argparse.Namespace, command: str, compile: bool = False) -> A
             )
         },
     )
-    if args.resume and args.checkpoint is None:
-        raise UsageError("--resume needs --checkpoint DIR")
     _refuse_unwritable(args)
     set_threads(args)
     progress = Progress(enabled=not args.quiet)
@@ -392,8 +398,6 @@ def _train_recurrent(args: argparse.Namespace, command: str) -> int:
         if name in recurrent.Settings.__dataclass_fields__ and name != "task"
     }
     settings = recurrent.defaults(args.task, **given)
-    if args.resume and args.checkpoint is None:
-        raise UsageError("--resume needs --checkpoint DIR")
     source = _text(args.data, settings.validation) if args.task == "charlm" else None
     for arm in settings.arms():  # what does not fit shows before anything runs
         recurrent.build(arm, settings.seeds[0], settings, source)

@@ -13,6 +13,7 @@ from fused_dni.cli.arguments import (
     PROGRAM,
     UsageError,
     common,
+    device_name,
     device_named,
     positive,
     refuse,
@@ -45,7 +46,7 @@ def add_tune(commands: Any) -> None:
     shape.add_argument("--in", dest="inputs", type=whole(1, "in"), default=1024, help="(1024)")
     shape.add_argument("--out", dest="outputs", type=whole(1, "out"), help="units (as --in)")
     shape.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x (bfloat16)")
-    shape.add_argument("--device", default="cuda", help="cuda[:N]")
+    shape.add_argument("--device", type=device_name, default="cuda", help="cuda[:N]")
     what = tune.add_argument_group("layer")
     what.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd", help="(sgd)")
     what.add_argument("--normalization", choices=("none", "batch", "layer"), help="linear: (batch)")

@@ -9,11 +9,14 @@ from fused_dni.cli.arguments import (
     ACTIVATIONS,
     DTYPES,
     PROGRAM,
+    SEGMENTS,
     UsageError,
     common,
+    device_name,
     device_named,
     every,
     factory,
+    no_factory,
     positive,
     refuse,
     refuse_format,
@@ -75,7 +78,7 @@ def add_verdict(commands: Any) -> None:
         "--sample", type=sample_shape, metavar="NxI", help="factory: shape of a batch"
     )
     shape.add_argument("--dtype", choices=DTYPES, default="float32")
-    shape.add_argument("--device", default="cpu", help="cpu or cuda")
+    shape.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     how = verdict.add_argument_group("method")
     how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd")
     how.add_argument(
@@ -111,7 +114,7 @@ def add_verdict(commands: Any) -> None:
     out.add_argument("--plot", metavar="PATH", help="draw it into an image file")
     out.add_argument("--quiet", action="store_true", help="no progress")
     common(verdict)
-    verdict.set_defaults(run=_verdict)
+    verdict.set_defaults(run=_verdict, check=_check)
 
 
 def add_verdict_lstm(commands: Any) -> None:
@@ -134,7 +137,7 @@ def add_verdict_lstm(commands: Any) -> None:
         "--long", type=whole(2, "long"), metavar="T2", help="longer window (5 times T)"
     )
     shape.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    shape.add_argument("--device", default="cpu", help="cpu or cuda")
+    shape.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     how = verdict.add_argument_group("method")
     how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="adam", help="(adam)")
     how.add_argument("--rank", type=whole(0, "rank"), help="of the synthesizer; 0: dense (16)")
@@ -151,6 +154,19 @@ def add_verdict_lstm(commands: Any) -> None:
 # ---------------------------------------------------------------------------------------- commands
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what needs no module to be seen wrong."""
+    if args.what not in SEGMENTS and ":" not in args.what:
+        raise no_factory(args.what)
+    if args.out is not None and args.out.isdigit():
+        raise UsageError(
+            f"--out is the file that the JSON goes to, got {args.out!r}; for output features there "
+            "is --outputs"
+        )
+    if args.rank is not None and args.synthesizers is not None:
+        raise UsageError("give --rank or --synthesizers, not both")
+
+
 def _verdict(args: argparse.Namespace, command: str) -> int:
     import torch
 
@@ -158,15 +174,8 @@ def _verdict(args: argparse.Namespace, command: str) -> int:
     from fused_dni.report.kinds import verdict as reports
     from fused_dni.report.progress import Progress
 
-    if args.out is not None and args.out.isdigit():
-        raise UsageError(
-            f"--out is the file that the JSON goes to, got {args.out!r}; for output features there "
-            "is --outputs"
-        )
     out, plot = OutFile("--out", args.out), OutFile("--plot", args.plot)
     refuse_format(plot.path)
-    if args.rank is not None and args.synthesizers is not None:
-        raise UsageError("give --rank or --synthesizers, not both")
     set_threads(args)
     dtype = getattr(torch, args.dtype)
     device = device_named(args.device)

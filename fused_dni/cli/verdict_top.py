@@ -95,7 +95,12 @@ def add_verdict_top(commands: Any) -> None:
     out.add_argument("--plot", metavar="PATH", help="draw it into an image file")
     out.add_argument("--quiet", action="store_true", help="no progress")
     common(command)
-    command.set_defaults(run=_verdict_top)
+    command.set_defaults(run=_verdict_top, check=_check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if ":" not in args.what:
+        raise UsageError(f"verdict top takes package.module:factory, got {args.what!r}")
 
 
 def _verdict_top(args: argparse.Namespace, command: str) -> int:
@@ -106,8 +111,6 @@ def _verdict_top(args: argparse.Namespace, command: str) -> int:
     from fused_dni.report.kinds import verdict_top as reports
     from fused_dni.report.progress import Progress
 
-    if ":" not in args.what:
-        raise UsageError(f"verdict top takes package.module:factory, got {args.what!r}")
     out, plot = OutFile("--out", args.out), OutFile("--plot", args.plot)
     refuse_format(plot.path)
     set_threads(args)

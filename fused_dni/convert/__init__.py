@@ -66,7 +66,7 @@ class Absorbed(nn.Identity):
 
 
 class Conversion(NamedTuple):
-    """What :func:`convert` did with one module."""
+    """What :func:`fused_dni.convert` did with one module."""
 
     name: str  # in the model
     kind: str  # the class it had
@@ -79,8 +79,8 @@ class Conversion(NamedTuple):
 
 
 class Report(list[Conversion]):
-    """What :func:`convert` did with every linear and recurrent layer, and with what stands behind
-    them in an ``nn.Sequential``; ``print(report)`` shows a line each."""
+    """What :func:`fused_dni.convert` did with every linear and recurrent layer, and with what
+    stands behind them in an ``nn.Sequential``; ``print(report)`` shows a line each."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
@@ -134,7 +134,7 @@ def convert(
     fused_dni.condition_on(labels):`` around the forward. ``synthesizer=None`` is backprop.
 
     Inside an ``nn.Sequential`` a linear layer takes along the ``nn.BatchNorm1d`` / ``nn.LayerNorm``
-    and the activation that follow it directly; their places are kept by :class:`Absorbed`. It does
+    and the activation that follow it directly; their places are kept by ``Absorbed``. It does
     not where another order of use is possible: a subclass with a ``forward`` of its own, a
     container whose parts the model's code uses one by one (as its source says; code outside of the
     model's classes is not read), a linear layer that stands in several places with different
@@ -165,7 +165,7 @@ def convert(
 
     Returns:
         The model (a new module only if the model itself was one that is replaced); with
-        ``report=True`` the model and a :class:`Report`.
+        ``report=True`` the model and a :class:`fused_dni.convert.Report`.
 
     Raises:
         ValueError: nothing in the model can be converted, or an argument is out of range.

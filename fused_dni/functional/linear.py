@@ -214,7 +214,8 @@ def linear_step_(
         max_norm: bound of the synthetic gradient's Frobenius norm; None for none.
         need_dx: return dL/dinput, taken with the weights as they were.
         need_prediction: return what :func:`synthesizer_update_` needs; with the interface at the
-            preactivation also what :func:`linear_backward` needs to take a gradient at h there.
+            preactivation also what ``fused_dni.ops.linear_backward`` needs to take a gradient at h
+            there.
         backend: force one by name.
 
     Returns:

@@ -85,12 +85,12 @@ class Timing:
     """Seconds per call of one candidate.
 
     Attributes:
-        name: the candidate's name in :func:`compare`.
+        name: the candidate's name in ``compare``.
         samples: every sample, seconds per call, in the order taken.
-        rounds: the median sample of each round; what :func:`differs` pairs.
+        rounds: the median sample of each round; what ``differs`` pairs.
         repeats: calls in one sample.
         waited: share of the time on the clock in which no core was free, not counted in the
-            samples (:mod:`fused_dni.measure.waiting`): how busy the machine was.
+            samples (``fused_dni.measure.waiting``): how busy the machine was.
     """
 
     name: str

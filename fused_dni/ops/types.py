@@ -60,7 +60,7 @@ class LinearConfig:
     ``interface`` says which gradient a synthesizer predicts from h: ``"output"``, the one at h,
     which a step takes back through activation and normalisation; or ``"preactivation"``, the one
     at ``z = x @ weight.T + bias`` itself, so that a step needs no backward through either. Of the
-    ops only :meth:`Backend.linear_step_` reads it.
+    ops only ``Backend.linear_step_`` reads it.
     """
 
     normalization: str | None = None
@@ -127,7 +127,7 @@ class RuleTensors(NamedTuple):
     ``first`` and ``second`` hold, a slot each, momentum (or Adam's first moment) and Adam's second
     moment; None where the rule keeps none or the slot is empty or frozen. ``trainable`` says which
     slots may be written. Slots of a linear layer: weight, bias, norm_weight, norm_bias; of a
-    synthesizer: :meth:`SynthesizerTensors.parameters`.
+    synthesizer: ``SynthesizerTensors.parameters()``.
 
     ``stochastic`` allows bfloat16 parameters, whose new values are rounded up or down at random so
     that they are right in the mean; their moments are float32.

@@ -8,36 +8,46 @@ import re
 import pytest
 
 import claims
+import readings
 import stored
 from fused_dni.cli.program import _parse
+from fused_dni.report import Table
 from pages import verdict
 
+PAGES = (verdict.PAGE, verdict.TABLES)
 
-def test_the_page_is_what_the_results_say():
+
+def paragraphs(page: str) -> list[str]:
+    """What is neither a table, a picture nor a heading."""
+    return [part for part in re.split(r"\n\s*\n", page) if part[0] not in "|!#<"]
+
+
+def test_the_pages_are_what_the_results_say():
     assert verdict.render(check=True) == 0
 
 
-def test_a_changed_result_changes_the_page(monkeypatch, tmp_path):
-    before = verdict.page(tmp_path)
+def test_a_changed_result_changes_the_pages(monkeypatch, tmp_path):
+    before = verdict.page(tmp_path), verdict.tables(tmp_path), verdict.bullets("docs/")
     real = claims.committed
 
     def changed(patterns):
         found = real(patterns)
         for reports in found.values():
             for report in reports.values():
-                if not str(report.get("kind")).startswith("train "):
-                    continue
-                for run in report.get("runs", ()):
-                    for row in run.get("future", ()):
-                        row["parameter_ratio"] = 1234.0
+                for run in report.get("runs", ()) if isinstance(report.get("runs"), list) else ():
+                    for row in run.get("history", ()):
+                        row["solved" if "solved" in row else "error"] = 1234.0
         return found
 
     monkeypatch.setattr(claims, "committed", changed)
-    assert verdict.page(tmp_path) != before
+    after = verdict.page(tmp_path), verdict.tables(tmp_path), verdict.bullets("docs/")
+    assert all(a != b for a, b in zip(after, before, strict=True))
 
 
-def test_every_figure_of_the_page_is_there_and_no_other():
-    linked = set(re.findall(r"\(verdict/([^)]+\.svg)\)", verdict.PAGE.read_text()))
+def test_every_figure_of_the_pages_is_there_and_no_other():
+    linked = set()
+    for page in PAGES:
+        linked |= set(re.findall(r"\(verdict/([^)]+\.svg)\)", page.read_text()))
     assert linked == {path.name for path in verdict.FIGURES.iterdir()}
 
 
@@ -46,7 +56,51 @@ def test_every_claim_has_an_answer_or_is_left_open():
         assert (question.answer is None) == (question.patterns == ())
         for _, answer in claims.answered(question):
             assert answer.sentence.endswith(".") and answer.blocks
-            assert len(answer.brief or answer.sentence) < 600  # a row of the README's table
+            assert 0 < len(answer.answer) < 80 and 0 < len(answer.number) < 120
+
+
+def test_the_page_can_be_read_in_a_minute():
+    """Ten claims, a table of eight rows at most or a figure each, no long paragraph."""
+    page = verdict.PAGE.read_text()
+    sections = page.split("\n## ")[2:]
+    assert len(page.splitlines()) <= 220 and len(sections) == 10
+    for section in sections:
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        assert bool(rows) != ("![" in section)
+        assert len(rows) <= 2 + verdict.ROWS
+    for question in claims.QUESTIONS:
+        assert f"[{question.claim}](" in page
+        for _, answer in claims.answered(question):
+            if isinstance(answer.shown, Table):
+                assert len(answer.shown.rows) <= verdict.ROWS
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_no_paragraph_is_longer_than_its_reader(path):
+    for paragraph in paragraphs(path.read_text()):
+        assert len(paragraph) <= 600, paragraph
+
+
+def test_each_line_of_the_readme_has_a_figure_a_device_and_a_link():
+    lines = [line for line in verdict.bullets("docs/").splitlines() if line.startswith("- ")]
+    assert len(lines) == len(verdict.BULLETS) == 5
+    for line in lines:
+        assert re.search(r"\d", line) and " thread" in line and "](docs/verdict.md#" in line
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "word"),
+    [(0, 9, "no"), (9, 9, "yes"), (1, 9, "seldom"), (4, 9, "in part"), (8, 9, "mostly")],
+)
+def test_words_are_counted(count, of, word):
+    assert readings.often(count, of) == word
+
+
+def test_a_gpu_that_was_measured_is_named(monkeypatch):
+    assert verdict.gpu() == "No GPU figure has been measured yet."
+    found = {"x": {"facts": {"device": "CPU", "gpu": "NVIDIA T1"}}}
+    monkeypatch.setattr(verdict, "matching", lambda pattern: found)
+    assert "NVIDIA T1" in verdict.gpu()
 
 
 @pytest.mark.parametrize("name", [name for name, _ in claims.commands("DIR")])

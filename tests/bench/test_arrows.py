@@ -12,7 +12,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 FLOORS = (
     ("stored", "clocks", "models", "races", "gpu_run"),
     ("workloads", "gpu_baselines", "rates"),
-    ("crossover", "groups", "suites", "conftest", "planted"),
+    ("crossover", "groups", "suites", "conftest", "planted", "readings"),
     ("measuring", "claims", "instructions"),
     ("pages",),
     ("tables", "answers", "gpu_kernels"),

@@ -637,7 +637,7 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
         (["top_mine:factroy"], "unknown factory in top_mine 'factroy', did you mean 'factory'"),
         (["top_others:alone"], "must return (bottom, top, batch) or (bottom, top, batch, synth"),
         (["top_others:pair"], "got (Linear, Tensor)"),
-        (["top_others:no_batch"], "got (Linear, function, Tensor)"),
+        (["top_others:no_batch"], "must be a function: batch(number) returns (x, *rest)"),
         (["top_others:sampleless"], "sample must be a batch (x, *rest)"),
         (["top_others:broken"], "batch(0) failed: list index out of range"),
         (["top_others:unheld", "--race", "1"], "batch(-1) failed: no such batch"),

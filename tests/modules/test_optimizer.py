@@ -412,10 +412,14 @@ def test_state_is_that_of_now():
     for change in (
         lambda: optimizer.state.clear(),
         lambda: optimizer.state[p].update(step=0),
-        lambda: optimizer.state[p].__setitem__("exp_avg", torch.zeros_like(p)),
+        lambda: optimizer.state[p].__setitem__("exp_avg", torch.ones_like(p)),
+        lambda: optimizer.state[p].__setitem__("step", 1),
     ):
         with pytest.raises(TypeError, match="cannot be changed key by key"):
             change()
+    for value in (optimizer.state[p]["exp_avg"], torch.zeros_like(p)):  # as Lightning does
+        optimizer.state[p]["exp_avg"] = value  # what it is: nothing is changed
+        assert optimizer.state[p]["exp_avg"] is model[0].update.moments()[0][0]
     held = {q: dict(entry) for q, entry in optimizer.state.items()}
     optimizer.state = {}
     assert model[0].update.steps == 0 and optimizer.state[p]["step"] == 0

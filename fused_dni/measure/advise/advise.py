@@ -97,8 +97,7 @@ def advise(
 
     Args:
         model: any module; see :mod:`fused_dni.measure.advise.blocks` for what counts as a block. It
-        is not
-            changed.
+            is not changed.
         sample: what it is called with, on its device.
         loss: from its output to a scalar; it closes over its targets. None: a fixed gradient
             arrives at the output.

@@ -72,7 +72,7 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Result of :func:`measure_parts`.
+    """Result of ``measure_parts``.
 
     Attributes:
         timings: seconds by part, and of the whole steps.

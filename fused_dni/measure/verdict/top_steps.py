@@ -62,7 +62,13 @@ def given(made: Any, where: str) -> Given:
     """
     parts = made if isinstance(made, tuple) else (made,)
     types = ", ".join(type(part).__name__ for part in parts)
-    if len(parts) not in (3, 4) or not callable(parts[2]):
+    if len(parts) in (3, 4) and not callable(parts[2]):
+        raise VerdictError(
+            f"the batch of {where}, the third that it returns, must be a function: batch(number) "
+            "returns (x, *rest), the same for the same number, below 0 for held-out data; got "
+            f"{type(parts[2]).__name__}"
+        )
+    if len(parts) not in (3, 4):
         raise VerdictError(
             f"{where} must return (bottom, top, batch) or (bottom, top, batch, synthesizer), got "
             f"{f'({types})' if isinstance(made, tuple) else types}"

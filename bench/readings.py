@@ -1,0 +1,606 @@
+"""What the results behind a claim come to: the answer in a few words, a figure, the tables.
+
+Each function takes the results of one machine that belong to a claim, by name, and says nothing
+that they do not hold: words such as "mostly" are counted, not chosen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import races
+from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, text
+from fused_dni.report.kinds import advice as advice_report
+from fused_dni.report.kinds import interfaces as interfaces_report
+from fused_dni.report.kinds import planted
+from fused_dni.report.kinds import race as race_report
+from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.kinds import rivals as rivals_report
+from fused_dni.report.kinds import verdict as verdict_report
+
+Report = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What was measured of a claim.
+
+    Attributes:
+        answer: in a few words, for the summary.
+        number: the figure that it rests on, for the summary.
+        sentence: the same as a paragraph, of 600 characters at most.
+        blocks: all tables and figures.
+        shown: the table, of eight rows at most, or the figure that the short page has.
+        bullet: for the README, where the claim has a line there.
+    """
+
+    answer: str
+    number: str
+    sentence: str
+    blocks: list[Block]
+    shown: Table | Figure | None = None
+    bullet: str = ""
+
+
+# ----------------------------------------------------------------------------------------- words
+
+
+def ratio(found: Report) -> str:
+    """``0.83 (0.81 to 0.85)``, with a ~ where no difference was shown."""
+    mark = "~" if found.get("verdict") == "inconclusive" else ""
+    middle = f"{mark}{found['median']:.2f}"
+    if found.get("interval") is None:
+        return middle
+    low, high = found["interval"]
+    return f"{middle} ({low:.2f} to {high:.2f})"
+
+
+def cycle(variant: Report, k: str) -> Report:
+    """A variant's time at k over backprop on the same kernels."""
+    found: Report = variant["cycles"][k]["ratios"][variant["base"]]
+    return found
+
+
+def often(count: int, of: int) -> str:
+    """How often something was so, as one word."""
+    if count in (0, of):
+        return "no" if count == 0 else "yes"
+    share = count / of
+    return "seldom" if share < 0.25 else "in part" if share < 0.75 else "mostly"
+
+
+def spread(values: Iterable[float], form: str = ".2f") -> str:
+    """``0.65 to 0.72``."""
+    found = list(values)
+    return f"{min(found):{form}} to {max(found):{form}}"
+
+
+def faster(found: Sequence[Report]) -> int:
+    """How many ratios were shown to be below one."""
+    return sum(one["verdict"] == "faster" for one in found)
+
+
+def in_parts(times: list[float]) -> str:
+    """``0.56 (0.49 to 0.56)``: the median over seeds and the range."""
+    return f"{statistics.median(times):.2f} ({spread(times)})"
+
+
+# --------------------------------------------------------------------------------------- answers
+
+
+def tops(reports: dict[str, Report]) -> Answer:
+    """Races under an expensive top."""
+    rows: list[list[str]] = []
+    shown: list[Block] = []
+    ours: list[float] = []
+    others: list[float] = []
+    ahead = 0
+    for report in reports.values():
+        name = races.title(report)
+        shown += [Text(f"**{name}.** {race_report.sentence(report)}")]
+        shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
+        row, medians = [name], []
+        for by_dni, kept in ((True, ours), (False, others)):
+            found = races.soonest(report, by_dni)
+            row += ["none", "-"] if found is None else [found[0], in_parts(found[1])]
+            medians.append(float("inf") if found is None else statistics.median(found[1]))
+            if found is not None:
+                kept.append(medians[-1])
+        ahead += medians[1] < medians[0]
+        rows.append(row)
+    of = len(rows)
+    number = f"{spread(ours)} of backprop's time" if ours else "never there"
+    rest = f"other means {spread(others)}" if others else "no other means"
+    sentence = (
+        f"By synthetic gradients backprop's final loss was reached sooner in {len(ours)} of {of} "
+        f"races, with every seed, in {number}; {rest}, and sooner than by synthetic gradients in "
+        f"{ahead} of {of}."
+    )
+    bullet = (
+        "Below an expensive top that is run on every k-th step alone, backprop's final loss was "
+        f"reached in **{number}** ({len(ours)} of {of} races). What people make by hand or by "
+        f"sampling instead needs {spread(others) if others else '-'}, and is sooner in {ahead} of "
+        f"{of}"
+    )
+    header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
+    caption = (
+        "In what part of backprop's time others come to what it ends with: median over seeds, "
+        "range. Only arms that are sooner with every seed."
+    )
+    return Answer(
+        f"{often(len(ours), of)}; but other means are sooner in {ahead} of {of}",
+        f"{number}; {rest}",
+        sentence,
+        shown,
+        Table(header, rows, caption),
+        bullet,
+    )
+
+
+def dense(reports: dict[str, Report]) -> Answer:
+    """Bare linear layers."""
+    blocks: list[Block] = []
+    rows = []
+    found: dict[str, list[Report]] = {"1": [], "4": [], "never": []}
+    for report in reports.values():
+        blocks += [Text(f"**{report['title']}**"), verdict_report.variants(report)]
+        for variant in report["variants"]:
+            for k, kept in found.items():
+                kept.append(cycle(variant, k))
+            cells = [ratio({**kept[-1], "interval": None}) for kept in found.values()]
+            even = verdict_report.even(variant["break_even"][variant["base"]])
+            name = f"{report['title'].removeprefix('one layer ')}, {variant['synthesizer']}"
+            rows.append([name, *cells, even])
+    of = len(rows)
+    counts = {k: faster(kept) for k, kept in found.items()}
+    medians = [one["median"] for one in found["4"]]
+    number = f"{spread(medians)} of backprop's time at k=4"
+    sentence = (
+        f"Of {of} pairs of layer and synthesizer, faster than backprop on the same kernels with "
+        f"targets on every step: {counts['1']}; on every fourth: {counts['4']} ({number}); never: "
+        f"{counts['never']}."
+    )
+    header = ["layer, synthesizer", "k=1", "k=4", "never", "pays from"]
+    return Answer(
+        f"faster at k=1: {often(counts['1'], of)}; at k=4: {often(counts['4'], of)}",
+        number,
+        sentence,
+        blocks,
+        Table(header, rows, RATIOS),
+    )
+
+
+RATIOS = "Ratios to backprop on the same kernels; ~: no difference was shown."
+
+
+def activations(reports: dict[str, Report]) -> Answer:
+    """One layer with every normalisation and activation, both interfaces."""
+    rows = []
+    places = {"output": "at h", "preactivation": "at z"}
+    ks = ("1", "4", "never")
+    by: dict[tuple[str, str], list[list[Report]]] = {}
+    for name, report in reports.items():
+        _, norm, activation = name.split("-")
+        row = [f"{norm}, {activation}", text.seconds(report["timings"]["fused"]["median"])]
+        for variant in report["variants"]:
+            if variant["synthesizer"] != "rank 16":
+                continue
+            found = [cycle(variant, k) for k in ks]
+            by.setdefault((norm, variant["interface"]), []).append(found)
+            row += [ratio({**f, "interval": None}) for f in found]
+        rows.append(row)
+    header = ["normalisation, activation", "backprop"]
+    header += [f"{place}, k={k}" for place in places.values() for k in ks]
+    caption = (
+        f"{RATIOS} At h: the interface at the output. At z: at the preactivation, where a step "
+        "without targets does not go back through activation and normalisation."
+    )
+    lines = []
+    for (norm, place), found in by.items():
+        cells = [spread(f[i]["median"] for f in found) for i in range(len(ks))]
+        lines.append([f"{norm}, interface {places[place]}", str(len(found)), *cells])
+    every = [f for found in by.values() for f in found]
+    counts = [faster([f[i] for f in every]) for i in range(len(ks))]
+    fourth: dict[bool, list[float]] = {True: [], False: []}
+    for (norm, _), found in by.items():
+        fourth[norm == "none"] += [f[1]["median"] for f in found]
+    without, behind = (spread(fourth[key]) if fourth[key] else "-" for key in (True, False))
+    number = f"at k=4 {behind} of backprop's time with a normalisation, {without} without"
+    sentence = (
+        f"Faster than backprop on the same kernels with targets on every step: {counts[0]} of "
+        f"{len(every)} ({len(rows)} layers, two places of the interface); on every fourth: "
+        f"{counts[1]}; never: {counts[2]}. Ratios {number}."
+    )
+    return Answer(
+        f"faster at k=1: {often(counts[0], len(every))}; at k=4: {often(counts[1], len(every))}",
+        number,
+        sentence,
+        [Table(header, rows, caption)],
+        Table(
+            ["normalisation, interface", "activations", *(f"k={k}" for k in ks)],
+            lines,
+            "Ratios to backprop on the same kernels, from the lowest to the highest of the "
+            "activations. At h: the interface at the output; at z: at the preactivation.",
+        ),
+    )
+
+
+def work(reports: dict[str, Report]) -> Answer:
+    """Parts of a step, and what can be taken away at most."""
+    report = reports["dense-1024"]
+    most = report["parts"]["amdahl"]
+    share = f"{100 * most['share']:.0f} %"
+    return Answer(
+        f"in part: at most {share} of a step can be left out",
+        f"{share} of a step",
+        f"Of a step of {report['title']} by backprop on our kernels, synthetic gradients can take "
+        f"away {share} at most.",
+        [Text(most["means"]), verdict_report.parts(report), verdict_report.sums(report)],
+    )
+
+
+def iterations(reports: dict[str, Report]) -> Answer:
+    """The map."""
+    (report,) = reports.values()
+    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    points = [p for s in report["series"].values() for p in s["points"].values() if "ratios" in p]
+    of = len(points)
+    counts, slower = {}, {}
+    for k in ("1", "4", "never"):
+        words = [point["ratios"]["fused"][k]["verdict"] for point in points]
+        counts[k], slower[k] = words.count("faster"), words.count("slower")
+    sentence = (
+        f"Of {of} points of batch, width and synthesizer, faster than backprop on the same kernels "
+        f"with targets on every step: {counts['1']} (slower: {slower['1']}); on every fourth: "
+        f"{counts['4']} (slower: {slower['4']}); never: {counts['never']} (slower: "
+        f"{slower['never']}). The others are inconclusive."
+    )
+    bullet = (
+        "One layer's step with targets on every step is faster than backprop on the same kernels "
+        f"at **{counts['1']} of {of}** points of batch, width and synthesizer; with targets on "
+        f"every fourth step at **{counts['4']} of {of}**"
+    )
+    figure = next(b for b in shown if isinstance(b, Figure) and b.name.endswith("break-even"))
+    return Answer(
+        f"faster at k=1: {often(counts['1'], of)}; at k=4: {often(counts['4'], of)}",
+        f"faster at {counts['1']} and {counts['4']} of {of} points",
+        sentence,
+        shown,
+        figure,
+        bullet,
+    )
+
+
+def segments(reports: dict[str, Report]) -> Answer:
+    """Blocks of many layers behind one interface."""
+    rows, short = [], []
+    fourth, none = [], []
+    for report in reports.values():
+        variant = report["variants"][0]
+        found = {k: cycle(variant, k) for k in ("1", "4", "never")}
+        fourth.append(found["4"])
+        none.append(found["never"])
+        at_most = f"{100 * report['parts']['amdahl']['share']:.0f} %"
+        even = verdict_report.even(variant["break_even"][variant["base"]])
+        times = [report["timings"][name]["median"] for name in ("backprop", variant["base"])]
+        cells = [ratio(f) for f in found.values()]
+        rows.append([report["title"], *map(text.seconds, times), *cells, at_most, even])
+        name = report["title"].replace(" behind one interface", "")
+        bare = [ratio({**f, "interval": None}) for f in found.values()]
+        short.append([name, *bare, at_most, even])
+    header = ["behind one interface", "stock", "ours", "k=1", "k=4", "never", "at most", "pays"]
+    caption = (
+        "Stock and ours: a step of backprop by PyTorch, and on our kernels. Ratios to the latter, "
+        "with 99 % intervals. At most: what synthetic gradients can take away."
+    )
+    of = len(rows)
+    number = f"at k=4 {spread(f['median'] for f in fourth)} of backprop's time"
+    sentence = (
+        f"Faster than backprop on the same kernels with targets on every fourth step: "
+        f"{faster(fourth)} of {of} segments; never: {faster(none)}. Ratios {number}."
+    )
+    return Answer(
+        f"faster at k=4: {often(faster(fourth), of)}; without targets: {often(faster(none), of)}",
+        number,
+        sentence,
+        [Table(header, rows, caption)],
+        Table(
+            [header[0], *header[3:]],
+            short,
+            f"{RATIOS} At most: what synthetic gradients can take away.",
+        ),
+    )
+
+
+def window(reports: dict[str, Report]) -> Answer:
+    """An LSTM at a short window with the future predicted, and at a long one."""
+    (report,) = reports.values()
+    short, long = report["window"], report["long"]
+    ours, same, longer = f"dni T={short}", f"fused T={short}", f"fused T={long}"
+    timed, held = report["ratios"], report["memory"]
+    costs, replaces = timed[same][ours], timed[longer][ours]
+    less = held[ours] / held[longer]
+    number = (
+        f"{ratio({**replaces, 'interval': None})} of the time, {less:.2f} of the memory of "
+        f"backprop at T={long}"
+    )
+    words = {"faster": "yes", "slower": "no", "inconclusive": "in doubt"}
+    sentence = (
+        f"A time step of {report['title']} by DNI at T={short}, on the same kernels: {number}; "
+        f"{ratio(costs)} of the time and {held[ours] / held[same]:.2f} of the memory of truncated "
+        f"backprop at T={short}."
+    )
+    shown = [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
+    table = next(b for b in shown if isinstance(b, Table))
+    return Answer(
+        f"time: {words[replaces['verdict']]}; memory: {'yes' if less < 1 else 'no'}",
+        number,
+        sentence,
+        shown,
+        table,
+    )
+
+
+def reach(reports: dict[str, Report]) -> Answer:
+    """Whether the credit goes beyond the window: copying, and characters."""
+    rows, blocks, said, numbers, better = [], [], [], [], []
+    for report in reports.values():
+        outcome = recurrent_report.outcome_of(report)
+        task, key = outcome.settings.task, outcome.key
+        name = f"{task}, {outcome.settings.amount:,} {outcome.axis}"
+        blocks += [
+            Text(f"**{name}**"),
+            recurrent_report.summary(outcome),
+            Text(recurrent_report.sentence(outcome)),
+        ]
+        summed = {row["name"]: row for row in outcome.summary()}
+        window = outcome.settings.windows[0]
+        pair = [summed[f"{method} T={window}"] for method in ("dni", "fused")]
+        form = ".3f" if task == "charlm" else ".3g"
+        unit = "bits a character" if task == "charlm" else "symbols"
+        cells = []
+        for row in pair:
+            between = spread((row[f"{key}_min"], row[f"{key}_max"]), form)
+            several = f" ({between})" if len(row[key]) > 1 else ""
+            cells.append(f"{row[f'{key}_mean']:{form}}{several}")
+        dni, fused = pair
+        # Fewer bits are better, more symbols are: apart with every seed, or not told apart.
+        if task == "charlm":
+            apart = dni[f"{key}_max"] < fused[f"{key}_min"]
+        else:
+            apart = dni[f"{key}_min"] > fused[f"{key}_max"]
+        apart = apart and len(dni[key]) > 1
+        better.append((task, apart))
+        times = [text.seconds(row["seconds_total"]) for row in pair]
+        rows.append([name, f"{window}", unit, *cells, " / ".join(times)])
+        numbers.append(f"{task} {dni[f'{key}_mean']:{form}} against {fused[f'{key}_mean']:{form}}")
+        said.append(
+            f"{name}, T={window}: {cells[0]} {unit} by DNI against {cells[1]} by truncated "
+            f"backprop{', every seed better' if apart else ', not told apart'}"
+        )
+    words = {"copy": "when copying", "charlm": "on a text"}
+    by_task = {task: any(a for t, a in better if t == task) for task, _ in better}
+    answer = ", ".join(
+        f"{said} {'yes' if by_task[task] else 'no'}"
+        for task, said in words.items()
+        if task in by_task
+    )
+    copied = next((r for r in rows if r[0].startswith("copy")), None)
+    texts = [r for r in rows if r[0].startswith("charlm")]
+    bullet = ""
+    if copied:
+        bullet = (
+            "An LSTM with truncated windows that hear of their future copies sequences of "
+            f"**{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}"
+        )
+        bullet += "".join(f". On a text: {r[3]} against {r[4]} {r[2]}" for r in texts[-1:])
+    header = ["task", "T", "in", "DNI", "truncated backprop", "training, DNI / truncated"]
+    caption = "Mean over seeds, range. At the same window, on the same kernels."
+    return Answer(
+        answer,
+        "; ".join(numbers),
+        "; ".join(said) + ".",
+        blocks,
+        Table(header, rows, caption),
+        bullet,
+    )
+
+
+def side_by_side(reports: dict[str, Report]) -> Answer:
+    """The critical path, computed from measured parts."""
+    report = reports["depth-1"]
+    path = report["parts"]["critical path"]
+    n, unlocked = path["n"][-1], path["unlocked"][-1]
+    return Answer(
+        "computed, not measured",
+        f"{unlocked:.1f} times as early in a chain of {n}",
+        f"In a chain of {n} segments like {report['title']}, each on a device of its own, the "
+        f"lowest would update {unlocked:.1f} times as early. This is computed from measured parts, "
+        "not measured.",
+        [verdict_report.critical_path(report), verdict_report.lock(report)],
+    )
+
+
+def future(reports: dict[str, Report]) -> Answer:
+    """The true gradient of the future, by window."""
+    said, blocks, least = [], [], []
+    for report in reports.values():
+        outcome = recurrent_report.outcome_of(report)
+        table = recurrent_report.future_table(outcome)
+        row = table.rows[0]
+        last = max(i for i, value in enumerate(row) if value != "-")
+        low, high = table.header[1], table.header[last]
+        name = f"{report['kind'].split()[-1]}, {outcome.settings.amount:,} {outcome.axis}"
+        said.append(f"{name} ({row[0]}): {row[1]} at {low}, {row[last]} at {high}")
+        least += [float(value) for value in row[1:] if value != "-"]
+        blocks += [Text(f"**{name}**"), table]
+        blocks += [f for f in recurrent_report.curves(outcome) if f.name in ("future-vs-window",)]
+    low, high = (text.significant(value, 2) for value in (min(least), max(least)))
+    return Answer(
+        "no" if min(least) >= 0.1 else "in part",
+        f"{low} to {high} of the window's own",
+        "Norm of the future's part of a window's parameter gradient over the window's own: "
+        + "; ".join(said)
+        + ".",
+        blocks,
+    )
+
+
+def noise(reports: dict[str, Report]) -> Answer:
+    """Cosine by depth."""
+    (report,) = reports.values()
+    cosines, said = [], []
+    for row in report["networks"]:
+        if row["every"] == 1:
+            found = interfaces_report.mean_of(row, 1, "true_cosine")
+            errors = statistics.fmean(run["error"] for run in row["runs"])
+            if found is not None:
+                cosines.append((row["depth"], found))
+                said.append(f"{found:.2f} with {row['depth']} (error {100 * errors:.2f} %)")
+    falling = all(b[1] < a[1] for a, b in itertools.pairwise(cosines))
+    (first, high), (last, low) = cosines[0], cosines[-1]
+    return Answer(
+        "yes" if falling else "in part",
+        f"cosine {high:.2f} with {first} layer, {low:.2f} with {last}",
+        "Cosine of the lowest layer's synthetic gradient with the true one, by the number of "
+        f"layers, each with an interface: {', '.join(said)}.",
+        [b for b in blocks_of(report) if not isinstance(b, Heading)],
+    )
+
+
+def accuracy(reports: dict[str, Report]) -> Answer:
+    """MNIST with the interface at either place, by the rank of the synthesizers."""
+    rows: list[list[str]] = []
+    exact, best, worst = 0.0, {}, {}
+    for place, report in enumerate(reports.values()):
+        settings = report["settings"]
+        rank = f"rank {settings['rank']}" if settings["rank"] else "dense"
+        for row in report["summary"]:
+            ours = row["name"].startswith("cdni")
+            mean = row["error_mean"]
+            if ours:
+                k = row["name"].split()[-1]
+                best[k] = min(mean, best.get(k, mean))
+                worst[k] = max(mean, worst.get(k, mean))
+            elif place == 0:
+                exact = mean
+            if ours or place == 0:
+                between = f"{mean:.2%} ({row['error_min']:.2%} to {row['error_max']:.2%})"
+                how = [settings["interface"], rank] if ours else ["-", "-"]
+                rows.append([row["name"], *how, between, text.seconds(row["seconds_per_step"])])
+    dearer = sum(mean > exact for mean in (*best.values(), *worst.values()))
+    listed = ", ".join(f"{k} {best[k]:.2%} to {worst[k]:.2%}" for k in best)
+    header = ["method", "interface", "synthesizer", "error, mean and range", "step"]
+    return Answer(
+        often(dearer, 2 * len(best)),
+        f"error {exact:.2%}; DNI {listed}",
+        f"Error on the test set after the same number of steps: backprop on our kernels "
+        f"{exact:.2%}; label-conditioned DNI {listed}, by the interface's place and the "
+        "synthesizer.",
+        (found := [Table(header, rows)]),
+        found[0],
+        f"Accuracy: the paper's network ends on MNIST with **{exact:.2%}** error by backprop, with "
+        + " and ".join(f"{best[k]:.2%} ({k})" for k in best)
+        + " by the best of the synthetic gradients, after the same number of steps",
+    )
+
+
+#: Arms of the rivals that compute backprop's own step.
+WAITING = ("backprop", "compiled", "graph", "in-backward", "fused")
+
+
+def rivals(reports: dict[str, Report]) -> Answer:
+    """Everything that does not wait."""
+    (report,) = reports.values()
+    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
+    means = {name: statistics.fmean(found) for name, found in errors.items() if found}
+    order = sorted(means, key=lambda name: means[name])
+    listed = ", ".join(f"{name} {100 * means[name]:.2f} %" for name in order)
+    ours = [name for name in order if name.startswith("cdni")]
+    theirs = [name for name in order if name not in (*ours, *WAITING)]
+    best, first, of = ours[0], theirs[0], len(theirs)
+    ahead = sum(means[name] < means[best] for name in theirs)
+    beyond = sum(means[name] < means["fused"] for name in theirs)
+    figures = [b for b in shown if isinstance(b, Figure)]
+    number = (
+        f"DNI {100 * means[best]:.2f} %, backprop {100 * means['fused']:.2f} %, {first} "
+        f"{100 * means[first]:.2f} %"
+    )
+    return Answer(
+        f"{often(ahead, of)}: {ahead} of {of} end below DNI, {beyond} below backprop",
+        f"error: {number}",
+        f"Error at equal wall-clock, from the best: {listed}.",
+        shown,
+        figures[0] if figures else None,
+        f"At equal wall-clock on MNIST the best DNI ends with **{100 * means[best]:.2f} %** error, "
+        f"backprop with {100 * means['fused']:.2f} %. Of {of} cheaper ways not to wait "
+        f"({', '.join(theirs)}) {ahead} end below DNI and {beyond} below backprop",
+    )
+
+
+def advice(reports: dict[str, Report]) -> Answer:
+    """Predicted and measured steps of whole models."""
+    shown: list[Block] = []
+    rows, paid, numbers, worst = [], 0, [], 0.0
+    for name, report in reports.items():
+        said = blocks_of(report)
+        shown += [Text(part) for part in _sentences(advice_report.sentence(report))]
+        shown += [b for b in said if isinstance(b, Table)][:2]
+        found = report["ratios"]["our kernels"]["proposal"]
+        model = name.removeprefix("advice-")
+        off = max(abs(step["error %"]) for step in report["steps"].values())
+        worst = max(worst, off)
+        paid += found["measured"]["verdict"] == "faster"
+        numbers.append(f"{model} {ratio({**found['measured'], 'interval': None})}")
+        behind = ", ".join(one["block"] for one in report["proposal"]["interfaces"])
+        cells = [ratio(found["predicted"]), ratio(found["measured"])]
+        rows.append([model, behind, f"{report['proposal']['k']}", *cells, f"{off:.0f} %"])
+    number = f"{', '.join(numbers)} of backprop's time"
+    return Answer(
+        f"for {paid} of {len(rows)} models",
+        number,
+        f"The proposed interfaces make a step faster than backprop on the same kernels for {paid} "
+        f"of {len(rows)} models: {number}. Predicted steps were within {worst:.0f} % of the "
+        "measured ones.",
+        shown,
+        Table(
+            ["model", "interfaces behind", "k", "predicted", "measured", "steps off by"],
+            rows,
+            f"{RATIOS} The proposal was asked for, whether or not it pays.",
+        ),
+    )
+
+
+def _sentences(said: str) -> list[str]:
+    """A long paragraph as several, cut in front of the proposal and of what follows from it."""
+    parts = [said]
+    for mark in ("Proposal (", "So, for time alone", "So no interface pays"):
+        parts = [
+            piece.strip() for part in parts for piece in part.replace(mark, f"\n{mark}").split("\n")
+        ]
+    return [part for part in parts if part]
+
+
+def trust(reports: dict[str, Report]) -> Answer:
+    """Planted differences, segments and tops, and sums of parts."""
+    right = of = 0
+    off = []
+    for report in reports.values():
+        for word, counts in report.get("differences", {}).items():
+            right, of = right + counts.get(word, 0), of + report["runs"]
+        for row in report.get("segments", {}).values():
+            right, of = right + (row["said"] in row["allowed"]), of + 1
+        for row in report.get("tops", {}).values():
+            off += [abs(r["median"] - 1.0) for r in row["measured over predicted"].values()]
+    number = f"{right} of {of} planted cases called rightly"
+    if off:
+        number += f"; steps under planted tops within {100 * max(off):.0f} % of the formula"
+    return Answer(
+        often(right, of) if of else "in doubt",
+        number,
+        " ".join(map(planted.sentence, reports.values())),
+        [b for report in reports.values() for b in blocks_of(report) if isinstance(b, Table)],
+    )
