@@ -891,6 +891,7 @@ class Stack {
   void* at(char* room, std::int64_t offset) const {
     return offset == kNowhere ? nullptr : room + offset * (element().bits / 8);
   }
+  static Object joined(const Object& a, const Object& b) { return py::list(a) + py::list(b); }
   // What `of` says of each layer, in one list.
   template <class Of>
   Object all(std::size_t count, const Of& of) const {
@@ -945,7 +946,10 @@ class QuickStack : public Stack<QuickStep> {
              Object head)
       : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
         written_(all(layers_.size(), [](const QuickStep& step) { return step.written(); })),
-        learned_(all(layers_.size() - 1, [](const QuickStep& step) { return step.learned(); })) {}
+        taught_(joined(written_, all(layers_.size() - 1,
+                                     [](const QuickStep& step) { return step.learned(); }))),
+        finished_(head_ ? joined(layers_.back()->learned(), head_->written())
+                        : Object(py::none())) {}
 
   // As QuickStep's: h and what the lesson reads of the last layer, dx of the first. With a head: the
   // loss, what finish() reads of the head and the last layer, how many rows, and of a step with a
@@ -1015,8 +1019,7 @@ class QuickStack : public Stack<QuickStep> {
       }
       if (head_) head_->run(forward);
     }
-    last.wrote(written_);
-    if (target) last.wrote(learned_);
+    last.wrote(target ? taught_ : written_);
     last.last()();
     if (!head_) return last.returned(handed, target, told.back());
     if (!target) return py::make_tuple(loss, left, rows, py::none(), py::none(), py::none());
@@ -1069,8 +1072,7 @@ class QuickStack : public Stack<QuickStep> {
       if (target) last.run(lesson);
       head_->run(update);
     }
-    if (target) head_->wrote(last.learned());
-    head_->wrote(head_->written());
+    head_->wrote(target ? finished_ : head_->written());
     return true;
   }
 
@@ -1087,8 +1089,7 @@ class QuickStack : public Stack<QuickStep> {
   template <class Visit>
   void each(const Visit& visit) {
     Stack::each(visit);
-    visit(written_);
-    visit(learned_);
+    for (Object* object : {&written_, &taught_, &finished_}) visit(*object);
   }
 
  private:
@@ -1158,7 +1159,8 @@ class QuickStack : public Stack<QuickStep> {
     return way;
   }
 
-  Object written_, learned_;
+  // What is written: by a step without a target, by one with, and at the end of its backward.
+  Object written_, taught_, finished_;
 };
 
 class QuickExactStack : public Stack<QuickExact> {
@@ -1168,7 +1170,7 @@ class QuickExactStack : public Stack<QuickExact> {
       : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
         moved_(all(layers_.size(), [](const QuickExact& step) { return step.moved(); })),
         written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {
-    if (head_) written_ = py::list(written_) + py::list(head_->written());
+    if (head_) written_ = joined(written_, head_->written());
   }
 
   // The last layer's h, or the head's loss, what else they leave for a backward, and whether the

@@ -407,7 +407,7 @@ class StackLoss(Node):
         _ = ctx.saved_tensors
         gradient = unscaled(arrived, ctx.loss_scale)
         if gradient is not None:
-            ending = ctx.stack.ending(ctx.made)
+            ending = ctx.stack.endings[ctx.made[-1] is not None]
             at_end_of_backward(ending, UPDATE, ending.apply_update, (gradient, *ctx.made))
         dx = rescaled((ctx.dx,), ctx.loss_scale)
         ctx.made = ctx.dx = None

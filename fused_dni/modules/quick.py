@@ -358,7 +358,8 @@ class StackedLoss(Stacked):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.anchors.insert(0, self.head._binding.anchor)
-        self._endings = [Ending(self, taught) for taught in (False, True)]
+        # What waits for the end of a backward: of a step without a target, and of one with.
+        self.endings = [Ending(self, taught) for taught in (False, True)]
 
     def run(
         self,
@@ -379,10 +380,6 @@ class StackedLoss(Stacked):
         anchors = self.anchors if made[-1] is not None else self.anchors[:1]
         out: Tensor = nodes.StackLoss.apply(self, made, input, *anchors)
         return out
-
-    def ending(self, made: tuple[Any, ...]) -> Ending:
-        """What waits for the end of the backward of that step."""
-        return self._endings[made[-1] is not None]
 
 
 class Ending:

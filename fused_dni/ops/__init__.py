@@ -1,8 +1,8 @@
 """The ops: their types, and for each the function that every floor above calls.
 
-``linear``, ``linear_cross_entropy``, ``synthesizer`` and ``lstm`` hold one function an op, which takes the backend first;
-:mod:`fused_dni.ops.registry` finds that backend. Backends are loaded by name when they are first
-asked for: nothing here imports one.
+``linear``, ``linear_cross_entropy``, ``synthesizer`` and ``lstm`` hold one function an op, which
+takes the backend first; :mod:`fused_dni.ops.registry` finds that backend. Backends are loaded by
+name when they are first asked for: nothing here imports one.
 """
 
 from fused_dni.ops.linear import linear_backward, linear_forward, linear_step_, linear_update_

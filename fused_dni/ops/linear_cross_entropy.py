@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer's outputs as PyTorch sees it: see :mod:`fused_dni.ops.linear`.
+"""The cross-entropy of a linear layer's outputs, as PyTorch sees it (:mod:`fused_dni.ops.linear`).
 
 What goes back from its gradient at the logits is a linear layer's: ``linear_backward`` and
 ``linear_update_``.
