@@ -525,6 +525,8 @@ def _joins(head: LossSteps, last: LinearSteps) -> bool:
     """Whether a head's step can be part of the call of the layers in front of it."""
     if head._binding.exact is None or head._binding.anchor is None:  # frozen, it has no node
         return False
+    if last._modules["synthesizer"] is not None and nodes.anchor(last.learners()) is None:
+        return False  # frozen, it has no lesson
     return last.weight.shape[0] == head.weight.shape[1] and last.weight.dtype == head.weight.dtype
 
 
