@@ -71,6 +71,8 @@ class DecoupledSequential(nn.Sequential):
             out: Tensor = untraced(self._run)(input, context, target)
             return out
         stack = self._stack
+        if target is not None and stack is not None and stack.head is None:
+            self._head(list(self), input, target)  # which is behind what is one call
         h = None if stack is None else stack.run(self, input, context, target)
         if stack is None or h is None:
             return self._run(input, context, target)
