@@ -247,7 +247,8 @@ class StockTrainer(Trainer):
 
 
 class FusedTrainer(Trainer):
-    """Our layers, which update themselves: by exact gradients or by synthetic ones."""
+    """Our layers, which update themselves, by exact gradients or by synthetic ones, and make the
+    loss."""
 
     def __init__(
         self,
@@ -266,7 +267,7 @@ class FusedTrainer(Trainer):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         with fd.condition_on(y):
-            loss = F.cross_entropy(self.model(x), y)
+            loss = self.model(x, target=y)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -296,6 +297,7 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
         interface=settings.interface,
         backend=settings.backend,
         seed=seed,
+        loss=True,
     )
     if method == "fused":
         return FusedTrainer(name, seed, ours, total)
