@@ -521,13 +521,17 @@ class StackedExact(Stacked):
         return list(zip(inputs[: len(gradients)], gradients, strict=True))
 
 
-def _joins(head: LossSteps, last: LinearSteps) -> bool:
-    """Whether a head's step can be part of the call of the layers in front of it."""
-    if head._binding.exact is None or head._binding.anchor is None:  # frozen, it has no node
-        return False
+def _apart(head: LossSteps, last: LinearSteps) -> str:
+    """Why a head's step cannot be part of the call of the layers in front; empty if it can."""
+    if head._binding.exact is None:
+        return "the head has none"
+    if head._binding.anchor is None:
+        return "the head is frozen and has no node"
     if last._modules["synthesizer"] is not None and nodes.anchor(last.learners()) is None:
-        return False  # frozen, it has no lesson
-    return last.weight.shape[0] == head.weight.shape[1] and last.weight.dtype == head.weight.dtype
+        return "the last synthesizer is frozen and has no lesson from the head"
+    if last.weight.shape[0] != head.weight.shape[1] or last.weight.dtype != head.weight.dtype:
+        return "the head is of another size or dtype"
+    return ""
 
 
 def stacked(
@@ -535,8 +539,9 @@ def stacked(
     layers: list[LinearSteps],
     head: LossSteps | None,
     known: Stacked | None,
-) -> Any:
-    """Have the next step of layers in a container be one call: bound to it, or None.
+) -> tuple[Stacked | None, str]:
+    """Have the next step of layers in a container be one call: bound to it, or None; and why there
+    is none, or why the head is not in it.
 
     Args:
         container: which holds them, one behind the other from its first on.
@@ -545,7 +550,8 @@ def stacked(
     """
     exact = all([layer._modules["synthesizer"] is None for layer in layers])
     steps = [layer._binding.exact if exact else layer._binding.quick for layer in layers]
-    if head is not None and not _joins(head, layers[-1]):
+    apart = "" if head is None else _apart(head, layers[-1])
+    if apart:
         head = None
     if head is not None:
         steps.append(head._binding.exact)
@@ -555,20 +561,25 @@ def stacked(
         and len(steps) == len(known.steps)
         and all([a is b for a, b in zip(steps, known.steps, strict=True)])
     ):
-        return known  # what was in its way was of that step alone
+        return known, apart  # what was in its way was of that step alone
     if len({id(layer) for layer in layers}) < len(layers):
-        return None  # used twice, it is updated once
+        return None, "a layer stands in it twice and is updated once"
+    if len({layer._modules["synthesizer"] is None for layer in layers}) > 1:
+        return None, "some layers have a synthesizer and some have none"
+    if any(step is None for step in steps):
+        return None, "a layer has no call of its own"
     if exact and any([layer._binding.anchor is None for layer in layers]):
-        return None  # frozen, it has no node, and those in front of it may have none
+        # And those in front of it may have none.
+        return None, "a layer is frozen and has no node"
     backend = registry.resolve(layers[0].backend, layers[0].weight, layers[0].weight)
     bind = getattr(backend, "quick_stack", None)
-    if bind is None or any(step is None for step in steps):
-        return None
+    if bind is None:
+        return None, f"backend {backend.name!r} has none"
     if any(
         below.weight.shape[0] != above.weight.shape[1] or below.weight.dtype != above.weight.dtype
         for below, above in pairwise(layers)
     ):
-        return None
+        return None, "sizes or dtypes do not fit"
     checks: list[Check] = [
         *_items(container.__dict__, "training", "_modules"),
         *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in _HOOKS],
@@ -580,4 +591,4 @@ def stacked(
     last = None if head is None else steps[-1]
     quick = bind(container, _SURROUNDINGS, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, head, steps)
+    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, head, steps), apart

@@ -47,6 +47,7 @@ class DecoupledSequential(nn.Sequential):
     """
 
     _stack: Stacked | None = None
+    _apart = ""  # why there is none, or why the head is not in it
 
     def forward(
         self, input: Tensor, context: Tensor | None = None, target: Tensor | None = None
@@ -81,9 +82,13 @@ class DecoupledSequential(nn.Sequential):
         return _plain(list(self)[len(stack.members) :], h, context, target)
 
     def extra_repr(self) -> str:
-        """How steps are taken, where it can be in one call."""
-        stack = self._stack
-        return "" if stack is None or not self.training else f"steps by {stack.way()}"
+        """How steps are taken: in one call, or why not."""
+        stack, apart = self._stack, self._apart
+        if not self.training or (stack is None and not apart):
+            return ""
+        if stack is None:
+            return f"steps layer by layer ({apart})"
+        return f"steps by {stack.way()}" + (f", then the head ({apart})" if apart else "")
 
     def _run(self, input: Tensor, context: Tensor | None, target: Tensor | None) -> Tensor:
         modules = list(self)
@@ -143,8 +148,14 @@ class DecoupledSequential(nn.Sequential):
     def _bind(self, body: list[nn.Module], head: LossSteps | None) -> None:
         """Have the next step of the body be one call, if its layers' are, and of the head behind
         it."""
-        if body and all([type(m) is FusedDNILinear for m in body]):
-            self._stack = stacked(self, cast("list[LinearSteps]", body), head, self._stack)
+        others = [type(m).__name__ for m in body if type(m) is not FusedDNILinear]
+        if others:
+            decoupled = any([isinstance(m, DecoupledModule) for m in body])
+            self._stack, self._apart = None, f"it holds a {others[0]}" if decoupled else ""
+        elif body:
+            self._stack, self._apart = stacked(
+                self, cast("list[LinearSteps]", body), head, self._stack
+            )
 
 
 def _decouples(module: nn.Module) -> bool:

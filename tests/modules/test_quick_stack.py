@@ -721,6 +721,33 @@ def test_the_way_is_said() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "by", "said"),
+    [
+        (used_twice, "prediction", "layer by layer (a layer stands in it twice and is"),
+        (used_twice, "true gradient, loss", "layer by layer (a layer stands in it twice and is"),
+        (frozen, "true gradient", "layer by layer (a layer is frozen and has no node)"),
+        (ordinary_between, "prediction, loss", "layer by layer (it holds a Tanh)"),
+        (head_frozen, "prediction, loss", "one call, then the head (the head is frozen and"),
+        (head_frozen, "true gradient, loss", "and one back, then the head (the head is frozen"),
+        (frozen_last, "prediction, loss", "then the head (the last synthesizer is frozen"),
+        (head_of_an_optimizer, "prediction, loss", "then the head (the head has none)"),
+        (hook_between, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
+        (head_hooked, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_is_in_the_way_is_said(change: Callable[[Trained], None], by: str, said: str) -> None:
+    trained = Trained(fd.FusedDNILinear, by)
+    for _ in range(7):
+        trained.step()
+    change(trained)
+    for _ in range(9):
+        trained.step()
+    first = repr(trained.model).splitlines()[1]
+    assert first.startswith("  steps ") and said in first, first
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"synthesizer": None}, "steps by one call forward and one back"),
