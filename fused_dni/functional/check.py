@@ -127,7 +127,8 @@ def target(
     wanted = "[...]" if leading is None else list(leading)
     if given is None:
         raise ValueError(
-            f"target is missing: a cross-entropy is taken of class indices, int64 {wanted}; the "
+            f"target is missing: a cross-entropy is taken of class indices, int64 {wanted}: "
+            "head(input, target), or DecoupledSequential(..., head)(input, target=target); the "
             "logits alone are head.logits(input)"
         )
     if not isinstance(given, Tensor):

@@ -148,6 +148,24 @@ def test_the_bits_of_the_usual_way(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_what_was_not_written_is_not_read(
+    rows: int, ends: bool, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """NaN in fresh memory changes no bit."""
+    made = []
+    for poison in (False, True):
+        if poison:
+            request.getfixturevalue("poisoned")
+        model = network(fd.FusedDNILinear, [7, 13, 6], kind, torch.float32, ends)
+        made.append(train(model, rows, [7, 6], torch.float32))
+        assert model._stack is not None
+    for clean, poisoned in zip(*made, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_step_that_is_not_finite_moves_nothing(ends: bool, kind: str, bad: float) -> None:

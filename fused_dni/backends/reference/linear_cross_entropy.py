@@ -58,7 +58,7 @@ def linear_cross_entropy(
     loss = torch.where(counted, losses, 0.0).sum() / rows
     if not need_delta:
         return CrossEntropy(loss.to(weight.dtype))
-    delta = logs.exp() - share
-    delta = delta.scatter_add(1, known, torch.full_like(losses, label_smoothing - 1.0)[:, None])
+    aimed = known == torch.arange(classes, device=known.device)  # [N, C]
+    delta = logs.exp() - share + (label_smoothing - 1.0) * aimed.to(dtype)
     delta = torch.where(counted[:, None], delta / rows, 0.0)
     return CrossEntropy(loss.to(weight.dtype), delta)
