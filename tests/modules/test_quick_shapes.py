@@ -155,16 +155,18 @@ def test_what_was_not_written_is_not_read(
 ) -> None:
     """NaN in the memory that these calls ask for changes no bit."""
     made, new_empty = [], Tensor.new_empty
+
+    def poisoned(*given: Any, **named: Any) -> Tensor:
+        return new_empty(*given, **named).fill_(torch.nan)
+
     for poison in (False, True):
         if poison:
-            monkeypatch.setattr(
-                Tensor, "new_empty", lambda *given: new_empty(*given).fill_(torch.nan)
-            )
+            monkeypatch.setattr(Tensor, "new_empty", poisoned)
         model = network(fd.FusedDNILinear, [7, 13, 6], kind, torch.float32, ends)
         made.append(train(model, rows, [7, 6], torch.float32))
         assert model._stack is not None
-    for clean, poisoned in zip(*made, strict=True):
-        assert torch.equal(clean, poisoned)
+    for clean, other in zip(*made, strict=True):
+        assert torch.equal(clean, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
