@@ -357,7 +357,10 @@ class StackedLoss(Stacked):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.anchors.insert(0, self.head._binding.anchor)
+        bound: Binding = self.head._binding
+        assert bound.layer is not None
+        self.tensors: LinearTensors = bound.layer  # the head's
+        self.anchors.insert(0, bound.anchor)
         # What waits for the end of a backward: of a step without a target, and of one with.
         self.endings = [Ending(self, taught) for taught in (False, True)]
 
@@ -412,9 +415,8 @@ class Ending:
         """What each of the shares takes."""
         gradient, left, rows, labels, unit = contribution
         head, last = self._stack.head, self._stack.last
-        assert head._binding.layer is not None
         h, scaled, reduced, delta = self._stack.quick.saved(left, rows, self._taught)
-        trace = LossTrace(h, head._binding.layer, delta)
+        trace = LossTrace(h, self._stack.tensors, delta)
         (dx,), update = head.close(trace, gradient, self._taught)
         if dx is None:
             return [update]
@@ -524,7 +526,7 @@ class StackedExact(Stacked):
 def _apart(head: LossSteps, last: LinearSteps) -> str:
     """Why a head's step cannot be part of the call of the layers in front; empty if it can."""
     if head._binding.exact is None:
-        return "the head has none"
+        return "the head has no call of its own"
     if head._binding.anchor is None:
         return "the head is frozen and has no node"
     if last._modules["synthesizer"] is not None and nodes.anchor(last.learners()) is None:

@@ -152,10 +152,10 @@ class DecoupledSequential(nn.Sequential):
         if others:
             decoupled = any([isinstance(m, DecoupledModule) for m in body])
             self._stack, self._apart = None, f"it holds a {others[0]}" if decoupled else ""
-        elif body:
-            self._stack, self._apart = stacked(
-                self, cast("list[LinearSteps]", body), head, self._stack
-            )
+            return
+        layers = cast("list[LinearSteps]", body)
+        found = stacked(self, layers, head, self._stack) if body else (None, "")
+        self._stack, self._apart = found
 
 
 def _decouples(module: nn.Module) -> bool:

@@ -730,7 +730,11 @@ def test_the_way_is_said() -> None:
         (head_frozen, "prediction, loss", "one call, then the head (the head is frozen and"),
         (head_frozen, "true gradient, loss", "and one back, then the head (the head is frozen"),
         (frozen_last, "prediction, loss", "then the head (the last synthesizer is frozen"),
-        (head_of_an_optimizer, "prediction, loss", "then the head (the head has none)"),
+        (
+            head_of_an_optimizer,
+            "prediction, loss",
+            "then the head (the head has no call of its own)",
+        ),
         (hook_between, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
         (head_hooked, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
     ],
