@@ -44,7 +44,10 @@ CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
 COMMON = ["dispatch.cpp", "quick.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
-KERNELS = ["linear.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp", "lstm_update.cpp"]
+KERNELS = [
+    "linear.cpp", "linear_cross_entropy.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp",
+    "lstm_update.cpp",
+]  # fmt: skip
 BF16_KERNELS = ["linear_bf16.cpp"]
 
 # Another compiler's new warning must not break an installation.

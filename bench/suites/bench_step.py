@@ -2,7 +2,8 @@
 
 One group a batch size, width and rule; the time printed is that of a cycle of four steps, also for
 the floor. The committed table of the same candidates is measured interleaved
-(``bench/tables.py``).
+(``bench/tables.py``). On our layers the head and its cross-entropy are part of the container's
+call, by backprop as by DNI; the head alone is in ``bench_linear_cross_entropy.py``.
 """
 
 from __future__ import annotations

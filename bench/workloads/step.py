@@ -122,7 +122,7 @@ def our_network(
     container: Callable[..., nn.Module] = fd.DecoupledSequential,
 ) -> nn.Module:
     """The network ``stock`` with its weights, on fused layers, which a DecoupledSequential runs in
-    one call; the head is always exact."""
+    one call, the loss included; the head is always exact."""
     stock = copy.deepcopy(stock)
     modules = list(stock)
     layers: list[nn.Module] = []
@@ -142,9 +142,11 @@ def our_network(
                 linear, modules[i + 1], "relu", update=update, backend=backend, **options
             )
         )
-    head = fd.FusedDNILinear.from_linear(
-        modules[-1], synthesizer=None, update=update, backend=backend
-    )
+    options = {"update": update, "backend": backend}
+    if container is fd.DecoupledSequential:
+        head: nn.Module = fd.FusedDNILinearCrossEntropyLoss.from_linear(modules[-1], **options)
+    else:
+        head = fd.FusedDNILinear.from_linear(modules[-1], synthesizer=None, **options)
     return container(*layers, head)
 
 
@@ -184,6 +186,8 @@ class Training:
             # PyTorch's fused rules are kernels of their own, which a compiler cannot look into.
             fused = method.compiled != "step"
             self.optimizer = stock_optimizer(rule_name, stock, lr, fused=fused)
+        # Whether the network makes the loss itself, and is told the labels in the call.
+        self._whole = isinstance(self.model, fd.DecoupledSequential)
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._loss
         self._stock_step: Callable[[Tensor, Tensor], Tensor] = self._stock
         if method.compiled == "loss":
@@ -192,6 +196,10 @@ class Training:
             self._stock_step = torch.compile(self._stock, mode="max-autotune", dynamic=False)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._whole:
+            context = None if self.method.target_every == 0 else y
+            loss: Tensor = self.model(x, context=context, target=y)
+            return loss
         return F.cross_entropy(self.model(x), y)
 
     def _stock(self, x: Tensor, y: Tensor) -> Tensor:
@@ -221,7 +229,7 @@ class Training:
         """One training step, written as a user would write it."""
         if not self.method.ours:
             return self._stock_step(x, y)
-        if self.method.target_every == 0:
+        if self._whole or self.method.target_every == 0:
             with self._autocast():
                 loss = self._forward(x, y)
         else:

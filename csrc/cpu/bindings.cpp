@@ -149,6 +149,26 @@ void linear_step(std::size_t type, const py::tuple& layer, const py::tuple& synt
   call(kernels().linear_step, type, a);
 }
 
+void linear_cross_entropy(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
+  Reader read(tensors);
+  LinearCrossEntropy a{};
+  a.layer = read_layer(layer);
+  a.smoothing = read.real();
+  a.ignored = read.integer();
+  a.x = read.memory("input", a.layer.rows);
+  a.target = read.memory<const std::int64_t>("target", a.layer.rows);
+  a.loss = read.memory("the loss");
+  a.delta = read.pointer();
+  read.finish();
+  const std::int64_t wrong =
+      check_targets(a.target, a.layer.rows, a.layer.out, a.ignored, a.counted);
+  if (wrong < a.layer.rows)
+    throw py::index_error("target " + std::to_string(a.target[wrong]) + " (row " +
+                          std::to_string(wrong) + ") is outside [0, " +
+                          std::to_string(a.layer.out) + ")");
+  call(kernels().linear_cross_entropy, type, a);
+}
+
 void synthesizer_predict(std::size_t type, const py::tuple& synthesizer, const py::tuple& tensors) {
   Reader read(tensors);
   SynthesizerPredict a;
@@ -370,6 +390,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_backward", &linear_backward);
   m.def("linear_update", &linear_update);
   m.def("linear_step", &linear_step);
+  m.def("linear_cross_entropy", &linear_cross_entropy);
   bind_quick(m);
   m.def("synthesizer_predict", &synthesizer_predict);
   m.def("synthesizer_train", &synthesizer_train);

@@ -6,20 +6,22 @@ namespace fused_dni {
 
 // Every file of kernels has a function that enters its own into the table; setup.py says for which
 // instruction sets they were compiled.
-#define FUSED_DNI_DECLARE(isa)    \
-  namespace isa {                 \
-  void add_linear(Kernels&);      \
-  void add_synthesizer(Kernels&); \
-  void add_lstm(Kernels&);        \
-  void add_lstm_cell(Kernels&);   \
-  void add_lstm_update(Kernels&); \
-  inline void add(Kernels& to) {  \
-    add_linear(to);               \
-    add_synthesizer(to);          \
-    add_lstm(to);                 \
-    add_lstm_cell(to);            \
-    add_lstm_update(to);          \
-  }                               \
+#define FUSED_DNI_DECLARE(isa)             \
+  namespace isa {                          \
+  void add_linear(Kernels&);               \
+  void add_linear_cross_entropy(Kernels&); \
+  void add_synthesizer(Kernels&);          \
+  void add_lstm(Kernels&);                 \
+  void add_lstm_cell(Kernels&);            \
+  void add_lstm_update(Kernels&);          \
+  inline void add(Kernels& to) {           \
+    add_linear(to);                        \
+    add_linear_cross_entropy(to);          \
+    add_synthesizer(to);                   \
+    add_lstm(to);                          \
+    add_lstm_cell(to);                     \
+    add_lstm_update(to);                   \
+  }                                        \
   }
 FUSED_DNI_DECLARE(portable)
 #ifdef FUSED_DNI_WITH_AVX2

@@ -527,7 +527,7 @@ void linear_backward(const LinearBackward& a) {
         Kind::take(a.h, layer.out, layer.rows, Range{first, last}, h, layer.stride);
         if (a.normalized) take(a.normalized, first, last - first, u);
       }
-      backward.run(team, first, last, T(1), magnitude);
+      backward.run(team, first, last, T(a.factor), magnitude);
     });
     backward.finish(team, own, rstd, magnitude);
     if (!a.transposed)

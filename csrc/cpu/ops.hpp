@@ -81,6 +81,7 @@ struct LinearForward {
 struct LinearBackward {
   LayerArguments layer;
   const void* grad_h;      // [N, O]
+  double factor = 1.0;     // on grad_h
   const void* x;           // [N, I]
   const void* h;           // [N, O]
   const void* normalized;  // [N, O]
@@ -93,6 +94,19 @@ struct LinearBackward {
   void* grad_norm_bias;
   bool transposed;  // h, normalized and delta
   bool grad_h_transposed, grad_x_transposed;
+};
+
+// The loss of a layer without normalisation and activation, whose outputs are classes.
+struct LinearCrossEntropy {
+  LayerArguments layer;
+  const void* x;               // [N, I]
+  const std::int64_t* target;  // [N] in [0, O), or `ignored`
+  std::int64_t ignored;        // the target of rows that are not in the loss
+  std::int64_t counted;        // how many are
+  double smoothing;            // share of the uniform distribution in the targets'
+  void* loss;                  // []
+  void* delta;                 // [N, O], its gradient at the logits; null if it is not wanted
+  bool x_transposed, delta_transposed;
 };
 
 struct LinearUpdate {
@@ -270,6 +284,7 @@ struct Kernels {
   void (*linear_backward[3])(const LinearBackward&);
   void (*linear_update[3])(const LinearUpdate&);
   void (*linear_step[3])(const LinearStep&);
+  void (*linear_cross_entropy[2])(const LinearCrossEntropy&);
   void (*synthesizer_predict[2])(const SynthesizerPredict&);
   void (*synthesizer_train[2])(const SynthesizerTrain&);
   void (*lstm_forward[2])(const LSTMForward&);

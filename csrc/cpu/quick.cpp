@@ -204,6 +204,18 @@ bool plain(const Object& t, const Object& type, Element element, std::int64_t co
   return true;
 }
 
+// The value of a torch.Tensor [] in plain memory.
+bool scalar(const Object& t, const Object& type, Element element, double& value) {
+  dlpack::View seen;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type.ptr() || !dlpack::view(t.ptr(), seen) ||
+      !seen.is(element.code, element.bits) || seen.dimensions != 0 ||
+      asked(t, names().negative).ptr() != Py_False || asked(t, names().zero).ptr() != Py_False)
+    return false;
+  value = element.bits == 64 ? *static_cast<const double*>(seen.address())
+                             : static_cast<double>(*static_cast<const float*>(seen.address()));
+  return true;
+}
+
 Object new_empty(const Object& like, std::int64_t rows, std::int64_t columns) {
   return like.attr(names().new_empty)(rows, columns);
 }
@@ -419,9 +431,7 @@ class QuickStep : public Quick {
         !plain(arrived, tensor_, element_, layer_.out, gradient) || seen.rows != gradient.rows)
       return cleared();
     batch.x.rows = gradient.rows;
-    const Object now = attribute(unit_, names().size);
-    const bool same_unit = now && PyObject_RichCompareBool(now.ptr(), unit.ptr(), Py_EQ) == 1;
-    if (!same_unit || !counts(batch) || !tells(told, gradient.rows) || !teachable())
+    if (!stays(unit) || !counts(batch) || !tells(told, gradient.rows) || !teachable())
       return cleared();
     const Handed made{h, scaled, reduced, {}};
     const SynthesizerTrain lesson = teaching(batch, told, made.made(), gradient.at);
@@ -459,6 +469,11 @@ class QuickStep : public Quick {
   bool sized() const {
     const Object unit = attribute(unit_, names().size);
     return (unit && PyFloat_CheckExact(unit.ptr())) || cleared();
+  }
+  // Whether the unit is that of a prediction.
+  bool stays(const Object& unit) const {
+    const Object now = attribute(unit_, names().size);
+    return (now && PyObject_RichCompareBool(now.ptr(), unit.ptr(), Py_EQ) == 1) || cleared();
   }
   // Whether the coming lesson is one in which the unit stays as it is.
   bool teachable() const {
@@ -728,18 +743,117 @@ class QuickExact : public Quick {
   bool keeps_;  // what the normalisation or the activation saw
 };
 
+// ---- The exact head ----------------------------------------------------------------------------------
+
+// What a loss is taken of: the classes of the rows, and how many of these are in it.
+struct Aim {
+  const std::int64_t* at = nullptr;
+  std::int64_t counted = 0;
+};
+
+// A linear layer and the cross-entropy of its outputs, by the true gradient.
+class QuickLoss : public QuickExact {
+ public:
+  explicit QuickLoss(const py::dict& parts)
+      : QuickExact(parts),
+        smoothing_(parts["smoothing"].cast<double>()),
+        ignored_(parts["ignored"].cast<std::int64_t>()) {}
+
+  // The loss, its gradient at the logits, whether x wants a gradient; or None.
+  Object forward(const Object& module, const Object& input, const Object& target) const {
+    Batch batch;
+    Aim aim;
+    if (!is(module) || !surrounded() || !unchanged() || !takes(input, batch) ||
+        !aims(target, batch.x.rows, aim))
+      return py::none();
+    const Object loss = new_loss(input), delta = new_empty(input, batch.x.rows, layer_.out);
+    const LinearCrossEntropy forward = losing(batch, aim, address(loss), address(delta));
+    {
+      py::gil_scoped_release release;
+      run(forward);
+    }
+    return py::make_tuple(loss, delta, batch.asks);
+  }
+
+  // dx or None, the gradients at the logits and of the bias, those of scale and shift that there are
+  // not; or None. From the gradient at the loss, and its own at the logits.
+  Object backward(const Object& arrived, const Object& x, const Object& delta, bool need_dx) const {
+    Batch batch;
+    double factor = 1.0;
+    if (!uninspected() || !unchanged() || !arrives(arrived, factor) || !takes(x, batch)) {
+      cleared();
+      return py::none();
+    }
+    const std::int64_t rows = batch.x.rows;
+    const Object scaled = new_empty(x, rows, layer_.out);
+    Object dx = py::none(), bias = py::none();
+    if (need_dx) dx = new_empty(x, rows, layer_.in);
+    if (layer_.bias) bias = x.attr(names().new_empty)(layer_.out);
+    const LinearBackward backward =
+        returning(batch, factor, address(delta), {address(dx), address(scaled), address(bias)});
+    {
+      py::gil_scoped_release release;
+      run(backward);
+    }
+    return py::make_tuple(dx, scaled, bias, py::none(), py::none());
+  }
+
+  // ---- The same in parts, for stacks ---------------------------------------------------------------
+
+  bool aims(const Object& target, std::int64_t rows, Aim& aim) const {
+    Memory memory;
+    if (!plain(target, tensor_, kInt64, 0, memory) || memory.rows != rows) return cleared();
+    aim.at = static_cast<const std::int64_t*>(memory.at);
+    return check_targets(aim.at, rows, layer_.out, ignored_, aim.counted) == rows;
+  }
+  bool arrives(const Object& arrived, double& factor) const {
+    return scalar(arrived, tensor_, element_, factor) || cleared();
+  }
+  Object new_loss(const Object& like) const { return like.attr(names().new_empty)(py::tuple()); }
+  LinearCrossEntropy losing(const Batch& batch, const Aim& aim, void* loss, void* delta) const {
+    LinearCrossEntropy a{};
+    a.layer = over(batch);
+    a.x = batch.x.at;
+    a.target = aim.at;
+    a.ignored = ignored_;
+    a.counted = aim.counted;
+    a.smoothing = smoothing_;
+    a.loss = loss;
+    a.delta = delta;
+    return a;
+  }
+  // `delta` is what a forward left.
+  LinearBackward returning(const Batch& batch, double factor, const void* delta,
+                           const Gradients& made) const {
+    Kept kept;
+    kept.h = const_cast<void*>(delta);  // whose values do not matter: it is of the right size
+    LinearBackward a = QuickExact::returning(batch, delta, kept, made);
+    a.factor = factor;
+    return a;
+  }
+  using QuickExact::run;
+  void run(const LinearCrossEntropy& loss) const { kernels().linear_cross_entropy[type_](loss); }
+
+ private:
+  double smoothing_;
+  std::int64_t ignored_;
+};
+
 // ---- Stacks ------------------------------------------------------------------------------------------
 
-// Layers one behind the other, each of which reads what the one below made. What only they read
-// lies in one tensor.
+// Layers one behind the other, each of which reads what the one below made, and a head behind them
+// if there is one. What only they read lies in one tensor.
 template <class Step>
 class Stack {
  public:
-  Stack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps)
+  Stack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps,
+        Object head)
       : module_(std::move(module)),
         surroundings_(surroundings),
         own_(own),
-        steps_(std::move(steps)) {
+        steps_(std::move(steps)),
+        last_(std::move(head)),
+        head_(last_.is_none() ? nullptr : last_.cast<const QuickLoss*>()) {
     for (const py::handle& each : steps_) layers_.push_back(each.cast<const Step*>());
   }
 
@@ -751,9 +865,12 @@ class Stack {
     own_.each(visit);
     visit(module_);
     visit(static_cast<Object&>(steps_));
+    visit(last_);
   }
 
  protected:
+  using Offsets = std::vector<std::int64_t>;
+
   bool stands(const Object& module) const {
     return module.is(module_) && surroundings_.holds() && layers_[0]->uninspected() && own_.holds();
   }
@@ -774,12 +891,36 @@ class Stack {
   void* at(char* room, std::int64_t offset) const {
     return offset == kNowhere ? nullptr : room + offset * (element().bits / 8);
   }
+  static Object joined(const Object& a, const Object& b) { return py::list(a) + py::list(b); }
   // What `of` says of each layer, in one list.
   template <class Of>
   Object all(std::size_t count, const Of& of) const {
     py::list joined;
     for (std::size_t i = 0; i < count; ++i) joined += py::list(of(*layers_[i]));
     return std::move(joined);
+  }
+  // Whether the head takes its part in the step of this batch; true where there is none, and no
+  // target for it.
+  bool aims(const Object& target, Batch& batch, Aim& aim) const {
+    if (!head_) return target.is_none();
+    return (head_->unchanged() && head_->follows(batch) &&
+            head_->aims(target, batch.x.rows, aim)) ||
+           Quick::cleared();
+  }
+  // Pieces as tensors, a matrix row-major, or None.
+  Object vector(const Object& room, std::int64_t offset, std::int64_t elements) const {
+    if (offset == kNowhere) return py::none();
+    return room.attr(names().narrow)(0, offset, elements);
+  }
+  Object matrix(const Object& room, std::int64_t offset, std::int64_t rows,
+                std::int64_t columns) const {
+    if (offset == kNowhere) return py::none();
+    const Object flat = vector(room, offset, columns * stride(rows));
+    if (!inside(rows)) return flat.attr(names().view)(rows, columns);
+    return flat.attr(names().view)(columns, stride(rows))
+        .attr(names().narrow)(1, 0, rows)
+        .attr("t")()
+        .attr("contiguous")();
   }
   // The most that `of` says of any of the layers [from, to).
   template <class Of>
@@ -792,29 +933,53 @@ class Stack {
   Object module_;
   Guard surroundings_, own_;
   py::list steps_;
+  Object last_;
+  const QuickLoss* head_;  // of last_; null for none
   std::vector<const Step*> layers_;
 };
 
 // In a step with a target each layer teaches the synthesizer below at once, by the gradient that it
-// hands down.
+// hands down; the head teaches the last one at the end of the backward.
 class QuickStack : public Stack<QuickStep> {
  public:
-  QuickStack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps)
-      : Stack(std::move(module), surroundings, own, std::move(steps)),
+  QuickStack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps,
+             Object head)
+      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
         written_(all(layers_.size(), [](const QuickStep& step) { return step.written(); })),
-        learned_(all(layers_.size() - 1, [](const QuickStep& step) { return step.learned(); })) {}
+        taught_(joined(written_, all(layers_.size() - 1,
+                                     [](const QuickStep& step) { return step.learned(); }))),
+        finished_(head_ ? joined(layers_.back()->learned(), head_->written())
+                        : Object(py::none())) {}
 
-  // As QuickStep's: h and what the lesson reads of the last layer, dx of the first.
-  Object call(const Object& module, const Object& input, const Object& context) const {
+  // As QuickStep's: h and what the lesson reads of the last layer, dx of the first. With a head: the
+  // loss, what finish() reads of the head and the last layer, how many rows, and of a step with a
+  // target dx of the first layer or None, the labels or None, the unit; else None three times.
+  Object call(const Object& module, const Object& input, const Object& context,
+              const Object& aimed) const {
     std::vector<Batch> batches;
     std::vector<Told> told;
+    Aim aim;
     const Way way = ready(module, input, context, batches, told);
     if (way == Way::kUsual) return py::none();
+    Batch behind = batches[0];  // the head's
+    if (!aims(aimed, behind, aim)) return py::none();
     const bool target = way == Way::kTaught;
     const std::size_t count = layers_.size();
     const QuickStep& last = *layers_.back();
     const std::int64_t rows = batches[0].x.rows;
-    Handed handed = last.hands(input, rows, target, false);
+    Handed handed{py::none(), py::none(), py::none(), py::none()};
+    Object left, loss;  // of a head
+    Made end;           // what the last layer leaves
+    if (head_) {
+      const Ending ending = end_of(rows, target);
+      const auto [made, begin] = room(input, ending.layout);
+      left = made;
+      end = kept(begin, ending);
+      loss = head_->new_loss(input);
+    } else {
+      handed = last.hands(input, rows, target, false);
+      end = handed.made();
+    }
     if (batches[0].asks) handed.dx = new_empty(input, rows, layers_[0]->layer().in);
     const auto [held, pieces] = between(input, rows, target);
 
@@ -823,13 +988,13 @@ class QuickStack : public Stack<QuickStep> {
     Made below;
     for (std::size_t i = 0; i < count; ++i) {
       Made made = pieces[i % 2];
-      if (i + 1 == count) made = handed.made();
+      if (i + 1 == count) made = end;
       if (!layers_[i]->rank()) made.reduced = nullptr;
       made.dx = i == 0 ? address(handed.dx) : target ? pieces[0].dx : nullptr;
       LinearStep step = layers_[i]->stepping(batches[i], told[i], made);
       if (inside(rows)) {
         step.x_transposed = step.grad_x_transposed = i > 0;
-        if (i + 1 < count) std::swap(step.h, step.transposed);
+        if (i + 1 < count || head_) std::swap(step.h, step.transposed);
       }
       steps.push_back(step);
       if (i + 1 < count) batches[i + 1].x.at = made.h;
@@ -839,27 +1004,113 @@ class QuickStack : public Stack<QuickStep> {
       }
       below = made;
     }
+    LinearCrossEntropy forward{};
+    if (head_) {
+      behind.x.at = end.h;
+      char* begin = static_cast<char*>(address(left));
+      forward = head_->losing(behind, aim, address(loss), at(begin, end_of(rows, target).delta));
+      forward.x_transposed = forward.delta_transposed = inside(rows);
+    }
     {
       py::gil_scoped_release release;
       for (std::size_t i = 0; i < count; ++i) {
         layers_[i]->run(steps[i]);
         if (i > 0 && target) layers_[i - 1]->run(lessons[i - 1]);
       }
+      if (head_) head_->run(forward);
     }
-    last.wrote(written_);
-    if (target) last.wrote(learned_);
+    last.wrote(target ? taught_ : written_);
     last.last()();
-    return last.returned(handed, target, told.back());
+    if (!head_) return last.returned(handed, target, told.back());
+    if (!target) return py::make_tuple(loss, left, rows, py::none(), py::none(), py::none());
+    return py::make_tuple(loss, left, rows, handed.dx, told.back().labels, last.unit());
+  }
+
+  // At the end of a backward, of the gradient at the loss and of what `call` returned: the last
+  // layer's lesson, if there is a unit, and the head's update; whether they were made.
+  bool finish(const Object& arrived, const Object& left, std::int64_t rows, const Object& labels,
+              const Object& unit) const {
+    const bool target = !unit.is_none();
+    const QuickStep& last = *layers_.back();
+    Batch batch;
+    Told told{labels, nullptr};
+    double factor = 1.0;
+    batch.x.rows = rows;
+    if (!head_->uninspected() || !head_->unchanged() || !head_->arrives(arrived, factor) ||
+        !head_->counts(batch))
+      return Quick::cleared();
+    Batch below = batch;
+    if (target && (!last.unchanged() || !last.stays(unit) || !last.follows(below) ||
+                   !last.tells(told, rows) || !last.teachable()))
+      return Quick::cleared();
+    const Ending ending = end_of(rows, target);
+    const Made end = kept(static_cast<char*>(address(left)), ending);
+    Layout layout(element());
+    const LayerArguments& of = head_->layer();
+    const std::int64_t delta = layout.take(stride(rows) * of.out),
+                       bias = of.bias ? layout.take(of.out) : kNowhere,
+                       dx = target ? layout.take(stride(rows) * of.in) : kNowhere;
+    const auto [held, begin] = room(left, layout);
+    Gradients made;
+    made.x = at(begin, dx);
+    made.delta = at(begin, delta);
+    made.bias = at(begin, bias);
+    batch.x.at = end.h;
+    const void* given = at(static_cast<char*>(address(left)), ending.delta);
+    LinearBackward backward = head_->returning(batch, factor, given, made);
+    backward.transposed = backward.grad_h_transposed = backward.grad_x_transposed = inside(rows);
+    SynthesizerTrain lesson{};
+    if (target) {
+      lesson = last.teaching(below, told, end, made.x);
+      lesson.transposed = inside(rows);
+    }
+    LinearUpdate update = head_->updating(batch, made);
+    update.x_transposed = update.delta_transposed = inside(rows);
+    {
+      py::gil_scoped_release release;
+      head_->run(backward);
+      if (target) last.run(lesson);
+      head_->run(update);
+    }
+    head_->wrote(target ? finished_ : head_->written());
+    return true;
+  }
+
+  // For a way that is not the quick one, of what `call` returned: h of the last layer, what its
+  // lesson reads (None where there is none), and the loss's gradient at the logits.
+  py::tuple saved(const Object& left, std::int64_t rows, bool target) const {
+    const Ending ending = end_of(rows, target);
+    const std::int64_t out = layers_.back()->layer().out;
+    return py::make_tuple(matrix(left, ending.h, rows, out), matrix(left, ending.scaled, rows, out),
+                          matrix(left, ending.reduced, rows, layers_.back()->rank()),
+                          matrix(left, ending.delta, rows, head_->layer().out));
   }
 
   template <class Visit>
   void each(const Visit& visit) {
     Stack::each(visit);
-    visit(written_);
-    visit(learned_);
+    for (Object* object : {&written_, &taught_, &finished_}) visit(*object);
   }
 
  private:
+  // Where lies what the last layer and the head leave for the end of the backward.
+  struct Ending {
+    Layout layout;
+    std::int64_t h, scaled, reduced, delta;
+  };
+  Ending end_of(std::int64_t rows, bool target) const {
+    const QuickStep& last = *layers_.back();
+    const std::int64_t features = stride(rows) * last.layer().out;
+    Ending ending{Layout(element()), kNowhere, kNowhere, kNowhere, kNowhere};
+    ending.h = ending.layout.take(features);
+    if (target) ending.scaled = ending.layout.take(features);
+    if (target && last.rank()) ending.reduced = ending.layout.take(stride(rows) * last.rank());
+    ending.delta = ending.layout.take(stride(rows) * head_->layer().out);
+    return ending;
+  }
+  Made kept(char* begin, const Ending& ending) const {
+    return {at(begin, ending.h), at(begin, ending.scaled), at(begin, ending.reduced), nullptr};
+  }
   // What layers leave to the next one alone. A layer's is read until the next one's lesson to it is
   // over, a gradient only by that: two rooms for the one, which layers use in turn, and one for the
   // other.
@@ -908,21 +1159,26 @@ class QuickStack : public Stack<QuickStep> {
     return way;
   }
 
-  Object written_, learned_;
+  // What is written: by a step without a target, by one with, and at the end of its backward.
+  Object written_, taught_, finished_;
 };
 
 class QuickExactStack : public Stack<QuickExact> {
  public:
   QuickExactStack(Object module, const py::handle& surroundings, const py::handle& own,
-                  py::list steps)
-      : Stack(std::move(module), surroundings, own, std::move(steps)),
+                  py::list steps, Object head)
+      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
         moved_(all(layers_.size(), [](const QuickExact& step) { return step.moved(); })),
-        written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {}
+        written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {
+    if (head_) written_ = joined(written_, head_->written());
+  }
 
-  // The last layer's h, what else they leave for a backward, and whether the input wants a gradient;
-  // or None.
-  Object forward(const Object& module, const Object& input, const Object& context) const {
+  // The last layer's h, or the head's loss, what else they leave for a backward, and whether the
+  // input wants a gradient; or None.
+  Object forward(const Object& module, const Object& input, const Object& context,
+                 const Object& target) const {
     Batch batch;
+    Aim aim;
     if (!context.is_none() || !stands(module) || !layers_[0]->takes(input, batch))
       return py::none();
     const bool asks = batch.asks;
@@ -931,9 +1187,13 @@ class QuickExactStack : public Stack<QuickExact> {
         Quick::cleared();
         return py::none();
       }
+    Batch behind = batch;
+    if (!aims(target, behind, aim)) return py::none();
     const std::int64_t rows = batch.x.rows;
-    const Object h = new_empty(input, rows, layers_.back()->layer().out);
-    const Object left = room(input, lay(rows).layout).first;
+    const Laid laid = lay(rows);
+    const Object h =
+        head_ ? head_->new_loss(input) : new_empty(input, rows, layers_.back()->layer().out);
+    const Object left = room(input, laid.layout).first;
     const std::vector<Kept> kept = this->kept(h, left, rows);
     std::vector<LinearForward> forwards;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
@@ -941,14 +1201,22 @@ class QuickExactStack : public Stack<QuickExact> {
       if (inside(rows)) {
         forward.x_transposed = i > 0;
         forward.transposed = kept[i].h;
-        forward.h = i + 1 < layers_.size() ? nullptr : address(h);
+        forward.h = i + 1 < layers_.size() || head_ ? nullptr : address(h);
       }
       forwards.push_back(forward);
       batch.x.at = kept[i].h;
     }
+    LinearCrossEntropy loss{};
+    if (head_) {
+      behind.x.at = kept.back().h;
+      char* begin = static_cast<char*>(address(left));
+      loss = head_->losing(behind, aim, address(h), at(begin, laid.delta));
+      loss.x_transposed = loss.delta_transposed = inside(rows);
+    }
     {
       py::gil_scoped_release release;
       for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->run(forwards[i]);
+      if (head_) head_->run(loss);
     }
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
     return py::make_tuple(h, left, asks);
@@ -960,11 +1228,18 @@ class QuickExactStack : public Stack<QuickExact> {
     const std::size_t count = layers_.size();
     std::vector<Batch> batches(count);
     Memory gradient;
-    if (!layers_[0]->uninspected() || !layers_.back()->arrives(arrived, batches.back(), gradient)) {
+    Batch behind;
+    double factor = 1.0;
+    if (!layers_[0]->uninspected() || !arrives(arrived, x, batches.back(), gradient, factor)) {
       Quick::cleared();
       return py::none();
     }
-    const std::int64_t rows = gradient.rows;
+    const std::int64_t rows = batches.back().x.rows;
+    behind = batches.back();
+    if (head_ && (!head_->unchanged() || !head_->follows(behind))) {
+      Quick::cleared();
+      return py::none();
+    }
     for (Batch& batch : batches) {
       batch.x.rows = rows;
       batch.threads = batches.back().threads;
@@ -979,14 +1254,25 @@ class QuickExactStack : public Stack<QuickExact> {
     const auto [made, begin] = room(x, derived.layout);
     // Gradients at inputs inside are read by the next layer alone: they take turns in two places.
     Layout layout(element());
-    const std::int64_t size =
-        stride(rows) * most(1, count, [](const QuickExact& step) { return step.layer().in; });
+    std::int64_t size = most(1, count, [](const QuickExact& step) { return step.layer().in; });
+    if (head_) size = std::max(size, head_->layer().in);
+    size *= stride(rows);
     const std::int64_t places[2] = {layout.take(size), layout.take(size)};
     const auto [passing, turns] = room(x, layout);
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
     std::vector<LinearBackward> backwards;
     const void* above = gradient.at;
+    LinearBackward of_head{};
+    if (head_) {
+      behind.x.at = kept.back().h;
+      Gradients gradients = this->gradients(begin, derived, count);
+      gradients.x = at(turns, places[count % 2]);
+      const void* given = at(static_cast<char*>(address(left)), lay(rows).delta);
+      of_head = head_->returning(behind, factor, given, gradients);
+      of_head.transposed = of_head.grad_h_transposed = of_head.grad_x_transposed = inside(rows);
+      above = gradients.x;
+    }
     for (std::size_t i = count; i-- > 0;) {
       batches[i].x.at = i > 0 ? kept[i - 1].h : address(x);
       Gradients gradients = this->gradients(begin, derived, i);
@@ -994,7 +1280,7 @@ class QuickExactStack : public Stack<QuickExact> {
       LinearBackward backward = layers_[i]->returning(batches[i], above, kept[i], gradients);
       if (inside(rows)) {
         backward.transposed = true;
-        backward.grad_h_transposed = i + 1 < count;
+        backward.grad_h_transposed = i + 1 < count || head_;
         backward.grad_x_transposed = i > 0;
       }
       backwards.push_back(backward);
@@ -1002,6 +1288,7 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     {
       py::gil_scoped_release release;
+      if (head_) head_->run(of_head);
       for (std::size_t i = 0; i < count; ++i) layers_[count - 1 - i]->run(backwards[i]);
     }
     return py::make_tuple(dx, made);
@@ -1015,6 +1302,7 @@ class QuickExactStack : public Stack<QuickExact> {
     std::vector<Batch> batches(count, batch);
     for (std::size_t i = 0; i < count; ++i)
       if (!layers_[i]->unchanged() || !layers_[i]->follows(batches[i])) return Quick::cleared();
+    if (head_ && (!head_->unchanged() || !head_->follows(batch))) return Quick::cleared();
     const std::vector<Kept> kept = this->kept(h, left, batch.x.rows);
     const Derived derived = derive(batch.x.rows);
     char* begin = static_cast<char*>(address(made));
@@ -1026,9 +1314,16 @@ class QuickExactStack : public Stack<QuickExact> {
       update.x_transposed = update.delta_transposed && i > 0;
       updates.push_back(update);
     }
+    LinearUpdate of_head{};
+    if (head_) {
+      batch.x.at = kept.back().h;
+      of_head = head_->updating(batch, gradients(begin, derived, count));
+      of_head.x_transposed = of_head.delta_transposed = inside(batch.x.rows);
+    }
     {
       py::gil_scoped_release release;
       for (std::size_t i = 0; i < count; ++i) layers_[i]->run(updates[i]);
+      if (head_) head_->run(of_head);
     }
     layers_[0]->wrote(written_);
     return true;
@@ -1036,28 +1331,34 @@ class QuickExactStack : public Stack<QuickExact> {
 
   // ---- The same as tensors, for a way that is not the quick one ----
 
-  // (h, normalized or None, rstd or None) of each layer, of what `forward` returned.
-  py::list saved(const Object& h, const Object& left) const {
-    const std::int64_t rows = rows_of(h);
+  // (h, normalized or None, rstd or None) of each layer, of what `forward` returned for x.
+  py::list saved(const Object& x, const Object& h, const Object& left) const {
+    const std::int64_t rows = rows_of(x);
     const Laid laid = lay(rows);
     py::list found;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
       const std::int64_t out = layer.layer().out;
-      const Object own = i + 1 < layers_.size() ? matrix(left, laid.h[i], rows, out) : h;
+      const bool inner = i + 1 < layers_.size() || head_;
+      const Object own = inner ? matrix(left, laid.h[i], rows, out) : h;
       found.append(py::make_tuple(own, matrix(left, laid.normalized[i], rows, out),
                                   vector(left, laid.rstd[i], layer.statistics(rows))));
     }
     return found;
   }
-  // (delta, and the gradients of bias, scale and shift or None) of each layer, of what `backward`
-  // made.
-  py::list contributions(const Object& h, const Object& made) const {
-    const std::int64_t rows = rows_of(h);
+  // The head's loss's gradient at the logits, of what `forward` returned for x.
+  Object delta(const Object& x, const Object& left) const {
+    const std::int64_t rows = rows_of(x);
+    return matrix(left, lay(rows).delta, rows, head_->layer().out);
+  }
+  // (delta, and the gradients of bias, scale and shift or None) of each layer and of the head, of
+  // what `backward` made for x.
+  py::list contributions(const Object& x, const Object& made) const {
+    const std::int64_t rows = rows_of(x);
     const Derived derived = derive(rows);
     py::list found;
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      const std::int64_t out = layers_[i]->layer().out;
+    for (std::size_t i = 0; i < derived.delta.size(); ++i) {
+      const std::int64_t out = (i < layers_.size() ? *layers_[i] : *head_).layer().out;
       found.append(py::make_tuple(
           matrix(made, derived.delta[i], rows, out), vector(made, derived.bias[i], out),
           vector(made, derived.scale[i], out), vector(made, derived.shift[i], out)));
@@ -1073,50 +1374,35 @@ class QuickExactStack : public Stack<QuickExact> {
   }
 
  private:
-  using Offsets = std::vector<std::int64_t>;
-
-  // Pieces as tensors, a matrix row-major, or None.
-  Object vector(const Object& room, std::int64_t offset, std::int64_t elements) const {
-    if (offset == kNowhere) return py::none();
-    return room.attr(names().narrow)(0, offset, elements);
-  }
-  Object matrix(const Object& room, std::int64_t offset, std::int64_t rows,
-                std::int64_t columns) const {
-    if (offset == kNowhere) return py::none();
-    const Object flat = vector(room, offset, columns * stride(rows));
-    if (!inside(rows)) return flat.attr(names().view)(rows, columns);
-    return flat.attr(names().view)(columns, stride(rows))
-        .attr(names().narrow)(1, 0, rows)
-        .attr("t")()
-        .attr("contiguous")();
-  }
   struct Laid {  // of what a forward leaves
     Layout layout;
     Offsets h, normalized, rstd;
+    std::int64_t delta;  // of the head
   };
-  struct Derived {  // of what a backward makes
+  struct Derived {  // of what a backward makes, of the layers and then of the head
     Layout layout;
     Offsets delta, bias, scale, shift;
   };
 
   Laid lay(std::int64_t rows) const {
-    Laid laid{Layout(element()), {}, {}, {}};
+    Laid laid{Layout(element()), {}, {}, {}, kNowhere};
     const auto take = [&](bool there, std::int64_t elements) {
       return there ? laid.layout.take(elements) : kNowhere;
     };
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
       const std::int64_t elements = stride(rows) * layer.layer().out;
-      laid.h.push_back(take(i + 1 < layers_.size() || inside(rows), elements));
+      laid.h.push_back(take(i + 1 < layers_.size() || head_ || inside(rows), elements));
       laid.normalized.push_back(take(layer.keeps(), elements));
       laid.rstd.push_back(take(layer.statistics(rows) > 0, layer.statistics(rows)));
     }
+    if (head_) laid.delta = laid.layout.take(stride(rows) * head_->layer().out);
     return laid;
   }
   Derived derive(std::int64_t rows) const {
     Derived derived{Layout(element()), {}, {}, {}, {}};
-    for (const QuickExact* layer : layers_) {
-      const LayerArguments& of = layer->layer();
+    for (std::size_t i = 0; i < layers_.size() + (head_ ? 1 : 0); ++i) {
+      const LayerArguments& of = (i < layers_.size() ? *layers_[i] : *head_).layer();
       const auto vector = [&](const void* there) {
         return there ? derived.layout.take(of.out) : kNowhere;
       };
@@ -1134,8 +1420,15 @@ class QuickExactStack : public Stack<QuickExact> {
     for (std::size_t i = 0; i < layers_.size(); ++i)
       found.push_back(
           {at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
-    if (!inside(rows)) found.back().h = address(h);
+    if (!inside(rows) && !head_) found.back().h = address(h);
     return found;
+  }
+  // What arrives at the last layer's h, or at the loss.
+  bool arrives(const Object& arrived, const Object& x, Batch& batch, Memory& gradient,
+               double& factor) const {
+    if (!head_) return layers_.back()->arrives(arrived, batch, gradient);
+    batch.x.rows = rows_of(x);
+    return head_->arrives(arrived, factor) && head_->counts(batch);
   }
   Gradients gradients(char* begin, const Derived& derived, std::size_t i) const {
     return {nullptr, at(begin, derived.delta[i]), at(begin, derived.bias[i]),
@@ -1199,17 +1492,28 @@ void bind_quick(py::module_& m) {
       .def("forward", &QuickExact::forward)
       .def("backward", &QuickExact::backward)
       .def("update", &QuickExact::update);
+  bind<QuickLoss>(m, "QuickLoss")
+      .def(py::init<const py::dict&>())
+      .def("changed", &QuickLoss::changed)
+      .def("forward", &QuickLoss::forward)
+      .def("backward",
+           static_cast<Object (QuickLoss::*)(const Object&, const Object&, const Object&, bool)
+                           const>(&QuickLoss::backward))
+      .def("update", &QuickLoss::update);
   bind<QuickStack>(m, "QuickStack")
-      .def(py::init<Object, const py::handle&, const py::handle&, py::list>())
+      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object>())
       .def("__call__", &QuickStack::call)
-      .def("changed", &QuickStack::changed);
+      .def("changed", &QuickStack::changed)
+      .def("finish", &QuickStack::finish)
+      .def("saved", &QuickStack::saved);
   bind<QuickExactStack>(m, "QuickExactStack")
-      .def(py::init<Object, const py::handle&, const py::handle&, py::list>())
+      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object>())
       .def("changed", &QuickExactStack::changed)
       .def("forward", &QuickExactStack::forward)
       .def("backward", &QuickExactStack::backward)
       .def("update", &QuickExactStack::update)
       .def("saved", &QuickExactStack::saved)
+      .def("delta", &QuickExactStack::delta)
       .def("contributions", &QuickExactStack::contributions);
   const char* kinds[] = {"ITEM",  "ITEMS_VALUE", "ATTRIBUTE", "METHOD",
                          "STATE", "EMPTY",       "ABSENT",    "MEMORY"};

@@ -101,6 +101,20 @@ inline SynthesizerArguments read_synthesizer(const py::tuple& items, std::int64_
   return a;
 }
 
+// The first row whose target is neither one of the classes nor `ignored`; `rows` if there is none.
+// `counted` is how many rows before that are not ignored.
+inline std::int64_t check_targets(const std::int64_t* target, std::int64_t rows,
+                                  std::int64_t classes, std::int64_t ignored,
+                                  std::int64_t& counted) {
+  counted = 0;
+  for (std::int64_t n = 0; n < rows; ++n) {
+    if (target[n] == ignored) continue;
+    if (target[n] < 0 || target[n] >= classes) return n;
+    ++counted;
+  }
+  return rows;
+}
+
 inline RuleArguments read_rule(const py::tuple& items) {
   Reader read(items);
   RuleArguments a;

@@ -38,6 +38,7 @@ from fused_dni.ops.types import (
     CellGradients,
     CellTrace,
     Check,
+    CrossEntropy,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -49,6 +50,7 @@ from fused_dni.ops.types import (
     LSTMRows,
     LSTMTrace,
     Prediction,
+    QuickLoss,
     QuickParts,
     QuickSynthesizer,
     RuleTensors,
@@ -291,19 +293,50 @@ class CpuBackend:
         """See :meth:`fused_dni.ops.types.Backend.bind_step`."""
         return _Step(layer, config, synthesizer, max_norm, rule)
 
+    def linear_cross_entropy(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        label_smoothing: float,
+        ignore_index: int,
+        need_delta: bool,
+    ) -> CrossEntropy:
+        """See :meth:`fused_dni.ops.types.Backend.linear_cross_entropy`."""
+        dtype = weight.dtype
+        x, target = _as(x, dtype), target.contiguous()
+        loss = x.new_empty(())
+        delta = x.new_empty(x.shape[0], weight.shape[0]) if need_delta else None
+        _cpu.linear_cross_entropy(
+            dtype is _FLOAT64,
+            _layer(x, LinearTensors(weight, bias), _PLAIN, False),
+            (
+                label_smoothing,
+                ignore_index,
+                x.data_ptr(),
+                target.data_ptr(),
+                loss.data_ptr(),
+                _address(delta),
+            ),
+        )
+        return CrossEntropy(loss, delta)
+
     def quick_exact(
         self, layer: LinearTensors, config: LinearConfig, rule: RuleTensors, parts: QuickParts
     ) -> Any:
         """Bind forward, backward and update by the true gradient as calls without the interpreter;
         see csrc/cpu/quick.cpp for what they return."""
-        weight = layer.weight
-        return _cpu.QuickExact(
-            {
-                **_quick(parts, weight.dtype, _layer(weight, layer, config, True), _rule(rule)),
-                "moved": _moved(parts, moved_statistics(layer, config, True)),
-                "written": updated(_slots(layer), rule),
-                "keeps": config.normalization is not None or config.activation not in FROM_OUTPUT,
-            }
+        return _cpu.QuickExact(_quick_exact(layer, config, rule, parts))
+
+    def quick_loss(
+        self, layer: LinearTensors, loss: QuickLoss, rule: RuleTensors, parts: QuickParts
+    ) -> Any:
+        """The same of a layer with its cross-entropy: forward, backward from the gradient at the
+        loss, and update."""
+        made = _quick_exact(layer, _PLAIN, rule, parts)
+        return _cpu.QuickLoss(
+            {**made, "smoothing": loss.label_smoothing, "ignored": loss.ignore_index}
         )
 
     def quick_stack(
@@ -313,11 +346,12 @@ class CpuBackend:
         own: Sequence[Check],
         steps: list[Any],
         exact: bool,
+        head: Any,
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container."""
+        their container, with what :meth:`quick_loss` made of the head behind them, or None."""
         kind = _cpu.QuickExactStack if exact else _cpu.QuickStack
-        return kind(container, _checks(surroundings), _checks(own), steps)
+        return kind(container, _checks(surroundings), _checks(own), steps, head)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
@@ -708,7 +742,7 @@ def _quick(
         "tensor": Tensor,
         "mark": parts.mark,
         "threads": torch.get_num_threads,
-        "increment": increment_version,
+        "increment": torch._C._increment_version,  # increment_version itself, without its call
         "type": 1 if dtype is _FLOAT64 else 0,
         "least": parts.least,
         "layer": layer,
@@ -719,6 +753,19 @@ def _quick(
         "rule": rule,
         "group": parts.group,
         "state": parts.state,
+    }
+
+
+def _quick_exact(
+    layer: LinearTensors, config: LinearConfig, rule: RuleTensors, parts: QuickParts
+) -> dict[str, Any]:
+    """What a quick step by the true gradient is made from."""
+    weight = layer.weight
+    return {
+        **_quick(parts, weight.dtype, _layer(weight, layer, config, True), _rule(rule)),
+        "moved": _moved(parts, moved_statistics(layer, config, True)),
+        "written": updated(_slots(layer), rule),
+        "keeps": config.normalization is not None or config.activation not in FROM_OUTPUT,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ def fused(
     interface: str = "output",
     backend: str | None = None,
     seed: int = 0,
+    loss: bool = False,
 ) -> nn.Sequential:
     """The same network on fused layers, which update themselves by ``update`` (None: an optimizer
     updates them).
@@ -50,7 +52,12 @@ def fused(
     or those do whose numbers (from 0) are given; of the others, and of the head in any case, the
     gradient is exact and applied in the backward. ``interface`` is where it is predicted: at the
     "output" or at the "preactivation".
+
+    With ``loss`` the head has the cross-entropy in it, and the network is called with the targets:
+    ``network(x, target=y)``. Not where ``synthetic`` names layers.
     """
+    if loss and not isinstance(synthetic, bool):
+        raise ValueError("loss needs a DecoupledSequential: synthetic must be True or False")
     network = copy.deepcopy(network)
     children = list(network)
     layers: list[nn.Module] = []
@@ -79,9 +86,11 @@ def fused(
             )
         head = children[-1]
         assert isinstance(head, nn.Linear)
-        layers.append(
-            fd.FusedDNILinear.from_linear(head, synthesizer=None, update=update, backend=backend)
-        )
+        options: dict[str, Any] = {"update": update, "backend": backend}
+        if loss:
+            layers.append(fd.FusedDNILinearCrossEntropyLoss.from_linear(head, **options))
+        else:
+            layers.append(fd.FusedDNILinear.from_linear(head, synthesizer=None, **options))
     if isinstance(synthetic, bool):  # a run of layers of one kind, which it takes in one call
         return fd.DecoupledSequential(*layers)
     return nn.Sequential(*layers)

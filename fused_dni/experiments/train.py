@@ -247,7 +247,8 @@ class StockTrainer(Trainer):
 
 
 class FusedTrainer(Trainer):
-    """Our layers, which update themselves: by exact gradients or by synthetic ones."""
+    """Our layers, which update themselves: by exact gradients or by synthetic ones. The loss is
+    theirs too where the head has it."""
 
     def __init__(
         self,
@@ -260,13 +261,19 @@ class FusedTrainer(Trainer):
     ) -> None:
         super().__init__(name, seed)
         self.model = network.train()
+        self._whole = any(
+            isinstance(m, fd.FusedDNILinearCrossEntropyLoss) for m in network.modules()
+        )
         self.optimizer = fd.FusedOptimizer(network)
         self.scheduler = _cosine(self.optimizer, steps)
         self.schedule = fd.Schedule(network, warmup_steps=warmup_steps, target_every=target_every)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         with fd.condition_on(y):
-            loss = F.cross_entropy(self.model(x), y)
+            if self._whole:
+                loss = self.model(x, target=y)
+            else:
+                loss = F.cross_entropy(self.model(x), y)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -296,6 +303,7 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
         interface=settings.interface,
         backend=settings.backend,
         seed=seed,
+        loss=True,
     )
     if method == "fused":
         return FusedTrainer(name, seed, ours, total)

@@ -111,6 +111,59 @@ def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> 
         )
 
 
+def target(
+    given: Tensor | None,
+    leading: torch.Size | None,
+    device: torch.device,
+    classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """``target`` [...] as contiguous rows int64 [N]; it has the leading dimensions of an input on
+    that device, where they are known.
+
+    A class out of range is refused on a CPU alone, where looking at the data costs no
+    synchronisation.
+    """
+    wanted = "[...]" if leading is None else list(leading)
+    if given is None:
+        raise ValueError(
+            f"target is missing: a cross-entropy is taken of class indices, int64 {wanted}: "
+            "head(input, target), or DecoupledSequential(..., head)(input, target=target); the "
+            "logits alone are head.logits(input)"
+        )
+    if not isinstance(given, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(given).__name__}")
+    if given.dtype != torch.int64:
+        raise RuntimeError(
+            f"target must be class indices, torch.int64 {wanted}, got {given.dtype} "
+            f"{list(given.shape)}; for class probabilities take F.cross_entropy of "
+            "head.logits(input)"
+        )
+    if leading is not None and given.shape != leading:
+        raise RuntimeError(
+            f"target must have the leading dimensions of the input, {wanted}, got "
+            f"{list(given.shape)}"
+        )
+    if given.device != device:
+        raise RuntimeError(f"target is on {given.device}, the input on {device}")
+    rows = given.reshape(-1).contiguous()
+    if rows.device.type == "cpu" and direct(rows):
+        wrong = ((rows != ignore_index) & ((rows < 0) | (rows >= classes))).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise IndexError(
+                f"target {int(rows[row])} (row {row}) is out of bounds: there are {classes} "
+                f"classes, and ignore_index is {ignore_index}"
+            )
+    return rows
+
+
+def smoothing(value: float) -> None:
+    """Refuse a share outside [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {value!r}")
+
+
 def layer(tensors: LinearTensors, config: LinearConfig) -> None:
     """Refuse vectors of another size, dtype or device than the weight's, and what has gaps."""
     weight = tensors.weight

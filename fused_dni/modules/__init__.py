@@ -3,6 +3,7 @@
 from fused_dni.modules.decoupled import Decoupled
 from fused_dni.modules.late import Ticket, learn_late, step_local
 from fused_dni.modules.linear import FusedDNILinear
+from fused_dni.modules.linear_cross_entropy import FusedDNILinearCrossEntropyLoss
 from fused_dni.modules.local import backward_local
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.modules.lstm_cell import FusedDNILSTMCell
@@ -15,6 +16,7 @@ __all__ = [
     "FusedDNILSTM",
     "FusedDNILSTMCell",
     "FusedDNILinear",
+    "FusedDNILinearCrossEntropyLoss",
     "Ticket",
     "backward_boundary",
     "backward_local",

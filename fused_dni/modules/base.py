@@ -155,7 +155,7 @@ class DecoupledModule(nn.Module):
     missed_targets = 0
 
     # See pending.Owner.
-    members: ClassVar[tuple[nn.Module, ...]] = ()
+    shares: ClassVar[tuple[tuple[nn.Module, str], ...]] = ()
 
     # Attributes that hold the rules' states (or None).
     rule_names: ClassVar[tuple[str, ...]] = ("update", "synthesizer_update")

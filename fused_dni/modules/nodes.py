@@ -2,6 +2,8 @@
 
 =============================  ================================================================
 eval, or gradients disabled    no node of this file: the plain module
+a layer with its loss          with a rule :class:`Loss`, as :class:`Late`; else that of
+                               :func:`fused_dni.functional.linear_cross_entropy`
 no rule                        :class:`Local` where a fused synthesizer and a linear layer can be
                                traced, else :class:`Late`: the node returns local gradients
 rule, synthetic gradient       :class:`Stepped`: updated in the forward, dx delivered later
@@ -43,7 +45,7 @@ from fused_dni.functional.linear import (
 from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
 from fused_dni.modules.pending import LEARN, UPDATE, at_end_of_backward
-from fused_dni.modules.steps import LinearSteps, Steps
+from fused_dni.modules.steps import LinearSteps, LossInputs, LossSteps, LossTrace, Steps
 from fused_dni.modules.target_unit import note_replicas
 from fused_dni.ops.types import (
     Backend,
@@ -313,7 +315,8 @@ class Exact(Node):
 
 
 class ExactStack(Node):
-    """:class:`Exact` of layers one behind the other."""
+    """:class:`Exact` of layers one behind the other, and of the :class:`Loss` behind them if there
+    is one."""
 
     @staticmethod
     def forward(ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor) -> Tensor:
@@ -322,7 +325,8 @@ class ExactStack(Node):
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
         ctx.anchors = len(anchors)
-        ctx.save_for_backward(h, x, *stack.watched(ctx.need_dx))
+        kept = h if stack.head is None else None
+        ctx.save_for_backward(kept, x, *stack.watched(ctx.need_dx))
         return h
 
     @staticmethod
@@ -334,11 +338,81 @@ class ExactStack(Node):
         none: Slots = (None,) * ctx.anchors
         if gradient is None:
             return (None, None, None, *none)
-        # Detached: the output itself would keep its own node alive.
-        dx, contribution = ctx.stack.backward(gradient, x, h.detach(), ctx.left, ctx.need_dx)
+        if h is not None:
+            h = h.detach()  # the output itself would keep its own node alive
+        dx, contribution = ctx.stack.backward(gradient, x, h, ctx.left, ctx.need_dx)
         ctx.left = None
         at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
         return (None, None, *rescaled((dx,), ctx.loss_scale), *none)
+
+
+class Loss(Node):
+    """:class:`Late` of a layer with its cross-entropy. The loss itself is not kept: it may be
+    changed in place, as any loss (``loss /= steps``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: LossSteps,
+        made: tuple[Tensor, LossTrace],
+        need_dx: bool,
+        _anchor: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        loss, ctx.trace = made
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.need_dx, ctx.spent = module, need_dx, False
+        ctx.loss_scale = module.phase.loss_scale
+        # Saved so that autograd sees a change between forward and backward.
+        ctx.save_for_backward(x, ctx.trace.layer.weight if need_dx else None)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        _ = ctx.saved_tensors  # raises if one was changed in place
+        module: LossSteps = ctx.module
+        gradient = unscaled(arrived, ctx.loss_scale)
+        if gradient is None:
+            return (None,) * 5
+        dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)
+        ctx.trace = None
+        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
+        return (None, None, None, None, *rescaled(dx, ctx.loss_scale))
+
+
+class StackLoss(Node):
+    """:class:`Delivered` of layers that predict and the :class:`Loss` behind them, in a step that
+    was run as one call (quick.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stack: Any, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor
+    ) -> Tensor:
+        loss: Tensor
+        loss, left, rows, ctx.dx, labels, unit = made
+        ctx.made = (left, rows, labels, unit)
+        ctx.set_materialize_grads(False)
+        ctx.stack, ctx.spent, ctx.anchors = stack, False, len(anchors)
+        ctx.loss_scale = stack.head.phase.loss_scale
+        # The lesson reads it: a change between forward and backward is to be an error.
+        ctx.save_for_backward(None if unit is None else stack.head.weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        _ = ctx.saved_tensors
+        gradient = unscaled(arrived, ctx.loss_scale)
+        if gradient is not None:
+            ending = ctx.stack.endings[ctx.made[-1] is not None]
+            at_end_of_backward(ending, UPDATE, ending.apply_update, (gradient, *ctx.made))
+        dx = rescaled((ctx.dx,), ctx.loss_scale)
+        ctx.made = ctx.dx = None
+        none: Slots = (None,) * ctx.anchors
+        return (None, None, *dx, *none)
 
 
 class Local(Node):
@@ -561,6 +635,18 @@ def ruled(
         stepped = Stepped.apply(module, inputs, context, need_dx, learns, anchored, *asked)
     torch.clear_autocast_cache()  # it may hold the parameters as they were before the update
     return stepped
+
+
+def ruled_loss(module: LossSteps, inputs: LossInputs, need_dx: bool) -> Tensor:
+    """:func:`ruled` of a layer with its cross-entropy."""
+    for report in _watchers:
+        report(Call(module, inputs, None, need_dx))
+    module.refuse_fused_rule()
+    module.refuse_later(None)
+    with torch.no_grad():
+        made = module.open(inputs, need_dx)
+    loss: Tensor = Loss.apply(module, made, need_dx, anchor(module.local_parameters()), inputs.x)
+    return loss
 
 
 def unruled(

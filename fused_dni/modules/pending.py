@@ -23,9 +23,9 @@ class Owner(Protocol):
     """Whose update waits."""
 
     @property
-    def members(self) -> Sequence[Any]:
-        """The modules that this stands for, whose updates it can apply in one go; none where it is
-        a module itself."""
+    def shares(self) -> Sequence[tuple[Any, str]]:
+        """The modules that this stands for, each with the role of what it can apply in one go with
+        that of the others; none where it is a module itself."""
         ...
 
     def refuse_other_gradients(self, added: bool) -> None:
@@ -44,7 +44,7 @@ class _Batch:
     def flush(self) -> None:
         """Apply everything, or raise before anything is applied."""
         for owner in tuple(self.owners.values()):
-            if owner.members and self._meet(owner):
+            if owner.shares and self._meet(owner):
                 self._divide(owner)
         owners, self.owners = self.owners, {}
         jobs, self.jobs = self.jobs, {}
@@ -58,28 +58,36 @@ class _Batch:
         torch.clear_autocast_cache()  # it may hold parameters as they were before
 
     def _meet(self, joint: Owner) -> bool:
-        """Whether one of its members had another use in this backward: a rule is applied once."""
+        """Whether one of its shares had another use in this backward: a rule is applied once."""
         (_, contributions) = self.jobs[id(joint), UPDATE]
-        used = {key for key, role in self.jobs if role == UPDATE}
+        used = set(self.jobs)
         for other in self.owners.values():
             if other is not joint:
-                used.update(map(id, other.members))
-        return len(contributions) > 1 or not used.isdisjoint(map(id, joint.members))
+                used.update([(id(member), role) for member, role in other.shares])
+        own = [(id(member), role) for member, role in joint.shares]
+        return len(contributions) > 1 or not used.isdisjoint(own)
 
     def _divide(self, joint: Any) -> None:
-        """Give each member what is its own."""
+        """Give each of its shares what is its own."""
         del self.owners[id(joint)]
         _, contributions = self.jobs.pop((id(joint), UPDATE))
         for contribution in contributions:
-            for member, own in zip(joint.members, joint.divided(contribution), strict=True):
+            for share, own in zip(joint.shares, joint.divided(contribution), strict=True):
+                member, role = share
                 self.owners[id(member)] = member
-                job = self.jobs.setdefault((id(member), UPDATE), (member.apply_update, []))
+                job = self.jobs.setdefault((id(member), role), (applying(member, role), []))
                 job[1].append(own)
 
 
 # By graph task. The engine alone holds a batch (through its callback): when a backward raises, its
 # callbacks are dropped and the batch with them.
 _batches: WeakValueDictionary[int, _Batch] = WeakValueDictionary()
+
+
+def applying(module: Any, role: str) -> Callable[[list[Any]], None]:
+    """The method of a module that applies contributions of that role."""
+    apply: Callable[[list[Any]], None] = module.learn if role == LEARN else module.apply_update
+    return apply
 
 
 def inside_backward() -> bool:

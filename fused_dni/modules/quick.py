@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_dni import context
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET
-from fused_dni.modules.steps import Binding, LinearSteps
+from fused_dni.modules.base import NO_TARGET, Forecast
+from fused_dni.modules.pending import LEARN, UPDATE, applying
+from fused_dni.modules.steps import Binding, LinearSteps, LossSteps, LossTrace
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     Backend,
@@ -31,6 +32,8 @@ from fused_dni.ops.types import (
     LinearConfig,
     LinearGradients,
     LinearTensors,
+    Prediction,
+    QuickLoss,
     QuickParts,
     QuickSynthesizer,
     Saved,
@@ -214,13 +217,18 @@ def _bind(
         return "its rule or its normalisation changes from step to step", ()
     synthesizer = layer._modules["synthesizer"]
     if synthesizer is None:
-        bind = getattr(backend, "quick_exact", None)
+        loss = isinstance(layer, LossSteps)
+        bind = getattr(backend, "quick_loss" if loss else "quick_exact", None)
         if bind is None:
             return f"backend {backend.name!r} has none", ()
         assert layer.update is not None and layer.update._tensors is not None
         bound.layer = tensors = layer._layer()
         bound.anchor = nodes.anchor(layer.local_parameters())
-        bound.exact = bind(tensors, layer.config, layer.update._tensors, parts)
+        how: Any = layer.config
+        if isinstance(layer, LossSteps):
+            how = QuickLoss(layer.label_smoothing, layer.ignore_index)
+            parts = parts._replace(own=[*parts.own, *_items(layer.__dict__, *QuickLoss._fields)])
+        bound.exact = bind(tensors, how, layer.update._tensors, parts)
         return "", (*parts.surroundings, *parts.always, *parts.own)
     if type(synthesizer) not in _SYNTHESIZERS or teacher is None:
         return f"its synthesizer is a {type(synthesizer).__name__}", ()
@@ -284,7 +292,9 @@ class Stacked:
     unpickled container.
 
     Attributes:
-        members: the layers; steps: theirs, of which the call is made.
+        layers: one behind the other; last of them; head: the layer with the loss behind them, or
+            None where it is not part of the call; members: all of these; steps: theirs, of which
+            the call is made.
     """
 
     def __init__(
@@ -293,11 +303,15 @@ class Stacked:
         checks: Sequence[Check],
         container: nn.Module,
         layers: list[LinearSteps],
+        head: LossSteps | None,
         steps: list[Any],
     ) -> None:
-        self.quick, self.members, self.steps = quick, tuple(layers), steps
+        self.quick, self.steps, self.layers, self.head = quick, steps, tuple(layers), head
+        self.members = self.layers if head is None else (*layers, head)
         self.last, self._checks = layers[-1], checks
         self._container, self._held = container, tuple(container._modules.values())
+        # Whether a loss is made, here or behind this.
+        self._aims = isinstance(self._held[-1], LossSteps)
         learners = [p for p in self.last.learners() if p is not None and p.requires_grad]
         self.anchors: list[Tensor | None] = [*learners]
 
@@ -314,35 +328,130 @@ class Stacked:
         """Whether it is that container's, and has in it what was there, in that order."""
         return container is self._container and self._held == tuple(container._modules.values())
 
-    def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
+    def run(
+        self,
+        container: nn.Module,
+        input: Tensor,
+        context: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor | None:
         """Take the step; None if anything is in its way."""
-        if container is not self._container or self._held != tuple(container._modules.values()):
+        if (
+            container is not self._container
+            or self._held != tuple(container._modules.values())
+            or (target is None) is self._aims
+        ):
             return None  # as holds(), without a call
-        made = self.quick(container, input, context)
+        made = self.quick(container, input, context, None)
         if type(made) is tuple:
             made = nodes.Taught.apply(self.last, made, input, *self.anchors)
         out: Tensor | None = made
         return out
 
 
+class StackedLoss(Stacked):
+    """The same with the loss behind them. Its backward leaves to the end what is done there: the
+    last layer's lesson and the head's update are one call too."""
+
+    head: LossSteps
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        bound: Binding = self.head._binding
+        assert bound.layer is not None
+        self.tensors: LinearTensors = bound.layer  # the head's
+        self.anchors.insert(0, bound.anchor)
+        # What waits for the end of a backward: of a step without a target, and of one with.
+        self.endings = [Ending(self, taught) for taught in (False, True)]
+
+    def run(
+        self,
+        container: nn.Module,
+        input: Tensor,
+        context: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor | None:
+        if (
+            container is not self._container
+            or self._held != tuple(container._modules.values())
+            or self.head.phase.loss_scale != self.last.phase.loss_scale
+        ):
+            return None
+        made = self.quick(container, input, context, target)
+        if made is None:
+            return None
+        anchors = self.anchors if made[-1] is not None else self.anchors[:1]
+        out: Tensor = nodes.StackLoss.apply(self, made, input, *anchors)
+        return out
+
+
+class Ending:
+    """The last layer's lesson, if it is given one, and the head's update, as one call.
+
+    Attributes:
+        shares: see :class:`fused_dni.modules.pending.Owner`.
+    """
+
+    def __init__(self, stack: StackedLoss, taught: bool) -> None:
+        self._stack, self._taught = stack, taught
+        self.shares: list[tuple[LinearSteps, str]] = [(stack.head, UPDATE)]
+        if taught:
+            self.shares.insert(0, (stack.last, LEARN))
+
+    def refuse_other_gradients(self, added: bool) -> None:
+        """As each of them does."""
+        for member, _ in self.shares:
+            member.refuse_other_gradients(added)
+
+    def apply_update(self, contributions: list[Any]) -> None:
+        """Teach, then update."""
+        (made,) = contributions
+        if self._stack.quick.finish(*made):
+            return
+        for (member, role), own in zip(self.shares, self.divided(made), strict=True):
+            applying(member, role)([own])
+
+    def divided(self, contribution: Any) -> list[Any]:
+        """What each of the shares takes."""
+        gradient, left, rows, labels, unit = contribution
+        head, last = self._stack.head, self._stack.last
+        h, scaled, reduced, delta = self._stack.quick.saved(left, rows, self._taught)
+        trace = LossTrace(h, self._stack.tensors, delta)
+        (dx,), update = head.close(trace, gradient, self._taught)
+        if dx is None:
+            return [update]
+        forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
+        return [last.lesson(h, forecast, labels, dx, None), update]
+
+
 class StackedExact(Stacked):
-    """The same of layers without synthesizers, which are updated by the true gradient."""
+    """The same of layers without synthesizers, which are updated by the true gradient, and of the
+    loss behind them if there is one."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.anchors = [layer._binding.anchor for layer in self.members]
-        self.layers: list[tuple[LinearTensors, LinearConfig]] = []
+        self.shares = [(member, UPDATE) for member in self.members]
+        self._tensors: list[tuple[LinearTensors, LinearConfig]] = []
         for layer in self.members:
             assert layer._binding.layer is not None
-            self.layers.append((layer._binding.layer, layer.config))
+            self._tensors.append((layer._binding.layer, layer.config))
 
-    def run(self, container: nn.Module, input: Tensor, context: Tensor | None) -> Tensor | None:
+    def run(
+        self,
+        container: nn.Module,
+        input: Tensor,
+        context: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor | None:
         scale = self.last.phase.loss_scale
-        if not self.holds(container) or any(
-            [layer.phase.loss_scale != scale for layer in self.members]
+        if (
+            not self.holds(container)
+            or (target is None) is self._aims
+            or any([layer.phase.loss_scale != scale for layer in self.members])
         ):
             return None
-        made = self.quick.forward(container, input, None)
+        made = self.quick.forward(container, input, None, None if self.head is None else target)
         if made is None:
             return None
         out: Tensor = nodes.ExactStack.apply(self, made, input, *self.anchors)
@@ -351,18 +460,18 @@ class StackedExact(Stacked):
     def watched(self, need_dx: bool) -> list[Tensor]:
         """What the backward reads of the layers."""
         tensors: list[Tensor | None] = []
-        for i, (layer, _) in enumerate(self.layers):
+        for i, (layer, _) in enumerate(self._tensors):
             weight = layer.weight if need_dx or i > 0 else None
             tensors += [weight, layer.norm_weight, layer.norm_bias]
         return [t for t in tensors if t is not None]
 
     def backward(
-        self, gradient: Tensor, x: Tensor, h: Tensor, left: Tensor, need_dx: bool
+        self, gradient: Tensor, x: Tensor, h: Tensor | None, left: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Any]:
         """Go back through all layers.
 
         Args:
-            h, left: of the forward.
+            h, left: of the forward; h None where its result is a loss.
 
         Returns:
             dx, and what the updates are made from: of a call for all of them the tuple of its
@@ -376,14 +485,17 @@ class StackedExact(Stacked):
         contributions: list[tuple[Tensor, LinearGradients]] = []
         below = x
         uses: list[LinearUse] = []
-        for i, (out, *saved) in enumerate(self.quick.saved(h, left)):
-            backend = self.members[i].synthesizer_backend(below)
-            uses.append(LinearUse(below, out, Saved(*saved), *self.layers[i], True, backend))
+        for i, (out, *saved) in enumerate(self.quick.saved(x, h, left)):
+            backend = self.layers[i].synthesizer_backend(below)
+            uses.append(LinearUse(below, out, Saved(*saved), *self._tensors[i], True, backend))
             below = out
         arrived: Tensor | None = gradient
-        for i in reversed(range(len(uses))):
+        traces: list[Any] = [*uses]
+        if self.head is not None:
+            traces.append(LossTrace(below, self._tensors[-1][0], self.quick.delta(x, left)))
+        for i in reversed(range(len(traces))):
             assert arrived is not None
-            (arrived,), own = self.members[i].close(uses[i], arrived, need_dx or i > 0)
+            (arrived,), own = self.members[i].close(traces[i], arrived, need_dx or i > 0)
             contributions.insert(0, own)
         return arrived, contributions
 
@@ -403,49 +515,82 @@ class StackedExact(Stacked):
         if type(contribution) is list:
             return contribution
         x, h, left, made = contribution
-        inputs = [x, *[out for out, _, _ in self.quick.saved(h, left)[:-1]]]
+        inputs = [x, *[out for out, _, _ in self.quick.saved(x, h, left)]]
         gradients = [
             LinearGradients(delta, None, None, *vectors)
-            for delta, *vectors in self.quick.contributions(h, made)
+            for delta, *vectors in self.quick.contributions(x, made)
         ]
-        return list(zip(inputs, gradients, strict=True))
+        return list(zip(inputs[: len(gradients)], gradients, strict=True))
 
 
-def stacked(container: nn.Module, layers: list[LinearSteps], known: Stacked | None) -> Any:
-    """Have the next step of layers in a container be one call: bound to it, or None.
+def _apart(head: LossSteps, last: LinearSteps) -> str:
+    """Why a head's step cannot be part of the call of the layers in front; empty if it can."""
+    if head._binding.exact is None:
+        return "the head has no call of its own"
+    if head._binding.anchor is None:
+        return "the head is frozen and has no node"
+    if last._modules["synthesizer"] is not None and nodes.anchor(last.learners()) is None:
+        return "the last synthesizer is frozen and has no lesson from the head"
+    if last.weight.shape[0] != head.weight.shape[1] or last.weight.dtype != head.weight.dtype:
+        return "the head is of another size or dtype"
+    return ""
+
+
+def stacked(
+    container: nn.Module,
+    layers: list[LinearSteps],
+    head: LossSteps | None,
+    known: Stacked | None,
+) -> tuple[Stacked | None, str]:
+    """Have the next step of layers in a container be one call: bound to it, or None; and why there
+    is none, or why the head is not in it.
 
     Args:
         container: which holds them, one behind the other from its first on.
+        head: what is next in it, if it has the loss.
         known: what was there before, which stays while the layers' own steps do.
     """
     exact = all([layer._modules["synthesizer"] is None for layer in layers])
     steps = [layer._binding.exact if exact else layer._binding.quick for layer in layers]
+    apart = "" if head is None else _apart(head, layers[-1])
+    if apart:
+        head = None
+    if head is not None:
+        steps.append(head._binding.exact)
     if (
         known is not None
         and known.holds(container)
+        and len(steps) == len(known.steps)
         and all([a is b for a, b in zip(steps, known.steps, strict=True)])
     ):
-        return known  # what was in its way was of that step alone
+        return known, apart  # what was in its way was of that step alone
     if len({id(layer) for layer in layers}) < len(layers):
-        return None  # used twice, it is updated once
+        return None, "a layer stands in it twice and is updated once"
+    if len({layer._modules["synthesizer"] is None for layer in layers}) > 1:
+        return None, "some layers have a synthesizer and some have none"
+    if any(step is None for step in steps):
+        return None, "a layer has no call of its own"
     if exact and any([layer._binding.anchor is None for layer in layers]):
-        return None  # frozen, it has no node, and those in front of it may have none
+        # And those in front of it may have none.
+        return None, "a layer is frozen and has no node"
     backend = registry.resolve(layers[0].backend, layers[0].weight, layers[0].weight)
     bind = getattr(backend, "quick_stack", None)
-    if bind is None or any(step is None for step in steps):
-        return None
+    if bind is None:
+        return None, f"backend {backend.name!r} has none"
     if any(
         below.weight.shape[0] != above.weight.shape[1] or below.weight.dtype != above.weight.dtype
         for below, above in pairwise(layers)
     ):
-        return None
+        return None, "sizes or dtypes do not fit"
     checks: list[Check] = [
         *_items(container.__dict__, "training", "_modules"),
         *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in _HOOKS],
     ]
-    name = "exact" if exact else "quick"
-    for layer, step in zip(layers, steps, strict=True):
+    members = layers if head is None else [*layers, head]
+    for layer, step in zip(members, steps, strict=True):
+        name = "exact" if exact or layer is head else "quick"
         checks += [*_uncalled(layer), ("attribute", layer._binding, name, None, step)]
-    quick = bind(container, _SURROUNDINGS, checks, steps, exact)
-    kind = StackedExact if exact else Stacked
-    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, steps)
+    last = None if head is None else steps[-1]
+    quick = bind(container, _SURROUNDINGS, checks, steps[: len(layers)], exact, last)
+    kind = StackedExact if exact else Stacked if head is None else StackedLoss
+    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, head, steps), apart

@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
 from fused_dni.modules.quick import Stacked, stacked
-from fused_dni.modules.steps import LinearSteps
+from fused_dni.modules.steps import LinearSteps, LossSteps
 
 
 class DecoupledSequential(nn.Sequential):
@@ -37,67 +38,124 @@ class DecoupledSequential(nn.Sequential):
     synthesizers, one directly behind the other, or all are such layers without synthesizers, and
     no hook looks between them, a step is one call on a CPU.
 
+    The last module may be a :class:`fused_dni.FusedDNILinearCrossEntropyLoss`, a classifier's head:
+    the container is then called with the targets and returns the loss, and what is one call has the
+    head in it. In ``eval()`` it returns the logits where it is given no target.
+
     Args:
         *modules: as ``nn.Sequential``. Decoupled modules without synthesizer count as ordinary.
     """
 
     _stack: Stacked | None = None
+    _apart = ""  # why there is none, or why the head is not in it
 
-    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, context: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
         """Run the modules in turn.
 
         Args:
             input: what the first module takes.
             context: given to every decoupled module; None to take it from
-                :func:`fused_dni.condition_on`.
+                :func:`fused_dni.condition_on`. Where the classes are both, give them twice:
+                ``net(x, context=y, target=y)``.
+            target: class indices, given to the head that is the last module.
 
         Returns:
             What the last module returns.
+
+        Raises:
+            ValueError: a target that no module takes, or none for a head in training; a head that
+                is not the last module.
         """
         if torch.compiler.is_compiling():
-            out: Tensor = untraced(self._run)(input, context)
+            out: Tensor = untraced(self._run)(input, context, target)
             return out
         stack = self._stack
-        h = None if stack is None else stack.run(self, input, context)
+        if target is not None and stack is not None and stack.head is None:
+            self._head(list(self), input, target)  # which is behind what is one call
+        h = None if stack is None else stack.run(self, input, context, target)
         if stack is None or h is None:
-            return self._run(input, context)
+            return self._run(input, context, target)
         if len(stack.members) == len(self._modules):
             return h
-        return _plain(list(self)[len(stack.members) :], h, context)
+        return _plain(list(self)[len(stack.members) :], h, context, target)
 
     def extra_repr(self) -> str:
-        """How steps are taken, where it can be in one call."""
-        stack = self._stack
-        return "" if stack is None or not self.training else f"steps by {stack.way()}"
+        """How steps are taken: in one call, or why not."""
+        stack, apart = self._stack, self._apart
+        if not self.training or (stack is None and not apart):
+            return ""
+        if stack is None:
+            return f"steps layer by layer ({apart})"
+        return f"steps by {stack.way()}" + (f", then the head ({apart})" if apart else "")
 
-    def _run(self, input: Tensor, context: Tensor | None) -> Tensor:
+    def _run(self, input: Tensor, context: Tensor | None, target: Tensor | None) -> Tensor:
         modules = list(self)
+        head = self._head(modules, input, target)
         interfaces = [i for i, m in enumerate(modules) if _decouples(m)]
         if not self.training or not torch.is_grad_enabled():
-            return _plain(modules, input, context)
+            return _plain(modules, input, context, target)
         if not interfaces:
-            h = _plain(modules, input, context)
-            self._bind(modules)
-            return h
+            out = _plain(modules, input, context, target)
+            self._bind(modules if head is None else modules[:-1], head)
+            return out
         split = interfaces[-1] + 1
         body = modules[:split]
         deciding = [m for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
         phases = [m.phase for m in deciding]
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
-            return _plain(modules, input, context)
+            return _plain(modules, input, context, target)
         if not all(m.training for m in deciding):  # one of them predicts nothing
-            return _plain(modules, input, context)
-        target = phases[-1].target
-        h = Delivered.apply(body, context, target, input, *_owed(body, target))
-        if not target:
+            return _plain(modules, input, context, target)
+        learns = phases[-1].target
+        h = Delivered.apply(body, context, learns, input, *_owed(body, learns))
+        if not learns:
             setattr(h, NO_TARGET, h._version)
-        self._bind(body)
-        return _plain(modules[split:], h, context)
+        out = _plain(modules[split:], h, context, target)
+        self._bind(body, head if modules[split:] == [head] else None)
+        return out
 
-    def _bind(self, body: list[nn.Module]) -> None:
-        """Have the next step of the body be one call, if its layers' are."""
-        if body and all([type(m) is FusedDNILinear for m in body]):
-            self._stack = stacked(self, cast("list[LinearSteps]", body), self._stack)
+    def _head(
+        self, modules: list[nn.Module], input: Tensor, target: Tensor | None
+    ) -> LossSteps | None:
+        """The head, if the last module is one; what it could not take is refused before a module
+        is updated."""
+        if any([isinstance(m, LossSteps) for m in modules[:-1]]):
+            raise ValueError(
+                "FusedDNILinearCrossEntropyLoss returns a loss: it must be the last module of a "
+                "DecoupledSequential"
+            )
+        head = modules[-1] if modules else None
+        if not isinstance(head, LossSteps):
+            if target is not None:
+                raise ValueError(
+                    "target is unexpected: the last module is no FusedDNILinearCrossEntropyLoss, "
+                    f"but {type(head).__name__}"
+                )
+            return None
+        if self.training or target is not None:
+            rows_are_kept = all([isinstance(m, FusedDNILinear) for m in modules[:-1]])
+            check.target(
+                target,
+                input.shape[:-1] if rows_are_kept else None,
+                input.device,
+                head.weight.shape[0],
+                head.ignore_index,
+            )
+        return head
+
+    def _bind(self, body: list[nn.Module], head: LossSteps | None) -> None:
+        """Have the next step of the body be one call, if its layers' are, and of the head behind
+        it."""
+        others = [type(m).__name__ for m in body if type(m) is not FusedDNILinear]
+        if others:
+            decoupled = any([isinstance(m, DecoupledModule) for m in body])
+            self._stack, self._apart = None, f"it holds a {others[0]}" if decoupled else ""
+            return
+        layers = cast("list[LinearSteps]", body)
+        found = stacked(self, layers, head, self._stack) if body else (None, "")
+        self._stack, self._apart = found
 
 
 def _decouples(module: nn.Module) -> bool:
@@ -108,8 +166,13 @@ def _ruled(module: nn.Module) -> bool:
     return isinstance(module, DecoupledModule) and module.update is not None
 
 
-def _plain(modules: list[nn.Module], x: Tensor, context: Tensor | None) -> Tensor:
+def _plain(
+    modules: list[nn.Module], x: Tensor, context: Tensor | None, target: Tensor | None
+) -> Tensor:
     for module in modules:
+        if isinstance(module, LossSteps):
+            x = module(x, target)
+            continue
         takes = context is not None and _decouples(module)
         x = module(x, context=context) if takes else module(x)
     return x

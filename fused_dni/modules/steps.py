@@ -24,6 +24,7 @@ from fused_dni.functional.linear import (
     backward_use,
     forward_use,
 )
+from fused_dni.functional.linear_cross_entropy import backward_from_loss
 from fused_dni.modules.base import (
     NO_TARGET,
     DecoupledModule,
@@ -397,6 +398,65 @@ class LinearSteps(Steps):
 
 def _sum(parts: list[Any]) -> Tensor | None:
     return None if parts[0] is None else torch.stack(parts).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# A linear layer with its cross-entropy
+
+
+class LossInputs(NamedTuple):
+    """What a step of a layer with its cross-entropy is called with."""
+
+    x: Tensor  # [N, I]
+    layer: LinearTensors
+    backend: Backend
+    target: Tensor  # [N]
+
+
+class LossTrace(NamedTuple):
+    """What its forward leaves behind: the loss's gradient at the logits, [N, O]; and, where the
+    forward was one call, what has the one back (see quick.py)."""
+
+    x: Tensor
+    layer: LinearTensors
+    delta: Tensor
+    quick: Any = None
+
+
+class LossSteps(LinearSteps):
+    """A linear layer with the cross-entropy of its outputs, by the true gradient, as nodes see it.
+    What is h elsewhere is the loss [] here."""
+
+    label_smoothing: float
+    ignore_index: int
+
+    def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
+        return (inputs.x, inputs.layer.weight) if need_dx else (inputs.x,)
+
+    def open(self, inputs: Any, need_dx: bool) -> tuple[Tensor, Any]:
+        x, layer, backend, target = inputs
+        self._fit(layer)
+        loss, delta = ops.linear_cross_entropy(
+            backend, x, layer.weight, layer.bias, target, self.label_smoothing, self.ignore_index,
+            True,
+        )  # fmt: skip
+        assert delta is not None
+        return loss, LossTrace(x, layer, delta)
+
+    def close(self, trace: Any, gradient: Tensor, need_dx: bool) -> tuple[Slots, Any]:
+        if trace.quick is not None:
+            made = trace.quick.backward(gradient, trace.x, trace.delta, need_dx)
+            if made is not None:
+                dx, delta, *vectors = made
+                return (dx,), (trace.x, LinearGradients(delta, None, None, *vectors))
+        return super().close(trace, gradient, need_dx)
+
+    def _backward(self, use: Any, gradient: Tensor, need_dx: bool) -> LinearGradients:
+        x, (weight, bias, *_), delta, _ = use
+        backend = self.synthesizer_backend(x)
+        return backward_from_loss(
+            backend, x, weight, bias, delta, gradient, need_dx, self.update is None
+        )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The ops: their types, and for each the function that every floor above calls.
 
-``linear``, ``synthesizer`` and ``lstm`` hold one function an op, which takes the backend first;
-:mod:`fused_dni.ops.registry` finds that backend. Backends are loaded by name when they are first
-asked for: nothing here imports one.
+``linear``, ``linear_cross_entropy``, ``synthesizer`` and ``lstm`` hold one function an op, which
+takes the backend first; :mod:`fused_dni.ops.registry` finds that backend. Backends are loaded by
+name when they are first asked for: nothing here imports one.
 """
 
 from fused_dni.ops.linear import linear_backward, linear_forward, linear_step_, linear_update_
+from fused_dni.ops.linear_cross_entropy import linear_cross_entropy
 from fused_dni.ops.lstm import (
     Layers,
     flat,
@@ -28,6 +29,7 @@ __all__ = [
     "flat",
     "layers_of",
     "linear_backward",
+    "linear_cross_entropy",
     "linear_forward",
     "linear_step_",
     "linear_update_",

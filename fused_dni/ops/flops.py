@@ -45,6 +45,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             _product(given) * (int(given["need_dx"]) + int(given["need_weight"]))
         ),
         "linear_update_": _product,
+        "linear_cross_entropy": _product,
         "linear_step_": _step,
         "synthesizer_predict": lambda given: _prediction(given, given["weight"]),
         "synthesizer_gradients": lambda given: _regression(given, given["weight"]),

@@ -167,6 +167,13 @@ class LinearGradients(NamedTuple):
     norm_bias: Tensor | None = None
 
 
+class CrossEntropy(NamedTuple):
+    """A loss and, where it is wanted, its gradient at the logits."""
+
+    loss: Tensor  # []
+    delta: Tensor | None = None  # [N, O]
+
+
 class Prediction(NamedTuple):
     """A synthesizer's output ``scaled = M(h)`` [N, O] (that is kappa times the synthetic gradient)
     and, for a low-rank one, ``reduced = h @ down.T`` [N, R], both kept for its training."""
@@ -343,10 +350,18 @@ class QuickSynthesizer(NamedTuple):
     interval: int
 
 
+class QuickLoss(NamedTuple):
+    """What a call of a layer with its cross-entropy needs more."""
+
+    label_smoothing: float
+    ignore_index: int
+
+
 class BoundStep(Protocol):
     """What :meth:`Backend.bind_step` returns. One with a method ``quick`` can take a whole step in
     a call that asks all of :class:`QuickParts` itself; its backend then has ``quick_exact`` for
-    steps by the true gradient, and ``quick_stack`` for layers one behind the other."""
+    steps by the true gradient, ``quick_loss`` for those of a layer with its cross-entropy, and
+    ``quick_stack`` for layers one behind the other."""
 
     def __call__(
         self,
@@ -460,6 +475,31 @@ class Backend(Protocol):
         """:meth:`linear_step_` with everything given that does not change from batch to batch.
 
         The result is good for as long as none of the tensors gets another address.
+        """
+        ...
+
+    def linear_cross_entropy(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        label_smoothing: float,
+        ignore_index: int,
+        need_delta: bool,
+    ) -> CrossEntropy:
+        """Return the cross-entropy of the logits ``z = x @ weight.T + bias`` over O classes.
+
+        It is that of PyTorch with ``reduction="mean"``, over the rows whose ``target`` (int64 [N])
+        is not ``ignore_index``: of such a row, with s for ``label_smoothing`` and y for its target,
+        ``log(sum(exp(z))) - (1 - s) * z[y] - s * mean(z)``. Without such rows it is NaN.
+
+        The loss [] is of the weight's dtype. With ``need_delta`` there is its gradient at z, in the
+        dtype that :meth:`linear_backward` has for delta: zero in rows that are ignored.
+
+        Raises:
+            IndexError: a target outside ``[0, O)`` that is not ``ignore_index``. On a GPU nothing
+                waits for that: the loss is NaN then, and so is the row's gradient.
         """
         ...
 

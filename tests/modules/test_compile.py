@@ -299,6 +299,7 @@ def arguments(name, backend, normalization, kind, context, interface="output"):
             backend,
         ),
         "linear_update_": (x, h, *gradients, *layer[:4], *rule(layer[:4]), backend),
+        "linear_cross_entropy": (x, *layer[:2], torch.randint(o, (n,)), 0.1, -100, True, backend),
         "synthesizer_predict": (h, *synthesizer, rows, backend),
         "synthesizer_gradients": (
             h, h.cos(), reduced, h.sin(), *synthesizer, rows, 6.0,
@@ -316,6 +317,7 @@ NAMES = (
     "linear_backward",
     "linear_step_",
     "linear_update_",
+    "linear_cross_entropy",
     "synthesizer_predict",
     "synthesizer_gradients",
     "synthesizer_update_",
@@ -374,3 +376,64 @@ def test_gradcheck(backend, activation, normalization, training):
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(f, (x, weight, bias, *vectors))
+
+
+# ---------------------------------------------------------------------------------------------
+# A linear layer with its cross-entropy
+
+
+@backends
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_gradcheck_of_the_cross_entropy(backend, smoothing, ignored):
+    torch.manual_seed(4)
+    x, weight, bias = double(2, 3, 4, grad=True), double(5, 4, grad=True), double(5, grad=True)
+    y = torch.randint(5, (2, 3))
+    if ignored:
+        y[0, 1] = 7
+
+    def f(x, weight, bias):
+        return fd.functional.linear_cross_entropy(
+            x, weight, y, linear_bias=bias, ignore_index=7, label_smoothing=smoothing,
+            backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias))
+
+
+@backends
+def test_the_head_compiled(backend):
+    """Without a rule, behind a layer that predicts: one graph; logits in eval()."""
+    model = nn.ModuleList(
+        [
+            linear(4, 6, normalization="batch", activation="relu", backend=backend),
+            fd.FusedDNILinearCrossEntropyLoss(6, 3, backend=backend, dtype=torch.float64),
+        ]
+    )
+    twin, graphs = copy.deepcopy(model), Graphs()
+    x, y = double(8, 4), torch.randint(3, (8,))
+
+    def loss(modules, x, y):
+        return modules[1](modules[0](x), y)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    a, b = compiled(model, x, y), loss(twin, x, y)
+    a.backward(), b.backward()
+    assert graphs.count == 1
+    close(a, b, 1e-12)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p.grad, q.grad, 1e-12)
+    model.eval(), twin.eval()
+    close(torch.compile(loss, fullgraph=True, backend="aot_eager")(model, x, None),
+          twin[1].logits(twin[0](x)), 1e-12)  # fmt: skip
+
+
+def test_a_head_with_a_rule_is_not_traced():
+    head = fd.FusedDNILinearCrossEntropyLoss(4, 3, update=fd.SGD(0.1), dtype=torch.float64)
+    twin, x, y = copy.deepcopy(head), double(6, 4), torch.randint(3, (6,))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(head, fullgraph=True, backend="aot_eager")(x, y)
+    compiled = torch.compile(head, backend="aot_eager")
+    for m in (compiled, twin):
+        m(x, y).backward()
+    close(head.weight, twin.weight, 1e-12)

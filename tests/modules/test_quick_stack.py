@@ -20,12 +20,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_dni as fd
-from fused_dni.modules.base import Phase
+from fused_dni.modules.base import DecoupledModule, Phase
 
 pytest.importorskip("fused_dni.backends._cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("prediction", "true gradient")
+KINDS = ("prediction", "true gradient", "prediction, loss", "true gradient, loss")
+LOSSES = KINDS[2:]  # with the head and its loss in the call
 SIZE, CLASSES, ROWS = 6, 5, 8
 
 
@@ -33,8 +34,12 @@ class Usual(fd.FusedDNILinear):
     """Has no such call: it is bound for the layer itself alone."""
 
 
+class UsualLoss(fd.FusedDNILinearCrossEntropyLoss):
+    """The same of a head."""
+
+
 def layer(kind: type[fd.FusedDNILinear], by: str, **options: Any) -> fd.FusedDNILinear:
-    if by == "prediction":
+    if by.startswith("prediction"):
         options |= {"context_features": CLASSES}
     else:
         options |= {"synthesizer": None}
@@ -47,18 +52,35 @@ class Trained:
 
     def __init__(self, kind: type[fd.FusedDNILinear], by: str) -> None:
         torch.manual_seed(0)
-        self.kind, self.by = kind, by
+        self.kind, self.by, self.ends = kind, by, by in LOSSES
         self.model: Any = fd.DecoupledSequential(*(layer(kind, by) for _ in range(3)))
         self.head = nn.Linear(SIZE, CLASSES)
-        self.schedule = fd.Schedule(self.model, target_every=2) if by == "prediction" else None
+        if self.ends:
+            head = UsualLoss if kind is Usual else fd.FusedDNILinearCrossEntropyLoss
+            self.model.append(
+                head(SIZE, CLASSES, label_smoothing=0.1, backend="cpu", update=fd.Adam(0.01))
+            )
+        self.schedule = None
+        if by.startswith("prediction"):
+            self.schedule = fd.Schedule(self.model, target_every=2)
         self.seen: list[Any] = []
         self.count = 0
+
+    def behind(self, module: nn.Module) -> None:
+        """Put another layer behind the third."""
+        self.model.insert(3, module)
+
+    def run(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The container's result: its last layer's, or the loss."""
+        made: Tensor = self.model(x, target=y) if self.ends else self.model(x)
+        return made
 
     def step(
         self,
         change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y),
         loss: Callable[[Trained, Tensor, Tensor], Tensor] | None = None,
         between: Callable[[Trained, Tensor], object] = lambda trained, h: None,
+        aim: Callable[[Tensor], Tensor | None] = lambda y: y % CLASSES,
     ) -> None:
         """One step on a batch of its own; its loss may be more, and something done in front of the
         backward."""
@@ -67,8 +89,8 @@ class Trained:
         x, y = change(torch.randn(ROWS, SIZE), torch.randint(0, CLASSES, (ROWS,)))
         try:
             with fd.condition_on(y):
-                h = self.model(x)
-                found = F.cross_entropy(self.head(h), y % CLASSES)
+                h = self.run(x, aim(y))
+                found = h if self.ends else F.cross_entropy(self.head(h), y % CLASSES)
                 if loss is not None:
                     found = found + loss(self, x, y)
             between(self, h)
@@ -83,7 +105,7 @@ class Trained:
 
     def state(self) -> list[Any]:
         """All that a step may change."""
-        layers = [m for m in self.model.modules() if isinstance(m, fd.FusedDNILinear)]
+        layers = [m for m in self.model.modules() if isinstance(m, DecoupledModule)]
         rules = [rule for each in layers for _, rule, _ in each.rules()]
         return [
             *self.model.state_dict().values(),
@@ -129,7 +151,7 @@ def hook_in_front(trained: Trained) -> None:
 
 def another_behind(trained: Trained) -> None:
     torch.manual_seed(5)
-    trained.model.append(layer(trained.kind, trained.by))
+    trained.behind(layer(trained.kind, trained.by))
     if trained.schedule is not None:
         steps = trained.schedule.steps
         trained.schedule = fd.Schedule(trained.model, target_every=2)
@@ -138,7 +160,7 @@ def another_behind(trained: Trained) -> None:
 
 def ordinary_behind(trained: Trained) -> None:
     torch.manual_seed(5)
-    trained.model.append(nn.Linear(SIZE, SIZE))
+    trained.behind(nn.Linear(SIZE, SIZE))
 
 
 def ordinary_between(trained: Trained) -> None:
@@ -166,7 +188,7 @@ def frozen_first(trained: Trained) -> None:
 
 
 def used_twice(trained: Trained) -> None:
-    trained.model.append(trained.model[0])
+    trained.behind(trained.model[0])
 
 
 def other_order(trained: Trained) -> None:
@@ -231,6 +253,72 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def head_hooked(trained: Trained) -> None:
+    trained.model[3].register_forward_hook(lambda m, a, out: trained.seen.append(out.detach()))
+
+
+def head_frozen(trained: Trained) -> None:
+    trained.model[3].requires_grad_(False)
+
+
+def head_half_frozen(trained: Trained) -> None:
+    trained.model[3].weight.requires_grad_(False)
+
+
+def head_without_bias(trained: Trained) -> None:
+    trained.model[3].bias = None
+
+
+def head_elsewhere(trained: Trained) -> None:
+    trained.model[3].weight.data = trained.model[3].weight.data * 2
+
+
+def head_replaced(trained: Trained) -> None:
+    torch.manual_seed(5)
+    kind = UsualLoss if trained.kind is Usual else fd.FusedDNILinearCrossEntropyLoss
+    trained.model[3] = kind(SIZE, CLASSES, update=fd.SGD(0.1))
+
+
+def head_of_an_optimizer(trained: Trained) -> None:
+    trained.model[3] = fd.FusedDNILinearCrossEntropyLoss.from_linear(trained.model[3].to_linear())
+
+
+def head_rate(trained: Trained) -> None:
+    trained.model[3].update.group["lr"] = 0.5
+
+
+def head_evaluates(trained: Trained) -> None:
+    trained.model[3].eval()
+
+
+def head_forward_replaced(trained: Trained) -> None:
+    own = trained.model[3]
+    own.forward = lambda input, target=None: type(own).forward(own, input * 2, target)
+
+
+def head_own_loss_scale(trained: Trained) -> None:
+    trained.model[3].phase = Phase(loss_scale=8.0)
+
+
+def smoothing(trained: Trained) -> None:
+    trained.model[3].label_smoothing = 0.25
+
+
+def ignoring(trained: Trained) -> None:
+    trained.model[3].ignore_index = 2
+
+
+def everything_evaluates(trained: Trained) -> None:
+    trained.model.eval()
+
+
+CHANGES_OF_HEADS = [
+    head_hooked, head_frozen, head_half_frozen, head_without_bias, head_elsewhere, head_replaced,
+    head_of_an_optimizer, head_rate, head_evaluates, head_forward_replaced, head_own_loss_scale,
+    smoothing, ignoring, everything_evaluates,
+]  # fmt: skip
+
+
 def agree(by: str, run: Callable[[Trained], object]) -> None:
     """The same with layers that have the one call and with layers that have not."""
     mine, theirs = Trained(fd.FusedDNILinear, by), Trained(Usual, by)
@@ -251,6 +339,7 @@ def test_a_change_between_two_steps(change: Callable[[Trained], None], by: str) 
         for _ in range(7):
             trained.step()
         assert trained.kind is Usual or trained.model._stack is not None
+        assert trained.kind is Usual or trained.model._stack.members == tuple(trained.model)
         change(trained)
         for _ in range(9):
             trained.step()
@@ -258,8 +347,14 @@ def test_a_change_between_two_steps(change: Callable[[Trained], None], by: str) 
     agree(by, run)
 
 
+@pytest.mark.parametrize("by", LOSSES)
+@pytest.mark.parametrize("change", CHANGES_OF_HEADS, ids=lambda f: f.__name__)
+def test_a_change_of_the_head(change: Callable[[Trained], None], by: str) -> None:
+    test_a_change_between_two_steps(change, by)
+
+
 def _twice(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
-    made: Tensor = trained.model(x.flip(0))
+    made = trained.run(x.flip(0), y)
     return made.square().mean()
 
 
@@ -271,6 +366,42 @@ def _elsewhere(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
 def _penalty(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
     found: Tensor = trained.model[1].weight.square().sum()
     return found
+
+
+def _head_elsewhere(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = trained.model[3](x, y)
+    return made
+
+
+def _last_and_head_elsewhere(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    return _elsewhere(trained, x, y) * 2 + _head_elsewhere(trained, x, y)
+
+
+def _last_elsewhere(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = trained.model[2](x)
+    return made.square().mean()
+
+
+def _logits(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = trained.model[3].logits(x)
+    return made.square().mean()
+
+
+def _head_penalty(trained: Trained, x: Tensor, y: Tensor) -> Tensor:
+    found: Tensor = trained.model[3].weight.square().sum()
+    return found
+
+
+@pytest.mark.parametrize("by", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [_head_elsewhere, _last_elsewhere, _last_and_head_elsewhere, _logits, _head_penalty],
+    ids=lambda f: f.__name__,
+)
+def test_more_in_the_loss_of_the_head(
+    loss: Callable[[Trained, Tensor, Tensor], Tensor], by: str
+) -> None:
+    test_more_in_the_loss(loss, by)
 
 
 @pytest.mark.parametrize("by", KINDS)
@@ -313,6 +444,40 @@ def test_another_input(name: str, by: str) -> None:
     agree(by, run)
 
 
+TARGETS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "missing": lambda y: None,
+    "too large": lambda y: y.index_fill(0, torch.tensor([3]), CLASSES),
+    "negative": lambda y: y.index_fill(0, torch.tensor([3]), -1),
+    "some are ignored": lambda y: y.index_fill(0, torch.tensor([3, 5]), -100),
+    "all are ignored": lambda y: y * 0 - 100,
+    "other rows": lambda y: y[:3],
+    "of another type": lambda y: y.int(),
+    "probabilities": lambda y: F.one_hot(y, CLASSES).float(),
+    "no memory": lambda y: torch._efficientzerotensor(y.shape, dtype=torch.int64),
+    "not contiguous": lambda y: torch.stack([y, y], 1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("by", LOSSES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_another_target(name: str, by: str) -> None:
+    """An error is one before anything is changed, of the layers in front of the head too."""
+
+    def run(trained: Trained) -> None:
+        for step in range(14):
+            before = [copy.deepcopy(t) for t in trained.state()]
+            count = len(trained.seen)
+            trained.step(aim=TARGETS[name] if step in (7, 8) else lambda y: y)
+            if len(trained.seen) == count + 1:  # what was raised alone
+                assert all(equal(a, b) for a, b in zip(before, trained.state(), strict=True))
+        said = [seen for seen in trained.seen if isinstance(seen, str)]
+        good = name in ("some are ignored", "all are ignored", "no memory", "not contiguous")
+        assert len(said) == (0 if good else 2)
+        assert all("target" in each for each in said)
+
+    agree(by, run)
+
+
 def _in_place(trained: Trained, h: Tensor) -> None:
     h.detach().add_(1.0)
 
@@ -320,6 +485,17 @@ def _in_place(trained: Trained, h: Tensor) -> None:
 def _weight_in_place(trained: Trained, h: Tensor) -> None:
     with torch.no_grad():
         trained.model[1].weight.mul_(2.0)
+
+
+def _divided(trained: Trained, h: Tensor) -> None:
+    if trained.ends:  # as in an accumulation of gradients
+        h.div_(4.0)
+
+
+def _head_in_place(trained: Trained, h: Tensor) -> None:
+    if trained.ends:
+        with torch.no_grad():
+            trained.model[3].weight.mul_(2.0)
 
 
 def _backward_before(trained: Trained, h: Tensor) -> None:
@@ -334,7 +510,7 @@ def _labels_gone(trained: Trained, h: Tensor) -> None:
 @pytest.mark.parametrize("by", KINDS)
 @pytest.mark.parametrize(
     "between",
-    [_in_place, _weight_in_place, _backward_before, _labels_gone],
+    [_in_place, _weight_in_place, _backward_before, _labels_gone, _divided, _head_in_place],
     ids=lambda f: f.__name__,
 )
 def test_between_forward_and_backward(between: Callable[[Trained, Tensor], None], by: str) -> None:
@@ -388,7 +564,10 @@ def test_it_is_the_one_call(steps: int, by: str) -> None:
         for _ in range(steps):
             trained.step()
         with fd.condition_on(torch.zeros(ROWS, dtype=torch.int64)):
-            counts.append(calls(lambda model=trained.model: model(torch.randn(ROWS, SIZE))))
+            y = torch.zeros(ROWS, dtype=torch.int64)
+            counts.append(
+                calls(lambda trained=trained, y=y: trained.run(torch.randn(ROWS, SIZE), y))
+            )
     assert counts[0] < 30 and counts[1] > 150, counts
 
 
@@ -439,7 +618,7 @@ def test_moments_elsewhere(by: str) -> None:
     before = [old.clone() for _, old in kept]
     for _ in range(2):
         trained.step()
-    if by == "true gradient":
+    if by.startswith("true gradient"):
         assert all(torch.equal(old, b) for (_, old), b in zip(kept, before, strict=True))
 
 
@@ -472,7 +651,7 @@ def test_a_forward_that_is_dropped_goes_at_once(by: str) -> None:
         x = torch.randn(ROWS, SIZE)
         gone = weakref.ref(x)
         with fd.condition_on(torch.zeros(ROWS, dtype=torch.int64)):
-            h = trained.model(x)
+            h = trained.run(x, torch.zeros(ROWS, dtype=torch.int64))
         del x, h
         assert gone() is None
     finally:
@@ -493,7 +672,7 @@ def test_saving_every_epoch_is_no_change(by: str) -> None:
     for _ in range(14):
         trained.step()
     assert "usual way" not in repr(trained.model), trained.model
-    assert len(trained.model._stack.members) == 4
+    assert trained.model._stack.members == tuple(trained.model)
 
 
 @pytest.mark.parametrize("by", KINDS)
@@ -506,7 +685,7 @@ def test_it_goes_when_nobody_holds_it(by: str) -> None:
     gone = [weakref.ref(each) for each in (trained.model, *trained.model)]
     del trained
     gc.collect()
-    assert [reference() for reference in gone] == [None] * 4
+    assert [reference() for reference in gone] == [None] * len(gone)
 
 
 def test_layers_of_one_kind_alone() -> None:
@@ -539,6 +718,37 @@ def test_the_way_is_said() -> None:
     said = repr(trained.model)
     assert said.count("steps by the usual way (data_ptr is not as it was)") == 2, said
     assert "steps by" not in repr(trained.model.eval())
+
+
+@pytest.mark.parametrize(
+    ("change", "by", "said"),
+    [
+        (used_twice, "prediction", "layer by layer (a layer stands in it twice and is"),
+        (used_twice, "true gradient, loss", "layer by layer (a layer stands in it twice and is"),
+        (frozen, "true gradient", "layer by layer (a layer is frozen and has no node)"),
+        (ordinary_between, "prediction, loss", "layer by layer (it holds a Tanh)"),
+        (head_frozen, "prediction, loss", "one call, then the head (the head is frozen and"),
+        (head_frozen, "true gradient, loss", "and one back, then the head (the head is frozen"),
+        (frozen_last, "prediction, loss", "then the head (the last synthesizer is frozen"),
+        (
+            head_of_an_optimizer,
+            "prediction, loss",
+            "then the head (the head has no call of its own)",
+        ),
+        (hook_between, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
+        (head_hooked, "prediction, loss", "the usual way (_forward_hooks is not as it was)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_is_in_the_way_is_said(change: Callable[[Trained], None], by: str, said: str) -> None:
+    trained = Trained(fd.FusedDNILinear, by)
+    for _ in range(7):
+        trained.step()
+    change(trained)
+    for _ in range(9):
+        trained.step()
+    first = repr(trained.model).splitlines()[1]
+    assert first.startswith("  steps ") and said in first, first
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from fused_dni.backends.cuda.calls import (
     workspace,
 )
 from fused_dni.backends.cuda.lstm import CudaLSTM
+from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
 from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
@@ -71,6 +72,9 @@ class CudaBackend(CudaLSTM):
     """:class:`fused_dni.ops.types.Backend` in CUDA C++."""
 
     name = "cuda"
+
+    # PyTorch's own product, and its softmax behind it.
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def __init__(self) -> None:
         # Looked up here, once: torch.compile traces why_not and cannot look into a module.

@@ -17,6 +17,7 @@ from fused_dni.backends.reference.linear import (
     linear_step_,
     linear_update_,
 )
+from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
 from fused_dni.backends.reference.lstm import (
     lstm_backward,
     lstm_cell_backward,
@@ -60,6 +61,7 @@ class ReferenceBackend:
     linear_update_ = staticmethod(linear_update_)
     linear_step_ = staticmethod(linear_step_)
     bind_step = staticmethod(bind_step)
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
     synthesizer_predict = staticmethod(synthesizer_predict)
     synthesizer_gradients = staticmethod(synthesizer_gradients)
     synthesizer_update_ = staticmethod(synthesizer_update_)

@@ -32,6 +32,7 @@ from fused_dni.backends.common.tensors import (
     split_context,
     updated,
 )
+from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
 from fused_dni.backends.triton.launching import (
     architecture,
     meeting_on,
@@ -62,6 +63,9 @@ class TritonBackend(TritonLSTM):
     """:class:`fused_dni.ops.types.Backend` in Triton."""
 
     name = "triton"
+
+    # PyTorch's own product, and its softmax behind it.
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def __init__(self) -> None:
         # Looked up here, once: torch.compile traces why_not and cannot look into the environment.

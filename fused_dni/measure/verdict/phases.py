@@ -205,7 +205,7 @@ class _Phases:
         self.module, self.inputs, self.context, self.need_dx = site
         h, _ = self.module.open(self.inputs, False)
         generator = torch.Generator().manual_seed(3)
-        arrived = torch.randn(h.shape, generator=generator) / h.shape[0]
+        arrived = torch.randn(h.shape, generator=generator) / (h.shape[0] if h.dim() else 1)
         self.h, self.arrived = h, arrived.to(device=h.device, dtype=h.dtype)
 
     def forward(self, _: None, dx: bool) -> Passed:
