@@ -10,7 +10,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 #: From the bottom to the top. What stands in one line does not import each other.
 FLOORS = (
-    ("stored", "clocks", "models", "races", "gpu_run"),
+    ("stored", "clocks", "models", "races", "gpu_run", "relay"),
     ("workloads", "gpu_baselines", "rates"),
     ("crossover", "groups", "suites", "conftest", "planted"),
     ("measuring", "claims", "instructions"),
