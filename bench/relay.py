@@ -185,6 +185,9 @@ class Network:
             time.sleep(0.01)
         for started in self._processes:
             started.wait()
+            for pipe in filter(None, (started.stdin, started.stdout, started.stderr)):
+                with contextlib.suppress(BrokenPipeError):  # what it did not read
+                    pipe.close()
         self._relay.kill()
         self._relay.wait()
         self._close()

@@ -13,7 +13,7 @@ FLOORS = (
     ("stored", "clocks", "models", "races", "gpu_run", "relay"),
     ("workloads", "gpu_baselines", "rates"),
     ("crossover", "groups", "suites", "conftest", "planted"),
-    ("measuring", "claims", "instructions"),
+    ("measuring", "claims", "instructions", "pipelines"),
     ("pages",),
     ("tables", "answers", "gpu_kernels"),
 )

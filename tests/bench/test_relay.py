@@ -161,7 +161,7 @@ def test_nothing_is_left_after_an_exception():
         assert made <= open_namespaces()
         with network.inside(1):
             raise KeyError
-    started.stdin.close()
+    assert started.stdin.closed
     assert started.returncode == -signal.SIGKILL
     assert network._relay.returncode is not None
     assert not made & open_namespaces()
