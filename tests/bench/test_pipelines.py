@@ -145,8 +145,14 @@ def pretended(answers):
 
 @contextlib.contextmanager
 def asked_of(*answers):
-    with contextlib.ExitStack() as ended:
-        yield pipelines.Workers([ended.enter_context(one) for one in pretended(answers)])
+    processes = pretended(answers)
+    yield pipelines.Workers(processes)
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # a question that it did not read
+            process.stdin.close()
 
 
 def test_a_mode_that_fails_has_its_reason_and_the_others_stay(monkeypatch, capsys):
@@ -170,7 +176,6 @@ def test_a_process_that_ends_or_falls_silent_ends_the_run(monkeypatch):
     with asked_of([{}]) as asked:
         with pytest.raises(TimeoutError, match="rank 0 said nothing"):
             asked.ask(what="check")
-        asked._processes[0].kill()
 
 
 def test_without_a_network_it_says_what_is_missing(monkeypatch, capsys):

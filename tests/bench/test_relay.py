@@ -202,8 +202,11 @@ def test_a_relay_that_ended_is_an_error():
 
 @needs_network
 def test_the_command_runs_once_in_each_node():
-    shown = "import os, json; print(json.dumps({k: os.environ[k] for k in {}}))".replace(
-        "{}", str(sorted(("RANK", "WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")))
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+    # A line in one write: the two write into the same pipe.
+    shown = (
+        f"import json, os; shown = {{name: os.environ[name] for name in {names}}}\n"
+        "os.write(1, json.dumps(shown).encode() + b'\\n')"
     )
     done = subprocess.run(
         [sys.executable, SCRIPT, "--nodes", "2", "--", sys.executable, "-c", shown],
