@@ -1,6 +1,6 @@
 """Pipelines of real processes over a link with delay: training steps a second.
 
-    python bench/pipelines.py measure [--stages 2 4] [--latency 0 20 100] [--pad 50 100]
+    python bench/pipelines.py measure [--stages 2 4] [--latency 0 20 100] [--pad 60 120]
     python bench/pipelines.py show FILE
 
 Each stage is a process with one thread, in a network namespace of its own, and :mod:`relay` is the
@@ -16,10 +16,10 @@ stops to empty itself this is what a step takes. The median of the rounds is the
 
 ``--pad FORWARD BACKWARD`` stretches each stage's passes over a batch to so many milliseconds, by
 sleeping, so that a machine with fewer cores than stages can stand for one with enough; the passes
-are computed all the same. Figures with padding say so, and ``late`` is the share of passes, of the
-process with most, that took longer than that: where it is not near zero, the figures are of a
-machine that was too busy, not of the pipeline. Without padding, stages beyond the cores wait for
-each other's cores.
+are computed all the same. Figures with padding say so, and ``late`` is by how much the passes of
+the slowest process were longer than that, all in all, in the worst turn: where it is not near zero,
+the figures are of a machine that was too busy, not of the pipeline. Without padding, stages beyond
+the cores wait for each other's cores.
 
 "no link: a stage alone" has no one to wait for. "posted" are the same exact gradients as PyTorch's
 schedules give, by plain sends whose receives are posted a step ahead; PyTorch's are posted when
@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import operator
 import os
 import random
 import select
@@ -94,11 +95,11 @@ def _answer(asked: dict[str, Any], place: w.Place, trainers: dict[str, w.Trainer
         return {"distance": found}
     trainer = trainers[name]
     trainer.train(UNCOUNTED)
-    clock.parts = clock.late = 0
+    clock.wanted = clock.over = 0.0
     start = time.monotonic()
     trainer.train(asked["steps"])
     taken = time.monotonic() - start
-    return {"seconds": taken, "late": clock.late / max(1, clock.parts)}
+    return {"seconds": taken, "late": clock.over / clock.wanted if clock.wanted else 0.0}
 
 
 class Workers:
@@ -190,7 +191,7 @@ def measure(
         taken = max(a["seconds"] for a in asked.ask(what="time", mode=name, steps=2))
         steps[name] = max(2, min(500, round(2 * seconds / taken)))
     samples: dict[str, list[float]] = {name: [] for name in modes}
-    late: dict[str, float] = dict.fromkeys(modes, 0.0)
+    late = dict.fromkeys(modes, 0.0)
     carried: dict[str, list[float]] = {name: [] for name in modes}
     for _ in range(rounds):
         for name in draw.sample(list(modes), len(modes)):
@@ -233,7 +234,11 @@ def run(options: argparse.Namespace) -> int:
         ):
             modes = checked(asked, setting, options.only, failures)
             for latency in options.latency:
-                network.change(latency_ms=latency, bandwidth_mbit=options.bandwidth)
+                network.change(
+                    latency_ms=latency,
+                    bandwidth_mbit=options.bandwidth,
+                    jitter_ms=options.jitter,
+                )
                 print(f"{stages} stages, {latency:g} ms one way", flush=True)
                 rows = measure(
                     network,
@@ -248,6 +253,7 @@ def run(options: argparse.Namespace) -> int:
                     "setting": setting._asdict(),
                     "latency_ms": latency,
                     "bandwidth_mbit": options.bandwidth,
+                    "jitter_ms": options.jitter,
                     "padded_ms": options.pad if any(options.pad) else None,
                     "rows": rows,
                     "order": list(rows),
@@ -264,16 +270,20 @@ def run(options: argparse.Namespace) -> int:
 def _key(group: dict[str, Any]) -> str:
     pad = group["padded_ms"]
     padded = f", padded to {pad[0]:g} + {pad[1]:g} ms" if pad else ""
-    bandwidth = group["bandwidth_mbit"]
+    bandwidth, jitter = group["bandwidth_mbit"], group["jitter_ms"]
+    uneven = f" +- {jitter:g}" if jitter else ""
     narrow = f", {bandwidth:g} Mbit/s" if bandwidth else ""
     shape = "x".join(str(size) for size in group["setting"].values())
-    return f"{shape}, {group['latency_ms']:g} ms{narrow}{padded}"
+    return f"{shape}, {group['latency_ms']:g}{uneven} ms{narrow}{padded}"
 
 
 def table(groups: dict[str, dict[str, Any]]) -> str:
     """Steps a second by group and mode, the median with the least and most of the rounds."""
     lines = []
-    for key, group in groups.items():
+    sizes = operator.itemgetter("stages", "blocks", "features", "batch")
+    for key, group in sorted(
+        groups.items(), key=lambda item: (*sizes(item[1]["setting"]), item[1]["latency_ms"])
+    ):
         lines.append(f"{key} (stages x blocks x features x batch, one way); {group['date']}")
         for name in group["order"]:
             row = group["rows"][name]
@@ -281,7 +291,7 @@ def table(groups: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"  {name:24} {row['failed']}")
                 continue
             rates = [1 / taken for taken in row["samples"]]
-            late = f", {row['late']:.0%} late" if row["late"] else ""
+            late = f", {row['late']:.1%} late" if row["late"] else ""
             lines.append(
                 f"  {name:24} {1 / row['median']:8.2f} steps/s "
                 f"[{min(rates):.2f}, {max(rates):.2f}], {row['bytes'] / 1e6:.2f} MB a step"
@@ -304,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     measured.add_argument("--latency", type=float, nargs="+", default=[0, 20, 100], help="ms")
     measured.add_argument("--bandwidth", type=float, help="10^6 bits a second")
+    measured.add_argument("--jitter", type=float, default=0.0, help="ms to either side")
     measured.add_argument("--pad", type=float, nargs=2, default=[0, 0], metavar="MS")
     measured.add_argument("--only", help="modes whose names hold this")
     measured.add_argument("--rounds", type=int, default=5)

@@ -51,13 +51,13 @@ class Clock:
 
     Attributes:
         forward, backward: seconds of a stage's pass over a whole batch; 0 for what it takes.
-        parts, late: pieces of work so far, and those that took longer than they were to.
+        wanted, over: seconds that work was to take so far, and by which it took longer.
     """
 
     forward: float = 0.0
     backward: float = 0.0
-    parts: int = 0
-    late: int = 0
+    wanted: float = 0.0
+    over: float = 0.0
 
     @contextlib.contextmanager
     def stretched(self, seconds: float) -> Iterator[None]:
@@ -65,11 +65,11 @@ class Clock:
         until = time.monotonic() + seconds
         yield
         left = until - time.monotonic()
-        self.parts += 1
         if left > 0:
             time.sleep(left)
-        elif seconds:
-            self.late += 1
+        if seconds:
+            self.wanted += seconds
+            self.over += max(0.0, -left)
 
 
 @dataclass
