@@ -219,7 +219,9 @@ class _End:
         raise PipelineError(self.broken)
 
     def _gone(self, problem: Exception) -> NoReturn:
-        text = re.sub(r"^(\[.*?\] *)+", "", str(problem).strip()).partition("\n")[0]
+        # Of gloo's text, "[file:line] Connection closed by peer [address]. Advice", what happened.
+        text = re.sub(r"^(\[.*?\] *)+", "", str(problem).strip())
+        text = re.split(r" \[|\n", text)[0]
         self.broken = f"{self.name} is gone: {text or type(problem).__name__}"
         raise PipelineError(self.broken) from problem
 
