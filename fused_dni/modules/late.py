@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_dni.functional.linear import LinearUse
 from fused_dni.functional.node import Node
+from fused_dni.modules.base import Forecast
 from fused_dni.modules.nodes import Delivery
 from fused_dni.modules.steps import LinearSteps, Slots, Steps
 from fused_dni.ops.types import Saved
@@ -238,7 +239,7 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError("gradient is not finite: nothing was learned from it")
     with torch.no_grad():
-        forecast = decoupled.predict(h, context, True)
+        forecast = _predict_again(decoupled, h, context)
         lesson = decoupled.lesson(
             h, forecast, context, gradient.reshape(h.shape), _trace(decoupled, held)
         )
@@ -249,6 +250,17 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
             slots = (*decoupled.parameters_behind(), *decoupled.synthesizer_parameters())
             _deposit(slots, (*(lesson.behind or ()), *learned))
     ticket._tensors = {}
+
+
+def _predict_again(module: Steps, h: Tensor, context: Tensor | None) -> Forecast:
+    """Predict as the step did; a synthesizer's running statistics moved then, and do not now."""
+    synthesizer = module.synthesizer
+    assert synthesizer is not None
+    buffers = [(b, b.clone()) for b in synthesizer.buffers()]
+    forecast = module.predict(h, context, True)
+    for b, before in buffers:
+        b.data.copy_(before)  # the graph, which holds them, does not read them
+    return forecast
 
 
 def _trace(module: Steps, held: dict[str, Tensor]) -> LinearUse | None:
