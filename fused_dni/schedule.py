@@ -233,8 +233,9 @@ class Schedule:
         return seen
 
     def _lessons(self) -> list[tuple[Tensor, int]]:
-        """What changes with each lesson of a layer, and is known without waiting for a device."""
-        return [(m.statistics, m.statistics._version) for m in self._learners]
+        """What changes with each lesson of a layer, one that is to come (``step_local``) included,
+        and is known without waiting for a device."""
+        return [(m.statistics, m.statistics._version + m.tickets) for m in self._learners]
 
     def _listen(self) -> None:
         """Count, by layer, that a step with targets brought none; say so, once, if none does."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_dni.distributed.links import Bell, GroupIncoming, GroupOutgoing
+from fused_dni.distributed.links import LINGER, Bell, GroupIncoming, GroupOutgoing
 from fused_dni.distributed.stage import Arrived, Loss, Stage, Worker, why_not
 from fused_dni.distributed.wire import PROTOCOL, Flag, Kind, Message, PipelineError
 
@@ -82,6 +86,7 @@ class Pipeline:
         ValueError: arguments out of range, a stage that does not fit its rank, the world or the
             mode, or ranks whose arguments or versions differ: each rank raises it, at once.
         RuntimeError: no process group.
+        PipelineError: not every rank made its pipeline within ``timeout``.
     """
 
     def __init__(
@@ -96,8 +101,6 @@ class Pipeline:
         timeout: float = 300.0,
         capacity: int | None = None,
     ) -> None:
-        if not isinstance(stage, Stage):
-            raise TypeError(f"stage must be a Stage, got {type(stage).__name__}")
         if not dist.is_initialized():
             raise RuntimeError(
                 'there is no process group: call torch.distributed.init_process_group("gloo") '
@@ -105,12 +108,14 @@ class Pipeline:
             )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.stage, self.mode, self.window, self.lag = stage, mode, window, lag
-        self.max_age = 8 * window if max_age is None else max_age
         self.timeout = timeout
-        why = self._why_not(loss, capacity)
-        self._agree(why)
+        problem = self._why_not(loss, capacity, max_age)
+        self.max_age = max_age
+        self._agree(problem)
+        self.max_age = 8 * window if max_age is None else max_age
         # Of their own, apart from users' collectives: a pair that breaks is broken for good.
-        pairs = [dist.new_group([below, below + 1]) for below in range(self.world - 1)]
+        pairs = self._groups([[below, below + 1] for below in range(self.world - 1)])
+        self._pairs = [pairs[i] for i in (self.rank - 1, self.rank) if 0 <= i < len(pairs)]
         self.worker = Worker(stage, loss, mode, self.max_age, lag)
         self.steps = 0
         self._over = self._closed = False
@@ -118,55 +123,63 @@ class Pipeline:
         self._failed: str | None = None
         self._ended = False  # no more gradients will come
         self._dropped = 0
+        self.left = 0  # targets that were on their way when the pipeline was closed
         self._began: float | None = None
         self._up = self._down = self._from_up = self._from_down = None
-        back, bell = mode != "local", Bell()
+        bell = Bell()
         if not stage.is_last:
-            pair, peer = pairs[self.rank], self.rank + 1
-            name = f"stage {peer}"
-            self._up = GroupOutgoing(peer, name, pair, window, timeout, bell, capacity)
-            self._from_up = GroupIncoming(peer, name, pair, window, timeout, bell) if back else None
+            at = (self.rank + 1, f"stage {self.rank + 1}", pairs[self.rank], window, timeout, bell)
+            self._from_up = GroupIncoming(*at)
+            self._up = GroupOutgoing(*at, capacity, self._from_up)
         if not stage.is_first:
-            pair, peer = pairs[self.rank - 1], self.rank - 1
-            name = f"stage {peer}"
-            self._from_down = GroupIncoming(peer, name, pair, window, timeout, bell)
-            if back:
-                self._down = GroupOutgoing(peer, name, pair, window, timeout, bell, capacity)
+            below = self.rank - 1
+            at = (below, f"stage {below}", pairs[below], window, timeout, bell)
+            self._from_down = GroupIncoming(*at)
+            self._down = GroupOutgoing(*at, capacity, self._from_down)
         for end in (self._up, self._down, self._from_down):
             if end is not None:
                 end.meanwhile = self._take_in
+        atexit.register(self._let_go)  # of threads: see links.py
 
     # -- before anything is changed ------------------------------------------------------------
 
-    def _why_not(self, loss: Loss | None, capacity: int | None) -> str:
-        """What is wrong with this rank's arguments; empty if nothing is."""
-        stage = self.stage
+    def _why_not(self, loss: Loss | None, capacity: Any, max_age: Any) -> Exception | None:
+        """What is wrong with this rank's arguments."""
+        stage: Any = self.stage
+        if not isinstance(stage, Stage):
+            return TypeError(f"stage must be a Stage, got {type(stage).__name__}")
         if dist.get_backend() != "gloo":
-            return (
+            return ValueError(
                 f"the process group must be of the backend gloo, got {dist.get_backend()}: tensors "
                 "on devices are copied over the host"
             )
         why = why_not(stage, self.rank, self.world, self.mode, loss)
         if why:
-            return why
+            return ValueError(why)
         for name, value, least in (
             ("window", self.window, 1),
-            ("max_age", self.max_age, 0),
+            ("max_age", max_age, 0),
             ("lag", self.lag, 0),
             ("capacity", capacity, 1),
         ):
-            if value is not None and (type(value) is not int or value < least):
-                return f"{name} must be an integer of at least {least}, got {value!r}"
-        if not 0.0 < self.timeout < math.inf:
-            return f"timeout must be positive and finite seconds, got {self.timeout!r}"
-        if self.lag is not None and self.lag > self.max_age:
-            return f"lag={self.lag} is more than max_age={self.max_age}: every target was dropped"
-        return ""
+            if (value is not None or name == "window") and (
+                type(value) is not int or value < least
+            ):
+                return ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        given: Any = self.timeout
+        if not isinstance(given, (int, float)) or not 0.0 < given < math.inf:
+            return ValueError(f"timeout must be positive and finite seconds, got {given!r}")
+        oldest = 8 * self.window if max_age is None else max_age
+        if self.lag is not None and self.lag > oldest:
+            return ValueError(
+                f"lag={self.lag} is more than max_age={oldest}: every target would be dropped"
+            )
+        return None
 
-    def _card(self, why: str) -> dict[str, Any]:
+    def _card(self) -> dict[str, Any]:
         return {
-            "why": why,
             "protocol": PROTOCOL,
+            "fused_dni": _version(),
             "torch": torch.__version__,
             "mode": self.mode,
             "window": self.window,
@@ -174,21 +187,34 @@ class Pipeline:
             "lag": self.lag,
         }
 
-    def _agree(self, why: str) -> None:
-        """Raise on every rank if one has a reason, or if ranks differ."""
-        cards = self.exchange(self._card(why))
+    def _agree(self, problem: Exception | None) -> None:
+        """Raise on every rank if one has a problem, or if ranks differ."""
+        if problem is not None and "timeout" in str(problem):
+            self.timeout = 300.0
+        (self._all,) = self._groups([list(range(self.world))])
+        cards = self.exchange(self._card() if problem is None else {"why": str(problem)[:1000]})
+        if problem is not None:
+            raise problem
         for rank, card in enumerate(cards):
-            if card["why"]:
-                raise ValueError(
-                    card["why"] if rank == self.rank else f"rank {rank}: {card['why']}"
-                )
+            if "why" in card:
+                raise ValueError(f"rank {rank}: {card['why']}")
         for rank, card in enumerate(cards):
             for name, value in card.items():
-                if value != cards[0][name]:
+                if value != cards[0].get(name):
                     raise ValueError(
-                        f"ranks differ: {name} is {cards[0][name]!r} on rank 0 and {value!r} on "
-                        f"rank {rank}"
+                        f"ranks differ: {name} is {cards[0].get(name)!r} on rank 0 and {value!r} "
+                        f"on rank {rank}"
                     )
+
+    def _groups(self, ranks: list[list[int]]) -> list[Any]:
+        """Process groups, which all ranks must make together."""
+        seconds = timedelta(seconds=self.timeout)
+        try:
+            return [dist.new_group(some, timeout=seconds) for some in ranks]
+        except RuntimeError as problem:
+            raise PipelineError(
+                f"not every rank came to make its Pipeline within {self.timeout:g} s (timeout)"
+            ) from problem
 
     def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange what JSON holds in at most 8 KiB between all ranks; by rank."""
@@ -198,7 +224,12 @@ class Pipeline:
         mine = torch.zeros(_CARD, dtype=torch.uint8)
         mine[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         all_of = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(all_of, mine)
+        try:
+            dist.all_gather(all_of, mine, group=self._all)
+        except RuntimeError as problem:
+            raise PipelineError(
+                f"a rank is gone, or was silent for {self.timeout:g} s (timeout): {problem}"
+            ) from problem
         found: list[dict[str, Any]] = []
         for t in all_of:
             found.append(json.loads(bytes(t.tolist()).rstrip(b"\0")))
@@ -215,25 +246,43 @@ class Pipeline:
                 context, for synthesizers, is the target if it is not given.
 
         Raises:
-            PipelineError: as :meth:`step`.
+            PipelineError, ValueError: as :meth:`step`.
+            TypeError: no batches on the first stage, or one that is no such tuple or list. This
+                and what ``batches`` raise is a PipelineError on the other ranks.
         """
-        feed = iter(batches) if batches is not None and self.stage.is_first else None
-        while True:
-            if feed is not None:
-                try:
-                    batch = next(feed, None)
-                except Exception as problem:
-                    self._fail(f"{type(problem).__name__}: {problem}")
-                    raise
-                if batch is None:
-                    break
+        if not self.stage.is_first:
+            while (out := self.step()) is not None:
+                yield out
+        else:
+            with self._telling():
+                if batches is None:
+                    raise TypeError("batches are missing: the first stage needs them")
+                feed = iter(batches)
+            while (batch := self._next(feed)) is not None:
                 out = self.step(*batch)
-            else:
-                out = self.step()
-            if out is None:
-                break
-            yield out
+                assert out is not None
+                yield out
         self.close()
+
+    def _next(self, feed: Iterator[Any]) -> Sequence[Any] | None:
+        with self._telling():
+            for batch in feed:
+                if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+                    raise TypeError(
+                        "a batch must be (x, target) or (x, target, context), got "
+                        f"{type(batch).__name__}"
+                    )
+                return batch
+        return None
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell the other ranks of what is raised inside."""
+        try:
+            yield
+        except BaseException as problem:
+            self._fail(str(problem) if isinstance(problem, PipelineError) else repr(problem))
+            raise
 
     def step(
         self, x: Tensor | None = None, target: Tensor | None = None, context: Tensor | None = None
@@ -247,6 +296,7 @@ class Pipeline:
             PipelineError: a neighbour that failed, vanished, is silent, or sent what does not fit;
                 or a pipeline that failed before or is closed. What else the stage raises goes to
                 the caller, and to the other ranks as a PipelineError.
+            TypeError: arguments that are no tensors.
             ValueError: x missing on the first stage, or given on another.
         """
         if self._failed is not None or self._closed:
@@ -258,12 +308,11 @@ class Pipeline:
             )
         if self._began is None:
             self._began = time.perf_counter()
-        try:
+        with self._telling():
+            for name, t in (("x", x), ("target", target), ("context", context)):
+                if t is not None and not isinstance(t, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
             return self._step(x, target, context)
-        except BaseException as problem:
-            text = str(problem) if isinstance(problem, PipelineError) else repr(problem)
-            self._fail(text)
-            raise
 
     def _step(
         self, x: Tensor | None, target: Tensor | None, context: Tensor | None
@@ -285,6 +334,8 @@ class Pipeline:
             self._send_down(step, begun.dx)
         self._take_in()
         while self.worker.missing(step):
+            if self._ended:
+                raise PipelineError(f"stage {self.rank + 1} has ended and owes a gradient")
             self._take_in(wait=True)
         for of, dx in self.worker.settle(step):
             self._send_down(of, dx)
@@ -331,8 +382,6 @@ class Pipeline:
                 return
             if message.kind is Kind.END:
                 self._ended = True
-                if wait:
-                    raise PipelineError(f"{incoming.name} has ended and owes a gradient")
                 return
             (gradient,) = message.tensors if len(message.tensors) == 1 else (None,)
             if message.kind is not Kind.GRADIENT or gradient is None or message.step > self.steps:
@@ -354,16 +403,35 @@ class Pipeline:
                 if link is not None:
                     link.fail(text)
 
+    def _let_go(self) -> None:
+        """End the links' threads, and their groups. Of a pipeline that failed: the neighbours have
+        some seconds to hear of it, then their connections break."""
+        atexit.unregister(self._let_go)
+        if not self._closed:
+            self._fail("the process has ended")
+        deadline = time.perf_counter() + min(self.timeout, LINGER)
+        for end in (self._from_up, self._from_down, self._up, self._down):
+            if end is not None:
+                end.end(deadline - time.perf_counter())
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            with suppress(RuntimeError, ValueError, AssertionError):  # all groups are destroyed
+                dist.destroy_process_group(pair)
+
     def close(self) -> None:
         """End the pipeline: what was sent is taken in upstream, targets that are on their way are
-        counted and dropped. Called by :meth:`run` at its end and by ``with``.
+        counted and dropped. Called by :meth:`run` at its end and by ``with``. Of a pipeline that
+        failed, let go of what it holds, which takes a few seconds if a neighbour does not answer.
 
         Raises:
             PipelineError: a neighbour that failed before its end.
         """
-        if self._closed or self._failed is not None:
+        if self._closed:
             return
-        try:
+        if self._failed is not None:
+            self._let_go()
+            return
+        with self._telling():
             if self._from_down is not None and not self._over:
                 while (left := self._from_down.receive()) is None or left.kind is not Kind.END:
                     pass
@@ -374,11 +442,9 @@ class Pipeline:
                 self._ended = left is not None and left.kind is Kind.END
             if self._down is not None:
                 self._down.close()
-        except PipelineError as problem:
-            self._fail(str(problem))
-            raise
         self.left = self.worker.let_go()
         self._closed = True
+        self._let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -389,10 +455,13 @@ class Pipeline:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if problem is None:
-            self.close()
-        else:
-            self._fail(repr(problem))
+        try:
+            if problem is None:
+                self.close()
+            else:
+                self._fail(repr(problem))
+        finally:
+            self._let_go()
 
     # -- what is told of it ----------------------------------------------------------------------
 
@@ -418,12 +487,20 @@ class Pipeline:
                 "not_finite": 0 if box is None else box.not_finite,
                 "no_room": self._dropped,
             },
+            "left": self.left,
             "expired": 0 if box is None else box.expired,
         }
 
     def reports(self) -> list[dict[str, Any]]:
         """Exchange :meth:`report` between all ranks, each of which must call this; by stage."""
         return self.exchange(self.report())
+
+
+def _version() -> str | None:
+    try:
+        return version("fused-dni")
+    except PackageNotFoundError:  # used from its folder
+        return None
 
 
 def _forward(step: int, h: Tensor, given: Arrived, asks: bool, waits: bool) -> Message:

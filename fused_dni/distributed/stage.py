@@ -45,7 +45,8 @@ class Stage(nn.Module):
         TypeError: no module; one in ``DistributedDataParallel``, which is refused: replicas of a
             stage would receive targets at different steps and drift apart.
         ValueError: an index that is none of ``range(num_stages)``; a synthesizer for a submodule
-            that has one already, or for the last stage, whose gradient is its loss's.
+            that has one already, or for the last stage, whose gradient is its loss's; what goes
+            with a synthesizer without one.
     """
 
     def __init__(
@@ -62,18 +63,27 @@ class Stage(nn.Module):
         local_loss: Loss | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(submodule, DistributedDataParallel):
+        if not isinstance(submodule, nn.Module):
+            raise TypeError(f"submodule must be an nn.Module, got {type(submodule).__name__}")
+        if any(isinstance(m, DistributedDataParallel) for m in submodule.modules()):
             raise TypeError(
                 "submodule is in DistributedDataParallel: data parallelism inside a stage is not "
                 "supported, as replicas would receive targets at different steps and drift apart"
             )
-        if not isinstance(submodule, nn.Module):
-            raise TypeError(f"submodule must be an nn.Module, got {type(submodule).__name__}")
         if num_stages < 1 or not 0 <= stage_index < num_stages:
             raise ValueError(
                 f"stage_index must be in [0, {num_stages}), num_stages positive, got stage_index="
                 f"{stage_index}, num_stages={num_stages}"
             )
+        options: dict[str, Any] = {
+            "update": update,
+            "synthesizer_update": synthesizer_update,
+            "target_scale": target_scale,
+            "max_norm": max_norm,
+        }
+        if synthesizer is None and any(value is not None for value in options.values()):
+            given = [name for name, value in options.items() if value is not None]
+            raise ValueError(f"{', '.join(given)}: only together with synthesizer")
         if synthesizer is not None:
             if stage_index == num_stages - 1:
                 raise ValueError(
@@ -81,14 +91,7 @@ class Stage(nn.Module):
                 )
             if isinstance(submodule, DecoupledModule) and submodule.synthesizer is not None:
                 raise ValueError("synthesizer: the submodule has one at its output already")
-            submodule = Decoupled(
-                submodule,
-                synthesizer,
-                update=update,
-                synthesizer_update=synthesizer_update,
-                target_scale=target_scale,
-                max_norm=max_norm,
-            )
+            submodule = Decoupled(submodule, synthesizer, **options)
         self.submodule = submodule
         self.stage_index, self.num_stages = stage_index, num_stages
         self.local_loss = local_loss
@@ -210,6 +213,12 @@ class Worker:
 
     def begin(self, step: int, given: Arrived) -> Begun:
         """Run the forward and, where no gradient from above is needed, all else."""
+        module = self.stage.decoupled
+        if module is not None and module.phase.loss_scale is not None:
+            raise ValueError(
+                "loss_scale: gradients between stages carry none; give the Schedule of a stage "
+                "none, and train in bfloat16"
+            )
         with self._timed():
             inside = _nothing() if given.context is None else condition_on(given.context)
             with inside:  # for decoupled layers in the submodule
@@ -232,29 +241,44 @@ class Worker:
             return True
         return module.phase.target or module.phase.warmup
 
+    def _run(self, x: Tensor) -> Tensor:
+        h = self.stage(x)
+        if not isinstance(h, Tensor):
+            raise TypeError(f"a stage must return one tensor, got {type(h).__name__}")
+        return h
+
     def _last(self, given: Arrived) -> Begun:
         assert self.loss is not None and given.target is not None
         x = given.x.detach()
         x.requires_grad_(given.wanted)
         with torch.enable_grad():
-            h = self.stage(x)
+            h = self._run(x)
             loss = self.loss(h, given.target)
-        loss.backward()
-        return Begun(h.detach(), False, False, x.grad, loss.detach())
+        if loss.requires_grad:
+            loss.backward()
+        elif given.wanted or _learns(self.stage):
+            raise RuntimeError(
+                "the loss carries no graph, though the stage's parameters or the stage below ask "
+                "for gradients: it is detached, computed under no_grad(), or does not depend on "
+                "the output"
+            )
+        dx = _wanted(x) if given.wanted else None
+        return Begun(h.detach(), False, False, dx, loss.detach())
 
     def _local(self, given: Arrived) -> Begun:
         assert self.stage.local_loss is not None and given.target is not None
         with torch.enable_grad():
-            h = self.stage(given.x.detach())
+            h = self._run(given.x.detach())
             loss = self.stage.local_loss(h, given.target)
-        loss.backward()
+        if loss.requires_grad or _learns(self.stage):
+            loss.backward()
         return Begun(h.detach(), False, False, None, loss.detach())
 
     def _predicted(self, step: int, given: Arrived) -> Begun:
         module, asks = self.stage.decoupled, self._asks()
         assert module is not None and self.mailbox is not None
         x = given.x.detach().requires_grad_(given.wanted)
-        h, (dx, *_), ticket = step_local(module, x, context=given.context)
+        h, (dx, *_), ticket = step_local(module, x)  # the context is around
         if asks:
             self.mailbox.put(step, ticket)
             self._asked = [s for s in self._asked if s >= step - self.max_age] + [step]
@@ -262,14 +286,19 @@ class Worker:
 
     def _open(self, step: int, given: Arrived) -> Begun:
         x = given.x.detach().requires_grad_(given.wanted)
-        named = {}
-        if self.stage.decoupled is not None and given.context is not None:
-            named["context"] = given.context
         # Whose weights may be others when the gradient comes: the way back is through them as they
         # are then, as in every asynchronous pipeline that keeps no second set.
         keep = torch.autograd.graph.saved_tensors_hooks(_same, _same)
         with torch.enable_grad(), keep if self._late() else _nothing():
-            h = self.stage(x, **named)
+            h = self._run(x)
+        if not h.requires_grad:
+            if given.wanted or _learns(self.stage):
+                raise RuntimeError(
+                    f"the stage's output, {h.dtype} {list(h.shape)}, carries no graph, though its "
+                    "parameters or the stage below ask for gradients: it is of integers, detached, "
+                    "or computed under no_grad()"
+                )
+            return Begun(h, False, False, None, None)  # a stage that is frozen
         self._flights[step] = _Flight(x, h, given.wanted)
         self._asked.append(step)
         return Begun(h.detach(), True, True, None, None)
@@ -313,11 +342,16 @@ class Worker:
                     self._asked.remove(of)
                 flight = self._flights.pop(of, None)
                 if flight is not None:
-                    torch.autograd.backward(flight.h, gradient)
+                    h = flight.h
+                    if (gradient.shape, gradient.dtype) != (h.shape, h.dtype):
+                        raise RuntimeError(
+                            f"the gradient at the output of step {of} must be {list(h.shape)} "
+                            f"{h.dtype}, got {list(gradient.shape)} {gradient.dtype}"
+                        )
+                    torch.autograd.backward(h, gradient)
                     self.ages.add(step - of)
                     if flight.wanted:
-                        assert flight.x.grad is not None
-                        made.append((of, flight.x.grad))
+                        made.append((of, _wanted(flight.x)))
                 elif self.mailbox is not None:
                     self.mailbox.learn(of, step, gradient)
                 else:
@@ -337,6 +371,20 @@ class Worker:
             yield
         finally:
             self.busy += time.perf_counter() - began
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _wanted(x: Tensor) -> Tensor:
+    """The gradient at a stage's input, for which the stage below waits."""
+    if x.grad is None:
+        raise RuntimeError(
+            "no gradient came to the stage's input, for which the stage below waits: what the "
+            "stage returns does not depend on it"
+        )
+    return x.grad
 
 
 def _same(t: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class PipelineError(RuntimeError):
 class Kind(IntEnum):
     """What a message is."""
 
-    OPEN = 1  # the size of the messages that follow: an int64 tensor of one element
+    OPEN = 1  # int64 [2]: the size of the messages that follow, and the window
     FORWARD = 2  # h, target, context
     GRADIENT = 3  # the gradient at the receiver's output in that step
     END = 4  # nothing follows
@@ -73,10 +73,11 @@ class Message(NamedTuple):
 
 
 def text_of(message: Message) -> str:
-    """The text of an error message."""
-    (text,) = message.tensors
-    assert text is not None
-    return bytes(text.tolist()).decode("utf-8", "replace")
+    """The text of an error message; where it has none, that."""
+    text = message.tensors[0] if message.tensors else None
+    if text is None or text.dtype != torch.uint8:
+        return "for a reason that did not arrive"
+    return bytes(text.flatten().tolist()).decode("utf-8", "replace")
 
 
 def error(text: str) -> Message:
@@ -100,6 +101,15 @@ def encode(message: Message, buffer: Tensor) -> int:
     Raises:
         PipelineError: it does not fit, or holds what has no place on the wire; nothing is written.
     """
+    for t in message.tensors:
+        if t is not None and (
+            t.dtype not in DTYPES or t.dim() > DIMS or t.layout != torch.strided or t.is_meta
+        ):
+            raise PipelineError(
+                f"a tensor between stages must be dense, of one of {[str(d) for d in DTYPES]} and "
+                f"have at most {DIMS} dimensions, got {t.dtype} {list(t.shape)}, {t.layout} on "
+                f"{t.device}"
+            )
     size = size_of(message)
     if size > buffer.numel():
         raise PipelineError(
@@ -115,11 +125,6 @@ def encode(message: Message, buffer: Tensor) -> int:
     for i, t in enumerate(message.tensors):
         if t is None:
             continue
-        if t.dtype not in DTYPES or t.dim() > DIMS:
-            raise PipelineError(
-                f"a tensor between stages must be of one of {[str(d) for d in DTYPES]} and have at "
-                f"most {DIMS} dimensions, got {t.dtype} {list(t.shape)}"
-            )
         shape = (*t.shape, *(0,) * (DIMS - t.dim()))
         place = _FRONT.size + i * _TENSOR.size
         _TENSOR.pack_into(fields, place, 1, DTYPES.index(t.dtype), t.dim(), *shape)
@@ -164,6 +169,9 @@ def decode(buffer: Tensor) -> Message:
             raise PipelineError(
                 f"a message's tensor {i}, {dtype} {sizes}, is longer than its link's buffer"
             )
-        tensors.append(buffer[at : at + length].clone().view(dtype).view(sizes))
+        found = buffer[at : at + length]
+        # A bool that is neither 0 nor 1 is undefined.
+        found = found != 0 if dtype is torch.bool else found.clone().view(dtype)
+        tensors.append(found.view(sizes))
         at += _aligned(length)
     return Message(Kind(kind), step, flags, tuple(tensors))

@@ -154,6 +154,9 @@ class DecoupledModule(nn.Module):
     # Steps with targets, of a Schedule, in which nothing came to learn from.
     missed_targets = 0
 
+    # Steps whose targets come later: see late.step_local.
+    tickets = 0
+
     # See pending.Owner.
     shares: ClassVar[tuple[tuple[nn.Module, str], ...]] = ()
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_dni.functional.linear import LinearUse
 from fused_dni.functional.node import Node
+from fused_dni.modules.base import Forecast
 from fused_dni.modules.nodes import Delivery
 from fused_dni.modules.steps import LinearSteps, Slots, Steps
 from fused_dni.ops.types import Saved
@@ -30,8 +31,8 @@ class Ticket:
     them (``shape`` is the output's, of which h may be the rows); of an interface at the
     preactivation also what takes a gradient at h back to there.
 
-    It owns what it holds but for h and the context, which it shares with whoever else has them: do
-    not change these in place. It is good for one lesson, and empty afterwards.
+    It shares h, the context and, of that interface, the input with whoever else has them: do not
+    change these in place. It is good for one lesson, and empty afterwards.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -148,8 +149,9 @@ def step_local(
     Raises:
         TypeError: a module of another kind; a segment that returns more than h.
         ValueError: a module without a synthesizer.
-        RuntimeError: in ``eval()`` or without gradients, or in a phase that needs the true gradient
-            (warm-up, mixing): run a forward and a backward there. What the module's forward raises.
+        RuntimeError: in ``eval()`` or without gradients, in a phase that needs the true gradient
+            (warm-up, mixing): run a forward and a backward there; under a loss scale. What the
+            module's forward raises.
     """
     decoupled = _ready(module, "step_local")
     if not decoupled.training or not torch.is_grad_enabled():
@@ -163,6 +165,8 @@ def step_local(
             "step_local takes the gradient from the prediction, but the schedule's phase asks for "
             "the true one (warm-up, mix, diagnostics): run the forward and a backward"
         )
+    if phase.loss_scale is not None:
+        raise RuntimeError("step_local knows no loss scale: give the Schedule none")
     tensors = [t for t in tree_leaves((inputs, named)) if isinstance(t, Tensor)]
     need_dx = any([t.requires_grad for t in tensors])
     cut, kept = tree_map_only(
@@ -172,6 +176,7 @@ def step_local(
     h = delivery.run(*cut, context=context, **kept).detach()
     if decoupled.update is None:
         _deposit(decoupled.local_parameters(), delivery.gradients)
+    decoupled.tickets += 1
     return LocalOutput(h, delivery.dx, _ticket(delivery, h.shape))
 
 
@@ -186,7 +191,12 @@ def _ticket(delivery: Delivery, shape: torch.Size) -> Ticket:
         held["normalized"], held["rstd"] = saved
         for name, t in (("norm_weight", layer.norm_weight), ("norm_bias", layer.norm_bias)):
             held[name] = None if t is None else t.detach().clone()
-    return Ticket({name: t for name, t in held.items() if t is not None})
+    return Ticket({name: _alone(t) for name, t in held.items() if t is not None})
+
+
+def _alone(t: Tensor) -> Tensor:
+    """The same, without the rest of what it is a part of: a ticket may be kept for long."""
+    return t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
 
 
 def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
@@ -229,7 +239,7 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError("gradient is not finite: nothing was learned from it")
     with torch.no_grad():
-        forecast = decoupled.predict(h, context, True)
+        forecast = _predict_again(decoupled, h, context)
         lesson = decoupled.lesson(
             h, forecast, context, gradient.reshape(h.shape), _trace(decoupled, held)
         )
@@ -240,6 +250,17 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
             slots = (*decoupled.parameters_behind(), *decoupled.synthesizer_parameters())
             _deposit(slots, (*(lesson.behind or ()), *learned))
     ticket._tensors = {}
+
+
+def _predict_again(module: Steps, h: Tensor, context: Tensor | None) -> Forecast:
+    """Predict as the step did; a synthesizer's running statistics moved then, and do not now."""
+    synthesizer = module.synthesizer
+    assert synthesizer is not None
+    buffers = [(b, b.clone()) for b in synthesizer.buffers()]
+    forecast = module.predict(h, context, True)
+    for b, before in buffers:
+        b.data.copy_(before)  # the graph, which holds them, does not read them
+    return forecast
 
 
 def _trace(module: Steps, held: dict[str, Tensor]) -> LinearUse | None:

@@ -12,13 +12,8 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 FLOORS = (
     ("stored", "clocks", "models", "races", "gpu_run", "relay"),
     ("workloads", "gpu_baselines", "rates"),
-<<<<<<< HEAD
     ("crossover", "groups", "suites", "conftest", "planted", "readings"),
-    ("measuring", "claims", "instructions"),
-=======
-    ("crossover", "groups", "suites", "conftest", "planted"),
     ("measuring", "claims", "instructions", "pipelines"),
->>>>>>> 03063a9e8a607c848c827dae49b3cc91f45e356a
     ("pages",),
     ("tables", "answers", "gpu_kernels"),
 )

@@ -8,7 +8,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ class Ranks:
             self.ends.append(ours)
             self.processes.append(process)
 
-    def results(self, seconds: float = 60.0) -> list[Any]:
-        """By rank what it returned; an exception's (name, text, traceback), or None of a process
-        that died. Everything is stopped afterwards.
+    def results(self, seconds: float = 60.0, only: Collection[int] | None = None) -> list[Any]:
+        """By rank, of all or of some (None for the others), what it returned; an exception's (name,
+        text, traceback), or None of a process that died. Everything is stopped afterwards.
 
         Raises:
             TimeoutError: a rank was not done.
@@ -73,6 +73,9 @@ class Ranks:
         deadline = time.monotonic() + seconds
         try:
             for rank, end in enumerate(self.ends):
+                if only is not None and rank not in only:
+                    found.append(None)
+                    continue
                 if not end.poll(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError(f"rank {rank} is not done after {seconds:g} s")
                 try:
