@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 examples/split_learning.py --target-every 0   # plain split learning
 
 The client has the images and a small bottom, the server the rest and the labels. In plain split
-learning the client waits on every step for the gradient at its output. Here it predicts that gradient,
-and the true one comes back on every k-th step. What goes up as the target is the number of the image.
+learning the client waits on every step for the gradient at its output. Here it predicts that
+gradient, and the true one comes back on every k-th step. Up go the output and, as the target, the
+numbers of the images.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_dni.distributed.links import LINGER, Bell, GroupIncoming, GroupOutgoing
 from fused_dni.distributed.stage import Arrived, Loss, Stage, Worker, why_not
 from fused_dni.distributed.wire import PROTOCOL, Flag, Kind, Message, PipelineError
+from fused_dni.modules.base import DecoupledModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,6 +114,8 @@ class Pipeline:
         self.max_age = max_age
         self._agree(problem)
         self.max_age = 8 * window if max_age is None else max_age
+        conditioned = [card["conditioned"] for card in self.exchange(_conditions(stage))]
+        self._context_above = any(conditioned[self.rank + 1 :])
         # Of their own, apart from users' collectives: a pair that breaks is broken for good.
         pairs = self._groups([[below, below + 1] for below in range(self.world - 1)])
         self._pairs = [pairs[i] for i in (self.rank - 1, self.rank) if 0 <= i < len(pairs)]
@@ -329,6 +332,8 @@ class Pipeline:
             raise ValueError("target is missing: the loss needs it")
         begun = self.worker.begin(step, given)
         if self._up is not None:
+            if not self._context_above and given.context is not given.target:
+                given = given._replace(context=None)
             self._up.send(_forward(step, begun.h, given, begun.asks, begun.waits))
         if given.wanted and begun.dx is not None:
             self._send_down(step, begun.dx)
@@ -501,6 +506,13 @@ def _version() -> str | None:
         return version("fused-dni")
     except PackageNotFoundError:  # used from its folder
         return None
+
+
+def _conditions(stage: Stage) -> dict[str, Any]:
+    """Whether anything in a stage may be conditioned on a context."""
+    found = [m for m in stage.modules() if isinstance(m, DecoupledModule)]
+    features = [getattr(m.synthesizer, "context_features", None) for m in found]
+    return {"conditioned": any(k is None or k > 0 for k in features)}
 
 
 def _forward(step: int, h: Tensor, given: Arrived, asks: bool, waits: bool) -> Message:
