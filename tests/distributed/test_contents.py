@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -176,3 +178,33 @@ def raising(rank: int, world: int) -> str:
 def test_a_neighbour_that_never_closes():
     found = Ranks(raising, 2).results()
     assert found[0][0] == "PipelineError" and "stage 1 was silent for 2 s" in found[0][1]
+
+
+class Kept(nn.Module):
+    """Activations whose derivatives are made of their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.sigmoid(torch.tanh(x))
+        self.outputs.append(weakref.ref(out))
+        return out
+
+
+def test_graphs_that_wait_are_gone_when_they_are_used():
+    """Without the garbage collector: of each step in flight one, and no more."""
+    kept = Kept()
+    body = nn.Sequential(nn.Linear(INPUTS, WIDTH), kept, nn.Softmax(1))
+    twin = Twin(
+        [Stage(body, 0, 2), Stage(nn.Linear(WIDTH, CLASSES), 1, 2)],
+        loss=F.cross_entropy, mode="stale", lag=3,
+    )  # fmt: skip
+    gc.disable()
+    try:
+        for x, y in batches(20):
+            twin.step(x, y)
+            assert sum(out() is not None for out in kept.outputs) <= 3
+    finally:
+        gc.enable()
