@@ -232,7 +232,7 @@ class _End:
         if self.waiter.finish(deadline - time.perf_counter()):
             return
         with suppress(RuntimeError):  # a wait that times out ends all others of its pair
-            work = dist.irecv(torch.empty(1), self.peer, group=self.group, tag=1)
+            work: Any = dist.irecv(torch.empty(1), self.peer, group=self.group, tag=1)
             work.wait(timedelta(milliseconds=1))
         self.waiter.join(LINGER)
 

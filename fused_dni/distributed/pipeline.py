@@ -79,7 +79,8 @@ class Pipeline:
             waits. Default ``8 * window``.
         lag: use each gradient exactly so many steps late, and wait for it if it is not there: the
             same numbers on every run. None: when it comes.
-        timeout: seconds that a neighbour may be silent while something is waited for.
+        timeout: seconds that a neighbour may be silent while something is waited for; at most a
+            second more for each stage between that and the end of the pipeline behind it.
         capacity: bytes of the largest message; None for that of the first batch.
 
     Raises:
@@ -130,13 +131,17 @@ class Pipeline:
         self._began: float | None = None
         self._up = self._down = self._from_up = self._from_down = None
         bell = Bell()
+        # Who waits for one that waits itself is given longer: the nearest to a silent one tells.
+        longer = min(1.0, timeout / 4)
         if not stage.is_last:
-            at = (self.rank + 1, f"stage {self.rank + 1}", pairs[self.rank], window, timeout, bell)
+            above, patience = self.rank + 1, timeout + longer * (self.world - 2 - self.rank)
+            at = (above, f"stage {above}", pairs[self.rank], window, patience, bell)
             self._from_up = GroupIncoming(*at)
             self._up = GroupOutgoing(*at, capacity, self._from_up)
         if not stage.is_first:
             below = self.rank - 1
-            at = (below, f"stage {below}", pairs[below], window, timeout, bell)
+            patience = timeout + longer * below
+            at = (below, f"stage {below}", pairs[below], window, patience, bell)
             self._from_down = GroupIncoming(*at)
             self._down = GroupOutgoing(*at, capacity, self._from_down)
         for end in (self._up, self._down, self._from_down):

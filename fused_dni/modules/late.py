@@ -216,7 +216,8 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
         TypeError: ``ticket`` is no ticket, ``gradient`` no tensor, or a module of another kind.
         ValueError: a module without a synthesizer, or a gradient that is not finite: what came by
             a broken way is not to be learned.
-        RuntimeError: a spent ticket; a shape, dtype or device that is not h's.
+        RuntimeError: a spent ticket; a shape, dtype or device that is not h's; a parameter under a
+            rule whose ``.grad`` holds a gradient, which the rule does not see.
         Nothing is changed then.
     """
     decoupled = _ready(module, "learn_late")
@@ -238,6 +239,7 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
         )
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError("gradient is not finite: nothing was learned from it")
+    decoupled.refuse_other_gradients()
     with torch.no_grad():
         forecast = _predict_again(decoupled, h, context)
         lesson = decoupled.lesson(

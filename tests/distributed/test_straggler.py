@@ -126,3 +126,21 @@ def test_random_configurations(world):
 def test_many_random_configurations(world):
     found = ranks(partial(anything, seeds=range(12, 112)), world, seconds=500.0)
     assert found == [found[0]] * world and min(found[0]) > 0
+
+
+def steady(rank: int, world: int, lag: int) -> dict[str, Any]:
+    with Pipeline(stage(rank, world), loss=F.cross_entropy, lag=lag) as pipeline:
+        for _ in pipeline.run(batches(12)):
+            pass
+    return pipeline.report()
+
+
+@pytest.mark.parametrize("lag", [0, 3, 5])
+def test_ages_are_those_that_were_asked_for(lag):
+    report = ranks(partial(steady, lag=lag), 2)[0]
+    age = report["age"]
+    assert (age["mean"], age["oldest"]) == (lag, lag)
+    assert [(row["from"], row["targets"]) for row in age["by_age"]] == [
+        ({0: 0, 3: 2, 5: 4}[lag], 12 - lag)
+    ]
+    assert (report["learned"], report["left"]) == (12 - lag, lag)

@@ -368,6 +368,24 @@ def test_bad_gradients_change_nothing(kind, rule):
     assert not torch.equal(module.statistics, before["statistics"])
 
 
+@pytest.mark.parametrize("kind", ["linear", "segment", "deep"])
+def test_a_gradient_that_no_rule_sees(kind):
+    """Refused as in a backward; nothing is changed."""
+    module = made(kind, "adam")
+    x, y, gradient = data(kind, 0)
+    for step in range(2):
+        *_, ticket = fd.step_local(module, x, context=y)
+        part = next(module.synthesizer.parameters())
+        if step:
+            part.grad = torch.ones_like(part)
+            before = state(module)
+            with pytest.raises(RuntimeError, match="came by another way"):
+                fd.learn_late(module, ticket, gradient)
+            same(state(module), before)
+            part.grad = None
+        fd.learn_late(module, ticket, gradient)
+
+
 def test_what_is_refused():
     module = made("linear", "none")
     x, y, _ = data("linear", 0)
