@@ -18,8 +18,11 @@ from fused_dni.modules import (
     FusedDNILinear,
     FusedDNILSTM,
     FusedDNILSTMCell,
+    Ticket,
     backward_boundary,
     backward_local,
+    learn_late,
+    step_local,
 )
 from fused_dni.optim import FusedOptimizer, ordinary_parameters
 from fused_dni.rules import SGD, Adam, AdamW
@@ -67,6 +70,7 @@ __all__ = [
     "SoftmaxSynthesizer",
     "SurrogateSynthesizer",
     "Synthesizer",
+    "Ticket",
     "TopVerdict",
     "Verdict",
     "advise",
@@ -77,8 +81,10 @@ __all__ = [
     "convert",
     "diagnostics",
     "functional",
+    "learn_late",
     "ordinary_parameters",
     "revert",
+    "step_local",
     "verdict",
     "verdict_lstm",
     "verdict_top",

@@ -1,6 +1,7 @@
 """The drop-in layers."""
 
 from fused_dni.modules.decoupled import Decoupled
+from fused_dni.modules.late import Ticket, learn_late, step_local
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.local import backward_local
 from fused_dni.modules.lstm import FusedDNILSTM
@@ -14,6 +15,9 @@ __all__ = [
     "FusedDNILSTM",
     "FusedDNILSTMCell",
     "FusedDNILinear",
+    "Ticket",
     "backward_boundary",
     "backward_local",
+    "learn_late",
+    "step_local",
 ]

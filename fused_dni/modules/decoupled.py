@@ -108,8 +108,6 @@ class Decoupled(SegmentSteps):
             self.probe(h, h, rows)
             return out
         if self.delivery is not None:
-            for t in tensors:
-                t.requires_grad_(self.delivery.need_dx)
             return nodes.delivered(self, given, rows)
         need_dx = any(
             t.requires_grad and getattr(t, NO_TARGET, None) != t._version for t in tensors

@@ -581,38 +581,43 @@ def unruled(
 class Delivery:
     """Immediate delivery: one call of a module that updates at once and hands its dx back.
 
-    :class:`fused_dni.DecoupledSequential` sets it on the module around the call, so that forward
-    hooks run as ever. ``dx`` and ``gradients`` (without a rule) are there after :meth:`run`.
+    Set on the module around the call, so that forward hooks run as ever. ``dx`` (by tensor among
+    the arguments) and ``gradients`` (without a rule) are there after :meth:`run`.
     """
 
     def __init__(self, module: DecoupledModule, need_dx: bool, learns: bool) -> None:
         self.module = module
         self.need_dx = need_dx
         self.learns = learns
-        self.dx: Tensor | None = None
+        self.dx: Slots = ()
         self.gradients: Slots = ()
         self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
 
-    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Call the module; its output is sealed: a backward through it is an error."""
+    def run(self, *inputs: Any, context: Tensor | None, **named: Any) -> Tensor:
+        """Call the module with detached tensors, of which those that ask for a gradient get one if
+        ``need_dx``; its output is sealed: a backward through it is an error."""
         self.module.delivery = self
         try:
-            h: Tensor = self.module(x, context=context)
+            h: Tensor = self.module(*inputs, context=context, **named)
         finally:
             self.module.delivery = None
         return h
 
     def take(self, step: LocalStep, context: Tensor | None) -> None:
         """The module's side of :meth:`run`."""
-        self.dx = step.dx[0]
+        self.dx = step.dx
         self.gradients = step.gradients
         if step.forecast is not None:
             self._waiting = (step, step.forecast, context)
 
+    def waiting(self) -> tuple[LocalStep, Forecast, Tensor | None]:
+        """What waits for the gradient at the output: the step, its prediction and the context."""
+        assert self._waiting is not None
+        return self._waiting
+
     def lesson(self, arrived: Tensor) -> Lesson:
         """What the synthesizer learns from a gradient that arrived at the output."""
-        assert self._waiting is not None
-        step, forecast, context = self._waiting
+        step, forecast, context = self.waiting()
         arrived = arrived.reshape(step.h.shape)
         return self.module.lesson(step.h, forecast, context, arrived, step.trace)
 

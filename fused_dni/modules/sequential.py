@@ -211,9 +211,9 @@ class Delivered(Node):
                     aliases.update(made)
                 trained = [p for m in between for p in m.parameters() if p.requires_grad]
                 delivery = Delivery(module, wants or bool(trained), target)
-                above = delivery.run(x.detach(), context)
+                above = delivery.run(x.detach().requires_grad_(delivery.need_dx), context=context)
             grads.add(module.local_parameters(), delivery.gradients)
-            arrived = _take_down(x, h, wants, trained, aliases, delivery.dx, grads)
+            arrived = _take_down(x, h, wants, trained, aliases, delivery.dx[0], grads)
             if below is None:
                 dx = arrived
             elif arrived is not None:

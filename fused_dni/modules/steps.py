@@ -597,8 +597,9 @@ class SegmentSteps(Steps):
         h = output.h
         if self.delivery is not None and output.structure is not None:
             raise TypeError(
-                "inside a DecoupledSequential a segment must return one tensor, got "
-                f"{len(output.others) + 1} leaves: put it into nn.Sequential, or call it yourself"
+                "inside a DecoupledSequential and by step_local a segment must return one tensor, "
+                f"got {len(output.others) + 1} leaves: put it into nn.Sequential, or call it "
+                "yourself"
             )
         if not (h.is_floating_point() or h.is_complex()):
             raise TypeError(f"the segment's output is {h.dtype}, which carries no gradient")

@@ -29,6 +29,7 @@ FLOORS = (
     ("cli",),
     ("experiments",),
     ("measure",),
+    ("distributed",),
     ("fused_dni", "report"),
     ("annotate",),
     ("convert", "diagnostics", "optim", "schedule"),

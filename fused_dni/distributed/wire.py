@@ -1,0 +1,169 @@
+"""What goes over a link: a header of fixed size and the bytes of tensors, and nothing that runs.
+
+A message is ``HEADER`` bytes (:data:`LAYOUT`, little-endian) and behind them its tensors one after
+the other, each at a multiple of ``ALIGNMENT``. Nothing is unpickled: a header that does not hold
+what it may is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PROTOCOL = 1
+MAGIC = b"fDNI"
+TENSORS, DIMS = 4, 8
+# magic, protocol, kind, flags, step, tensors; then by tensor: there, dtype, dims, shape.
+_FRONT = struct.Struct("<4sIIIqI")
+_TENSOR = struct.Struct(f"<III{DIMS}q")
+LAYOUT = f"{_FRONT.format} + {TENSORS} * {_TENSOR.format}"
+ALIGNMENT = 64
+HEADER = -(-(_FRONT.size + TENSORS * _TENSOR.size) // ALIGNMENT) * ALIGNMENT
+
+# By their code on the wire: the position.
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
+
+class PipelineError(RuntimeError):
+    """A pipeline that cannot go on: a stage that failed, vanished or stays silent, or a message
+    that is not what it must be. Every stage raises it; nothing of the message was applied."""
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    OPEN = 1  # the size of the messages that follow: an int64 tensor of one element
+    FORWARD = 2  # h, target, context
+    GRADIENT = 3  # the gradient at the receiver's output in that step
+    END = 4  # nothing follows
+    ERROR = 5  # a text: this end has failed
+
+
+class Flag(IntEnum):
+    """What the sender of a forward message wants."""
+
+    TARGET = 1  # the gradient of this step
+    WAITS = 2  # and it does not go on for ever without: it must not be dropped
+    CONTEXT = 4  # the context is the target
+
+
+class Message(NamedTuple):
+    """A message: what it is, the step that it belongs to, what goes with it."""
+
+    kind: Kind
+    step: int = 0
+    flags: int = 0
+    tensors: tuple[Tensor | None, ...] = ()
+
+
+def text_of(message: Message) -> str:
+    """The text of an error message."""
+    (text,) = message.tensors
+    assert text is not None
+    return bytes(text.tolist()).decode("utf-8", "replace")
+
+
+def error(text: str) -> Message:
+    """Make an error message, of at most 1,000 bytes of text."""
+    raw = text.encode("utf-8")[:1000] or b"?"
+    return Message(Kind.ERROR, tensors=(torch.tensor(list(raw), dtype=torch.uint8),))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def size_of(message: Message) -> int:
+    """The bytes that a message takes on the wire."""
+    return HEADER + sum(_aligned(t.nbytes) for t in message.tensors if t is not None)
+
+
+def encode(message: Message, buffer: Tensor) -> int:
+    """Write a message into ``buffer`` (uint8 [capacity], mutated); the bytes that it takes.
+
+    Raises:
+        PipelineError: it does not fit, or holds what has no place on the wire; nothing is written.
+    """
+    size = size_of(message)
+    if size > buffer.numel():
+        raise PipelineError(
+            f"a message of {size:,} bytes does not fit into the link's {buffer.numel():,}, the "
+            "size of its first one: make the first batch the largest, or give capacity="
+        )
+    if len(message.tensors) > TENSORS:
+        raise PipelineError(f"a message has at most {TENSORS} tensors, got {len(message.tensors)}")
+    fields = bytearray(HEADER)
+    _FRONT.pack_into(
+        fields, 0, MAGIC, PROTOCOL, message.kind, message.flags, message.step, len(message.tensors)
+    )
+    for i, t in enumerate(message.tensors):
+        if t is None:
+            continue
+        if t.dtype not in DTYPES or t.dim() > DIMS:
+            raise PipelineError(
+                f"a tensor between stages must be of one of {[str(d) for d in DTYPES]} and have at "
+                f"most {DIMS} dimensions, got {t.dtype} {list(t.shape)}"
+            )
+        shape = (*t.shape, *(0,) * (DIMS - t.dim()))
+        place = _FRONT.size + i * _TENSOR.size
+        _TENSOR.pack_into(fields, place, 1, DTYPES.index(t.dtype), t.dim(), *shape)
+    buffer[:HEADER].copy_(torch.frombuffer(fields, dtype=torch.uint8))
+    at = HEADER
+    for t in message.tensors:
+        if t is not None and t.numel():
+            buffer[at : at + t.nbytes].view(t.dtype).view(t.shape).copy_(t.detach())
+        at += 0 if t is None else _aligned(t.nbytes)
+    return size
+
+
+def decode(buffer: Tensor) -> Message:
+    """Read a message out of ``buffer`` (uint8, at least ``HEADER``); its tensors are copies.
+
+    Raises:
+        PipelineError: what is there is no message of this protocol, or does not fit the buffer.
+    """
+    raw = bytes(buffer[:HEADER].numpy())
+    magic, protocol, kind, flags, step, count = _FRONT.unpack_from(raw)
+    if magic != MAGIC or protocol != PROTOCOL:
+        raise PipelineError(
+            f"a message does not begin as one of protocol {PROTOCOL} does: the other end is "
+            "another program or another version"
+        )
+    if kind not in list(Kind) or count > TENSORS or step < 0 or flags >= 8:
+        raise PipelineError(
+            f"a message's header holds kind {kind}, step {step}, flags {flags} and {count} tensors"
+        )
+    tensors: list[Tensor | None] = []
+    at = HEADER
+    for i in range(count):
+        there, code, dims, *shape = _TENSOR.unpack_from(raw, _FRONT.size + i * _TENSOR.size)
+        if not there:
+            tensors.append(None)
+            continue
+        if there != 1 or code >= len(DTYPES) or dims > DIMS or min(shape) < 0:
+            raise PipelineError(f"a message's tensor {i} has dtype code {code}, shape {shape}")
+        sizes, dtype = shape[:dims], DTYPES[code]
+        length = math.prod(sizes) * dtype.itemsize
+        if at + length > buffer.numel():
+            raise PipelineError(
+                f"a message's tensor {i}, {dtype} {sizes}, is longer than its link's buffer"
+            )
+        tensors.append(buffer[at : at + length].clone().view(dtype).view(sizes))
+        at += _aligned(length)
+    return Message(Kind(kind), step, flags, tuple(tensors))
