@@ -9,10 +9,11 @@ trained, and the ways to train it, are in :mod:`workloads.pipelines`; each way t
 gradients is first compared, over three steps, with the whole model in one process, and has no
 figure if it disagrees.
 
-Then the ways take turns, in an order drawn anew for every round; in a turn a way makes two steps
-that do not count and then so many as take ``--seconds``. A turn's time is that of the slowest
-process, from the end of its own uncounted steps to the end of its last: in a pipeline that never
-stops to empty itself this is what a step takes. The median of the rounds is the figure.
+Then the ways take turns, in an order drawn anew for every round; in a turn a way makes steps
+that do not count, two and those that it makes while a gradient comes back from the last stage, and
+then so many as take ``--seconds``. A turn's time is that of the slowest process, from the end of its
+own uncounted steps to the end of its last: in a pipeline that never stops to empty itself this is
+what a step takes. The median of the rounds is the figure.
 
 ``--pad FORWARD BACKWARD`` stretches each stage's passes over a batch to so many milliseconds, by
 sleeping, so that a machine with fewer cores than stages can stand for one with enough; the passes
@@ -34,6 +35,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import operator
 import os
 import random
@@ -55,8 +57,10 @@ from fused_dni.measure import timing
 from groups import device_facts
 from workloads import pipelines as w
 
-#: Steps of a turn that are not counted.
+#: Fewest steps of a turn that are not counted.
 UNCOUNTED = 2
+#: Steps of a turn at most.
+MOST = 500
 #: Seconds after which a message that has not come is an error of its mode.
 TIMEOUT = 30
 #: Seconds after which a process that does not answer ends the run.
@@ -94,7 +98,7 @@ def _answer(asked: dict[str, Any], place: w.Place, trainers: dict[str, w.Trainer
         trainers[name] = trainer
         return {"distance": found}
     trainer = trainers[name]
-    trainer.train(UNCOUNTED)
+    trainer.train(asked["uncounted"])
     clock.wanted = clock.over = 0.0
     start = time.monotonic()
     trainer.train(asked["steps"])
@@ -183,23 +187,32 @@ def measure(
     *,
     rounds: int,
     seconds: float,
+    back: float,
     draw: random.Random,
 ) -> dict[str, Any]:
-    """Measure the modes in turns, on the link as it is; per mode seconds a step, and bytes."""
+    """Measure the modes in turns, on the link as it is; per mode seconds a step, and bytes.
+
+    ``back`` is how many seconds a gradient is on its way from the last stage to the first.
+    """
     steps: dict[str, int] = {}
+    uncounted: dict[str, int] = {}
     for name in modes:
-        taken = max(a["seconds"] for a in asked.ask(what="time", mode=name, steps=2))
-        steps[name] = max(2, min(500, round(2 * seconds / taken)))
+        first = asked.ask(what="time", mode=name, steps=2, uncounted=UNCOUNTED)
+        taken = max(answer["seconds"] for answer in first) / 2
+        steps[name] = max(2, min(MOST, round(seconds / taken)))
+        uncounted[name] = UNCOUNTED + min(MOST, math.ceil(2 * back / taken))
     samples: dict[str, list[float]] = {name: [] for name in modes}
     late = dict.fromkeys(modes, 0.0)
     carried: dict[str, list[float]] = {name: [] for name in modes}
     for _ in range(rounds):
         for name in draw.sample(list(modes), len(modes)):
             before = _bytes(network)
-            answers = asked.ask(what="time", mode=name, steps=steps[name])
+            answers = asked.ask(
+                what="time", mode=name, steps=steps[name], uncounted=uncounted[name]
+            )
             samples[name].append(max(answer["seconds"] for answer in answers) / steps[name])
             late[name] = max(late[name], *(answer["late"] for answer in answers))
-            carried[name].append((_bytes(network) - before) / (steps[name] + UNCOUNTED))
+            carried[name].append((_bytes(network) - before) / (steps[name] + uncounted[name]))
     rows = {}
     for name, taken_by_round in samples.items():
         taken = timing.Timing(name, tuple(taken_by_round), tuple(taken_by_round), steps[name])
@@ -246,6 +259,7 @@ def run(options: argparse.Namespace) -> int:
                     modes,
                     rounds=options.rounds,
                     seconds=options.seconds,
+                    back=(stages - 1) * latency / 1e3,
                     draw=draw,
                 )
                 rows |= {name: {"failed": reason} for name, reason in failures.items()}
