@@ -9,11 +9,11 @@ trained, and the ways to train it, are in :mod:`workloads.pipelines`; each way t
 gradients is first compared, over three steps, with the whole model in one process, and has no
 figure if it disagrees.
 
-Then the ways take turns, in an order drawn anew for every round; in a turn a way makes steps
-that do not count, two and those that it makes while a gradient comes back from the last stage, and
-then so many as take ``--seconds``. A turn's time is that of the slowest process, from the end of its
-own uncounted steps to the end of its last: in a pipeline that never stops to empty itself this is
-what a step takes. The median of the rounds is the figure.
+Then the ways take turns, in an order drawn anew for every round. In a turn a way makes steps that
+do not count, two and those that it makes while a gradient comes back from the last stage, and then
+so many as take ``--seconds``. A turn's time is that of the slowest process, from the end of its own
+uncounted steps to the end of its last: in a pipeline that never stops to empty itself this is what
+a step takes. The median of the rounds is the figure.
 
 ``--pad FORWARD BACKWARD`` stretches each stage's passes over a batch to so many milliseconds, by
 sleeping, so that a machine with fewer cores than stages can stand for one with enough; the passes
