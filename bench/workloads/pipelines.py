@@ -25,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from workloads import CLASSES, Disagreement
+import fused_dni as fd
+from fused_dni import distributed
+from workloads import CLASSES, RANK, Disagreement
 
 #: Batches that training goes round.
 POOL = 8
 #: Of plain SGD, for all ways the same.
 LEARNING_RATE = 0.05
+#: Of Adam, for what is beside the model: synthesizers and local classifiers.
+SYNTHESIZER_RATE = 3e-3
 #: Steps of a check: what is sent early, and what is kept from a step to the next, is seen in three.
 CHECKED = 3
 
@@ -62,9 +66,13 @@ class Clock:
     @contextlib.contextmanager
     def stretched(self, seconds: float) -> Iterator[None]:
         """Make what is inside take that long at least."""
-        until = time.monotonic() + seconds
+        start = time.monotonic()
         yield
-        left = until - time.monotonic()
+        self.fill(start, seconds)
+
+    def fill(self, start: float, seconds: float) -> None:
+        """Sleep until work that began at ``start`` has taken that long."""
+        left = start + seconds - time.monotonic()
         if left > 0:
             time.sleep(left)
         if seconds:
@@ -475,6 +483,94 @@ class Unlinked(Trainer):
             out.backward(None if self._place.last else self._gradient)
 
 
+# ------------------------------------------------------------------------- fused_dni.distributed
+
+
+class _LocalLoss(nn.Module):
+    """A linear classifier on a stage's output."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(features, CLASSES)
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(h), labels)
+
+
+class Distributed(Trainer):
+    """:class:`fused_dni.distributed.Pipeline` in one of its modes.
+
+    A stage's prediction, update and local loss come with its passes, in the time that the clock
+    gives these; what trains a synthesizer when a target arrives comes on top.
+
+    Args:
+        kind: the mode.
+        target_every: of the mode "decoupled": steps on which a gradient comes back.
+    """
+
+    #: Messages on their way over a link: enough for 100 ms one way and steps of 15 ms.
+    WINDOW = 16
+
+    def __init__(self, place: Place, mode: Mode, *, kind: str, target_every: int = 1) -> None:
+        setting = place.setting
+        part = cut(setting, setting.stages)[place.rank]
+        super().__init__([part])
+        given: dict[str, Any] = {}
+        if kind == "decoupled" and not place.last:
+            given["synthesizer"] = fd.LinearSynthesizer(setting.features, RANK, CLASSES)
+        if kind == "local" and not place.last:
+            given["local_loss"] = _LocalLoss(setting.features)
+        stage = distributed.Stage(part, place.rank, setting.stages, **given)
+        known = {id(parameter) for parameter in part.parameters()}
+        others = [p for p in stage.parameters() if id(p) not in known]
+        self._others = torch.optim.Adam(others, lr=SYNTHESIZER_RATE, fused=True) if others else None
+        self._schedule = (
+            fd.Schedule(stage, target_every=target_every) if "synthesizer" in given else None
+        )
+        self._place = place
+        self._pipeline = distributed.Pipeline(
+            stage, loss=F.cross_entropy, mode=kind, window=self.WINDOW
+        )
+        self._stretch(kind not in ("exact", "stale") or place.last)
+
+    def _stretch(self, at_once: bool) -> None:
+        """Put the clock around the worker's two halves of a step; ``at_once``: the backward is in
+        the first one."""
+        clock, worker = self._place.clock, self._pipeline.worker
+        begin, settle = worker.begin, worker.settle
+
+        def stretched_begin(*args: Any) -> Any:
+            with clock.stretched(clock.forward + (clock.backward if at_once else 0.0)):
+                return begin(*args)
+
+        def stretched_settle(step: int) -> Any:
+            start, before = time.monotonic(), len(worker._flights)
+            made = settle(step)
+            clock.fill(start, clock.backward * (before - len(worker._flights)))
+            return made
+
+        worker.begin, worker.settle = stretched_begin, stretched_settle  # type: ignore[method-assign]
+
+    def step(self, number: int, *, last: bool) -> None:
+        if self._others is not None:
+            self._others.zero_grad()
+        out = self._pipeline.step(
+            *(batch(self._place.setting, number) if self._place.first else ())
+        )
+        assert out is not None
+        if self._others is not None:
+            self._others.step()
+        if self._schedule is not None:
+            self._schedule.step()
+        if self._place.last:
+            assert out.loss is not None
+            self.losses.append(float(out.loss))
+
+
+def _ours(kind: str, **options: Any) -> Mode:
+    return Mode(partial(Distributed, kind=kind, **options), exact=kind == "exact")
+
+
 def _torch(schedule: str, microbatches: int, **options: Any) -> Mode:
     return Mode(partial(Scheduled, schedule=schedule), microbatches, **options)
 
@@ -491,4 +587,9 @@ MODES: dict[str, Mode] = {
     "posted GPipe 1": Mode(partial(Posted, in_flight=False)),
     "posted GPipe 4": Mode(partial(Posted, in_flight=False), 4),
     "posted 1F1B 4": Mode(partial(Posted, in_flight=True), 4),
+    "ours, exact": _ours("exact"),
+    "ours, stale": _ours("stale"),
+    "ours, local losses": _ours("local"),
+    "ours, decoupled, k=1": _ours("decoupled"),
+    "ours, decoupled, k=4": _ours("decoupled", target_every=4),
 }
