@@ -23,7 +23,7 @@ def add_delay(commands: Any) -> None:
         epilog="examples:\n"
         f"  {PROGRAM} delay --quick\n"
         f"  {PROGRAM} delay --data DIR --lags 1 5 20 --stages 2 --seeds 1 2 3\n"
-        f"  {PROGRAM} delay --data DIR --lags 20 --arms stale cdni-16 cdni-16-every-5 cdni-dense\n\n"
+        f"  {PROGRAM} delay --data DIR --lags 20 --arms stale cdni-16 cdni-16-every-5\n\n"
         "Ctrl-C keeps the finished runs in --out; --resume goes on from there.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,6 +26,7 @@ from fused_dni.experiments.delay_arms import (
     loss_of,
     optimizer_of,
 )
+from fused_dni.experiments.rival_arms import ordinal
 from fused_dni.experiments.rivals import held_out
 from fused_dni.experiments.run import Interrupted, Stop, plain
 from fused_dni.experiments.train import _cosine
@@ -100,9 +101,11 @@ def compare(
 def _what(which: Arm) -> str:
     if which.family != "cdni":
         return KINDS[which.name]
-    kind = "cdni-R" + "-every-K" * (which.every > 1) + "-unconditioned" * (not which.conditioned)
-    said = KINDS.get(kind, KINDS["cdni-R"])
-    return said.replace("K-th", f"{which.every}th")
+    said = KINDS["cdni-R" if which.conditioned else "cdni-R-unconditioned"]
+    every = (
+        "" if which.every == 1 else f", synthesizers trained on every {ordinal(which.every)} step"
+    )
+    return said.replace("; Adam", f"{every}; Adam")
 
 
 def _train(

@@ -30,7 +30,7 @@ KINDS: dict[str, str] = {
     "local": "a linear head a stage, no gradient between stages; Adam",
     "cdni-R": "synthetic gradients conditioned on what the loss is given; Adam",
     "cdni-R-every-K": "the same, synthesizers trained on every K-th step",
-    "cdni-R-unconditioned": "the same, conditioned on nothing but the stage's output",
+    "cdni-R-unconditioned": "synthetic gradients conditioned on the stage's output alone; Adam",
 }
 #: What the stage's gradient is made of, as ``fused_dni.distributed`` names it.
 MODES = {"backprop": "exact", "local": "local", "cdni": "decoupled"}
