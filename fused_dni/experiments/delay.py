@@ -211,16 +211,17 @@ def train(
         A row of ``runs``, see :func:`compare`.
     """
     stages = build(which, settings, dataset, seed)
-    twin = Twin(stages, loss=loss_of(settings), mode=which.mode, lag=lag or 0)
+    loss = loss_of(settings)
+    twin = Twin(stages, loss=loss, mode=which.mode, lag=lag or 0)
     optimizer = optimizer_of(which, stages, rate, settings.share)
     count = len(dataset.train.labels)
     steps = max(1, round(share * settings.epochs * (count // settings.batch_size)))
     inner = getattr(optimizer, "optimizer", optimizer)
     scheduler = _cosine(inner, steps)
+    warmup = round(settings.warmup * steps)
+    waiting = Twin(stages, loss=loss, mode="exact") if which.family == "stale-warm" else twin
     schedules = [
-        fd.Schedule(stage, round(settings.warmup * steps), which.every)
-        for stage in stages
-        if stage.decoupled is not None
+        fd.Schedule(stage, warmup, which.every) for stage in stages if stage.decoupled is not None
     ]
     step = epoch = 0
     while step < steps:
@@ -230,7 +231,9 @@ def train(
                 break
             x, y = data.pick(dataset.train, rows)
             goal = y if settings.task == "classification" else x
-            twin.step(x, goal, goal if which.conditioned else torch.zeros_like(y))
+            (waiting if step < warmup else twin).step(
+                x, goal, goal if which.conditioned else torch.zeros_like(y)
+            )
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()

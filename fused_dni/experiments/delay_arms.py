@@ -25,6 +25,7 @@ from fused_dni.report import text
 KINDS: dict[str, str] = {
     "backprop": "each stage waits for its gradient; Adam",
     "stale": "late gradients, applied as they are; Adam",
+    "stale-warm": "the same, behind a warm-up in which stages wait as those of cDNI do",
     "nesterov": "late gradients; NAdam with momentum 0.99 for the look-ahead",
     "feedback": "late gradients; Adam, whose updates u are applied as u + (u - the one before)",
     "local": "a linear head a stage, no gradient between stages; Adam",
@@ -103,8 +104,8 @@ class Settings:
         rates: Adam's at the start, cosine to zero. Of several the best on the held-out part of the
             training set is taken, by arm and lag.
         share: the synthesizers' rate as a share of it.
-        warmup: share of a run in which cDNI's stages wait for their gradient and synthesizers
-            only learn.
+        warmup: share of a run, at its start, in which the stages of cDNI and stale-warm wait for
+            their gradient, and synthesizers only learn.
         max_norm: bound of a synthetic gradient's Frobenius norm; None for none.
         seeds: one run of every arm and lag each.
 
@@ -121,10 +122,10 @@ class Settings:
     depth: int = 4
     code: int = 16
     batch_size: int = 256
-    epochs: int = 5
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    epochs: int = 8
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     share: float = 0.5
-    warmup: float = 0.1
+    warmup: float = 0.125
     max_norm: float | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
 

@@ -73,8 +73,8 @@ def protocol(report: dict[str, Any]) -> str:
     return (
         f"Linear, BatchNorm, ReLU{through}; batch {s['batch_size']}, {s['epochs']} epochs, "
         f"{len(s['seeds'])} seed{'s' * (len(s['seeds']) > 1)}; rate at the start {chosen}, cosine "
-        f"to zero. cDNI: synthesizers at {s['share']:g} of the rate, {100 * s['warmup']:g} % of "
-        f"the steps for warm-up{clip}."
+        f"to zero. cDNI: synthesizers at {s['share']:g} of the rate, in the first "
+        f"{100 * s['warmup']:g} % of the steps stages wait for their gradient{clip}."
     )
 
 
@@ -102,7 +102,7 @@ def _cell(report: dict[str, Any], name: str, lag: int) -> str:
 
 def table(report: dict[str, Any]) -> Table:
     """Error by arm and lag: mean (range)."""
-    lags = report["settings"]["lags"]
+    lags = sorted(report["settings"]["lags"])
     lines = [[name, *(_cell(report, name, lag) for lag in lags)] for name in report["arms"]]
     what = {
         "classification": "Error on the test set, %",
@@ -164,7 +164,7 @@ def _cosines(report: dict[str, Any]) -> Table:
     cuts = report["settings"]["stages"] - 1
     lines = []
     for name in report["arms"]:
-        for lag in report["settings"]["lags"]:
+        for lag in sorted(report["settings"]["lags"]):
             runs = [
                 run["cosines"]
                 for run in report["runs"]
