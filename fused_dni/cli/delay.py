@@ -44,19 +44,19 @@ def add_delay(commands: Any) -> None:
     what.add_argument("--hidden", type=whole(1, "hidden"), help="units of a hidden layer (256)")
     what.add_argument("--depth", type=whole(2, "depth"), help="hidden layers in all stages (4)")
     what.add_argument("--batch-size", type=whole(2, "batch size"), help="(mnist 256, digits 32)")
-    what.add_argument("--epochs", type=whole(1, "epochs"), help="(mnist 8, digits 10)")
+    what.add_argument("--epochs", type=whole(1, "epochs"), help="(mnist 6, digits 10)")
     what.add_argument(
         "--rates",
         nargs="+",
         type=positive("rates"),
         metavar="LR",
         help="at the start; of several the best on the held-out part of the training set, by arm "
-        "and lag (0.0003 0.001 0.003 0.01)",
+        "and lag (0.001 0.003 0.01)",
     )
     what.add_argument(
         "--share", type=positive("share"), help="cdni: the synthesizers' part of the rate (0.5)"
     )
-    what.add_argument("--warmup", type=rate, help="cdni: share of the steps that wait (0.125)")
+    what.add_argument("--warmup", type=rate, help="cdni: share of the steps that wait (0.167)")
     what.add_argument(
         "--max-norm", type=positive("max-norm"), help="cdni: bound of a synthetic gradient's norm"
     )

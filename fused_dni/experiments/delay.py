@@ -119,8 +119,8 @@ def _train(
     """Run what the report does not have yet and add it, rates in front of the runs that need
     them."""
     jobs: list[tuple[int, int | None, Arm]] = []
-    for seed in settings.seeds:
-        for lag in settings.lags:
+    for lag in settings.lags:
+        for seed in settings.seeds:
             for which in map(arm, settings.arms):
                 job = (seed, lag if which.late else None, which)
                 if job not in jobs:

@@ -122,10 +122,10 @@ class Settings:
     depth: int = 4
     code: int = 16
     batch_size: int = 256
-    epochs: int = 8
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    epochs: int = 6
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     share: float = 0.5
-    warmup: float = 0.125
+    warmup: float = 0.167
     max_norm: float | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
 
