@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, estimates, gpu, lstm, races, training, verdict
+from pages import cpu, delay, estimates, gpu, lstm, races, training, verdict
 from stored import ROOT, matching
 
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recurrent", "kernels")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "recurrent", "kernels", "delay")),
 )
 
 
@@ -48,6 +48,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "gpu-lstm": ("*-gpu", on_gpus(gpu.render_gpu_lstm)),
     "gpu-details": ("*-gpu", on_gpus(gpu.render_gpu_details)),
     "estimates": ("*-gpu", estimates.render_estimates),
+    "delay": ("*-delay-*", delay.render_delay),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
