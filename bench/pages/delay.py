@@ -5,57 +5,69 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from fused_dni.experiments.delay_arms import TASKS, Settings
 from fused_dni.report.kinds import delay
 from pages.cells import table
 from stored import named
 
-#: Reports whose columns are apart, in this order.
-TASKS = ("classification", "reconstruction")
-
 
 def render_delay(results: list[dict[str, Any]]) -> str:
-    """A row an arm, a column a task, number of stages and lag."""
+    """A table for each task and depth: a row an arm, a column a number of stages and a lag."""
     if not results:
         return "Not measured yet."
-    columns = _columns(results)
-    arms = list(dict.fromkeys(name for report in results for name in report["arms"]))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for report in results:
+        s = report["settings"]
+        groups.setdefault((TASKS.index(s["task"]), s["depth"], s["epochs"]), []).append(report)
+    return "\n\n".join(_group(found) for _, found in sorted(groups.items(), key=lambda i: i[0]))
+
+
+def _group(results: list[dict[str, Any]]) -> str:
+    columns = sorted(
+        {(r["settings"]["stages"], lag) for r in results for lag in r["settings"]["lags"]}
+    )
+    cells: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for report in results:
+        s = report["settings"]
+        for name in report["arms"]:
+            row = cells.setdefault(_label(name, s), {})
+            for lag in s["lags"]:
+                row.setdefault((s["stages"], lag), []).extend(delay.errors(report, name, lag))
     families = list(delay.COLOURS)
-    arms.sort(key=lambda name: families.index(name.partition("-")[0]))
-    rows = [
-        [name, *(_cell(parts, name, key[2]) for key, parts in columns.items())] for name in arms
+    labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
+    rows = [[name, *(_cell(cells[name].get(column, [])) for column in columns)] for name in labels]
+    s = results[0]["settings"]
+    head = (
+        f"{s['task'].capitalize()}, {s['depth']} hidden layers of {s['hidden']}, batch "
+        f"{s['batch_size']}, {s['epochs']} epochs"
+    )
+    header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]
+    facts = sorted({_where(report["facts"]) for report in results})
+    commands = [f"`{report['facts']['command']}`" for report in results]
+    return f"{head}. {'; '.join(facts)}.\n\n{table(header, rows)}\n\nBy {', '.join(commands)}."
+
+
+def _where(facts: dict[str, Any]) -> str:
+    return (
+        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}"
+    )
+
+
+def _label(name: str, settings: dict[str, Any]) -> str:
+    """An arm, with what its call changed."""
+    usual = Settings()
+    if not name.startswith("cdni"):
+        return name
+    changed = [
+        f"{what} {settings[what]:g}"
+        for what in ("share", "warmup", "max_norm")
+        if settings[what] != getattr(usual, what)
     ]
-    header = [f"{_short(task)}{stages} stages, lag {lag}" for task, stages, lag in columns]
-    lines = [table(["arm", *header], rows), ""]
-    for report in results:
-        facts, s = report["facts"], report["settings"]
-        lines.append(
-            f"- {_short(s['task'])}{s['stages']} stages: {named(facts)}, threads "
-            f"{facts['threads']}, torch {facts['torch']}, {facts['date']}, commit "
-            f"{facts['commit']}: "
-            f"`{facts['command']}`."
-        )
-    return "\n".join(lines)
+    return f"{name}, {', '.join(changed)}" if changed else name
 
 
-def _short(task: str) -> str:
-    return "" if task == "classification" else f"{task}, "
-
-
-Columns = dict[tuple[str, int, int], list[dict[str, Any]]]
-
-
-def _columns(results: list[dict[str, Any]]) -> Columns:
-    """The reports by task, stages and lag."""
-    found: Columns = {}
-    for report in results:
-        settings = report["settings"]
-        for lag in settings["lags"]:
-            found.setdefault((settings["task"], settings["stages"], lag), []).append(report)
-    return dict(sorted(found.items(), key=lambda item: (TASKS.index(item[0][0]), *item[0][1:])))
-
-
-def _cell(parts: list[dict[str, Any]], name: str, lag: int) -> str:
-    errors = [error for report in parts for error in delay.errors(report, name, lag)]
+def _cell(errors: list[float]) -> str:
     if not errors:
         return ""
     return f"{statistics.fmean(errors):.2f} ({min(errors):.2f}–{max(errors):.2f})"

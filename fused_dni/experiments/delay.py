@@ -21,6 +21,7 @@ from fused_dni.experiments.delay_arms import (
     KINDS,
     Arm,
     Settings,
+    UpdateFeedback,
     arm,
     build,
     loss_of,
@@ -119,10 +120,10 @@ def _train(
     """Run what the report does not have yet and add it, rates in front of the runs that need
     them."""
     jobs: list[tuple[int, int | None, Arm]] = []
-    for lag in settings.lags:
+    for steps in settings.lags:
         for seed in settings.seeds:
             for which in map(arm, settings.arms):
-                job = (seed, lag if which.late else None, which)
+                job = (seed, steps if which.late else None, which)
                 if job not in jobs:
                     jobs.append(job)
     done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
@@ -216,7 +217,7 @@ def train(
     optimizer = optimizer_of(which, stages, rate, settings.share)
     count = len(dataset.train.labels)
     steps = max(1, round(share * settings.epochs * (count // settings.batch_size)))
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = optimizer.optimizer if isinstance(optimizer, UpdateFeedback) else optimizer
     scheduler = _cosine(inner, steps)
     warmup = round(settings.warmup * steps)
     waiting = Twin(stages, loss=loss, mode="exact") if which.family == "stale-warm" else twin
