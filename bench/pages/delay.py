@@ -35,8 +35,11 @@ def _group(results: list[dict[str, Any]]) -> str:
                 row.setdefault((s["stages"], lag), []).extend(delay.errors(report, name, lag))
     families = list(delay.COLOURS)
     labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
-    rows = [[name, *(_cell(cells[name].get(column, [])) for column in columns)] for name in labels]
     s = results[0]["settings"]
+    rows = [
+        [name, *(_cell(cells[name].get(column, []), len(s["seeds"])) for column in columns)]
+        for name in labels
+    ]
     head = (
         f"{s['task'].capitalize()}, {s['depth']} hidden layers of {s['hidden']}, batch "
         f"{s['batch_size']}, {s['epochs']} epochs"
@@ -67,7 +70,10 @@ def _label(name: str, settings: dict[str, Any]) -> str:
     return f"{name}, {', '.join(changed)}" if changed else name
 
 
-def _cell(errors: list[float]) -> str:
+def _cell(errors: list[float], seeds: int) -> str:
     if not errors:
         return ""
-    return f"{statistics.fmean(errors):.2f} ({min(errors):.2f}–{max(errors):.2f})"
+    if len(errors) == 1:
+        return f"{errors[0]:.2f}, 1 seed"
+    found = f"{statistics.fmean(errors):.2f} ({min(errors):.2f}–{max(errors):.2f})"
+    return found if len(errors) == seeds else f"{found}, {len(errors)} seeds"
