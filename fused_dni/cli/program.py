@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from fused_dni.cli import (
     advise,
     compare,
+    delay,
     pipeline,
     profile,
     race,
@@ -60,6 +61,7 @@ def parser() -> Parser:
     compare.add_compare(commands)
     rivals.add_rivals(commands)
     rivals.add_interfaces(commands)
+    delay.add_delay(commands)
     race.add_race(commands)
     simulate.add_simulate(commands)
     profile.add_profile(commands)

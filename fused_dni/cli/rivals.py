@@ -71,7 +71,7 @@ def add_rivals(commands: Any) -> None:
         action="store_true",
         help="first choose each arm's rate on the held-out part of the training set",
     )
-    _add_output(rivals, "rivals.json")
+    add_output(rivals, "rivals.json")
     rivals.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
     common(rivals)
     rivals.set_defaults(run=_rivals)
@@ -110,12 +110,12 @@ def add_interfaces(commands: Any) -> None:
     what.add_argument("--warmup", type=rate, help="share of the steps on true gradients (0.1)")
     what.add_argument("--rank", type=whole(0, "rank"), help="of the synthesizers; 0: dense (16)")
     what.add_argument("--backend", help="force a backend of our kernels")
-    _add_output(interfaces, "interfaces.json")
+    add_output(interfaces, "interfaces.json")
     common(interfaces)
     interfaces.set_defaults(run=_interfaces)
 
 
-def _add_output(command: argparse.ArgumentParser, file: str) -> None:
+def add_output(command: argparse.ArgumentParser, file: str) -> None:
     out = command.add_argument_group("output")
     out.add_argument("--out", metavar="FILE", default=file, help=f"the report, as JSON ({file})")
     out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
@@ -130,7 +130,7 @@ def _rivals(args: argparse.Namespace, command: str) -> int:
     from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
-    settings = rival_arms.defaults(dataset_named(args), **_given(args, rival_arms.Settings))
+    settings = rival_arms.defaults(dataset_named(args), **given(args, rival_arms.Settings))
     device_named(settings.device)
     out = OutFile("--out", args.out, needed=True)
     set_threads(args)
@@ -158,7 +158,7 @@ def _interfaces(args: argparse.Namespace, command: str) -> int:
     from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
-    settings = interfaces.defaults(dataset_named(args), **_given(args, interfaces.Settings))
+    settings = interfaces.defaults(dataset_named(args), **given(args, interfaces.Settings))
     out = OutFile("--out", args.out)
     set_threads(args)
     dataset = load_dataset(args, Progress(enabled=not args.quiet))
@@ -171,7 +171,7 @@ def _interfaces(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+def given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     """What the command line says about the fields of a dataclass; each value of a list once."""
     return {
         name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value

@@ -864,3 +864,43 @@ def test_instructions_that_cannot_be_counted(monkeypatch, capsys):
     assert "no such tool" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         instructions.main(["--steps", "3"])
+
+
+def _late(runs: dict[tuple[str, int | None], list[float]], **changes):
+    settings = {
+        "task": "classification",
+        "stages": 2,
+        "depth": 4,
+        "hidden": 8,
+        "batch_size": 16,
+        "epochs": 6,
+        "lags": [20, 1],
+        "seeds": [1, 2],
+        "share": 0.5,
+        "warmup": 0.167,
+        "max_norm": None,
+        **changes,
+    }
+    return {
+        "facts": {"device": "A CPU", "isa": None, "threads": 1, "torch": "2", "date": "today",
+                  "commit": "abc", "command": f"delay {settings['stages']}"},
+        "settings": settings,
+        "arms": dict.fromkeys(name for name, _ in runs),
+        "runs": [{"name": name, "lag": lag, "error": error}
+                 for (name, lag), errors in runs.items() for error in errors],
+    }  # fmt: skip
+
+
+def test_the_table_of_delays_joins_reports_and_says_what_is_missing():
+    two = _late({("cdni-4", 20): [0.02], ("backprop", None): [0.01, 0.03]})
+    slow = _late({("cdni-4", 20): [0.04, 0.05]}, share=0.1)
+    deep = _late({("stale", 1): [0.07, 0.09]}, depth=8, stages=8, lags=[1])
+    found = documents.RENDERERS["delay"][1]([deep, two, slow])
+    assert found.index("4 hidden layers of 8") < found.index("8 hidden layers of 8")
+    assert "| arm | 2 stages, lag 1 | 2 stages, lag 20 |" in found
+    assert "| backprop | 2.00 (1.00–3.00) | 2.00 (1.00–3.00) |" in found
+    assert "| cdni-4 |  | 2.00, 1 seed |" in found
+    assert "| cdni-4, share 0.1 |  | 4.50 (4.00–5.00) |" in found
+    assert "| stale | 8.00 (7.00–9.00) |" in found
+    assert "By `delay 2`, `delay 2`." in found and "By `delay 8`." in found
+    assert documents.RENDERERS["delay"][1]([]) == "Not measured yet."

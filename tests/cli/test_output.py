@@ -205,7 +205,7 @@ def test_a_plot_of_an_unknown_format_is_refused_first(capsys, tmp_path):
     assert captured.out == "" and "--plot must end in one of" in captured.err
 
 
-@pytest.mark.parametrize("command", [VERDICT, MAP, "compare A A", "interfaces", "rivals"])
+@pytest.mark.parametrize("command", [VERDICT, MAP, "compare A A", "interfaces", "rivals", "delay"])
 def test_a_folder_is_no_file(capsys, tmp_path, results, command):
     argv = [results if word == "A" else word for word in command.split()]
     assert cli.main([*argv, "--out", str(tmp_path)]) == 2
@@ -217,7 +217,7 @@ def test_a_folder_is_no_file(capsys, tmp_path, results, command):
 
 
 @pytest.mark.parametrize(
-    "command", [MAP, "rivals", TRAIN, "demo", "train copy", "profile torch -- a.py"]
+    "command", [MAP, "rivals", "delay", TRAIN, "demo", "train copy", "profile torch -- a.py"]
 )
 def test_what_goes_on_from_a_file_does_not_begin_without_it(capsys, below, command):
     words = command.split()

@@ -89,6 +89,7 @@ SOUND = {
     "train charlm": _committed("amd-epyc-8m-charlm.json"),
     "advice": _committed("verdict/amd-epyc-avx2-advice-lstm_lm.json"),
     "map": _map(),
+    "delay": _committed("amd-epyc-avx512-delay-4-stages.json"),
     "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
     "simulation": _simulation(),

@@ -35,6 +35,7 @@ KINDS: dict[str, Kind] = {
     "advice": Kind("fused_dni.report.kinds.advice:blocks", 1),
     "map": Kind("fused_dni.report.kinds.map:blocks", 1),
     "rivals": Kind("fused_dni.report.kinds.rivals:blocks", 1),
+    "delay": Kind("fused_dni.report.kinds.delay:blocks", 1),
     "race": Kind("fused_dni.report.kinds.race:blocks", 1),
     "interfaces": Kind("fused_dni.report.kinds.interfaces:blocks", 1),
     "simulation": Kind("fused_dni.report.kinds.simulation:blocks", 1),

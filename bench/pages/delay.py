@@ -1,0 +1,79 @@
+"""Late gradients: one table of all runs of ``fused-dni delay``."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from fused_dni.experiments.delay_arms import TASKS, Settings
+from fused_dni.report.kinds import delay
+from pages.cells import table
+from stored import named
+
+
+def render_delay(results: list[dict[str, Any]]) -> str:
+    """A table for each task and depth: a row an arm, a column a number of stages and a lag."""
+    if not results:
+        return "Not measured yet."
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for report in results:
+        s = report["settings"]
+        groups.setdefault((TASKS.index(s["task"]), s["depth"], s["epochs"]), []).append(report)
+    return "\n\n".join(_group(found) for _, found in sorted(groups.items(), key=lambda i: i[0]))
+
+
+def _group(results: list[dict[str, Any]]) -> str:
+    columns = sorted(
+        {(r["settings"]["stages"], lag) for r in results for lag in r["settings"]["lags"]}
+    )
+    cells: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for report in results:
+        s = report["settings"]
+        for name in report["arms"]:
+            row = cells.setdefault(_label(name, s), {})
+            for lag in s["lags"]:
+                row.setdefault((s["stages"], lag), []).extend(delay.errors(report, name, lag))
+    families = list(delay.COLOURS)
+    labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
+    s = results[0]["settings"]
+    rows = [
+        [name, *(_cell(cells[name].get(column, []), len(s["seeds"])) for column in columns)]
+        for name in labels
+    ]
+    head = (
+        f"{s['task'].capitalize()}, {s['depth']} hidden layers of {s['hidden']}, batch "
+        f"{s['batch_size']}, {s['epochs']} epochs"
+    )
+    header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]
+    facts = sorted({_where(report["facts"]) for report in results})
+    commands = [f"`{report['facts']['command']}`" for report in results]
+    return f"{head}. {'; '.join(facts)}.\n\n{table(header, rows)}\n\nBy {', '.join(commands)}."
+
+
+def _where(facts: dict[str, Any]) -> str:
+    return (
+        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}"
+    )
+
+
+def _label(name: str, settings: dict[str, Any]) -> str:
+    """An arm, with what its call changed."""
+    usual = Settings()
+    if not name.startswith("cdni"):
+        return name
+    changed = [
+        f"{what} {settings[what]:g}"
+        for what in ("share", "warmup", "max_norm")
+        if settings[what] != getattr(usual, what)
+    ]
+    return f"{name}, {', '.join(changed)}" if changed else name
+
+
+def _cell(errors: list[float], seeds: int) -> str:
+    if not errors:
+        return ""
+    if len(errors) == 1:
+        return f"{errors[0]:.2f}, 1 seed"
+    found = f"{statistics.fmean(errors):.2f} ({min(errors):.2f}–{max(errors):.2f})"
+    return found if len(errors) == seeds else f"{found}, {len(errors)} seeds"

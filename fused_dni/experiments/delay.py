@@ -1,0 +1,285 @@
+"""Accuracy when the gradient is late: a network in stages, each gradient so many steps late over
+each cut, by synthetic gradients and by what else does not wait.
+
+Nothing is timed: all arms are trained in one process by :class:`fused_dni.distributed.Twin`, which
+computes what a pipeline of processes computes at that delay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_dni as fd
+from fused_dni.distributed import Stage, Twin
+from fused_dni.experiments import data
+from fused_dni.experiments.delay_arms import (
+    KINDS,
+    Arm,
+    Settings,
+    UpdateFeedback,
+    arm,
+    build,
+    loss_of,
+    optimizer_of,
+)
+from fused_dni.experiments.rival_arms import ordinal
+from fused_dni.experiments.rivals import held_out
+from fused_dni.experiments.run import Interrupted, Stop, plain
+from fused_dni.experiments.train import _cosine
+from fused_dni.measure.baseline import facts
+from fused_dni.report.progress import Progress
+
+VERSION = 1
+#: Length of a run that chooses a rate, as a share of a run's.
+TUNING_SHARE = 0.4
+#: How often a run says how far it is.
+REPORTS = 20
+
+Keep = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    settings: Settings,
+    dataset: data.Dataset,
+    *,
+    previous: dict[str, Any] | None = None,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Train every arm at every lag with every seed.
+
+    Args:
+        settings: what to compare.
+        dataset: on what.
+        previous: an unfinished report of the same settings, to be continued.
+        keep: called with the report whenever a run is finished.
+        progress: where to report.
+        command: for the report.
+
+    Returns:
+        The report, of kind ``delay``: ``tuning`` (error on the held-out part by family, lag and
+        rate) and ``runs`` (a row a run: name, lag (None where it changes nothing), seed, rate,
+        ``error`` (share of images misclassified, or of variance not reconstructed), ``diverged``,
+        and ``cosines``, by cut, of predictions with the targets that came for them).
+
+    Raises:
+        ValueError: settings and data do not fit, or ``previous`` is of other settings.
+        Interrupted: Ctrl-C; finished runs have been kept.
+    """
+    progress = progress or Progress(enabled=False)
+    if len(held_out(dataset).train.labels) < settings.batch_size:
+        raise ValueError(
+            f"batch_size {settings.batch_size} is larger than the training set without its "
+            "held-out part"
+        )
+    if previous is not None and previous["settings"] != plain(asdict(settings)):
+        raise ValueError("the report that is to be continued is of other settings")
+    report = previous
+    if report is None:
+        report = {
+            "kind": "delay",
+            "version": VERSION,
+            "facts": facts(command),
+            "settings": plain(asdict(settings)),
+            "dataset": dataset.name,
+            "arms": {name: _what(arm(name)) for name in settings.arms},
+            "tuning": [],
+            "runs": [],
+            "finished": False,
+        }
+    stop = Stop()
+    with progress, stop.listening():
+        _train(settings, dataset, report, keep or (lambda _: None), progress, stop)
+    return report
+
+
+def _what(which: Arm) -> str:
+    if which.family != "cdni":
+        return KINDS[which.name]
+    said = KINDS["cdni-R" if which.conditioned else "cdni-R-unconditioned"]
+    every = (
+        "" if which.every == 1 else f", synthesizers trained on every {ordinal(which.every)} step"
+    )
+    return said.replace("; Adam", f"{every}; Adam")
+
+
+def _train(
+    settings: Settings,
+    dataset: data.Dataset,
+    report: dict[str, Any],
+    keep: Keep,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Run what the report does not have yet and add it, rates in front of the runs that need
+    them."""
+    jobs: list[tuple[int, int | None, Arm]] = []
+    for steps in settings.lags:
+        for seed in settings.seeds:
+            for which in map(arm, settings.arms):
+                job = (seed, steps if which.late else None, which)
+                if job not in jobs:
+                    jobs.append(job)
+    done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
+    keep(report)
+    for seed, lag, which in jobs:
+        if (seed, lag, which.name) in done:
+            continue
+
+        def say(fraction: float, which: Arm = which, seed: int = seed, lag: Any = lag) -> None:
+            if fraction < 1.0:
+                progress.update(_job(which, lag, seed), fraction)
+            if stop.asked:
+                kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
+                raise Interrupted(kept)
+
+        rate = _rate(which, lag, settings, dataset, report, keep, say)
+        run = train(which, lag, seed, settings, dataset, rate, say=say)
+        progress.update(_job(which, lag, seed), 1.0, f"error {100 * run['error']:.2f} %")
+        report["runs"].append(run)
+        report["finished"] = len(report["runs"]) == len(jobs)
+        keep(report)
+
+
+def _job(which: Arm, lag: int | None, seed: int) -> str:
+    late = "" if lag is None else f" lag {lag}"
+    return f"{which.name}{late} seed {seed}"
+
+
+def _rate(
+    which: Arm,
+    lag: int | None,
+    settings: Settings,
+    dataset: data.Dataset,
+    report: dict[str, Any],
+    keep: Keep,
+    say: Callable[[float], None],
+) -> float:
+    """The rate of least error on the held-out part, of a shorter run by the family's first arm."""
+    if len(settings.rates) == 1:
+        return settings.rates[0]
+    tried = [t for t in report["tuning"] if (t["family"], t["lag"]) == (which.family, lag)]
+    for rate in settings.rates:
+        if rate in [row["rate"] for row in tried]:
+            continue
+        run = train(
+            which,
+            lag,
+            settings.seeds[0],
+            settings,
+            held_out(dataset),
+            rate,
+            share=TUNING_SHARE,
+            say=say,
+        )
+        row = {"name": which.name, "family": which.family, "lag": lag, "rate": rate}
+        row |= {name: run[name] for name in ("error", "diverged")}
+        tried.append(row)
+        report["tuning"].append(row)
+        keep(report)
+    return float(min(tried, key=lambda row: (row["diverged"], row["error"]))["rate"])
+
+
+def train(
+    which: Arm,
+    lag: int | None,
+    seed: int,
+    settings: Settings,
+    dataset: data.Dataset,
+    rate: float,
+    *,
+    share: float = 1.0,
+    say: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Any]:
+    """Train one arm once.
+
+    Args:
+        which: the arm.
+        lag: of its gradients, in steps; None where it changes nothing.
+        seed: of weights and batches, the same for all arms.
+        settings, dataset: as in :func:`compare`.
+        rate: of the optimizer at the start.
+        share: of the settings' epochs that the run is long.
+        say: called with the part of the run that is done.
+
+    Returns:
+        A row of ``runs``, see :func:`compare`.
+    """
+    stages = build(which, settings, dataset, seed)
+    loss = loss_of(settings)
+    twin = Twin(stages, loss=loss, mode=which.mode, lag=lag or 0)
+    optimizer = optimizer_of(which, stages, rate, settings.share)
+    count = len(dataset.train.labels)
+    steps = max(1, round(share * settings.epochs * (count // settings.batch_size)))
+    inner = optimizer.optimizer if isinstance(optimizer, UpdateFeedback) else optimizer
+    scheduler = _cosine(inner, steps)
+    warmup = round(settings.warmup * steps)
+    waiting = Twin(stages, loss=loss, mode="exact") if which.family == "stale-warm" else twin
+    schedules = [
+        fd.Schedule(stage, warmup, which.every) for stage in stages if stage.decoupled is not None
+    ]
+    step = epoch = 0
+    while step < steps:
+        order = data.permutation(count, seed, epoch)
+        for rows in data.batches(order, settings.batch_size):
+            if step == steps:
+                break
+            x, y = data.pick(dataset.train, rows)
+            goal = y if settings.task == "classification" else x
+            (waiting if step < warmup else twin).step(
+                x, goal, goal if which.conditioned else torch.zeros_like(y)
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            for schedule in schedules:
+                schedule.step()
+            step += 1
+            if step % max(1, steps // REPORTS) == 0:
+                say(step / steps)
+        epoch += 1
+    finite = all(bool(torch.isfinite(p).all()) for stage in stages for p in stage.parameters())
+    return {
+        "name": which.name,
+        "lag": lag,
+        "seed": seed,
+        "rate": rate,
+        "error": error(stages, settings, dataset.test),
+        "diverged": not finite,
+        "cosines": [_cosine_of(w.ages.report()) for w in twin.workers if w.mailbox is not None],
+    }
+
+
+def _cosine_of(ages: dict[str, Any]) -> float | None:
+    """Of predictions with what came for them, at the one age that they had."""
+    rows = ages["by_age"]
+    found: float | None = rows[-1]["cosine"] if rows else None
+    return found
+
+
+@torch.no_grad()
+def error(stages: list[Stage], settings: Settings, split: data.Split) -> float:
+    """The share of images misclassified, or of the images' variance that is not reconstructed."""
+    for stage in stages:
+        stage.eval()
+    wrong = 0.0
+    for x, y in zip(split.images.split(2000), split.labels.split(2000), strict=True):
+        h: Tensor = x
+        for stage in stages:
+            h = stage(h)
+        if settings.task == "classification":
+            wrong += float((h.argmax(1) != y).sum())
+        else:
+            wrong += float((h - x).square().sum())
+    for stage in stages:
+        stage.train()
+    if settings.task == "classification":
+        return wrong / len(split.labels)
+    mean = split.images.mean(0)
+    return wrong / float((split.images - mean).square().sum())

@@ -1,0 +1,211 @@
+"""What a report of delays says: error by arm and lag, the rates, cosines at the cuts."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any
+
+from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+
+#: What waits in blue, synthetic gradients in reds, the others between.
+COLOURS = {
+    "backprop": "#1b6ca8",
+    "stale": "#8d6a9f",
+    "nesterov": "#555555",
+    "feedback": "#b0763a",
+    "local": "#edae49",
+    "cdni": "#d1495b",
+}
+STYLES = ("-", "--", ":", "-.")
+
+
+def blocks(report: dict[str, Any]) -> list[Block]:
+    """The report of :func:`fused_dni.experiments.delay.compare`, finished or not."""
+    settings, where = report["settings"], report["facts"]
+    said: list[Block] = [
+        Heading(
+            f"Late gradients on {report['dataset']}, {settings['task']}: {settings['stages']} "
+            f"stages, {settings['depth']} hidden layers of {settings['hidden']}",
+            1,
+        ),
+        Text(
+            f"{where['device']}, threads {where['threads']}, torch {where['torch']}, commit "
+            f"{where['commit'] or 'unknown'}: `{where['command']}`."
+        ),
+        Text(protocol(report)),
+        table(report),
+        Text(sentence(report), lead=True),
+    ]
+    if report["runs"]:
+        said.append(
+            Figure(
+                "error-by-lag",
+                functools.partial(_draw, report),
+                "Error by the steps that a gradient is late over each cut: mean over seeds, and "
+                "their range.",
+            )
+        )
+    arms = report["arms"]
+    said += [Heading("The arms"), Table(["arm", "what it is"], [[n, arms[n]] for n in arms])]
+    if report["tuning"]:
+        said += [Heading("Rates"), _tuning(report)]
+    if any(run["cosines"] for run in report["runs"]):
+        said += [Heading("Cosine of predictions with what came for them, by cut"), _cosines(report)]
+    if not report["finished"]:
+        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
+    return said
+
+
+def protocol(report: dict[str, Any]) -> str:
+    """How the runs were made, in a paragraph."""
+    s = report["settings"]
+    tuned = len(s["rates"]) > 1
+    rates = ", ".join(f"{rate:g}" for rate in s["rates"])
+    chosen = (
+        f"of {rates} the one that was best on the held-out sixth of the training set in a shorter "
+        "run of the first seed, by arm and lag (one choice for all cDNI arms)"
+        if tuned
+        else rates
+    )
+    clip = "" if s["max_norm"] is None else f", max_norm {s['max_norm']:g}"
+    through = f" through {s['code']} units" if s["task"] == "reconstruction" else ""
+    return (
+        f"Linear, BatchNorm, ReLU{through}; batch {s['batch_size']}, {s['epochs']} epochs, "
+        f"{len(s['seeds'])} seed{'s' * (len(s['seeds']) > 1)}; rate at the start {chosen}, cosine "
+        f"to zero. cDNI: synthesizers at {s['share']:g} of the rate, in the first "
+        f"{100 * s['warmup']:g} % of the steps stages wait for their gradient{clip}."
+    )
+
+
+def errors(report: dict[str, Any], name: str, lag: int | None) -> list[float]:
+    """Errors of an arm's finished runs at a lag, in percent."""
+    return [
+        100 * run["error"]
+        for run in report["runs"]
+        if run["name"] == name and run["lag"] in (lag, None)
+    ]
+
+
+def _cell(report: dict[str, Any], name: str, lag: int) -> str:
+    found = errors(report, name, lag)
+    if not found:
+        return "-"
+    between = f" ({min(found):.2f}-{max(found):.2f})" if len(found) > 1 else ""
+    diverged = sum(
+        run["diverged"]
+        for run in report["runs"]
+        if run["name"] == name and run["lag"] in (lag, None)
+    )
+    return f"{statistics.fmean(found):.2f}{between}" + f", {diverged} diverged" * bool(diverged)
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Error by arm and lag: mean (range)."""
+    lags = sorted(report["settings"]["lags"])
+    lines = [[name, *(_cell(report, name, lag) for lag in lags)] for name in report["arms"]]
+    what = {
+        "classification": "Error on the test set, %",
+        "reconstruction": "Variance of the test images that is not reconstructed, %",
+    }[report["settings"]["task"]]
+    caption = f"{what}: mean (range) over seeds. backprop and local do not depend on the lag."
+    return Table(["arm", *(f"lag {lag}" for lag in lags)], lines, caption)
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """Whom the first cDNI arm beats at the largest lag, every seed below every seed."""
+    lag = max(report["settings"]["lags"])
+    ours = next((name for name in report["arms"] if name.startswith("cdni")), None)
+    mine = errors(report, ours, lag) if ours else []
+    if not ours or not mine:
+        return "No synthetic gradient was trained."
+    found: dict[str, list[str]] = {"better than": [], "worse than": [], "overlapping": []}
+    for name in report["arms"]:
+        theirs = errors(report, name, lag)
+        if name != ours and theirs:
+            apart = "better than" if max(mine) < min(theirs) else "overlapping"
+            apart = "worse than" if min(mine) > max(theirs) else apart
+            found[apart].append(name)
+    said = "; ".join(f"{how} {', '.join(names)}" for how, names in found.items() if names)
+    return (
+        f"At a lag of {lag}, {ours} by the ranges of {len(mine)} seed{'s' * (len(mine) > 1)}: "
+        f"{said or 'alone'}."
+    )
+
+
+def _lag(lag: int | None) -> str:
+    return "any" if lag is None else str(lag)
+
+
+def _tuning(report: dict[str, Any]) -> Table:
+    rates = report["settings"]["rates"]
+    rows = {(t["name"], _lag(t["lag"]), t["rate"]): t for t in report["tuning"]}
+    lines = []
+    for name, lag in dict.fromkeys((name, lag) for name, lag, _ in rows):
+        cells = [rows.get((name, lag, rate)) for rate in rates]
+        lines.append(
+            [
+                name,
+                lag,
+                *(
+                    "-" if c is None else "diverged" if c["diverged"] else f"{100 * c['error']:.2f}"
+                    for c in cells
+                ),
+            ]
+        )
+    return Table(
+        ["arm", "lag", *(f"{rate:g}" for rate in rates)],
+        lines,
+        "Error on the held-out part, %, one seed.",
+    )
+
+
+def _cosines(report: dict[str, Any]) -> Table:
+    cuts = report["settings"]["stages"] - 1
+    lines = []
+    for name in report["arms"]:
+        for lag in sorted(report["settings"]["lags"]):
+            runs = [
+                run["cosines"]
+                for run in report["runs"]
+                if run["name"] == name and run["lag"] == lag and run["cosines"]
+            ]
+            if runs:
+                known = [[c for c in cut if c is not None] for cut in zip(*runs, strict=True)]
+                means = [f"{statistics.fmean(cut):.2f}" if cut else "-" for cut in known]
+                lines.append([name, str(lag), *means])
+    return Table(["arm", "lag", *(f"cut {i + 1}" for i in range(cuts))], lines, "Mean over seeds.")
+
+
+def _draw(report: dict[str, Any], canvas: Any) -> None:
+    axes = canvas.add_subplot()
+    lags = sorted(report["settings"]["lags"])
+    drawn: dict[str, int] = {}
+    for name in report["arms"]:
+        family = name.partition("-")[0]
+        style = STYLES[drawn.get(family, 0) % len(STYLES)]
+        drawn[family] = drawn.get(family, 0) + 1
+        at = [(lag, found) for lag in lags if (found := errors(report, name, lag))]
+        if not at:
+            continue
+        means = [statistics.fmean(found) for _, found in at]
+        bars = [
+            [mean - min(found) for mean, (_, found) in zip(means, at, strict=True)],
+            [max(found) - mean for mean, (_, found) in zip(means, at, strict=True)],
+        ]
+        axes.errorbar(
+            [lag for lag, _ in at],
+            means,
+            bars,
+            fmt=f"{style}o",
+            color=COLOURS[family],
+            markersize=3,
+            linewidth=1.3,
+            capsize=2,
+            label=name,
+        )
+    axes.set_xlabel("lag, steps")
+    axes.set_ylabel("error, %")
+    axes.set_yscale("log")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
