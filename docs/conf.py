@@ -29,7 +29,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # What a docstring refers to is on one of the pages, or PyTorch's or Python's.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections)\..*|Tensor")]
+nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections|os)\..*|Tensor|Loss|Stateful")]
 
 html_theme = "furo"
 html_title = f"fused_dni {release}"

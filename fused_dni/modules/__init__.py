@@ -1,7 +1,7 @@
 """The drop-in layers."""
 
 from fused_dni.modules.decoupled import Decoupled
-from fused_dni.modules.late import Ticket, learn_late, step_local
+from fused_dni.modules.late import LocalOutput, Ticket, learn_late, step_local
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.linear_cross_entropy import FusedDNILinearCrossEntropyLoss
 from fused_dni.modules.local import backward_local
@@ -17,6 +17,7 @@ __all__ = [
     "FusedDNILSTMCell",
     "FusedDNILinear",
     "FusedDNILinearCrossEntropyLoss",
+    "LocalOutput",
     "Ticket",
     "backward_boundary",
     "backward_local",

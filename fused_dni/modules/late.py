@@ -138,7 +138,7 @@ def step_local(
 
     Args:
         module: a :class:`FusedDNILinear` or :class:`Decoupled` with a synthesizer, in training.
-        *inputs, **named: the module's arguments. Nothing flows back through them: what an argument
+        inputs, named: the module's arguments. Nothing flows back through them: what an argument
             that asks for a gradient is to get is returned.
         context: as in the module's forward.
 
@@ -205,7 +205,7 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     The prediction is made again, at the h and with the context of the step, by the synthesizer as
     it is now. With a rule its parameters are updated (mutated), and with the interface at the
     preactivation those behind it; without one gradients are added to ``.grad``, through hooks. The
-    module's statistics (:func:`fused_dni.diagnostics`) count it.
+    module's statistics (:func:`fused_dni.diagnostics`) count it. An error changes nothing.
 
     Args:
         module: which made the ticket in :func:`step_local`.
@@ -218,7 +218,6 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
             a broken way is not to be learned.
         RuntimeError: a spent ticket; a shape, dtype or device that is not h's; a parameter under a
             rule whose ``.grad`` holds a gradient, which the rule does not see.
-        Nothing is changed then.
     """
     decoupled = _ready(module, "learn_late")
     if not isinstance(ticket, Ticket):
