@@ -127,7 +127,8 @@ def add_simulate(commands: Any) -> None:
                      help="microbatches measured at least (200)")  # fmt: skip
     how.add_argument("--seed", type=whole(0, "a seed"), default=0, help="(0)")
     out = command.add_argument_group("output")
-    out.add_argument("--check", metavar="FILE", help="JSON of measured throughputs to hold the "
+    out.add_argument("--check", metavar="FILE", dest="measured",
+                     help="JSON of measured throughputs to hold the "
                      "model against (docs/simulate.md)")  # fmt: skip
     out.add_argument("--out", metavar="FILE", help="write the report as JSON")
     out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
@@ -145,7 +146,7 @@ def _simulate(args: argparse.Namespace, command: str) -> int:
     if args.target_every == 0:
         raise UsageError("--target-every never is --modes local: DNI learns from targets")
     out = OutFile("--out", args.out)
-    measured_rows = None if args.check is None else check.read(args.check)
+    measured_rows = None if args.measured is None else check.read(args.measured)
     set_threads(args)
     progress = Progress(enabled=not args.quiet)
     with progress:

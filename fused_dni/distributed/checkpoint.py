@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -149,7 +150,7 @@ class Checkpoints:
         partial.mkdir(parents=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, about a checkpoint of one process
-            dcp.save(self._state(), checkpoint_id=partial, no_dist=True)
+            state_dict_saver.save(self._state(), checkpoint_id=partial, no_dist=True)
         manifest = {"step": step, "stage": self.pipeline.rank, "num_stages": self.pipeline.world}
         with (partial / _MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file)
@@ -174,8 +175,8 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                dcp.load(state, checkpoint_id=place, no_dist=True)
-            except dcp.api.CheckpointException as problem:
+                state_dict_loader.load(state, checkpoint_id=place, no_dist=True)
+            except CheckpointException as problem:
                 raise ValueError(
                     f"the checkpoint in {place} does not fit this stage: {problem}"
                 ) from problem

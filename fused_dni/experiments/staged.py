@@ -93,7 +93,8 @@ class Settings:
 def split(settings: Settings, features: int, classes: int, mode: str) -> list[Stage]:
     """The network in stages, the same on every process."""
     network = nets.plain(features, settings.hidden, settings.depth, classes, seed=settings.seed)
-    layers = [nn.Sequential(*network[3 * i : 3 * i + 3]) for i in range(settings.depth)]
+    modules = list(network)
+    layers = [nn.Sequential(*modules[3 * i : 3 * i + 3]) for i in range(settings.depth)]
     stages = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 1)
@@ -101,7 +102,7 @@ def split(settings: Settings, features: int, classes: int, mode: str) -> list[St
             first, behind = (settings.depth * j // settings.stages for j in (i, i + 1))
             module, last = nn.Sequential(*layers[first:behind]), i == settings.stages - 1
             if last:
-                module.append(network[-1])
+                module.append(modules[-1])
             size = settings.hidden
             given: dict[str, Any] = {}
             if mode == "decoupled" and not last:
@@ -195,7 +196,7 @@ def work(settings: Settings, mode: str, folder: str) -> dict[str, Any]:
                     mean = float(torch.stack([loss for _, loss in waiting]).mean())
                     curve.append([waiting[-1][0], mean])
                     waiting.clear()
-                    (place / "progress").write_text(f"{pipeline.steps / steps}")
+                    (place / "progress").write_text(f"{pipeline.steps / steps}", encoding="ascii")
     torch.save(stage.state_dict(), place / f"trained-{rank}.pt")
     reports = pipeline.reports()
     dist.barrier()
@@ -308,6 +309,6 @@ class _Watched:
 
     def _show(self) -> None:
         try:
-            self.progress.update(self.name, float(self.path.read_text()))
+            self.progress.update(self.name, float(self.path.read_text(encoding="ascii")))
         except (OSError, ValueError):
             return  # not there yet, or being written
