@@ -245,10 +245,13 @@ QUESTIONS = (
     ),
     Question(
         "“Separate machines are just minibatches”",
-        "Left open: whether layers on separate machines gain over data parallelism on the same "
-        "machines is not answered by any figure here.",
-        (),
-        None,
+        "Stages of a network whose gradients come so many steps late over each cut, in one "
+        "process, to the bit what processes with that lag compute: what lateness costs in "
+        "accuracy, by the ways not to wait. Local losses need the labels at every stage. Whether "
+        "it gains over data parallelism on the same machines is simulated (`fused-dni simulate`), "
+        "not measured.",
+        ("*-delay-2-stages", "*-delay-4-stages"),
+        readings.distance,
     ),
     Question(
         "“Can such figures be trusted?”",

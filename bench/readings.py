@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import races
 from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, text
 from fused_dni.report.kinds import advice as advice_report
+from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.kinds import interfaces as interfaces_report
 from fused_dni.report.kinds import planted
 from fused_dni.report.kinds import race as race_report
@@ -582,6 +583,38 @@ def _sentences(said: str) -> list[str]:
             piece.strip() for part in parts for piece in part.replace(mark, f"\n{mark}").split("\n")
         ]
     return [part for part in parts if part]
+
+
+def distance(reports: dict[str, Report]) -> Answer:
+    """What a gradient costs that comes over a slow link, by the ways not to wait for it."""
+    sentences, blocks, ahead = [], [], []
+    for report in reports.values():
+        settings, lag = report["settings"], max(report["settings"]["lags"])
+        errors = {name: delay_report.errors(report, name, lag) for name in report["arms"]}
+        (ours,) = (name for name in errors if name.startswith("cdni"))
+        late = [name for name in errors if name in ("stale", "nesterov", "feedback")]
+        beaten = [name for name in late if max(errors[ours]) < min(errors[name])]
+        ahead.append(len(beaten) == len(late))
+        means = {name: statistics.fmean(found) for name, found in errors.items()}
+        others = ", ".join(f"{name} {means[name]:.2f}" for name in errors if name != ours)
+        sentences.append(
+            f"{settings['stages']} stages, {lag} steps late: {ours} {means[ours]:.2f} "
+            f"({spread(errors[ours])}), {others}; every seed below every seed of "
+            f"{', '.join(beaten) or 'none'}"
+        )
+        blocks += [Text(f"**{settings['stages']} stages**"), delay_report.table(report)]
+    first = next(iter(reports.values()))
+    lag = max(first["settings"]["lags"])
+    (ours,) = (name for name in first["arms"] if name.startswith("cdni"))
+    found = {name: delay_report.errors(first, name, lag) for name in (ours, "stale", "local")}
+    return Answer(
+        often(ahead.count(False), len(ahead)),
+        ", ".join(f"{statistics.fmean(v):.2f} % {name}" for name, v in found.items()),
+        "Error on MNIST when gradients between stages come late, in per cent. "
+        + ". ".join(sentences)
+        + ".",
+        blocks,
+    )
 
 
 def trust(reports: dict[str, Report]) -> Answer:
