@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, lstm, races, training, verdict
+from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, training, verdict
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -52,6 +52,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "gpu-details": ("*-gpu", on_gpus(gpu.render_gpu_details)),
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
+    "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
