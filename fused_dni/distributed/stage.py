@@ -288,7 +288,7 @@ class Worker:
         x = given.x.detach().requires_grad_(given.wanted)
         # Whose weights may be others when the gradient comes: the way back is through them as they
         # are then, as in every asynchronous pipeline that keeps no second set.
-        keep = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        keep = torch.autograd.graph.saved_tensors_hooks(_alone, _same)
         with torch.enable_grad(), keep if self._late() else _nothing():
             h = self._run(x)
         if not h.requires_grad:
@@ -385,6 +385,11 @@ def _wanted(x: Tensor) -> Tensor:
             "stage returns does not depend on it"
         )
     return x.grad
+
+
+def _alone(t: Tensor) -> Tensor:
+    """The same memory without its graph, which would hold itself if no backward came."""
+    return t.detach()
 
 
 def _same(t: Tensor) -> Tensor:

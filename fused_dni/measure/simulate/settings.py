@@ -106,8 +106,9 @@ class Times:
         """
 
         def spread(value: float | Sequence[float]) -> tuple[float, ...]:
-            one = isinstance(value, (int, float))
-            return (float(value),) if one else tuple(float(v) for v in value)  # type: ignore
+            if isinstance(value, (int, float)):
+                return (float(value),)
+            return tuple(float(v) for v in value)
 
         f, b, o = spread(forward), spread(backward), spread(optimizer)
         length = max(len(f), len(b), len(o))
