@@ -104,7 +104,7 @@ def test_a_disturbance_of_some_rounds_is_seen_in_the_interval(tmp_path):
     """Half of the second run was slow, by whatever else ran then: no change of the code, and rounds
     taken as independent would swear to one."""
     calm, disturbed = rounds(1.0, 1), rounds(1.0, 2)[:24] + rounds(1.3, 3)[:40]
-    naive = timing.median_interval(disturbed, 0.99)
+    naive = median_interval(disturbed, 0.99)
     assert naive[0] > 1.02
     old, new = run(1.0, 1), run(1.0, 2)
     found = compare(*pair(tmp_path, old | {"ours": calm}, new | {"ours": disturbed}))
@@ -156,7 +156,7 @@ def test_another_commit_is_what_one_compares(tmp_path):
 
 
 def timed(median):
-    return timing.Timing("t", tuple(rounds(median, 1)), tuple(rounds(median, 1)), 1).to_json()
+    return timing.Timing.of("t", tuple(rounds(median, 1)), tuple(rounds(median, 1)), 1).to_json()
 
 
 def test_reports_of_one_kind_are_compared(tmp_path):

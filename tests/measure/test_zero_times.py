@@ -104,7 +104,7 @@ def test_reports_with_zeros_are_read():
     ids=str,
 )
 def test_ratios_of_rounds_that_are_zero(a, b, verdict):
-    found = timing.ratio(timing.Timing("a", a, a, 1), timing.Timing("b", b, b, 1))
+    found = timing.ratio(timing.Timing.of("a", a, a, 1), timing.Timing.of("b", b, b, 1))
     assert found.verdict() == verdict
     said = {"inconclusive": "not measurably different from"}.get(verdict, f"{verdict} than")
     assert versus(found) == said

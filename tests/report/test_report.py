@@ -21,7 +21,7 @@ from fused_dni.report import (
     drawable,
     load,
 )
-from fused_dni.report.kinds import KINDS
+from fused_dni.report.schema import KINDS
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 ROW = {"calls": 2, "total": 0.2, "own": 0.1, "device": 0.0, "memory": 64}
