@@ -144,6 +144,27 @@ class Guard {
   std::vector<Check> checks_;
 };
 
+// A guard as Python asks it: for calls whose checks alone are made here.
+class Watch {
+ public:
+  explicit Watch(const py::handle& rows) : guard_(rows) {}
+
+  bool holds() const { return guard_.holds(); }
+  // The first that does not hold; None if all do.
+  Object changed() const {
+    const std::size_t at = guard_.broken();
+    return at < guard_.size() ? Object(py::int_(at)) : Object(py::none());
+  }
+
+  template <class Visit>
+  void each(const Visit& visit) {
+    guard_.each(visit);
+  }
+
+ private:
+  Guard guard_;
+};
+
 // A rule as it was when the step was bound. Of its hyper-parameters the rate may change, which is
 // written where the usual way would look for it.
 class LiveRule {
@@ -1481,6 +1502,10 @@ py::class_<T> bind(py::module_& m, const char* name) {
 }  // namespace
 
 void bind_quick(py::module_& m) {
+  bind<Watch>(m, "Watch")
+      .def(py::init<const py::handle&>())
+      .def("__call__", &Watch::holds)
+      .def("changed", &Watch::changed);
   bind<QuickStep>(m, "QuickStep")
       .def(py::init<const py::dict&>())
       .def("__call__", &QuickStep::call)
