@@ -267,7 +267,7 @@ class Stacked:
             return None  # as holds(), without a call
         made = self.quick(container, input, context, None)
         if type(made) is tuple:
-            made = nodes.Taught.apply(self.last, made, input, *self.anchors)
+            made = nodes.Taught.run(self.last, made, input, *self.anchors)
         out: Tensor | None = made
         return out
 
@@ -304,7 +304,7 @@ class StackedLoss(Stacked):
         if made is None:
             return None
         anchors = self.anchors if made[-1] is not None else self.anchors[:1]
-        out: Tensor = nodes.StackLoss.apply(self, made, input, *anchors)
+        out: Tensor = nodes.StackLoss.run(self, made, input, *anchors)
         return out
 
 
@@ -377,7 +377,7 @@ class StackedExact(Stacked):
         made = self.quick.forward(container, input, None, None if self.head is None else target)
         if made is None:
             return None
-        out: Tensor = nodes.ExactStack.apply(self, made, input, *self.anchors)
+        out: Tensor = nodes.ExactStack.run(self, made, input, *self.anchors)
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:
