@@ -107,7 +107,8 @@ def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> 
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise IndexError(
-            f"label {wrong} in context is out of range: the synthesizer knows {classes} classes"
+            f"label {wrong} in context is out of range: the synthesizer has "
+            f"context_features={classes}, so labels are in [0, {classes - 1}]"
         )
 
 
