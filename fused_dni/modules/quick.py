@@ -237,6 +237,10 @@ class Stacked:
         self._aims = isinstance(self._held[-1], LossSteps)
         learners = [p for p in self.last.learners() if p is not None and p.requires_grad]
         self.anchors: list[Tensor | None] = [*learners]
+        self._call: Any = quick  # None, or a tensor, or a tuple of what a node is to keep
+        self._conditioned = True
+        # Those that must have been told the last one's loss scale.
+        self._told: tuple[LinearSteps, ...] = () if head is None else (head,)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -259,16 +263,21 @@ class Stacked:
         target: Tensor | None,
     ) -> Tensor | None:
         """Take the step; None if anything is in its way."""
+        scale = self.last.phase.loss_scale
         if (
             container is not self._container
             or self._held != tuple(container._modules.values())
             or (target is None) is self._aims
+            or (self._told and any([layer.phase.loss_scale != scale for layer in self._told]))
         ):
             return None  # as holds(), without a call
-        made = self.quick(container, input, context, None)
-        if type(made) is tuple:
-            made = nodes.Taught.run(self.last, made, input, *self.anchors)
-        out: Tensor | None = made
+        context = context if self._conditioned else None
+        made = self._call(container, input, context, None if self.head is None else target)
+        out: Tensor | None = self._node(made, input) if type(made) is tuple else made
+        return out
+
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
+        out: Tensor = nodes.Taught.run(self.last, made, *self.anchors, input)
         return out
 
 
@@ -287,24 +296,9 @@ class StackedLoss(Stacked):
         # What waits for the end of a backward: of a step without a target, and of one with.
         self.endings = [Ending(self, taught) for taught in (False, True)]
 
-    def run(
-        self,
-        container: nn.Module,
-        input: Tensor,
-        context: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor | None:
-        if (
-            container is not self._container
-            or self._held != tuple(container._modules.values())
-            or self.head.phase.loss_scale != self.last.phase.loss_scale
-        ):
-            return None
-        made = self.quick(container, input, context, target)
-        if made is None:
-            return None
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
         anchors = self.anchors if made[-1] is not None else self.anchors[:1]
-        out: Tensor = nodes.StackLoss.run(self, made, input, *anchors)
+        out: Tensor = nodes.StackLoss.run(self, made, *anchors, input)
         return out
 
 
@@ -354,30 +348,15 @@ class StackedExact(Stacked):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.anchors = [layer._binding.anchor for layer in self.members]
+        self._call, self._conditioned, self._told = self.quick.forward, False, self.members
         self.shares = [(member, UPDATE) for member in self.members]
         self._tensors: list[tuple[LinearTensors, LinearConfig]] = []
         for layer in self.members:
             assert layer._binding.layer is not None
             self._tensors.append((layer._binding.layer, layer.config))
 
-    def run(
-        self,
-        container: nn.Module,
-        input: Tensor,
-        context: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor | None:
-        scale = self.last.phase.loss_scale
-        if (
-            not self.holds(container)
-            or (target is None) is self._aims
-            or any([layer.phase.loss_scale != scale for layer in self.members])
-        ):
-            return None
-        made = self.quick.forward(container, input, None, None if self.head is None else target)
-        if made is None:
-            return None
-        out: Tensor = nodes.ExactStack.run(self, made, input, *self.anchors)
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
+        out: Tensor = nodes.ExactStack.run(self, made, *self.anchors, input)
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:

@@ -8,7 +8,7 @@ otherwise than before, the window goes its usual way, which gives the errors and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -26,9 +26,6 @@ from fused_dni.ops.types import Backend, Check, LSTMLayer, RuleTensors, Synthesi
 from fused_dni.rules import RuleState
 from fused_dni.synthesizers import DiagonalSynthesizer, LinearSynthesizer
 
-if TYPE_CHECKING:
-    from fused_dni.modules.recurrent import Recurrent
-
 Slots = tuple[Tensor | None, ...]
 
 
@@ -41,7 +38,7 @@ class BoundWindows:
             window returns for it.
     """
 
-    def __init__(self, module: Recurrent, backend: Backend, watch: Any, own: list[Check]) -> None:
+    def __init__(self, module: Any, backend: Backend, watch: Any, own: list[Check]) -> None:
         self.backend = backend
         self.layers: tuple[LSTMLayer, ...] = module._layers()
         self.slots: Slots = module.local_parameters()
@@ -75,12 +72,13 @@ def rule_of(state: RuleState | None) -> RuleTensors:
     return state._tensors
 
 
-def bind_windows(module: Recurrent, backend: Backend) -> BoundWindows | None:
+def bind_windows(module: Any, backend: Backend) -> BoundWindows | None:
     """Look up what the module's windows ask for; None where a list of checks does not say it, or
     the backend cannot hold it.
 
     Args:
-        module: of which a window has just been run in training. backend: by which.
+        module: a :class:`~fused_dni.modules.recurrent.Recurrent`, of which a window has just been
+            run in training. backend: by which.
     """
     watch = getattr(backend, "watch", None)
     own, synthesizer = module.__dict__, module._modules["synthesizer"]
