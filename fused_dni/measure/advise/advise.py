@@ -49,8 +49,8 @@ from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, 
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.blocks import as_text
 from fused_dni.report.files import as_json
-from fused_dni.report.layout import blocks_of
 from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, sentence
+from fused_dni.report.layout import blocks_of
 from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Rule
 

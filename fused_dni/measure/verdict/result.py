@@ -15,8 +15,8 @@ from fused_dni.measure.verdict.errors import VerdictError
 from fused_dni.measure.verdict.parts import Parts
 from fused_dni.measure.verdict.views import amdahl, critical_path
 from fused_dni.report.files import as_json
-from fused_dni.report.layout import tables
 from fused_dni.report.kinds import verdict as reports
+from fused_dni.report.layout import tables
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import BreakEven as BreakEven
 from fused_dni.report.words import row
