@@ -224,9 +224,9 @@ class _Delivers(Node):
         spend(ctx, TWICE)
         scale = ctx.loss_scale
         arrived = unscaled(arrived, scale)
-        h = ctx.saved_tensors[0]
         if ctx.predicted is not None and arrived is not None:
             module: Steps = ctx.module
+            h = ctx.saved_tensors[0]
             teach_later(
                 module, module.regression(h, ctx.predicted, ctx.context, arrived, ctx.trace)
             )
