@@ -218,7 +218,7 @@ class Stacked:
     Attributes:
         layers: one behind the other; last of them; head: the layer with the loss behind them, or
             None where it is not part of the call; members: all of these; steps: theirs, of which
-            the call is made.
+            the call is made. covered: how many of the container's modules the call stands for.
     """
 
     def __init__(
@@ -229,7 +229,9 @@ class Stacked:
         layers: list[LinearSteps],
         head: LossSteps | None,
         steps: list[Any],
+        covered: int,
     ) -> None:
+        self.covered = covered
         self.quick, self.steps, self.layers, self.head = quick, steps, tuple(layers), head
         self.members = self.layers if head is None else (*layers, head)
         self.last, self._checks = layers[-1], checks
@@ -443,6 +445,7 @@ def _apart(head: LossSteps, last: LinearSteps) -> str:
 def stacked(
     container: nn.Module,
     layers: list[LinearSteps],
+    body: int,
     head: LossSteps | None,
     known: Stacked | None,
 ) -> tuple[Stacked | None, str]:
@@ -450,7 +453,8 @@ def stacked(
     is none, or why the head is not in it.
 
     Args:
-        container: which holds them, one behind the other from its first on.
+        container: which holds them, one behind the other from its first on, with nothing between
+            but what hands on what it is given. body: how many of its modules those are.
         head: what is next in it, if it has the loss.
         known: what was there before, which stays while the layers' own steps do.
     """
@@ -461,9 +465,11 @@ def stacked(
         head = None
     if head is not None:
         steps.append(head._binding.exact)
+    covered = body if head is None else len(container._modules)
     if (
         known is not None
         and known.holds(container)
+        and known.covered == covered
         and len(steps) == len(known.steps)
         and all([a is b for a, b in zip(steps, known.steps, strict=True)])
     ):
@@ -491,10 +497,13 @@ def stacked(
         *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in HOOKS],
     ]
     members = layers if head is None else [*layers, head]
+    for module in list(container._modules.values())[:covered]:
+        if module is not None and module not in members:
+            checks += uncalled(module)
     for layer, step in zip(members, steps, strict=True):
         name = "exact" if exact or layer is head else "quick"
         checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
     quick = bind(container, SURROUNDINGS, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*SURROUNDINGS, *checks), container, layers, head, steps), apart
+    return kind(quick, (*SURROUNDINGS, *checks), container, layers, head, steps, covered), apart
