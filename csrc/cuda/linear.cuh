@@ -69,11 +69,11 @@ struct Precision {
   template <class Shape>
   using Weight = typename Shape::template Weight<BackOp>;
 };
-using Single = Precision<Fp32, Fp32, float, float>;
-using Rounded = Precision<Tf32, Tf32, float, float>;
-using Brain = Precision<Bf16, Bf16, bf16, bf16>;
+using InFp32 = Precision<Fp32, Fp32, float, float>;
+using InTf32 = Precision<Tf32, Tf32, float, float>;
+using InBf16 = Precision<Bf16, Bf16, bf16, bf16>;
 // A gradient of size 1 / N has no room in float16; TF32 has its digits and more range.
-using Half = Precision<Fp16, Tf32, fp16, float>;
+using InFp16 = Precision<Fp16, Tf32, fp16, float>;
 
 // The kernel of one precision and shape: C has both.
 template <class P, class Shape>
@@ -733,9 +733,9 @@ LinearKernels linear_kernels(int shape) {
   return table[shape];
 }
 
-LinearKernels linear_single(int shape);
-LinearKernels linear_rounded(int shape);
-LinearKernels linear_brain(int shape);
-LinearKernels linear_half(int shape);
+LinearKernels linear_fp32(int shape);
+LinearKernels linear_tf32(int shape);
+LinearKernels linear_bf16(int shape);
+LinearKernels linear_fp16(int shape);
 
 }  // namespace fused_dni::cuda

@@ -24,10 +24,10 @@ struct Precision {
   using T = TileOf<Forward>;
   using W = TileOf<Weight>;
 };
-using Single = Precision<Fp32, Fp32, float>;
-using Rounded = Precision<Tf32, Tf32, float>;
-using Brain = Precision<Bf16, Bf16, bf16>;
-using Half = Precision<Fp16, Tf32, fp16>;
+using InFp32 = Precision<Fp32, Fp32, float>;
+using InTf32 = Precision<Tf32, Tf32, float>;
+using InBf16 = Precision<Bf16, Bf16, bf16>;
+using InFp16 = Precision<Fp16, Tf32, fp16>;
 
 // A tile of the context's gradient by classes: a warp adds up some of the rows, for 32 outputs and
 // as many classes.
@@ -49,7 +49,7 @@ std::size_t divide(SynthesizerArguments& a, void* room) {
         reinterpret_cast<std::remove_reference_t<decltype(part)>>(static_cast<char*>(room) + used);
     used += (count * sizeof(*part) + 127) / 128 * 128;
   };
-  const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, Single::T::M);
+  const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, InFp32::T::M);
   if (!a.training) return used;
   take(a.step, 1);
   take(a.sums, 5 * kMostBlocks);
@@ -346,9 +346,9 @@ std::size_t synthesizer_workspace(const SynthesizerArguments& arguments) {
 
 Status synthesizer(const SynthesizerLaunch& launch) {
   const SynthesizerArguments& a = launch.arguments;
-  if (a.type == kBfloat16) return launch_synthesizer<Brain>(launch);
-  if (a.type == kFloat16) return launch_synthesizer<Half>(launch);
-  return a.ieee ? launch_synthesizer<Single>(launch) : launch_synthesizer<Rounded>(launch);
+  if (a.type == kBfloat16) return launch_synthesizer<InBf16>(launch);
+  if (a.type == kFloat16) return launch_synthesizer<InFp16>(launch);
+  return a.ieee ? launch_synthesizer<InFp32>(launch) : launch_synthesizer<InTf32>(launch);
 }
 
 }  // namespace fused_dni::cuda

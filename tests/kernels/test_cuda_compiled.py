@@ -32,8 +32,8 @@ class Bound(NamedTuple):
     """What one kernel function may take, over all that it is compiled for."""
 
     registers: int
-    # Bytes of a thread's local memory: registers that went through it, arrays that are indexed. With
-    # 0 there is no local load or store, in a main loop or anywhere else.
+    # Bytes of a thread's local memory: registers that went through it, arrays that are indexed.
+    # With 0 there is no local load or store, in a main loop or anywhere else.
     stack: int
     variants: int  # what it is compiled for: precisions, types, shapes of tiles
     products: bool = True  # of tensor cores, where operands are not float32's own
