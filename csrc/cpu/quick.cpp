@@ -145,6 +145,27 @@ class Guard {
   std::vector<Check> checks_;
 };
 
+// A guard as Python asks it: for calls whose checks alone are made here.
+class Watch {
+ public:
+  explicit Watch(const py::handle& rows) : guard_(rows) {}
+
+  bool holds() const { return guard_.holds(); }
+  // The first that does not hold; None if all do.
+  Object changed() const {
+    const std::size_t at = guard_.broken();
+    return at < guard_.size() ? Object(py::int_(at)) : Object(py::none());
+  }
+
+  template <class Visit>
+  void each(const Visit& visit) {
+    guard_.each(visit);
+  }
+
+ private:
+  Guard guard_;
+};
+
 // A rule as it was when the step was bound. Of its hyper-parameters the rate may change, which is
 // written where the usual way would look for it.
 class LiveRule {
@@ -418,6 +439,7 @@ class QuickStep : public Quick {
       add(step, ops);
       ops.run();
     }
+    count_batch();
     wrote(written_);
     last_();
     return returned(made, target, told);
@@ -444,6 +466,7 @@ class QuickStep : public Quick {
       add(lesson, ops);
       ops.run();
     }
+    count_lesson();
     wrote(learned_);
     return true;
   }
@@ -524,10 +547,7 @@ class QuickStep : public Quick {
     rule_.write(batch.rate);
     return step;
   }
-  void add(const LinearStep& step, Ops& ops) const {
-    ops.add(kernels().linear_step[type_](step));
-    count_batch();
-  }
+  void add(const LinearStep& step, Ops& ops) const { ops.add(kernels().linear_step[type_](step)); }
   SynthesizerTrain teaching(const Batch& batch, const Told& told, const Made& made,
                             const void* arrived) const {
     SynthesizerTrain lesson{};
@@ -546,14 +566,16 @@ class QuickStep : public Quick {
     double rate = 0.0;
     teacher_->read(rate);
     teacher_->write(rate);
-    if (!given_kappa_) {
-      const Object lessons = unit_.attr(names().lessons);
-      py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
-    }
     return lesson;
   }
   void add(const SynthesizerTrain& lesson, Ops& ops) const {
     ops.add(kernels().synthesizer_train[type_](lesson));
+  }
+  // To be called behind a lesson that was given.
+  void count_lesson() const {
+    if (given_kappa_) return;
+    const Object lessons = unit_.attr(names().lessons);
+    py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
   }
   const Object& written() const { return written_; }
   const Object& learned() const { return learned_; }
@@ -630,6 +652,7 @@ class QuickExact : public Quick {
       add(forward, ops);
       ops.run();
     }
+    count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) wrote(moved_);
     return py::make_tuple(h, normalized, rstd, batch.asks);
   }
@@ -731,7 +754,6 @@ class QuickExact : public Quick {
   }
   void add(const LinearForward& forward, Ops& ops) const {
     ops.add(kernels().linear_forward[type_](forward));
-    count_batch();
   }
   void add(const LinearBackward& backward, Ops& ops) const {
     ops.add(kernels().linear_backward[type_](backward));
@@ -1044,6 +1066,8 @@ class QuickStack : public Stack<QuickStep> {
       if (head_) head_->add(forward, ops);
       ops.run();
     }
+    for (const QuickStep* layer : layers_) layer->count_batch();
+    for (std::size_t i = 0; i < lessons.size(); ++i) layers_[i]->count_lesson();
     last.wrote(target ? taught_ : written_);
     last.last()();
     if (!head_) return last.returned(handed, target, told.back());
@@ -1099,6 +1123,7 @@ class QuickStack : public Stack<QuickStep> {
       head_->add(update, ops);
       ops.run();
     }
+    if (target) last.count_lesson();
     head_->wrote(target ? finished_ : head_->written());
     return true;
   }
@@ -1247,6 +1272,7 @@ class QuickExactStack : public Stack<QuickExact> {
       if (head_) head_->add(loss, ops);
       ops.run();
     }
+    for (const QuickExact* layer : layers_) layer->count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
     return py::make_tuple(h, left, asks);
   }
@@ -1514,6 +1540,10 @@ py::class_<T> bind(py::module_& m, const char* name) {
 }  // namespace
 
 void bind_quick(py::module_& m) {
+  bind<Watch>(m, "Watch")
+      .def(py::init<const py::handle&>())
+      .def("__call__", &Watch::holds)
+      .def("changed", &Watch::changed);
   bind<QuickStep>(m, "QuickStep")
       .def(py::init<const py::dict&>())
       .def("__call__", &QuickStep::call)
