@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "verdict": Kind("fused_dni.report.kinds.verdict:blocks", 1),
     "verdict lstm": Kind("fused_dni.report.kinds.verdict_lstm:blocks", 1),
     "verdict top": Kind("fused_dni.report.kinds.verdict_top:blocks", 1),
+    "verdict link": Kind("fused_dni.report.kinds.verdict_link:blocks", 1),
     "train": Kind("fused_dni.report.kinds.train:blocks", 1),
     "train charlm": Kind("fused_dni.report.kinds.recurrent:blocks", 1),
     "train copy": Kind("fused_dni.report.kinds.recurrent:blocks", 1),
