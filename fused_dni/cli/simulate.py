@@ -193,8 +193,11 @@ def _run(args: argparse.Namespace, settings: Settings, progress: Any) -> list[di
             for latency in RUN_LATENCIES
         ]
         runs = [paced.asked(mode, case, args.paced) for case in cases for mode in modes]
-        what = f"running {stages} processes"
-        found += paced.measure(runs, lambda share, what=what: progress.update(what, share))
+
+        def tell(share: float, what: str = f"running {stages} processes") -> None:
+            progress.update(what, share)
+
+        found += paced.measure(runs, tell)
     return found
 
 

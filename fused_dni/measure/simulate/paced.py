@@ -95,7 +95,12 @@ def _as_run(mode: str, case: Case) -> Case:
     window = 3 + math.ceil(2.0 * one_way / pace)
     # A process makes its steps in order of its input, and so is not always at the next backward.
     stale = s.window_of(case.stages) + 2 * case.stages if s.window is None else s.window
-    changed = {"buffer": 2 * window, "window": stale, "microbatches": 1, "late_receives": False}
+    changed: dict[str, Any] = {
+        "buffer": 2 * window,
+        "window": stale,
+        "microbatches": 1,
+        "late_receives": False,
+    }
     return Case(case.stages, replace(s, **changed))
 
 
