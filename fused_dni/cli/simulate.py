@@ -172,7 +172,7 @@ def _simulate(args: argparse.Namespace, command: str) -> int:
         )
         if args.paced is not None:
             checked = [*(checked or []), *_run(args, settings, progress)]
-    report["checked"] = checked
+    report.body["checked"] = checked
     out.write(as_json(report))
     say_report(report, args.json)
     out.finish()

@@ -136,9 +136,9 @@ def test_a_lesson_counts_for_its_step(monkeypatch):
 def test_who_listens_last_is_told_alone():
     layer = fd.FusedDNILinear(4, 5, update=fd.SGD(0.05))
     fd.Schedule(layer, target_every="auto", cost_ratio=1.0)
-    assert layer.heard is not None and layer.due == 0
+    assert layer.late_sums is not None and layer.due == 0
     fd.Schedule(layer, target_every=2)
-    assert layer.heard is None and layer.due is None
+    assert layer.late_sums is None and layer.due is None
     _, _, ticket = fd.step_local(layer, torch.randn(ROWS, 4))
     fd.learn_late(layer, ticket, torch.randn(ROWS, 5))
-    assert layer.heard is None
+    assert layer.late_sums is None

@@ -16,6 +16,7 @@ from fused_dni.measure.simulate import Link
 from fused_dni.measure.verdict.link import MODES, verdict_link
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import verdict_link as said
+from fused_dni.report.schema import Result
 
 FACTORY = """
 import torch
@@ -37,7 +38,7 @@ def split(stages: int = 2) -> tuple[Any, ...]:
     return made, batch, nn.functional.cross_entropy
 
 
-def planted(alone: float = 10.0, stale_age: float = 9.0, **rates: float) -> dict[str, Any]:
+def planted(alone: float = 10.0, stale_age: float = 9.0, **rates: float) -> Result:
     """A report of which the rates are given; the others are 1."""
     link = Link(0.1, None, 12.5e6)
     found = verdict_link(split(), "here:factory", link, seconds=0.01, run=None)
@@ -46,7 +47,8 @@ def planted(alone: float = 10.0, stale_age: float = 9.0, **rates: float) -> dict
         row["near"] = 100.0
         if row["mode"] == "stale":
             row["age"] = stale_age
-    return {**found, "alone": alone}
+    found.body["alone"] = alone
+    return found
 
 
 def ways(**given: float) -> list[str]:
@@ -94,7 +96,8 @@ def test_the_command_measures_and_runs(tmp_path, monkeypatch, capsys):
     assert cli.main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     report = load(tmp_path / "link.json", "verdict link")
-    assert printed == report and [row["mode"] for row in report["rows"]] == list(MODES)
+    assert printed["rows"] == report["rows"] and printed["sentence"] == report.sentence
+    assert [row["mode"] for row in report["rows"]] == list(MODES)
     link = report["settings"]["link"]
     assert (link["latency"], link["bandwidth"]) == (0.005, 12.5e6)
     ran = {row["mode"] for row in report["rows"] if row["run"] is not None}

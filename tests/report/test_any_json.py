@@ -18,7 +18,7 @@ from fused_dni import cli
 from fused_dni.measure.simulate import Failures, Settings, compare, sweep
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.files import as_json
-from fused_dni.report.kinds import KINDS
+from fused_dni.report.schema import KINDS, Result
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
@@ -56,15 +56,17 @@ def _link() -> dict[str, Any]:
     row = {"rows": 100.0, "near": 200.0, "rows_an_update": 256, "age": 3.0, "forward_bytes": 9.0,
            "backward_bytes": 9.0, "run": run}  # fmt: skip
     modes = ("exact", "1f1b", "stale", "decoupled", "local", "data-parallel", "diloco")
-    return {
-        "kind": "verdict link",
-        "version": 1,
-        "facts": _committed("amd-epyc-avx512-delay-4-stages.json")["facts"],
-        "settings": {**Settings().to_json(), "stages": 2, "run": 2.0},
-        "measured": {"what": "a:b", "rows": 256},
-        "alone": 50.0,
-        "rows": [{"mode": mode, **row} for mode in modes],
-    }
+    found = Result(
+        "verdict link",
+        facts=_committed("amd-epyc-avx512-delay-4-stages.json")["facts"],
+        settings={**Settings().to_json(), "stages": 2, "run": 2.0},
+        body={
+            "measured": {"what": "a:b", "rows": 256},
+            "alone": 50.0,
+            "rows": [{"mode": mode, **row} for mode in modes],
+        },
+    )
+    return dict(json.loads(as_json(found)))
 
 
 def by_pytest(**rounds: Any) -> dict[str, Any]:

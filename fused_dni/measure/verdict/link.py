@@ -11,8 +11,8 @@ from fused_dni.measure.simulate import paced
 from fused_dni.measure.simulate.calibrate import calibrate
 from fused_dni.measure.simulate.modes import Case, simulate
 from fused_dni.measure.simulate.settings import Link, Settings
+from fused_dni.report.schema import Result
 
-VERSION = 1
 #: By the report's name: the simulation's.
 MODES = {
     "exact": "gpipe",
@@ -35,7 +35,7 @@ def verdict_link(
     options: dict[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Measure the stages, simulate each way to train them over the link, and run those of ours.
 
     Args:
@@ -98,15 +98,12 @@ def verdict_link(
         _add_runs(rows, Case(stages, settings), run, progress)
     times = settings.times.at(stages)
     step = sum(map(sum, (times["forward"], times["backward"], times["optimizer"])))
-    return {
-        "kind": "verdict link",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": {**settings.to_json(), "stages": stages, "run": run},
-        "measured": found.to_json(),
-        "alone": found.rows / step,
-        "rows": rows,
-    }
+    return Result(
+        "verdict link",
+        facts=facts(command),
+        settings={**settings.to_json(), "stages": stages, "run": run},
+        body={"measured": found.to_json(), "alone": found.rows / step, "rows": rows},
+    )
 
 
 def _add_runs(

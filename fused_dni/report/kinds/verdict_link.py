@@ -6,6 +6,7 @@ from typing import Any
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Heading, Table, Text
+from fused_dni.report.schema import Result
 
 #: Less is not worth another gradient than the exact one.
 AHEAD = 0.20
@@ -26,28 +27,31 @@ WHAT = {
 }
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.measure.verdict.link.verdict_link`."""
-    settings, where, measured = report["settings"], report["facts"], report["measured"]
+def title(report: Result) -> str:
+    """Name the stages and the link."""
+    settings = report.settings
+    return f"{text.count(settings['stages'], 'stage')} over a link of {_link(settings['link'])}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.measure.verdict.link.verdict_link` came to."""
+    settings, measured = report.settings, report["measured"]
     return [
-        Heading(f"{settings['stages']} stages over a link of {_link(settings['link'])}", 1),
-        Text(sentence(report), lead=True),
         table(report),
         Text(_runs(report)),
         Heading("The stages"),
         _stages(settings),
         Text(
-            f"Measured one by one on {where['device']}, threads {where['threads']}, torch "
-            f"{where['torch']}, commit {where['commit'] or 'unknown'}, from {measured['what']}; a "
-            f"batch of {settings['rows']} rows, a message of {text.size(settings['forward_bytes'])}"
-            f", {text.size(settings['parameter_bytes'])} of parameters a stage."
+            f"Measured one by one, from {measured['what']}; a batch of {settings['rows']} rows, a "
+            f"message of {text.size(settings['forward_bytes'])}, "
+            f"{text.size(settings['parameter_bytes'])} of parameters a stage."
         ),
         Heading("The ways"),
         Table(["way", "what it is"], [[name, WHAT.get(name, "")] for name in _modes(report)]),
     ]
 
 
-def _modes(report: dict[str, Any]) -> list[str]:
+def _modes(report: Result) -> list[str]:
     return [row["mode"] for row in report["rows"]]
 
 
@@ -67,7 +71,7 @@ def _best(rows: dict[str, dict[str, Any]], names: tuple[str, ...]) -> tuple[str,
     return name, rate
 
 
-def choices(report: dict[str, Any]) -> list[tuple[str, str]]:
+def choices(report: Result) -> list[tuple[str, str]]:
     """What to take, in order: the condition (empty for none), and the way."""
     rows = {row["mode"]: row for row in report["rows"]}
     exact, carried = _best(rows, EXACT)
@@ -107,7 +111,7 @@ _TAKE = {
 }
 
 
-def sentence(report: dict[str, Any]) -> str:
+def sentence(report: Result) -> str:
     """Which way to take, and what it carries beside exact training and one device alone."""
     rows = {row["mode"]: row for row in report["rows"]}
     exact, carried = _best(rows, EXACT)
@@ -143,7 +147,7 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else text.significant(value)
 
 
-def table(report: dict[str, Any]) -> Table:
+def table(report: Result) -> Table:
     """A row a way: rows a second over the link, measured and without the link, and what is sent."""
     lines = []
     for row in report["rows"]:
@@ -172,7 +176,7 @@ def table(report: dict[str, Any]) -> Table:
     return Table(header, lines, caption)
 
 
-def _runs(report: dict[str, Any]) -> str:
+def _runs(report: Result) -> str:
     ran = [row["run"] for row in report["rows"] if row["run"] is not None]
     if not ran:
         return "Nothing was run: the figures are the model's alone."
