@@ -126,7 +126,11 @@ def measure(
     """
     if len({one.case.stages for one in runs}) != 1:
         raise ValueError("runs must be one at least, and all of one number of stages")
-    found = _processes(runs, progress)
+    seconds = [
+        10.0 * (one.steps + one.uncounted) / simulate(one.mode, [one.case])[0]["rate"]
+        for one in runs
+    ]
+    found = processes(runs[0].case.stages, _run, runs, seconds, progress)
     rows = []
     for one, answers in zip(runs, found, strict=True):
         (made,) = simulate(one.mode, [one.case])
@@ -148,12 +152,31 @@ def measure(
     return rows
 
 
-def _processes(
-    runs: Sequence[Asked], progress: Callable[[float], None]
+def processes(
+    world: int,
+    work: Callable[[int, Any], dict[str, Any]],
+    runs: Sequence[Any],
+    seconds: Sequence[float],
+    progress: Callable[[float], None],
 ) -> list[list[dict[str, Any]]]:
-    """By run and rank, what the processes answered."""
+    """Run ``work(rank, run)`` for one run after another in each of ``world`` processes, which are
+    the ranks of a process group on gloo, with one thread each.
+
+    Args:
+        world: how many.
+        work: a function of a module, that returns what can be pickled.
+        runs: its second argument.
+        seconds: by run, after which it hangs, beyond :data:`PATIENCE`.
+        progress: called with the fraction done.
+
+    Returns:
+        By run and rank, what was returned.
+
+    Raises:
+        RuntimeError: a process failed, ended or is silent.
+    """
     context = multiprocessing.get_context("spawn")
-    world, ends, processes = runs[0].case.stages, [], []
+    ends, started = [], []
     found: list[list[dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -161,18 +184,17 @@ def _processes(
                 ours, theirs = context.Pipe(duplex=False)
                 store = str(Path(folder) / "store")
                 process = context.Process(
-                    target=_rank, args=(rank, world, store, list(runs), theirs), daemon=True
+                    target=_rank, args=(rank, world, store, work, list(runs), theirs), daemon=True
                 )
                 process.start()
                 theirs.close()
                 ends.append(ours)
-                processes.append(process)
-            for i, one in enumerate(runs):
-                expected = (one.steps + one.uncounted) / simulate(one.mode, [one.case])[0]["rate"]
-                found.append([_answer(end, PATIENCE + 10 * expected) for end in ends])
+                started.append(process)
+            for i, longest in enumerate(seconds):
+                found.append([_answer(end, PATIENCE + longest) for end in ends])
                 progress((i + 1) / len(runs))
         finally:
-            for process in processes:
+            for process in started:
                 process.join(0.0 if len(found) < len(runs) else PATIENCE)
                 if process.is_alive():
                     process.kill()
@@ -186,12 +208,19 @@ def _answer(end: Connection, seconds: float) -> dict[str, Any]:
     except EOFError:
         answer = {"failed": "it ended"}
     if "failed" in answer:
-        raise RuntimeError(f"a process of a paced pipeline failed: {answer['failed']}")
+        raise RuntimeError(f"a process of a pipeline failed: {answer['failed']}")
     return dict(answer)
 
 
-def _rank(rank: int, world: int, store: str, runs: Sequence[Asked], results: Connection) -> None:
-    """Be a stage of one pipeline after another."""
+def _rank(
+    rank: int,
+    world: int,
+    store: str,
+    work: Callable[[int, Any], dict[str, Any]],
+    runs: Sequence[Any],
+    results: Connection,
+) -> None:
+    """Be a rank, for one run after another."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -202,7 +231,7 @@ def _rank(rank: int, world: int, store: str, runs: Sequence[Asked], results: Con
     )
     try:
         for one in runs:
-            results.send(_run(rank, one))
+            results.send(work(rank, one))
         dist.barrier()  # an exit looks to the others like a death
     except Exception as error:  # to be told, whatever it is
         results.send({"failed": f"stage {rank}: {type(error).__name__}: {error}"})
@@ -248,7 +277,7 @@ def _run(rank: int, one: Asked) -> dict[str, Any]:
         timeout=PATIENCE,
     )
     delay_links(pipeline, settings.link.latency, settings.link.bandwidth)
-    pace = _Pace(pipeline, one)
+    pace = Pace(pipeline, one.mode, one.case)
     dist.barrier()
     given = (x, target) if rank == 0 else ()
     start = 0.0
@@ -266,29 +295,34 @@ def _run(rank: int, one: Asked) -> dict[str, Any]:
     return {"seconds": taken, "age": age, "late": pace.over / max(pace.wanted, 1e-9)}
 
 
-class _Pace:
-    """Stretches a stage's work to the settings' times.
+class Pace:
+    """Stretches the work of a pipeline's stage to the settings' times, by sleeping.
+
+    Args:
+        pipeline: of this rank (mutated).
+        mode: its name in the simulation.
+        case: stages and settings, whose stragglers are slow here, too.
 
     Attributes:
         wanted, over: seconds that work was to take so far, and by which it took longer.
     """
 
-    def __init__(self, pipeline: Pipeline, one: Asked) -> None:
+    def __init__(self, pipeline: Pipeline, mode: str, case: Case) -> None:
         rank, worker = pipeline.rank, pipeline.worker
-        times = {name: v[rank] for name, v in one.case.settings.times.at(one.case.stages).items()}
+        times = {name: v[rank] for name, v in case.settings.times.at(case.stages).items()}
         exact = times["forward"] + times["backward"] + times["optimizer"]
         self.wanted = self.over = 0.0
-        self._slow = _Spells(one.case.settings, rank)
+        self._slow = _Spells(case.settings, rank)
         begin, settle, ages = worker.begin, worker.settle, worker.ages
 
         def first(step: int, given: Any) -> Any:
             start = time.monotonic()
             begun = begin(step, given)
-            if one.mode == "local":
+            if mode == "local":
                 seconds = times["local"]
             elif pipeline.stage.is_last:
                 seconds = exact
-            elif one.mode == "dni":
+            elif mode == "dni" and worker._predicts():
                 seconds = times["dni"] + (times["target"] if given.wanted else 0.0)
             else:
                 seconds = times["forward"]
@@ -296,10 +330,12 @@ class _Pace:
             return begun
 
         def second(step: int) -> Any:
-            start, before = time.monotonic(), ages.count
+            start, before, flights = time.monotonic(), ages.count, len(worker._flights)
             found = settle(step)
-            each = times["lesson"] if one.mode == "dni" else times["backward"] + times["optimizer"]
-            self._fill(start, each * (ages.count - before))
+            backwards = flights - len(worker._flights)  # of warm-up, too
+            lessons = ages.count - before - backwards
+            exact = times["backward"] + times["optimizer"]
+            self._fill(start, exact * backwards + times["lesson"] * lessons)
             return found
 
         worker.begin, worker.settle = first, second  # type: ignore[method-assign]
