@@ -163,7 +163,7 @@ def _simulate(args: argparse.Namespace, command: str) -> int:
             progress=progress.update,
             command=command,
         )
-    report["checked"] = checked
+    report.body["checked"] = checked
     out.write(as_json(report))
     say_report(report, args.json)
     out.finish()
