@@ -49,7 +49,7 @@ DOORS = {
         [(room, "backends") for room in ("functional", "rules", "modules")],
         ("fused_dni.backends.common", "fused_dni.backends.reference"),
     ),
-    ("backends", "ops"): ("fused_dni.ops.types",),
+    ("backends", "ops"): ("fused_dni.ops.types", "fused_dni.ops.results"),
     ("ops", "kernels"): ("fused_dni.kernels.tuning",),
 }
 #: Who imports by names that are not written out, and why that is no arrow.
