@@ -43,7 +43,9 @@ ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
-COMMON = ["dispatch.cpp", "quick.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
+COMMON = [
+    "dispatch.cpp", "quick.cpp", "region.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp",
+]  # fmt: skip
 KERNELS = [
     "linear.cpp", "linear_cross_entropy.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp",
     "lstm_update.cpp",

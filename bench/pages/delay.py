@@ -10,6 +10,13 @@ from fused_dni.report.kinds import delay
 from pages.cells import table
 from stored import named
 
+#: Of :data:`fused_dni.experiments.delay_arms.TASKS`.
+TITLES = {
+    "classification": "Classification",
+    "frozen-top": "Classification behind a last stage that stays as it was drawn",
+    "reconstruction": "Reconstruction",
+}
+
 
 def render_delay(results: list[dict[str, Any]]) -> str:
     """Render a table for each task and depth: a row an arm, a column a number of stages and a
@@ -42,7 +49,7 @@ def _group(results: list[dict[str, Any]]) -> str:
         for name in labels
     ]
     head = (
-        f"{s['task'].capitalize()}, {s['depth']} hidden layers of {s['hidden']}, batch "
+        f"{TITLES[s['task']]}, {s['depth']} hidden layers of {s['hidden']}, batch "
         f"{s['batch_size']}, {s['epochs']} epochs"
     )
     header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]

@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "verdict": Kind("verdict"),
     "verdict lstm": Kind("verdict_lstm"),
     "verdict top": Kind("verdict_top"),
+    "verdict link": Kind("verdict_link"),
     "train": Kind("train"),
     "train charlm": Kind("recurrent"),
     "train copy": Kind("recurrent"),

@@ -18,7 +18,7 @@ from fused_dni import cli
 from fused_dni.measure.simulate import Failures, Settings, compare, sweep
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.files import as_json
-from fused_dni.report.schema import KINDS, save
+from fused_dni.report.schema import KINDS, Result, save
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
@@ -49,6 +49,24 @@ def _simulation() -> dict[str, Any]:
     given = Settings(steps=9, failures=Failures(every=60.0))
     found = sweep(given, latencies=(0.0, 0.01), chains=(1, 2), modes=("1f1b", "dni"))
     return {**json.loads(as_json(found)), "checked": compare(rows, given)}
+
+
+def _link() -> dict[str, Any]:
+    run = {"rows": 90.0, "age": 2.0, "late": 0.0, "steps": 9}
+    row = {"rows": 100.0, "near": 200.0, "rows_an_update": 256, "age": 3.0, "forward_bytes": 9.0,
+           "backward_bytes": 9.0, "run": run}  # fmt: skip
+    modes = ("exact", "1f1b", "stale", "decoupled", "local", "data-parallel", "diloco")
+    found = Result(
+        "verdict link",
+        facts=_committed("amd-epyc-avx512-delay-4-stages.json")["facts"],
+        settings={**Settings().to_json(), "stages": 2, "run": 2.0},
+        body={
+            "measured": {"what": "a:b", "rows": 256},
+            "alone": 50.0,
+            "rows": [{"mode": mode, **row} for mode in modes],
+        },
+    )
+    return dict(json.loads(as_json(found)))
 
 
 def by_pytest(**rounds: Any) -> dict[str, Any]:
@@ -97,6 +115,7 @@ SOUND = {
     "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
     "simulation": _simulation(),
+    "verdict link": _link(),
     "planted": _committed("verdict/amd-epyc-avx2-planted.json"),
     "pytest-benchmark": by_pytest(a=[1e-3] * 9, b=[0.0] * 9, floor=[1e-5] * 8),
     "profile torch": {
