@@ -7,7 +7,6 @@ computes what a pipeline of processes computes at that delay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,19 +16,11 @@ from torch import Tensor
 import fused_dni as fd
 from fused_dni.distributed import Stage, Twin
 from fused_dni.experiments import data
-from fused_dni.experiments.delay_arms import (
-    KINDS,
-    Arm,
-    Settings,
-    UpdateFeedback,
-    arm,
-    build,
-    loss_of,
-    optimizer_of,
-)
+from fused_dni.experiments.delay_arms import UpdateFeedback, build, loss_of, optimizer_of
+from fused_dni.experiments.delay_settings import KINDS, Arm, Settings, arm
 from fused_dni.experiments.rival_arms import ordinal
 from fused_dni.experiments.rivals import held_out
-from fused_dni.experiments.run import Interrupted, Stop, plain
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, plain
 from fused_dni.experiments.train import _cosine
 from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
@@ -39,8 +30,6 @@ VERSION = 1
 TUNING_SHARE = 0.4
 #: How often a run says how far it is.
 REPORTS = 20
-
-Keep = Callable[[dict[str, Any]], None]
 
 
 def compare(
@@ -78,11 +67,10 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    if previous is not None and previous["settings"] != plain(asdict(settings)):
-        raise ValueError("the report that is to be continued is of other settings")
-    report = previous
-    if report is None:
-        report = {
+    report = begun(
+        previous,
+        settings,
+        lambda: {
             "kind": "delay",
             "version": VERSION,
             "facts": facts(command),
@@ -92,10 +80,30 @@ def compare(
             "tuning": [],
             "runs": [],
             "finished": False,
-        }
-    stop = Stop()
-    with progress, stop.listening():
-        _train(settings, dataset, report, keep or (lambda _: None), progress, stop)
+        },
+    )
+    arms = [arm(name) for name in settings.arms]
+    runs = [
+        (seed, lag if which.late else None, which)
+        for lag in settings.lags
+        for seed in settings.seeds
+        for which in arms
+    ]
+    runs = list(dict.fromkeys(runs))
+    done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
+
+    def job(seed: int, lag: int | None, which: Arm) -> Job:
+        def work(say: Say) -> dict[str, Any]:
+            # In front of the runs that need it.
+            rate = _rate(which, lag, settings, dataset, report, keep, say)
+            return train(which, lag, seed, settings, dataset, rate, say=say)
+
+        late = "" if lag is None else f" lag {lag}"
+        return Job(f"{which.name}{late} seed {seed}", report["runs"], work)
+
+    jobs = [job(*run) for run in runs if (*run[:2], run[2].name) not in done]
+    with progress:
+        do_jobs(report, jobs, len(runs), keep, progress)
     return report
 
 
@@ -109,57 +117,14 @@ def _what(which: Arm) -> str:
     return said.replace("; Adam", f"{every}; Adam")
 
 
-def _train(
-    settings: Settings,
-    dataset: data.Dataset,
-    report: dict[str, Any],
-    keep: Keep,
-    progress: Progress,
-    stop: Stop,
-) -> None:
-    """Run what the report does not have yet and add it, rates in front of the runs that need
-    them."""
-    jobs: list[tuple[int, int | None, Arm]] = []
-    for steps in settings.lags:
-        for seed in settings.seeds:
-            for which in map(arm, settings.arms):
-                job = (seed, steps if which.late else None, which)
-                if job not in jobs:
-                    jobs.append(job)
-    done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
-    keep(report)
-    for seed, lag, which in jobs:
-        if (seed, lag, which.name) in done:
-            continue
-
-        def say(fraction: float, which: Arm = which, seed: int = seed, lag: Any = lag) -> None:
-            if fraction < 1.0:
-                progress.update(_job(which, lag, seed), fraction)
-            if stop.asked:
-                kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
-                raise Interrupted(kept)
-
-        rate = _rate(which, lag, settings, dataset, report, keep, say)
-        run = train(which, lag, seed, settings, dataset, rate, say=say)
-        progress.update(_job(which, lag, seed), 1.0, f"error {100 * run['error']:.2f} %")
-        report["runs"].append(run)
-        report["finished"] = len(report["runs"]) == len(jobs)
-        keep(report)
-
-
-def _job(which: Arm, lag: int | None, seed: int) -> str:
-    late = "" if lag is None else f" lag {lag}"
-    return f"{which.name}{late} seed {seed}"
-
-
 def _rate(
     which: Arm,
     lag: int | None,
     settings: Settings,
     dataset: data.Dataset,
     report: dict[str, Any],
-    keep: Keep,
-    say: Callable[[float], None],
+    keep: Keep | None,
+    say: Say,
 ) -> float:
     """The rate of least error on the held-out part, of a shorter run by the family's first arm."""
     if len(settings.rates) == 1:
@@ -182,7 +147,8 @@ def _rate(
         row |= {name: run[name] for name in ("error", "diverged")}
         tried.append(row)
         report["tuning"].append(row)
-        keep(report)
+        if keep is not None:
+            keep(report)
     return float(min(tried, key=lambda row: (row["diverged"], row["error"]))["rate"])
 
 
@@ -195,7 +161,7 @@ def train(
     rate: float,
     *,
     share: float = 1.0,
-    say: Callable[[float], None] = lambda fraction: None,
+    say: Say = lambda fraction: None,
 ) -> dict[str, Any]:
     """Train one arm once.
 

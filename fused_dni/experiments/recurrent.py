@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,12 @@ from fused_dni.experiments.run import (
     warmup_notes,
     write_checkpoint,
 )
+from fused_dni.experiments.settings import Arm
+from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.measure import timing
-from fused_dni.report import text
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
 
-TASKS = ("charlm", *sequences.TASKS)
-METHODS = ("backprop", "fused", "dni", "dni+aux")
-SYNTHESIZERS = ("default", "linear", "mlp")
 #: Steps between two looks at the clock, the bars and the stop flag.
 CHUNK = 20
 #: Streams that the validation text is read in, each from a zero state.
@@ -61,176 +59,6 @@ VALIDATION_WINDOW = 256
 
 
 State = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method at a window."""
-
-    method: str
-    window: int
-
-    @property
-    def name(self) -> str:
-        """As it stands in reports."""
-        return f"{self.method} T={self.window}"
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether it predicts gradients."""
-        return self.method.startswith("dni")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is a function of, besides the text. Defaults are charlm's; see :func:`defaults`.
-
-    Attributes:
-        task: ``charlm``, ``copy`` or ``repeat-copy``.
-        methods: of :data:`METHODS`.
-        windows: T of all methods, one arm each.
-        long: T of truncated backprop alone, to measure the gap by.
-        hidden, layers: of the LSTM.
-        batch_size: rows: parallel streams of the text, or episodes.
-        lr: Adam's rate.
-        exact_lr: that of the arms without synthetic gradients, if another suits them; 0 for lr.
-        sg_lr: rate of synthesizer and auxiliary head.
-        cosine: both rates fall to zero along a cosine; constant otherwise.
-        clip: bound of the norm of the gradient of all parameters but the synthesizer's; 0 for none.
-        synthesizer: ``default`` (the module's), ``linear`` (dense) or ``mlp``.
-        sg_hidden: hidden units of ``mlp``.
-        sg_scale: factor on the synthetic gradient.
-        target_clip: bound of the norm, row by row, of the synthesizer's target; 0 for none.
-        warmup: share of the run, at its start, in which synthesizers learn and nothing is injected.
-            Not for the copy tasks: windows without a loss would teach them that nothing matters.
-        target_scale: the regression's target is so many times the gradient of the loss summed over
-            steps and rows.
-        amount: what every arm sees: characters (charlm), or batches of episodes.
-        update_every: charlm: steps of the streams between two updates, gradients being summed over
-            the windows in between; 0 for an update after every window. Without it a long window
-            means few updates, and arms differ in more than their gradients.
-        evaluations: points of the curves.
-        seeds: one run of every arm each.
-        probe: compare predictions with true gradients at every evaluation, and measure at the end
-            what truncation leaves out (see :mod:`fused_dni.experiments.future`).
-        backend: force a backend.
-        embedding: charlm: size of the embedding; 0 for one-hot.
-        validation: charlm: share of the text at its end that is validated on.
-        width: copy tasks: bits of a symbol.
-        threshold: copy tasks: running error, in bits per bit, below which a length is solved.
-        smoothing: copy tasks: weight of the newest batch in the running error.
-        offset: copy tasks: the first window of an episode has a random length in 1..T, so that no
-            symbol always falls on the same side of a boundary.
-    """
-
-    task: str = "charlm"
-    methods: tuple[str, ...] = ("fused", "dni", "dni+aux")
-    windows: tuple[int, ...] = (8,)
-    long: tuple[int, ...] = (40,)
-    hidden: int = 256
-    layers: int = 1
-    batch_size: int = 32
-    lr: float = 2e-3
-    exact_lr: float = 0.0
-    sg_lr: float = 1e-4
-    cosine: bool = True
-    clip: float = 1.0
-    synthesizer: str = "default"
-    sg_hidden: int = 256
-    sg_scale: float = 0.3
-    target_clip: float = 0.0
-    warmup: float = 0.3
-    target_scale: float = 1.0
-    amount: int = 10_000_000
-    update_every: int = 0
-    evaluations: int = 20
-    seeds: tuple[int, ...] = (0,)
-    probe: bool = False
-    backend: str | None = None
-    embedding: int = 64
-    validation: float = 0.05
-    width: int = 8
-    threshold: float = 0.15
-    smoothing: float = 0.1
-    offset: bool = True
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(text.unknown("task", self.task, TASKS))
-        for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(text.unknown("method", method, METHODS))
-        if self.synthesizer not in SYNTHESIZERS:
-            raise ValueError(text.unknown("synthesizer", self.synthesizer, SYNTHESIZERS))
-        if not self.methods or not self.windows or not self.seeds:
-            raise ValueError("at least one method, one window and one seed are needed")
-        sizes = ("hidden", "layers", "batch_size", "sg_hidden", "amount", "evaluations", "width")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for window in (*self.windows, *self.long):
-            if window < 1:
-                raise ValueError(f"a window must have at least 1 step, got {window}")
-        for name in ("lr", "exact_lr", "sg_lr", "clip", "sg_scale", "target_clip"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not 0.0 < self.target_scale < math.inf:
-            raise ValueError(f"target_scale must be positive, got {self.target_scale}")
-        for name in ("embedding", "update_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0.0 <= self.warmup <= 1.0 or (self.warmup and self.task != "charlm"):
-            raise ValueError(
-                f"warmup must lie in [0, 1], and be 0 for copy tasks, got {self.warmup}"
-            )
-        for name in ("threshold", "smoothing"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
-
-    def divisor(self, arm: Arm) -> int:
-        """What the loss of a window, summed over its steps and rows, is divided by."""
-        return max(arm.window, self.update_every) * self.batch_size
-
-    def arms(self) -> list[Arm]:
-        """The arms of one seed, in the order of reports; the long windows last."""
-        made = [Arm(method, window) for window in self.windows for method in self.methods]
-        exact = [method for method in self.methods if not method.startswith("dni")] or ["fused"]
-        made += [Arm(method, window) for window in self.long for method in exact]
-        return list(dict.fromkeys(made))
-
-
-#: What the tasks want different from charlm's defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "charlm": {},
-    "copy": {
-        "windows": (4,),
-        "long": (),
-        "hidden": 128,
-        "batch_size": 32,
-        "lr": 1e-3,
-        "exact_lr": 3e-4,
-        "clip": 0.25,
-        "sg_lr": 1e-4,
-        "synthesizer": "linear",
-        "sg_scale": 1.0,
-        "target_clip": 1.0,
-        "warmup": 0.0,
-        "cosine": False,
-        "amount": 12_000,
-        "width": 1,
-        "evaluations": 100,
-        "seeds": (0, 1, 2),
-    },
-}
-PRESETS["repeat-copy"] = PRESETS["copy"]
-
-
-def defaults(task: str, **changes: Any) -> Settings:
-    """Settings of a task, with ``changes`` where they are not None."""
-    if task not in PRESETS:
-        raise ValueError(text.unknown("task", task, PRESETS))
-    given = {name: value for name, value in changes.items() if value is not None}
-    return Settings(task=task, **{**PRESETS[task], **given})
 
 
 # ---------------------------------------------------------------------------------------- networks

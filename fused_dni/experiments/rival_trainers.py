@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.train import Trainer, _cosine
+from fused_dni.experiments.rival_arms import SYNTHETIC, Arm, Settings
+from fused_dni.experiments.train import FusedTrainer, StockTrainer, Trainer, _cosine
 from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.verdict.candidates import first_line
 from fused_dni.rules import Rule
 
 
@@ -304,3 +306,81 @@ def advance(trainer: Trainer, split: data.Split, rows: Tensor) -> None:
         trainer.repeat()
     else:
         trainer.step(*data.pick(split, rows))
+
+
+def network_of(settings: Settings, dataset: data.Dataset, seed: int) -> nn.Sequential:
+    """Make the stock network that every arm of a seed starts from, on the settings' device."""
+    made = nets.plain(dataset.features, settings.hidden, settings.depth, dataset.classes, seed=seed)
+    return made.to(settings.device)
+
+
+def build(
+    which: Arm,
+    seed: int,
+    settings: Settings,
+    dataset: data.Dataset,
+    steps: int,
+    rule: Rule,
+    synthesizer_rule: Rule | None = None,
+    phase: str = "",
+) -> Trainer:
+    """Make the trainer of an arm.
+
+    Args:
+        which: the arm.
+        seed: of the weights, auxiliary classifiers and feedback matrices.
+        settings: the rest.
+        dataset: on the settings' device.
+        steps: over which the rate falls to zero.
+        rule: of the network.
+        synthesizer_rule: of synthesizers; as ``rule`` if None.
+        phase: one of :meth:`Arm.phases` in which every step is to be; the arm's own sequence if
+            empty.
+    """
+    network = network_of(settings, dataset, seed)
+    name = which.name
+    first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
+    if which.kind in ("backprop", "compiled"):
+        if which.kind == "compiled":
+            torch.compiler.reset()  # else the ninth network of one process would run uncompiled
+        try:
+            return StockTrainer(name, seed, network, rule, steps, first)
+        except Exception as error:  # whatever a compiler may raise
+            if which.kind == "backprop":
+                raise
+            raise ValueError(
+                f"torch.compile does not work here ({first_line(error)}): leave the arm "
+                "'compiled' out"
+            ) from error
+    if which.kind == "graph":
+        return GraphTrainer(name, seed, network, rule, steps, first)
+    if which.kind == "in-backward":
+        return InBackwardTrainer(name, seed, network, rule, steps)
+    backend = settings.backend
+    if which.kind == "stale-K":
+        every = {"compute": 1, "repeat": 1_000_000_000}.get(phase, which.every)
+        return StaleTrainer(name, seed, network, rule, steps, every=every, backend=backend)
+    if which.kind == "delayed":
+        return DelayedTrainer(name, seed, network, rule, steps, backend=backend)
+    if which.kind == "local":
+        return LocalTrainer(name, seed, network, rule, steps, backend)
+    if which.kind == "feedback":
+        return FeedbackTrainer(name, seed, network, rule, steps, backend)
+    synthetic = which.kind in SYNTHETIC
+    ours = nets.fused(
+        network,
+        synthetic=synthetic,
+        update=rule,
+        synthesizer_update=synthesizer_rule,
+        rank=settings.rank or None,
+        context_features=dataset.classes if synthetic else 0,
+        interface="preactivation" if which.kind == "cdni-z-K" else "output",
+        backend=backend,
+        seed=seed,
+    ).to(settings.device)
+    warmup_steps = min(round(settings.warmup * steps), steps - 1) if synthetic else 0
+    every_or_never: int | None = max(1, which.every)
+    if phase in ("warm-up", "target", "no target"):
+        warmup_steps = steps if phase == "warm-up" else 0
+        every_or_never = None if phase == "no target" else 1
+    return FusedTrainer(name, seed, ours, steps, warmup_steps, every_or_never)

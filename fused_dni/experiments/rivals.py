@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ from fused_dni.experiments.rival_arms import (
     Arm,
     Settings,
     arm,
-    build,
 )
-from fused_dni.experiments.rival_trainers import StaleTrainer, advance
-from fused_dni.experiments.run import Interrupted, Stop, plain, refuse_divergence
+from fused_dni.experiments.rival_trainers import StaleTrainer, advance, build, network_of
+from fused_dni.experiments.run import Job, Keep, begun, do_jobs, plain, refuse_divergence
 from fused_dni.experiments.train import StockTrainer, Trainer
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
@@ -50,8 +50,6 @@ ENDLESS = 1_000_000_000
 #: Batches on which an arm may show that it follows its formula. The derivative of ReLU jumps at
 #: zero, so on one batch in some hundred rounding decides it differently in float32 and float64.
 GATE_TRIES = 3
-
-Keep = Callable[[dict[str, Any]], None]
 
 
 def compare(
@@ -97,17 +95,36 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
-    if previous is not None and previous["settings"] != plain(asdict(settings)):
-        raise ValueError("the report that is to be continued is of other settings")
     if not tuned:
         for which in arms:
             settings.rate(which)  # what is not known shows before anything runs
     dataset = dataset.to(settings.device)
     with progress:
-        report = previous
-        if report is None:
-            report = _measured(settings, arms, dataset, seconds, tuned, progress, command)
-        _train(settings, arms, dataset, report, keep or (lambda _: None), progress)
+        report = begun(
+            previous,
+            settings,
+            lambda: _measured(settings, arms, dataset, seconds, tuned, progress, command),
+        )
+        rows = {row["name"]: row for row in report["arms"]}
+        done = {(run["name"], run["seed"]) for run in report["runs"]}
+        jobs = [
+            Job(
+                f"{which.name:<12} seed {seed}",
+                report["runs"],
+                partial(
+                    _run,
+                    which,
+                    seed,
+                    replace(settings, lr=rows[which.name]["rate"]),
+                    dataset,
+                    rows[which.name]["steps"],
+                ),
+            )
+            for seed in settings.seeds
+            for which in arms
+            if (which.name, seed) not in done
+        ]
+        do_jobs(report, jobs, len(settings.seeds) * len(arms), keep, progress)
     return report
 
 
@@ -153,7 +170,7 @@ def _gate(
     cDNI is held against backprop, during its warm-up: predictions are what it is compared for.
     """
     rule = SGD(1.0)
-    network = settings.network(dataset, 0)
+    network = network_of(settings, dataset, 0)
     found: dict[str, float] = {}
     for i, which in enumerate(arms):
         progress.update("checking", i / len(arms), which.name)
@@ -302,42 +319,6 @@ def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:
     same = [row for row in tuning if row["name"] == which.name]
     same = same or [row for row in tuning if row["family"] == which.family]
     return float(min(same, key=lambda row: (row["diverged"], row["error"]))["rate"])
-
-
-def _train(
-    settings: Settings,
-    arms: list[Arm],
-    dataset: data.Dataset,
-    report: dict[str, Any],
-    keep: Keep,
-    progress: Progress,
-) -> None:
-    """Run what the report does not have yet, seed by seed, and add it."""
-    done = {(run["name"], run["seed"]) for run in report["runs"]}
-    jobs = [(which, seed) for seed in settings.seeds for which in arms]
-    rows = {row["name"]: row for row in report["arms"]}
-    keep(report)
-    stop = Stop()
-    with stop.listening():
-        for which, seed in jobs:
-            if (which.name, seed) in done:
-                continue
-            row = rows[which.name]
-
-            def say(fraction: float, which: Arm = which, seed: int = seed) -> None:
-                if fraction < 1.0:
-                    progress.update(f"{which.name:<12} seed {seed}", fraction)
-                if stop.asked:
-                    kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
-                    raise Interrupted(kept)
-
-            at = replace(settings, lr=row["rate"])
-            run = _run(which, seed, at, dataset, row["steps"], say)
-            error = 100 * run["history"][-1]["error"]
-            progress.update(f"{which.name:<12} seed {seed}", 1.0, f"error {error:.2f} %")
-            report["runs"].append(run)
-            report["finished"] = len(report["runs"]) == len(jobs)
-            keep(report)
 
 
 def _run(

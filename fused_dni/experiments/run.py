@@ -7,20 +7,21 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_dni.measure.errors import Interrupted as Interrupted
-from fused_dni.report import text
+from fused_dni.report.progress import Progress
 
-S = TypeVar("S", bound=Any)
+Keep = Callable[[dict[str, Any]], None]
+Say = Callable[[float], None]
 CHECKPOINT = "train.pt"
 VERSION = 1
 
@@ -100,18 +101,67 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def preset(base: S, presets: Mapping[str, dict[str, Any]], changes: dict[str, Any]) -> S:
-    """Settings (a dataclass with a ``dataset``) with what that dataset wants different, and then
-    with ``changes`` where they are not None.
+def begun(
+    previous: dict[str, Any] | None, settings: Any, begin: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the report to go on with: ``previous`` if there is one, a new one otherwise.
 
     Raises:
-        ValueError: an unknown dataset, or settings that are out of range.
+        ValueError: ``previous`` is of other settings.
     """
-    name = base.dataset
-    if name not in presets:
-        raise ValueError(text.unknown("dataset", name, presets))
-    given = {key: value for key, value in changes.items() if value is not None}
-    return replace(base, **{**presets[name], **given})
+    if previous is None:
+        return begin()
+    if previous["settings"] != plain(asdict(settings)):
+        raise ValueError("the report that is to be continued is of other settings")
+    return previous
+
+
+class Job(NamedTuple):
+    """A run that a report is to have.
+
+    Attributes:
+        label: in progress.
+        into: the runs of the report that it is added to.
+        work: makes it; called with a function that is told which part of it is done, and that stops
+            it on Ctrl-C.
+    """
+
+    label: str
+    into: list[dict[str, Any]]
+    work: Callable[[Say], dict[str, Any]]
+
+
+def do_jobs(
+    report: dict[str, Any], jobs: Sequence[Job], total: int, keep: Keep | None, progress: Progress
+) -> None:
+    """Do what is left of ``total`` jobs, add the runs to the report, and set ``finished`` in it.
+
+    Args:
+        keep: called with the report whenever a run is finished.
+
+    Raises:
+        Interrupted: Ctrl-C; finished runs have been kept.
+    """
+    keep = keep or (lambda _: None)
+    keep(report)
+    stop = Stop()
+    done = total - len(jobs)
+    with stop.listening():
+        for job in jobs:
+
+            def say(fraction: float, job: Job = job, done: int = done) -> None:
+                if fraction < 1.0:
+                    progress.update(job.label, fraction)
+                if stop.asked:
+                    raise Interrupted(f"{done} of {total} runs were finished")
+
+            run = job.work(say)
+            error = run["error"] if "error" in run else run["history"][-1]["error"]
+            progress.update(job.label, 1.0, f"error {100 * error:.2f} %")
+            job.into.append(run)
+            done += 1
+            report["finished"] = done == total
+            keep(report)
 
 
 def warmup_notes(names: Sequence[str], warmup_steps: int, steps: int) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,118 +36,16 @@ from fused_dni.experiments.run import (
     warmup_notes,
     write_checkpoint,
 )
+from fused_dni.experiments.settings import Training as Settings
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.modules.base import DecoupledModule
-from fused_dni.ops.types import INTERFACES
-from fused_dni.report import text
 from fused_dni.report.kinds.train import Outcome
 from fused_dni.report.progress import Progress
-from fused_dni.rules import SGD, Adam, AdamW, Rule
+from fused_dni.rules import Rule
 
-METHODS = ("backprop", "compiled", "fused", "cdni", "dni")
-UPDATES: dict[str, Callable[..., Rule]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 #: Steps between two looks at the clock, the bars and the stop flag.
 CHUNK = 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is a function of. Defaults are those of MNIST; see :func:`defaults`.
-
-    Attributes:
-        dataset: ``digits`` or ``mnist``.
-        methods: of ``backprop`` (stock modules, ``torch.optim`` with ``fused=True``), ``compiled``
-            (the same under ``torch.compile``), ``fused`` (backprop on our kernels), ``cdni``
-            (label-conditioned synthetic gradients) and ``dni`` (unconditioned).
-        target_every: k of the (c)DNI runs, one run each; 0 for never after the warm-up.
-        hidden: units of a hidden layer.
-        depth: number of hidden layers.
-        epochs: passes over the training set.
-        batch_size: rows of a step.
-        update: rule of the network: ``sgd`` (momentum 0.9), ``adam`` or ``adamw``.
-        lr: its rate at the start; cosine to zero over the run.
-        weight_decay: its weight decay.
-        sg_lr: rate of the synthesizers at the start; the same cosine.
-        warmup_steps: steps at the start in which layers use the true gradient and synthesizers
-            only learn.
-        rank: of the synthesizers; 0 for dense.
-        interface: where they predict the gradient: ``output`` or ``preactivation``.
-        seeds: one run of every method each.
-        held_out: evaluate on the held-out part of the training set, not on the test set.
-        backend: force a backend.
-    """
-
-    dataset: str = "mnist"
-    methods: tuple[str, ...] = ("backprop", "fused", "cdni")
-    target_every: tuple[int, ...] = (1, 4)
-    hidden: int = 256
-    depth: int = 3
-    epochs: int = 8
-    batch_size: int = 256
-    update: str = "adam"
-    lr: float = 3e-3
-    weight_decay: float = 0.0
-    sg_lr: float = 1.5e-3
-    warmup_steps: int = 234
-    rank: int = 16
-    interface: str = "output"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    held_out: bool = False
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(text.unknown("method", method, METHODS))
-        if not self.methods or not self.seeds:
-            raise ValueError("at least one method and one seed are needed")
-        if self.update not in UPDATES:
-            raise ValueError(text.unknown("update", self.update, UPDATES))
-        if self.interface not in INTERFACES:
-            raise ValueError(text.unknown("interface", self.interface, INTERFACES))
-        for name, low in (("hidden", 1), ("depth", 1), ("epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("warmup_steps", "rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for k in self.target_every:
-            if k < 0:
-                raise ValueError(f"target_every must be at least 1 (0: never), got {k}")
-        self.rule(self.lr)  # checks the rates
-        self.rule(self.sg_lr)
-
-    def rule(self, lr: float, weight_decay: float = 0.0) -> Rule:
-        """The update rule at a rate."""
-        if self.update == "sgd":
-            return SGD(lr, momentum=0.9, weight_decay=weight_decay)
-        return UPDATES[self.update](lr, weight_decay=weight_decay)
-
-    def runs(self) -> list[str]:
-        """Names of the runs of one seed, in the order of reports: ``cdni`` once for each k."""
-        names = []
-        for method in self.methods:
-            if method in ("cdni", "dni"):
-                names += [f"{method} k={k or 'never'}" for k in self.target_every]
-            else:
-                names.append(method)
-        return list(dict.fromkeys(names))
-
-
-#: What the datasets want different from MNIST's defaults. The digits are 42 times fewer.
-PRESETS: dict[str, dict[str, Any]] = {
-    "mnist": {},
-    "digits": {"epochs": 25, "batch_size": 64, "warmup_steps": 44},
-}
-
-
-def defaults(dataset: str, **changes: Any) -> Settings:
-    """Settings of a dataset, with ``changes`` where they are not None."""
-    if dataset not in PRESETS:
-        raise ValueError(text.unknown("dataset", dataset, PRESETS))
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(Settings(dataset=dataset), **{**PRESETS[dataset], **given})
 
 
 # -------------------------------------------------------------------------------------- trainers
@@ -281,7 +179,7 @@ class FusedTrainer(Trainer):
 
 
 def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Trainer:
-    """The trainer of one run; ``name`` as :meth:`Settings.runs` gives it."""
+    """Make the trainer of one run; ``name`` as :meth:`Training.runs` gives it."""
     network = nets.plain(
         dataset.features, settings.hidden, settings.depth, dataset.classes, seed=seed
     )

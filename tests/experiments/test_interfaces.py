@@ -10,7 +10,7 @@ from clusters import clusters
 import fused_dni as fd
 from fused_dni.cli import main
 from fused_dni.experiments import interfaces, nets
-from fused_dni.experiments.interfaces import Settings, defaults
+from fused_dni.experiments.interfaces import Settings
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, Table, as_text
 from fused_dni.report.kinds import interfaces as interfaces_report
@@ -147,10 +147,10 @@ def test_a_gradient_that_was_zero_is_left_out(report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depths": ()}, "at least one number is needed in depths"),
-        ({"depths": (0,)}, "depths must hold numbers from 1 on"),
+        ({"depths": ()}, "depths must hold one at least"),
+        ({"depths": (0,)}, "depths must be a whole number from 1 on"),
         ({"every": (3,)}, "every must divide the largest depth, 4"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 on, got 0"),
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
         ({"lr": float("nan")}, "lr must be"),
     ],
@@ -167,10 +167,11 @@ def test_a_batch_larger_than_the_training_set():
 
 def test_defaults_of_a_dataset():
     assert (
-        defaults("digits").steps == 500 and defaults("mnist", depths=(2,), every=(1,)).steps == 1000
+        Settings.of("digits").steps == 500
+        and Settings.of("mnist", depths=(2,), every=(1,)).steps == 1000
     )
     with pytest.raises(ValueError, match="did you mean 'mnist'"):
-        defaults("mnits")
+        Settings.of("mnits")
 
 
 def test_the_command(tmp_path, capsys):
@@ -185,7 +186,7 @@ def test_the_command(tmp_path, capsys):
     ("argv", "message"),
     [
         (["--every", "3"], "every must divide the largest depth, 8"),
-        (["--depths", "0"], "a depth must be a whole number from 1 on, got '0'"),
+        (["--depths", "0"], "depths must be a whole number from 1 on, got '0'"),
         (["--out", "."], "--out must be a file, . is a folder"),
         (["--depth", "3"], "unknown option '--depth', did you mean '--depths'"),
     ],

@@ -34,7 +34,7 @@ def _verse(length: int = 6000) -> str:
 
 
 SOURCE = characters.split(_verse(), 0.2, "verse")
-CHARLM = recurrent.defaults(
+CHARLM = recurrent.Settings.of(
     "charlm",
     windows=(4,),
     long=(9,),
@@ -45,7 +45,7 @@ CHARLM = recurrent.defaults(
     embedding=6,
     lr=1e-2,
 )
-COPY = recurrent.defaults(
+COPY = recurrent.Settings.of(
     "copy", windows=(3,), hidden=12, batch_size=4, amount=30, evaluations=3, seeds=(0, 1), width=2
 )
 ALL = ("backprop", "fused", "dni", "dni+aux")
@@ -233,10 +233,10 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
     [
         ({"task": "chralm"}, "did you mean 'charlm'"),
         ({"methods": ("dnii",)}, "did you mean 'dni'"),
-        ({"methods": ()}, "at least one method"),
+        ({"methods": ()}, "methods must hold one at least"),
         ({"windows": ()}, "one window"),
         ({"windows": (0,)}, "a window must have at least 1 step"),
-        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"hidden": 0}, "hidden must be a whole number from 1 on"),
         ({"lr": -1.0}, "lr must be finite"),
         ({"sg_scale": math.inf}, "sg_scale must be finite"),
         ({"target_scale": 0.0}, "target_scale must be positive"),
@@ -244,7 +244,7 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
         ({"warmup": 1.5}, "warmup must lie in"),
         ({"task": "copy", "warmup": 0.1}, "and be 0 for copy tasks"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
-        ({"embedding": -1}, "embedding must be at least 0"),
+        ({"embedding": -1}, "embedding must be a whole number from 0 on"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -527,7 +527,7 @@ def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
             label = f"{method} T={window}"
             runs.append({"name": label, "method": method, "window": window, "seed": seed})
             runs[-1]["history"] = [row]
-    settings = recurrent.defaults(task, seeds=seeds, amount=1000)
+    settings = recurrent.Settings.of(task, seeds=seeds, amount=1000)
     costs = {
         r["name"]: {
             "peak_memory": 1_000_000 * r["window"],

@@ -125,14 +125,14 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     ("changes", "message"),
     [
         ({"methods": ("bakprop",)}, "did you mean 'backprop'"),
-        ({"methods": ()}, "at least one method"),
+        ({"methods": ()}, "methods must hold one at least"),
         ({"update": "adamm"}, "did you mean 'adam'"),
         ({"lr": -1.0}, "lr must be"),
         ({"sg_lr": float("nan")}, "lr must be"),
-        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be a whole number from 2 on, got 1"),
+        ({"epochs": 0}, "epochs must be a whole number from 1 on"),
         ({"target_every": (-2,)}, "target_every"),
-        ({"rank": -1}, "rank must be at least 0"),
+        ({"rank": -1}, "rank must be a whole number from 0 on"),
         ({"interface": "outputs"}, "did you mean 'output'"),
     ],
 )

@@ -14,10 +14,10 @@ COLOURS = ("#edae49", "#e07b54", "#d1495b", "#8d2f45", "#1b6ca8", "#6fa8dc")
 
 
 def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.experiments.interfaces.measure`."""
+    """The report of :func:`fused_dni.experiments.interfaces.measure`, finished or not."""
     settings, where = report["settings"], report["facts"]
-    networks = report["networks"]
-    deepest = max(row["depth"] for row in networks)
+    networks = [row for row in report["networks"] if row["runs"]]
+    deepest = max(row["depth"] for row in report["networks"])
     each = [row for row in networks if row["every"] == 1]
     spaced = [row for row in networks if row["every"] and row["depth"] == deepest]
     said: list[Block] = [
@@ -36,7 +36,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
             f"{settings['batches']} training batches. Mean over {len(settings['seeds'])} seeds."
         ),
         Heading("Error"),
-        _errors(report),
+        _errors(networks),
         Heading("Cosine with the true gradient, by layer"),
         _by_layer(networks, "true_cosine"),
         _figure("cosine-by-depth", each, "an interface behind every layer"),
@@ -54,6 +54,9 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         ),
         _by_layer(networks, "arrived_cosine"),
     ]
+    if not report.get("finished", True):  # files of before it could be gone on with have no such
+        runs = sum(len(row["runs"]) for row in networks)
+        said.append(Text(f"Unfinished: {runs} runs so far."))
     return said
 
 
@@ -83,8 +86,7 @@ def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
     ]
 
 
-def _errors(report: dict[str, Any]) -> Table:
-    networks = report["networks"]
+def _errors(networks: list[dict[str, Any]]) -> Table:
     exact = {row["depth"]: _errors_of(row) for row in networks if row["every"] == 0}
     lines = []
     for row in networks:
