@@ -168,7 +168,7 @@ def _add_option(
     metavar = of.kind.metavar
     if of.several and metavar is not None and "{" in metavar:
         metavar = "NAME"  # of names that the help line has
-    said = metavar if of.place and metavar else name
+    said = metavar if of.place and metavar and metavar.isupper() else name
     more |= {"metavar": metavar, "nargs": of.several, "type": _reader(of, said)}
     if of.place:
         group.add_argument(part.name, **more)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fused_dni.cli.arguments import refuse_unwritable, set_threads
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
-from fused_dni.measure.options import FOLDER, option
+from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
@@ -56,6 +56,9 @@ class Checkpointed(Measuring):
 
     checkpoint: str | None = option(
         None, FOLDER, "keep the state of the run in DIR", group="checkpoints"
+    )
+    checkpoint_every: int | None = option(
+        None, whole(1), "steps (every 15 seconds, and whenever a curve gets a point)"
     )
     resume: bool = option(False, help="continue from --checkpoint DIR")
 

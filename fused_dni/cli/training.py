@@ -11,7 +11,7 @@ from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.experiment import Checkpointed, OnImages
 from fused_dni.cli.output import say
 from fused_dni.experiments.settings import TASKS, Recurrent, Training
-from fused_dni.measure.options import FOLDER, SECONDS, Kind, option, whole
+from fused_dni.measure.options import FOLDER, SECONDS, Kind, option
 
 if TYPE_CHECKING:
     from fused_dni.experiments.characters import Text as Characters
@@ -26,10 +26,6 @@ class _OfThePaper(OnImages, Checkpointed):
     """Train the paper's network: what ``train`` and ``demo`` share."""
 
     settings = Training
-
-    checkpoint_every: int | None = option(
-        None, whole(1), "steps (every 15 seconds and at the end of an epoch)", group="checkpoints"
-    )
 
     @property
     def folder(self) -> str:
@@ -217,7 +213,12 @@ class _OnSequences(Checkpointed):
                 f"{len(source.validation)} to validate on, {len(source.symbols)} symbols"
             )
         outcome = recurrent.train(
-            settings, source, checkpoint=self.checkpoint, resume=self.resume, progress=progress
+            settings,
+            source,
+            checkpoint=self.checkpoint,
+            resume=self.resume,
+            checkpoint_every=self.checkpoint_every,
+            progress=progress,
         )
         progress = Progress(enabled=not self.quiet)
         with progress:

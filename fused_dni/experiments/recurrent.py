@@ -19,10 +19,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,28 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni.experiments import future, sequences
+from fused_dni.experiments import future, run, sequences
 from fused_dni.experiments.characters import Text, streams
-from fused_dni.experiments.run import (
-    VERSION,
-    CheckpointError,
-    Interrupted,
-    Stop,
-    fingerprint,
-    plain,
-    read_checkpoint,
-    refuse_divergence,
-    warmup_notes,
-    write_checkpoint,
-)
 from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.measure import timing
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
 
-#: Steps between two looks at the clock, the bars and the stop flag.
-CHUNK = 20
 #: Streams that the validation text is read in, each from a zero state.
 VALIDATION_STREAMS = 16
 #: Steps of the validation text that are read in one call.
@@ -147,12 +131,19 @@ def _synthesizer(settings: Settings) -> nn.Module | str:
 # ---------------------------------------------------------------------------------------- trainers
 
 
-class Trainer:
+class Trainer(run.Trainer):
     """One network under one arm. ``position`` counts what ``settings.amount`` limits, by rows."""
 
+    KEPT = (
+        *("model", "optimizer", "schedule", "seconds"),
+        *("position", "updates", "history", "sums"),
+    )
+    model: SequenceNet
+
     def __init__(self, arm: Arm, seed: int, settings: Settings, net: SequenceNet) -> None:
-        self.arm, self.seed, self.settings = arm, seed, settings
-        self.net = net.train()
+        super().__init__(arm.name, seed)
+        self.arm, self.settings = arm, settings
+        self.model = net.train()
         own = {id(p) for p in net.twin().parameters()}
         self.trained = [p for p in net.parameters() if id(p) in own]
         heads = [p for p in net.parameters() if id(p) not in own]
@@ -166,13 +157,11 @@ class Trainer:
         self.schedule: fd.Schedule | None = None
         if arm.synthetic:
             windows = -(-self.total // arm.window)
-            self.schedule = fd.Schedule(self.net, warmup_steps=round(settings.warmup * windows))
-        self.seconds = 0.0
+            self.schedule = fd.Schedule(net, warmup_steps=round(settings.warmup * windows))
         self.position = 0
         self.updates = 0
-        self.history: list[dict[str, float]] = []
-        #: Sum of the training loss in bits and what it was summed over, since the last evaluation.
-        self._bits = self._count = 0.0
+        #: Training loss in bits, and what it was summed over, since the last evaluation.
+        self.sums = [0.0, 0.0]
 
     @property
     def total(self) -> int:
@@ -216,44 +205,23 @@ class Trainer:
 
     def note(self, nats: Tensor, count: int) -> None:
         """Keep a training loss for the curve."""
-        self._bits += float(nats.detach()) / math.log(2.0)
-        self._count += count
+        self.sums[0] += float(nats.detach()) / math.log(2.0)
+        self.sums[1] += count
 
     def train_bits(self) -> float:
-        """Mean training loss since the last call, bits."""
-        bits, count = self._bits, self._count
-        self._bits = self._count = 0.0
+        """Return the mean training loss since the last call, bits."""
+        (bits, count), self.sums = self.sums, [0.0, 0.0]
         return bits / count if count else math.nan
 
     def synthesizer(self, window: int) -> nn.Module | None:
         """What predicts at the boundaries of these windows, if anything."""
         if not self.arm.synthetic or window != self.arm.window:
             return None
-        assert isinstance(self.net.lstm, fd.FusedDNILSTM)
-        return self.net.lstm.synthesizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a continuation needs."""
-        return {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "seconds": self.seconds,
-            "position": self.position,
-            "updates": self.updates,
-            "history": self.history,
-            "sums": [self._bits, self._count],
-        }
+        assert isinstance(self.model.lstm, fd.FusedDNILSTM)
+        return self.model.lstm.synthesizer
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.seconds, self.position = state["seconds"], state["position"]
-        self.updates, self.history = state["updates"], list(state["history"])
-        self._bits, self._count = state["sums"]
+        super().load_state_dict({"model": state.get("net"), **state})  # in 0.1.0 "net"
 
 
 class CharacterTrainer(Trainer):
@@ -285,7 +253,7 @@ class CharacterTrainer(Trainer):
         ended = None
         if last and self.arm.synthetic:
             ended = torch.ones(batch, dtype=torch.bool)
-        logits, state = self.net(window, self.carried, ended)
+        logits, state = self.model(window, self.carried, ended)
         target = self.stream[start + 1 : start + length + 1]
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
         done = self.position + length
@@ -309,18 +277,18 @@ class CharacterTrainer(Trainer):
         An unknown character costs the unknown symbol and its naming (see
         :mod:`fused_dni.experiments.characters`).
         """
-        self.net.eval()
+        self.model.eval()
         nats, state = 0.0, None
         unknown = 0
         inputs, targets = self.validation[:-1], self.validation[1:]
         with torch.no_grad():
             for start in range(0, len(inputs), VALIDATION_WINDOW):
                 piece = slice(start, start + VALIDATION_WINDOW)
-                logits, state = self.net(inputs[piece], state)
+                logits, state = self.model(inputs[piece], state)
                 target = targets[piece].flatten()
                 nats += float(F.cross_entropy(logits.flatten(0, 1), target, reduction="sum"))
                 unknown += int((target == len(self.source.symbols)).sum())
-        self.net.train()
+        self.model.train()
         bits = nats / math.log(2.0) + unknown * self.source.unknown_bits
         return bits / targets.numel()
 
@@ -337,7 +305,7 @@ class CharacterTrainer(Trainer):
             target = piece[future.CARRIED + start + 1 :][: len(logits)]
             return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
 
-        twin = self.net.twin()
+        twin = self.model.twin()
         with torch.no_grad():
             _, state = twin(piece[: future.CARRIED], None)
         return future.future_gradient(
@@ -359,8 +327,8 @@ class CharacterTrainer(Trainer):
         super().load_state_dict(state)
         carried = state["carried"]
         self.carried = None if carried is None else (carried[0], carried[1])
-        if self.carried is not None and isinstance(self.net.lstm, fd.FusedDNILSTM):
-            self.net.lstm.remember(self.carried)
+        if self.carried is not None and isinstance(self.model.lstm, fd.FusedDNILSTM):
+            self.model.lstm.remember(self.carried)
 
 
 class CopyTrainer(Trainer):
@@ -403,7 +371,7 @@ class CopyTrainer(Trainer):
             ended = None
             if stop == length and self.arm.synthetic:
                 ended = torch.ones(batch, dtype=torch.bool)
-            logits, state = self.net(inputs[start:stop], state, ended)
+            logits, state = self.model(inputs[start:stop], state, ended)
             loss = None
             if stop > counted:
                 begin = max(counted - start, 0)
@@ -443,7 +411,7 @@ class CopyTrainer(Trainer):
             ) / float(targets.shape[2])
 
         return future.future_gradient(
-            self.net.twin(),
+            self.model.twin(),
             inputs,
             losses,
             window,
@@ -535,25 +503,58 @@ def _piece(arm: Arm, settings: Settings, source: Text | None) -> timing.Candidat
 # --------------------------------------------------------------------------------------------- run
 
 
+class _Evaluations(run.Turns[Trainer]):
+    """Turns from an evaluation to the next."""
+
+    def __init__(self, settings: Settings, source: Text | None) -> None:
+        self.arms, self.source = settings.arms(), source
+        names = [arm.name for arm in self.arms]
+        super().__init__(settings, names, settings.evaluations, _described(source))
+
+    def build(self, seed: int) -> list[Trainer]:
+        return [build(arm, seed, self.settings, self.source) for arm in self.arms]
+
+    def begin(self, trainer: Trainer, turn: int) -> int:
+        return trainer.total * (turn + 1) // self.turns
+
+    def position(self, trainer: Trainer) -> int:
+        return trainer.position
+
+    def advance(self, trainer: Trainer, steps: int, goal: int) -> None:
+        for _ in range(steps):
+            if trainer.position < goal:
+                trainer.step()
+
+    def evaluate(self, trainer: Trainer, turn: int) -> str:
+        what = f"{trainer.name} diverged before evaluation {turn + 1}"
+        run.refuse_divergence(trainer.model, what)
+        row: dict[str, Any] = trainer.evaluate()
+        row |= {"seconds": trainer.seconds, "updates": trainer.updates}
+        if self.settings.probe and trainer.arm.synthetic:
+            row["prediction"] = trainer.probe(trainer.arm.window)
+        trainer.history.append(row)
+        return f"{row['bits']:.3f} bits" if "bits" in row else f"solved {row['solved']:.0f}"
+
+    def finish(self, trainer: Trainer) -> dict[str, Any]:
+        arm = {"method": trainer.arm.method, "window": trainer.arm.window}
+        found = super().finish(trainer) | arm
+        if self.settings.probe:
+            probed = (trainer.probe(window) for window in future.WINDOWS)
+            found["future"] = [row for row in probed if row is not None]
+        return found
+
+
 def train(
     settings: Settings,
     source: Text | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_every: float = 15.0,
+    checkpoint_every: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train every arm with every seed.
-
-    Args:
-        settings: what to train.
-        source: the text, for charlm.
-        checkpoint: folder of the checkpoint, written every 15 seconds, at every evaluation and on
-            Ctrl-C; None for none.
-        resume: continue from it.
-        checkpoint_every: seconds between two checkpoints.
-        progress: where to report.
+    """Train every arm with every seed, ``source`` being the text of charlm; for the other arguments
+    see :meth:`run.Turns.run`.
 
     Raises:
         Interrupted: Ctrl-C.
@@ -561,82 +562,9 @@ def train(
         ValueError: settings and text do not fit.
         RuntimeError: a network's parameters are not finite any more.
     """
-    progress = progress or Progress(enabled=False)
-    folder = None if checkpoint is None else Path(checkpoint)
-    arms = settings.arms()
-    described = _described(source)
-    finished: list[dict[str, Any]] = []
-    first_seed = 0
-    saved: dict[str, Any] = {}
-    if resume:
-        if folder is None:
-            raise CheckpointError("--resume needs --checkpoint DIR")
-        kept = read_checkpoint(folder, settings)
-        if kept["data"] != described:
-            raise CheckpointError(f"the checkpoint in {folder} is of another text: {kept['data']}")
-        finished, first_seed, saved = kept["finished"], kept["seed"], kept["trainers"]
-    trainers: list[Trainer] = []
-    last = time.monotonic()
-    stop = Stop()
-
-    def keep(seed: int) -> str:
-        nonlocal last
-        last = time.monotonic()
-        if folder is None:
-            return "nothing was kept (no --checkpoint DIR)"
-        path = write_checkpoint(
-            folder,
-            {
-                "version": VERSION,
-                "settings": plain(asdict(settings)),
-                "data": described,
-                "finished": finished,
-                "seed": seed,
-                "trainers": {t.arm.name: t.state_dict() for t in trainers},
-            },
-        )
-        return f"{path} was kept; add --resume to continue from it"
-
-    with stop.listening(), progress:
-        for s in range(first_seed, len(settings.seeds)):
-            seed = settings.seeds[s]
-            trainers = [build(arm, seed, settings, source) for arm in arms]
-            for trainer in trainers:
-                if trainer.arm.name in saved:
-                    trainer.load_state_dict(saved[trainer.arm.name])
-            saved = {}
-            for turn in range(settings.evaluations):
-                order = turn % len(trainers)  # another arm goes first in each turn
-                for trainer in trainers[order:] + trainers[:order]:
-                    if len(trainer.history) > turn:
-                        continue
-                    goal = trainer.total * (turn + 1) // settings.evaluations
-                    while trainer.position < goal:
-                        start = time.perf_counter()
-                        for _ in range(CHUNK):
-                            if trainer.position < goal:
-                                trainer.step()
-                        trainer.seconds += time.perf_counter() - start
-                        due = folder is not None and time.monotonic() - last > checkpoint_every
-                        if stop.asked or due:
-                            kept_as = keep(s)
-                            if stop.asked:
-                                raise Interrupted(kept_as)
-                        if trainer.position < trainer.total:
-                            done = trainer.position / trainer.total
-                            progress.update(_label(trainer, settings), done)
-                    _evaluate(trainer, turn, progress)
-                    if folder is not None or stop.asked:
-                        kept_as = keep(s)
-                        if stop.asked:
-                            raise Interrupted(kept_as)
-            finished += [_finish(trainer, settings) for trainer in trainers]
-            trainers = []
-            if folder is not None:
-                keep(s + 1)
-    order_of = {arm.name: i for i, arm in enumerate(arms)}
-    finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
-    return Outcome(settings, described, finished, notes=_notes(settings, source))
+    turns = _Evaluations(settings, source)
+    finished = turns.run(checkpoint, resume, checkpoint_every, progress)
+    return Outcome(settings, turns.data, finished, notes=_notes(settings, source))
 
 
 def _described(source: Text | None) -> dict[str, Any]:
@@ -670,40 +598,5 @@ def _notes(settings: Settings, source: Text | None) -> list[str]:
         if arm.synthetic and settings.task == "charlm"
     }
     for name, windows in steps.items():
-        notes += warmup_notes([name], round(settings.warmup * windows), windows)
+        notes += run.warmup_notes([name], round(settings.warmup * windows), windows)
     return notes
-
-
-def _label(trainer: Trainer, settings: Settings) -> str:
-    seed = f" seed {trainer.seed}" if len(settings.seeds) > 1 else ""
-    return f"{trainer.arm.name:<14}{seed}"
-
-
-def _evaluate(trainer: Trainer, turn: int, progress: Progress) -> None:
-    refuse_divergence(trainer.net, f"{trainer.arm.name} diverged before evaluation {turn + 1}")
-    row: dict[str, Any] = trainer.evaluate()
-    row |= {"seconds": trainer.seconds, "updates": trainer.updates}
-    if trainer.settings.probe and trainer.arm.synthetic:
-        row["prediction"] = trainer.probe(trainer.arm.window)
-    trainer.history.append(row)
-    note = f"{row['bits']:.3f} bits" if "bits" in row else f"solved {row['solved']:.0f}"
-    progress.update(
-        _label(trainer, trainer.settings),
-        (turn + 1) / trainer.settings.evaluations,
-        f"{note}, {trainer.seconds:.1f} s",
-    )
-
-
-def _finish(trainer: Trainer, settings: Settings) -> dict[str, Any]:
-    run: dict[str, Any] = {
-        "name": trainer.arm.name,
-        "method": trainer.arm.method,
-        "window": trainer.arm.window,
-        "seed": trainer.seed,
-        "history": trainer.history,
-        "fingerprint": fingerprint(trainer.net),
-    }
-    if settings.probe:
-        found = (trainer.probe(window) for window in future.WINDOWS)
-        run["future"] = [row for row in found if row is not None]
-    return run

@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,19 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni.experiments import data, nets
-from fused_dni.experiments.run import (
-    VERSION,
-    CheckpointError,
-    Interrupted,
-    Stop,
-    fingerprint,
-    plain,
-    read_checkpoint,
-    refuse_divergence,
-    warmup_notes,
-    write_checkpoint,
-)
+from fused_dni.experiments import data, nets, run
 from fused_dni.experiments.settings import Training as Settings
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
@@ -44,34 +31,27 @@ from fused_dni.report.kinds.train import Outcome
 from fused_dni.report.progress import Progress
 from fused_dni.rules import Rule
 
-#: Steps between two looks at the clock, the bars and the stop flag.
-CHUNK = 20
-
-
 # -------------------------------------------------------------------------------------- trainers
 
 
-class Trainer:
+class Trainer(run.Trainer):
     """One network under one method: :meth:`step` is what gets timed."""
 
-    model: nn.Module
+    KEPT = ("model", "optimizer", "scheduler", "schedule", "seconds", "steps", "history")
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     schedule: Any = None
 
     def __init__(self, name: str, seed: int) -> None:
-        self.name = name
-        self.seed = seed
-        self.seconds = 0.0
+        super().__init__(name, seed)
         self.steps = 0
-        self.history: list[dict[str, float]] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """One training step."""
+        """Train by one step."""
         raise NotImplementedError
 
     def error(self, split: data.Split) -> float:
-        """Share of wrong answers, in eval mode."""
+        """Return the share of wrong answers, in eval mode."""
         self.model.eval()
         wrong = 0
         with torch.no_grad():
@@ -79,29 +59,6 @@ class Trainer:
                 wrong += int((self.model(x).argmax(1) != y).sum())
         self.model.train()
         return wrong / len(split.labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a continuation needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "seconds": self.seconds,
-            "steps": self.steps,
-            "history": self.history,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.seconds = state["seconds"]
-        self.steps = state["steps"]
-        self.history = list(state["history"])
 
 
 def _cosine(
@@ -227,6 +184,45 @@ def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:
 # ------------------------------------------------------------------------------------------- run
 
 
+class _Epochs(run.Turns[Trainer]):
+    """Turns of an epoch each. Batches are functions of (seed, epoch), weights of the seed."""
+
+    def __init__(self, settings: Settings, dataset: data.Dataset) -> None:
+        super().__init__(settings, settings.runs(), settings.epochs, {})
+        self.dataset, self.each = dataset, steps_per_epoch(settings, dataset)
+        self._order = torch.empty(0)
+
+    def build(self, seed: int) -> list[Trainer]:
+        return [build(name, seed, self.settings, self.dataset) for name in self.names]
+
+    def begin(self, trainer: Trainer, turn: int) -> int:
+        self._order = data.permutation(len(self.dataset.train.labels), trainer.seed, turn)
+        return (turn + 1) * self.each
+
+    def position(self, trainer: Trainer) -> int:
+        return trainer.steps
+
+    def advance(self, trainer: Trainer, steps: int, goal: int) -> None:
+        first = trainer.steps - (goal - self.each)
+        rows = data.batches(self._order, self.settings.batch_size, first)
+        for _ in range(min(steps, goal - trainer.steps)):
+            trainer.step(*data.pick(self.dataset.train, next(rows)))
+            trainer.steps += 1
+
+    def evaluate(self, trainer: Trainer, turn: int) -> str:
+        error = trainer.error(self.dataset.test)
+        run.refuse_divergence(trainer.model, f"{trainer.name} diverged in epoch {turn + 1}")
+        row = {"epoch": turn + 1, "steps": trainer.steps, "seconds": trainer.seconds}
+        trainer.history.append({**row, "error": error})
+        return f"error {100 * error:.2f} %"
+
+    def finish(self, trainer: Trainer) -> dict[str, Any]:
+        found = super().finish(trainer)
+        if isinstance(trainer, StockTrainer) and trainer.compile_seconds:
+            found["compile_seconds"] = trainer.compile_seconds
+        return found
+
+
 def train(
     settings: Settings,
     dataset: data.Dataset,
@@ -236,16 +232,7 @@ def train(
     checkpoint_every: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train every method with every seed.
-
-    Args:
-        settings: what to train.
-        dataset: on what.
-        checkpoint: folder of the checkpoint, written every 15 seconds, at every epoch's end and on
-            Ctrl-C; None for none.
-        resume: continue from it.
-        checkpoint_every: steps between two checkpoints, instead of 15 seconds.
-        progress: where to report.
+    """Train every method with every seed; for the arguments see :meth:`run.Turns.run`.
 
     Raises:
         Interrupted: Ctrl-C.
@@ -253,140 +240,11 @@ def train(
         ValueError: settings and data do not fit.
         RuntimeError: a network's parameters are not finite any more.
     """
-    progress = progress or Progress(enabled=False)
-    folder = None if checkpoint is None else Path(checkpoint)
-    per_epoch = steps_per_epoch(settings, dataset)
-    names = settings.runs()
-    finished: list[dict[str, Any]] = []
-    first_seed = first_epoch = first_turn = first_position = 0
-    saved: dict[str, Any] = {}
-    if resume:
-        if folder is None:
-            raise CheckpointError("--resume needs --checkpoint DIR")
-        state = read_checkpoint(folder, settings)
-        finished = state["finished"]
-        first_seed, first_epoch, first_turn, first_position = state["position"]
-        saved = state["trainers"]
-        torch.set_rng_state(state["rng"])
-        progress.line(
-            f"resumed: seed {first_seed + 1} of {len(settings.seeds)}, "
-            f"epoch {first_epoch + 1}, step {first_position}"
-        )
-
-    trainers: list[Trainer] = []
-    last = time.monotonic()
-    stop = Stop()
-
-    def keep(position: tuple[int, int, int, int]) -> str:
-        nonlocal last
-        last = time.monotonic()
-        if folder is None:
-            return "nothing was kept (no --checkpoint DIR)"
-        path = write_checkpoint(
-            folder,
-            {
-                "version": VERSION,
-                "settings": plain(asdict(settings)),
-                "finished": finished,
-                "position": list(position),
-                "trainers": {t.name: t.state_dict() for t in trainers},
-                "rng": torch.get_rng_state(),
-            },
-        )
-        return f"{path} was kept; add --resume to continue from it"
-
-    with stop.listening(), progress:
-        for s in range(first_seed, len(settings.seeds)):
-            seed = settings.seeds[s]
-            trainers = [build(name, seed, settings, dataset) for name in names]
-            for trainer in trainers:
-                if trainer.name in saved:
-                    trainer.load_state_dict(saved[trainer.name])
-            saved = {}
-            for epoch in range(first_epoch, settings.epochs):
-                order = data.permutation(len(dataset.train.labels), seed, epoch)
-                # Another method goes first in each epoch.
-                turns = trainers[epoch % len(trainers) :] + trainers[: epoch % len(trainers)]
-                for turn in range(first_turn, len(turns)):
-                    trainer = turns[turn]
-                    position = first_position
-                    first_position = 0
-                    while position < per_epoch:
-                        count = min(CHUNK, per_epoch - position)
-                        if checkpoint_every is not None:
-                            count = min(count, checkpoint_every - position % checkpoint_every)
-                        rows = data.batches(order, settings.batch_size, position)
-                        start = time.perf_counter()
-                        for _ in range(count):
-                            trainer.step(*data.pick(dataset.train, next(rows)))
-                        trainer.seconds += time.perf_counter() - start
-                        trainer.steps += count
-                        position += count
-                        if position < per_epoch:
-                            due = (
-                                time.monotonic() - last > 15.0
-                                if checkpoint_every is None
-                                else position % checkpoint_every == 0
-                            )
-                            if stop.asked or (due and folder is not None):
-                                kept = keep((s, epoch, turn, position))
-                                if stop.asked:
-                                    raise Interrupted(kept)
-                            progress.update(
-                                _label(trainer.name, settings, seed),
-                                (epoch + position / per_epoch) / settings.epochs,
-                            )
-                    _evaluate(trainer, epoch, dataset, settings, progress)
-                    if folder is not None or stop.asked:
-                        kept = keep((s, epoch, turn + 1, 0))
-                        if stop.asked:
-                            raise Interrupted(kept)
-                first_turn = 0
-            first_epoch = 0
-            for trainer in trainers:
-                run: dict[str, Any] = {
-                    "name": trainer.name,
-                    "seed": seed,
-                    "history": trainer.history,
-                    "fingerprint": fingerprint(trainer.model),
-                }
-                if isinstance(trainer, StockTrainer) and trainer.compile_seconds:
-                    run["compile_seconds"] = trainer.compile_seconds
-                finished.append(run)
-            if folder is not None:
-                keep((s + 1, 0, 0, 0))
-    order_of = {name: i for i, name in enumerate(names)}
-    finished.sort(key=lambda run: (order_of[run["name"]], settings.seeds.index(run["seed"])))
-    notes = warmup_notes(names, settings.warmup_steps, settings.epochs * per_epoch)
-    return Outcome(settings, dataset.name, finished, per_epoch, notes=notes)
-
-
-def _label(name: str, settings: Settings, seed: int) -> str:
-    return f"{name:<14}" + (f" seed {seed}" if len(settings.seeds) > 1 else "")
-
-
-def _evaluate(
-    trainer: Trainer,
-    epoch: int,
-    dataset: data.Dataset,
-    settings: Settings,
-    progress: Progress,
-) -> None:
-    error = trainer.error(dataset.test)
-    refuse_divergence(trainer.model, f"{trainer.name} diverged in epoch {epoch + 1}")
-    trainer.history.append(
-        {
-            "epoch": epoch + 1,
-            "steps": trainer.steps,
-            "seconds": trainer.seconds,
-            "error": error,
-        }
-    )
-    progress.update(
-        _label(trainer.name, settings, trainer.seed),
-        (epoch + 1) / settings.epochs,
-        f"error {100 * error:.2f} %, {trainer.seconds:.1f} s",
-    )
+    turns = _Epochs(settings, dataset)
+    finished = turns.run(checkpoint, resume, checkpoint_every, progress)
+    steps = settings.epochs * turns.each
+    notes = run.warmup_notes(settings.runs(), settings.warmup_steps, steps)
+    return Outcome(settings, dataset.name, finished, turns.each, notes=notes)
 
 
 # ----------------------------------------------------------------------------- where a step goes

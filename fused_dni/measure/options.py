@@ -201,7 +201,7 @@ def quantity(
         return "0" if unit is None else f"{value / units[unit]:g}{unit}"
 
     said = "a positive number" if positive else "a number from 0 on"
-    says = f"{said} and its unit, like {like} (units are {', '.join(units)})"
+    says = f"{said} and its unit, like {like}; units are {', '.join(units)}"
     return kind(says, fits, read, metavar=metavar, show=show)
 
 

@@ -102,10 +102,10 @@ def test_arms_start_from_the_same_weights_whatever_their_heads_draw():
     first = [p.detach().clone() for p in trainers[0].trained]
     for trainer in trainers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(first, trainer.trained, strict=True))
-    assert isinstance(trainers[0].net.lstm, nn.LSTM)
-    synthetic = trainers[2].net.lstm
+    assert isinstance(trainers[0].model.lstm, nn.LSTM)
+    synthetic = trainers[2].model.lstm
     assert isinstance(synthetic, fd.FusedDNILSTM) and synthetic.auxiliary_head is None
-    assert trainers[3].net.lstm.auxiliary_head is not None
+    assert trainers[3].model.lstm.auxiliary_head is not None
 
 
 def test_truncated_backprop_may_have_a_rate_of_its_own():
@@ -140,7 +140,7 @@ def test_synthesizers_learn_and_are_asked_for():
     synthesizer = trainer.synthesizer(4)
     assert synthesizer is not None and trainer.synthesizer(5) is None
     assert float(synthesizer.weight.detach().abs().sum()) > 0
-    assert float(trainer.net.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
+    assert float(trainer.model.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
 
 
 def test_nothing_is_injected_during_the_warm_up():
@@ -155,7 +155,7 @@ def test_nothing_is_injected_during_the_warm_up():
             trainer.step()
     for a, b in zip(*(trainer.trained for trainer in trainers), strict=True):
         assert torch.equal(a, b)
-    assert float(trainers[1].net.lstm.synthesizer.weight.detach().abs().sum()) > 0
+    assert float(trainers[1].model.lstm.synthesizer.weight.detach().abs().sum()) > 0
     started = recurrent.build(recurrent.Arm("dni", 4), 0, replace(settings, warmup=0.4), SOURCE)
     assert started.schedule.warmup_steps == 10  # of 25 windows
 
@@ -166,7 +166,7 @@ def test_every_synthesizer_of_the_command_line_runs():
         trainer = recurrent.build(recurrent.Arm("dni", 4), 0, settings, SOURCE)
         for _ in range(5):
             trainer.step()
-        run.refuse_divergence(trainer.net, name)
+        run.refuse_divergence(trainer.model, name)
 
 
 def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
@@ -196,8 +196,8 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
 def test_the_error_of_an_episode_is_in_bits_per_bit():
     trainer = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
     with torch.no_grad():
-        trainer.net.head.weight.zero_()
-        trainer.net.head.bias.zero_()
+        trainer.model.head.weight.zero_()
+        trainer.model.head.bias.zero_()
     trainer.settings = replace(COPY, lr=0.0)
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
@@ -210,8 +210,8 @@ def test_validation_bits_charge_for_what_cannot_be_predicted():
     settings = replace(CHARLM, batch_size=2)
     trainer = recurrent.build(recurrent.Arm("fused", 4), 0, settings, source)
     with torch.no_grad():
-        trainer.net.head.weight.zero_()
-        trainer.net.head.bias.zero_()
+        trainer.model.head.weight.zero_()
+        trainer.model.head.bias.zero_()
     targets = trainer.validation[1:]
     unknown = int((targets == len(source.symbols)).sum())
     expected = math.log2(3) + unknown * source.unknown_bits / targets.numel()
@@ -235,7 +235,7 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
         ({"methods": ("dnii",)}, "did you mean 'dni'"),
         ({"methods": ()}, "methods must hold one at least"),
         ({"windows": ()}, "one window"),
-        ({"windows": (0,)}, "a window must have at least 1 step"),
+        ({"windows": (0,)}, "windows must be a whole number from 1 on"),
         ({"hidden": 0}, "hidden must be a whole number from 1 on"),
         ({"lr": -1.0}, "lr must be finite"),
         ({"sg_scale": math.inf}, "sg_scale must be finite"),
@@ -280,7 +280,7 @@ def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatc
     whole = _fingerprints(recurrent.train(settings, source))
     assert len(set(whole.values())) == len(whole)
     assert whole == _fingerprints(recurrent.train(settings, source))
-    write, count = recurrent.write_checkpoint, 0
+    write, count = run.write_checkpoint, 0
 
     def cutting(folder, state):
         nonlocal count
@@ -289,11 +289,11 @@ def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatc
         if count % 4 == 0:
             raise _Cut
 
-    monkeypatch.setattr(recurrent, "write_checkpoint", cutting)
+    monkeypatch.setattr(run, "write_checkpoint", cutting)
     for attempt in range(100):
         try:
             outcome = recurrent.train(
-                settings, source, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=0.0
+                settings, source, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=1
             )
             break
         except _Cut:
@@ -613,7 +613,7 @@ def test_the_memory_curve_on_the_command_line(capsys, tmp_path):
         (["charlm", "--data", "verse.txt", "--methods", "bptt"], "unknown method 'bptt'"),
         (["charlm", "--steps", "3"], "unknown option '--steps'"),
         (["copy", "--data", "verse.txt"], "unknown option '--data'"),
-        (["copy", "--windows", "0"], "a window must be a whole number from 1 on, got '0'"),
+        (["copy", "--windows", "0"], "windows must be a whole number from 1 on, got '0'"),
         (["copy", "--window", "3"], "did you mean '--windows'"),
         (["copy", "--resume"], "--resume needs --checkpoint DIR"),
         (["repeat-copy", "--threshold", "3"], "threshold must lie in"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from clusters import clusters
 
-from fused_dni.experiments import data, nets, train
+from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
 from fused_dni.experiments.train_report import write
 from fused_dni.report.kinds import ReportError
@@ -44,10 +44,10 @@ def test_a_run_learns_and_every_method_is_reported(tmp_path):
         assert row["error_mean"] < 0.35, row["name"]
         assert len(row["errors"]) == 2 and row["seconds_per_epoch"] > 0
         assert row["seconds_to_threshold"] <= row["seconds_total"] * 1.5
-    for run in outcome.runs:
-        assert [row["epoch"] for row in run["history"]] == list(range(1, 13))
-        assert run["history"][-1]["steps"] == 120
-        ends = [row["seconds"] for row in run["history"]]
+    for each in outcome.runs:
+        assert [row["epoch"] for row in each["history"]] == list(range(1, 13))
+        assert each["history"][-1]["steps"] == 120
+        ends = [row["seconds"] for row in each["history"]]
         assert ends == sorted(ends)
 
 
@@ -176,7 +176,7 @@ def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, mo
     dataset = clusters(160, 50, 12)
     whole = _fingerprints(train.train(settings, dataset))
     assert len(set(whole.values())) == len(whole)
-    write, count = train.write_checkpoint, 0
+    write, count = run.write_checkpoint, 0
 
     def cutting(folder, state):
         nonlocal count
@@ -185,7 +185,7 @@ def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, mo
         if count % 3 == 0:
             raise _Cut
 
-    monkeypatch.setattr(train, "write_checkpoint", cutting)
+    monkeypatch.setattr(run, "write_checkpoint", cutting)
     for attempt in range(100):
         try:
             outcome = train.train(
@@ -267,33 +267,33 @@ def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.FusedTrainer, "step", counting)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(train.Interrupted, match="add --resume to continue"):
+    with pytest.raises(run.Interrupted, match="add --resume to continue"):
         train.train(TINY, dataset, checkpoint=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
     assert _fingerprints(train.train(TINY, dataset, checkpoint=tmp_path, resume=True)) == whole
     steps = 0
-    with pytest.raises(train.Interrupted, match="nothing was kept"):
+    with pytest.raises(run.Interrupted, match="nothing was kept"):
         train.train(TINY, dataset)
 
 
 def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     dataset = clusters(160, 50, 12)
     settings = replace(TINY, epochs=1)
-    with pytest.raises(train.CheckpointError, match=r"no checkpoint at .*start without --resume"):
+    with pytest.raises(run.CheckpointError, match=r"no checkpoint at .*start without --resume"):
         train.train(settings, dataset, checkpoint=tmp_path, resume=True)
-    with pytest.raises(train.CheckpointError, match="needs --checkpoint"):
+    with pytest.raises(run.CheckpointError, match="needs --checkpoint"):
         train.train(settings, dataset, resume=True)
     train.train(settings, dataset, checkpoint=tmp_path)
-    with pytest.raises(train.CheckpointError, match="another run: hidden 16 there, 8 now"):
+    with pytest.raises(run.CheckpointError, match="another run: hidden 16 there, 8 now"):
         train.train(replace(settings, hidden=8), dataset, checkpoint=tmp_path, resume=True)
     path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", b"\x80\x04N."):
         path.write_bytes(broken)
-        with pytest.raises(train.CheckpointError, match=r"damaged|not a checkpoint"):
+        with pytest.raises(run.CheckpointError, match=r"damaged|not a checkpoint"):
             train.train(settings, dataset, checkpoint=tmp_path, resume=True)
     (tmp_path / "file").touch()
-    with pytest.raises(train.CheckpointError, match="cannot write"):
+    with pytest.raises(run.CheckpointError, match="cannot write"):
         train.train(settings, dataset, checkpoint=tmp_path / "file")
 
 
