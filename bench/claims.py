@@ -6,7 +6,6 @@ the answers read all of it, whatever machine it is from.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -100,10 +99,10 @@ def measure(data: str, only: list[str] | None) -> int:
                 print(f"{name}: failed with status {done.returncode}", flush=True)
                 failed += 1
                 continue
-            report = json.loads(made.read_text(encoding="utf-8"))
+            report = stored.load(made)
             hidden = {"FOLDER": "DIR", "OUT": "FILE", data: "DIR"}
             run = ["python" if program == [] else "fused-dni", *(hidden.get(w, w) for w in words)]
-            report["facts"]["command"] = shlex.join(run)
+            report.facts["command"] = shlex.join(run)
             stored.write(stored.VERDICT / f"{machine}-{name}.json", report)
     return failed
 

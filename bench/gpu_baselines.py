@@ -290,11 +290,11 @@ def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> N
 
 def measure(out: Path, parts: list[str], where: Where, text: Path) -> int:
     """The parts; returns how many failed."""
-    results = stored.load(out)
-    found: dict[str, Any] = results.setdefault("baselines", {})
+    results = stored.benchmarks(out)
+    found: dict[str, Any] = results.body.setdefault("baselines", {})
 
     def save() -> None:
-        stored.save(out, results)
+        stored.write(out, results)
         text.write_text(summary(found) + "\n", encoding="utf-8")
 
     failed = 0

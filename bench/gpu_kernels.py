@@ -33,7 +33,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
 from fused_dni.report.kinds import profile as profile_report
+from fused_dni.report.schema import Result
 from gpu_baselines import NoTimeLeftError, driver, graphed
 from groups import compared, device_facts, gather
 from pages.cells import interval
@@ -156,7 +157,7 @@ class Run:
         self.backend, self.tiny = backend, tiny
         self.rows, self.only, self.resume = rows, only, resume
         self.deadline = time.monotonic() + seconds
-        self.results: dict[str, Any] = stored.load(path) if path is not None else {}
+        self.results = stored.benchmarks(path)
         self.failed = False
 
     @property
@@ -185,19 +186,19 @@ class Run:
 
     def keep(self, part: str, key: str, found: dict[str, Any]) -> None:
         """Join what was found of a group to the results, and put those into their file."""
-        if "facts" not in self.results:
-            self.results["facts"] = facts(self)
+        if not self.results.facts:
+            self.results.facts.update(facts(self))
         group = joined(self.group(part, key), found)
         stored.put(self.results, f"gpu-{part}", key, group)
         self.save()
         for name, row in found.get("rows", {}).items():
-            if "median" in row:
-                print(f"{part} {key}: {name}: {row['median'] * 1e6:.4g} us", flush=True)
+            if "timing" in row:
+                print(f"{part} {key}: {name}: {row['timing'].median * 1e6:.4g} us", flush=True)
 
     def fail(self, what: str, reason: str) -> None:
         """Put a reason into the results instead."""
         self.failed = True
-        self.results.setdefault("failed", {})[what] = reason
+        self.results.body.setdefault("failed", {})[what] = reason
         print(f"{what}: {reason}", file=sys.stderr, flush=True)
         self.save()
 
@@ -206,7 +207,7 @@ class Run:
         again with the next figure, and stand in what was printed."""
         assert self.path is not None and self.text is not None
         try:
-            stored.save(self.path, self.results)
+            stored.write(self.path, self.results)
             self.text.write_text(summary(self.results) + "\n", encoding="utf-8")
         except OSError as error:
             self.failed = True
@@ -232,7 +233,7 @@ def joined(group: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         if part in group or part in found:
             merged[part] = {**group.get(part, {}), **found.get(part, {})}
     for name, row in group.get("rows", {}).items():
-        if "median" in row and "median" not in merged["rows"][name]:
+        if "timing" in row and "timing" not in merged["rows"][name]:
             merged["rows"][name] = row
     for part in ("order", "done"):
         merged[part] = list(dict.fromkeys([*group.get(part, []), *found.get(part, [])]))
@@ -272,7 +273,7 @@ def bandwidth(run: Run) -> float:
     there = torch.empty(2**28 if run.cuda else 2**16, device=run.device).normal_()
     here = torch.empty_like(there)
     taken = compared({"copy": lambda: here.copy_(there)}, {}, **run.limits(0.1))
-    return 2.0 * there.nbytes / taken["rows"]["copy"]["median"]
+    return 2.0 * there.nbytes / taken["rows"]["copy"]["timing"].median
 
 
 # ----------------------------------------------------------------------------------- one layer
@@ -664,7 +665,7 @@ def barrier_group(run: Run) -> None:
             of_grid = of_grids[str(programs)] = {}
             for backend, (launch, barrier) in FLOORS.items():
                 names = [name(backend, programs, m) for m in (0, rounds)]
-                taken = [rows.get(n, {}).get("median") for n in names]
+                taken = [median(rows, n) for n in names]
                 if None not in taken:
                     of_grid[launch], of_grid[barrier] = taken[0], (taken[1] - taken[0]) / rounds
         return {"grids": of_grids}
@@ -827,7 +828,13 @@ def columns(rows: list[list[str]]) -> str:
     )
 
 
-def summary(results: dict[str, Any]) -> str:
+def median(rows: dict[str, Any], name: str) -> float | None:
+    """Find a row's time, seconds; None if it was not measured."""
+    row = rows.get(name, {})
+    return row["timing"].median if "timing" in row else None
+
+
+def summary(results: Mapping[str, Any]) -> str:
     """The figures as text, those that decide most at the end."""
     lines: list[str] = []
     facts = results.get("facts", {})
@@ -849,8 +856,8 @@ def summary(results: dict[str, Any]) -> str:
                 rows.append(
                     [
                         name,
-                        f"{row['median'] * 1e6:.4g} us",
-                        f"{ratio['median']:.2f} x floor" if ratio else "",
+                        f"{row['timing'].median * 1e6:.4g} us",
+                        f"{ratio.median:.2f} x floor" if ratio else "",
                     ]
                 )
             lines.append(columns(rows))
@@ -864,7 +871,7 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def promises(results: dict[str, Any]) -> list[str]:
+def promises(results: Mapping[str, Any]) -> list[str]:
     """What the project promises of a GPU, and what was measured."""
     layers = results.get("gpu-layer", {})
     small, large = (str(w.Case(*size)) for size in SIZES[:2])
@@ -883,14 +890,14 @@ def promises(results: dict[str, Any]) -> list[str]:
     lines.append(f"{small}: {label} (at least 1): {ratio(layers.get(small, {}), label)}")
     launch, barrier = cuda_floors(results)
     row = layers.get(small, {}).get("rows", {}).get(DNI_CUDA, {})
-    if "median" in row and launch is not None and barrier is not None:
+    if "timing" in row and launch is not None and barrier is not None:
         floor = launch + STEP_BARRIERS * barrier
         lines.append(
-            f"{small}: {DNI_CUDA}: {row['median'] * 1e6:.3g} us; a launch and {STEP_BARRIERS} bare "
-            f"barriers: {floor * 1e6:.3g} us"
+            f"{small}: {DNI_CUDA}: {row['timing'].median * 1e6:.3g} us; a launch and "
+            f"{STEP_BARRIERS} bare barriers: {floor * 1e6:.3g} us"
         )
     row = layers.get(large, {}).get("rows", {}).get(DNI, {})
-    found = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "not measured"
+    found = f"{row['per_floor'].median:.2f}" if "per_floor" in row else "not measured"
     lines.append(f"{large}: DNI / its two products (at most 1.5): {found}")
 
     windows = results.get("gpu-lstm", {})
@@ -903,8 +910,8 @@ def promises(results: dict[str, Any]) -> list[str]:
         wanted = " (at least 1)" if case.hidden <= PROMISED_HIDDEN else ""
         line = f"{case}: {label}{wanted}: {ratio(group, label)}"
         row = group["rows"].get(OURS_CUDA, {})
-        if "median" in row:
-            line += f"; {row['median'] / case.steps * 1e6:.3g} us a step"
+        if "timing" in row:
+            line += f"; {row['timing'].median / case.steps * 1e6:.3g} us a step"
             if barrier is not None:
                 line += f", its 2 bare barriers {2 * barrier * 1e6:.3g}"
         lines.append(line)
@@ -913,7 +920,7 @@ def promises(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def backend_table(results: dict[str, Any]) -> measured.Table:
+def backend_table(results: Mapping[str, Any]) -> measured.Table:
     """The times of both backends where both were measured: of layers whose data are in the cache,
     with SGD and without dx, and of windows."""
     arithmetic = {"bf16": "bfloat16", "fp32": "float32-ieee", "tf32": "float32-tf32"}
@@ -923,7 +930,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
     for part, (op, triton_row, cuda_row) in kinds.items():
         for key, group in results.get(f"gpu-{part}", {}).items():
             sizes, precision, *more = key.split()
-            taken = [group["rows"].get(name, {}).get("median") for name in (cuda_row, triton_row)]
+            taken = [median(group["rows"], name) for name in (cuda_row, triton_row)]
             if None in taken or more not in ([], ["sgd"]):
                 continue
             batch, hidden, *steps = map(int, sizes.split("/"))
@@ -933,7 +940,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
     return table
 
 
-def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
+def cuda_floors(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
     found = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
@@ -944,10 +951,12 @@ def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
 def join(path: Path, others: list[Path]) -> str | None:
     """Write the results of several calls as one, or return why they do not belong together."""
     whole: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for other in others:
-        results = stored.load(other)
+        found = stored.benchmarks(other)
+        results, known = found.body, known or found.facts
         for fact in ("gpu", "driver", "torch", "commit"):
-            ours, theirs = (r.get("facts", {}).get(fact) for r in (whole or results, results))
+            ours, theirs = (facts.get(fact) for facts in (known, found.facts))
             if ours != theirs:
                 return f"{other} is of {fact} {theirs}, {others[0]} of {ours}: they are not joined"
         merged = whole | results
@@ -959,7 +968,7 @@ def join(path: Path, others: list[Path]) -> str | None:
             elif part in ("baselines", "failed"):
                 merged[part] = whole.get(part, {}) | results.get(part, {})
         whole = merged
-    stored.save(path, whole)
+    stored.write(path, Result("benchmarks", facts=known, body=whole))
     return None
 
 
@@ -1000,7 +1009,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.file is None and not given.profile:
         line.error("which file?")
     if given.backends:
-        print(measured.text(backend_table(stored.load(given.file))), end="")
+        print(measured.text(backend_table(stored.benchmarks(given.file))), end="")
         return 0
     if given.join:
         reason = join(given.file, given.join)

@@ -126,8 +126,10 @@ def _on() -> None:
                 if method in vars(layer):
                     _replace(layer, method, _in_range(vars(layer)[method], phase))
         for node in _subclasses(Node)[1:]:
-            _replace(node, "forward", staticmethod(_owned(node.forward)))
-            _replace(node, "backward", staticmethod(_in_owners_range(node.backward)))
+            if "forward" in vars(node):
+                _replace(node, "forward", staticmethod(_owned(node.forward)))
+            if "backward" in vars(node):
+                _replace(node, "backward", staticmethod(_in_owners_range(node.backward)))
         _replace(Schedule, "step", _marked(Schedule.step))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from fused_dni.modules.base import DecoupledModule, nonzero, other_gradient
+from fused_dni.modules.other_optimizers import OptimizerWatch
 from fused_dni.rules import RuleState
 
 _STATE_NAMES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -94,6 +95,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Parameters without a fused rule belong to another optimizer: see :func:`ordinary_parameters`.
 
+    An optimizer of ``torch.optim`` that was given parameters under a rule, and steps in the first
+    training step, is warned of once: it passes them by in silence.
+
     Args:
         model: a model with layers built with ``update=...``.
 
@@ -101,6 +105,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         TypeError: ``model`` is no module.
         ValueError: the model has no fused rule with anything to train.
     """
+
+    shows_rules = True  # and steps nothing: see modules.other_optimizers
+    _others: OptimizerWatch | None = None
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -120,6 +127,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not groups:
             raise ValueError("model has no layer with a fused rule (update=...) to optimize")
         super().__init__(groups, {})
+        # Through the second: another optimizer may step behind this one.
+        self._others = OptimizerWatch(self, model, steps=2)
         # What all rules have, for schedulers that look whether there is a momentum to cycle.
         rules = [linked.rule.rule.defaults() for linked in self._linked]
         common = set.intersection(*map(set, rules))
@@ -219,6 +228,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._others is not None and self._others.step():
+            self._others = None
         for linked in self._linked:
             thawed = len(linked.rule.group["params"])
             for p in linked.slots:

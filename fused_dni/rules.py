@@ -246,8 +246,9 @@ class RuleState:
         beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
         values = (group["lr"], beta1, beta2, group.get("eps", 0.0), group["weight_decay"])
         self.hyper[: len(values)] = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self._tensors is not None:
-            self._tensors = self._tensors._replace(nesterov=bool(group.get("nesterov", False)))
+        nesterov = bool(group.get("nesterov", False))
+        if self._tensors is not None and self._tensors.nesterov is not nesterov:
+            self._tensors = self._tensors._replace(nesterov=nesterov)
 
     def _bind(self, slots: Sequence[Tensor | None]) -> RuleTensors:
         for i, p in enumerate(slots):

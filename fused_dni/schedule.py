@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Phase
+from fused_dni.modules.other_optimizers import OptimizerWatch
 from fused_dni.modules.recurrent import Recurrent
 from fused_dni.ops.types import G_DOT_G, S_DOT_G, SQUARED_ERROR
 from fused_dni.pace import Pace, Seen
@@ -76,6 +77,9 @@ class Schedule:
     device. Replicas of ``DistributedDataParallel`` choose one k, from the sums over all, and need
     ``cost_ratio``; under ``fully_shard`` give a number.
 
+    An optimizer of ``torch.optim`` that steps in the first training step and was given parameters
+    which a layer's rule updates (it passes them by in silence) is warned of, once.
+
     Attributes:
         steps: steps so far.
         k: steps from one target to the next, as things are; None for never.
@@ -85,6 +89,8 @@ class Schedule:
             without decoupled layers or, with "auto", without a layer whose synthesizer can learn.
         RuntimeError: by :meth:`step`: replicas without ``cost_ratio``.
     """
+
+    _others: OptimizerWatch | None = None
 
     def __init__(
         self,
@@ -153,10 +159,13 @@ class Schedule:
         self._measuring = [m for m in self._learners if auto and _is_taught(m)]
         self._before = self._sums()
         self._forget_times()
+        self._others = OptimizerWatch(self, model, steps=1)
         self._tell()
 
     def step(self) -> None:
         """One training step is over: set the layers' flags for the next."""
+        if self._others is not None and self._others.step():
+            self._others = None
         if self.target:
             self._listen()
         self.steps += 1

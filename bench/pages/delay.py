@@ -33,7 +33,7 @@ def _group(results: list[dict[str, Any]]) -> str:
             row = cells.setdefault(_label(name, s), {})
             for lag in s["lags"]:
                 row.setdefault((s["stages"], lag), []).extend(delay.errors(report, name, lag))
-    families = list(delay.COLOURS)
+    families = ("backprop", "stale", "nesterov", "feedback", "local", "cdni")
     labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
     s = results[0]["settings"]
     rows = [

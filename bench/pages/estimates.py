@@ -153,7 +153,8 @@ def measured(results: dict[str, Any], estimate: Estimate) -> float | None:
         grid = group.get("grids", {}).get(str(results["facts"].get("multiprocessors")), {})
         taken: float | None = grid.get(row)
     else:
-        taken = group.get("rows", {}).get(row, {}).get("median")
+        found = group.get("rows", {}).get(row, {})
+        taken = found["timing"].median if "timing" in found else None
     return taken
 
 

@@ -56,7 +56,7 @@ def render_recurrent(report: dict[str, Any]) -> str:
         f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
     )
     rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
-    return f"{said}\n\n{rows}\n\n{recurrent_report.sentence(outcome)}"
+    return f"{said}\n\n{rows}\n\n{report.sentence}"
 
 
 def render_future(report: dict[str, Any]) -> str:

@@ -144,6 +144,27 @@ class Guard {
   std::vector<Check> checks_;
 };
 
+// A guard as Python asks it: for calls whose checks alone are made here.
+class Watch {
+ public:
+  explicit Watch(const py::handle& rows) : guard_(rows) {}
+
+  bool holds() const { return guard_.holds(); }
+  // The first that does not hold; None if all do.
+  Object changed() const {
+    const std::size_t at = guard_.broken();
+    return at < guard_.size() ? Object(py::int_(at)) : Object(py::none());
+  }
+
+  template <class Visit>
+  void each(const Visit& visit) {
+    guard_.each(visit);
+  }
+
+ private:
+  Guard guard_;
+};
+
 // A rule as it was when the step was bound. Of its hyper-parameters the rate may change, which is
 // written where the usual way would look for it.
 class LiveRule {
@@ -439,6 +460,7 @@ class QuickStep : public Quick {
       py::gil_scoped_release release;
       run(lesson);
     }
+    count_lesson();
     wrote(learned_);
     return true;
   }
@@ -541,11 +563,13 @@ class QuickStep : public Quick {
     double rate = 0.0;
     teacher_->read(rate);
     teacher_->write(rate);
-    if (!given_kappa_) {
-      const Object lessons = unit_.attr(names().lessons);
-      py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
-    }
     return lesson;
+  }
+  // To be called behind a lesson that was given.
+  void count_lesson() const {
+    if (given_kappa_) return;
+    const Object lessons = unit_.attr(names().lessons);
+    py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
   }
   void run(const SynthesizerTrain& lesson) const { kernels().synthesizer_train[type_](lesson); }
   const Object& written() const { return written_; }
@@ -1011,16 +1035,26 @@ class QuickStack : public Stack<QuickStep> {
       forward = head_->losing(behind, aim, address(loss), at(begin, end_of(rows, target).delta));
       forward.x_transposed = forward.delta_transposed = inside(rows);
     }
-    {
+    std::size_t given = 0;  // lessons
+    const auto note = [&] {
+      for (std::size_t i = 0; i < given; ++i) layers_[i]->count_lesson();
+      last.wrote(target ? taught_ : written_);
+      last.last()();
+    };
+    try {
       py::gil_scoped_release release;
       for (std::size_t i = 0; i < count; ++i) {
         layers_[i]->run(steps[i]);
-        if (i > 0 && target) layers_[i - 1]->run(lessons[i - 1]);
+        if (i == 0 || !target) continue;
+        layers_[i - 1]->run(lessons[i - 1]);
+        ++given;
       }
       if (head_) head_->run(forward);
+    } catch (...) {  // out of memory: what was done by then is done
+      note();
+      throw;
     }
-    last.wrote(target ? taught_ : written_);
-    last.last()();
+    note();
     if (!head_) return last.returned(handed, target, told.back());
     if (!target) return py::make_tuple(loss, left, rows, py::none(), py::none(), py::none());
     return py::make_tuple(loss, left, rows, handed.dx, told.back().labels, last.unit());
@@ -1066,12 +1100,19 @@ class QuickStack : public Stack<QuickStep> {
     }
     LinearUpdate update = head_->updating(batch, made);
     update.x_transposed = update.delta_transposed = inside(rows);
-    {
+    bool given = false;  // the lesson
+    try {
       py::gil_scoped_release release;
       head_->run(backward);
       if (target) last.run(lesson);
+      given = target;
       head_->run(update);
+    } catch (...) {  // as in call()
+      if (given) last.count_lesson();
+      head_->wrote(target ? finished_ : head_->written());
+      throw;
     }
+    if (target) last.count_lesson();
     head_->wrote(target ? finished_ : head_->written());
     return true;
   }
@@ -1481,6 +1522,10 @@ py::class_<T> bind(py::module_& m, const char* name) {
 }  // namespace
 
 void bind_quick(py::module_& m) {
+  bind<Watch>(m, "Watch")
+      .def(py::init<const py::handle&>())
+      .def("__call__", &Watch::holds)
+      .def("changed", &Watch::changed);
   bind<QuickStep>(m, "QuickStep")
       .def(py::init<const py::dict&>())
       .def("__call__", &QuickStep::call)

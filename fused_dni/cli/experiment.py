@@ -13,6 +13,7 @@ from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
+    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
 
 
@@ -85,7 +86,7 @@ class Resumable(Measuring):
     kind: ClassVar[str]
     resume: bool = option(False, help="go on with an unfinished --out", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def begin(self, progress: Progress) -> Callable[..., Result]:
         """Return what measures: called with ``previous``, ``keep``, ``progress``, ``command``."""
         raise NotImplementedError
 

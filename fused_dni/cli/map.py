@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import device_named, refuse_unwritable, rule, set_threads
 from fused_dni.cli.command import PROGRAM, Measuring
@@ -25,6 +23,9 @@ from fused_dni.measure.options import (
     option,
     whole,
 )
+
+if TYPE_CHECKING:
+    from fused_dni.report import Result
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,9 @@ class Map(Measuring):
     figures: str | None = option(None, FOLDER, "write the heat maps into DIR, as SVG")
 
     def run(self, command: str) -> int:
-        from fused_dni.measure.map import merge, store
+        from fused_dni.measure.map import merge
         from fused_dni.report import as_text, blocks_of, load
+        from fused_dni.report.files import as_json
 
         set_threads(self.threads)
         out = OutFile("--out", self.out, needed=True)
@@ -72,21 +74,22 @@ class Map(Measuring):
             refuse_unwritable(self.figures)
         if self.merge is not None:
             found = merge([load(name, "map") for name in self.merge])
-            out.save(partial(store.write, found))
+            out.write(as_json(found))
         else:
             found = self._measured(out, command)
-        say(json.dumps(found, indent=1) if self.json else as_text(blocks_of(found)))
+        say(as_json(found).rstrip() if self.json else as_text(blocks_of(found)))
         out.finish()
         if self.figures is not None:
             _draw(found, Path(self.figures))
         return 0
 
-    def _measured(self, out: OutFile, command: str) -> dict[str, Any]:
+    def _measured(self, out: OutFile, command: str) -> Result:
         import torch
 
-        from fused_dni.measure.map import Settings, make_grid, store
+        from fused_dni.measure.map import Settings, make_grid
         from fused_dni.measure.map.sweep import sweep
         from fused_dni.ops import registry
+        from fused_dni.report.files import as_json
         from fused_dni.report.progress import Progress
 
         points = make_grid(self.batches, self.widths, self.synthesizers, self.interfaces)
@@ -108,11 +111,11 @@ class Map(Measuring):
                 Path(self.out),
                 progress=progress.update,
                 command=command,
-                keep=lambda found: out.save(partial(store.write, found)),
+                keep=lambda found: out.write(as_json(found)),
             )
 
 
-def _draw(report: dict[str, Any], folder: Path) -> None:
+def _draw(report: Result, folder: Path) -> None:
     """Write the figures; without matplotlib, say what to install and leave it at that."""
     from fused_dni.report import Figure, blocks_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -11,12 +10,15 @@ import subprocess
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import refuse_unwritable, set_threads
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.output import OutFile, say, warn
 from fused_dni.measure.options import FOLDER, SECONDS, TEXT, one_of, option, whole
+
+if TYPE_CHECKING:
+    from fused_dni.report import Result
 
 #: Options that only some of the tools have.
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -73,16 +75,16 @@ class Profile(Measuring):
                 raise UsageError(
                     f"--{name} does not go with {self.tool}, but with {' and '.join(tools)}"
                 )
-        report: dict[str, Any] = {"kind": "profile", "version": 1, "tool": self.tool}
-        report["profiled"] = words
+        body: dict[str, Any] = {"tool": self.tool, "profiled": words}
         folder = Path(self.out)
         made = self._in_this_process(folder) if self.tool == "torch" else self._by_nsight(folder)
         if made is None:
             return 1
         from fused_dni.measure.baseline import facts
         from fused_dni.report.files import as_json
+        from fused_dni.report.schema import Result
 
-        report.update(made, facts=facts(command))
+        report = Result("profile", facts=facts(command), body={**body, **made})
         out = OutFile("--out", str(folder / "profile.json"))
         out.write(as_json(report))
         self._print(report, out)
@@ -139,11 +141,12 @@ class Profile(Measuring):
         kernels = ncu.read(written.read_text("utf-8", "replace")) if written.exists() else []
         return {"status": status, "line": line, "kernels": kernels}
 
-    def _print(self, report: dict[str, Any], out: OutFile) -> None:
+    def _print(self, report: Result, out: OutFile) -> None:
         from fused_dni.report import as_text, blocks_of
+        from fused_dni.report.files import as_json
 
         if self.json:
-            say(json.dumps(report, indent=1))
+            say(as_json(report).rstrip())
         elif not self.quiet:
             say(f"\n{as_text(blocks_of(report))}")
             if out.written is not None:

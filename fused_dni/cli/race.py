@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import built, device_named
 from fused_dni.cli.command import UsageError
@@ -22,6 +22,7 @@ from fused_dni.measure.options import (
 )
 
 if TYPE_CHECKING:
+    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
 
 
@@ -49,7 +50,7 @@ Ctrl-C keeps the finished seeds in --out; --resume goes on from there."""
     device: str = option("cpu", DEVICE, "cpu or cuda")
     out: str = option("race.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def begin(self, progress: Progress) -> Callable[..., Result]:
         from fused_dni.measure.race import race
 
         device_named(self.device)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fused_dni.cli.command import Command, UsageError
 from fused_dni.cli.output import OutFile, say
 from fused_dni.measure.options import FILE, option
 
 if TYPE_CHECKING:
-    from fused_dni.report import Block
+    from fused_dni.report import Block, Result
 
 FORMATS = (".html", ".md")
 
@@ -73,7 +73,7 @@ def _page(given: str) -> Path:
     return page
 
 
-def _write(page: Path, blocks: list[Block], report: dict[str, Any]) -> list[Path]:
+def _write(page: Path, blocks: list[Block], report: Result) -> list[Path]:
     """The page and, of Markdown, the figures that lie beside it."""
     from fused_dni.report import Figure, as_markdown
     from fused_dni.report.errors import WriteError
@@ -83,7 +83,7 @@ def _write(page: Path, blocks: list[Block], report: dict[str, Any]) -> list[Path
 
     if page.suffix == ".html":
         with reading(report):
-            made = as_html(blocks, report["facts"])
+            made = as_html(blocks, report.facts)
         return [write_text(page, made)]
     figures = page.parent / f"{page.stem}-figures"
     try:

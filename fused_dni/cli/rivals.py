@@ -14,6 +14,7 @@ from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
 
 if TYPE_CHECKING:
+    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
 
 
@@ -40,7 +41,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     )
     out: str | None = option("rivals.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def begin(self, progress: Progress) -> Callable[..., Result]:
         from fused_dni.experiments import rivals
 
         settings = self.chosen()
@@ -62,7 +63,7 @@ class Interfaces(OnImages, Resumable):
 
     out: str | None = option("interfaces.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def begin(self, progress: Progress) -> Callable[..., Result]:
         from fused_dni.experiments import interfaces
 
         return partial(interfaces.measure, self.chosen(), self.load(progress))
@@ -91,7 +92,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     def chosen(self, **more: Any) -> Any:
         return super().chosen(quick=self.quick, **more)
 
-    def begin(self, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def begin(self, progress: Progress) -> Callable[..., Result]:
         from fused_dni.experiments import delay
 
         return partial(delay.compare, self.chosen(), self.load(progress))

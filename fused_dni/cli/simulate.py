@@ -173,7 +173,7 @@ examples:
                 progress=progress.update,
                 command=command,
             )
-        report["checked"] = checked
+        report.body["checked"] = checked
         out.write(as_json(report))
         say_report(report, self.json)
         out.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fused_dni.cli.arguments import set_threads
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fused_dni.measure.verdict import Verdict
     from fused_dni.report.blocks import Block
     from fused_dni.report.kinds.train import Outcome
+    from fused_dni.report.schema import Result
 
 
 @dataclass(kw_only=True)
@@ -70,15 +71,15 @@ class _OfThePaper(OnImages, Checkpointed):
         outcome: Outcome,
         command: str,
         verdict: Verdict | None = None,
-        race: dict[str, Any] | None = None,
+        race: Result | None = None,
     ) -> None:
         """Write the report and print it."""
-        from fused_dni.experiments.train_report import as_json
+        from fused_dni.experiments.train_report import result
         from fused_dni.report.blocks import Heading, Text
         from fused_dni.report.kinds import race as races
         from fused_dni.report.kinds import train as kind
 
-        report = as_json(outcome, command, verdict, race)
+        report = result(outcome, command, verdict, race)
         said: list[Block] = [kind.summary(outcome)]
         if outcome.split is not None:
             said.append(kind.split(outcome.split))
@@ -193,7 +194,7 @@ class _OnSequences(Checkpointed):
 
     def run(self, command: str) -> int:
         from fused_dni.experiments import recurrent
-        from fused_dni.experiments.recurrent_report import as_json
+        from fused_dni.experiments.recurrent_report import result
         from fused_dni.measure import memory
         from fused_dni.report.blocks import Text
         from fused_dni.report.kinds import recurrent as kind
@@ -242,8 +243,9 @@ class _OnSequences(Checkpointed):
             said.append(kind.future_table(outcome))
         if outcome.memory_curve:
             said.append(kind.memory_table(outcome.memory_curve))
-        said += [Text(kind.sentence(outcome)), *map(Text, outcome.notes)]
-        _finish(self, out, as_json(outcome, command), said)
+        made = result(outcome, command).described()
+        said += [Text(made.sentence), *map(Text, outcome.notes)]
+        _finish(self, out, made, said)
         return 0
 
 
@@ -297,7 +299,7 @@ class TrainRepeatCopy(TrainCopy):
     subject = "repeat-copy"
 
 
-def _finish(asked: Measuring, out: str, report: dict[str, Any], said: list[Block]) -> None:
+def _finish(asked: Measuring, out: str, report: Result, said: list[Block]) -> None:
     """Write the folder and print what was measured: that, too, where it cannot be written."""
     from fused_dni.report.blocks import as_text
     from fused_dni.report.errors import ReportError

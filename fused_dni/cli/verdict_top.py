@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import built, refuse_format, rule, set_threads
 from fused_dni.cli.command import Measuring, UsageError
@@ -24,6 +24,7 @@ from fused_dni.measure.options import (
 if TYPE_CHECKING:
     from fused_dni.measure.race import Arms
     from fused_dni.measure.verdict import TopVerdict
+    from fused_dni.report import Result
 
 EXAMPLE = """\
 import torch
@@ -134,7 +135,7 @@ arm and seed, behind torch.manual_seed(seed).
         from fused_dni.measure.race import race
         from fused_dni.report.progress import Progress
 
-        def keep(report: dict[str, Any]) -> None:
+        def keep(report: Result) -> None:
             found.race = report
             out.write(found.to_json() + "\n")
 

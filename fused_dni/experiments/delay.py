@@ -20,12 +20,12 @@ from fused_dni.experiments.delay_arms import UpdateFeedback, build, loss_of, opt
 from fused_dni.experiments.delay_settings import KINDS, Arm, Settings, arm
 from fused_dni.experiments.rival_arms import ordinal
 from fused_dni.experiments.rivals import held_out
-from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, plain
+from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain
 from fused_dni.experiments.train import _cosine
 from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 
-VERSION = 1
 #: Length of a run that chooses a rate, as a share of a run's.
 TUNING_SHARE = 0.4
 #: How often a run says how far it is.
@@ -36,11 +36,11 @@ def compare(
     settings: Settings,
     dataset: data.Dataset,
     *,
-    previous: dict[str, Any] | None = None,
+    previous: Result | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train every arm at every lag with every seed.
 
     Args:
@@ -67,21 +67,15 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    report = begun(
-        previous,
-        settings,
-        lambda: {
-            "kind": "delay",
-            "version": VERSION,
-            "facts": facts(command),
-            "settings": plain(asdict(settings)),
-            "dataset": dataset.name,
-            "arms": {name: _what(arm(name)) for name in settings.arms},
-            "tuning": [],
-            "runs": [],
-            "finished": False,
-        },
-    )
+    body = {
+        "dataset": dataset.name,
+        "arms": {name: _what(arm(name)) for name in settings.arms},
+        "tuning": [],
+        "runs": [],
+        "finished": False,
+    }
+    asked = Result("delay", facts=facts(command), settings=plain(asdict(settings)), body=body)
+    report = resumed(previous, asked)
     arms = [arm(name) for name in settings.arms]
     runs = [
         (seed, lag if which.late else None, which)
@@ -122,7 +116,7 @@ def _rate(
     lag: int | None,
     settings: Settings,
     dataset: data.Dataset,
-    report: dict[str, Any],
+    report: Result,
     keep: Keep | None,
     say: Say,
 ) -> float:

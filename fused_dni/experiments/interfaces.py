@@ -22,15 +22,15 @@ from torch import Tensor
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
 from fused_dni.experiments.settings import Interfaces as Settings
 from fused_dni.experiments.train import FusedTrainer
 from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.interfaces import named
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 from fused_dni.rules import Adam
 
-VERSION = 1
 #: How often a run reports its progress.
 REPORTS = 20
 #: Share of the steps, at the end, over which predictions are compared with what arrived.
@@ -41,11 +41,11 @@ def measure(
     settings: Settings,
     dataset: data.Dataset,
     *,
-    previous: dict[str, Any] | None = None,
+    previous: Result | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train every network with every seed and look at its gradients.
 
     Args:
@@ -76,21 +76,15 @@ def measure(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(dataset.train.labels)} images)"
         )
-    report = begun(
-        previous,
-        settings,
-        lambda: {
-            "kind": "interfaces",
-            "version": VERSION,
-            "facts": facts(command),
-            "settings": plain(asdict(settings)),
-            "dataset": dataset.name,
-            "networks": [
-                {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
-            ],
-            "finished": False,
-        },
-    )
+    body = {
+        "dataset": dataset.name,
+        "networks": [
+            {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
+        ],
+        "finished": False,
+    }
+    asked = Result("interfaces", facts=facts(command), settings=plain(asdict(settings)), body=body)
+    report = resumed(previous, asked)
     rows = report["networks"]
     jobs = [
         Job(

@@ -28,7 +28,7 @@ from fused_dni.experiments.rival_arms import (
     arm,
 )
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance, build, network_of
-from fused_dni.experiments.run import Job, Keep, begun, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, do_jobs, plain, refuse_divergence
 from fused_dni.experiments.train import StockTrainer, Trainer
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
@@ -36,9 +36,9 @@ from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, spread
 from fused_dni.measure.verdict.errors import GateError
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 from fused_dni.rules import SGD
 
-VERSION = 1
 #: Rates that :func:`tune` tries.
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 #: Wall-clock of a run of :func:`tune`, as a share of that of a run.
@@ -58,11 +58,11 @@ def compare(
     *,
     seconds: float = 10.0,
     tuned: bool = False,
-    previous: dict[str, Any] | None = None,
+    previous: Result | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Measure all arms and train each with every seed.
 
     Args:
@@ -95,16 +95,15 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
+    asked = Result("rivals", settings=plain(asdict(settings)))
+    report = resumed(previous, asked)
     if not tuned:
         for which in arms:
             settings.rate(which)  # what is not known shows before anything runs
     dataset = dataset.to(settings.device)
     with progress:
-        report = begun(
-            previous,
-            settings,
-            lambda: _measured(settings, arms, dataset, seconds, tuned, progress, command),
-        )
+        if report is asked:
+            report = _measured(settings, arms, dataset, seconds, tuned, progress, command)
         rows = {row["name"]: row for row in report["arms"]}
         done = {(run["name"], run["seed"]) for run in report["runs"]}
         jobs = [
@@ -136,30 +135,28 @@ def _measured(
     tuned: bool,
     progress: Progress,
     command: str | None,
-) -> dict[str, Any]:
+) -> Result:
     """The report up to the runs."""
     gate = _gate(settings, arms, dataset, progress)
     rows = _costs(settings, arms, dataset, seconds, progress)
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
     for which, row in zip(arms, rows, strict=True):
         row["rate"] = _best(which, tuning) if tuned else settings.rate(which)
-    return {
-        "kind": "rivals",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": plain(asdict(settings)),
-        "dataset": dataset.name,
-        "memory_is": (
-            timing.PEAK_MEMORY_CUDA
-            if torch.device(settings.device).type == "cuda"
-            else timing.PEAK_MEMORY_CPU
-        ),
-        "gate": gate,
-        "arms": rows,
-        "tuning": tuning,
-        "runs": [],
-        "finished": False,
-    }
+    on_gpu = torch.device(settings.device).type == "cuda"
+    return Result(
+        "rivals",
+        facts=facts(command, settings.device),
+        settings=plain(asdict(settings)),
+        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        body={
+            "dataset": dataset.name,
+            "gate": gate,
+            "arms": rows,
+            "tuning": tuning,
+            "runs": [],
+            "finished": False,
+        },
+    )
 
 
 def _gate(
@@ -236,13 +233,13 @@ def _costs(
         {
             "name": which.name,
             "what": which.what,
-            "time": whole[which.name].to_json(),
+            "time": whole[which.name],
             "phases": {
                 phase: timings[f"{which.kind} {phase}"].median
                 for phase in which.phases(settings.warmup)
             },
             "against": {
-                base: _ratio(whole[which.name], whole[base])
+                base: timing.ratio(whole[which.name], whole[base])
                 for base in ("backprop", "fused")
                 if base in whole and base != which.name
             },
@@ -256,11 +253,6 @@ def _costs(
 
 def _candidate(trainer: Trainer, split: data.Split, rows: Tensor) -> Callable[[], None]:
     return lambda: advance(trainer, split, rows)
-
-
-def _ratio(a: Timing, b: Timing) -> dict[str, Any]:
-    found = timing.ratio(a, b)
-    return {**found.to_json(), "verdict": found.verdict()}
 
 
 # ---------------------------------------------------------------------------------------- training

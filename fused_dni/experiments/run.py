@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fused_dni.measure.errors import Interrupted as Interrupted
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 
-Keep = Callable[[dict[str, Any]], None]
+Keep = Callable[[Result], None]
 Say = Callable[[float], None]
 CHECKPOINT = "train.pt"
 VERSION = 1
@@ -105,21 +106,6 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def begun(
-    previous: dict[str, Any] | None, settings: Any, begin: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Return the report to go on with: ``previous`` if there is one, a new one otherwise.
-
-    Raises:
-        ValueError: ``previous`` is of other settings.
-    """
-    if previous is None:
-        return begin()
-    if previous["settings"] != plain(asdict(settings)):
-        raise ValueError("the report that is to be continued is of other settings")
-    return previous
-
-
 class Job(NamedTuple):
     """A run that a report is to have.
 
@@ -136,7 +122,7 @@ class Job(NamedTuple):
 
 
 def do_jobs(
-    report: dict[str, Any], jobs: Sequence[Job], total: int, keep: Keep | None, progress: Progress
+    report: Result, jobs: Sequence[Job], total: int, keep: Keep | None, progress: Progress
 ) -> None:
     """Do what is left of ``total`` jobs, add the runs to the report, and set ``finished`` in it.
 
@@ -164,7 +150,7 @@ def do_jobs(
             progress.update(job.label, 1.0, f"error {100 * error:.2f} %")
             job.into.append(run)
             done += 1
-            report["finished"] = done == total
+            report.body["finished"] = done == total
             keep(report)
 
 

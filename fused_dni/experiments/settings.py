@@ -237,6 +237,7 @@ class Staged(OnImages):
 
 
 TASKS = ("charlm", "copy", "repeat-copy")
+SYNTHESIZERS = ("default", "linear", "mlp")
 LSTM_METHODS = ("backprop", "fused", "dni", "dni+aux")
 _COPY: dict[str, Any] = {
     "windows": (4,),
@@ -333,7 +334,7 @@ class Recurrent(Settings):
     #: Times the gradient of the loss summed over steps and rows.
     target_scale: float = option(1.0, above_zero(), "factor on the synthesizer's target")
     synthesizer: str = option(
-        "default", one_of(("default", "linear", "mlp")), "the module's, dense, or one hidden layer"
+        "default", one_of(SYNTHESIZERS), "the module's, dense, or one hidden layer"
     )
     sg_hidden: int = option(256, whole(1), "hidden units of mlp")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")

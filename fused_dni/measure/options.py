@@ -88,12 +88,12 @@ def number(low: float = 0.0, high: float = math.inf, *, below: bool = False) -> 
 
 def above_zero(high: float = math.inf, metavar: str = "X") -> Kind:
     """Positive, finite numbers, to ``high``."""
-    until = "" if high == math.inf else f" to {high:g}"
+    says = "a positive, finite number" if high == math.inf else f"above 0 and at most {high:g}"
 
     def fits(value: Any) -> bool:
         return isinstance(value, (int, float)) and 0.0 < value <= high and value != math.inf
 
-    return kind(f"a positive, finite number{until}", fits, float, metavar=metavar)
+    return kind(says, fits, float, metavar=metavar)
 
 
 def one_of(names: Iterable[str]) -> Kind:

@@ -295,11 +295,11 @@ class FusedDNILinear(LinearSteps):
         h: Tensor | None = None
         if bound.quick is not None:
             made = bound.quick(self, input, context)
-            h = made if type(made) is not tuple else Taught.apply(self, made, input, bound.anchor)
+            h = made if type(made) is not tuple else Taught.run(self, made, bound.anchor, input)
         elif bound.exact is not None:
             made = bound.exact.forward(self, input, context)
             if made is not None:
-                h = Exact.apply(self, made, bound.anchor, input)
+                h = Exact.run(self, made, bound.anchor, input)
         return h
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:

@@ -197,7 +197,7 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         loss, delta, need_dx = made
         assert bound.layer is not None
         trace = LossTrace(input, bound.layer, delta, bound.exact)
-        out: Tensor = nodes.Loss.apply(self, (loss, trace), need_dx, bound.anchor, input)
+        out: Tensor = nodes.Loss.run(self, (loss, trace), need_dx, bound.anchor, input)
         return out
 
     # -- the stock module's life ---------------------------------------------------------------

@@ -38,11 +38,11 @@ class _WindowEnds:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
 
-    def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
+    def boundary(self, x: Tensor, plain: bool) -> tuple[LSTMBoundary, Tensor | None] | None:
         if self.exit.sources:
             self.exit.begin()
         site = self.exit.site
-        boundary = self.exit.boundary(self.entrance is not None)
+        boundary = self.exit.boundary(self.entrance is not None, x, plain)
         if boundary is None:
             return None
         fused = boundary.synthesizer
@@ -278,7 +278,7 @@ class FusedDNILSTM(Recurrent):
         lengths: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        if isinstance(input, PackedSequence):
+        if type(input) is not Tensor and isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths belongs to the packed input: do not give it again")
             padded, counts = pad_packed_sequence(input)
@@ -290,13 +290,13 @@ class FusedDNILSTM(Recurrent):
                 output, counts = output.index_select(1, order), counts[order.cpu()]
             data = pack_padded_sequence(output, counts).data
             return input._replace(data=data), state
-        if not isinstance(input, Tensor):
+        if type(input) is not Tensor and not isinstance(input, Tensor):
             raise TypeError(
                 f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
             )
-        if input.dim() not in (2, 3):
+        if input.ndim not in (2, 3):
             raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
-        if input.dim() == 2:
+        if input.ndim == 2:
             if hx is not None:
                 signed = all(map(self._bears_sign, hx))
                 hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
@@ -318,38 +318,62 @@ class FusedDNILSTM(Recurrent):
         given: Tensor,
     ) -> tuple[Tensor, State]:
         """The window for x [T, B, I]; ``given`` is the input as it came, for messages."""
-        layers = self._layers()
+        tracing = torch.compiler.is_compiling()
+        bound = self._bound
+        if bound is not None and (tracing or context is not None or not bound.hold(True)):
+            bound = None
+        layers = self._layers() if bound is None else bound.layers
         weight = layers[0].weight_ih
         x = check.step(x, weight, given)
         steps, batch = x.shape[:2]
-        ended = check.ended(ended, batch, x.device, given.dim() == 2)
-        lengths = check.lengths(lengths, steps, batch, x.device)
+        if ended is not None:
+            ended = check.ended(ended, batch, x.device, given.dim() == 2)
         if lengths is not None:  # what lies behind a row's length may be anything, NaN included
+            lengths = check.lengths(lengths, steps, batch, x.device)
             behind = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths
             x = x.masked_fill(behind.unsqueeze(2), 0.0)
-        self._fit(layers)
-        decoupled = self._decoupled(x)
         probing = self.training and self.phase.probe is not None
-        if decoupled or probing or context is not None:
+        if bound is None:
+            self._fit(layers)
+            decoupled = self._decoupled(x)
+        else:
+            decoupled = not probing and bound.synthesizer is not None
+        if context is not None or (bound is None and (decoupled or probing)):
             context = self._context_rows(context, batch, x)
-        tracing = torch.compiler.is_compiling()
         h, c, entrance, sources = self._enter(hx, x, decoupled, context, tracing)
-        backend = registry.resolve(self.backend, x, weight, "lstm")
-        masks = self._dropout_masks(steps, batch, x)
+        if bound is None:
+            backend = registry.resolve(self.backend, x, weight, "lstm")
+        else:
+            backend = bound.backend
+        masks = self._dropout_masks(steps, batch, x) if self.dropout else ()
         scale = self.kappa(steps * batch)
         ends = None
         ruled = self.training and self.update is not None and not probing
-        if torch.is_grad_enabled():
+        if bound is not None or torch.is_grad_enabled():
             if decoupled or ruled:
                 exit = Exit(self, ended, context, scale)
                 exit.sources = sources
                 if entrance is not None:
                     entrance.exit = exit
                 ends = _WindowEnds(exit, entrance)
-            learners = () if ends is None else self._learners()
+            learners: tuple[Tensor, ...] = ()
+            if ends is not None:
+                learners = self._learners() if bound is None else bound.learners
             output, h, c = lstm_window(
-                backend, x, h, c, layers, lengths, masks, ends, self, learners
+                backend,
+                x,
+                h,
+                c,
+                layers,
+                lengths,
+                masks,
+                ends,
+                self,
+                learners,
+                settled=bound is not None,
             )
+            if bound is None and self.training and not tracing and type(self) is FusedDNILSTM:
+                self._settle(backend)
         else:
             trace = ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
             output, h, c = trace.hidden[-1, 1:], trace.h, trace.c

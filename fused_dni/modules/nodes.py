@@ -201,6 +201,20 @@ class Late(Node):
         return (*(None,) * 5, *wanted, *(None,) * (len(wants) - 5 - len(wanted)))
 
 
+def _keep(ctx: Any, module: DecoupledModule, *saved: Tensor | None, before: int) -> None:
+    """Keep of a call what every backward with a rule asks for.
+
+    Args:
+        ctx: the node's. module: whose loss scale counts.
+        saved: for the backward, and for autograd to see a change in place until then.
+        before: how many of the node's arguments stand before those that get a gradient.
+    """
+    ctx.module, ctx.spent, ctx.before = module, False, before
+    ctx.loss_scale = module.phase.loss_scale
+    # As set_materialize_grads(False) and save_for_backward(*saved), without a call for each.
+    ctx.materialize_grads, ctx.to_save = False, saved
+
+
 class Stepped(Node):
     """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
 
@@ -216,11 +230,8 @@ class Stepped(Node):
         *asked: Tensor,
     ) -> Tensor:
         step = module.step_locally(inputs, context, need_dx, learns)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.context, ctx.spent = module, context, False
-        ctx.dx, ctx.forecast, ctx.trace = step.dx, step.forecast, step.trace
-        ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(step.h, *(module.parameters_behind() if learns else ()))
+        ctx.context, ctx.dx, ctx.forecast, ctx.trace = context, step.dx, step.forecast, step.trace
+        _keep(ctx, module, step.h, *(module.parameters_behind() if learns else ()), before=6)
         return step.h
 
     @staticmethod
@@ -229,126 +240,112 @@ class Stepped(Node):
         spend(ctx, TWICE)
         scale = ctx.loss_scale
         arrived = unscaled(arrived, scale)
+        h = ctx.saved_tensors[0]
         if ctx.forecast is not None and arrived is not None:
             module: Steps = ctx.module
-            h = ctx.saved_tensors[0]
             teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace))
         dx = rescaled(ctx.dx, scale)
         ctx.dx = ctx.forecast = ctx.trace = None
-        return (None, None, None, None, None, None, *dx)
+        none: Slots = (None,) * ctx.before
+        return none + dx
 
 
-class Taught(Node):
-    """:class:`Stepped` of a step with a target that was run as one call (quick.py)."""
+class Taught(Stepped):
+    """The same of a step with a target that was run as one call (quick.py). Behind ``made`` come
+    the anchors, and then x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor | None
-    ) -> Tensor:
-        h, scaled, reduced, ctx.dx, ctx.context, unit = made
-        ctx.anchors = len(anchors)
+    def forward(ctx: Any, module: LinearSteps, made: tuple[Any, ...], *given: Tensor) -> Tensor:
+        h: Tensor
+        h, scaled, reduced, dx, ctx.context, unit = made
         ctx.forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.spent = module, False
-        ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(h)
-        out: Tensor = h
-        return out
+        ctx.dx, ctx.trace = (dx,), None
+        _keep(ctx, module, h, before=len(given) + 1)
+        return h
+
+
+class _Closed(Node):
+    """:class:`Late` of calls whose input is one tensor, the node's last argument, and whose own
+    gradient is applied by a rule. What they ran says in ``ctx.close`` how to go back through it:
+    called with the context, the gradient and what was saved it gives dx and a contribution to the
+    update of ``ctx.owner``."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> Slots:
         spend(ctx, TWICE)
-        arrived = unscaled(arrived, ctx.loss_scale)
-        (h,) = ctx.saved_tensors
-        if arrived is not None:
-            module: LinearSteps = ctx.module
-            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, None))
-        dx = rescaled((ctx.dx,), ctx.loss_scale)
-        ctx.dx = ctx.forecast = None
-        none: Slots = (None,) * ctx.anchors
-        return (None, None, *dx, *none)
+        saved = ctx.saved_tensors  # raises if one was changed in place
+        gradient = unscaled(arrived, ctx.loss_scale)
+        none: Slots = (None,) * ctx.before
+        if gradient is None:
+            return (*none, None)
+        dx, contribution = ctx.close(ctx, gradient, *saved)
+        ctx.trace = None
+        at_end_of_backward(ctx.owner, UPDATE, ctx.owner.apply_update, contribution)
+        return none + rescaled((dx,), ctx.loss_scale)
 
 
-class Exact(Node):
-    """:class:`Late` of a linear layer without a synthesizer whose step is bound (quick.py)."""
+class Exact(_Closed):
+    """Of a linear layer without a synthesizer whose step is bound (quick.py)."""
 
     @staticmethod
     def forward(
         ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
     ) -> Tensor:
+        h: Tensor
         h, normalized, rstd, ctx.need_dx = made
         bound = module._binding
         assert bound.layer is not None
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.bound, ctx.spent = module, bound.exact, False
-        ctx.layer, ctx.config, ctx.saved = bound.layer, module.config, (normalized, rstd)
-        ctx.loss_scale = module.phase.loss_scale
-        # Saved so that autograd sees a change between forward and backward.
+        ctx.owner, ctx.close, ctx.bound = module, _close_exact, bound.exact
+        ctx.layer, ctx.config, ctx.trace = bound.layer, module.config, (normalized, rstd)
         weight, _, *read, _, _ = bound.layer
         watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
-        ctx.save_for_backward(h, x, *watched)
-        out: Tensor = h
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        module: LinearSteps = ctx.module
-        h, x, *_ = ctx.saved_tensors
-        gradient = unscaled(arrived, ctx.loss_scale)
-        if gradient is None:
-            return (None,) * 4
-        made = ctx.bound.backward(gradient, x, h, *ctx.saved, ctx.need_dx)
-        if made is None:
-            backend = module.synthesizer_backend(x)
-            saved = Saved(*ctx.saved)
-            use = LinearUse(x, h.detach(), saved, ctx.layer, ctx.config, True, backend)
-            (dx,), contribution = module.close(use, gradient, ctx.need_dx)
-        else:
-            dx, delta, *vectors = made
-            contribution = (x, LinearGradients(delta, None, None, *vectors))
-        ctx.saved = None
-        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
-        return (None, None, None, *rescaled((dx,), ctx.loss_scale))
-
-
-class ExactStack(Node):
-    """:class:`Exact` of layers one behind the other, and of the :class:`Loss` behind them if there
-    is one."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor) -> Tensor:
-        h: Tensor
-        h, ctx.left, ctx.need_dx = made
-        ctx.set_materialize_grads(False)
-        ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
-        ctx.anchors = len(anchors)
-        kept = h if stack.head is None else None
-        ctx.save_for_backward(kept, x, *stack.watched(ctx.need_dx))
+        _keep(ctx, module, h, x, *watched, before=3)
         return h
 
+
+def _close_exact(
+    ctx: Any, gradient: Tensor, h: Tensor, x: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Any]:
+    module: LinearSteps = ctx.module
+    made = ctx.bound.backward(gradient, x, h, *ctx.trace, ctx.need_dx)
+    if made is not None:
+        dx, delta, *vectors = made
+        return dx, (x, LinearGradients(delta, None, None, *vectors))
+    backend = module.synthesizer_backend(x)
+    saved = Saved(*ctx.trace)
+    use = LinearUse(x, h.detach(), saved, ctx.layer, ctx.config, True, backend)
+    (dx,), contribution = module.close(use, gradient, ctx.need_dx)
+    return dx, contribution
+
+
+class ExactStack(_Closed):
+    """Of layers one behind the other, and of the :class:`Loss` behind them if there is one. Behind
+    ``made`` come the anchors, and then x."""
+
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        h, x, *_ = ctx.saved_tensors
-        gradient = unscaled(arrived, ctx.loss_scale)
-        none: Slots = (None,) * ctx.anchors
-        if gradient is None:
-            return (None, None, None, *none)
-        if h is not None:
-            h = h.detach()  # the output itself would keep its own node alive
-        dx, contribution = ctx.stack.backward(gradient, x, h, ctx.left, ctx.need_dx)
-        ctx.left = None
-        at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
-        return (None, None, *rescaled((dx,), ctx.loss_scale), *none)
+    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
+        h: Tensor
+        h, ctx.trace, ctx.need_dx = made
+        ctx.owner, ctx.close = stack, _close_stack
+        kept = h if stack.head is None else None
+        watched = stack.watched(ctx.need_dx)
+        _keep(ctx, stack.last, kept, given[-1], *watched, before=len(given) + 1)
+        return h
 
 
-class Loss(Node):
-    """:class:`Late` of a layer with its cross-entropy. The loss itself is not kept: it may be
-    changed in place, as any loss (``loss /= steps``)."""
+def _close_stack(
+    ctx: Any, gradient: Tensor, h: Tensor | None, x: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Any]:
+    if h is not None:
+        h = h.detach()  # the output itself would keep its own node alive
+    made: tuple[Tensor | None, Any] = ctx.owner.backward(gradient, x, h, ctx.trace, ctx.need_dx)
+    return made
+
+
+class Loss(_Closed):
+    """Of a layer with its cross-entropy. The loss itself is not kept: it may be changed in place,
+    as any loss (``loss /= steps``)."""
 
     @staticmethod
     def forward(
@@ -360,44 +357,28 @@ class Loss(Node):
         x: Tensor,
     ) -> Tensor:
         loss, ctx.trace = made
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.need_dx, ctx.spent = module, need_dx, False
-        ctx.loss_scale = module.phase.loss_scale
-        # Saved so that autograd sees a change between forward and backward.
-        ctx.save_for_backward(x, ctx.trace.layer.weight if need_dx else None)
+        ctx.owner, ctx.close, ctx.need_dx = module, _close_loss, need_dx
+        _keep(ctx, module, x, ctx.trace.layer.weight if need_dx else None, before=4)
         return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        _ = ctx.saved_tensors  # raises if one was changed in place
-        module: LossSteps = ctx.module
-        gradient = unscaled(arrived, ctx.loss_scale)
-        if gradient is None:
-            return (None,) * 5
-        dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)
-        ctx.trace = None
-        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
-        return (None, None, None, None, *rescaled(dx, ctx.loss_scale))
+
+def _close_loss(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, Any]:
+    (dx,), contribution = ctx.module.close(ctx.trace, gradient, ctx.need_dx)
+    return dx, contribution
 
 
 class StackLoss(Node):
     """:class:`Delivered` of layers that predict and the :class:`Loss` behind them, in a step that
-    was run as one call (quick.py)."""
+    was run as one call (quick.py). Behind ``made`` come the anchors, and then x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, stack: Any, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         loss: Tensor
         loss, left, rows, ctx.dx, labels, unit = made
-        ctx.made = (left, rows, labels, unit)
-        ctx.set_materialize_grads(False)
-        ctx.stack, ctx.spent, ctx.anchors = stack, False, len(anchors)
-        ctx.loss_scale = stack.head.phase.loss_scale
-        # The lesson reads it: a change between forward and backward is to be an error.
-        ctx.save_for_backward(None if unit is None else stack.head.weight)
+        ctx.stack, ctx.made = stack, (left, rows, labels, unit)
+        # The lesson reads the weight: a change between forward and backward is to be an error.
+        read = None if unit is None else stack.head.weight
+        _keep(ctx, stack.head, read, before=len(given) + 1)
         return loss
 
     @staticmethod
@@ -411,8 +392,8 @@ class StackLoss(Node):
             at_end_of_backward(ending, UPDATE, ending.apply_update, (gradient, *ctx.made))
         dx = rescaled((ctx.dx,), ctx.loss_scale)
         ctx.made = ctx.dx = None
-        none: Slots = (None,) * ctx.anchors
-        return (None, None, *dx, *none)
+        none: Slots = (None,) * ctx.before
+        return none + dx
 
 
 class Local(Node):

@@ -27,8 +27,10 @@ from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.pending import UPDATE, at_end_of_backward
+from fused_dni.modules.windows import BoundWindows, bind_windows, rule_of
 from fused_dni.ops import registry
 from fused_dni.ops.returned import Returned, by_weight, note_by_weight
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     G_DOT_G,
     ROWS,
@@ -173,14 +175,27 @@ class Exit:
         )
         return (*started, arrival)
 
-    def boundary(self, entrance: bool) -> LSTMBoundary | None:
-        """What a backend needs to see to both ends itself, if it can."""
+    def boundary(self, entrance: bool, x: Tensor, plain: bool) -> LSTMBoundary | None:
+        """Return what a backend needs to see to both ends itself, if it can.
+
+        Args:
+            entrance: whether the window has one. x: its input; plain: known to be plain memory.
+        """
         site = self.site
-        if self.context is not None or site.auxiliary_head is not None or self.loss_scale != 1.0:
+        if self.context is not None or self.loss_scale != 1.0:
             return None
-        if torch.compiler.is_compiling() or site._modules["synthesizer"] is None:
+        bound = site._bound
+        if plain and bound is not None and bound.hold(False):
+            fused = bound.synthesizer
+        elif (
+            not direct(x)
+            or site.auxiliary_head is not None
+            or torch.compiler.is_compiling()
+            or site._modules["synthesizer"] is None
+        ):
             return None
-        fused = site.fused_state_synthesizer()
+        else:
+            fused = site.fused_state_synthesizer()
         if fused is None:
             return None
         teaches = self.learns and (entrance or self.ended is not None)
@@ -282,6 +297,9 @@ class Recurrent(DecoupledModule):
 
     auxiliary_head: LinearSynthesizer | None
     _states: int  # dimensions of h and c
+    # What windows ask for, looked up once; None where that is not so. And how often it was tried.
+    _bound: BoundWindows | None = None
+    _tries = 0
 
     rule_names = (*DecoupledModule.rule_names, "auxiliary_update")
 
@@ -499,6 +517,27 @@ class Recurrent(DecoupledModule):
             made = tuple(None if g is None else g * loss_scale for g in made)
         return tuple(g for g, p in zip(made, slots, strict=True) if p is not None)
 
+    def learn(self, lessons: list[Lesson]) -> None:
+        bound = self._bound
+        if bound is None or len(lessons) != 1 or not bound.hold(False):
+            super().learn(lessons)
+            return
+        unit = self.follow(lessons)
+        ((h, forecast, context, arrived, kappa, _),) = lessons
+        if forecast.unit != unit:
+            forecast = forecast.within(unit)
+        assert forecast.prediction is not None and bound.synthesizer is not None
+        bound.backend.synthesizer_update_(
+            h,
+            forecast.prediction,
+            arrived.contiguous(),
+            bound.synthesizer,
+            context,
+            kappa / unit,
+            self.statistics,
+            rule_of(self.synthesizer_update),
+        )
+
     def _lesson(self, example: Example) -> Lesson:
         rows, grad, context, scale, counted = example
         if self.max_target_norm is not None:
@@ -601,6 +640,10 @@ class Recurrent(DecoupledModule):
 
     def apply_update(self, contributions: list[Any]) -> None:
         rows: tuple[LSTMRows, ...] = contributions[0]
+        bound = self._bound
+        if bound is not None and len(contributions) == 1 and bound.hold(False):
+            bound.backend.lstm_update_(rows, bound.layers, rule_of(self.update))
+            return
         if len(contributions) > 1:  # sums over uses are sums over rows
             rows = tuple(
                 LSTMRows(*(torch.cat(parts) for parts in zip(*uses, strict=True)))
@@ -638,6 +681,15 @@ class Recurrent(DecoupledModule):
         if x.dtype is torch.float16 and (decoupled or self.update is not None):
             self.refuse_untold_scale(x.device.type)
         return decoupled
+
+    def _settle(self, backend: Backend) -> None:
+        """Look up what the next windows ask for, if it can be bound. Where something changes from
+        window to window, it is tried again after twice as many windows each time."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return
+        self._tries += 1
+        if not self._tries & (self._tries - 1):
+            self._bound = bind_windows(self, backend)
 
     def _bears_sign(self, t: Tensor) -> bool:
         """Whether traced code returned this very tensor, of this module: no op passes that on."""

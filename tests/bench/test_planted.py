@@ -31,7 +31,7 @@ def _spread(compare):
         for name, made in compare(candidates, **options).items():
             draw = random.Random(name)
             rounds = tuple(made.median * (1 + 0.03 * draw.gauss(0, 1)) for _ in range(32))
-            found[name] = timing.Timing(name, rounds, rounds, 1)
+            found[name] = timing.Timing.of(name, rounds, rounds, 1)
         return found
 
     return compared

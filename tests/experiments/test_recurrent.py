@@ -15,6 +15,7 @@ import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, recurrent, run
 from fused_dni.experiments.recurrent_report import write
+from fused_dni.experiments.settings import SYNTHESIZERS
 from fused_dni.measure import memory
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
@@ -161,7 +162,7 @@ def test_nothing_is_injected_during_the_warm_up():
 
 
 def test_every_synthesizer_of_the_command_line_runs():
-    for name in recurrent.SYNTHESIZERS:
+    for name in SYNTHESIZERS:
         settings = replace(CHARLM, synthesizer=name, sg_hidden=8, amount=160)
         trainer = recurrent.build(recurrent.Arm("dni", 4), 0, settings, SOURCE)
         for _ in range(5):
@@ -234,15 +235,15 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
         ({"task": "chralm"}, "did you mean 'charlm'"),
         ({"methods": ("dnii",)}, "did you mean 'dni'"),
         ({"methods": ()}, "methods must hold one at least"),
-        ({"windows": ()}, "one window"),
+        ({"windows": ()}, "windows must hold one at least"),
         ({"windows": (0,)}, "windows must be a whole number from 1 on"),
         ({"hidden": 0}, "hidden must be a whole number from 1 on"),
-        ({"lr": -1.0}, "lr must be finite"),
-        ({"sg_scale": math.inf}, "sg_scale must be finite"),
-        ({"target_scale": 0.0}, "target_scale must be positive"),
-        ({"threshold": 2.0}, "threshold must lie in"),
-        ({"warmup": 1.5}, "warmup must lie in"),
-        ({"task": "copy", "warmup": 0.1}, "and be 0 for copy tasks"),
+        ({"lr": -1.0}, "lr must be a finite number from 0 on"),
+        ({"sg_scale": math.inf}, "sg_scale must be a finite number from 0 on"),
+        ({"target_scale": 0.0}, "target_scale must be a positive, finite number"),
+        ({"threshold": 2.0}, "threshold must be above 0 and at most 1"),
+        ({"warmup": 1.5}, "warmup must be a finite number from 0 to 1"),
+        ({"task": "copy", "warmup": 0.1}, "must be 0 for copy tasks"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
         ({"embedding": -1}, "embedding must be a whole number from 0 on"),
     ],
@@ -276,7 +277,7 @@ class _Cut(Exception):
 @pytest.mark.parametrize("task", ["charlm", "copy"])
 def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch, task):
     settings, source = (replace(CHARLM, amount=1600), SOURCE) if task == "charlm" else (COPY, None)
-    monkeypatch.setattr(recurrent, "CHUNK", 7)
+    monkeypatch.setattr(run, "CHUNK", 7)
     whole = _fingerprints(recurrent.train(settings, source))
     assert len(set(whole.values())) == len(whole)
     assert whole == _fingerprints(recurrent.train(settings, source))
@@ -616,7 +617,7 @@ def test_the_memory_curve_on_the_command_line(capsys, tmp_path):
         (["copy", "--windows", "0"], "windows must be a whole number from 1 on, got '0'"),
         (["copy", "--window", "3"], "did you mean '--windows'"),
         (["copy", "--resume"], "--resume needs --checkpoint DIR"),
-        (["repeat-copy", "--threshold", "3"], "threshold must lie in"),
+        (["repeat-copy", "--threshold", "3"], "threshold must be above 0 and at most 1"),
         (["copy", "--out", "verse.txt/below"], "cannot write to"),
         (["copy", "--backend", "cpuu"], "backend"),
         (["copyy"], "unexpected argument 'copyy'"),

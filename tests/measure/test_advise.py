@@ -38,7 +38,7 @@ def _once(candidates, *, progress, **limits):
         call()
     progress(1.0)
     took = {name: 1e-5 if name in (BACKWARD, OPTIMIZER) else 1e-3 for name in candidates}
-    return {name: Timing(name, (t,) * 8, (t,) * 8, 1) for name, t in took.items()}
+    return {name: Timing.of(name, (t,) * 8, (t,) * 8, 1) for name, t in took.items()}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def _found(*modules: nn.Module, sample=None, loss=None):
 
 def _steady(seconds: float) -> Timing:
     """The same time in each of so many rounds that an interval is known."""
-    return Timing("steady", (seconds,) * 12, (seconds,) * 12, 1)
+    return Timing.of("steady", (seconds,) * 12, (seconds,) * 12, 1)
 
 
 def _blocks(parts, time) -> Blocks:

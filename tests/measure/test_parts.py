@@ -124,7 +124,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_disagreeing_sum_is_said():
     def fixed(name: str, value: float) -> timing.Timing:
-        return timing.Timing(name, (value,) * 8, (value,) * 8, 1)
+        return timing.Timing.of(name, (value,) * 8, (value,) * 8, 1)
 
     times = {"stock forward": 1.0, "stock backward": 2.0, "stock optimizer": 0.5, "stock step": 5.0}
     times |= dict.fromkeys((*phases.CALLS, *phases.CALLS_DX, "forward", "step with targets"), 1.0)

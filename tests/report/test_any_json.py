@@ -18,7 +18,7 @@ from fused_dni import cli
 from fused_dni.measure.simulate import Failures, Settings, compare, sweep
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.files import as_json
-from fused_dni.report.kinds import KINDS
+from fused_dni.report.schema import KINDS
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 

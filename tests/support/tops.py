@@ -24,7 +24,7 @@ def planted(
 
     def timed(name: str, value: float, at: int = 0) -> Timing:
         rounds = tuple(value * 1e-3 * w for w in WOBBLE[at:] + WOBBLE[:at])
-        return Timing(name, rounds, rounds, 1)
+        return Timing.of(name, rounds, rounds, 1)
 
     cycles = {k: timed(f"k={k}", bottom + prediction + (top + lesson) / k, at=k % 3) for k in ks}
     without = timed("without", bottom + prediction)

@@ -374,8 +374,7 @@ def facts_of(
     sample: Tensor, update: Rule, synthesizer: Any, context_features: int, backend: str | None
 ) -> dict[str, Any]:
     return {
-        **facts(),
-        "where": sample.device.type,
+        **facts(device=sample.device),
         "dtype": str(sample.dtype).removeprefix("torch."),
         "sample": list(sample.shape),
         "update": repr(update),
