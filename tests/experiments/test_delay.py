@@ -1,6 +1,6 @@
 """Late gradients: which arms there are, what rivals' optimizers do, and that runs repeat."""
 
-import json
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,6 +15,7 @@ from fused_dni.experiments.delay_settings import TASKS, Settings, arm
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, Table, as_text
 from fused_dni.report.kinds import delay as delay_report
+from fused_dni.report.schema import save
 
 ARMS = ("backprop", "stale", "stale-warm", "nesterov", "feedback", "local", "cdni-2",
         "cdni-dense-every-3", "cdni-mlp", "cdni-2-unconditioned")  # fmt: skip
@@ -201,8 +202,8 @@ def test_rates_are_chosen_by_family_and_lag(report):
 
 def test_an_interrupted_report_goes_on(report):
     kept = []
-    whole = json.loads(json.dumps(report))
-    part = {**whole, "runs": whole["runs"][:5], "tuning": whole["tuning"][:7], "finished": False}
+    whole, part = report, copy.deepcopy(report)
+    part.body.update(runs=whole["runs"][:5], tuning=whole["tuning"][:7], finished=False)
     found = delay.compare(SOME, DATA, previous=part, keep=lambda r: kept.append(len(r["runs"])))
     assert found["finished"] and kept[0] == 5 and kept[-1] == 12
     assert found["runs"] == whole["runs"]
@@ -219,7 +220,7 @@ def test_a_batch_that_is_too_large_is_refused():
 
 
 def test_the_report_says_who_is_better(report):
-    made = json.loads(json.dumps(report))
+    made = copy.deepcopy(report)
     for run in made["runs"]:
         run["error"] = {"backprop": 0.01, "stale": 0.04, "local": 0.02, "cdni-2": 0.02}[run["name"]]
         run["error"] += 0.001 * run["seed"]
@@ -235,7 +236,7 @@ def test_the_report_says_who_is_better(report):
 def test_a_report_is_read_finished_or_not(report, tmp_path):
     for runs in (report["runs"], report["runs"][:1], []):
         path = tmp_path / "delay.json"
-        path.write_text(json.dumps({**report, "runs": runs, "finished": False}))
+        save(path, replace(report, body={**report.body, "runs": runs, "finished": False}))
         said = blocks_of(load(path, "delay"))
         assert "Unfinished" in as_text(said)
         assert any(isinstance(block, Table) for block in said)

@@ -1,6 +1,6 @@
 """The rivals: each computes what its formula says, and runs are a function of their settings."""
 
-import json
+import copy
 import signal
 from dataclasses import replace
 
@@ -26,8 +26,10 @@ from fused_dni.measure import timing
 from fused_dni.measure.verdict.errors import GateError
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, as_text
+from fused_dni.report.files import as_json
 from fused_dni.report.kinds import rivals as rivals_report
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import save
 from fused_dni.rules import SGD, Adam
 
 ARMS = ("backprop", "in-backward", "fused", "stale-2", "delayed", "local", "feedback", "cdni-2")
@@ -270,11 +272,11 @@ def report() -> dict:
 
 
 def test_a_comparison_reports_every_arm(report):
-    assert report["finished"] and report["kind"] == "rivals" and report["version"] == 1
+    assert report["finished"] and report["kind"] == "rivals" and report["version"] == 2
     assert [row["name"] for row in report["arms"]] == list(SOME.arms) == list(report["gate"])
     assert len(report["runs"]) == 2 * 5
     for row in report["arms"]:
-        assert row["steps"] == max(1, int(0.02 / row["time"]["median"]))
+        assert row["steps"] == max(1, int(0.02 / row["time"].median))
         assert row["memory"] > 0 and row["rate"] == SOME.rate(arm(row["name"]))
         assert set(row["against"]) == {"backprop", "fused"} - {row["name"]}
     for run in report["runs"]:
@@ -284,7 +286,7 @@ def test_a_comparison_reports_every_arm(report):
 
 
 def test_a_report_is_read_and_shown(report, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(report, allow_nan=False))
+    save(tmp_path / "r.json", report)
     blocks = blocks_of(load(tmp_path / "r.json", "rivals"))
     shown = as_text(blocks)
     for name in SOME.arms:
@@ -296,18 +298,18 @@ def test_a_report_is_read_and_shown(report, tmp_path):
 
 
 def test_the_sentence_names_arms_beyond_the_spread(report):
-    changed = json.loads(json.dumps(report))
+    changed = copy.deepcopy(report)
     errors = {"fused": (0.02, 0.03), "local": (0.04, 0.05), "stale-2": (0.01, 0.015)}
     for run in changed["runs"]:
         run["history"][-1]["error"] = errors.get(run["name"], (0.01, 0.05))[run["seed"]]
-    shown = as_text(rivals_report.blocks(changed))
+    shown = rivals_report.sentence(changed)
     assert "better stale-2; worse local; the ranges" in shown
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(report):
     """Kept after four runs; the rest is run and nothing else, and comes out the same."""
-    part = json.loads(json.dumps(report))
-    part["runs"], part["finished"] = part["runs"][:4], False
+    part = copy.deepcopy(report)
+    part.body.update(runs=part["runs"][:4], finished=False)
     assert "4 of 10 runs" in as_text(rivals_report.blocks(part))
     kept = []
     whole = rivals.compare(SOME, DATA, previous=part, keep=lambda r: kept.append(len(r["runs"])))
@@ -322,8 +324,8 @@ def test_a_stopped_comparison_goes_on_where_it_was(report):
 
 
 def test_ctrl_c_keeps_what_is_finished(report):
-    part = json.loads(json.dumps(report))
-    part["runs"], part["finished"] = part["runs"][:2], False
+    part = copy.deepcopy(report)
+    part.body.update(runs=part["runs"][:2], finished=False)
 
     class Impatient(Progress):
         def update(self, name: str, fraction: float, note: str = "") -> None:
@@ -357,8 +359,8 @@ def test_rates_are_chosen_on_the_held_out_part(monkeypatch):
 
 
 def test_a_tuned_report_shows_the_rates(report):
-    changed = json.loads(json.dumps(report))
-    changed["tuning"] = [
+    changed = copy.deepcopy(report)
+    changed.body["tuning"] = [
         {"name": "fused", "family": "exact", "rate": 1e-3, "error": 0.1, "diverged": False},
         {"name": "fused", "family": "exact", "rate": 1e-2, "error": 0.9, "diverged": True},
     ]
@@ -378,7 +380,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "peak_memory", lambda step, device: 1)
     out = tmp_path / "deep" / "r.json"
     assert main([*COMMAND, "--out", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == load(out, "rivals")
+    assert (
+        capsys.readouterr().out == as_json(load(out, "rivals")) == out.read_text(encoding="utf-8")
+    )
     assert main([*COMMAND, "--out", str(out), "--resume"]) == 0
     assert "stale-2" in capsys.readouterr().out
 
