@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fused_dni.modules.base import DecoupledModule, Forecast, Phase
+from fused_dni.modules.base import DecoupledModule, Phase, Predicted
 from fused_dni.modules.recurrent import Recurrent
 from fused_dni.ops.types import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 
@@ -112,11 +112,11 @@ def _against_truth(
     recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
     before = [(m, m.phase) for m in everyone]
 
-    def record(name: str) -> Callable[[Tensor, Forecast | None, float], None]:
-        def probe(at: Tensor, forecast: Forecast | None, scale: float) -> None:
-            assert forecast is not None
+    def record(name: str) -> Callable[[Tensor, Predicted | None, float], None]:
+        def probe(at: Tensor, predicted: Predicted | None, scale: float) -> None:
+            assert predicted is not None
             at.retain_grad()
-            recorded.setdefault(name, []).append((at, forecast.scaled / scale))
+            recorded.setdefault(name, []).append((at, predicted.scaled / scale))
 
         return probe
 
@@ -150,5 +150,5 @@ def _against_truth(
     return out
 
 
-def _ignore(at: Tensor, forecast: Forecast | None, scale: float) -> None:
-    """The probe of layers without a synthesizer."""
+def _ignore(at: Tensor, predicted: Predicted | None, scale: float) -> None:
+    """Stand in for the probe of layers without a synthesizer."""

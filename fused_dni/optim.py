@@ -40,7 +40,7 @@ class _Linked(NamedTuple):
 
 
 def _rules(model: nn.Module) -> Iterator[_Linked]:
-    """Every rule in the model."""
+    """Return every rule in the model."""
     for name, module in model.named_modules():
         if isinstance(module, DecoupledModule):
             for part, rule, slots in module.rules():
@@ -48,7 +48,8 @@ def _rules(model: nn.Module) -> Iterator[_Linked]:
 
 
 def ordinary_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model that no fused rule updates: what an optimizer is to be given."""
+    """Return the parameters of a model that no fused rule updates: what an optimizer is to be
+    given."""
     ruled = {id(p) for linked in _rules(model) for p in linked.slots}
     return (p for p in model.parameters() if id(p) not in ruled)
 
@@ -265,7 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _entry: type[dict[Any, Any]] = _Shown  # what an entry of ``state`` is
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, with the rules' present state (references)."""
+        """Return what ``torch.optim.Optimizer.state_dict`` does, with the rules' present state
+        (references)."""
         self._entry = dict
         try:
             return super().state_dict()
@@ -342,7 +344,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: the layers too, for a copy without its model is the
+        """Return what copies and pickles hold: the layers too, for a copy without its model is the
         optimizer of a model that nothing else refers to (as of ``torch.optim``)."""
         names = ("defaults", "param_groups", "_linked", "_frozen", "_said")
         return {name: self.__dict__[name] for name in names}
@@ -366,19 +368,19 @@ _observed = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 
 
 def _trained(slots: _Slots, listed: Iterable[Tensor]) -> list[Tensor]:
-    """The slots that ask for gradients, or that are listed, in their order."""
+    """Return the slots that ask for gradients, or that are listed, in their order."""
     kept = {id(p) for p in listed}
     return [p for p in slots if p is not None and (p.requires_grad or id(p) in kept)]
 
 
 def _name_of(parameter: Tensor, among: Iterable[_Linked]) -> str:
-    """A parameter's name in the model."""
+    """Return a parameter's name in the model."""
     linked = next(linked for linked in among if linked.holds(parameter))
     return ".".join(n for n in (linked.layer, linked.module.name_of(parameter)) if n)
 
 
 def _split(param_group: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """The parameters of a group that is to be added, and its options."""
+    """Return the parameters of a group that is to be added, and its options."""
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
     given = param_group["params"]

@@ -163,7 +163,7 @@ class Schedule:
         self._tell()
 
     def step(self) -> None:
-        """One training step is over: set the layers' flags for the next."""
+        """End a training step: set the layers' flags for the next."""
         if self._others is not None and self._others.step():
             self._others = None
         if self.target:
@@ -214,8 +214,8 @@ class Schedule:
             self._left = time.perf_counter()
 
     def _sums(self) -> list[list[float]]:
-        """By layer what its synthesizer was trained on, in the unit 1 (this waits for the device).
-        Units are powers of two: nothing is rounded where one has moved."""
+        """Return by layer what its synthesizer was trained on, in the unit 1 (this waits for the
+        device). Units are powers of two: nothing is rounded where one has moved."""
         found = []
         for layer in self._measuring:
             sums, square = layer.statistics.tolist(), layer.unit**2
@@ -223,7 +223,7 @@ class Schedule:
         return found
 
     def _measured(self) -> list[Seen]:
-        """By layer what was added in a step with a target, in all replicas together."""
+        """Return by layer what was added in a step with a target, in all replicas together."""
         seen = []
         for layer, after, before in zip(self._measuring, self._sums(), self._before, strict=True):
             added = [a - b for a, b in zip(after, before, strict=True)]
@@ -242,8 +242,8 @@ class Schedule:
         return seen
 
     def _lessons(self) -> list[tuple[Tensor, int]]:
-        """What changes with each lesson of a layer, one that is to come (``step_local``) included,
-        and is known without waiting for a device."""
+        """Return what changes with each lesson of a layer, one that is to come (``step_local``)
+        included, and is known without waiting for a device."""
         return [(m.statistics, m.statistics._version + m.tickets) for m in self._learners]
 
     def _listen(self) -> None:
@@ -275,7 +275,7 @@ class Schedule:
         return self._told.target or self._told.warmup
 
     def phase(self) -> Phase:
-        """What the layers are told for the coming step."""
+        """Return what the layers are told for the coming step."""
         past = self.steps - self.warmup_steps
         scale = self.loss_scale
         if scale is not None and not isinstance(scale, (int, float)):
@@ -299,7 +299,7 @@ class Schedule:
                 layer.__dict__["phase"] = phase  # nn.Module's __setattr__ takes as long as a kernel
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and, with "auto", all that k is chosen from; the arguments are the
+        """Return the step count and, with "auto", all that k is chosen from; the arguments are the
         constructor's."""
         if self._pace is None:
             return {"steps": self.steps}
@@ -351,12 +351,12 @@ def _are_bounds(given: Any) -> bool:
 
 
 def _is_taught(layer: DecoupledModule) -> bool:
-    """Whether the synthesizer has anything to train."""
+    """Say whether the synthesizer has anything to train."""
     synthesizer = layer.synthesizer
     return synthesizer is not None and any(p.requires_grad for p in synthesizer.parameters())
 
 
 def _can_learn(layer: DecoupledModule) -> bool:
-    """Whether anything learns from what arrives: the synthesizer, or parameters behind h."""
+    """Say whether anything learns from what arrives: the synthesizer, or parameters behind h."""
     slots = (*layer.parameters_behind(), *layer.synthesizer_parameters())
     return any([p is not None and p.requires_grad for p in slots])

@@ -1100,15 +1100,15 @@ class QuickStack : public Stack<QuickStep> {
     }
     LinearUpdate update = head_->updating(batch, made);
     update.x_transposed = update.delta_transposed = inside(rows);
-    bool given = false;  // the lesson
+    bool taught = false;
     try {
       py::gil_scoped_release release;
       head_->run(backward);
       if (target) last.run(lesson);
-      given = target;
+      taught = target;
       head_->run(update);
     } catch (...) {  // as in call()
-      if (given) last.count_lesson();
+      if (taught) last.count_lesson();
       head_->wrote(target ? finished_ : head_->written());
       throw;
     }

@@ -10,6 +10,8 @@
 
 namespace fused_dni::cuda {
 
+inline constexpr int kThreads = 256;  // of a block, in every kernel
+
 // ---- Waiting for all blocks -----------------------------------------------------------------------
 
 // Waits until all blocks of a cooperative launch are here; what a block wrote before is visible to
@@ -53,18 +55,16 @@ FUSED_DNI_DEVICE void grid_barrier(const Barrier& barrier, Phase phase) {
 
 // ---- Sums and maxima, in an order that depends on the number of threads alone ---------------------
 
-FUSED_DNI_DEVICE float larger_of(float a, float b) { return a > b || std::isnan(a) ? a : b; }
-
 template <class T>
 FUSED_DNI_DEVICE T warp_sum(T value) {
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int apart = 16; apart > 0; apart /= 2) value += shuffle_xor(value, apart);
   return value;
 }
-// NaN if any is.
+// Of magnitudes.
 FUSED_DNI_DEVICE float warp_max(float value) {
-  FUSED_DNI_UNROLL
-  for (int apart = 16; apart > 0; apart /= 2) value = larger_of(value, shuffle_xor(value, apart));
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) value = fmaxf(value, shuffle_xor(value, apart));
   return value;
 }
 
@@ -77,7 +77,8 @@ FUSED_DNI_DEVICE T block_sum(T value, SharedArena arena) {
   if (lane() == 0) parts.store(warp(), value);
   block_barrier();
   T sum = parts.load(0);
-  for (int i = 1; i < threads() / 32; ++i) sum += parts.load(i);
+#pragma unroll
+  for (int i = 1; i < kThreads / 32; ++i) sum += parts.load(i);
   block_barrier();
   return sum;
 }
@@ -88,7 +89,8 @@ FUSED_DNI_DEVICE float block_max(float value, SharedArena arena) {
   if (lane() == 0) parts.store(warp(), value);
   block_barrier();
   float largest = parts.load(0);
-  for (int i = 1; i < threads() / 32; ++i) largest = larger_of(largest, parts.load(i));
+#pragma unroll
+  for (int i = 1; i < kThreads / 32; ++i) largest = fmaxf(largest, parts.load(i));
   block_barrier();
   return largest;
 }
@@ -204,32 +206,44 @@ FUSED_DNI_DEVICE RuleFactors rule_factors(const double* hyper, double step, int 
   return f;
 }
 
-// Applies the gradient of element `at`, or stores it.
-FUSED_DNI_DEVICE void settle(const Slot& slot, std::int64_t at, float g, const RuleFactors& f) {
+// Reads what a rule needs of element `at`: a parameter and its moments, as far as there are any.
+FUSED_DNI_DEVICE void read_element(const Slot& slot, std::int64_t at, const RuleFactors& f,
+                                   float& p, float& m, float& v) {
+  if (f.kind == kNoRule) return;
+  p = slot.parameter[at];
+  if (slot.first != nullptr) m = slot.first[at];
+  if (slot.second != nullptr) v = slot.second[at];
+}
+// Applies the gradient of element `at`, of which the rest was read, or stores it.
+FUSED_DNI_DEVICE void settle(const Slot& slot, std::int64_t at, float g, float p, float m, float v,
+                             const RuleFactors& f) {
   if (f.kind == kNoRule) {
     slot.gradient[at] = g;
     return;
   }
-  float p = slot.parameter[at];
   if (f.kind == kAdamW)
     p *= f.decay;
   else
     g += f.decay * p;
   if (f.kind == kSgd) {
     if (slot.first != nullptr) {
-      const float m = f.beta1 * slot.first[at] + g;
+      m = f.beta1 * m + g;
       slot.first[at] = m;
       g = f.nesterov ? g + f.beta1 * m : m;
     }
     slot.parameter[at] = p - f.lr * g;
     return;
   }
-  float m = slot.first[at], v = slot.second[at];
   m += f.rest1 * (g - m);
   v = f.beta2 * v + f.rest2 * g * g;
   slot.first[at] = m;
   slot.second[at] = v;
   slot.parameter[at] = p - f.lr * (m / (sqrtf(v) * f.root + f.eps));
+}
+FUSED_DNI_DEVICE void settle(const Slot& slot, std::int64_t at, float g, const RuleFactors& f) {
+  float p = 0.0f, m = 0.0f, v = 0.0f;
+  read_element(slot, at, f, p, m, v);
+  settle(slot, at, g, p, m, v, f);
 }
 
 }  // namespace fused_dni::cuda

@@ -21,8 +21,6 @@
 #define FUSED_DNI_BOTH __host__ __device__ __forceinline__
 #define FUSED_DNI_KERNEL(threads) static __global__ void __launch_bounds__(threads, 1)
 #define FUSED_DNI_ARGUMENT const __grid_constant__
-#define FUSED_DNI_UNROLL _Pragma("unroll")
-#define FUSED_DNI_ROLL _Pragma("unroll 1")
 
 namespace fused_dni::cuda {
 

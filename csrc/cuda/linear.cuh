@@ -171,19 +171,10 @@ FUSED_DNI_DEVICE float or_else(const float* from, int at, bool inside, float abs
   return from != nullptr && inside ? from[at] : absent;
 }
 
-// Called, not inlined: all activation functions for each of a tile's elements would be much code.
-FUSED_DNI_CALLED inline float activated(float y, int activation) { return activate(y, activation); }
-FUSED_DNI_CALLED inline float sloped(float y, float h, int activation) {
-  return slope(y, h, activation);
-}
-
-FUSED_DNI_CALLED inline float rstd_of(float variance, float eps) {
-  return 1.0f / sqrtf(variance + eps);
-}
+FUSED_DNI_DEVICE float rstd_of(float variance, float eps) { return 1.0f / sqrtf(variance + eps); }
 
 // Running statistics of feature o towards the batch's.
-FUSED_DNI_CALLED inline void move_running(const LinearArguments& a, int o, float mean,
-                                          float variance) {
+FUSED_DNI_DEVICE void move_running(const LinearArguments& a, int o, float mean, float variance) {
   const float unbiased =
       variance * (static_cast<float>(a.rows) / (static_cast<float>(a.rows) - 1.0f));
   a.running_mean[o] += a.momentum * (mean - a.running_mean[o]);
@@ -191,12 +182,10 @@ FUSED_DNI_CALLED inline void move_running(const LinearArguments& a, int o, float
 }
 
 // What follows z in a tile: n, h. `mean` and `variance` are of each element's column (batch) or row
-// (layer), and not read without a normalisation.
+// (layer), and not read without a normalisation. The tiles are not what they were behind this.
 template <class C>
-FUSED_DNI_CALLED void finish(const LinearArguments& a, const Place<typename C::T>& at,
-                             const typename C::T& z, const typename C::T& mean,
-                             const typename C::T& variance) {
-  using T = typename C::T;
+FUSED_DNI_DEVICE void finish(const LinearArguments& a, const Place<typename C::T>& at,
+                             typename C::T& z, typename C::T& mean, typename C::T& variance) {
   using X = typename C::X;
   const int o = at.c();
   const bool column = at.has_column();
@@ -213,19 +202,20 @@ FUSED_DNI_CALLED void finish(const LinearArguments& a, const Place<typename C::T
       move_running(a, o, mean.value[0], variance.value[0]);
     }
   }
-  FUSED_DNI_BY_FOUR
-  for (int i = 0; i < T::kEach; ++i) {
-    if (!at.inside(i)) continue;
-    float n = z.value[i], y = n;
-    if (normalizes) {
-      const float rstd = rstd_of(variance.value[i], a.eps);
-      n = (n - mean.value[i]) * rstd;
-      y = n * scale + shift;
-      if (o == 0 && !batch && a.rstd != nullptr) a.rstd[at.r(i)] = rstd;
-    }
-    if (a.normalized != nullptr) a.normalized[at.at(i)] = n;
-    static_cast<X*>(a.h)[at.at(i)] = from_float<X>(activated(y, a.activation));
-  }
+  in_turn(
+      [&](int i, float n, float center, float spread) {
+        if (!at.inside(i)) return;
+        float y = n;
+        if (normalizes) {
+          const float rstd = rstd_of(spread, a.eps);
+          n = (n - center) * rstd;
+          y = n * scale + shift;
+          if (o == 0 && !batch && a.rstd != nullptr) a.rstd[at.r(i)] = rstd;
+        }
+        if (a.normalized != nullptr) a.normalized[at.at(i)] = n;
+        static_cast<X*>(a.h)[at.at(i)] = from_float<X>(activate(y, a.activation));
+      },
+      z.value, mean.value, variance.value);
 }
 
 template <class C>
@@ -235,64 +225,52 @@ FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
   const Operand<X, Lies::kAlong> x{static_cast<const X*>(a.x.data), a.x.stride, a.rows};
   const Operand<float, Lies::kAlong> weight{a.weight.parameter, a.inputs, a.outputs};
   const bool whole = is_whole<T>(a), layer = a.normalization == kLayerNormalization;
+  const bool running = a.normalization == kBatchNormalization && !a.statistics;
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     T z, mean, variance;
     multiply<typename C::Forward>(z, arena, x, at.row, weight, at.column, a.inputs);
     const bool column = at.has_column();
     const float bias = or_else(a.bias.parameter, at.c(), column, 0.0f);
-    float sum = 0.0f;
-    FUSED_DNI_BY_FOUR
-    for (int i = 0; i < T::kEach; ++i) {
-      z.value[i] = at.inside(i) ? z.value[i] + bias : 0.0f;
-      sum += z.value[i];
-    }
-    if (a.normalization == kNoNormalization) {
-      finish<C>(a, at, z, z, z);
-      continue;
-    }
-    const bool running = a.normalization == kBatchNormalization && !a.statistics;
-    if (running) {
-      const float m = or_else(a.running_mean, at.c(), column, 0.0f);
-      const float v = or_else(a.running_var, at.c(), column, 1.0f);
-      FUSED_DNI_BY_FOUR
-      for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, variance.value[i] = v;
-      finish<C>(a, at, z, mean, variance);
-      continue;
-    }
-    // Mean and squared deviations of the tile, over rows or over features.
+#pragma unroll
+    for (int i = 0; i < T::kEach; ++i) z.value[i] = at.inside(i) ? z.value[i] + bias : 0.0f;
+    // Mean and squared deviations of the tile, over rows or over features; the variance of one that
+    // is whole.
     const int left = layer ? a.outputs - at.column : a.rows - at.row;
     const int size = layer ? T::N : T::M;
     const float count = static_cast<float>(left < size ? left : size);
-    T squares;
-    if (layer) {
-      row_sums(mean, z, arena);
-      FUSED_DNI_BY_FOUR
-      for (int i = 0; i < T::kEach; ++i) {
-        mean.value[i] /= count;
-        const float off = at.inside(i) ? z.value[i] - mean.value[i] : 0.0f;
-        squares.value[i] = off * off;
-      }
-      row_sums(variance, squares, arena);
-    } else {
-      const float m = column_sum<T>(sum, arena) / count;
-      float apart = 0.0f;
-      FUSED_DNI_BY_FOUR
-      for (int i = 0; i < T::kEach; ++i) {
-        const float off = at.inside(i) ? z.value[i] - m : 0.0f;
-        apart += off * off;
-      }
-      const float v = column_sum<T>(apart, arena);
-      FUSED_DNI_BY_FOUR
+    if (running) {
+      const float m = or_else(a.running_mean, at.c(), column, 0.0f);
+      const float v = or_else(a.running_var, at.c(), column, 1.0f);
+#pragma unroll
       for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, variance.value[i] = v;
+    } else if (a.normalization != kNoNormalization) {
+#pragma unroll 1
+      for (int moment = 0; moment < 2; ++moment) {
+        const float divisor = moment == 0 || whole ? count : 1.0f;
+        T of;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < T::kEach; ++i) {
+          const float off = at.inside(i) ? z.value[i] - mean.value[i] : 0.0f;
+          of.value[i] = moment == 0 ? off : off * off;
+          sum += of.value[i];
+        }
+        if (layer) {
+          row_sums(of, of, divisor, arena);
+        } else {
+          sum = column_sum<T>(sum, arena) / divisor;
+#pragma unroll
+          for (int i = 0; i < T::kEach; ++i) of.value[i] = sum;
+        }
+        (moment == 0 ? mean : variance) = of;
+      }
     }
     if (whole) {
-      FUSED_DNI_BY_FOUR
-      for (int i = 0; i < T::kEach; ++i) variance.value[i] /= count;
       finish<C>(a, at, z, mean, variance);
       continue;
     }
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       a.z[at.at(i)] = z.value[i];
@@ -325,7 +303,7 @@ FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
     }
     block_barrier();
     T z, mean, variance;
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const int line = layer ? T::row(i) : T::column();
@@ -341,12 +319,12 @@ FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
 
 // Leaves delta's tile and its column sums; returns the largest magnitude.
 template <class C>
-FUSED_DNI_CALLED float leave(const LinearArguments& a, SharedArena arena,
+FUSED_DNI_DEVICE float leave(const LinearArguments& a, SharedArena arena,
                              const Place<typename C::T>& at, const typename C::T& delta) {
   using T = typename C::T;
   using D = typename C::Delta;
   float largest = 0.0f, sum = 0.0f;
-  FUSED_DNI_BY_FOUR
+#pragma unroll
   for (int i = 0; i < T::kEach; ++i) {
     if (!at.inside(i)) continue;
     const float d = delta.value[i];
@@ -362,8 +340,9 @@ FUSED_DNI_CALLED float leave(const LinearArguments& a, SharedArena arena,
   return fmaxf(largest, magnitude(sum));
 }
 
+// Returns the largest magnitude of the gradient at z and its sums, if it comes to that here.
 template <class C>
-FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE float gradient(const LinearArguments& a, SharedArena arena) {
   using T = typename C::T;
   using X = typename C::X;
   const X* all_h = static_cast<const X*>(a.h);
@@ -376,104 +355,116 @@ FUSED_DNI_DEVICE void gradient(const LinearArguments& a, SharedArena arena) {
     const auto at = place<T>(index, a.rows, a.outputs);
     const int o = at.c();
     const bool column = at.has_column();
-    T g, gn, gn_n;
+    T g;
     if (a.synthesizer.source == kGiven) {
-      FUSED_DNI_BY_FOUR
+#pragma unroll
       for (int i = 0; i < T::kEach; ++i)
-        g.value[i] = at.inside(i) ? arrived<X>(a.grad_h, a.grad_wide, at.at(i)) : 0.0f;
+        if (at.inside(i)) g.value[i] = arrived<X>(a.grad_h, a.grad_wide, at.at(i));
     } else {
       predict_tile<typename C::Forward>(g, arena, a.synthesizer, all_h, at, counted);
-      FUSED_DNI_BY_FOUR
+#pragma unroll
       for (int i = 0; i < T::kEach; ++i) {
         if (a.scaled != nullptr && at.inside(i)) a.scaled[at.at(i)] = g.value[i];
         g.value[i] *= a.inverse_scale;
       }
     }
     if (a.squares != nullptr) {
-      FUSED_DNI_BY_FOUR
+#pragma unroll
       for (int i = 0; i < T::kEach; ++i)
         if (at.inside(i)) squares += static_cast<double>(g.value[i]) * g.value[i];
     }
-    if (!goes_back(a)) {
-      largest = fmaxf(largest, leave<C>(a, arena, at, g));
-      continue;
-    }
-    // Through the activation and scale.
-    const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
-    const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
-    float sum = 0.0f, dot = 0.0f;
-    T n;
-    FUSED_DNI_BY_FOUR
-    for (int i = 0; i < T::kEach; ++i) {
-      n.value[i] = gn.value[i] = gn_n.value[i] = 0.0f;
-      if (!at.inside(i)) continue;
-      const float h = to_float(all_h[at.at(i)]);
-      float y = h;
-      n.value[i] = h;
-      if (a.normalized != nullptr) {
-        n.value[i] = a.normalized[at.at(i)];
-        y = a.normalization == kNoNormalization ? n.value[i] : n.value[i] * scale + shift;
-      }
-      const float gy = g.value[i] * sloped(y, h, a.activation);
-      sum += gy;
-      dot += gy * n.value[i];
-      gn.value[i] = a.normalization == kNoNormalization ? gy : gy * scale;
-      gn_n.value[i] = gn.value[i] * n.value[i];
-    }
-    const bool sums = a.columns != nullptr || (batch && a.statistics);
-    if (sums) {
-      sum = column_sum<T>(sum, arena);
-      dot = column_sum<T>(dot, arena);
-    }
-    if (a.columns != nullptr) {
-      if (T::row(0) == 0 && column) {
-        float* left_at = a.columns + at.row / T::M * 2LL * a.outputs + o;
-        left_at[0] = sum;
-        left_at[a.outputs] = dot;
-      }
-      largest = fmaxf(largest, fmaxf(magnitude(sum), magnitude(dot)));
-    }
-    // Through the normalisation, or as far as this tile knows.
-    T along, across;
-    if (layer) {
-      row_sums(along, gn, arena);
-      row_sums(across, gn_n, arena);
-    }
-    if (!whole) {
-      FUSED_DNI_BY_FOUR
+    if (goes_back(a)) {
+      // Through the activation and scale.
+      const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
+      const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
+      T n, h, along, across;
+#pragma unroll
       for (int i = 0; i < T::kEach; ++i) {
         if (!at.inside(i)) continue;
-        a.gradient[at.at(i)] = gn.value[i];
-        if (!layer || T::column() != 0) continue;
-        float* left_at = a.across + at.column / T::N * 2LL * a.rows + at.r(i);
-        left_at[0] = along.value[i];
-        left_at[a.rows] = across.value[i];
+        h.value[i] = to_float(all_h[at.at(i)]);
+        n.value[i] = a.normalized != nullptr ? a.normalized[at.at(i)] : h.value[i];
       }
-      continue;
-    }
-    FUSED_DNI_BY_FOUR
-    for (int i = 0; i < T::kEach; ++i) {
-      if (!at.inside(i)) continue;
+      float sum = 0.0f, dot = 0.0f;
+      in_turn(
+          [&](int i, float& gradient, float& normal, float output) {
+            if (!at.inside(i)) {
+              gradient = 0.0f;
+              return;
+            }
+            const float y = a.normalized == nullptr               ? output
+                            : a.normalization == kNoNormalization ? normal
+                                                                  : normal * scale + shift;
+            const float gy = gradient * slope(y, output, a.activation);
+            sum += gy;
+            dot += gy * normal;
+            gradient = a.normalization == kNoNormalization ? gy : gy * scale;
+          },
+          g.value, n.value, h.value);
+      const bool sums = a.columns != nullptr || (batch && a.statistics);
+      if (sums) {
+        sum = column_sum<T>(sum, arena);
+        dot = column_sum<T>(dot, arena);
+      }
+      if (a.columns != nullptr) {
+        if (T::row(0) == 0 && column) {
+          float* left_at = a.columns + at.row / T::M * 2LL * a.outputs + o;
+          left_at[0] = sum;
+          left_at[a.outputs] = dot;
+        }
+        largest = fmaxf(largest, fmaxf(magnitude(sum), magnitude(dot)));
+      }
+      // Through the normalisation, or as far as this tile knows.
       if (layer) {
-        gn.value[i] = (gn.value[i] - along.value[i] / a.outputs -
-                       n.value[i] * (across.value[i] / a.outputs)) *
-                      a.rstd[at.r(i)];
-      } else if (batch) {
-        if (a.statistics) gn.value[i] -= sum * scale / a.rows + n.value[i] * (dot * scale / a.rows);
-        gn.value[i] *= a.rstd[o];
+        const float divisor = whole ? static_cast<float>(a.outputs) : 1.0f;
+#pragma unroll 1
+        for (int part = 0; part < 2; ++part) {
+          T of;
+#pragma unroll
+          for (int i = 0; i < T::kEach; ++i)
+            of.value[i] = part == 0 ? g.value[i] : g.value[i] * n.value[i];
+          row_sums(of, of, divisor, arena);
+          (part == 0 ? along : across) = of;
+        }
+      }
+      if (!whole) {
+#pragma unroll
+        for (int i = 0; i < T::kEach; ++i) {
+          if (!at.inside(i)) continue;
+          a.gradient[at.at(i)] = g.value[i];
+          if (!layer || T::column() != 0) continue;
+          float* left_at = a.across + at.column / T::N * 2LL * a.rows + at.r(i);
+          left_at[0] = along.value[i];
+          left_at[a.rows] = across.value[i];
+        }
+        continue;
+      }
+      if (layer) {
+#pragma unroll
+        for (int i = 0; i < T::kEach; ++i)
+          if (at.inside(i))
+            g.value[i] =
+                (g.value[i] - along.value[i] - n.value[i] * across.value[i]) * a.rstd[at.r(i)];
+      } else if (batch && column) {
+        const float mean = sum * scale / a.rows, slant = dot * scale / a.rows;
+        const float rstd = a.rstd[o];
+#pragma unroll
+        for (int i = 0; i < T::kEach; ++i) {
+          if (a.statistics) g.value[i] -= mean + n.value[i] * slant;
+          g.value[i] *= rstd;
+        }
       }
     }
-    largest = fmaxf(largest, leave<C>(a, arena, at, gn));
+    largest = fmaxf(largest, leave<C>(a, arena, at, g));
   }
-  if (a.largest != nullptr) leave_largest(a.largest + kMostBlocks, largest, arena);
   if (a.squares != nullptr) {
     squares = block_sum(squares, arena);
     if (thread() == 0) a.squares[block()] = squares;
   }
+  return largest;
 }
 
 template <class C>
-FUSED_DNI_DEVICE void delta(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE float delta(const LinearArguments& a, SharedArena arena) {
   using T = typename C::T;
   const bool layer = a.normalization == kLayerNormalization;
   const int lines = layer ? T::M : T::N, count = layer ? a.outputs : a.rows;
@@ -488,12 +479,15 @@ FUSED_DNI_DEVICE void delta(const LinearArguments& a, SharedArena arena) {
     block_barrier();
     for (int i = thread(); i < lines && first + i < length; i += kThreads) {
       const float scale = layer ? 1.0f : or_else(a.norm_weight.parameter, first + i, true, 1.0f);
-      along.store(i, sum_list(from + first + i, parts, 2LL * length) * scale / count);
-      across.store(i, sum_list(from + length + first + i, parts, 2LL * length) * scale / count);
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const float sum = sum_list(from + part * length + first + i, parts, 2LL * length);
+        (part == 0 ? along : across).store(i, sum * scale / count);
+      }
     }
     block_barrier();
     T made;
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const int line = layer ? T::row(i) : T::column();
@@ -503,15 +497,12 @@ FUSED_DNI_DEVICE void delta(const LinearArguments& a, SharedArena arena) {
     }
     largest = fmaxf(largest, leave<C>(a, inner, at, made));
   }
-  if (a.largest == nullptr) return;
-  // What gradient left there was of this block too.
-  float* mine = a.largest + kMostBlocks + block();
-  leave_largest(a.largest + kMostBlocks, fmaxf(largest, *mine), arena);
+  return largest;
 }
 
 // What gradient and delta find out on their way, of a gradient at z that is given.
 template <class C>
-FUSED_DNI_DEVICE void measure(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE float measure(const LinearArguments& a) {
   using D = typename C::Delta;
   const std::int64_t count = std::int64_t{a.rows} * a.outputs;
   const int all = blocks() * kThreads, me = block() * kThreads + thread();
@@ -521,11 +512,11 @@ FUSED_DNI_DEVICE void measure(const LinearArguments& a, SharedArena arena) {
     if constexpr (!kSame<D, float>) static_cast<D*>(a.operand)[i] = from_float<D>(a.delta[i]);
   }
   const float* given[] = {a.given_bias, a.given_norm_weight, a.given_norm_bias};
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int v = 0; v < 3; ++v)
     if (given[v] != nullptr && a.trainable[v + 1])
       for (int o = me; o < a.outputs; o += all) largest = fmaxf(largest, magnitude(given[v][o]));
-  leave_largest(a.largest + kMostBlocks, largest, arena);
+  return largest;
 }
 
 // ---- Products with the gradient -------------------------------------------------------------------
@@ -538,43 +529,41 @@ FUSED_DNI_DEVICE float clipping(const LinearArguments& a, SharedArena arena) {
 }
 
 template <class C>
-FUSED_DNI_DEVICE void dx(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE void dx(const LinearArguments& a, SharedArena arena, float factor) {
   using T = typename C::T;
   using X = typename C::X;
   const Operand<typename C::Delta, Lies::kAlong> delta{
       static_cast<const typename C::Delta*>(a.operand), a.outputs, a.rows};
   const Operand<float, Lies::kAcross> weight{a.weight.parameter, a.inputs, a.inputs};
-  const float factor = clipping(a, arena);
   for (int index = block(); index < tiles_of<T>(a.rows, a.inputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.inputs);
     T made;
     multiply<typename C::Back>(made, arena, delta, at.row, weight, at.column, a.outputs);
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i)
       if (at.inside(i)) static_cast<X*>(a.dx)[at.at(i)] = from_float<X>(made.value[i] * factor);
   }
 }
 
-// Gradients of bias, scale and shift: from partial sums, or as they were given. The bias's is
+// The gradient of bias (v = 0), scale or shift: from partial sums, or as it was given. The bias's is
 // exactly zero in front of a batch's own statistics.
 template <class C>
-FUSED_DNI_CALLED void vector_gradients(const LinearArguments& a, int o, float (&g)[3]) {
-  const int parts = ceil_div(a.rows, C::T::M);
-  g[0] = a.shifts != nullptr ? sum_list(a.shifts + o, parts, a.outputs)
-                             : or_else(a.given_bias, o, true, 0.0f);
-  if (a.columns != nullptr) {
-    g[1] = sum_list(a.columns + a.outputs + o, parts, 2LL * a.outputs);
-    g[2] = sum_list(a.columns + o, parts, 2LL * a.outputs);
-  } else {
-    g[1] = or_else(a.given_norm_weight, o, true, 0.0f);
-    g[2] = or_else(a.given_norm_bias, o, true, 0.0f);
-  }
+FUSED_DNI_DEVICE float vector_gradient(const LinearArguments& a, int v, int o) {
+  const float* sums = v == 0                 ? a.shifts
+                      : a.columns == nullptr ? nullptr
+                                             : a.columns + (v == 1 ? a.outputs : 0);
+  if (sums != nullptr)
+    return sum_list(sums + o, ceil_div(a.rows, C::T::M), (v == 0 ? 1LL : 2LL) * a.outputs);
+  return or_else(v == 0   ? a.given_bias
+                 : v == 1 ? a.given_norm_weight
+                          : a.given_norm_bias,
+                 o, true, 0.0f);
 }
 
 // Every slot's gradient, times `factor`: applied or stored, and the running statistics move along;
 // or (`look`) only looked at: returns the largest magnitude.
 template <class C>
-FUSED_DNI_CALLED float slots(const LinearArguments& a, SharedArena arena, const RuleFactors& f,
+FUSED_DNI_DEVICE float slots(const LinearArguments& a, SharedArena arena, const RuleFactors& f,
                              float factor, bool look) {
   using W = typename C::W;
   using D = typename C::Delta;
@@ -585,75 +574,76 @@ FUSED_DNI_CALLED float slots(const LinearArguments& a, SharedArena arena, const 
     const Operand<X, Lies::kAcross> x{static_cast<const X*>(a.x.data), a.x.stride, a.inputs};
     for (int index = block(); index < tiles_of<W>(a.outputs, a.inputs); index += blocks()) {
       const auto at = place<W>(index, a.outputs, a.inputs);
-      W g;
+      // What the rule reads is on its way while the product is made.
+      W g, p, m, v;
+#pragma unroll
+      for (int i = 0; i < W::kEach; ++i)
+        if (at.inside(i) && !look)
+          read_element(a.weight, at.at(i), f, p.value[i], m.value[i], v.value[i]);
       multiply<typename C::Weight>(g, arena, delta, at.row, x, at.column, a.rows);
-      FUSED_DNI_BY_FOUR
-      for (int i = 0; i < W::kEach; ++i) {
-        if (!at.inside(i)) continue;
-        if (look)
-          largest = fmaxf(largest, magnitude(g.value[i]));
-        else
-          settle(a.weight, at.at(i), g.value[i] * factor, f);
-      }
+      in_turn(
+          [&](int i, float gradient, float parameter, float first, float second) {
+            if (!at.inside(i)) return;
+            if (look)
+              largest = fmaxf(largest, magnitude(gradient));
+            else
+              settle(a.weight, at.at(i), gradient * factor, parameter, first, second, f);
+          },
+          g.value, p.value, m.value, v.value);
     }
   }
   // From the other end: the first blocks may have a tile of W more than the last.
   for (int o = (blocks() - 1 - block()) * kThreads + thread(); o < a.outputs;
        o += blocks() * kThreads) {
-    float g[3];
-    vector_gradients<C>(a, o, g);
-    if (look) {
-      for (int v = 0; v < 3; ++v)
-        if (a.trainable[v + 1]) largest = fmaxf(largest, magnitude(g[v]));
-      continue;
+#pragma unroll 1
+    for (int v = 0; v < 3; ++v) {
+      if (!a.trainable[v + 1]) continue;
+      const float g = vector_gradient<C>(a, v, o);
+      if (look)
+        largest = fmaxf(largest, magnitude(g));
+      else
+        settle(v == 0 ? a.bias : v == 1 ? a.norm_weight : a.norm_bias, o, g * factor, f);
     }
-    const Slot* vectors[] = {&a.bias, &a.norm_weight, &a.norm_bias};
-    FUSED_DNI_ONE_BY_ONE
-    for (int v = 0; v < 3; ++v)
-      if (a.trainable[v + 1]) settle(*vectors[v], o, g[v] * factor, f);
-    if (a.batch != nullptr) move_running(a, o, a.batch[o], a.batch[a.outputs + o]);
+    if (!look && a.batch != nullptr) move_running(a, o, a.batch[o], a.batch[a.outputs + o]);
   }
   return largest;
 }
 
-// What is known of an update's finiteness before it is made.
-struct Outlook {
-  bool finite;   // all that goes into it is
-  bool bounded;  // so are, by their bounds, the sums that come out
-};
-FUSED_DNI_DEVICE Outlook outlook(const LinearArguments& a, SharedArena arena) {
-  const float delta = largest_left(a.largest + kMostBlocks, blocks(), arena);
-  Outlook seen{delta < INFINITY, false};
-  float largest = delta;
-  if (a.trainable[0]) {
-    const float x = largest_left(a.largest, blocks(), arena);
-    seen.finite = seen.finite && x < INFINITY;
-    largest = fmaxf(delta, delta * x);
-  }
-  seen.bounded = largest * a.rows < kLargest;
-  return seen;
-}
-
+// Gradients of all slots, times `factor`: stored, or applied if they are finite. That shows before
+// they are made if their bound is a float32.
 template <class C>
-FUSED_DNI_DEVICE void update(const LinearArguments& a, SharedArena arena) {
-  const Outlook seen = outlook(a, arena);
-  bool finite = seen.finite;
-  if (finite && !seen.bounded) {  // the same for all blocks
-    leave_largest(a.largest + 2 * kMostBlocks, slots<C>(a, arena, no_rule(), 1.0f, true), arena);
+FUSED_DNI_DEVICE void update(const LinearArguments& a, SharedArena arena, float factor) {
+  const bool ruled = a.rule != kNoRule;
+  bool finite = true, tried = false;
+  double step = 0.0;
+  RuleFactors f = no_rule();
+  if (ruled) {
+    step = *a.step + 1.0;
+    f = rule_factors(a.hyper, step, a.rule, a.nesterov);
+  }
+#pragma unroll 1
+  for (;;) {
+    // What blocks saw of x and delta, or of the gradients themselves: the same for all of them.
+    float x = 0.0f, delta = 0.0f;
+#pragma unroll 1
+    for (int list = tried ? 2 : a.trainable[0] ? 0 : 1; ruled && list < (tried ? 3 : 2); ++list) {
+      const float left = largest_left(a.largest + list * kMostBlocks, blocks(), arena);
+      finite = finite && left < INFINITY;
+      (list == 0 ? x : delta) = left;
+    }
+    if (!finite) break;
+    const bool look = ruled && !tried && !(fmaxf(delta, delta * x) * a.rows < kLargest);
+    const float largest = slots<C>(a, arena, f, factor, look);
+    if (!look) break;
+    leave_largest(a.largest + 2 * kMostBlocks, largest, arena);
     grid_barrier(a.barrier, Phase::kUpdate);
-    finite = largest_left(a.largest + 2 * kMostBlocks, blocks(), arena) < INFINITY;
+    tried = true;
   }
-  const double step = *a.step + 1.0;
-  if (finite) {
-    const RuleFactors f = rule_factors(a.hyper, step, a.rule, a.nesterov);
-    slots<C>(a, arena, f, clipping(a, arena), false);
-  }
-  if (block() == 0 && thread() == 0) {
-    if (finite)
-      a.hyper[kStep] = step;
-    else
-      a.hyper[kSkipped] += 1.0;
-  }
+  if (!ruled || block() != 0 || thread() != 0) return;
+  if (finite)
+    a.hyper[kStep] = step;
+  else
+    a.hyper[kSkipped] += 1.0;
 }
 
 // ---- The kernel -----------------------------------------------------------------------------------
@@ -665,11 +655,10 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
   const SharedArena arena;
   const bool ruled = a.rule != kNoRule, whole = is_whole<typename C::T>(a);
   const bool graded = has_gradient(a);
+  float largest[2] = {};  // magnitudes, of x and of the gradient at z
   if (ruled) {
-    float largest = 0.0f;
     if (a.trainable[0])
-      largest = look_at(static_cast<const X*>(a.x.data), a.x.stride, a.rows, a.inputs);
-    leave_largest(a.largest, largest, arena);
+      largest[0] = look_at(static_cast<const X*>(a.x.data), a.x.stride, a.rows, a.inputs);
     if (block() == 0 && thread() == 0) *a.step = a.hyper[kStep];
   }
   if (a.forward) {
@@ -687,24 +676,26 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
     // With a diagonal synthesizer each thread reads what it wrote itself, and rstd, which others of
     // its block wrote, behind the barriers of a sum.
     if (a.forward && a.synthesizer.source != kDiagonal) grid_barrier(a.barrier, Phase::kGradient);
-    gradient<C>(a, arena);
+    largest[1] = gradient<C>(a, arena);
     if (goes_back(a) && !whole) {
       grid_barrier(a.barrier, Phase::kDelta);
-      delta<C>(a, arena);
+      largest[1] = fmaxf(largest[1], delta<C>(a, arena));
     }
   } else if (ruled) {
-    measure<C>(a, arena);
+    largest[1] = measure<C>(a);
   }
   if (!ruled && a.dx == nullptr && !has_slots(a)) return;
+  if (ruled)
+    in_turn(
+        [&](int list, float mine) { leave_largest(a.largest + list * kMostBlocks, mine, arena); },
+        largest);
   grid_barrier(a.barrier, a.dx != nullptr ? Phase::kDx : Phase::kWeight);
+  const float factor = clipping(a, arena);
   if (a.dx != nullptr) {
-    dx<C>(a, arena);
+    dx<C>(a, arena, factor);
     if (ruled) grid_barrier(a.barrier, Phase::kWeight);  // dx is of the weights before the update
   }
-  if (ruled)
-    update<C>(a, arena);
-  else if (has_slots(a))
-    slots<C>(a, arena, no_rule(), 1.0f, false);
+  if (ruled || has_slots(a)) update<C>(a, arena, factor);
 }
 
 // ---- Launching ------------------------------------------------------------------------------------

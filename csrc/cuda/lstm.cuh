@@ -25,7 +25,6 @@
 
 namespace fused_dni::cuda {
 
-inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kUnits = 8;      // of a slice
 inline constexpr int kMostTiles = 2;  // of sixteen rows, at a time
@@ -87,7 +86,7 @@ template <class Op>
 FUSED_DNI_DEVICE Words slice_words(const Slice& from, int fragment, int column, int k) {
   Chunk<typename Op::Element, kLoad<Op>> made;
   const float* at = from.data + fragment * from.fragment + column * from.column + k * from.along;
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int e = 0; e < kLoad<Op>; ++e) {
     const bool there = column < from.columns && k + e < from.depth;
     made.value[e] = operand_of<Op>(there ? at[e * from.along] : 0.0f);
@@ -110,13 +109,13 @@ FUSED_DNI_DEVICE Words state_words(const typename Op::Element* row, bool there, 
     words = load_words(row + k);
   } else {
     Chunk<E, kLoad<Op>> made;
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int e = 0; e < kLoad<Op>; ++e)
       made.value[e] = there && k + e < depth ? row[k + e] : from_float<E>(0.0f);
     std::memcpy(&words, &made, sizeof(words));
   }
   if constexpr (kSame<Op, Tf32>) {
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) words.word[i] = bits_of(round_tf32(float_of(words.word[i])));
   }
   return words;
@@ -126,7 +125,7 @@ FUSED_DNI_DEVICE Words state_words(const typename Op::Element* row, bool there, 
 template <class Op>
 FUSED_DNI_DEVICE void multiply_trip(float (&d)[4], const Words& low, const Words& high,
                                     const Words& column) {
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const std::uint32_t a[4] = {low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]};
     const std::uint32_t b[2] = {column.word[i], column.word[i + 1]};
@@ -135,7 +134,7 @@ FUSED_DNI_DEVICE void multiply_trip(float (&d)[4], const Words& low, const Words
 }
 
 FUSED_DNI_DEVICE float dot_words(const Words& a, const Words& b, float sum) {
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int i = 0; i < 4; ++i) sum += float_of(a.word[i]) * float_of(b.word[i]);
   return sum;
 }
@@ -170,9 +169,9 @@ class SliceProduct {
     }
     block_barrier();
     if constexpr (kInRegisters<Op>) {
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int j = 0; j < kHeld; ++j) {
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const int trip = warp() + j * kWarps;
           if (trip < trips_)
@@ -192,19 +191,19 @@ class SliceProduct {
     float d[kMostTiles][kColumns][4] = {};
     if constexpr (kInRegisters<Op>) {
       if (on_chip_) {
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int first = 0; first < kHeld; first += kAhead) {
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int m = 0; m < kMostTiles; ++m) {
             if (m >= tiles || warp() + first * kWarps >= trips_) continue;
             Words low[kAhead], high[kAhead];
-            FUSED_DNI_UNROLL
+#pragma unroll
             for (int j = 0; j < kAhead; ++j)
               read<true>(low[j], high[j], state, m, count, true, warp() + (first + j) * kWarps);
-            FUSED_DNI_UNROLL
+#pragma unroll
             for (int j = 0; j < kAhead; ++j) {
               if (warp() + (first + j) * kWarps >= trips_) continue;
-              FUSED_DNI_UNROLL
+#pragma unroll
               for (int n = 0; n < kColumns; ++n)
                 multiply_trip<Op>(d[m][n], low[j], high[j], held_[first + j][n]);
             }
@@ -216,21 +215,21 @@ class SliceProduct {
     }
     for (int trip = warp(); trip < trips_; trip += kWarps) {
       if constexpr (kSame<Op, Fp32>) {
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int quad = 0; quad < 4; ++quad) {
           const int k = trip * kTrip<Op> + quad * kLoad<Op>;
           Words columns[kColumns][2];
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int n = 0; n < 2 * kColumns; ++n)
             columns[n / 2][n % 2] = column(trip, n / 2, lane() % 4 * 2 + n % 2, quad);
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int m = 0; m < kMostTiles; ++m) {
             if (m >= tiles) continue;
-            FUSED_DNI_UNROLL
+#pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int row = m * 16 + half * 8 + lane() / 4;
               const Words words = row_words<false>(state, row, count, aligned, k);
-              FUSED_DNI_UNROLL
+#pragma unroll
               for (int e = 0; e < 2 * kColumns; ++e) {
                 float& sum = d[m][e / 2][half * 2 + e % 2];
                 sum = dot_words(words, columns[e / 2][e % 2], sum);
@@ -240,13 +239,13 @@ class SliceProduct {
         }
       } else {
         Words low[kMostTiles], high[kMostTiles];
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int m = 0; m < kMostTiles; ++m)
           if (m < tiles) read<false>(low[m], high[m], state, m, count, aligned, trip);
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const Words words = column(trip, n, lane() / 4, lane() % 4);
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int m = 0; m < kMostTiles; ++m)
             if (m < tiles) multiply_trip<Op>(d[m][n], low[m], high[m], words);
         }
@@ -285,10 +284,10 @@ class SliceProduct {
   }
   FUSED_DNI_DEVICE void write(const float (&d)[kMostTiles][kColumns][4], int tiles) const {
     if (warp() >= parts_) return;
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int m = 0; m < kMostTiles; ++m) {
       if (m >= tiles) continue;
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int e = 0; e < 4 * kColumns; ++e) {
         const int row = (warp() * tiles_ + m) * 16 + lane() / 4 + e % 4 / 2 * 8;
         sums_.store(row * Sizes::kLine + e / 4 * 8 + lane() % 4 * 2 + e % 2, d[m][e / 4][e % 4]);

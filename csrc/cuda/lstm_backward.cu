@@ -162,7 +162,7 @@ FUSED_DNI_DEVICE BackwardAhead<X, D> look_ahead(const LSTMBackward& a,
   const LSTMSizes& s = a.sizes;
   const std::int64_t state = static_cast<std::int64_t>(s.batch) * s.size;
   const std::int64_t at = t * state + pair.state;
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int q = 0; q < 4; ++q) ahead.gate[q] = layer.gates[4 * t * state + pair.gate + q * s.size];
   ahead.before = layer.before[at];
   ahead.after = layer.after[at];
@@ -206,7 +206,7 @@ FUSED_DNI_DEVICE float step(const LSTMBackward& a, const BackwardLayer<X, D>& la
   const float delta[4] = {e * g * i * (1.0f - i), e * to_float(ahead.before) * f * (1.0f - f),
                           e * i * (1.0f - g * g), dh * shown * o * (1.0f - o)};
   D* to = layer.delta + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size + pair.gate;
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int q = 0; q < 4; ++q) to[q * size] = from_float<D>(alive ? delta[q] : 0.0f);
   if (alive) dc = e * f;
   if (!a.plan.sole) a.carry[pair.state] = dc;

@@ -43,7 +43,7 @@ FUSED_DNI_DEVICE Ahead<X> look_ahead(const LSTMForward& a, const ForwardLayer<X>
   if (!pair.there) return ahead;
   const int size = a.sizes.size;
   const X* gates = layer.gates + static_cast<std::int64_t>(t) * a.sizes.batch * 4 * size;
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int q = 0; q < 4; ++q) ahead.z[q] = gates[pair.gate + q * size];
   return ahead;
 }
@@ -67,7 +67,7 @@ struct Made {
 template <class X, class F>
 FUSED_DNI_DEVICE Made<X> step(const Ahead<X>& ahead, float cell, bool alive, F&& sum) {
   float z[4];
-  FUSED_DNI_UNROLL
+#pragma unroll
   for (int q = 0; q < 4; ++q) z[q] = to_float(ahead.z[q]) + sum(q);
   Made<X> made{
       {sigmoid(z[0]), sigmoid(z[1]), tanhf(z[2]), sigmoid(z[3])}, cell, from_float<X>(0.0f)};
@@ -88,7 +88,7 @@ FUSED_DNI_DEVICE void store(const LSTMForward& a, const ForwardLayer<X>& layer, 
   if (t == a.sizes.steps - 1) layer.last_c[pair.state] = from_float<X>(made.cell);
   if (layer.cells != nullptr) layer.cells[(t + 1) * state + pair.state] = from_float<X>(made.cell);
   if (a.save && t < pair.length) {
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int q = 0; q < 4; ++q)
       layer.gates[t * 4 * state + pair.gate + q * size] = from_float<X>(made.gate[q]);
   }

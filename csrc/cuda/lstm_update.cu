@@ -19,7 +19,7 @@ FUSED_DNI_DEVICE float* failures(const LSTMUpdate& a) { return found(a, a.layers
 
 FUSED_DNI_DEVICE float largest_found(const float* of) {
   float largest = 0.0f;
-  for (int i = thread(); i < blocks(); i += kThreads) largest = larger_of(largest, of[i]);
+  for (int i = thread(); i < blocks(); i += kThreads) largest = fmaxf(largest, of[i]);
   return block_max(largest, SharedArena());
 }
 
@@ -33,7 +33,7 @@ FUSED_DNI_DEVICE void measure(const LSTMUpdate& a) {
       const X* values = static_cast<const X*>(factors[factor]);
       float largest = 0.0f;
       each_element(static_cast<std::int64_t>(layer.count) * columns[factor], [&](std::int64_t i) {
-        largest = larger_of(largest, magnitude(to_float(values[i])));
+        largest = fmaxf(largest, magnitude(to_float(values[i])));
       });
       largest = block_max(largest, SharedArena());
       if (thread() == 0) found(a, k, factor)[block()] = largest;

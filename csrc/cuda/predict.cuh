@@ -21,11 +21,11 @@ FUSED_DNI_DEVICE float reduce_rows(float* out, const T* a, const float* b, std::
     float sums[kFew] = {};
     for (int o = lane(); o < depth; o += 32) {
       const float value = to_float(line[o]);
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int i = 0; i < kFew; ++i)
         if (first + i < rank) sums[i] += value * b[o * along + (first + i) * across];
     }
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < kFew; ++i) {
       const float sum = warp_sum(sums[i]);
       largest = fmaxf(largest, magnitude(sum));
@@ -42,9 +42,10 @@ FUSED_DNI_DEVICE void reduce(const Synthesizer& s, const X* h, int rows, int out
 }
 
 // How many rows are in the loss, at least 1; all without a table. All threads come here.
-FUSED_DNI_CALLED inline int counted_rows(const Synthesizer& s, int rows, SharedArena arena) {
+FUSED_DNI_DEVICE int counted_rows(const Synthesizer& s, int rows, SharedArena arena) {
   if (s.table == nullptr) return rows;
   double mine = 0.0;
+#pragma unroll 1
   for (int n = thread(); n < rows; n += kThreads) mine += s.labels[n] != s.ignored;
   const int counted = static_cast<int>(block_sum(mine, arena));
   return counted > 1 ? counted : 1;
@@ -73,25 +74,29 @@ FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthe
   if (s.source == kDense) {
     multiply<P>(m, arena, Operand<X, Lies::kAlong>{h, outputs, rows}, at.row,
                 Wide{s.weight, outputs, outputs}, at.column, outputs);
-  } else if (s.source == kLowRank) {
-    multiply<P>(m, arena, Wide{s.reduced, s.rank, rows}, at.row, Wide{s.weight, s.rank, outputs},
-                at.column, s.rank);
-  } else {
+  } else if (s.source == kDiagonal) {
     const float a = column ? s.weight[at.c()] : 0.0f;
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) m.value[i] = at.inside(i) ? to_float(h[at.at(i)]) * a : 0.0f;
   }
-  if (s.vectors != nullptr) {
-    T c;
-    multiply<P>(c, arena, Wide{s.vectors, s.classes, rows}, at.row,
-                Wide{s.context_weight, s.classes, outputs}, at.column, s.classes);
-    FUSED_DNI_BY_FOUR
-    for (int i = 0; i < T::kEach; ++i) m.value[i] += c.value[i];
+  // Of a low rank's second product and the context's, which are one piece of code, those there are.
+  const bool low = s.source == kLowRank;
+#pragma unroll 1
+  for (int part = low ? 0 : 1; part < (s.vectors != nullptr ? 2 : 1); ++part) {
+    const float* left = part == 0 ? s.reduced : s.vectors;
+    const float* right = part == 0 ? s.weight : s.context_weight;
+    const int depth = part == 0 ? s.rank : s.classes;
+    T made;
+    multiply<P>(made, arena, Wide{left, depth, rows}, at.row, Wide{right, depth, outputs},
+                at.column, depth);
+#pragma unroll
+    for (int i = 0; i < T::kEach; ++i)
+      m.value[i] = part == 0 ? made.value[i] : m.value[i] + made.value[i];
   }
   const float bias = s.bias != nullptr && column ? s.bias[at.c()] : 0.0f;
   if (s.table != nullptr) {
     const float gain = *s.context_weight, mean = static_cast<float>(at.rows) / counted;
-    FUSED_DNI_ONE_BY_ONE
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const float w =
@@ -100,7 +105,7 @@ FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthe
     }
     return;
   }
-  FUSED_DNI_BY_FOUR
+#pragma unroll
   for (int i = 0; i < T::kEach; ++i) {
     if (s.labels != nullptr && at.inside(i)) {
       const std::int64_t label = s.labels[at.r(i)];

@@ -105,7 +105,7 @@ class Stage {
 
   // Reads depths k, k + 1, ... into registers.
   FUSED_DNI_DEVICE void fetch(int k) {
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int chunk = thread() + i * kThreads;
       const int line = chunk / kAcross, column = chunk % kAcross * kCount;
@@ -122,12 +122,12 @@ class Stage {
 
   // From registers to shared memory, cast.
   FUSED_DNI_DEVICE void commit(Shared<E> to, int first) const {
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int chunk = thread() + i * kThreads;
       if (kChunks % kThreads != 0 && chunk >= kChunks) continue;
       Chunk<E, kCount> cast;
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int e = 0; e < kCount; ++e) {
         if constexpr (kSame<T, E> && !kSame<Op, Tf32>)
           cast.value[e] = held_[i].value[e];
@@ -152,7 +152,7 @@ class Stage {
     if constexpr (sizeof(C) % 16 == 0) {
       C made;
       Words words[sizeof(C) / 16];
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (unsigned w = 0; w < sizeof(C) / 16; ++w)
         words[w] = load_words(at + w * (16 / sizeof(T)));
       std::memcpy(&made, words, sizeof(C));
@@ -161,10 +161,10 @@ class Stage {
       return *reinterpret_cast<const C*>(at);
     }
   }
-  // Element by element, where a line ends or is not aligned; rare, so in little code.
+  // Element by element, where a line ends or is not aligned.
   FUSED_DNI_DEVICE static Chunk<T, kCount> edge(const T* at, int left) {
     Chunk<T, kCount> made;
-    FUSED_DNI_ROLL
+#pragma unroll
     for (int e = 0; e < kCount; ++e) made.value[e] = e < left ? at[e] : from_float<T>(0.0f);
     return made;
   }
@@ -190,7 +190,7 @@ FUSED_DNI_DEVICE void load_rows(std::uint32_t (&a)[4], Shared<typename Op::Eleme
                                first + S::at(row + matrix % 2 * 8, k + matrix / 2 * 8 + line));
   } else {
     const int g = lane() / 4, t = lane() % 4;
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i)
       a[i] = bits_of(from.load(first + S::at(row + g + i % 2 * 8, k + t + i / 2 * 4)));
   }
@@ -208,11 +208,11 @@ FUSED_DNI_DEVICE void load_columns(std::uint32_t (&b)[2][2], Shared<typename Op:
     else
       load_matrices_transposed(r, from,
                                first + S::at(col + matrix / 2 * 8, k + matrix % 2 * 8 + line));
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = r[i];
   } else {
     const int g = lane() / 4, t = lane() % 4;
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i)
       b[i / 2][i % 2] = bits_of(from.load(first + S::at(col + i / 2 * 8 + g, k + t + i % 2 * 4)));
   }
@@ -291,11 +291,11 @@ struct Product {
   FUSED_DNI_DEVICE static void each(Sum& sum, F&& f) {
     if (kWarpsK > 1 && warp() >= kWarpsM * kWarpsN) return;
     const int row = warp_row() + lane() / 4, col = warp_col() + lane() % 4 * 2;
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int j = 0; j < 2 * kColumns; ++j) {
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int e = 0; e < 4; ++e)
           f(row + i * 16 + e / 2 * 8, col + j * 8 + e % 2, sum.value[i][j][e]);
       }
@@ -311,36 +311,36 @@ struct Product {
     const int part = kWarpsK > 1 ? warp() / (kWarpsM * kWarpsN) * kPart : 0;
     if constexpr (kSame<Op, Fp32>) {
       const int row = warp_row() + lane() / 4, col = warp_col() + lane() % 4 * 2;
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int k = part; k < part + kPart; ++k) {
         float rows[kRows][2], cols[2 * kColumns][2];
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int i = 0; i < 2 * kRows; ++i)
           rows[i / 2][i % 2] = staged.load(a + SA::at(row + i * 8, k));
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int j = 0; j < 4 * kColumns; ++j)
           cols[j / 2][j % 2] = staged.load(b + SB::at(col + j / 2 * 8 + j % 2, k));
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int j = 0; j < 2 * kColumns; ++j) {
-            FUSED_DNI_UNROLL
+#pragma unroll
             for (int e = 0; e < 4; ++e) sum.value[i][j][e] += rows[i][e / 2] * cols[j][e % 2];
           }
         }
       }
     } else {
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int k = part; k < part + kPart; k += Op::kDepth) {
         std::uint32_t cols[kColumns][2][2];
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int j = 0; j < kColumns; ++j)
           load_columns<Op, SB, kB>(cols[j], staged, b, warp_col() + j * 16, k);
-        FUSED_DNI_UNROLL
+#pragma unroll
         for (int i = 0; i < kRows; ++i) {
           std::uint32_t rows[4];
           load_rows<Op, SA, kA>(rows, staged, a, warp_row() + i * 16, k);
-          FUSED_DNI_UNROLL
+#pragma unroll
           for (int j = 0; j < 2 * kColumns; ++j)
             Op::multiply(sum.value[i][j], rows, cols[j / 2][j % 2]);
         }
@@ -355,13 +355,13 @@ struct Product {
     const int part = thread() / kParts, place = thread() % kParts;
     float* held = &sum.value[0][0][0];
     if (part > 0) {
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int i = 0; i < kHeld; ++i)
         sums.store(((part - 1) * kHeld + i) * kParts + place, held[i]);
     }
     block_barrier();
     for (int other = 0; part == 0 && other < kWarpsK - 1; ++other) {
-      FUSED_DNI_UNROLL
+#pragma unroll
       for (int i = 0; i < kHeld; ++i) held[i] += sums.load((other * kHeld + i) * kParts + place);
     }
     block_barrier();

@@ -76,7 +76,7 @@ FUSED_DNI_DEVICE void predict(const SynthesizerArguments& a, SharedArena arena) 
     const auto at = place<T>(index, a.rows, a.outputs);
     T m;
     predict_tile<typename C::Forward>(m, arena, a.synthesizer, h, at, counted);
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i)
       if (at.inside(i)) a.scaled[at.at(i)] = m.value[i];
   }
@@ -111,7 +111,7 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     float sum = 0.0f, dot = 0.0f;
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const float m = a.scaled[at.at(i)];
@@ -167,7 +167,7 @@ struct Settling {
 
 // A matrix's gradient [rows, columns]: a^T b, of a [N, rows] and b [N, columns].
 template <class C, class B>
-FUSED_DNI_CALLED void matrix_gradient(Settling& to, const Slot& slot, SharedArena arena,
+FUSED_DNI_DEVICE void matrix_gradient(Settling& to, const Slot& slot, SharedArena arena,
                                       const float* a, int rows, const B* b, int columns,
                                       int depth) {
   using W = typename C::W;
@@ -177,14 +177,14 @@ FUSED_DNI_CALLED void matrix_gradient(Settling& to, const Slot& slot, SharedAren
     const auto at = place<W>(index, rows, columns);
     W g;
     multiply<typename C::Weight>(g, arena, left, at.row, right, at.column, depth);
-    FUSED_DNI_BY_FOUR
+#pragma unroll
     for (int i = 0; i < W::kEach; ++i)
       if (at.inside(i)) to(slot, at.at(i), g.value[i]);
   }
 }
 
 // The context's gradient by classes: a class's column is the sum of the rows of that class.
-FUSED_DNI_CALLED void label_gradient(Settling& to, const SynthesizerArguments& a,
+FUSED_DNI_DEVICE void label_gradient(Settling& to, const SynthesizerArguments& a,
                                      SharedArena arena) {
   constexpr int kTile = kLabels * kLine;
   const int classes = a.synthesizer.classes, warps = kThreads / 32;
@@ -217,7 +217,7 @@ FUSED_DNI_CALLED void label_gradient(Settling& to, const SynthesizerArguments& a
 // Every parameter's gradient, the gain's given; returns the largest magnitude if they were looked
 // at.
 template <class C>
-FUSED_DNI_CALLED float slots(const SynthesizerArguments& a, SharedArena arena, const RuleFactors& f,
+FUSED_DNI_DEVICE float slots(const SynthesizerArguments& a, SharedArena arena, const RuleFactors& f,
                              bool look, float gain) {
   const Synthesizer& s = a.synthesizer;
   const auto* h = static_cast<const typename C::X*>(a.h);

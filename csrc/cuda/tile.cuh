@@ -4,22 +4,8 @@
 #include "common.cuh"
 #include "product.cuh"
 
-// A function of the device that is called and not inlined: one piece of code for several callers.
-// A loop over a thread's elements of a tile: four of them in flight, and no more code than that.
-// A loop that is short, or seldom run: as little code as can be.
-#if defined(FUSED_DNI_EMULATED)
-#define FUSED_DNI_CALLED [[gnu::noinline]]
-#define FUSED_DNI_BY_FOUR
-#define FUSED_DNI_ONE_BY_ONE
-#else
-#define FUSED_DNI_CALLED __device__ __noinline__
-#define FUSED_DNI_BY_FOUR _Pragma("unroll 4")
-#define FUSED_DNI_ONE_BY_ONE _Pragma("unroll 1")
-#endif
-
 namespace fused_dni::cuda {
 
-inline constexpr int kThreads = 256;
 // Blocks that a launch has at most: each has its place in lists of what blocks saw.
 inline constexpr int kMostBlocks = 1024;
 inline constexpr float kLargest = 1.0e38f;  // well inside float32
@@ -27,7 +13,7 @@ inline constexpr float kLargest = 1.0e38f;  // well inside float32
 FUSED_DNI_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // M x N elements: a thread has some rows of one column, so that a warp's accesses to row-major
-// memory lie side by side.
+// memory lie side by side. They stay in registers: loops over them are unrolled, or `in_turn`.
 template <int kM, int kN>
 struct Tile {
   static constexpr int M = kM, N = kN;
@@ -35,11 +21,36 @@ struct Tile {
   static constexpr int kEach = M / kApart;
   static_assert(kThreads % N == 0 && M % kApart == 0);
 
-  float value[kEach];
+  float value[kEach] = {};
 
   FUSED_DNI_DEVICE static int row(int i) { return thread() / N + i * kApart; }
   FUSED_DNI_DEVICE static int column() { return thread() % N; }
 };
+
+// Moves each element by so many places to the front; the first ones go to the end.
+template <int kBy, int kCount>
+FUSED_DNI_DEVICE void turn(float (&values)[kCount]) {
+  float head[kBy];
+#pragma unroll
+  for (int i = 0; i < kBy; ++i) head[i] = values[i];
+#pragma unroll
+  for (int i = 0; i < kCount - kBy; ++i) values[i] = values[i + kBy];
+#pragma unroll
+  for (int i = 0; i < kBy; ++i) values[kCount - kBy + i] = head[i];
+}
+// Calls f(i, first[i], others[i]...) for each i, where that is much code: it is there for two of
+// them. The arrays are turned instead of indexed, since registers cannot be.
+template <class F, int kCount, class... Others>
+FUSED_DNI_DEVICE void in_turn(F&& f, float (&first)[kCount], Others&... others) {
+  constexpr int kAtOnce = kCount % 2 == 0 ? 2 : 1;
+#pragma unroll 1
+  for (int i = 0; i < kCount; i += kAtOnce) {
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) f(i + e, first[e], others[e]...);
+    turn<kAtOnce>(first);
+    (turn<kAtOnce>(others), ...);
+  }
+}
 
 // Where a tile lies in a matrix [rows, columns].
 template <class T>
@@ -52,7 +63,10 @@ struct Place {
   FUSED_DNI_DEVICE bool has_column() const { return c() < columns; }
   FUSED_DNI_DEVICE bool inside(int i) const { return r(i) < rows && has_column(); }
   // In a contiguous matrix.
-  FUSED_DNI_DEVICE std::int64_t at(int i) const { return std::int64_t{r(i)} * columns + c(); }
+  FUSED_DNI_DEVICE std::int64_t at(int i) const {
+    const std::int64_t first = std::int64_t{r(0)} * columns + c();
+    return first + i * (std::int64_t{T::kApart} * columns);
+  }
 };
 
 // How many tiles a matrix has.
@@ -83,7 +97,7 @@ using TileOf = typename OfProduct<P>::Type;
 
 // A[row : row + M, 0 : depth] B[col : col + N, 0 : depth]^T; begins with a barrier.
 template <class P, class A, class B>
-FUSED_DNI_CALLED void multiply(TileOf<P>& tile, SharedArena arena, A a, int row, B b, int col,
+FUSED_DNI_DEVICE void multiply(TileOf<P>& tile, SharedArena arena, A a, int row, B b, int col,
                                int depth) {
   using T = TileOf<P>;
   constexpr int kStride = T::N + 8;
@@ -93,7 +107,7 @@ FUSED_DNI_CALLED void multiply(TileOf<P>& tile, SharedArena arena, A a, int row,
   const Shared<float> held = arena.take<float>(T::M * kStride);
   P::each(sum, [&](int r, int c, float value) { held.store(r * kStride + c, value); });
   block_barrier();
-  FUSED_DNI_BY_FOUR
+#pragma unroll
   for (int i = 0; i < T::kEach; ++i) tile.value[i] = held.load(T::row(i) * kStride + T::column());
 }
 template <class P>
@@ -111,31 +125,34 @@ FUSED_DNI_DEVICE float arrived(const void* from, bool wide, std::int64_t at) {
 
 // Down a column, of what its threads have of it; to all of these.
 template <class T>
-FUSED_DNI_CALLED float column_sum(float mine, SharedArena arena) {
+FUSED_DNI_DEVICE float column_sum(float mine, SharedArena arena) {
   const Shared<float> parts = arena.take<float>(kThreads);
   block_barrier();
   parts.store(thread(), mine);
   block_barrier();
   float sum = 0.0f;
+#pragma unroll
   for (int i = 0; i < T::kApart; ++i) sum += parts.load(i * T::N + T::column());
   return sum;
 }
-// Along each row of a tile; to all threads that have an element of it.
+// Along each row of a tile, over `divisor`; to all threads that have an element of it.
 template <class T>
-FUSED_DNI_CALLED void row_sums(T& sums, const T& of, SharedArena arena) {
+FUSED_DNI_DEVICE void row_sums(T& sums, const T& of, float divisor, SharedArena arena) {
   const Shared<float> held = arena.take<float>(T::M * (T::N + 1));
   const Shared<float> totals = arena.take<float>(T::M);
   block_barrier();
-  FUSED_DNI_BY_FOUR
+#pragma unroll
   for (int i = 0; i < T::kEach; ++i) held.store(T::row(i) * (T::N + 1) + T::column(), of.value[i]);
   block_barrier();
-  for (int r = thread(); r < T::M; r += kThreads) {
+  static_assert(T::M <= kThreads);
+  if (const int r = thread(); r < T::M) {
     float sum = 0.0f;
+#pragma unroll 8
     for (int c = 0; c < T::N; ++c) sum += held.load(r * (T::N + 1) + c);
-    totals.store(r, sum);
+    totals.store(r, sum / divisor);
   }
   block_barrier();
-  FUSED_DNI_BY_FOUR
+#pragma unroll
   for (int i = 0; i < T::kEach; ++i) sums.value[i] = totals.load(T::row(i));
 }
 template <class T>
@@ -144,7 +161,7 @@ constexpr int sums_bytes() {
 }
 
 // The sum of `count` numbers that lie `stride` apart.
-FUSED_DNI_CALLED inline float sum_list(const float* from, int count, std::int64_t stride) {
+FUSED_DNI_DEVICE float sum_list(const float* from, int count, std::int64_t stride) {
   float sum = 0.0f;
   for (int i = 0; i < count; ++i) sum += from[i * stride];
   return sum;
@@ -156,17 +173,17 @@ FUSED_DNI_CALLED inline float sum_list(const float* from, int count, std::int64_
 struct Moments {
   float mean, variance;
 };
-FUSED_DNI_CALLED inline Moments combine_moments(const float* from, int count, int part,
-                                                std::int64_t apart) {
+FUSED_DNI_DEVICE Moments combine_moments(const float* from, int count, int part,
+                                         std::int64_t apart) {
   Moments all{0.0f, 0.0f};
   const int parts = ceil_div(count, part);
   const auto size = [&](int k) {
     const int left = count - k * part;
     return static_cast<float>(left < part ? left : part);
   };
-  FUSED_DNI_ONE_BY_ONE
+#pragma unroll 1
   for (int k = 0; k < parts; ++k) all.mean += from[2 * k * apart] * (size(k) / count);
-  FUSED_DNI_ONE_BY_ONE
+#pragma unroll 1
   for (int k = 0; k < parts; ++k) {
     const float off = from[2 * k * apart] - all.mean;
     all.variance += (from[(2 * k + 1) * apart] + off * off * size(k)) / count;
@@ -184,20 +201,20 @@ FUSED_DNI_DEVICE RuleFactors no_rule() {
 // ---- What blocks leave to each other --------------------------------------------------------------
 
 // The largest of what so many blocks left.
-FUSED_DNI_CALLED inline float largest_left(const float* list, int count, SharedArena arena) {
+FUSED_DNI_DEVICE float largest_left(const float* list, int count, SharedArena arena) {
   float largest = 0.0f;
-  FUSED_DNI_ONE_BY_ONE
+#pragma unroll 1
   for (int i = thread(); i < count; i += kThreads) largest = fmaxf(largest, list[i]);
   return block_max(largest, arena);
 }
-FUSED_DNI_CALLED inline double sum_left(const double* list, int count, SharedArena arena) {
+FUSED_DNI_DEVICE double sum_left(const double* list, int count, SharedArena arena) {
   double sum = 0.0;
-  FUSED_DNI_ONE_BY_ONE
+#pragma unroll 1
   for (int i = thread(); i < count; i += kThreads) sum += list[i];
   return block_sum(sum, arena);
 }
 // Leaves the block's largest; `mine` are magnitudes.
-FUSED_DNI_CALLED inline void leave_largest(float* list, float mine, SharedArena arena) {
+FUSED_DNI_DEVICE void leave_largest(float* list, float mine, SharedArena arena) {
   const float largest = block_max(mine, arena);
   if (thread() == 0) list[block()] = largest;
 }
@@ -213,7 +230,7 @@ FUSED_DNI_DEVICE float look_at(const T* data, std::int64_t stride, int rows, int
        index += blocks() * warps) {
     const T* line = data + index / across * stride;
     const int first = index % across * kPiece + lane();
-    FUSED_DNI_UNROLL
+#pragma unroll
     for (int i = 0; i < kPiece; i += 32)
       if (first + i < columns) largest = fmaxf(largest, magnitude(to_float(line[first + i])));
   }

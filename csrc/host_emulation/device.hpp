@@ -18,8 +18,6 @@
 #define FUSED_DNI_BOTH inline
 #define FUSED_DNI_KERNEL(threads) static void
 #define FUSED_DNI_ARGUMENT const
-#define FUSED_DNI_UNROLL
-#define FUSED_DNI_ROLL
 
 namespace fused_dni::cuda {
 

@@ -86,11 +86,11 @@ class Report(list[Conversion]):
         return "\n".join(map(str, self))
 
     def converted(self) -> list[str]:
-        """The names of the modules that were converted or taken along."""
+        """Return the names of the modules that were converted or taken along."""
         return [entry.name for entry in self if entry.made is not None]
 
     def left(self) -> dict[str, str]:
-        """The names of the modules that were left as they are, and why."""
+        """Return the names of the modules that were left as they are, and why."""
         return {entry.name: entry.why for entry in self if entry.made is None}
 
 
@@ -247,7 +247,7 @@ def convert(
 
 
 def _told(place: _Place, layer: nn.Module, head: bool) -> Iterator[Conversion]:
-    """What to say of a place that was converted."""
+    """Return what to say of a place that was converted."""
     why = "it is the head, whose gradient is exact" if head else "decoupled at its output"
     if getattr(layer, "synthesizer", None) is None and not head:
         why = "exact, on the fused kernels"
@@ -264,7 +264,8 @@ def _told(place: _Place, layer: nn.Module, head: bool) -> Iterator[Conversion]:
 
 
 def _chosen(synthesizer: nn.Module | str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one module: a synthesizer of its own, or none and nothing that needs one."""
+    """Return the arguments of one module: a synthesizer of its own, or none and nothing that needs
+    one."""
     if synthesizer is None:
         without = ("context_features", "interface", "auxiliary")
         return {"synthesizer": None, **{k: v for k, v in kwargs.items() if k not in without}}
@@ -331,8 +332,8 @@ class _Place(NamedTuple):
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    """Every place of a linear layer, an ``nn.LSTM`` or an ``nn.LSTMCell``, in the order in which
-    the modules were registered."""
+    """Return every place of a linear layer, an ``nn.LSTM`` or an ``nn.LSTMCell``, in the order in
+    which the modules were registered."""
     kinds = (nn.Linear, nn.LSTM, nn.LSTMCell)
     if isinstance(model, kinds):
         yield _Place("", None, "", model)
@@ -361,7 +362,8 @@ def _with_behind(
     behind: list[tuple[str, nn.Module]],
     reached: dict[int, str],
 ) -> _Place:
-    """A linear layer's place with the normalisation and activation that it can take along."""
+    """Return a linear layer's place with the normalisation and activation that it can take
+    along."""
     place = _Place(path, parent, name, linear)
     if not isinstance(parent, nn.Sequential) or not behind or _why_not(linear) is not None:
         return place
@@ -384,7 +386,7 @@ def _with_behind(
 
 
 def _takes_norm(linear: nn.Linear, norm: nn.Module) -> bool:
-    """Whether a fused layer of this linear one and the normalisation computes what they do."""
+    """Say whether a fused layer of this linear one and the normalisation computes what they do."""
     if not _plain(norm) or why_not_fusable(linear, norm) is not None:
         return False
     tensors = [t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
@@ -394,7 +396,8 @@ def _takes_norm(linear: nn.Linear, norm: nn.Module) -> bool:
 
 
 def _agreed(places: list[_Place]) -> list[_Place]:
-    """A linear layer in several places takes along what stands behind it in all of them alike."""
+    """Have a linear layer in several places take along what stands behind it in all of them
+    alike."""
     out = []
     for place in places:
         all_of_it = [other for other in places if other.module is place.module]
@@ -407,7 +410,7 @@ def _agreed(places: list[_Place]) -> list[_Place]:
 
 
 def _stock_only(module: nn.Module) -> bool:
-    """Whether an ``nn.LSTM`` has options that only PyTorch's own kernels have."""
+    """Say whether an ``nn.LSTM`` has options that only PyTorch's own kernels have."""
     return isinstance(module, nn.LSTM) and (module.bidirectional or module.proj_size > 0)
 
 
@@ -425,7 +428,7 @@ _HOOKS = (
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether nothing is attached to a module that a replacement would lose."""
+    """Say whether nothing is attached to a module that a replacement would lose."""
     return not (
         any(getattr(module, hooks, None) for hooks in _HOOKS)
         or hasattr(module, "parametrizations")
@@ -434,7 +437,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
+    """Say why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
     kind = next(k for k in (nn.Linear, nn.LSTM, nn.LSTMCell) if isinstance(module, k))
     if hasattr(module, "parametrizations"):
         return "it has a parametrization"

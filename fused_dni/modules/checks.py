@@ -52,7 +52,7 @@ def items(of: Mapping[str, Any], *names: str) -> list[Check]:
 
 
 def holder(module: nn.Module, *kinds: str) -> list[Check]:
-    """What a module holds: the dictionaries and all that is in them."""
+    """List what a module holds: the dictionaries and all that is in them."""
     own = module.__dict__
     found = [*items(own, *kinds), ("attribute", module, "__class__", None, type(module))]
     for kind in kinds:
@@ -61,7 +61,7 @@ def holder(module: nn.Module, *kinds: str) -> list[Check]:
 
 
 def uncalled(module: nn.Module) -> list[Check]:
-    """That calling the module would run its class's forward and nothing else."""
+    """Require that calling the module would run its class's forward and nothing else."""
     own = module.__dict__
     return [
         *[("empty", own[name], name, None, None) for name in HOOKS],
@@ -72,8 +72,8 @@ def uncalled(module: nn.Module) -> list[Check]:
 
 
 def rule_checks(rule: RuleState) -> list[Check]:
-    """A rule that has nothing to write anew but its rate, and no gradient that came by another way
-    to what it updates."""
+    """Require that a rule has nothing to write anew but its rate, and no gradient came by another
+    way to what it updates."""
     own = rule.__dict__
     found = [
         *items(own, "_tensors", "group"),
@@ -86,15 +86,15 @@ def rule_checks(rule: RuleState) -> list[Check]:
 
 
 def fixed(rule: RuleState) -> bool:
-    """Whether the hyper-parameters are numbers, of which none is filled in place, and the moments
-    plain memory."""
+    """Say whether the hyper-parameters are numbers, of which none is filled in place, and the
+    moments plain memory."""
     if any(t is not None and type(t) is not Tensor for held in rule.moments() for t in held):
         return False
     return not any(isinstance(rule.group[name], Tensor) for name in rule._names if name != "lr")
 
 
 def memory(tensors: Iterable[Tensor | None]) -> list[Check]:
-    """That tensors lie where they lay, as large and of the same type."""
+    """Require that tensors lie where they lay, as large and of the same type."""
     found: list[Check] = []
     for t in tensors:
         if t is not None:
@@ -103,7 +103,7 @@ def memory(tensors: Iterable[Tensor | None]) -> list[Check]:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[Check]:
-    """The same of parameters and buffers, and whether they are trained."""
+    """Require the same of parameters and buffers, and that they are trained or not as before."""
     asked: list[Check] = [
         ("attribute", t, "requires_grad", None, t.requires_grad) for t in tensors if t is not None
     ]

@@ -303,7 +303,7 @@ class FusedDNILinear(LinearSteps):
         return h
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:
-        """The configuration as the normalisation's holder has it now: as in PyTorch, its
+        """Return the configuration as the normalisation's holder has it now: as in PyTorch, its
         attributes count (``torch.optim.swa_utils.update_bn`` and momentum schedules set them)."""
         config = self.config
         batch = config.normalization == "batch"
@@ -336,13 +336,13 @@ class FusedDNILinear(LinearSteps):
         return config
 
     def _unfold(self, h: Tensor, input: Tensor) -> Tensor:
-        """Rows [N, O] to the leading dimensions of the input."""
+        """Return rows [N, O] to the leading dimensions of the input."""
         if input.dim() == 2:
             return h
         return h.reshape(*input.shape[:-1], self.out_features)
 
     def _rows(self, input: Tensor, context: Tensor | None) -> Tensor | None:
-        """The context of this call, a row each."""
+        """Return the context of this call, a row each."""
         synthesizer = self._modules["synthesizer"]
         features = getattr(synthesizer, "context_features", None)
         context = self.given_context(context, features)
@@ -470,7 +470,8 @@ class FusedDNILinear(LinearSteps):
         return layer
 
     def to_linear(self) -> nn.Module:
-        """The plain module: ``nn.Linear``, or an ``nn.Sequential`` of it with what was fused.
+        """Return the plain module: ``nn.Linear``, or an ``nn.Sequential`` of it with what was
+        fused.
 
         Holds the very same parameters and buffers (nothing is copied).
         """
@@ -517,7 +518,7 @@ class FusedDNILinear(LinearSteps):
 
 
 def why_not_fusable(linear: nn.Module, norm: nn.Module | None = None) -> str | None:
-    """None if :meth:`FusedDNILinear.from_linear` takes these modules, else the reason."""
+    """Return None if :meth:`FusedDNILinear.from_linear` takes these modules, else the reason."""
     if type(linear) is not nn.Linear:
         return f"only nn.Linear itself can be taken over, got {type(linear).__name__}"
     if norm is None:

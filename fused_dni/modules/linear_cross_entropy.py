@@ -238,7 +238,8 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         return made
 
     def to_linear(self) -> nn.Linear:
-        """The plain layer, whose outputs are the logits; it holds the very same parameters."""
+        """Return the plain layer, whose outputs are the logits; it holds the very same
+        parameters."""
         linear = nn.Linear(self.in_features, self.num_classes, self.bias is not None, device="meta")
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)

@@ -43,7 +43,7 @@ from fused_dni.functional.linear import (
     backward_use,
 )
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
+from fused_dni.modules.base import DecoupledModule, How, LocalStep, Predicted, Regression
 from fused_dni.modules.pending import LEARN, UPDATE, at_end_of_backward
 from fused_dni.modules.steps import LinearSteps, LossInputs, LossSteps, LossTrace, Steps
 from fused_dni.modules.target_unit import note_replicas
@@ -72,13 +72,13 @@ Slots = tuple[Tensor | None, ...]
 class Site(Protocol):
     """What the recipe asks of a layer."""
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         """Run the synthesizer on h."""
         ...
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
         """Take what arrived at h to the interface, for the synthesizer to learn from."""
         ...
 
@@ -95,14 +95,14 @@ def rescaled(made: Slots, loss_scale: float | None) -> Slots:
     return tuple(None if t is None else t * loss_scale for t in made)
 
 
-def mixed_gradient(arrived: Tensor | None, forecast: Forecast, how: How) -> Tensor | None:
+def mixed_gradient(arrived: Tensor | None, predicted: Predicted, how: How) -> Tensor | None:
     """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from M(h); None if
     that has no defined part."""
     share = how.true_share
     if share == 1.0:
         return arrived
-    scale = how.target_scale / forecast.unit
-    synthetic = synthetic_gradient(Prediction(forecast.scaled), scale, how.max_norm)
+    scale = how.target_scale / predicted.unit
+    synthetic = synthetic_gradient(Prediction(predicted.scaled), scale, how.max_norm)
     if share == 0.0:
         return synthetic
     if arrived is None:
@@ -117,24 +117,24 @@ def received(
     context: Tensor | None,
     trace: Any,
     arrived: Tensor | None,
-) -> tuple[Tensor | None, Lesson | None]:
+) -> tuple[Tensor | None, Regression | None]:
     """Make of what arrived the gradient at the interface that the layer's update is made from (None
     if there is none), and the synthesizer's lesson (None if it learns nothing)."""
     arrived = unscaled(arrived, how.loss_scale)
     learns = how.learns and arrived is not None
     if not learns and how.true_share == 1.0:
         return arrived, None
-    forecast = site.predict(h, context, learns)
-    lesson = None
+    predicted = site.predict(h, context, learns)
+    regression = None
     if learns and arrived is not None:
-        lesson = site.lesson(h, forecast, context, arrived, trace)
-        arrived = lesson.arrived
-    return mixed_gradient(arrived, forecast, how), lesson
+        regression = site.regression(h, predicted, context, arrived, trace)
+        arrived = regression.arrived
+    return mixed_gradient(arrived, predicted, how), regression
 
 
-def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
+def teach_later(module: DecoupledModule, regression: Regression) -> None:
     """Train the synthesizer by its rule at the end of the running backward."""
-    at_end_of_backward(module, LEARN, module.learn, lesson)
+    at_end_of_backward(module, LEARN, module.learn, regression)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,19 +178,19 @@ class Late(Node):
         wants = ctx.needs_input_grad
         h = ctx.saved_tensors[0]
         ruled = module.update is not None
-        gradient, lesson = arrived, None
+        gradient, regression = arrived, None
         if module._modules["synthesizer"] is None:
             gradient = unscaled(arrived, how.loss_scale)
         elif arrived is not None or not ruled:  # with a rule nothing moves where nothing arrives
-            gradient, lesson = received(module, how, h, ctx.context, ctx.trace, arrived)
+            gradient, regression = received(module, how, h, ctx.context, ctx.trace, arrived)
         if gradient is None:
             return (None,) * len(wants)
         learned: Slots = ()
         if ruled:
-            if lesson is not None:
-                teach_later(module, lesson)
-        elif lesson is not None:
-            learned = (*(lesson.behind or ()), *module.lesson_gradients(lesson))
+            if regression is not None:
+                teach_later(module, regression)
+        elif regression is not None:
+            learned = (*(regression.behind or ()), *module.regression_gradients(regression))
         dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
         ctx.trace = None
         if ruled:
@@ -215,8 +215,29 @@ def _keep(ctx: Any, module: DecoupledModule, *saved: Tensor | None, before: int)
     ctx.materialize_grads, ctx.to_save = False, saved
 
 
-class Stepped(Node):
-    """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
+class _Delivers(Node):
+    """The update ran in the forward; the backward delivers dx and lets the synthesizer learn."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        scale = ctx.loss_scale
+        arrived = unscaled(arrived, scale)
+        if ctx.predicted is not None and arrived is not None:
+            module: Steps = ctx.module
+            h = ctx.saved_tensors[0]
+            teach_later(
+                module, module.regression(h, ctx.predicted, ctx.context, arrived, ctx.trace)
+            )
+        dx = rescaled(ctx.dx, scale)
+        ctx.dx = ctx.predicted = ctx.trace = None
+        none: Slots = (None,) * ctx.before
+        return none + dx
+
+
+class Stepped(_Delivers):
+    """Of a step from the layer's own prediction."""
 
     @staticmethod
     def forward(
@@ -230,27 +251,12 @@ class Stepped(Node):
         *asked: Tensor,
     ) -> Tensor:
         step = module.step_locally(inputs, context, need_dx, learns)
-        ctx.context, ctx.dx, ctx.forecast, ctx.trace = context, step.dx, step.forecast, step.trace
+        ctx.context, ctx.dx, ctx.predicted, ctx.trace = context, step.dx, step.predicted, step.trace
         _keep(ctx, module, step.h, *(module.parameters_behind() if learns else ()), before=6)
         return step.h
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        scale = ctx.loss_scale
-        arrived = unscaled(arrived, scale)
-        h = ctx.saved_tensors[0]
-        if ctx.forecast is not None and arrived is not None:
-            module: Steps = ctx.module
-            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace))
-        dx = rescaled(ctx.dx, scale)
-        ctx.dx = ctx.forecast = ctx.trace = None
-        none: Slots = (None,) * ctx.before
-        return none + dx
 
-
-class Taught(Stepped):
+class Taught(_Delivers):
     """The same of a step with a target that was run as one call (quick.py). Behind ``made`` come
     the anchors, and then x."""
 
@@ -258,7 +264,7 @@ class Taught(Stepped):
     def forward(ctx: Any, module: LinearSteps, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         h: Tensor
         h, scaled, reduced, dx, ctx.context, unit = made
-        ctx.forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
+        ctx.predicted = Predicted(scaled, Prediction(scaled, reduced), None, unit)
         ctx.dx, ctx.trace = (dx,), None
         _keep(ctx, module, h, before=len(given) + 1)
         return h
@@ -466,15 +472,15 @@ class Local(Node):
         synthesizer = SynthesizerTensors(ctx.kind, *slots[4:], *ctx.label_part)
         site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics, ctx.unit, ctx.owner)
         none: Slots = (None,) * 22
-        gradient, lesson = received(site, how, h, context, use, arrived)
+        gradient, regression = received(site, how, h, context, use, arrived)
         if gradient is None:
             return none
-        trained = none[:4] if lesson is None else site.lesson_gradients(lesson)
+        trained = none[:4] if regression is None else site.regression_gradients(regression)
         wants = ctx.needs_input_grad
         need_dx, need_weight = ctx.need_dx and wants[0], wants[1]
         if use.config.interface == "preactivation":
             made = backward_from_preactivation(use, gradient, need_dx, need_weight)
-            behind = (None, None) if lesson is None else lesson.behind[2:]
+            behind = (None, None) if regression is None else regression.behind[2:]
         else:
             made = backward_use(use, gradient, need_dx, need_weight)
             behind = (made.norm_weight, made.norm_bias)
@@ -506,34 +512,34 @@ class _TensorSite:
             else:
                 self.owner = None
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         made = ops.synthesizer_predict(self.use.backend, h, self.synthesizer, context)
-        return Forecast(made.scaled, made, None, self.unit)
+        return Predicted(made.scaled, made, None, self.unit)
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
         if self.use.config.interface == "output":
-            return Lesson(h, forecast, context, arrived, self.target_scale)
+            return Regression(h, predicted, context, arrived, self.target_scale)
         true = backward_use(self.use, arrived, False, False)
         behind = (None, None, true.norm_weight, true.norm_bias)
-        return Lesson(h, forecast, context, true.delta, self.target_scale, behind)
+        return Regression(h, predicted, context, true.delta, self.target_scale, behind)
 
-    def lesson_gradients(self, lesson: Lesson) -> Slots:
-        unit, forecast = self.unit, lesson.forecast
+    def regression_gradients(self, regression: Regression) -> Slots:
+        unit, predicted = self.unit, regression.predicted
         if self.owner is not None:
-            unit = self.owner.follow([lesson])
-            if unit != forecast.unit:
-                forecast = forecast.within(unit)
-        assert forecast.prediction is not None
+            unit = self.owner.follow([regression])
+            if unit != predicted.unit:
+                predicted = predicted.within(unit)
+        assert predicted.prediction is not None
         return ops.synthesizer_gradients(
             self.use.backend,
-            lesson.h,
-            forecast.prediction,
-            lesson.arrived.contiguous(),
+            regression.h,
+            predicted.prediction,
+            regression.arrived.contiguous(),
             self.synthesizer,
-            lesson.context,
-            lesson.target_scale / unit,
+            regression.context,
+            regression.target_scale / unit,
             self.statistics,
         )
 
@@ -571,7 +577,7 @@ _watchers: list[Callable[[Call], None]] = []
 
 
 def watchers() -> list[Callable[[Call], None]]:
-    """Those that :func:`watching` lists, live."""
+    """Return those that :func:`watching` lists, live."""
     return _watchers
 
 
@@ -658,7 +664,7 @@ class Delivery:
         self.learns = learns
         self.dx: Slots = ()
         self.gradients: Slots = ()
-        self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
+        self._waiting: tuple[LocalStep, Predicted, Tensor | None] | None = None
 
     def run(self, *inputs: Any, context: Tensor | None, **named: Any) -> Tensor:
         """Call the module with detached tensors, of which those that ask for a gradient get one if
@@ -671,22 +677,23 @@ class Delivery:
         return h
 
     def take(self, step: LocalStep, context: Tensor | None) -> None:
-        """The module's side of :meth:`run`."""
+        """Take the module's side of :meth:`run`."""
         self.dx = step.dx
         self.gradients = step.gradients
-        if step.forecast is not None:
-            self._waiting = (step, step.forecast, context)
+        if step.predicted is not None:
+            self._waiting = (step, step.predicted, context)
 
-    def waiting(self) -> tuple[LocalStep, Forecast, Tensor | None]:
-        """What waits for the gradient at the output: the step, its prediction and the context."""
+    def waiting(self) -> tuple[LocalStep, Predicted, Tensor | None]:
+        """Return what waits for the gradient at the output: the step, its prediction and the
+        context."""
         assert self._waiting is not None
         return self._waiting
 
-    def lesson(self, arrived: Tensor) -> Lesson:
-        """What the synthesizer learns from a gradient that arrived at the output."""
-        step, forecast, context = self.waiting()
+    def regression(self, arrived: Tensor) -> Regression:
+        """Return what the synthesizer learns from a gradient that arrived at the output."""
+        step, predicted, context = self.waiting()
         arrived = arrived.reshape(step.h.shape)
-        return self.module.lesson(step.h, forecast, context, arrived, step.trace)
+        return self.module.regression(step.h, predicted, context, arrived, step.trace)
 
 
 def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 from fused_dni import context
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET, Forecast
+from fused_dni.modules.base import NO_TARGET, Predicted
 from fused_dni.modules.checks import (
     ALWAYS,
     HOOKS,
@@ -60,7 +60,7 @@ _ALWAYS: tuple[Check, ...] = (
 
 
 def _parts(layer: LinearSteps) -> QuickParts | None:
-    """What a step of the layer depends on; None if a list does not say it."""
+    """Return what a step of the layer depends on; None if a list does not say it."""
     own, norm, rule = layer.__dict__, layer._modules["norm"], layer.update
     if rule is None or rule._tensors is None:
         return None
@@ -101,7 +101,7 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
 
 
 def _phase(layer: LinearSteps, target: bool) -> list[Check]:
-    """Of a step that the layer takes by its prediction alone."""
+    """Check for a step that the layer takes by its prediction alone."""
     values: list[tuple[str, Any]] = [("warmup", False), ("target", target)]
     if target:  # the number that was given, or the default
         values.append(("mix", layer.phase.mix))
@@ -130,7 +130,8 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
 def _bind(
     layer: LinearSteps, backend: Backend, given: Tensor | None
 ) -> tuple[str, Sequence[Check]]:
-    """Why the layer's step cannot be one call; empty, and the checks of that call, if it can."""
+    """Say why the layer's step cannot be one call; empty, and the checks of that call, if it
+    can."""
     bound: Binding = layer._binding
     teacher = layer.synthesizer_update
     if teacher is not None and teacher._tensors is not None:
@@ -252,7 +253,7 @@ class Stacked:
         return next((each for each in ways if not each.startswith("one call")), ways[0])
 
     def holds(self, container: nn.Module) -> bool:
-        """Whether it is that container's, and has in it what was there, in that order."""
+        """Say whether it is that container's, and has in it what was there, in that order."""
         return container is self._container and self._held == tuple(container._modules.values())
 
     def run(
@@ -316,7 +317,7 @@ class Ending:
             self.shares.insert(0, (stack.last, LEARN))
 
     def refuse_other_gradients(self, added: bool) -> None:
-        """As each of them does."""
+        """Refuse what each of them does."""
         for member, _ in self.shares:
             member.refuse_other_gradients(added)
 
@@ -329,7 +330,7 @@ class Ending:
             applying(member, role)([own])
 
     def divided(self, contribution: Any) -> list[Any]:
-        """What each of the shares takes."""
+        """Return what each of the shares takes."""
         gradient, left, rows, labels, unit = contribution
         head, last = self._stack.head, self._stack.last
         h, scaled, reduced, delta = self._stack.quick.saved(left, rows, self._taught)
@@ -337,8 +338,8 @@ class Ending:
         (dx,), update = head.close(trace, gradient, self._taught)
         if dx is None:
             return [update]
-        forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
-        return [last.lesson(h, forecast, labels, dx, None), update]
+        predicted = Predicted(scaled, Prediction(scaled, reduced), None, unit)
+        return [last.regression(h, predicted, labels, dx, None), update]
 
 
 class StackedExact(Stacked):
@@ -360,7 +361,7 @@ class StackedExact(Stacked):
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:
-        """What the backward reads of the layers."""
+        """Return what the backward reads of the layers."""
         tensors: list[Tensor | None] = []
         for i, (layer, _) in enumerate(self._tensors):
             weight = layer.weight if need_dx or i > 0 else None
@@ -413,7 +414,8 @@ class StackedExact(Stacked):
             layer.apply_update([own])
 
     def divided(self, contribution: Any) -> list[tuple[Tensor, LinearGradients]]:
-        """What each layer's own ``apply_update`` takes, of what :meth:`backward` returned."""
+        """Return what each layer's own ``apply_update`` takes, of what :meth:`backward`
+        returned."""
         if type(contribution) is list:
             return contribution
         x, h, left, made = contribution
@@ -426,7 +428,7 @@ class StackedExact(Stacked):
 
 
 def _apart(head: LossSteps, last: LinearSteps) -> str:
-    """Why a head's step cannot be part of the call of the layers in front; empty if it can."""
+    """Say why a head's step cannot be part of the call of the layers in front; empty if it can."""
     if head._binding.exact is None:
         return "the head has no call of its own"
     if head._binding.anchor is None:

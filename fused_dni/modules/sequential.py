@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Regression, run_apart, untraced
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
 from fused_dni.modules.quick import Stacked, stacked
@@ -82,7 +82,7 @@ class DecoupledSequential(nn.Sequential):
         return _plain(list(self)[len(stack.members) :], h, context, target)
 
     def extra_repr(self) -> str:
-        """How steps are taken: in one call, or why not."""
+        """Say how steps are taken: in one call, or why not."""
         stack, apart = self._stack, self._apart
         if not self.training or (stack is None and not apart):
             return ""
@@ -119,8 +119,8 @@ class DecoupledSequential(nn.Sequential):
     def _head(
         self, modules: list[nn.Module], input: Tensor, target: Tensor | None
     ) -> LossSteps | None:
-        """The head, if the last module is one; what it could not take is refused before a module
-        is updated."""
+        """Return the head, if the last module is one; what it could not take is refused before a
+        module is updated."""
         if any([isinstance(m, LossSteps) for m in modules[:-1]]):
             raise ValueError(
                 "FusedDNILinearCrossEntropyLoss returns a loss: it must be the last module of a "
@@ -230,13 +230,13 @@ def _take_down(
     return made[0] if wants else None
 
 
-def _teach(module: DecoupledModule, lesson: Lesson, grads: _Gradients) -> None:
+def _teach(module: DecoupledModule, regression: Regression, grads: _Gradients) -> None:
     """Learn at once, by the rules, or add the gradients to what is owed."""
     if module.synthesizer_update is not None:
-        module.learn([lesson])
+        module.learn([regression])
         return
-    grads.add(module.parameters_behind(), lesson.behind or ())
-    grads.add(module.synthesizer_parameters(), module.lesson_gradients(lesson))
+    grads.add(module.parameters_behind(), regression.behind or ())
+    grads.add(module.synthesizer_parameters(), module.regression_gradients(regression))
 
 
 class Delivered(Node):
@@ -280,7 +280,7 @@ class Delivered(Node):
             if below is None:
                 dx = arrived
             elif arrived is not None:
-                _teach(below.module, below.lesson(arrived), grads)
+                _teach(below.module, below.regression(arrived), grads)
             h, below, between, wants = above, delivery, [], target
         assert below is not None
         ctx.set_materialize_grads(False)
@@ -299,11 +299,11 @@ class Delivered(Node):
         last: Delivery = ctx.last
         arrived = unscaled(arrived, ctx.loss_scale)
         if arrived is not None and last.learns:
-            lesson = last.lesson(arrived)
+            regression = last.regression(arrived)
             if last.module.synthesizer_update is not None:
-                teach_later(last.module, lesson)
+                teach_later(last.module, regression)
             else:
-                _teach(last.module, lesson, ctx.grads)
+                _teach(last.module, regression, ctx.grads)
         out = (ctx.dx, *(ctx.grads.of.get(i) for i in ctx.parameters))
         ctx.last = ctx.dx = ctx.grads = None
         return (None,) * 3 + rescaled(out, ctx.loss_scale)

@@ -53,7 +53,7 @@ class BoundWindows:
         return type(None), ()
 
     def hold(self, around: bool) -> bool:
-        """Whether all is as it was; rates that changed are written.
+        """Say whether all is as it was; rates that changed are written.
 
         Args:
             around: in a forward, with what surrounds it; else in a backward or at its end.
@@ -67,7 +67,7 @@ class BoundWindows:
 
 
 def rule_of(state: RuleState | None) -> RuleTensors:
-    """The tensors of a rule that is bound."""
+    """Return the tensors of a rule that is bound."""
     assert state is not None and state._tensors is not None
     return state._tensors
 

@@ -35,7 +35,7 @@ from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict.candidates import Problem, our_step, stock_step
 from fused_dni.measure.verdict.work import Work, count
-from fused_dni.modules.base import DecoupledModule, Forecast
+from fused_dni.modules.base import DecoupledModule, Predicted
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import Call, watching
 from fused_dni.synthesizers import Synthesizer
@@ -194,7 +194,7 @@ class Passed(NamedTuple):
 
     h: Tensor
     trace: Any = None
-    forecast: Forecast | None = None
+    predicted: Predicted | None = None
     contribution: Any = None
 
 
@@ -212,11 +212,11 @@ class _Phases:
         return Passed(*self.module.open(self.inputs, dx and self.need_dx))
 
     def predict(self, given: Passed, learns: bool) -> Passed:
-        return given._replace(forecast=self.module.predict(given.h, self.context, learns))
+        return given._replace(predicted=self.module.predict(given.h, self.context, learns))
 
     def backward(self, given: Passed, dx: bool) -> Passed:
-        assert given.forecast is not None
-        gradient = self.module.synthetic(given.forecast, given.h)
+        assert given.predicted is not None
+        gradient = self.module.synthetic(given.predicted, given.h)
         _, contribution = self.module.close(given.trace, gradient, dx and self.need_dx)
         return given._replace(contribution=contribution)
 
@@ -226,13 +226,13 @@ class _Phases:
 
     def step(self, dx: bool) -> Passed:
         made = self.module.step_locally(self.inputs, self.context, dx and self.need_dx, dx)
-        return Passed(made.h, forecast=made.forecast)
+        return Passed(made.h, predicted=made.predicted)
 
     def train(self, given: Passed) -> None:
-        module, forecast = self.module, given.forecast
-        assert forecast is not None
-        lesson = module.lesson(given.h, forecast, self.context, self.arrived, given.trace)
-        module.learn([lesson])
+        module, predicted = self.module, given.predicted
+        assert predicted is not None
+        regression = module.regression(given.h, predicted, self.context, self.arrived, given.trace)
+        module.learn([regression])
 
     def plainly_predicted(self) -> Tensor:
         """M(h) by PyTorch alone, with its graph."""

@@ -26,7 +26,7 @@ from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict import forms
 from fused_dni.measure.verdict.candidates import first_line, spread
 from fused_dni.measure.verdict.errors import VerdictError
-from fused_dni.modules.base import DecoupledModule, Forecast
+from fused_dni.modules.base import DecoupledModule, Predicted
 from fused_dni.modules.decoupled import Decoupled
 from fused_dni.modules.local import backward_local
 from fused_dni.report import text
@@ -279,10 +279,10 @@ class Subject:
         rows = decoupled._rows((self.x,), self.rest[0] if loop.conditioned and self.rest else None)
         slots = decoupled.synthesizer_parameters()
 
-        def learn(forecast: Forecast) -> None:
+        def learn(predicted: Predicted) -> None:
             loop.optimizer.zero_grad()
-            lesson = decoupled.lesson(h, forecast, rows, arriving, None)
-            for p, gradient in zip(slots, decoupled.lesson_gradients(lesson), strict=True):
+            regression = decoupled.regression(h, predicted, rows, arriving, None)
+            for p, gradient in zip(slots, decoupled.regression_gradients(regression), strict=True):
                 if p is not None:
                     p.grad = gradient
             loop.optimizer.step()
