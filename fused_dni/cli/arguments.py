@@ -48,12 +48,12 @@ def refuse_number(out: str | None) -> None:
 
 
 def no_factory(spec: str) -> UsageError:
-    """What is wrong with a word that names neither a segment nor a factory."""
+    """Say what is wrong with a word that names neither a segment nor a factory."""
     return UsageError(f"{text.unknown('module', spec, SEGMENTS)}, or package.module:factory")
 
 
 def built(spec: str) -> Any:
-    """What the factory ``package.module:name`` returns, called without arguments."""
+    """Call the factory ``package.module:name`` without arguments and return what it makes."""
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
         raise no_factory(spec)
@@ -86,8 +86,8 @@ def built(spec: str) -> Any:
 def factory(
     spec: str, shape: tuple[int, ...] | None, *more: str
 ) -> tuple[nn.Module, torch.Tensor, list[Any]]:
-    """Module and sample of a factory that returns a module or (module, sample), and what ``more``
-    names, as far as it returns that; ``shape`` is of a sample where it brings none."""
+    """Get module and sample of a factory that returns a module or (module, sample), and what
+    ``more`` names, as far as it returns that; ``shape`` is of a sample where it brings none."""
     import torch
 
     made = built(spec)

@@ -100,12 +100,12 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(None, text.unknown("command", str(value), names))
 
     def options(self) -> list[str]:
-        """All options that it knows."""
+        """List all options that it knows."""
         return [option for action in self._actions for option in action.option_strings]
 
 
 def _described(made: type) -> list[tuple[Field[Any], Option, str]]:
-    """The options of a dataclass, its own before those of its bases, with their headings."""
+    """List the options of a dataclass, its own before those of its bases, with their headings."""
     parts = {part.name: part for part in fields(made) if "option" in part.metadata}
     found = []
     for owner in made.__mro__:
@@ -119,23 +119,23 @@ def _described(made: type) -> list[tuple[Field[Any], Option, str]]:
 
 
 def _of_settings(made: type[Command]) -> list[tuple[Field[Any], Option, str]]:
-    """The options of a command that are fields of its settings."""
+    """List the options of a command that are fields of its settings."""
     parts = [] if made.settings is None else _described(made.settings)
     return [part for part in parts if part[0].name not in made.without]
 
 
 def flag_of(part: Field[Any]) -> str:
-    """The name of an option, without dashes in front."""
+    """Name an option, without dashes in front."""
     return str(part.metadata["option"].flag or part.name).replace("_", "-")
 
 
 def flags(command: Command) -> dict[str, str]:
-    """The names of a command's options, by field."""
+    """Name a command's options, by field."""
     return {part.name: flag_of(part) for part, *_ in _described(type(command))}
 
 
 def _default(of: Option, values: Iterable[tuple[str, Any]]) -> str:
-    """The default as help says it, or by subject where they differ."""
+    """Write the default as help says it, or by subject where they differ."""
 
     def shown(value: Any) -> str:
         each = value if of.several else (value,)

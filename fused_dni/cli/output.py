@@ -149,7 +149,7 @@ class OutFile:
 
 
 def unfinished(path: str, kind: str) -> Result:
-    """The report that a run goes on with.
+    """Read the report that a run goes on with.
 
     Raises:
         ReportError: it is none, or lacks something.

@@ -105,7 +105,7 @@ class Profile(Measuring):
         return {"status": status, "trace": file.name, **found}
 
     def _by_nsight(self, folder: Path) -> dict[str, Any] | None:
-        """The report's part; None, and a line that says why, if there is no such tool."""
+        """Make the report's part; None, and a line that says why, if there is no such tool."""
         from fused_dni.annotate import VARIABLE
         from fused_dni.measure.profile import ncu, nsys
         from fused_dni.measure.profile.command import as_process

@@ -125,7 +125,7 @@ _PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures", "--check")
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command as it goes into a report: without the reader's folders."""
+    """Write the command as it goes into a report: without the reader's folders."""
     words, hide = [], False
     for word in argv:
         words.append("DIR" if hide else printable(word))

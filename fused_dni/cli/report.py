@@ -63,7 +63,7 @@ class Report(Command):
 
 
 def _page(given: str) -> Path:
-    """Where the page goes; refused before anything is read."""
+    """Say where the page goes; it is refused before anything is read."""
     page = Path(given)
     if page.suffix not in FORMATS:
         raise UsageError(f"--output must end in {' or '.join(FORMATS)}, got {given!r}")
@@ -74,7 +74,7 @@ def _page(given: str) -> Path:
 
 
 def _write(page: Path, blocks: list[Block], report: Result) -> list[Path]:
-    """The page and, of Markdown, the figures that lie beside it."""
+    """Write the page and, of Markdown, the figures that lie beside it."""
     from fused_dni.report import Figure, as_markdown
     from fused_dni.report.errors import WriteError
     from fused_dni.report.files import unwritten, write_text

@@ -180,7 +180,7 @@ examples:
         return 0
 
     def _times(self, progress: Any) -> tuple[Times, dict[str, Any] | None]:
-        """The times of a stage, and what they were measured on."""
+        """Get the times of a stage, and what they were measured on."""
         from fused_dni.measure.simulate import Times
         from fused_dni.measure.simulate.settings import TRIAL
 

@@ -159,7 +159,7 @@ A factory is called without arguments and returns a module, or (module, sample).
         return 0
 
     def _segment(self) -> Segment:
-        """What is measured."""
+        """Make what is measured."""
         from fused_dni.measure.verdict import segments
 
         given = {name: getattr(self, name) for name in segments.options()}

@@ -120,7 +120,7 @@ def _rate(
     keep: Keep | None,
     say: Say,
 ) -> float:
-    """The rate of least error on the held-out part, of a shorter run by the family's first arm."""
+    """Choose the rate of least error on the held-out part, in shorter runs by the family's first."""
     if len(settings.rates) == 1:
         return settings.rates[0]
     tried = [t for t in report["tuning"] if (t["family"], t["lag"]) == (which.family, lag)]
@@ -217,7 +217,7 @@ def train(
 
 
 def _cosine_of(ages: dict[str, Any]) -> float | None:
-    """Of predictions with what came for them, at the one age that they had."""
+    """Return that of predictions with what came for them, at the one age that they had."""
     rows = ages["by_age"]
     found: float | None = rows[-1]["cosine"] if rows else None
     return found
@@ -225,7 +225,7 @@ def _cosine_of(ages: dict[str, Any]) -> float | None:
 
 @torch.no_grad()
 def error(stages: list[Stage], settings: Settings, split: data.Split) -> float:
-    """The share of images misclassified, or of the images' variance that is not reconstructed."""
+    """Measure the share of images misclassified, or of their variance not reconstructed."""
     for stage in stages:
         stage.eval()
     wrong = 0.0

@@ -36,23 +36,23 @@ class Head(nn.Module):
         self._loss = loss
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
-        """The loss, []."""
+        """Compute the loss, []."""
         found: Tensor = self._loss(self.linear(h), target)
         return found
 
 
 def loss_of(settings: Settings) -> Any:
-    """``loss(output, target)``, a mean over the batch."""
+    """Return ``loss(output, target)``, a mean over the batch."""
     return F.cross_entropy if settings.task == "classification" else F.mse_loss
 
 
 def outputs(settings: Settings, dataset: data.Dataset) -> int:
-    """Width of the last stage's output."""
+    """Return the width of the last stage's output."""
     return dataset.classes if settings.task == "classification" else dataset.features
 
 
 def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> list[Stage]:
-    """The stages of an arm; their weights are a function of the seed, whatever the arm.
+    """Make the stages of an arm; their weights are a function of the seed, whatever the arm.
 
     The global random generator is left as it was.
     """
@@ -134,7 +134,7 @@ class UpdateFeedback:
 def optimizer_of(
     which: Arm, stages: Iterable[Stage], rate: float, share: float
 ) -> torch.optim.Optimizer | UpdateFeedback:
-    """The optimizer of an arm, of all stages: what it does to one does not depend on others.
+    """Make the optimizer of an arm, of all stages: what it does to one depends on no other.
 
     Args:
         which: the arm.

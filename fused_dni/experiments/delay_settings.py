@@ -62,7 +62,7 @@ class Arm(NamedTuple):
 
 
 def arm(name: str) -> Arm:
-    """The arm of that name.
+    """Look up the arm of that name.
 
     Raises:
         ValueError: there is none.

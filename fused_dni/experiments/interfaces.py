@@ -140,7 +140,7 @@ def _run(
 
 
 def _batches(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[data.Split]:
-    """Batch after batch, epoch after epoch: the same ones for all networks of a seed."""
+    """Yield batch after batch, epoch after epoch: the same ones for all networks of a seed."""
     for epoch in itertools.count():
         order = data.permutation(len(dataset.train.labels), seed, epoch)
         for rows in data.batches(order, settings.batch_size):
@@ -153,7 +153,7 @@ def _compared(
     batches: Iterator[data.Split],
     decoupled: list[int],
 ) -> list[dict[str, Any]]:
-    """The predictions of each interface against the true gradient, over the next batches."""
+    """Compare the predictions of each interface with the true gradient, over the next batches."""
     found = []
     for batch in itertools.islice(batches, settings.batches):
 
@@ -177,5 +177,5 @@ def _compared(
 
 
 def _number(value: float) -> float | None:
-    """None for what JSON has no number for: the cosine with a gradient that is zero."""
+    """Return None for what JSON has no number for: the cosine with a gradient that is zero."""
     return value if math.isfinite(value) else None

@@ -76,13 +76,13 @@ class SequenceNet(nn.Module):
         return self.head(output), state
 
     def twin(self) -> SequenceNet:
-        """The same on ``nn.LSTM``, sharing the parameters."""
+        """Make the same on ``nn.LSTM``, sharing the parameters."""
         lstm = self.lstm.to_lstm() if isinstance(self.lstm, fd.FusedDNILSTM) else self.lstm
         return SequenceNet(self.encode, lstm, self.head)
 
 
 def plain_net(settings: Settings, classes: int, seed: int) -> SequenceNet:
-    """On ``nn.LSTM``, initialised from ``seed``; the global random generator is left alone.
+    """Make it on ``nn.LSTM``, initialised from ``seed``; the global random generator is left alone.
 
     Args:
         classes: number of symbols of the text; 0 for a copy task.
@@ -100,7 +100,7 @@ def plain_net(settings: Settings, classes: int, seed: int) -> SequenceNet:
 
 
 def build_net(arm: Arm, settings: Settings, classes: int, seed: int) -> SequenceNet:
-    """The network of an arm: the same weights for every arm of a seed."""
+    """Make the network of an arm: the same weights for every arm of a seed."""
     net = plain_net(settings, classes, seed)
     if arm.method == "backprop":
         return net
@@ -169,20 +169,20 @@ class Trainer(run.Trainer):
         raise NotImplementedError
 
     def step(self) -> None:
-        """The next piece of training: a window of a text, a batch of episodes."""
+        """Train on the next piece: a window of a text, a batch of episodes."""
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
-        """What a point of the curve shows, besides time."""
+        """Return what a point of the curve shows, besides time."""
         raise NotImplementedError
 
     def probe(self, window: int) -> dict[str, Any] | None:
-        """True gradients at boundaries of windows of ``window`` steps; None where an episode has
-        no boundary. With the prediction beside it if that is the arm's own window."""
+        """Measure true gradients at boundaries of windows of ``window`` steps; None where an episode
+        has no boundary. With the prediction beside it if that is the arm's own window."""
         raise NotImplementedError
 
     def backward(self, loss: Tensor | None, state: State, update: bool = True) -> None:
-        """Backward of a window, from its loss and from what is predicted at its end; an update."""
+        """Go back through a window, from its loss and what is predicted at its end, and update."""
         if loss is not None:
             loss.backward()
         elif self.arm.synthetic:
@@ -214,7 +214,7 @@ class Trainer(run.Trainer):
         return bits / count if count else math.nan
 
     def synthesizer(self, window: int) -> nn.Module | None:
-        """What predicts at the boundaries of these windows, if anything."""
+        """Return what predicts at the boundaries of these windows, if anything."""
         if not self.arm.synthetic or window != self.arm.window:
             return None
         assert isinstance(self.model.lstm, fd.FusedDNILSTM)
@@ -272,7 +272,7 @@ class CharacterTrainer(Trainer):
         }
 
     def validate(self) -> float:
-        """Bits per character on the validation part, the state carried through each of its streams.
+        """Measure bits per character on the validation part, the state carried through its streams.
 
         An unknown character costs the unknown symbol and its naming (see
         :mod:`fused_dni.experiments.characters`).
@@ -346,7 +346,7 @@ class CopyTrainer(Trainer):
         return self.settings.amount
 
     def draw(self, seed: int) -> sequences.Episodes:
-        """Episodes of the curriculum's present shape."""
+        """Draw episodes of the curriculum's present shape."""
         c, s = self.curriculum, self.settings
         return sequences.draw(s.task, c.length, c.repeats, s.batch_size, s.width, seed)
 
@@ -432,7 +432,7 @@ class CopyTrainer(Trainer):
 
 
 def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Trainer:
-    """The trainer of an arm; ``source`` for charlm alone.
+    """Make the trainer of an arm; ``source`` for charlm alone.
 
     Raises:
         ValueError: a text too short for the windows and the batch.
@@ -460,7 +460,7 @@ def costs(
     seconds: float = 4.0,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Peak memory and time of a piece of training, by arm, from untrained nets.
+    """Measure peak memory and time of a piece of training, by arm, from untrained nets.
 
     The piece is what lies between two updates, in a text; a batch of episodes at level
     :data:`COST_LEVEL` of the curriculum, in a copy task. Times are interleaved (see

@@ -87,7 +87,7 @@ class Arm(NamedTuple):
         return "exact" if self.kind in EXACT else self.kind
 
     def phases(self, warmup: float) -> dict[str, float]:
-        """The kinds of steps that a run has, and the share of each.
+        """List the kinds of steps that a run has, and the share of each.
 
         Args:
             warmup: share of the steps in which synthesizers only learn.
@@ -104,13 +104,13 @@ class Arm(NamedTuple):
 
 
 def ordinal(number: int) -> str:
-    """``1st``, ``2nd``, ``11th``."""
+    """Write ``1st``, ``2nd``, ``11th``."""
     teens = number % 100 in (11, 12, 13)
     return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def arm(name: str) -> Arm:
-    """The arm of that name.
+    """Look up the arm of that name.
 
     Raises:
         ValueError: there is none.

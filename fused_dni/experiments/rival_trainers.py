@@ -101,7 +101,7 @@ class GraphTrainer(Trainer):
 
 
 def replay_of(step: Callable[[], None]) -> Callable[[], None]:
-    """``step`` captured in a CUDA graph, after a warm-up on a stream of its own as PyTorch's notes
+    """Capture ``step`` in a CUDA graph, after a warm-up on a stream of its own as PyTorch's notes
     on CUDA graphs ask for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -141,17 +141,17 @@ class StaleTrainer(OurGradients):
         self._next = 0
 
     def repeats(self) -> bool:
-        """Whether the next step takes the last gradient again."""
+        """Tell whether the next step takes the last gradient again."""
         return self._next > 0
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """Forward, backward and update."""
+        """Go forward and back, and update."""
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(x), y).backward()
         self.repeat()
 
     def repeat(self) -> None:
-        """An update by the gradient that is there."""
+        """Update by the gradient that is there."""
         self.optimizer.step()
         self.scheduler.step()
         self._next = (self._next + 1) % self.every
@@ -281,7 +281,7 @@ class FeedbackTrainer(_Layerwise):
 
 
 def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]:
-    """New linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
+    """Make linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
     head = network[-1]
     assert isinstance(head, nn.Linear)
     with torch.random.fork_rng(devices=[]):
@@ -293,14 +293,14 @@ def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]
 
 
 def output_error(logits: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the mean cross-entropy at the logits [B, classes]; ``logits`` carry no graph."""
+    """Compute the gradient of the mean cross-entropy at ``logits`` [B, classes], of no graph."""
     error = logits.softmax(1)
     error.scatter_add_(1, y[:, None], error.new_full((1, 1), -1.0).expand(len(y), 1))
     return error.div_(len(y))
 
 
 def advance(trainer: Trainer, split: data.Split, rows: Tensor) -> None:
-    """One training step on these rows of ``split``, with the picking of the batch if the step
+    """Train by one step on these rows of ``split``, with the picking of the batch if the step
     looks at it."""
     if isinstance(trainer, StaleTrainer) and trainer.repeats():
         trainer.repeat()

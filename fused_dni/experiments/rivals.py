@@ -136,7 +136,7 @@ def _measured(
     progress: Progress,
     command: str | None,
 ) -> Result:
-    """The report up to the runs."""
+    """Make the report up to the runs."""
     gate = _gate(settings, arms, dataset, progress)
     rows = _costs(settings, arms, dataset, seconds, progress)
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
@@ -162,7 +162,7 @@ def _measured(
 def _gate(
     settings: Settings, arms: list[Arm], dataset: data.Dataset, progress: Progress
 ) -> dict[str, float]:
-    """Deviation of each arm from its formula, in parts of the tolerance.
+    """Measure how far each arm is from its formula, in parts of the tolerance.
 
     cDNI is held against backprop, during its warm-up: predictions are what it is compared for.
     """
@@ -187,7 +187,7 @@ def _gate(
 
 
 def _rows(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[Tensor]:
-    """Batch after batch, epoch after epoch: the same ones for all arms."""
+    """Yield batch after batch, epoch after epoch: the same ones for all arms."""
     count, epoch = len(dataset.train.labels), 0
     while True:
         order = data.permutation(count, seed, epoch).to(settings.device)
@@ -301,13 +301,13 @@ def tune(
 
 
 def held_out(dataset: data.Dataset) -> data.Dataset:
-    """The training part alone, its last sixth for evaluation."""
+    """Take the training part alone, its last sixth for evaluation."""
     train, apart = data.hold_out(dataset.train, dataset.name)
     return data.Dataset(dataset.name, train, apart, dataset.classes, held_out=True)
 
 
 def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:
-    """The rate of least error; of the exact arms, that of the one that was tried."""
+    """Choose the rate of least error; of the exact arms, that of the one that was tried."""
     same = [row for row in tuning if row["name"] == which.name]
     same = same or [row for row in tuning if row["family"] == which.family]
     return float(min(same, key=lambda row: (row["diverged"], row["error"]))["rate"])
@@ -321,7 +321,7 @@ def _run(
     steps: int,
     say: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Any]:
-    """One run of ``steps`` steps; ``settings.lr`` is its rate."""
+    """Do one run of ``steps`` steps; ``settings.lr`` is its rate."""
     assert settings.lr is not None
     rule = settings.rule(settings.lr)
     learner = settings.rule(SYNTHESIZER_SHARE * settings.lr)

@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: equal only if every bit is."""
+    """Hash all parameters and buffers by SHA-256: equal only if every bit is."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path, settings: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists, as JSON and ``weights_only`` reading have them."""
+    """Make tuples lists, as JSON and ``weights_only`` reading have them."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -272,7 +272,7 @@ class Turns(Generic[T]):
         }
 
     def _resumed(self, folder: Path | None) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
-        """Finished runs, the number of the seed that was trained, and its trainers' states."""
+        """Return finished runs, the number of the seed in training, and its trainers' states."""
         if folder is None:
             raise CheckpointError("--resume needs --checkpoint DIR")
         kept = read_checkpoint(folder, self.settings)

@@ -40,7 +40,7 @@ _POINTS = 60
 
 
 def split(settings: Settings, features: int, classes: int, mode: str) -> list[Stage]:
-    """The network in stages, the same on every process."""
+    """Cut the network in stages, the same on every process."""
     network = nets.plain(features, settings.hidden, settings.depth, classes, seed=settings.seed)
     modules = list(network)
     layers = [nn.Sequential(*modules[3 * i : 3 * i + 3]) for i in range(settings.depth)]
@@ -77,7 +77,7 @@ class _LocalLoss(nn.Module):
 def batches(
     dataset: Dataset, settings: Settings, first: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of steps ``first`` to ``steps``: whole epochs, each in an order of its own."""
+    """Yield the batches of steps ``first`` to ``steps``: whole epochs, each in an order of its own."""
     images, labels = dataset.train.images, dataset.train.labels
     size = settings.batch_size
     each = len(labels) // size
@@ -102,7 +102,7 @@ def _steps(dataset: Dataset, settings: Settings) -> int:
 
 
 def work(settings: Settings, mode: str, folder: str) -> dict[str, Any]:
-    """One process's part of a run, under torchrun or :func:`train`.
+    """Do one process's part of a run, under torchrun or :func:`train`.
 
     Returns:
         The last stage's curve of losses against seconds, and all stages' reports.
@@ -214,7 +214,7 @@ def train(
 
 
 def _last_line(message: Any) -> str:
-    """What an exception said, of what torch's launcher tells of it."""
+    """Return what an exception said, of what torch's launcher tells of it."""
     said = message.get("message", message) if isinstance(message, dict) else message
     with suppress(TypeError, ValueError, KeyError):
         said = json.loads(said)["message"]["message"]

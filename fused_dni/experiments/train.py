@@ -167,7 +167,7 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
 
 
 def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:
-    """Whole batches in the training set.
+    """Count whole batches in the training set.
 
     Raises:
         ValueError: there is not one.
@@ -270,7 +270,7 @@ def split_time(
     seconds: float = 4.0,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Seconds per step by piece, of stock backprop, fused backprop and cDNI; how, see
+    """Measure seconds per step by piece, of stock backprop, fused backprop and cDNI; how, see
     :data:`SPLIT_METHOD`."""
     slow = replace(settings, lr=1e-6, sg_lr=1e-6, warmup_steps=0, epochs=1_000_000)
     rows = data.permutation(len(dataset.train.labels), 0, 0)[: settings.batch_size]

@@ -64,7 +64,7 @@ def kind(
 
 
 def whole(low: int, high: int | None = None) -> Kind:
-    """Whole numbers."""
+    """Take whole numbers."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, int) and low <= value and (high is None or value <= high)
@@ -74,7 +74,7 @@ def whole(low: int, high: int | None = None) -> Kind:
 
 
 def number(low: float = 0.0, high: float = math.inf, *, below: bool = False) -> Kind:
-    """Finite numbers from ``low`` to ``high``, without ``high`` itself if ``below``."""
+    """Take finite numbers from ``low`` to ``high``, without ``high`` itself if ``below``."""
     says = f"a finite number from {low:g} {'on' if high == math.inf else f'to {high:g}'}"
     if below:
         says = f"at least {low:g} and below {high:g}"
@@ -87,7 +87,7 @@ def number(low: float = 0.0, high: float = math.inf, *, below: bool = False) -> 
 
 
 def above_zero(high: float = math.inf, metavar: str = "X") -> Kind:
-    """Positive, finite numbers, to ``high``."""
+    """Take positive, finite numbers, to ``high``."""
     says = "a positive, finite number" if high == math.inf else f"above 0 and at most {high:g}"
 
     def fits(value: Any) -> bool:
@@ -97,7 +97,7 @@ def above_zero(high: float = math.inf, metavar: str = "X") -> Kind:
 
 
 def one_of(names: Iterable[str]) -> Kind:
-    """One of these names; the nearest is suggested."""
+    """Take one of these names; the nearest is suggested."""
     known = tuple(names)
 
     def check(name: str, value: Any, given: Any) -> None:
@@ -108,7 +108,7 @@ def one_of(names: Iterable[str]) -> Kind:
 
 
 def known_to(look_up: Callable[[str], object], metavar: str) -> Kind:
-    """Names of which ``look_up`` raises ValueError if it does not know them."""
+    """Take names of which ``look_up`` raises ValueError if it does not know them."""
     return Kind(lambda _, value, given: look_up(value), metavar=metavar)
 
 
@@ -185,7 +185,7 @@ _QUANTITY = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([^\W\d_]*(?:/s)?)\s
 def quantity(
     units: Mapping[str, float], like: str, metavar: str, *, positive: bool = False
 ) -> Kind:
-    """Numbers with their unit, of which 0 needs none."""
+    """Take numbers with their unit, of which 0 needs none."""
 
     def read(word: str) -> float:
         found = _QUANTITY.fullmatch(word)

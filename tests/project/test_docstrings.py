@@ -9,7 +9,9 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "fused_dni"
 FILES = sorted(
-    [*LIBRARY.glob("*.py"), *LIBRARY.glob("modules/*.py"), *LIBRARY.glob("convert/*.py")]
+    path
+    for room in (".", "modules", "convert", "cli", "experiments")
+    for path in (LIBRARY / room).glob("*.py")
 )
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
