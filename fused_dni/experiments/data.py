@@ -247,7 +247,7 @@ def _read_mnist(folder: Path) -> tuple[Split, Split]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    """Find the file under one of its usual spellings: compressed or not, in torchvision's folder."""
+    """Find a file under one of its usual spellings: compressed or not, in torchvision's folder."""
     dotted = name.replace("-idx", ".idx")
     for place in (folder, folder / "MNIST" / "raw"):
         for spelling in (f"{name}.gz", name, f"{dotted}.gz", dotted):

@@ -120,7 +120,7 @@ def _rate(
     keep: Keep | None,
     say: Say,
 ) -> float:
-    """Choose the rate of least error on the held-out part, in shorter runs by the family's first."""
+    """Choose the rate of least error on the held-out part, in shorter runs of the family."""
     if len(settings.rates) == 1:
         return settings.rates[0]
     tried = [t for t in report["tuning"] if (t["family"], t["lag"]) == (which.family, lag)]

@@ -177,8 +177,8 @@ class Trainer(run.Trainer):
         raise NotImplementedError
 
     def probe(self, window: int) -> dict[str, Any] | None:
-        """Measure true gradients at boundaries of windows of ``window`` steps; None where an episode
-        has no boundary. With the prediction beside it if that is the arm's own window."""
+        """Measure true gradients at boundaries of windows of ``window`` steps; None where there
+        is no boundary. With the prediction beside it if that is the arm's own window."""
         raise NotImplementedError
 
     def backward(self, loss: Tensor | None, state: State, update: bool = True) -> None:

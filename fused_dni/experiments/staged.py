@@ -77,7 +77,7 @@ class _LocalLoss(nn.Module):
 def batches(
     dataset: Dataset, settings: Settings, first: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of steps ``first`` to ``steps``: whole epochs, each in an order of its own."""
+    """Yield the batches of steps ``first`` to ``steps``: whole epochs, each in its own order."""
     images, labels = dataset.train.images, dataset.train.labels
     size = settings.batch_size
     each = len(labels) // size
