@@ -303,3 +303,30 @@ def test_a_finished_run_resumes_to_its_own_result(tmp_path):
     again = train.train(TINY, dataset, checkpoint=tmp_path, resume=True)
     assert _fingerprints(first) == _fingerprints(again)
     assert not [p for p in tmp_path.iterdir() if p.name != CHECKPOINT]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_checkpoint_of_0_1_0_is_gone_on_with(tmp_path, monkeypatch, epoch):
+    """It kept where it was in numbers: seed, epoch, turn, step; between two seeds (epoch 0) beside
+    the trainers of the one that was over."""
+    settings = replace(TINY, seeds=(0, 1), epochs=2, methods=("backprop", "cdni"))
+    dataset = clusters(160, 50, 12)
+    whole = _fingerprints(train.train(settings, dataset))
+    write, trainers = run.write_checkpoint, {}
+
+    def as_before(folder, state):
+        seed = state["seed"]
+        trainers.update(state["trainers"])
+        position = [seed, epoch, 0, 4] if epoch else [seed, 0, 0, 0]
+        old = {name: state[name] for name in ("version", "settings", "finished")}
+        write(folder, {**old, "position": position, "trainers": trainers})
+        histories = [len(kept["history"]) for kept in state["trainers"].values()]
+        if (seed == 1) if epoch == 0 else (histories == [1] * len(histories)):
+            raise _Cut
+
+    monkeypatch.setattr(run, "write_checkpoint", as_before)
+    with pytest.raises(_Cut):
+        train.train(settings, dataset, checkpoint=tmp_path, checkpoint_every=4)
+    monkeypatch.setattr(run, "write_checkpoint", write)
+    found = train.train(settings, dataset, checkpoint=tmp_path, resume=True)
+    assert _fingerprints(found) == whole
