@@ -74,7 +74,7 @@ class _OfThePaper(OnImages, Checkpointed):
         race: Result | None = None,
     ) -> None:
         """Write the report and print it."""
-        from fused_dni.experiments.train_report import result
+        from fused_dni.experiments.train import result
         from fused_dni.report.blocks import Heading, Text
         from fused_dni.report.kinds import race as races
         from fused_dni.report.kinds import train as kind
@@ -194,7 +194,6 @@ class _OnSequences(Checkpointed):
 
     def run(self, command: str) -> int:
         from fused_dni.experiments import recurrent
-        from fused_dni.experiments.recurrent_report import result
         from fused_dni.measure import memory
         from fused_dni.report.blocks import Text
         from fused_dni.report.kinds import recurrent as kind
@@ -243,7 +242,7 @@ class _OnSequences(Checkpointed):
             said.append(kind.future_table(outcome))
         if outcome.memory_curve:
             said.append(kind.memory_table(outcome.memory_curve))
-        made = result(outcome, command).described()
+        made = recurrent.result(outcome, command).described()
         said += [Text(made.sentence), *map(Text, outcome.notes)]
         _finish(self, out, made, said)
         return 0

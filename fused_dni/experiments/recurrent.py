@@ -20,7 +20,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,10 @@ from fused_dni.experiments.characters import Text, streams
 from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.measure import timing
+from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 
 #: Streams that the validation text is read in, each from a zero state.
 VALIDATION_STREAMS = 16
@@ -564,7 +566,25 @@ def train(
     """
     turns = _Evaluations(settings, source)
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
-    return Outcome(settings, turns.data, finished, notes=_notes(settings, source))
+    return Outcome(settings, turns.data, finished, _notes(settings, source))
+
+
+def result(outcome: Outcome, command: str | None = None) -> Result:
+    """Gather the whole report."""
+    return Result(
+        f"train {outcome.settings.task}",
+        facts=facts(command),
+        settings=asdict(outcome.settings),
+        memory_is=timing.PEAK_MEMORY_CPU,
+        notes=outcome.notes,
+        body={
+            "data": outcome.data,
+            "summary": outcome.summary(),
+            "costs": outcome.costs,
+            "runs": outcome.runs,
+            "memory_curve": outcome.memory_curve,
+        },
+    )
 
 
 def _described(source: Text | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ import fused_dni as fd
 from fused_dni.experiments import data, nets, run
 from fused_dni.experiments.settings import Training as Settings
 from fused_dni.measure import timing
-from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.baseline import facts, stock_optimizer
+from fused_dni.measure.verdict.result import Verdict
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.kinds.train import Outcome
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 from fused_dni.rules import Rule
 
 # -------------------------------------------------------------------------------------- trainers
@@ -244,7 +246,36 @@ def train(
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
     steps = settings.epochs * turns.each
     notes = run.warmup_notes(settings.runs(), settings.warmup_steps, steps)
-    return Outcome(settings, dataset.name, finished, turns.each, notes=notes)
+    return Outcome(settings, dataset.name, finished, notes, turns.each)
+
+
+def result(
+    outcome: Outcome,
+    command: str | None = None,
+    verdict: Verdict | None = None,
+    race: Result | None = None,
+) -> Result:
+    """Gather the whole report, with the verdict for its layers and a race under an expensive top,
+    if there are any."""
+    body: dict[str, Any] = {
+        "dataset": outcome.data,
+        "evaluated_on": "held-out part" if outcome.settings.held_out else "test set",
+        "steps_per_epoch": outcome.steps_per_epoch,
+        "summary": outcome.summary(),
+        "runs": outcome.runs,
+        "split": outcome.split,
+    }
+    if verdict is not None:
+        body["verdict"] = verdict.report()
+    if race is not None:
+        body["race"] = race
+    return Result(
+        "train",
+        facts=facts(command),
+        settings=asdict(outcome.settings),
+        notes=outcome.notes,
+        body=body,
+    )
 
 
 # ----------------------------------------------------------------------------- where a step goes

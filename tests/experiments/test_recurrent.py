@@ -14,12 +14,13 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, recurrent, run
-from fused_dni.experiments.recurrent_report import write
 from fused_dni.experiments.settings import SYNTHESIZERS
-from fused_dni.measure import memory
+from fused_dni.measure import memory, timing
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
+from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.schema import NAMES
 
 pytestmark = [pytest.mark.slow(150), pytest.mark.usefixtures("one_thread")]
 
@@ -463,18 +464,7 @@ def test_bad_input_of_the_memory_curve(arguments, message):
 
 # ---------------------------------------------------------------------------------------- reports
 
-KEYS = {
-    "kind",
-    "version",
-    "facts",
-    "settings",
-    "data",
-    "memory_method",
-    "summary",
-    "sentence",
-    "runs",
-}
-KEYS |= {"costs", "memory_curve", "notes"}
+KEYS = {*NAMES, "data", "summary", "runs", "costs", "memory_curve"}
 
 
 @pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy"])
@@ -487,7 +477,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     outcome = recurrent.train(settings, source)
     outcome.costs = recurrent.costs(settings, source, seconds=0.05)
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
-    files = write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
+    files = write_folder(recurrent.result(outcome, "fused-dni train"), tmp_path / "deep" / "er")
     names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
     plots = {f"{name}.png" for name in names}
     assert {f.name for f in files} == {"report.json", "report.md", *plots}
@@ -514,7 +504,7 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = recurrent.train(replace(COPY, amount=3, seeds=(0,)))
     with pytest.raises(ReportError, match="cannot write the report"):
-        write(outcome, tmp_path / "file" / "below")
+        write_folder(recurrent.result(outcome), tmp_path / "file" / "below")
 
 
 def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
@@ -532,12 +522,13 @@ def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
     costs = {
         r["name"]: {
             "peak_memory": 1_000_000 * r["window"],
-            "timing": {"median": 0.002},
+            "timing": timing.Timing.of("piece", (0.002,), (0.002,), 1),
             "units": 1,
         }
         for r in runs
     }
-    return recurrent_report.sentence(recurrent.Outcome(settings, {}, runs, costs))
+    outcome = recurrent.Outcome(settings, {}, runs, costs=costs)
+    return recurrent_report.sentence(recurrent.result(outcome))
 
 
 def test_the_sentence_claims_what_was_measured():

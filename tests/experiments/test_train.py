@@ -15,8 +15,8 @@ from clusters import clusters
 
 from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
-from fused_dni.experiments.train_report import write
 from fused_dni.report.errors import ReportError
+from fused_dni.report.folder import write_folder
 
 # Networks this small have nothing to share out.
 pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
@@ -97,7 +97,7 @@ def test_the_report_folder(tmp_path):
     dataset = clusters(160, 50, 12)
     outcome = train.train(TINY, dataset)
     outcome.split = train.split_time(TINY, dataset, seconds=0.05)
-    files = write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
+    files = write_folder(train.result(outcome, "fused-dni train"), tmp_path / "deep" / "folder")
     assert {f.name for f in files} == {"report.json", "report.md", *PLOTS}
     assert all(f.stat().st_size > 200 for f in files)
     read = json.loads(files[0].read_text())
@@ -118,7 +118,7 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
     with pytest.raises(ReportError, match="cannot write the report"):
-        write(outcome, tmp_path / "file" / "below")
+        write_folder(train.result(outcome), tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(

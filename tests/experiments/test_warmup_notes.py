@@ -43,10 +43,8 @@ def test_which_runs_are_all_warm_up(names, warmup, steps, said):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("warmup", "said"), [(9, False), (10, True), (44, True)])
 def test_the_report_of_a_training_says_it(warmup, said):
-    from fused_dni.experiments.train_report import result
-
     outcome = train.train(replace(TINY, warmup_steps=warmup), clusters(160, 50, 12))
-    printed = as_text(blocks_of(result(outcome)))
+    printed = as_text(blocks_of(train.result(outcome)))
     assert ("All 10 steps of cdni k=1, cdni k=never were warm-up" in printed) is said
 
 
