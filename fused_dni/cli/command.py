@@ -173,6 +173,7 @@ def _add_option(
     if of.place:
         group.add_argument(part.name, **more)
     else:
+        more["required"] = part.default is MISSING
         names = [*filter(None, [of.short]), f"--{name}"]
         group.add_argument(*names, dest=part.name, default=value, **more)
 

@@ -29,6 +29,7 @@ from fused_dni.cli.simulate import Simulate
 from fused_dni.cli.training import Demo, Train, TrainCharacters, TrainCopy, TrainRepeatCopy
 from fused_dni.cli.tune import Tune
 from fused_dni.cli.verdict import Verdict, VerdictLSTM
+from fused_dni.cli.verdict_link import VerdictLink
 from fused_dni.cli.verdict_top import VerdictTop
 from fused_dni.measure.options import option
 from fused_dni.report import text
@@ -59,7 +60,7 @@ class Env(Command):
 
 
 COMMANDS: tuple[type[Command], ...] = (
-    *(Demo, Verdict, VerdictLSTM, VerdictTop, Advise),
+    *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
     *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainPipeline),
     *(Tune, Map, Compare, Rivals, Interfaces, Delay, Race, Simulate, Profile, Report, Env),
 )

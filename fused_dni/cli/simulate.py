@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import built, set_threads
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Options that are times of a stage.
 TIMES = ("forward", "backward", "weight", "optimizer", "dni", "target", "lesson", "local")
+#: Of --run: numbers of processes, and seconds one way.
+RUN_STAGES, RUN_LATENCIES = (2, 4), (0.0, 0.02, 0.1)
 #: Options that say how modes are run.
 MODE_OPTIONS = (
     *("microbatches", "window", "buffer", "target_every", "max_age"),
@@ -139,6 +141,14 @@ examples:
     steps: int = option(200, whole(1), "microbatches measured at least")
     seed: int = option(0, whole(0), "of all random numbers")
 
+    paced: float | None = option(
+        None,
+        SECONDS,
+        "run pipelines of 2 and 4 processes that sleep for the stages' times, so long for each "
+        "mode and latency of 0, 20 and 100 ms, and hold the model against them",
+        flag="run",
+        group="output",
+    )
     check_against: str | None = option(
         None,
         FILE,
@@ -173,11 +183,32 @@ examples:
                 progress=progress.update,
                 command=command,
             )
+            if self.paced is not None:
+                checked = [*(checked or []), *self._run(self.paced, settings, progress)]
         report.body["checked"] = checked
         out.write(as_json(report))
         say_report(report, self.json)
         out.finish()
         return 0
+
+    def _run(self, seconds: float, settings: Settings, progress: Any) -> list[dict[str, Any]]:
+        """Run pipelines of processes that sleep, beside what was simulated of them."""
+        from fused_dni.measure.simulate import Case, paced
+
+        found = []
+        modes = [name for name in paced.RUNTIME if name in (self.modes or paced.RUNTIME)]
+        for stages in RUN_STAGES if modes else ():
+            cases = [
+                Case(stages, replace(settings, link=replace(settings.link, latency=latency)))
+                for latency in RUN_LATENCIES
+            ]
+            runs = [paced.asked(mode, case, seconds) for case in cases for mode in modes]
+
+            def tell(share: float, what: str = f"running {stages} processes") -> None:
+                progress.update(what, share)
+
+            found += paced.measure(runs, tell)
+        return found
 
     def _times(self, progress: Any) -> tuple[Times, dict[str, Any] | None]:
         """Get the times of a stage, and what they were measured on."""

@@ -43,12 +43,12 @@ class Head(nn.Module):
 
 def loss_of(settings: Settings) -> Any:
     """Return ``loss(output, target)``, a mean over the batch."""
-    return F.cross_entropy if settings.task == "classification" else F.mse_loss
+    return F.mse_loss if settings.task == "reconstruction" else F.cross_entropy
 
 
 def outputs(settings: Settings, dataset: data.Dataset) -> int:
     """Return the width of the last stage's output."""
-    return dataset.classes if settings.task == "classification" else dataset.features
+    return dataset.features if settings.task == "reconstruction" else dataset.classes
 
 
 def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> list[Stage]:
@@ -74,6 +74,7 @@ def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> l
             options: dict[str, Any] = {}
             if i == settings.stages - 1:
                 module.append(head)
+                module.requires_grad_(settings.task != "frozen-top")
             elif which.mode == "decoupled":
                 # Stages are always given a context: one that is the same for all rows says nothing.
                 conditions = goal if which.conditioned else 1

@@ -27,7 +27,7 @@ KINDS: dict[str, str] = {
 }
 #: What the stage's gradient is made of, as ``fused_dni.distributed`` names it.
 MODES = {"backprop": "exact", "local": "local", "cdni": "decoupled"}
-TASKS = ("classification", "reconstruction")
+TASKS = ("classification", "frozen-top", "reconstruction")
 DEFAULT_ARMS = ("backprop", "stale", "nesterov", "feedback", "local", "cdni-16")
 #: Of NAdam: momentum raised, as its authors do for late gradients (arXiv 2505.01099).
 MOMENTUM = 0.99
@@ -100,7 +100,8 @@ class Settings(OnImages):
     task: str = option(
         "classification",
         one_of(TASKS),
-        "reconstruction: of the image, through a narrow layer",
+        "frozen-top: classification with a last stage that stays as it was drawn; reconstruction: "
+        "of the image, through a narrow layer",
         group="training",
     )
     arms: tuple[str, ...] = option(
