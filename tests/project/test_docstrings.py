@@ -9,7 +9,14 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "fused_dni"
 ROOMS = ("", "modules", "convert", "report", "report/kinds", "measure", "measure/advise")
-ROOMS += ("measure/compare", "measure/map", "measure/profile", "measure/verdict")
+ROOMS += (
+    "measure/compare",
+    "measure/map",
+    "measure/profile",
+    "measure/verdict",
+    "cli",
+    "experiments",
+)
 FILES = sorted(path for room in ROOMS for path in (LIBRARY / room).glob("*.py"))
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
