@@ -283,7 +283,8 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, h._version)
-        if type(self) is FusedDNILinear and self.update is not None and x is input and not tracing:
+        as_given = x.shape == input.shape  # of another type under autocast
+        if type(self) is FusedDNILinear and self.update is not None and as_given and not tracing:
             by_prediction = not phase.warmup and not (phase.target and phase.mix)
             if by_prediction or not decoupled:
                 quicken(self, backend, rows)
