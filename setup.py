@@ -343,6 +343,7 @@ setup(
         "fused_dni.backends": ["*.json", "*.pyi"],
         "fused_dni.ops": ["*.json"],
         "fused_dni.kernels": ["*.json"],
+        "fused_dni.report": ["*.html"],
     },
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": NinjaBuild},

@@ -354,8 +354,8 @@ class CpuBackend:
         head: Any,
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container, with what :meth:`quick_loss` made of the head behind them, or None. One that predicts looks
-        at autocast itself."""
+        their container, with what :meth:`quick_loss` made of the head behind them, or None. One
+        that predicts looks at autocast itself."""
         given = (container, _checks(surroundings), _checks(own), steps, head)
         if exact:
             return _cpu.QuickExactStack(*given)

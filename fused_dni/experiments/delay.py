@@ -228,7 +228,7 @@ def train(
             if step == steps:
                 break
             x, y = data.pick(dataset.train, rows)
-            goal = y if settings.task == "classification" else x
+            goal = x if settings.task == "reconstruction" else y
             (waiting if step < warmup else twin).step(
                 x, goal, goal if which.conditioned else torch.zeros_like(y)
             )
@@ -270,13 +270,13 @@ def error(stages: list[Stage], settings: Settings, split: data.Split) -> float:
         h: Tensor = x
         for stage in stages:
             h = stage(h)
-        if settings.task == "classification":
-            wrong += float((h.argmax(1) != y).sum())
-        else:
+        if settings.task == "reconstruction":
             wrong += float((h - x).square().sum())
+        else:
+            wrong += float((h.argmax(1) != y).sum())
     for stage in stages:
         stage.train()
-    if settings.task == "classification":
+    if settings.task != "reconstruction":
         return wrong / len(split.labels)
     mean = split.images.mean(0)
     return wrong / float((split.images - mean).square().sum())

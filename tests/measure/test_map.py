@@ -45,9 +45,7 @@ def result(point, faster=0.8, **failed):
         "date": "2026-01-01T00:00:00",
         "timings": dict.fromkeys(("backprop", "fused"), timed),
         "ratios": {"fused": ratios, "backprop": ratios},
-        "break_even": {
-            "fused": BreakEven("from", 9, 3), "backprop": BreakEven("never", None, 64)
-        },
+        "break_even": {"fused": BreakEven("from", 9, 3), "backprop": BreakEven("never", None, 64)},
     }
 
 
