@@ -6,7 +6,6 @@ the answers read all of it, whatever machine it is from.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -32,8 +31,8 @@ MODELS = ("mlp", "convnet", "lstm_lm")
 
 
 def commands(data: str) -> Iterator[tuple[str, list[str]]]:
-    """What is measured: the result's name, and the words behind ``fused-dni``, or a script and its
-    own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
+    """Say what is measured: the result's name, and the words behind ``fused-dni``, or a script and
+    its own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
     that has neither prints its JSON."""
     bare = ["--normalization", "none", "--activation", "identity"]
     every = ["--synthesizers", "dense", "rank16", "diagonal"]
@@ -100,10 +99,10 @@ def measure(data: str, only: list[str] | None) -> int:
                 print(f"{name}: failed with status {done.returncode}", flush=True)
                 failed += 1
                 continue
-            report = json.loads(made.read_text(encoding="utf-8"))
+            report = stored.load(made)
             hidden = {"FOLDER": "DIR", "OUT": "FILE", data: "DIR"}
             run = ["python" if program == [] else "fused-dni", *(hidden.get(w, w) for w in words)]
-            report["facts"]["command"] = shlex.join(run)
+            report.facts["command"] = shlex.join(run)
             stored.write(stored.VERDICT / f"{machine}-{name}.json", report)
     return failed
 
@@ -278,7 +277,7 @@ def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
 
 
 def answered(question: Question) -> Iterator[tuple[dict[str, Report], Answer]]:
-    """An answer for every machine that has results."""
+    """Yield an answer for every machine that has results."""
     if question.answer is not None:
         for reports in committed(question.patterns).values():
             yield reports, question.answer(reports)

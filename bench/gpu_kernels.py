@@ -33,7 +33,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
 from fused_dni.report.kinds import profile as profile_report
+from fused_dni.report.schema import Result
 from gpu_baselines import NoTimeLeftError, driver, graphed
 from groups import compared, device_facts, gather
 from pages.cells import interval
@@ -156,7 +157,7 @@ class Run:
         self.backend, self.tiny = backend, tiny
         self.rows, self.only, self.resume = rows, only, resume
         self.deadline = time.monotonic() + seconds
-        self.results: dict[str, Any] = stored.load(path) if path is not None else {}
+        self.results = stored.benchmarks(path)
         self.failed = False
 
     @property
@@ -164,7 +165,7 @@ class Run:
         return self.device.type == "cuda"
 
     def limits(self, seconds: float) -> dict[str, Any]:
-        """How long a group is measured, and where."""
+        """Say how long a group is measured, and where."""
         if self.tiny:
             return {"rounds": 1, "block": 1, "warmup": 1, "device": self.device}
         return {"seconds": seconds, "device": self.device}
@@ -173,40 +174,40 @@ class Run:
         return time.monotonic() > self.deadline
 
     def has(self, part: str, key: str) -> bool:
-        """Whether a group is not to be measured again."""
+        """Say whether a group is not to be measured again."""
         done = self.group(part, key).get("done", ())
         failed = f"{part} {key}" in self.results.get("failed", {})
         return self.resume and (failed or set(self.rows) <= set(done))
 
     def group(self, part: str, key: str) -> dict[str, Any]:
-        """What is known of it so far."""
+        """Say what is known of it so far."""
         found: dict[str, Any] = self.results.get(f"gpu-{part}", {}).get(key, {})
         return found
 
     def keep(self, part: str, key: str, found: dict[str, Any]) -> None:
         """Join what was found of a group to the results, and put those into their file."""
-        if "facts" not in self.results:
-            self.results["facts"] = facts(self)
+        if not self.results.facts:
+            self.results.facts.update(facts(self))
         group = joined(self.group(part, key), found)
         stored.put(self.results, f"gpu-{part}", key, group)
         self.save()
         for name, row in found.get("rows", {}).items():
-            if "median" in row:
-                print(f"{part} {key}: {name}: {row['median'] * 1e6:.4g} us", flush=True)
+            if "timing" in row:
+                print(f"{part} {key}: {name}: {row['timing'].median * 1e6:.4g} us", flush=True)
 
     def fail(self, what: str, reason: str) -> None:
         """Put a reason into the results instead."""
         self.failed = True
-        self.results.setdefault("failed", {})[what] = reason
+        self.results.body.setdefault("failed", {})[what] = reason
         print(f"{what}: {reason}", file=sys.stderr, flush=True)
         self.save()
 
     def save(self) -> None:
-        """The results, and their figures as text. Where there is no room for them they are tried
-        again with the next figure, and stand in what was printed."""
+        """Write the results, and their figures as text. Where there is no room for them they are
+        tried again with the next figure, and stand in what was printed."""
         assert self.path is not None and self.text is not None
         try:
-            stored.save(self.path, self.results)
+            stored.write(self.path, self.results)
             self.text.write_text(summary(self.results) + "\n", encoding="utf-8")
         except OSError as error:
             self.failed = True
@@ -232,7 +233,7 @@ def joined(group: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         if part in group or part in found:
             merged[part] = {**group.get(part, {}), **found.get(part, {})}
     for name, row in group.get("rows", {}).items():
-        if "median" in row and "median" not in merged["rows"][name]:
+        if "timing" in row and "timing" not in merged["rows"][name]:
             merged["rows"][name] = row
     for part in ("order", "done"):
         merged[part] = list(dict.fromkeys([*group.get(part, []), *found.get(part, [])]))
@@ -250,7 +251,7 @@ def repeated(steps: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Say what the figures hold for."""
     found = device_facts() | {"triton": triton.__version__}
     if run.cuda:
         properties = torch.cuda.get_device_properties(run.device)
@@ -272,14 +273,14 @@ def bandwidth(run: Run) -> float:
     there = torch.empty(2**28 if run.cuda else 2**16, device=run.device).normal_()
     here = torch.empty_like(there)
     taken = compared({"copy": lambda: here.copy_(there)}, {}, **run.limits(0.1))
-    return 2.0 * there.nbytes / taken["rows"]["copy"]["median"]
+    return 2.0 * there.nbytes / taken["rows"]["copy"]["timing"].median
 
 
 # ----------------------------------------------------------------------------------- one layer
 
 
 def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
-    """The cases in the order of their weight, and whether data are kept out of the cache."""
+    """Yield the cases in the order of their weight, and whether data are kept out of the cache."""
     if run.tiny:
         yield w.Case(8, 16), False
         yield w.Case(8, 16, "fp32", "adam", True), True
@@ -296,7 +297,7 @@ def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
 
 
 def layer_groups(run: Run) -> Groups:
-    """The decoupled step of one layer, a group a case."""
+    """Yield the groups of the decoupled step of one layer, one a case."""
     for case, cold in layer_cases(run):
         key = f"{case}, cold" if cold else str(case)
         yield key, lambda key=key, case=case, cold=cold: layer_group(run, key, case, cold)
@@ -362,7 +363,7 @@ class Candidates:
         return made
 
     def record(self) -> dict[str, Any]:
-        """The choices, for the results."""
+        """Record the choices, for the results."""
         return {choice.op: tiles._asdict() for choice, tiles in self.tiles.items()}
 
 
@@ -501,7 +502,7 @@ def timed(
 
 
 def taken(run: Run, make: Maker) -> Callable[[], object]:
-    """A candidate that was called once: what a kernel does to the device shows here."""
+    """Return a candidate that was called once: what a kernel does to the device shows here."""
     call = make()
     call()
     if run.cuda:
@@ -510,7 +511,7 @@ def taken(run: Run, make: Maker) -> Callable[[], object]:
 
 
 def lost(run: Run) -> bool:
-    """Whether a kernel has left the device unusable to this process."""
+    """Say whether a kernel has left the device unusable to this process."""
     try:
         if run.cuda:
             torch.cuda.synchronize(run.device)
@@ -523,7 +524,7 @@ def lost(run: Run) -> bool:
 
 
 def window_cases(run: Run) -> Iterator[w.WindowCase]:
-    """The points in the order of their weight."""
+    """Yield the points in the order of their weight."""
     if run.tiny:
         yield w.WindowCase(4, 16, 3, "fp32")
         return
@@ -595,7 +596,7 @@ def window_group(run: Run, case: w.WindowCase) -> None:
 
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
-    """The tiles of a window for a launch a step."""
+    """Return the tiles of a window for a launch a step."""
     return lstm.step_tiles(*choice.shape, triton_lstm.machine(choice.device))
 
 
@@ -610,7 +611,8 @@ def barriers_kernel(state, programs, rounds):
 
 
 def triton_barriers(state: torch.Tensor, programs: int, rounds: int) -> Callable[[], object]:
-    """A cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32 [1]."""
+    """Return a cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32
+    [1]."""
     return Launch(
         barriers_kernel,
         (programs,),
@@ -620,13 +622,13 @@ def triton_barriers(state: torch.Tensor, programs: int, rounds: int) -> Callable
 
 
 def floor_groups(run: Run) -> Groups:
-    """What no kernel of ours can be faster than, whatever it does."""
+    """Say what no kernel of ours can be faster than, whatever it does."""
     if {"cuda", "triton"} & {*run.rows}:
         yield "barrier", lambda: barrier_group(run)
 
 
 def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[], object]:
-    """As :func:`triton_barriers`, of the CUDA kernels."""
+    """Do as :func:`triton_barriers`, with the CUDA kernels."""
     registry.get("cuda")  # or why not
     call = cuda_calls.extension().grid_barriers
     stated = cuda_calls.described(state)
@@ -638,7 +640,8 @@ FLOORS = {"Triton": ("launch", "barrier"), "CUDA": ("CUDA launch", "CUDA barrier
 
 
 def barrier_group(run: Run) -> None:
-    """What cannot be had for less: a launch of nothing, and a meeting of all programs (blocks)."""
+    """Say what cannot be had for less: a launch of nothing, and a meeting of all programs
+    (blocks)."""
     most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
     grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
     launches, rounds = (2, 2) if run.tiny else (50, 100)
@@ -664,7 +667,7 @@ def barrier_group(run: Run) -> None:
             of_grid = of_grids[str(programs)] = {}
             for backend, (launch, barrier) in FLOORS.items():
                 names = [name(backend, programs, m) for m in (0, rounds)]
-                taken = [rows.get(n, {}).get("median") for n in names]
+                taken = [median(rows, n) for n in names]
                 if None not in taken:
                     of_grid[launch], of_grid[barrier] = taken[0], (taken[1] - taken[0]) / rounds
         return {"grids": of_grids}
@@ -680,7 +683,7 @@ def barrier_group(run: Run) -> None:
 
 
 def smoke_groups(run: Run) -> Groups:
-    """Whether kernels end, leave the barrier's word as they have to, and are right, in a few
+    """Say whether kernels end, leave the barrier's word as they have to, and are right, in a few
     seconds: of each backend the barrier, then a step and a window in each precision."""
     barriers = {"cuda": cuda_barriers, "triton": triton_barriers}
     for backend, bare in barriers.items():
@@ -717,7 +720,7 @@ def check_word(run: Run, bare: Callable[[torch.Tensor, int, int], Callable[[], o
 
 
 def check_step(run: Run, backend: str, precision: str) -> None:
-    """A decoupled step, of one tile and of several, against float64."""
+    """Check a decoupled step, of one tile and of several, against float64."""
     for size in SMOKE_LAYERS[:1] if run.tiny else SMOKE_LAYERS:
         with w.arithmetic(precision):
             w.check_layer(
@@ -728,7 +731,7 @@ def check_step(run: Run, backend: str, precision: str) -> None:
 
 
 def check_window(run: Run, backend: str, precision: str) -> None:
-    """A window, forward and backward, against float64."""
+    """Check a window, forward and backward, against float64."""
     for size in SMOKE_WINDOWS[:1] if run.tiny else SMOKE_WINDOWS:
         with w.arithmetic(precision):
             w.check_window(
@@ -747,7 +750,8 @@ PARTS: dict[str, Callable[[Run], Groups]] = {
 
 
 def measure(run: Run, parts: list[str]) -> None:
-    """The groups of the parts, each on its own: one that raises is recorded, the others go on.
+    """Measure the groups of the parts, each on its own: one that raises is recorded, the others go
+    on.
 
     Raises:
         LostError: a kernel left the device unusable.
@@ -808,7 +812,7 @@ def profile(run: Run) -> None:
 
 
 def ncu_table(written: str) -> str:
-    """The output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
+    """Return the output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
     kernels = ncu.read(written)
     if not kernels:
         return "ncu reported no kernel"
@@ -827,8 +831,14 @@ def columns(rows: list[list[str]]) -> str:
     )
 
 
-def summary(results: dict[str, Any]) -> str:
-    """The figures as text, those that decide most at the end."""
+def median(rows: dict[str, Any], name: str) -> float | None:
+    """Find a row's time, seconds; None if it was not measured."""
+    row = rows.get(name, {})
+    return row["timing"].median if "timing" in row else None
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Return the figures as text, those that decide most at the end."""
     lines: list[str] = []
     facts = results.get("facts", {})
     lines.append(
@@ -849,8 +859,8 @@ def summary(results: dict[str, Any]) -> str:
                 rows.append(
                     [
                         name,
-                        f"{row['median'] * 1e6:.4g} us",
-                        f"{ratio['median']:.2f} x floor" if ratio else "",
+                        f"{row['timing'].median * 1e6:.4g} us",
+                        f"{ratio.median:.2f} x floor" if ratio else "",
                     ]
                 )
             lines.append(columns(rows))
@@ -864,8 +874,8 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def promises(results: dict[str, Any]) -> list[str]:
-    """What the project promises of a GPU, and what was measured."""
+def promises(results: Mapping[str, Any]) -> list[str]:
+    """Say what the project promises of a GPU, and what was measured."""
     layers = results.get("gpu-layer", {})
     small, large = (str(w.Case(*size)) for size in SIZES[:2])
 
@@ -883,14 +893,14 @@ def promises(results: dict[str, Any]) -> list[str]:
     lines.append(f"{small}: {label} (at least 1): {ratio(layers.get(small, {}), label)}")
     launch, barrier = cuda_floors(results)
     row = layers.get(small, {}).get("rows", {}).get(DNI_CUDA, {})
-    if "median" in row and launch is not None and barrier is not None:
+    if "timing" in row and launch is not None and barrier is not None:
         floor = launch + STEP_BARRIERS * barrier
         lines.append(
-            f"{small}: {DNI_CUDA}: {row['median'] * 1e6:.3g} us; a launch and {STEP_BARRIERS} bare "
-            f"barriers: {floor * 1e6:.3g} us"
+            f"{small}: {DNI_CUDA}: {row['timing'].median * 1e6:.3g} us; a launch and "
+            f"{STEP_BARRIERS} bare barriers: {floor * 1e6:.3g} us"
         )
     row = layers.get(large, {}).get("rows", {}).get(DNI, {})
-    found = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "not measured"
+    found = f"{row['per_floor'].median:.2f}" if "per_floor" in row else "not measured"
     lines.append(f"{large}: DNI / its two products (at most 1.5): {found}")
 
     windows = results.get("gpu-lstm", {})
@@ -903,8 +913,8 @@ def promises(results: dict[str, Any]) -> list[str]:
         wanted = " (at least 1)" if case.hidden <= PROMISED_HIDDEN else ""
         line = f"{case}: {label}{wanted}: {ratio(group, label)}"
         row = group["rows"].get(OURS_CUDA, {})
-        if "median" in row:
-            line += f"; {row['median'] / case.steps * 1e6:.3g} us a step"
+        if "timing" in row:
+            line += f"; {row['timing'].median / case.steps * 1e6:.3g} us a step"
             if barrier is not None:
                 line += f", its 2 bare barriers {2 * barrier * 1e6:.3g}"
         lines.append(line)
@@ -913,9 +923,9 @@ def promises(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def backend_table(results: dict[str, Any]) -> measured.Table:
-    """The times of both backends where both were measured: of layers whose data are in the cache,
-    with SGD and without dx, and of windows."""
+def backend_table(results: Mapping[str, Any]) -> measured.Table:
+    """Gather the times of both backends where both were measured: of layers whose data are in the
+    cache, with SGD and without dx, and of windows."""
     arithmetic = {"bf16": "bfloat16", "fp32": "float32-ieee", "tf32": "float32-tf32"}
     architecture = f"sm_{results['facts']['capability'].replace('.', '')}"
     kinds = {"layer": ("linear", DNI, DNI_CUDA), "lstm": ("lstm", OURS, OURS_CUDA)}
@@ -923,7 +933,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
     for part, (op, triton_row, cuda_row) in kinds.items():
         for key, group in results.get(f"gpu-{part}", {}).items():
             sizes, precision, *more = key.split()
-            taken = [group["rows"].get(name, {}).get("median") for name in (cuda_row, triton_row)]
+            taken = [median(group["rows"], name) for name in (cuda_row, triton_row)]
             if None in taken or more not in ([], ["sgd"]):
                 continue
             batch, hidden, *steps = map(int, sizes.split("/"))
@@ -933,7 +943,7 @@ def backend_table(results: dict[str, Any]) -> measured.Table:
     return table
 
 
-def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
+def cuda_floors(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
     found = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
@@ -944,10 +954,12 @@ def cuda_floors(results: dict[str, Any]) -> tuple[float | None, float | None]:
 def join(path: Path, others: list[Path]) -> str | None:
     """Write the results of several calls as one, or return why they do not belong together."""
     whole: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for other in others:
-        results = stored.load(other)
+        found = stored.benchmarks(other)
+        results, known = found.body, known or found.facts
         for fact in ("gpu", "driver", "torch", "commit"):
-            ours, theirs = (r.get("facts", {}).get(fact) for r in (whole or results, results))
+            ours, theirs = (facts.get(fact) for facts in (known, found.facts))
             if ours != theirs:
                 return f"{other} is of {fact} {theirs}, {others[0]} of {ours}: they are not joined"
         merged = whole | results
@@ -959,12 +971,12 @@ def join(path: Path, others: list[Path]) -> str | None:
             elif part in ("baselines", "failed"):
                 merged[part] = whole.get(part, {}) | results.get(part, {})
         whole = merged
-    stored.save(path, whole)
+    stored.write(path, Result("benchmarks", facts=known, body=whole))
     return None
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; see the module's docstring."""
+    """Return the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1000,7 +1012,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.file is None and not given.profile:
         line.error("which file?")
     if given.backends:
-        print(measured.text(backend_table(stored.load(given.file))), end="")
+        print(measured.text(backend_table(stored.benchmarks(given.file))), end="")
         return 0
     if given.join:
         reason = join(given.file, given.join)

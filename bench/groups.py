@@ -14,7 +14,7 @@ from fused_dni.measure import baseline, environment, timing
 
 
 def device_facts() -> dict[str, Any]:
-    """What the figures hold for: machine, versions, threads, commit, date."""
+    """Say what the figures hold for: machine, versions, threads, commit, date."""
     report = environment.report()
     facts = baseline.facts()
     del facts["gpu"]  # one that is there, but not measured here
@@ -40,19 +40,14 @@ def compared(
     timings = timing.compare(candidates, seconds=seconds, **options) if candidates else {}
     rows: dict[str, Any] = {}
     for name, taken in timings.items():
-        row = taken.to_json()
-        for key in ("median", "p10", "p90", "iqr"):
-            row[key] /= steps
-        if row["interval"]:
-            row["interval"] = [bound / steps for bound in row["interval"]]
+        rows[name] = {"timing": taken.scaled(1.0 / steps)}
         if floor is not None:
-            row["per_floor"] = timing.ratio(taken, timings[floor]).to_json()
-        rows[name] = row
+            rows[name]["per_floor"] = timing.ratio(taken, timings[floor])
     for name, reason in failures.items():
         rows[name] = {"failed": reason}
     group: dict[str, Any] = {"floor": floor, "rows": rows, "order": [*candidates, *failures]}
     group["ratios"] = {
-        label: timing.ratio(timings[top], timings[bottom]).to_json()
+        label: timing.ratio(timings[top], timings[bottom])
         for label, (top, _, bottom) in {
             label: pair.partition(" / ") for label, pair in (against or {}).items()
         }.items()

@@ -61,7 +61,7 @@ def _control(what: str) -> None:
 
 
 def counted(text: str) -> int:
-    """The instructions in a part of Callgrind's output.
+    """Return the instructions in a part of Callgrind's output.
 
     Raises:
         ValueError: it has no totals.
@@ -124,10 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     group: dict[str, Any] = {"rows": counts, "order": list(counts)}
     facts = device_facts()
     path = given.out or stored.result_path(facts, "step")
-    results = stored.load(path)
-    results["facts"] = facts
+    results = stored.benchmarks(path, facts)
     stored.put(results, "instructions", "4 layers 8/8 sgd", group)
-    stored.save(path, results)
+    stored.write(path, results)
     if given.json:
         print(json.dumps(counts, indent=2))
     else:

@@ -28,7 +28,7 @@ FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
 
 def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The table of the whole network, a group a case and rule."""
+    """Measure the table of the whole network, a group a case and rule."""
     k_1, k_4 = step.DNI_1.name, step.DNI_4.name
     # Where nothing multiplies bfloat16, stock layers take many times what they take in float32.
     methods = [method for method in step.METHODS if _cpu.bf16() or not method.bf16]
@@ -148,8 +148,8 @@ def measure_gemm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
 
 
 def measure_lstm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a group, but
-    at least eight rounds."""
+    """Measure the LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a
+    group, but at least eight rounds."""
     floors = {False: "floor: forward products by torch", True: "floor: products by torch"}
 
     def group(
@@ -247,7 +247,7 @@ SUITES: dict[str, Callable[[float, str | None], Iterator[tuple[str, dict[str, An
     "step": measure_step,
     "linear": measure_linear,
     "synthesizer": measure_synthesizer,
-    "memory": measure_memory,
+    "peak-memory": measure_memory,
     "gemm": measure_gemm,
     "lstm": measure_lstm,
 }
@@ -259,16 +259,15 @@ def measure(suites: list[str], only: str | None, seconds: float, given: Path | N
     for suite in suites:
         path = given or stored.result_path(facts, suite)
         for key, group in SUITES[suite](seconds, only):
-            results = stored.load(path)
-            results["facts"] = facts
+            results = stored.benchmarks(path, facts)
             stored.put(results, suite, key, group)
-            stored.save(path, results)
+            stored.write(path, results)
             print(f"{suite} {key}", flush=True)
             for name, row in group.get("rows", {}).items():
-                if "median" in row:
+                if "timing" in row:
                     floor = row.get("per_floor")
-                    ratio = f" {floor['median']:6.2f} x the floor" if floor else ""
-                    print(f"  {name:45} {row['median'] * 1e3:9.3f} ms{ratio}")
+                    ratio = f" {floor.median:6.2f} x the floor" if floor else ""
+                    print(f"  {name:45} {row['timing'].median * 1e3:9.3f} ms{ratio}")
         print(f"wrote {path}")
 
 
@@ -289,7 +288,7 @@ def errors(
         for method in step.METHODS
         if not method.compiled and (not only or only in f"{case} {rule} {method.name}")
     ]
-    done = stored.load(path).get("errors", {}).get("rows", {})
+    done = stored.benchmarks(path, facts).get("errors", {}).get("rows", {})
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("test errors", total=len(rows) * seeds * epochs)
         for case, rule, method in rows:
@@ -309,8 +308,8 @@ def errors(
                 entry = {"errors": finals, "mean": sum(finals) / len(finals)}
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                 entry = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            results = stored.load(path)
-            section = results.setdefault("errors", {})
+            results = stored.benchmarks(path, facts)
+            section = results.body.setdefault("errors", {})
             section |= {
                 "data": data.name,
                 "epochs": epochs,
@@ -320,6 +319,6 @@ def errors(
                 "commit": facts["commit"],
             }
             section.setdefault("rows", {}).setdefault(key, {})[method.name] = entry
-            stored.save(path, results)
+            stored.write(path, results)
             print(f"{key:16} {method.name:45} {entry.get('mean', entry.get('failed'))}", flush=True)
     print(f"wrote {path}")

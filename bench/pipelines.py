@@ -215,9 +215,8 @@ def measure(
             carried[name].append((_bytes(network) - before) / (steps[name] + uncounted[name]))
     rows = {}
     for name, taken_by_round in samples.items():
-        taken = timing.Timing(name, tuple(taken_by_round), tuple(taken_by_round), steps[name])
-        rows[name] = taken.to_json() | {
-            "samples": taken_by_round,
+        rows[name] = {
+            "timing": timing.Timing.of(name, taken_by_round, taken_by_round, steps[name]),
             "late": late[name],
             "bytes": statistics.median(carried[name]),
             "exact": w.MODES[name].exact,
@@ -272,10 +271,9 @@ def run(options: argparse.Namespace) -> int:
                     "rows": rows,
                     "order": list(rows),
                 }
-                results = stored.load(path)
-                results["facts"] = facts
+                results = stored.benchmarks(path, facts)
                 stored.put(results, "pipelines", _key(group), group)
-                stored.save(path, results)
+                stored.write(path, results)
     print(table(stored.load(path)["pipelines"]))
     print(f"wrote {path}")
     return 0
@@ -304,10 +302,10 @@ def table(groups: dict[str, dict[str, Any]]) -> str:
             if "failed" in row:
                 lines.append(f"  {name:24} {row['failed']}")
                 continue
-            rates = [1 / taken for taken in row["samples"]]
+            rates = [1 / taken for taken in row["timing"].rounds]
             late = f", {row['late']:.1%} late" if row["late"] else ""
             lines.append(
-                f"  {name:24} {1 / row['median']:8.2f} steps/s "
+                f"  {name:24} {1 / row['timing'].median:8.2f} steps/s "
                 f"[{min(rates):.2f}, {max(rates):.2f}], {row['bytes'] / 1e6:.2f} MB a step"
                 f"{'' if row['exact'] else ', not exact'}{late}"
             )

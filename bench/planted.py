@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -33,7 +32,9 @@ from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.verdict import Verdict, verdict, verdict_top
 from fused_dni.measure.verdict.segments import conv
+from fused_dni.report.files import as_json
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, save
 from workloads import step
 
 #: What is planted, and of ten runs how many are to be called rightly; none the other way round.
@@ -54,7 +55,7 @@ SLOWER = 1.10
 
 
 def _rotation(features: int, seed: int) -> Tensor:
-    """An orthogonal matrix [features, features]: a product with it changes no norm."""
+    """Return an orthogonal matrix [features, features]: a product with it changes no norm."""
     drawn = torch.randn(features, features, generator=torch.Generator().manual_seed(seed))
     orthogonal, _ = torch.linalg.qr(drawn)
     return orthogonal
@@ -128,7 +129,7 @@ class Expectation:
         self.k, self.allowed = k, allowed
 
     def measure(self, rows: int, features: int, seconds: float, backend: str | None) -> str:
-        """What the verdict says: ``faster``, ``slower`` or ``inconclusive``."""
+        """Say what the verdict says: ``faster``, ``slower`` or ``inconclusive``."""
         torch.manual_seed(0)
         found = verdict(
             self.make(),
@@ -145,13 +146,13 @@ class Expectation:
 
 
 def against_fused(found: Verdict, k: int | None) -> str:
-    """The first variant against backprop on the same kernels."""
+    """Return the first variant against backprop on the same kernels."""
     variant = found.variants[0]
     return timing.differs(variant.cycle(k), found.timings[variant.base])
 
 
 def segments(features: int = 64, products: int = 60) -> dict[str, Expectation]:
-    """The planted segments, for inputs of so many features."""
+    """Return the planted segments, for inputs of so many features."""
 
     def linear() -> nn.Linear:
         return nn.Linear(features, features)
@@ -177,7 +178,7 @@ def segments(features: int = 64, products: int = 60) -> dict[str, Expectation]:
 
 
 def planted_difference(word: str, seconds: float, seed: int) -> str:
-    """What a comparison says of a candidate with so much more or less work."""
+    """Say what a comparison says of a candidate with so much more or less work."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(64, 64, generator=generator)
     out = torch.empty(64, 64)
@@ -214,7 +215,7 @@ def sums(seconds: float) -> list[dict[str, Any]]:
 def tops(seconds: float, rows: int = 128, features: int = 512) -> dict[str, dict[str, Any]]:
     """Mean steps over whole cycles under planted tops, over what the formula says."""
 
-    def measure(products: int) -> dict[str, Any]:
+    def measure(products: int) -> Result:
         torch.manual_seed(0)
         x = torch.randn(rows, features)
         made = verdict_top(
@@ -228,7 +229,7 @@ def tops(seconds: float, rows: int = 128, features: int = 512) -> dict[str, dict
         return made.report()
 
     tried = 10
-    unit = measure(tried)["top over bottom"]["median"] / tried
+    unit = measure(tried)["top over bottom"].median / tried
     found = {}
     for times in DEAR:
         made = measure(max(1, round(times / unit)))
@@ -301,74 +302,68 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     wanted = args.only or PARTS
     progress = Progress()
-    report: dict[str, Any] = {
-        "kind": "planted",
-        "version": 1,
-        "facts": facts(),
-        "busy": args.busy,
-        "runs": args.runs,
-    }
+    body: dict[str, Any] = {"busy": args.busy, "runs": args.runs}
     failures: list[str] = []
     with busy(args.busy), progress:
         if "differences" in wanted:
-            report["differences"] = {}
+            body["differences"] = {}
             for i, word in enumerate(PLANTED):
                 counts: Counter[str] = Counter()
                 for run in range(args.runs):
                     progress.update("differences", (i + run / args.runs) / len(PLANTED))
                     counts[planted_difference(word, args.seconds, run)] += 1
-                report["differences"][word] = dict(counts)
+                body["differences"][word] = dict(counts)
                 if counts[word] < RIGHT * args.runs:
                     failures.append(f"{word}: right in {counts[word]} of {args.runs}")
                 if counts[OPPOSITE.get(word, "")]:
                     failures.append(f"{word}: called the opposite")
             progress.update("differences", 1.0)
         if "segments" in wanted:
-            report["segments"] = {}
+            body["segments"] = {}
             planted = segments()
             for i, (name, expectation) in enumerate(planted.items()):
                 progress.update("segments", i / len(planted))
                 said = expectation.measure(128, 64, args.seconds, None)
-                report["segments"][name] = {"said": said, "allowed": list(expectation.allowed)}
+                body["segments"][name] = {"said": said, "allowed": list(expectation.allowed)}
                 if said not in expectation.allowed:
                     failures.append(f"{name}: {said}")
             progress.update("segments", 1.0)
         if "sums" in wanted:
             progress.update("sums", 0.0)
-            report["sums"] = sums(5 * args.seconds)
+            body["sums"] = sums(5 * args.seconds)
             failures += [
-                f"{row['step']}: sum over step {row['sum over step']['median']:.2f}"
-                for row in report["sums"]
+                f"{row['step']}: sum over step {row['sum over step'].median:.2f}"
+                for row in body["sums"]
                 if not row["agrees"]
             ]
             progress.update("sums", 1.0)
         if "tops" in wanted:
             progress.update("tops", 0.0)
-            report["tops"] = tops(2 * args.seconds)
+            body["tops"] = tops(2 * args.seconds)
             failures += [
                 f"a top of {times} times, k = {k}: off by {100 * off:+.0f} %"
-                for times, row in report["tops"].items()
+                for times, row in body["tops"].items()
                 for k, ratio in row["measured over predicted"].items()
-                if abs(off := ratio["median"] - 1.0) > FORMULA
+                if abs(off := ratio.median - 1.0) > FORMULA
             ]
             progress.update("tops", 1.0)
         if "contention" in wanted:
             progress.update("contention", 0.0)
             torch.set_num_threads(os.cpu_count() or 1)
-            report["contention"] = contention(5 * args.seconds)
+            body["contention"] = contention(5 * args.seconds)
             torch.set_num_threads(args.threads)
-            stock = report["contention"][step.STOCK.name]["slowdown"]
+            stock = body["contention"][step.STOCK.name]["slowdown"]
             failures += [
                 f"{name} slows down by {row['slowdown']:.2f}, stock by {stock:.2f}"
-                for name, row in report["contention"].items()
+                for name, row in body["contention"].items()
                 if row["slowdown"] > SLOWER * stock
             ]
             progress.update("contention", 1.0)
-    report["failures"] = failures
-    text = json.dumps(report, indent=1)
-    print(text)
+    body["failures"] = failures
+    report = Result("planted", facts=facts(), body=body)
+    print(as_json(report), end="")
     if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+        save(args.out, report)
     return 1 if failures else 0
 
 

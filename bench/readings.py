@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import races
-from fused_dni.report import Block, Figure, Heading, Table, Text, blocks_of, text
-from fused_dni.report.kinds import advice as advice_report
+from fused_dni.report import Block, Figure, Heading, Result, Table, Text, blocks_of, text
 from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.kinds import interfaces as interfaces_report
-from fused_dni.report.kinds import planted
-from fused_dni.report.kinds import race as race_report
 from fused_dni.report.kinds import recurrent as recurrent_report
 from fused_dni.report.kinds import rivals as rivals_report
 from fused_dni.report.kinds import verdict as verdict_report
+from fused_dni.report.timings import Ratio
 
-Report = dict[str, Any]
+Report = Result
 
 
 class Answer(NamedTuple):
@@ -48,44 +46,28 @@ class Answer(NamedTuple):
 # ----------------------------------------------------------------------------------------- words
 
 
-def ratio(found: Report) -> str:
-    """``0.83 (0.81 to 0.85)``, with a ~ where no difference was shown."""
-    mark = "~" if found.get("verdict") == "inconclusive" else ""
-    middle = f"{mark}{found['median']:.2f}"
-    if found.get("interval") is None:
-        return middle
-    low, high = found["interval"]
-    return f"{middle} ({low:.2f} to {high:.2f})"
-
-
-def cycle(variant: Report, k: str) -> Report:
-    """A variant's time at k over backprop on the same kernels."""
-    found: Report = variant["cycles"][k]["ratios"][variant["base"]]
+def cycle(variant: Mapping[str, Any], k: str) -> Ratio:
+    """Find a variant's time at k over backprop on the same kernels."""
+    found: Ratio = variant["cycles"][k]["ratios"][variant["base"]]
     return found
 
 
 def often(count: int, of: int) -> str:
-    """How often something was so, as one word."""
+    """Say how often something was so, as one word."""
     if count in (0, of):
         return "no" if count == 0 else "yes"
     share = count / of
     return "seldom" if share < 0.25 else "in part" if share < 0.75 else "mostly"
 
 
-def spread(values: Iterable[float], form: str = ".2f") -> str:
-    """``0.65 to 0.72``."""
-    found = list(values)
-    return f"{min(found):{form}} to {max(found):{form}}"
-
-
-def faster(found: Sequence[Report]) -> int:
-    """How many ratios were shown to be below one."""
-    return sum(one["verdict"] == "faster" for one in found)
+def faster(found: Sequence[Ratio]) -> int:
+    """Count the ratios that were shown to be below one."""
+    return sum(one.verdict() == "faster" for one in found)
 
 
 def in_parts(times: list[float]) -> str:
     """``0.56 (0.49 to 0.56)``: the median over seeds and the range."""
-    return f"{statistics.median(times):.2f} ({spread(times)})"
+    return f"{statistics.median(times):.2f} ({text.span(times)})"
 
 
 # --------------------------------------------------------------------------------------- answers
@@ -100,7 +82,7 @@ def tops(reports: dict[str, Report]) -> Answer:
     ahead = 0
     for report in reports.values():
         name = races.title(report)
-        shown += [Text(f"**{name}.** {race_report.sentence(report)}")]
+        shown += [Text(f"**{name}.** {report.sentence}")]
         shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
         row, medians = [name], []
         for by_dni, kept in ((True, ours), (False, others)):
@@ -112,8 +94,8 @@ def tops(reports: dict[str, Report]) -> Answer:
         ahead += medians[1] < medians[0]
         rows.append(row)
     of = len(rows)
-    number = f"{spread(ours)} of backprop's time" if ours else "never there"
-    rest = f"other means {spread(others)}" if others else "no other means"
+    number = f"{text.span(ours)} of backprop's time" if ours else "never there"
+    rest = f"other means {text.span(others)}" if others else "no other means"
     sentence = (
         f"By synthetic gradients backprop's final loss was reached sooner in {len(ours)} of {of} "
         f"races, with every seed, in {number}; {rest}, and sooner than by synthetic gradients in "
@@ -122,8 +104,8 @@ def tops(reports: dict[str, Report]) -> Answer:
     bullet = (
         "Below an expensive top that is run on every k-th step alone, backprop's final loss was "
         f"reached in **{number}** ({len(ours)} of {of} races). What people make by hand or by "
-        f"sampling instead needs {spread(others) if others else '-'}, and is sooner in {ahead} of "
-        f"{of}"
+        f"sampling instead needs {text.span(others) if others else '-'}, and is sooner in "
+        f"{ahead} of {of}"
     )
     header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
     caption = (
@@ -144,20 +126,20 @@ def dense(reports: dict[str, Report]) -> Answer:
     """Bare linear layers."""
     blocks: list[Block] = []
     rows = []
-    found: dict[str, list[Report]] = {"1": [], "4": [], "never": []}
+    found: dict[str, list[Ratio]] = {"1": [], "4": [], "never": []}
     for report in reports.values():
         blocks += [Text(f"**{report['title']}**"), verdict_report.variants(report)]
         for variant in report["variants"]:
             for k, kept in found.items():
                 kept.append(cycle(variant, k))
-            cells = [ratio({**kept[-1], "interval": None}) for kept in found.values()]
-            even = verdict_report.even(variant["break_even"][variant["base"]])
+            cells = [text.ratio(kept[-1]) for kept in found.values()]
+            even = str(variant["break_even"][variant["base"]])
             name = f"{report['title'].removeprefix('one layer ')}, {variant['synthesizer']}"
             rows.append([name, *cells, even])
     of = len(rows)
     counts = {k: faster(kept) for k, kept in found.items()}
-    medians = [one["median"] for one in found["4"]]
-    number = f"{spread(medians)} of backprop's time at k=4"
+    medians = [one.median for one in found["4"]]
+    number = f"{text.span(medians)} of backprop's time at k=4"
     sentence = (
         f"Of {of} pairs of layer and synthesizer, faster than backprop on the same kernels with "
         f"targets on every step: {counts['1']}; on every fourth: {counts['4']} ({number}); never: "
@@ -181,16 +163,16 @@ def activations(reports: dict[str, Report]) -> Answer:
     rows = []
     places = {"output": "at h", "preactivation": "at z"}
     ks = ("1", "4", "never")
-    by: dict[tuple[str, str], list[list[Report]]] = {}
+    by: dict[tuple[str, str], list[list[Ratio]]] = {}
     for name, report in reports.items():
         _, norm, activation = name.split("-")
-        row = [f"{norm}, {activation}", text.seconds(report["timings"]["fused"]["median"])]
+        row = [f"{norm}, {activation}", text.seconds(report.timings["fused"].median)]
         for variant in report["variants"]:
             if variant["synthesizer"] != "rank 16":
                 continue
             found = [cycle(variant, k) for k in ks]
             by.setdefault((norm, variant["interface"]), []).append(found)
-            row += [ratio({**f, "interval": None}) for f in found]
+            row += [text.ratio(f) for f in found]
         rows.append(row)
     header = ["normalisation, activation", "backprop"]
     header += [f"{place}, k={k}" for place in places.values() for k in ks]
@@ -200,14 +182,14 @@ def activations(reports: dict[str, Report]) -> Answer:
     )
     lines = []
     for (norm, place), found in by.items():
-        cells = [spread(f[i]["median"] for f in found) for i in range(len(ks))]
+        cells = [text.span(f[i].median for f in found) for i in range(len(ks))]
         lines.append([f"{norm}, interface {places[place]}", str(len(found)), *cells])
     every = [f for found in by.values() for f in found]
     counts = [faster([f[i] for f in every]) for i in range(len(ks))]
     fourth: dict[bool, list[float]] = {True: [], False: []}
     for (norm, _), found in by.items():
-        fourth[norm == "none"] += [f[1]["median"] for f in found]
-    without, behind = (spread(fourth[key]) if fourth[key] else "-" for key in (True, False))
+        fourth[norm == "none"] += [f[1].median for f in found]
+    without, behind = (text.span(fourth[key]) if fourth[key] else "-" for key in (True, False))
     number = f"at k=4 {behind} of backprop's time with a normalisation, {without} without"
     sentence = (
         f"Faster than backprop on the same kernels with targets on every step: {counts[0]} of "
@@ -243,14 +225,14 @@ def work(reports: dict[str, Report]) -> Answer:
 
 
 def iterations(reports: dict[str, Report]) -> Answer:
-    """The map."""
+    """Return the map."""
     (report,) = reports.values()
-    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    shown = [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
     points = [p for s in report["series"].values() for p in s["points"].values() if "ratios" in p]
     of = len(points)
     counts, slower = {}, {}
     for k in ("1", "4", "never"):
-        words = [point["ratios"]["fused"][k]["verdict"] for point in points]
+        words = [point["ratios"]["fused"][k].verdict() for point in points]
         counts[k], slower[k] = words.count("faster"), words.count("slower")
     sentence = (
         f"Of {of} points of batch, width and synthesizer, faster than backprop on the same kernels "
@@ -284,12 +266,12 @@ def segments(reports: dict[str, Report]) -> Answer:
         fourth.append(found["4"])
         none.append(found["never"])
         at_most = f"{100 * report['parts']['amdahl']['share']:.0f} %"
-        even = verdict_report.even(variant["break_even"][variant["base"]])
-        times = [report["timings"][name]["median"] for name in ("backprop", variant["base"])]
-        cells = [ratio(f) for f in found.values()]
+        even = str(variant["break_even"][variant["base"]])
+        times = [report.timings[name].median for name in ("backprop", variant["base"])]
+        cells = [text.ratio(f, to=" to ") for f in found.values()]
         rows.append([report["title"], *map(text.seconds, times), *cells, at_most, even])
         name = report["title"].replace(" behind one interface", "")
-        bare = [ratio({**f, "interval": None}) for f in found.values()]
+        bare = [text.ratio(f) for f in found.values()]
         short.append([name, *bare, at_most, even])
     header = ["behind one interface", "stock", "ours", "k=1", "k=4", "never", "at most", "pays"]
     caption = (
@@ -297,7 +279,7 @@ def segments(reports: dict[str, Report]) -> Answer:
         "with 99 % intervals. At most: what synthetic gradients can take away."
     )
     of = len(rows)
-    number = f"at k=4 {spread(f['median'] for f in fourth)} of backprop's time"
+    number = f"at k=4 {text.span(f.median for f in fourth)} of backprop's time"
     sentence = (
         f"Faster than backprop on the same kernels with targets on every fourth step: "
         f"{faster(fourth)} of {of} segments; never: {faster(none)}. Ratios {number}."
@@ -316,27 +298,24 @@ def segments(reports: dict[str, Report]) -> Answer:
 
 
 def window(reports: dict[str, Report]) -> Answer:
-    """An LSTM at a short window with the future predicted, and at a long one."""
+    """Return an LSTM at a short window with the future predicted, and at a long one."""
     (report,) = reports.values()
     short, long = report["window"], report["long"]
     ours, same, longer = f"dni T={short}", f"fused T={short}", f"fused T={long}"
     timed, held = report["ratios"], report["memory"]
     costs, replaces = timed[same][ours], timed[longer][ours]
     less = held[ours] / held[longer]
-    number = (
-        f"{ratio({**replaces, 'interval': None})} of the time, {less:.2f} of the memory of "
-        f"backprop at T={long}"
-    )
+    number = f"{text.ratio(replaces)} of the time, {less:.2f} of the memory of backprop at T={long}"
     words = {"faster": "yes", "slower": "no", "inconclusive": "in doubt"}
     sentence = (
         f"A time step of {report['title']} by DNI at T={short}, on the same kernels: {number}; "
-        f"{ratio(costs)} of the time and {held[ours] / held[same]:.2f} of the memory of truncated "
-        f"backprop at T={short}."
+        f"{text.ratio(costs, to=' to ')} of the time and {held[ours] / held[same]:.2f} of "
+        f"the memory of truncated backprop at T={short}."
     )
     shown = [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
     table = next(b for b in shown if isinstance(b, Table))
     return Answer(
-        f"time: {words[replaces['verdict']]}; memory: {'yes' if less < 1 else 'no'}",
+        f"time: {words[replaces.verdict()]}; memory: {'yes' if less < 1 else 'no'}",
         number,
         sentence,
         shown,
@@ -345,7 +324,7 @@ def window(reports: dict[str, Report]) -> Answer:
 
 
 def reach(reports: dict[str, Report]) -> Answer:
-    """Whether the credit goes beyond the window: copying, and characters."""
+    """Say whether the credit goes beyond the window: copying, and characters."""
     rows, blocks, said, numbers, better = [], [], [], [], []
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
@@ -354,7 +333,7 @@ def reach(reports: dict[str, Report]) -> Answer:
         blocks += [
             Text(f"**{name}**"),
             recurrent_report.summary(outcome),
-            Text(recurrent_report.sentence(outcome)),
+            Text(report.sentence),
         ]
         summed = {row["name"]: row for row in outcome.summary()}
         window = outcome.settings.windows[0]
@@ -363,7 +342,7 @@ def reach(reports: dict[str, Report]) -> Answer:
         unit = "bits a character" if task == "charlm" else "symbols"
         cells = []
         for row in pair:
-            between = spread((row[f"{key}_min"], row[f"{key}_max"]), form)
+            between = text.span((row[f"{key}_min"], row[f"{key}_max"]), form)
             several = f" ({between})" if len(row[key]) > 1 else ""
             cells.append(f"{row[f'{key}_mean']:{form}}{several}")
         dni, fused = pair
@@ -410,7 +389,7 @@ def reach(reports: dict[str, Report]) -> Answer:
 
 
 def side_by_side(reports: dict[str, Report]) -> Answer:
-    """The critical path, computed from measured parts."""
+    """Return the critical path, computed from measured parts."""
     report = reports["depth-1"]
     path = report["parts"]["critical path"]
     n, unlocked = path["n"][-1], path["unlocked"][-1]
@@ -425,7 +404,7 @@ def side_by_side(reports: dict[str, Report]) -> Answer:
 
 
 def future(reports: dict[str, Report]) -> Answer:
-    """The true gradient of the future, by window."""
+    """Return the true gradient of the future, by window."""
     said, blocks, least = [], [], []
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
@@ -467,7 +446,7 @@ def noise(reports: dict[str, Report]) -> Answer:
         f"cosine {high:.2f} with {first} layer, {low:.2f} with {last}",
         "Cosine of the lowest layer's synthetic gradient with the true one, by the number of "
         f"layers, each with an interface: {', '.join(said)}.",
-        [b for b in blocks_of(report) if not isinstance(b, Heading)],
+        [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)],
     )
 
 
@@ -515,7 +494,7 @@ WAITING = ("backprop", "compiled", "graph", "in-backward", "fused")
 def rivals(reports: dict[str, Report]) -> Answer:
     """Everything that does not wait."""
     (report,) = reports.values()
-    shown = [b for b in blocks_of(report) if not isinstance(b, Heading)]
+    shown = [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
     errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
     means = {name: statistics.fmean(found) for name, found in errors.items() if found}
     order = sorted(means, key=lambda name: means[name])
@@ -548,16 +527,19 @@ def advice(reports: dict[str, Report]) -> Answer:
     rows, paid, numbers, worst = [], 0, [], 0.0
     for name, report in reports.items():
         said = blocks_of(report)
-        shown += [Text(part) for part in _sentences(advice_report.sentence(report))]
+        shown += [Text(part) for part in _sentences(report.sentence)]
         shown += [b for b in said if isinstance(b, Table)][:2]
         found = report["ratios"]["our kernels"]["proposal"]
         model = name.removeprefix("advice-")
         off = max(abs(step["error %"]) for step in report["steps"].values())
         worst = max(worst, off)
-        paid += found["measured"]["verdict"] == "faster"
-        numbers.append(f"{model} {ratio({**found['measured'], 'interval': None})}")
+        paid += found["measured"].verdict() == "faster"
+        numbers.append(f"{model} {text.ratio(found['measured'])}")
         behind = ", ".join(one["block"] for one in report["proposal"]["interfaces"])
-        cells = [ratio(found["predicted"]), ratio(found["measured"])]
+        cells = [
+            text.ratio(found["predicted"], to=" to "),
+            text.ratio(found["measured"], to=" to "),
+        ]
         rows.append([model, behind, f"{report['proposal']['k']}", *cells, f"{off:.0f} %"])
     number = f"{', '.join(numbers)} of backprop's time"
     return Answer(
@@ -576,7 +558,8 @@ def advice(reports: dict[str, Report]) -> Answer:
 
 
 def _sentences(said: str) -> list[str]:
-    """A long paragraph as several, cut in front of the proposal and of what follows from it."""
+    """Return a long paragraph as several, cut in front of the proposal and of what follows from
+    it."""
     parts = [said]
     for mark in ("Proposal (", "So, for time alone", "So no interface pays"):
         parts = [
@@ -586,7 +569,7 @@ def _sentences(said: str) -> list[str]:
 
 
 def distance(reports: dict[str, Report]) -> Answer:
-    """What a gradient costs that comes over a slow link, by the ways not to wait for it."""
+    """Say what a gradient costs that comes over a slow link, by the ways not to wait for it."""
     sentences, blocks, ahead = [], [], []
     for report in reports.values():
         settings, lag = report["settings"], max(report["settings"]["lags"])
@@ -599,7 +582,7 @@ def distance(reports: dict[str, Report]) -> Answer:
         others = ", ".join(f"{name} {means[name]:.2f}" for name in errors if name != ours)
         sentences.append(
             f"{settings['stages']} stages, {lag} steps late: {ours} {means[ours]:.2f} "
-            f"({spread(errors[ours])}), {others}; every seed below every seed of "
+            f"({text.span(errors[ours])}), {others}; every seed below every seed of "
             f"{', '.join(beaten) or 'none'}"
         )
         blocks += [Text(f"**{settings['stages']} stages**"), delay_report.table(report)]
@@ -627,13 +610,13 @@ def trust(reports: dict[str, Report]) -> Answer:
         for row in report.get("segments", {}).values():
             right, of = right + (row["said"] in row["allowed"]), of + 1
         for row in report.get("tops", {}).values():
-            off += [abs(r["median"] - 1.0) for r in row["measured over predicted"].values()]
+            off += [abs(r.median - 1.0) for r in row["measured over predicted"].values()]
     number = f"{right} of {of} planted cases called rightly"
     if off:
         number += f"; steps under planted tops within {100 * max(off):.0f} % of the formula"
     return Answer(
         often(right, of) if of else "in doubt",
         number,
-        " ".join(map(planted.sentence, reports.values())),
+        " ".join(report.sentence for report in reports.values()),
         [b for report in reports.values() for b in blocks_of(report) if isinstance(b, Table)],
     )

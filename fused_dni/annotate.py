@@ -47,7 +47,7 @@ PHASES = {
     "step_locally": "step",
     "predict": "predict",
     "close": "local backward",
-    "lesson_gradients": "learn",
+    "regression_gradients": "learn",
     "learn": "learn",
     "head_learns_from": "learn",
     "apply_update": "update",
@@ -74,7 +74,7 @@ _undo: list[Callable[[], None]] = []
 
 @contextmanager
 def annotate(model: nn.Module | None = None) -> Iterator[None]:
-    """Ranges for whatever decoupled layers do inside the ``with`` block.
+    """Open ranges for whatever decoupled layers do inside the ``with`` block.
 
     They are ranges of ``torch.profiler`` while it records and on machines without CUDA, else of
     NVTX. Uses may be nested. What ``torch.compile`` made has no ranges inside.
@@ -126,8 +126,10 @@ def _on() -> None:
                 if method in vars(layer):
                     _replace(layer, method, _in_range(vars(layer)[method], phase))
         for node in _subclasses(Node)[1:]:
-            _replace(node, "forward", staticmethod(_owned(node.forward)))
-            _replace(node, "backward", staticmethod(_in_owners_range(node.backward)))
+            if "forward" in vars(node):
+                _replace(node, "forward", staticmethod(_owned(node.forward)))
+            if "backward" in vars(node):
+                _replace(node, "backward", staticmethod(_in_owners_range(node.backward)))
         _replace(Schedule, "step", _marked(Schedule.step))
 
 
@@ -149,7 +151,7 @@ def _replace(owner: type, name: str, new: Any) -> None:
 
 
 def _subclasses(cls: type[C]) -> list[type[C]]:
-    """A class and all that is derived from it, each once."""
+    """Return a class and all that is derived from it, each once."""
     found = {cls: None}
     for derived in cls.__subclasses__():
         found.update(dict.fromkeys(_subclasses(derived)))
@@ -160,7 +162,7 @@ def _subclasses(cls: type[C]) -> list[type[C]]:
 
 
 def _name_at_first_call(module: nn.Module, _: Any) -> None:
-    """The outermost module is called first: its names count."""
+    """Name the layers as in the outermost module, which is called first."""
     if not torch.compiler.is_compiling() and module not in _seen:
         _name(module, again=False)
 
@@ -178,7 +180,8 @@ def _name(root: nn.Module, *, again: bool = True) -> None:
 
 @contextmanager
 def _range(label: str) -> Iterator[None]:
-    """A range, unless it is the innermost already (a method that calls the one it overrides)."""
+    """Open a range, unless it is the innermost already (a method that calls the one it
+    overrides)."""
     labels = _open.labels
     if labels and labels[-1] == label:
         yield
@@ -198,7 +201,7 @@ def _emitted(label: str) -> AbstractContextManager[Any]:
 
 
 def _in_range(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
-    """A layer's method, in a range of its own."""
+    """Put a layer's method into a range of its own."""
 
     @wraps(method)
     def annotated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +223,7 @@ def _in_range(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 
 
 def _owned(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A node's forward that notes whose it is: the layer whose forward is running."""
+    """Have a node's forward note whose it is: the layer whose forward is running."""
 
     @wraps(forward)
     def annotated(ctx: Any, *args: Any) -> Any:
@@ -252,7 +255,7 @@ def _marked(step: Callable[[Schedule], None]) -> Callable[[Schedule], None]:
 
 
 def _said(phase: Phase) -> str | None:
-    """What the schedule said, None for an ordinary step with targets."""
+    """Say what the schedule said, None for an ordinary step with targets."""
     if phase.probe is not None:
         return "probing"
     if phase.warmup:

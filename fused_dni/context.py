@@ -19,7 +19,7 @@ _current: ContextVar[Tensor | None] = ContextVar("fused_dni_context", default=No
 
 
 def variable() -> ContextVar[Tensor | None]:
-    """The variable in which :func:`condition_on` keeps the context."""
+    """Return the variable in which :func:`condition_on` keeps the context."""
     return _current
 
 
@@ -58,7 +58,7 @@ def note_checkpoint() -> None:
 
 
 def _context_of_recomputed() -> Tensor | None:
-    """The context in which the node was made that the running backward runs anew."""
+    """Return the context in which the node was made that the running backward runs anew."""
     node: Any = torch._C._current_autograd_node()
     if node is None:
         return None
@@ -109,7 +109,7 @@ def condition_on(context: Tensor) -> Iterator[None]:
 
 
 def current_context() -> Tensor | None:
-    """The innermost :func:`condition_on`'s context, or None outside of one."""
+    """Return the innermost :func:`condition_on`'s context, or None outside of one."""
     if torch.compiler.is_compiling():
         return _traced.context
     if _spans and torch._C._current_graph_task_id() != -1:

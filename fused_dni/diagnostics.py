@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fused_dni.modules.base import DecoupledModule, Forecast, Phase
+from fused_dni.modules.base import DecoupledModule, Phase, Predicted
 from fused_dni.modules.recurrent import Recurrent
 from fused_dni.ops.types import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 
@@ -15,7 +15,7 @@ from fused_dni.ops.types import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
 def diagnostics(
     model: nn.Module, closure: Callable[[], Tensor] | None = None, *, reset: bool = False
 ) -> dict[str, dict[str, float]]:
-    """What the synthesizers of a model were trained on, and how well they predicted it.
+    """Say what the synthesizers of a model were trained on, and how well they predicted it.
 
     Args:
         model: a model with decoupled layers.
@@ -37,7 +37,11 @@ def diagnostics(
         gradient that it predicts; of an LSTM ``windows``, those with a prediction at their end, and
         ``windows_continued``, those that continued a state of its own (compiled code counts
         neither); with a closure ``true_cosine`` and ``true_norm_ratio``. NaN where
-        there is nothing yet.
+        there is nothing yet. Layers without a synthesizer predict nothing and are not in it: where
+        all are such, as of a baseline, it is empty.
+
+    Raises:
+        ValueError: the model has no decoupled layers at all.
     """
     layers = {
         name: m
@@ -45,7 +49,9 @@ def diagnostics(
         if isinstance(m, DecoupledModule) and m.synthesizer is not None
     }
     if not layers:
-        raise ValueError("model has no decoupled layers with a synthesizer")
+        if not any(isinstance(m, DecoupledModule) for m in model.modules()):
+            raise ValueError("model has no decoupled layers (see fused_dni.convert)")
+        return {}
     out = {name: _sums(layer) for name, layer in layers.items()}
     if closure is not None:
         for name, found in _against_truth(model, layers, closure).items():
@@ -106,11 +112,11 @@ def _against_truth(
     recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
     before = [(m, m.phase) for m in everyone]
 
-    def record(name: str) -> Callable[[Tensor, Forecast | None, float], None]:
-        def probe(at: Tensor, forecast: Forecast | None, scale: float) -> None:
-            assert forecast is not None
+    def record(name: str) -> Callable[[Tensor, Predicted | None, float], None]:
+        def probe(at: Tensor, predicted: Predicted | None, scale: float) -> None:
+            assert predicted is not None
             at.retain_grad()
-            recorded.setdefault(name, []).append((at, forecast.scaled / scale))
+            recorded.setdefault(name, []).append((at, predicted.scaled / scale))
 
         return probe
 
@@ -144,5 +150,5 @@ def _against_truth(
     return out
 
 
-def _ignore(at: Tensor, forecast: Forecast | None, scale: float) -> None:
-    """The probe of layers without a synthesizer."""
+def _ignore(at: Tensor, predicted: Predicted | None, scale: float) -> None:
+    """Stand in for the probe of layers without a synthesizer."""

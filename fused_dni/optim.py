@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from fused_dni.modules.base import DecoupledModule, nonzero, other_gradient
+from fused_dni.modules.other_optimizers import OptimizerWatch
 from fused_dni.rules import RuleState
 
 _STATE_NAMES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -39,7 +40,7 @@ class _Linked(NamedTuple):
 
 
 def _rules(model: nn.Module) -> Iterator[_Linked]:
-    """Every rule in the model."""
+    """Return every rule in the model."""
     for name, module in model.named_modules():
         if isinstance(module, DecoupledModule):
             for part, rule, slots in module.rules():
@@ -47,7 +48,8 @@ def _rules(model: nn.Module) -> Iterator[_Linked]:
 
 
 def ordinary_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model that no fused rule updates: what an optimizer is to be given."""
+    """Return the parameters of a model that no fused rule updates: what an optimizer is to be
+    given."""
     ruled = {id(p) for linked in _rules(model) for p in linked.slots}
     return (p for p in model.parameters() if id(p) not in ruled)
 
@@ -94,6 +96,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Parameters without a fused rule belong to another optimizer: see :func:`ordinary_parameters`.
 
+    An optimizer of ``torch.optim`` that was given parameters under a rule, and steps in the first
+    training step, is warned of once: it passes them by in silence.
+
     Args:
         model: a model with layers built with ``update=...``.
 
@@ -101,6 +106,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         TypeError: ``model`` is no module.
         ValueError: the model has no fused rule with anything to train.
     """
+
+    shows_rules = True  # and steps nothing: see modules.other_optimizers
+    _others: OptimizerWatch | None = None
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -120,6 +128,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not groups:
             raise ValueError("model has no layer with a fused rule (update=...) to optimize")
         super().__init__(groups, {})
+        # Through the second: another optimizer may step behind this one.
+        self._others = OptimizerWatch(self, model, steps=2)
         # What all rules have, for schedulers that look whether there is a momentum to cycle.
         rules = [linked.rule.rule.defaults() for linked in self._linked]
         common = set.intersection(*map(set, rules))
@@ -219,6 +229,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._others is not None and self._others.step():
+            self._others = None
         for linked in self._linked:
             thawed = len(linked.rule.group["params"])
             for p in linked.slots:
@@ -254,7 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _entry: type[dict[Any, Any]] = _Shown  # what an entry of ``state`` is
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, with the rules' present state (references)."""
+        """Return what ``torch.optim.Optimizer.state_dict`` does, with the rules' present state
+        (references)."""
         self._entry = dict
         try:
             return super().state_dict()
@@ -331,7 +344,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: the layers too, for a copy without its model is the
+        """Return what copies and pickles hold: the layers too, for a copy without its model is the
         optimizer of a model that nothing else refers to (as of ``torch.optim``)."""
         names = ("defaults", "param_groups", "_linked", "_frozen", "_said")
         return {name: self.__dict__[name] for name in names}
@@ -355,19 +368,19 @@ _observed = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 
 
 def _trained(slots: _Slots, listed: Iterable[Tensor]) -> list[Tensor]:
-    """The slots that ask for gradients, or that are listed, in their order."""
+    """Return the slots that ask for gradients, or that are listed, in their order."""
     kept = {id(p) for p in listed}
     return [p for p in slots if p is not None and (p.requires_grad or id(p) in kept)]
 
 
 def _name_of(parameter: Tensor, among: Iterable[_Linked]) -> str:
-    """A parameter's name in the model."""
+    """Return a parameter's name in the model."""
     linked = next(linked for linked in among if linked.holds(parameter))
     return ".".join(n for n in (linked.layer, linked.module.name_of(parameter)) if n)
 
 
 def _split(param_group: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """The parameters of a group that is to be added, and its options."""
+    """Return the parameters of a group that is to be added, and its options."""
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
     given = param_group["params"]

@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     squared_error: float
 
     def told(self) -> bool:
-        """Whether there is a gradient in it, and nothing that is not finite."""
+        """Say whether there is a gradient in it, and nothing that is not finite."""
         return all(map(math.isfinite, self)) and self.g_dot_g > 0.0
 
 
@@ -144,7 +144,7 @@ class Pace:
         return max(median(self._targets) - plain, 0.0) / plain
 
     def best(self, here: float, falls: float, ratio: float) -> tuple[int, float, float]:
-        """The k of the best rate, that rate, and the rate at this k.
+        """Return the k of the best rate, that rate, and the rate at this k.
 
         Args:
             here: r2 at this k.
@@ -189,8 +189,8 @@ class Pace:
         self._barred = max(self._barred, longer * again)
 
     def _falls(self, here: float) -> float:
-        """The factor by which r2 falls with each step of k: the least that what is known of this
-        k and another says."""
+        """Return the factor by which r2 falls with each step of k: the least that what is known of
+        this k and another says."""
         factors = [
             (here / there) ** (1.0 / (self.k - k))
             for k, there in self._known.items()

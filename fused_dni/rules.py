@@ -50,7 +50,7 @@ class Rule:
         return {k: v for k, v in asdict(self).items() if k != "stochastic_rounding"}
 
     def moments(self) -> int:
-        """How many state tensors of a parameter's shape the rule keeps (0, 1 or 2)."""
+        """Say how many state tensors of a parameter's shape the rule keeps (0, 1 or 2)."""
         raise NotImplementedError
 
 
@@ -166,7 +166,7 @@ class RuleState:
         return int(self.hyper[SKIPPED].item())
 
     def tensors(self, slots: Sequence[Tensor | None]) -> RuleTensors:
-        """The rule over ``slots``, with ``group`` written to the device where it changed.
+        """Return the rule over ``slots``, with ``group`` written to the device where it changed.
 
         Moments follow their parameter: they are made anew (zero) only for a slot whose shape
         changed or that has none yet, moved along with its dtype and device, and kept while it is
@@ -196,7 +196,7 @@ class RuleState:
             self._hold(slots)
 
     def checked(self, group: dict[str, Any]) -> Rule:
-        """The rule with the hyper-parameters of ``group``.
+        """Return the rule with the hyper-parameters of ``group``.
 
         Raises:
             ValueError: one of them is out of range.
@@ -246,8 +246,9 @@ class RuleState:
         beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
         values = (group["lr"], beta1, beta2, group.get("eps", 0.0), group["weight_decay"])
         self.hyper[: len(values)] = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self._tensors is not None:
-            self._tensors = self._tensors._replace(nesterov=bool(group.get("nesterov", False)))
+        nesterov = bool(group.get("nesterov", False))
+        if self._tensors is not None and self._tensors.nesterov is not nesterov:
+            self._tensors = self._tensors._replace(nesterov=nesterov)
 
     def _bind(self, slots: Sequence[Tensor | None]) -> RuleTensors:
         for i, p in enumerate(slots):
@@ -321,7 +322,7 @@ class RuleState:
 
 
 def gathered(p: Tensor) -> bool:
-    """Whether FSDP2 gathered ``p`` from its shards for this forward."""
+    """Say whether FSDP2 gathered ``p`` from its shards for this forward."""
     sharding = sys.modules.get("torch.distributed._composable_state")
     for reference in list(getattr(sharding, "_module_state_mapping", {}).values()):
         state = reference()

@@ -92,12 +92,12 @@ class Synthesizer(nn.Module):
             )
 
     def last_layer(self) -> tuple[Tensor, ...]:
-        """The parameters that scale the output when all are scaled together. None by default: what
-        such a synthesizer predicts has the unit 1."""
+        """Return the parameters that scale the output when all are scaled together. None by
+        default: what such a synthesizer predicts has the unit 1."""
         return ()
 
     def get_extra_state(self) -> Tensor:
-        """The unit, for the state dict."""
+        """Return the unit, for the state dict."""
         return torch.tensor([self.unit.size, self.unit.lessons], dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
@@ -122,7 +122,7 @@ class Synthesizer(nn.Module):
         self.__dict__.setdefault("unit", TargetUnit())  # pickled before there were units
 
     def fused(self) -> SynthesizerTensors | None:
-        """The parameters in the form that kernels take, or None if there is no such form."""
+        """Return the parameters in the form that kernels take, or None if there is no such form."""
         return None
 
     def extra_repr(self) -> str:
@@ -288,14 +288,14 @@ def _start(down: Tensor | None, last: Iterable[Tensor | None]) -> None:
 
 
 def _given(parameters: Iterable[Tensor | None]) -> tuple[nn.Parameter, ...]:
-    """Those that are there, if all of them are parameters of their own."""
+    """Return those that are there, if all of them are parameters of their own."""
     there = [p for p in parameters if p is not None]
     own = [p for p in there if isinstance(p, nn.Parameter)]
     return tuple(own) if len(own) == len(there) else ()
 
 
 def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
-    """The context as dense rows [N, K]."""
+    """Return the context as dense rows [N, K]."""
     if context is None:
         raise ValueError("context is missing: context_features is not 0")
     if context.dtype == torch.int64:
@@ -322,7 +322,7 @@ def _with_difference(h: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _own_size(features: int, context_features: int) -> int:
-    """The size of a context that h is held against."""
+    """Return the size of a context that h is held against."""
     if context_features not in (0, features):
         raise ValueError(
             f"with difference=True the context has the size of h, context_features={features} "
@@ -528,7 +528,7 @@ class SoftmaxSynthesizer(Synthesizer):
         )
 
     def _table(self) -> Tensor:
-        """The head's weight [classes, O], as it is now."""
+        """Return the head's weight [classes, O], as it is now."""
         head: Any = self.head
         table: Tensor = head.weight.detach()
         if table.shape != (self.context_features, self.features):
@@ -813,7 +813,7 @@ class SurrogateSynthesizer(Synthesizer):
             self.register_buffer("scale", torch.ones((), dtype=self.gain.dtype))
 
     def untaught(self) -> bool:
-        """Whether the stand-in's gradient is still taken as it is. (This waits for a GPU.)"""
+        """Say whether the stand-in's gradient is still taken as it is. (This waits for a GPU.)"""
         return bool((self.scale * self.gain == 1.0).all())
 
     def last_layer(self) -> tuple[Tensor, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from fused_dni.report import text
+from fused_dni.report.timings import Ratio, Timing
 from stored import named
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; every column after the first to the right."""
+    """Return a Markdown table; every column after the first to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
@@ -27,21 +31,21 @@ def provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
     )
 
 
-def milliseconds(row: dict[str, Any]) -> str:
-    """Median with its 95 % interval."""
-    text = f"{row['median'] * 1e3:.3g}"
-    if row.get("interval"):
-        low, high = (f"{bound * 1e3:.3g}" for bound in row["interval"])
-        text += f" ({low}–{high})"
-    return text
+def milliseconds(timed: Timing) -> str:
+    """Write the median with its 95 % interval."""
+    said = f"{timed.median * 1e3:.3g}"
+    low, high = timed.interval
+    return said if math.isinf(high) else f"{said} ({low * 1e3:.3g}–{high * 1e3:.3g})"
 
 
-def interval(ratio: dict[str, Any]) -> str:
-    """A ratio with its interval."""
-    text = f"{ratio['median']:.2f}"
-    if ratio["interval"]:
-        text += " ({:.2f}–{:.2f})".format(*ratio["interval"])
-    return text
+def interval(ratio: Ratio) -> str:
+    """Write a ratio with its interval."""
+    return text.ratio(ratio, marked=False, to="–")
+
+
+def over_floor(row: Mapping[str, Any]) -> str:
+    """Write a row's time over its floor, or a dash."""
+    return f"{row['per_floor'].median:.2f}" if "per_floor" in row else "–"
 
 
 def ordered(groups: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.cells import interval, milliseconds, ordered, provenance, table
+from pages.cells import interval, milliseconds, ordered, over_floor, provenance, table
 from stored import named
 
 
@@ -20,7 +20,7 @@ def error_of(results: dict[str, Any], key: str, name: str) -> str:
 
 
 def render_step(results: dict[str, Any]) -> str:
-    """The step table: a table a rule and size, errors beside the speeds, then the ratios."""
+    """Render the step table: a table a rule and size, errors beside the speeds, then the ratios."""
     groups = results.get("step", {})
     if not groups:
         return "Not measured yet."
@@ -47,11 +47,8 @@ def render_step(results: dict[str, Any]) -> str:
         rows = []
         for name in group["order"]:
             row = group["rows"][name]
-            if "failed" in row:
-                rows.append([name, "–", "–", error_of(results, key, name)])
-                continue
-            ratio = f"{row['per_floor']['median']:.2f}"
-            rows.append([name, milliseconds(row), ratio, error_of(results, key, name)])
+            time = milliseconds(row["timing"]) if "timing" in row else "–"
+            rows.append([name, time, over_floor(row), error_of(results, key, name)])
         title = f"**B={batch}, H={hidden}, {rule.upper() if rule == 'sgd' else rule.title()}**"
         parts.append(title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows))
         failed = [
@@ -78,8 +75,8 @@ SUMMARY = {
 
 
 def render_summary(results: dict[str, Any]) -> str:
-    """The step table in one: time over the floor and, where any was measured, test error, a row a
-    size and rule."""
+    """Render the step table in one: time over the floor and, where any was measured, test error, a
+    row a size and rule."""
     groups = results.get("step", {})
     if not groups:
         return "Not measured yet."
@@ -89,10 +86,10 @@ def render_summary(results: dict[str, Any]) -> str:
     for key in ordered(groups):
         made = groups[key]["rows"]
         floor = next(row for name, row in made.items() if name.startswith("floor"))
-        cells = [key, f"{floor['median'] * 1e3:.2f}"]
+        cells = [key, f"{floor['timing'].median * 1e3:.2f}"]
         for name in shown:
             row = made.get(name, {})
-            time = f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+            time = over_floor(row)
             cells.append(f"{time} · {error_of(results, key, name)} %" if errors else time)
         rows.append(cells)
     header = ["B/H, rule", "floor, ms", *[SUMMARY[name] for name in shown]]
@@ -147,18 +144,15 @@ def render_groups(results: dict[str, Any], suite: str) -> str:
         rows = []
         for name in groups[key]["order"]:
             row = groups[key]["rows"][name]
-            if "failed" in row:
-                rows.append([name, "–", "–"])
-                continue
-            microseconds = f"{row['median'] * 1e6:.3g}"
-            rows.append([name, microseconds, f"{row['per_floor']['median']:.2f}"])
+            time = f"{row['timing'].median * 1e6:.3g}" if "timing" in row else "–"
+            rows.append([name, time, over_floor(row)])
         parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
     return "\n\n".join(parts)
 
 
 def render_memory(results: dict[str, Any]) -> str:
-    """The curve of peak memory over depth."""
-    groups = results.get("memory", {})
+    """Render the curve of peak memory over depth."""
+    groups = results.get("peak-memory", {})
     if not groups:
         return "Not measured yet."
     curve = groups["curve"]

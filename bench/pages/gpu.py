@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.cells import interval, table
+from pages.cells import interval, over_floor, table
 from stored import named
 
 
@@ -21,12 +21,7 @@ def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
 
 def _microseconds(group: dict[str, Any], name: str, steps: int = 1) -> str:
     row = group["rows"].get(name, {})
-    return f"{row['median'] / steps * 1e6:.3g}" if "median" in row else "–"
-
-
-def _over_floor(group: dict[str, Any], name: str) -> str:
-    row = group["rows"].get(name, {})
-    return f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–"
+    return f"{row['timing'].median / steps * 1e6:.3g}" if "timing" in row else "–"
 
 
 def _ratio(group: dict[str, Any], label: str) -> str:
@@ -35,7 +30,7 @@ def _ratio(group: dict[str, Any], label: str) -> str:
 
 
 def render_gpu(results: dict[str, Any]) -> str:
-    """The decoupled step of one layer: launches, floor, and what it is compared with."""
+    """Render the decoupled step of one layer: launches, floor, and what it is compared with."""
     groups = results.get("gpu-layer", {})
     if not groups:
         return "Not measured yet."
@@ -61,7 +56,7 @@ def render_gpu(results: dict[str, Any]) -> str:
             _microseconds(group, name)
             for name in ("DNI", "DNI, one launch", "DNI, several launches")
         ]
-        cells.append(_over_floor(group, "DNI"))
+        cells.append(over_floor(group["rows"].get("DNI", {})))
         cells += [_ratio(group, f"{name} / DNI") for name in others]
         cells.append(_microseconds(group, "DNI, CUDA"))
         cells += [_ratio(group, f"{name} / DNI, CUDA") for name in rivals]
@@ -135,7 +130,7 @@ def render_gpu_details(results: dict[str, Any]) -> str:
         groups = results.get(suite, {})
         for key, group in groups.items():
             rows = [
-                [name, _microseconds(group, name), _over_floor(group, name)]
+                [name, _microseconds(group, name), over_floor(group["rows"][name])]
                 for name in group["order"]
             ]
             parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))

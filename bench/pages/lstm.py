@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pages.cells import interval, ordered, provenance, table
+from pages.cells import interval, ordered, over_floor, provenance, table
 
 
 def render_lstm(results: dict[str, Any]) -> str:
-    """The LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's cost."""
+    """Render the LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's
+    cost."""
     groups = results.get("lstm", {})
     shapes = _lstm_shapes(groups)
     if not shapes:
@@ -20,10 +21,9 @@ def render_lstm(results: dict[str, Any]) -> str:
     for shape in shapes:
         whole = groups[f"{shape} forward+backward"]
         made = whole["rows"]
-        cells = [shape, f"{made[whole['floor']]['median'] * 1e3:.3g}"]
+        cells = [shape, f"{made[whole['floor']]['timing'].median * 1e3:.3g}"]
         for name in ("nn.LSTM", "nn.LSTM, oneDNN off", "unrolled steps, compiled", "ours"):
-            row = made.get(name, {})
-            cells.append(f"{row['per_floor']['median']:.2f}" if "per_floor" in row else "–")
+            cells.append(over_floor(made.get(name, {})))
         for what in ("forward+backward", "forward", "training step"):
             cells.append(_lstm_ratio(groups, f"{shape} {what}", "nn.LSTM / ours"))
         cells.append(_lstm_ratio(groups, f"{shape} training step", "DNI / ours"))
@@ -67,9 +67,9 @@ def _lstm_boundary(groups: dict[str, Any]) -> str:
         ratio = groups[key]["ratios"].get("DNI / ours")
         cell = "–"
         if ratio is not None:
-            cell = f"{(ratio['median'] - 1) * 100:.1f}"
-            if ratio["interval"]:
-                low, high = ((bound - 1) * 100 for bound in ratio["interval"])
+            cell = f"{(ratio.median - 1) * 100:.1f}"
+            if ratio.bounds:
+                low, high = ((bound - 1) * 100 for bound in ratio.bounds)
                 cell += f" ({low:.1f} to {high:.1f})"
         found.setdefault(size, {})[int(steps)] = cell
     columns = sorted({steps for cells in found.values() for steps in cells})
@@ -116,10 +116,10 @@ def _lstm_columns(groups: dict[str, Any], keys: list[str]) -> str:
             row = groups[key]["rows"].get(name, {})
             if "failed" in row:
                 reasons.append(f"{name} at {key}: {row['failed']}")
-            if "median" not in row:
+            if "timing" not in row:
                 cells.append("–")
                 continue
-            cells.append(f"{row['median'] * 1e3:.3g} ({row['per_floor']['median']:.2f})")
+            cells.append(f"{row['timing'].median * 1e3:.3g} ({row['per_floor'].median:.2f})")
         rows.append(cells)
     text = table(["", *(re.match(r"[\d/]+(, \d+ layers)?", key)[0] for key in keys)], rows)
     return text + (f"\n\nNo figure: {'; '.join(reasons)}." if reasons else "")

@@ -40,7 +40,7 @@ def _split(report: dict[str, Any], name: str, groups: list[dict[str, Any]]) -> s
 
 
 def _rate(row: dict[str, Any]) -> str:
-    if "median" not in row:
+    if "timing" not in row:
         return str(row.get("failed", "–"))
-    rates = sorted(1.0 / seconds for seconds in row["samples"])
-    return f"{1.0 / row['median']:.2f} ({rates[0]:.2f} to {rates[-1]:.2f})"
+    rates = sorted(1.0 / seconds for seconds in row["timing"].rounds)
+    return f"{1.0 / row['timing'].median:.2f} ({rates[0]:.2f} to {rates[-1]:.2f})"

@@ -322,6 +322,10 @@ class CpuBackend:
         )
         return CrossEntropy(loss, delta)
 
+    def watch(self, checks: Sequence[Check]) -> Any:
+        """Bind checks as one call that says whether all hold."""
+        return _cpu.Watch(_checks(checks))
+
     def quick_exact(
         self, layer: LinearTensors, config: LinearConfig, rule: RuleTensors, parts: QuickParts
     ) -> Any:
@@ -424,7 +428,7 @@ class CpuBackend:
         """See :meth:`fused_dni.ops.types.Backend.lstm_forward`."""
         dtype = layers[0].weight_ih.dtype
         x, h, c = _as(x, dtype), _as(h, dtype), _as(c, dtype)
-        masks = [_as(mask, dtype) for mask in dropout]
+        masks = [_as(mask, dtype) for mask in dropout] if dropout else []
         if lengths is not None:
             lengths = lengths.contiguous()
         (steps, batch, features), (depth, _, size) = x.shape, h.shape
@@ -439,15 +443,14 @@ class CpuBackend:
         _cpu.lstm_forward(
             dtype is _FLOAT64,
             _addresses(chain.from_iterable(layers)),
-            _addresses(masks),
+            _addresses(masks) if masks else (),
             (
                 steps,
                 batch,
                 features,
                 size,
                 torch.get_num_threads(),
-                *_addresses((lengths, x, h, c)),
-                *_addresses(trace),
+                *_addresses((lengths, x, h, c, *trace)),
             ),
         )
         return trace
@@ -787,7 +790,7 @@ def _lstm_backward(
     dtype = hidden.dtype
     x = _as(x, dtype)
     arriving = tuple([None if g is None else _as(g, dtype) for g in arriving])
-    masks = [_as(mask, dtype) for mask in dropout]
+    masks = [_as(mask, dtype) for mask in dropout] if dropout else []
     if lengths is not None:
         lengths = lengths.contiguous()
     steps, batch, features = x.shape
@@ -801,16 +804,15 @@ def _lstm_backward(
     arguments = (
         dtype is _FLOAT64,
         _addresses(chain.from_iterable(layers)),
-        _addresses(chain.from_iterable(made.layers)),
-        _addresses(masks),
+        _addresses(chain.from_iterable(made.layers)) if need_weights else (),
+        _addresses(masks) if masks else (),
         (
             steps,
             batch,
             features,
             last_h.shape[2],
             torch.get_num_threads(),
-            *_addresses((lengths, *arriving, x, hidden, cells, gates)),
-            *_addresses(made[:4]),
+            *_addresses((lengths, *arriving, x, hidden, cells, gates, *made[:4])),
         ),
     )
     return made, arguments, (x, arriving, masks, lengths)

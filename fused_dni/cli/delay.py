@@ -39,7 +39,11 @@ def add_delay(commands: Any) -> None:
     )
     what.add_argument("--lags", nargs="+", type=whole(0, "a lag"), metavar="STEPS", help="(1 5 20)")
     what.add_argument("--stages", type=whole(2, "stages"), help="(2)")
-    what.add_argument("--task", choices=("classification", "reconstruction"))
+    what.add_argument(
+        "--task",
+        choices=("classification", "frozen-top", "reconstruction"),
+        help="frozen-top: classification with a last stage that does not learn (classification)",
+    )
     what.add_argument("--seeds", nargs="+", type=whole(0, "a seed"), metavar="SEED", help="(1 2 3)")
     what.add_argument("--hidden", type=whole(1, "hidden"), help="units of a hidden layer (256)")
     what.add_argument("--depth", type=whole(2, "depth"), help="hidden layers in all stages (4)")

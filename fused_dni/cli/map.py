@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import (
     DTYPES,
@@ -23,6 +21,9 @@ from fused_dni.cli.arguments import (
     whole,
 )
 from fused_dni.cli.output import OutFile, say, warn
+
+if TYPE_CHECKING:
+    from fused_dni.report import Result
 
 
 def add_map(commands: Any) -> None:
@@ -100,30 +101,32 @@ def add_map(commands: Any) -> None:
 
 
 def _map(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.map import merge, store
+    from fused_dni.measure.map import merge
     from fused_dni.report import as_text, blocks_of, load
+    from fused_dni.report.files import as_json
 
     out = OutFile("--out", args.out, needed=True)
     if args.figures is not None:
         refuse_unwritable(args.figures)
     if args.merge is not None:
         found = merge([load(name, "map") for name in args.merge])
-        out.save(partial(store.write, found))
+        out.write(as_json(found))
     else:
         found = _measured(args, out, command)
-    say(json.dumps(found, indent=1) if args.json else as_text(blocks_of(found)))
+    say(as_json(found).rstrip() if args.json else as_text(blocks_of(found)))
     out.finish()
     if args.figures is not None:
         _draw(found, Path(args.figures))
     return 0
 
 
-def _measured(args: argparse.Namespace, out: OutFile, command: str) -> dict[str, Any]:
+def _measured(args: argparse.Namespace, out: OutFile, command: str) -> Result:
     import torch
 
-    from fused_dni.measure.map import Settings, make_grid, store
+    from fused_dni.measure.map import Settings, make_grid
     from fused_dni.measure.map.sweep import sweep
     from fused_dni.ops import registry
+    from fused_dni.report.files import as_json
     from fused_dni.report.progress import Progress
 
     set_threads(args)
@@ -149,11 +152,11 @@ def _measured(args: argparse.Namespace, out: OutFile, command: str) -> dict[str,
             Path(args.out),
             progress=progress.update,
             command=command,
-            keep=lambda found: out.save(partial(store.write, found)),
+            keep=lambda found: out.write(as_json(found)),
         )
 
 
-def _draw(report: dict[str, Any], folder: Path) -> None:
+def _draw(report: Result, folder: Path) -> None:
     """Write the figures; without matplotlib, say what to install and leave it at that."""
     from fused_dni.report import Figure, blocks_of
 

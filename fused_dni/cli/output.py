@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import PROGRAM, UsageError
 from fused_dni.report.errors import WriteError
 from fused_dni.report.files import try_file, unwritten, write_text
+
+if TYPE_CHECKING:
+    from fused_dni.report import Result
 
 #: For a stream that has no such character.
 _PLAIN = {
@@ -145,7 +148,7 @@ class OutFile:
             raise self._error
 
 
-def unfinished(path: str, kind: str) -> dict[str, Any]:
+def unfinished(path: str, kind: str) -> Result:
     """The report that a run goes on with.
 
     Raises:
@@ -187,7 +190,7 @@ def say_verdict(found: Any, as_json: bool, out: OutFile, plot: OutFile, figure: 
         file.finish()
 
 
-def say_report(report: dict[str, Any], as_json: bool) -> None:
+def say_report(report: Result, as_json: bool) -> None:
     """Print a report, for a reader or for a machine."""
     from fused_dni.report import as_text, blocks_of, files
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import (
     PROGRAM,
@@ -23,6 +22,9 @@ from fused_dni.cli.arguments import (
     whole,
 )
 from fused_dni.cli.output import OutFile, say, warn
+
+if TYPE_CHECKING:
+    from fused_dni.report import Result
 
 #: Options that only some of the tools have.
 BELONGS: dict[str, tuple[str, ...]] = {
@@ -89,16 +91,16 @@ def _profile(args: argparse.Namespace, command: str) -> int:
             raise UsageError(
                 f"--{name} does not go with {args.tool}, but with {' and '.join(tools)}"
             )
-    report: dict[str, Any] = {"kind": "profile", "version": 1, "tool": args.tool}
-    report["profiled"] = words
+    body: dict[str, Any] = {"tool": args.tool, "profiled": words}
     folder = Path(args.out)
     made = _in_this_process(args, folder) if args.tool == "torch" else _by_nsight(args, folder)
     if made is None:
         return 1
     from fused_dni.measure.baseline import facts
     from fused_dni.report.files import as_json
+    from fused_dni.report.schema import Result
 
-    report.update(made, facts=facts(command))
+    report = Result("profile", facts=facts(command), body={**body, **made})
     out = OutFile("--out", str(folder / "profile.json"))
     out.write(as_json(report))
     _print(args, report, out)
@@ -158,11 +160,12 @@ def _by_nsight(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     return {"status": status, "line": line, "kernels": kernels}
 
 
-def _print(args: argparse.Namespace, report: dict[str, Any], out: OutFile) -> None:
+def _print(args: argparse.Namespace, report: Result, out: OutFile) -> None:
     from fused_dni.report import as_text, blocks_of
+    from fused_dni.report.files import as_json
 
     if args.json:
-        say(json.dumps(report, indent=1))
+        say(as_json(report).rstrip())
     elif not args.quiet:
         say(f"\n{as_text(blocks_of(report))}")
         if out.written is not None:

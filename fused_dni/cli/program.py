@@ -27,6 +27,7 @@ from fused_dni.cli import (
     training,
     tune,
     verdict,
+    verdict_link,
     verdict_top,
 )
 from fused_dni.cli import map as map_command
@@ -51,6 +52,7 @@ def parser() -> Parser:
     verdict.add_verdict(commands)
     verdict.add_verdict_lstm(commands)
     verdict_top.add_verdict_top(commands)
+    verdict_link.add_verdict_link(commands)
     advise.add_advise(commands)
     training.add_train(commands)
     for task in training.RECURRENT:
@@ -119,7 +121,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         words, behind = words[:cut], words[cut + 1 :]
     for i, (word, following) in enumerate(itertools.pairwise(words)):
         if (word == "train" and following in (*training.RECURRENT, "pipeline")) or (
-            word == "verdict" and following in ("lstm", "top")
+            word == "verdict" and following in ("lstm", "top", "link")
         ):
             words[i : i + 2] = [f"{word} {following}"]
             break

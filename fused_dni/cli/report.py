@@ -11,7 +11,7 @@ from fused_dni.cli.arguments import PROGRAM, UsageError, common
 from fused_dni.cli.output import OutFile, say
 
 if TYPE_CHECKING:
-    from fused_dni.report import Block
+    from fused_dni.report import Block, Result
 
 FORMATS = (".html", ".md")
 
@@ -75,7 +75,7 @@ def _page(given: str) -> Path:
     return page
 
 
-def _write(page: Path, blocks: list[Block], report: dict[str, Any]) -> list[Path]:
+def _write(page: Path, blocks: list[Block], report: Result) -> list[Path]:
     """The page and, of Markdown, the figures that lie beside it."""
     from fused_dni.report import Figure, as_markdown
     from fused_dni.report.errors import WriteError
@@ -85,7 +85,7 @@ def _write(page: Path, blocks: list[Block], report: dict[str, Any]) -> list[Path
 
     if page.suffix == ".html":
         with reading(report):
-            made = as_html(blocks, report["facts"])
+            made = as_html(blocks, report.facts)
         return [write_text(page, made)]
     figures = page.parent / f"{page.stem}-figures"
     try:

@@ -34,6 +34,9 @@ TIMES = (
     ("local", "a step by a local loss (forward + backward + optimizer)"),
 )
 
+#: Of --run: numbers of processes, and seconds one way.
+RUN_STAGES, RUN_LATENCIES = (2, 4), (0.0, 0.02, 0.1)
+
 
 def add_simulate(commands: Any) -> None:
     command = commands.add_parser(
@@ -130,6 +133,10 @@ def add_simulate(commands: Any) -> None:
     out.add_argument("--check", metavar="FILE", dest="measured",
                      help="JSON of measured throughputs to hold the "
                      "model against (docs/simulate.md)")  # fmt: skip
+    out.add_argument("--run", type=positive("seconds"), metavar="SECONDS", dest="paced",
+                     help="run pipelines of 2 and 4 processes that sleep for the stages' times, "
+                     "so long for each mode and latency of 0, 20 and 100 ms, and hold the model "
+                     "against them")  # fmt: skip
     out.add_argument("--out", metavar="FILE", help="write the report as JSON")
     out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     out.add_argument("--quiet", action="store_true", help="no progress")
@@ -163,11 +170,35 @@ def _simulate(args: argparse.Namespace, command: str) -> int:
             progress=progress.update,
             command=command,
         )
-    report["checked"] = checked
+        if args.paced is not None:
+            checked = [*(checked or []), *_run(args, settings, progress)]
+    report.body["checked"] = checked
     out.write(as_json(report))
     say_report(report, args.json)
     out.finish()
     return 0
+
+
+def _run(args: argparse.Namespace, settings: Settings, progress: Any) -> list[dict[str, Any]]:
+    """Pipelines of processes that sleep, beside what was simulated of them."""
+    from dataclasses import replace
+
+    from fused_dni.measure.simulate import Case, paced
+
+    found = []
+    modes = [name for name in paced.RUNTIME if name in (args.modes or paced.RUNTIME)]
+    for stages in RUN_STAGES if modes else ():
+        cases = [
+            Case(stages, replace(settings, link=replace(settings.link, latency=latency)))
+            for latency in RUN_LATENCIES
+        ]
+        runs = [paced.asked(mode, case, args.paced) for case in cases for mode in modes]
+
+        def tell(share: float, what: str = f"running {stages} processes") -> None:
+            progress.update(what, share)
+
+        found += paced.measure(runs, tell)
+    return found
 
 
 def _times(args: argparse.Namespace, progress: Any) -> tuple[Times, dict[str, Any] | None]:

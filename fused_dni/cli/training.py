@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fused_dni.report.blocks import Block
     from fused_dni.report.kinds.train import Outcome
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Result
 
 #: Commands of two words: ``train copy``.
 RECURRENT = ("charlm", "copy", "repeat-copy")
@@ -386,7 +387,7 @@ def _train(args: argparse.Namespace, command: str) -> int:
 
 def _train_recurrent(args: argparse.Namespace, command: str) -> int:
     from fused_dni.experiments import recurrent
-    from fused_dni.experiments.recurrent_report import as_json
+    from fused_dni.experiments.recurrent_report import result
     from fused_dni.measure import memory
     from fused_dni.report.blocks import Text
     from fused_dni.report.kinds import recurrent as kind
@@ -434,8 +435,9 @@ def _train_recurrent(args: argparse.Namespace, command: str) -> int:
         said.append(kind.future_table(outcome))
     if outcome.memory_curve:
         said.append(kind.memory_table(outcome.memory_curve))
-    said += [Text(kind.sentence(outcome)), *map(Text, outcome.notes)]
-    _finish(args, as_json(outcome, command), said)
+    made = result(outcome, command).described()
+    said += [Text(made.sentence), *map(Text, outcome.notes)]
+    _finish(args, made, said)
     return 0
 
 
@@ -491,14 +493,14 @@ def _finish_training(
     outcome: Outcome,
     command: str,
     verdict: Verdict | None = None,
-    race: dict[str, Any] | None = None,
+    race: Result | None = None,
 ) -> None:
-    from fused_dni.experiments.train_report import as_json
+    from fused_dni.experiments.train_report import result
     from fused_dni.report.blocks import Heading, Text
     from fused_dni.report.kinds import race as races
     from fused_dni.report.kinds import train as kind
 
-    report = as_json(outcome, command, verdict, race)
+    report = result(outcome, command, verdict, race)
     said: list[Block] = [kind.summary(outcome)]
     if outcome.split is not None:
         said.append(kind.split(outcome.split))
@@ -510,7 +512,7 @@ def _finish_training(
     _finish(args, report, said)
 
 
-def _finish(args: argparse.Namespace, report: dict[str, Any], said: list[Block]) -> None:
+def _finish(args: argparse.Namespace, report: Result, said: list[Block]) -> None:
     """Write the folder and print what was measured: that, too, where it cannot be written."""
     from fused_dni.report.blocks import as_text
     from fused_dni.report.errors import ReportError

@@ -14,6 +14,7 @@ SIZES = {
 RATES = {
     **{f"{unit}/s": size for unit, size in SIZES.items()},
     "kbit/s": 1e3 / 8, "Mbit/s": 1e6 / 8, "Gbit/s": 1e9 / 8,
+    "kbit": 1e3 / 8, "Mbit": 1e6 / 8, "Gbit": 1e9 / 8,  # a second, as networks are named
 }  # fmt: skip
 
 _QUANTITY = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([^\W\d_]*(?:/s)?)\s*")

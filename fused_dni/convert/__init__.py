@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor, nn
 
 from fused_dni.convert.uses import reached_into, runs_in_order
+from fused_dni.modules.base import DecoupledModule
 from fused_dni.modules.linear import FusedDNILinear, activation_name, why_not_fusable
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.modules.lstm_cell import FusedDNILSTMCell
 from fused_dni.modules.recurrent import Recurrent
+from fused_dni.modules.sequential import DecoupledSequential
 
 # Options of recurrent modules alone; linear layers are converted without them.
 RECURRENT_OPTIONS = ("sg_scale", "auxiliary")
@@ -86,11 +88,11 @@ class Report(list[Conversion]):
         return "\n".join(map(str, self))
 
     def converted(self) -> list[str]:
-        """The names of the modules that were converted or taken along."""
+        """Return the names of the modules that were converted or taken along."""
         return [entry.name for entry in self if entry.made is not None]
 
     def left(self) -> dict[str, str]:
-        """The names of the modules that were left as they are, and why."""
+        """Return the names of the modules that were left as they are, and why."""
         return {entry.name: entry.why for entry in self if entry.made is None}
 
 
@@ -100,6 +102,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: Literal[False] = False,
     **kwargs: Any,
 ) -> nn.Module: ...
@@ -111,6 +114,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, Report]: ...
@@ -121,6 +125,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: bool = False,
     **kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, Report]:
@@ -157,6 +162,11 @@ def convert(
             layer gets a copy (its features must be those of every layer, and 2 L H of an LSTM).
         head: what becomes of the linear layer that was registered last, whose output is usually
             what the loss sees: "exact" for no synthesizer there, "decoupled" for one as everywhere.
+        delivery: "immediate" to make each ``nn.Sequential`` that holds several linear layers, and
+            that the model's code calls as a whole, a :class:`fused_dni.DecoupledSequential` of the
+            same modules under the same names: with ``update`` their steps are one call on a CPU,
+            and a second consumer of what is between them is an error. "deferred" to leave
+            containers as they are.
         report: return, too, what was converted, what was not, and why.
         **kwargs: ``context_features``, ``update``, ``synthesizer_update``, ``target_scale``,
             ``max_norm``, ``backend``, as of :class:`FusedDNILinear` and :class:`FusedDNILSTM`;
@@ -172,12 +182,15 @@ def convert(
     """
     if head not in ("exact", "decoupled"):
         raise ValueError(f"head must be 'exact' or 'decoupled', got {head!r}")
+    if delivery not in ("deferred", "immediate"):
+        raise ValueError(f"delivery must be 'deferred' or 'immediate', got {delivery!r}")
     ruled = kwargs.get("update") is not None
     tied = _tied(model) if ruled else set()
     stock = synthesizer is None and not ruled and kwargs.get("backend") is None
     told = Report()
     places: list[_Place] = []
     recurrent: list[_Place] = []
+    reached = reached_into(model) if delivery == "immediate" else {}
     for place in _places(model):
         plain = place.module
         why = _why_not(plain)
@@ -240,14 +253,48 @@ def convert(
             was = place.parent._modules[name]
             absorbed = Absorbed((place.name, layer) if was is place.norm else None)
             setattr(place.parent, name, absorbed.train(place.parent.training))
+    found = made.get(id(model), model)
+    if delivery == "immediate":
+        found = _contained(found, reached, told)
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     told.sort(key=lambda entry: order.get(entry.name, 0))
-    found = made.get(id(model), model)
     return (found, told) if report else found
 
 
+def _contained(model: nn.Module, reached: dict[int, str], told: Report) -> nn.Module:
+    """Make containers of converted layers deliver at once; the model, or what stands for it now."""
+    made: dict[int, nn.Module] = {}
+    for path, module in model.named_modules():
+        layers = [m for m in module._modules.values() if isinstance(m, FusedDNILinear)]
+        if type(module) is not nn.Sequential or len(layers) < 2:
+            continue
+        why = None
+        if id(module) in reached:
+            why = reached[id(module)]
+        elif not _plain(module):
+            why = "it has hooks or a forward of its own, which would be lost"
+        if why is None:
+            container = DecoupledSequential()
+            container._modules.update(module._modules)
+            container.training = module.training
+            made[id(module)] = container
+            why = "gradients go down during the forward"
+        kind = None if id(module) not in made else "DecoupledSequential"
+        told.append(Conversion(path, "Sequential", kind, why))
+    _put(model, made)
+    return made.get(id(model), model)
+
+
+def _put(model: nn.Module, made: dict[int, nn.Module]) -> None:
+    """Put modules into the places of others, by the identity of these."""
+    for parent in [*model.modules(), *made.values()]:
+        for name, child in list(parent._modules.items()):
+            if id(child) in made:
+                setattr(parent, name, made[id(child)])
+
+
 def _told(place: _Place, layer: nn.Module, head: bool) -> Iterator[Conversion]:
-    """What to say of a place that was converted."""
+    """Return what to say of a place that was converted."""
     why = "it is the head, whose gradient is exact" if head else "decoupled at its output"
     if getattr(layer, "synthesizer", None) is None and not head:
         why = "exact, on the fused kernels"
@@ -264,7 +311,8 @@ def _told(place: _Place, layer: nn.Module, head: bool) -> Iterator[Conversion]:
 
 
 def _chosen(synthesizer: nn.Module | str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one module: a synthesizer of its own, or none and nothing that needs one."""
+    """Return the arguments of one module: a synthesizer of its own, or none and nothing that needs
+    one."""
     if synthesizer is None:
         without = ("context_features", "interface", "auxiliary")
         return {"synthesizer": None, **{k: v for k, v in kwargs.items() if k not in without}}
@@ -276,13 +324,14 @@ def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert`: put back plain layers that hold the same parameters and buffers.
 
     The synthesizers are dropped. Works on any model with :class:`FusedDNILinear`,
-    :class:`FusedDNILSTM` or :class:`FusedDNILSTMCell` in it.
+    :class:`FusedDNILSTM` or :class:`FusedDNILSTMCell` in it. A ``DecoupledSequential`` in which
+    nothing is decoupled any more becomes an ``nn.Sequential``.
 
     Args:
         model: changed in place; may itself be a fused layer.
 
     Returns:
-        The model (a new module only if the model itself was a fused layer).
+        The model (a new module only if the model itself was a fused layer or such a container).
     """
     if isinstance(model, FusedDNILinear):
         return model.to_linear()
@@ -306,7 +355,20 @@ def revert(model: nn.Module) -> nn.Module:
                     setattr(parent, place, part)
             else:
                 setattr(parent, name, child.to_linear())
-    return model
+    containers: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if type(module) is DecoupledSequential and not _decoupled(module):
+            sequential = nn.Sequential()
+            sequential._modules.update(module._modules)
+            sequential.training = module.training
+            containers[id(module)] = sequential
+    _put(model, containers)
+    return containers.get(id(model), model)
+
+
+def _decoupled(model: nn.Module) -> bool:
+    """Say whether any module in it predicts gradients or has a loss of its own."""
+    return any(isinstance(m, DecoupledModule) for m in model.modules())
 
 
 def _stock(module: Recurrent) -> nn.Module:
@@ -331,8 +393,8 @@ class _Place(NamedTuple):
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    """Every place of a linear layer, an ``nn.LSTM`` or an ``nn.LSTMCell``, in the order in which
-    the modules were registered."""
+    """Return every place of a linear layer, an ``nn.LSTM`` or an ``nn.LSTMCell``, in the order in
+    which the modules were registered."""
     kinds = (nn.Linear, nn.LSTM, nn.LSTMCell)
     if isinstance(model, kinds):
         yield _Place("", None, "", model)
@@ -361,7 +423,8 @@ def _with_behind(
     behind: list[tuple[str, nn.Module]],
     reached: dict[int, str],
 ) -> _Place:
-    """A linear layer's place with the normalisation and activation that it can take along."""
+    """Return a linear layer's place with the normalisation and activation that it can take
+    along."""
     place = _Place(path, parent, name, linear)
     if not isinstance(parent, nn.Sequential) or not behind or _why_not(linear) is not None:
         return place
@@ -384,7 +447,7 @@ def _with_behind(
 
 
 def _takes_norm(linear: nn.Linear, norm: nn.Module) -> bool:
-    """Whether a fused layer of this linear one and the normalisation computes what they do."""
+    """Say whether a fused layer of this linear one and the normalisation computes what they do."""
     if not _plain(norm) or why_not_fusable(linear, norm) is not None:
         return False
     tensors = [t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
@@ -394,7 +457,8 @@ def _takes_norm(linear: nn.Linear, norm: nn.Module) -> bool:
 
 
 def _agreed(places: list[_Place]) -> list[_Place]:
-    """A linear layer in several places takes along what stands behind it in all of them alike."""
+    """Have a linear layer in several places take along what stands behind it in all of them
+    alike."""
     out = []
     for place in places:
         all_of_it = [other for other in places if other.module is place.module]
@@ -407,7 +471,7 @@ def _agreed(places: list[_Place]) -> list[_Place]:
 
 
 def _stock_only(module: nn.Module) -> bool:
-    """Whether an ``nn.LSTM`` has options that only PyTorch's own kernels have."""
+    """Say whether an ``nn.LSTM`` has options that only PyTorch's own kernels have."""
     return isinstance(module, nn.LSTM) and (module.bidirectional or module.proj_size > 0)
 
 
@@ -425,7 +489,7 @@ _HOOKS = (
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether nothing is attached to a module that a replacement would lose."""
+    """Say whether nothing is attached to a module that a replacement would lose."""
     return not (
         any(getattr(module, hooks, None) for hooks in _HOOKS)
         or hasattr(module, "parametrizations")
@@ -434,7 +498,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
+    """Say why a linear layer, ``nn.LSTM`` or ``nn.LSTMCell`` cannot be replaced, or None."""
     kind = next(k for k in (nn.Linear, nn.LSTM, nn.LSTMCell) if isinstance(module, k))
     if hasattr(module, "parametrizations"):
         return "it has a parametrization"

@@ -28,7 +28,7 @@ _Modules = dict[int, nn.Module]
 
 
 def reached_into(model: nn.Module) -> dict[int, str]:
-    """The containers whose children code of the model may use one by one.
+    """Return the containers whose children code of the model may use one by one.
 
     Returns:
         By the container's identity, which code does.
@@ -53,12 +53,12 @@ def reached_into(model: nn.Module) -> dict[int, str]:
 
 
 def runs_in_order(parent: nn.Module) -> bool:
-    """Whether a module runs its children one behind the other."""
+    """Say whether a module runs its children one behind the other."""
     return isinstance(parent, nn.Sequential) and _is_container(parent)
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether a module has children and no code of its own that uses them."""
+    """Say whether a module has children and no code of its own that uses them."""
     if "forward" in vars(module):
         return False
     return any(
@@ -74,7 +74,7 @@ def _containers_below(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _reachable(module: nn.Module) -> list[ast.AST]:
-    """The code of ``forward`` and of the module's methods that it names."""
+    """Return the code of ``forward`` and of the module's methods that it names."""
     waiting, seen = ["forward"], {"forward"}
     code: list[ast.AST] = []
     while waiting:
@@ -177,7 +177,7 @@ class _Reader(ast.NodeVisitor):
     # -- where children are taken --------------------------------------------------------------
 
     def _elements(self, node: ast.AST) -> _Modules:
-        """What a loop over an expression may give."""
+        """Return what a loop over an expression may give."""
         if isinstance(node, ast.Call):
             function = node.func
             if isinstance(function, ast.Name) and function.id in _PARTS:
@@ -240,7 +240,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        """A function that is handed a container may do anything with it."""
+        """Note that a function that is handed a container may do anything with it."""
         function = node.func
         name = getattr(function, "attr", getattr(function, "id", ""))
         if "checkpoint" not in name and name not in _PARTS | {"isinstance", "len", "id", "type"}:
@@ -253,7 +253,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _gives_tuples(node: ast.AST) -> bool:
-    """Whether a loop over an expression gives tuples with modules in them."""
+    """Say whether a loop over an expression gives tuples with modules in them."""
     if not isinstance(node, ast.Call):
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))

@@ -33,25 +33,25 @@ from fused_dni.experiments.run import Interrupted, Stop, plain
 from fused_dni.experiments.train import _cosine
 from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 
-VERSION = 1
 #: Length of a run that chooses a rate, as a share of a run's.
 TUNING_SHARE = 0.4
 #: How often a run says how far it is.
 REPORTS = 20
 
-Keep = Callable[[dict[str, Any]], None]
+Keep = Callable[[Result], None]
 
 
 def compare(
     settings: Settings,
     dataset: data.Dataset,
     *,
-    previous: dict[str, Any] | None = None,
+    previous: Result | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train every arm at every lag with every seed.
 
     Args:
@@ -78,21 +78,18 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    if previous is not None and previous["settings"] != plain(asdict(settings)):
-        raise ValueError("the report that is to be continued is of other settings")
-    report = previous
-    if report is None:
-        report = {
-            "kind": "delay",
-            "version": VERSION,
-            "facts": facts(command),
-            "settings": plain(asdict(settings)),
+    report = resumed(previous, Result(
+        "delay",
+        facts=facts(command),
+        settings=plain(asdict(settings)),
+        body={
             "dataset": dataset.name,
             "arms": {name: _what(arm(name)) for name in settings.arms},
             "tuning": [],
             "runs": [],
             "finished": False,
-        }
+        },
+    ))  # fmt: skip
     stop = Stop()
     with progress, stop.listening():
         _train(settings, dataset, report, keep or (lambda _: None), progress, stop)
@@ -112,7 +109,7 @@ def _what(which: Arm) -> str:
 def _train(
     settings: Settings,
     dataset: data.Dataset,
-    report: dict[str, Any],
+    report: Result,
     keep: Keep,
     progress: Progress,
     stop: Stop,
@@ -143,7 +140,7 @@ def _train(
         run = train(which, lag, seed, settings, dataset, rate, say=say)
         progress.update(_job(which, lag, seed), 1.0, f"error {100 * run['error']:.2f} %")
         report["runs"].append(run)
-        report["finished"] = len(report["runs"]) == len(jobs)
+        report.body["finished"] = len(report["runs"]) == len(jobs)
         keep(report)
 
 
@@ -157,7 +154,7 @@ def _rate(
     lag: int | None,
     settings: Settings,
     dataset: data.Dataset,
-    report: dict[str, Any],
+    report: Result,
     keep: Keep,
     say: Callable[[float], None],
 ) -> float:
@@ -231,7 +228,7 @@ def train(
             if step == steps:
                 break
             x, y = data.pick(dataset.train, rows)
-            goal = y if settings.task == "classification" else x
+            goal = x if settings.task == "reconstruction" else y
             (waiting if step < warmup else twin).step(
                 x, goal, goal if which.conditioned else torch.zeros_like(y)
             )
@@ -273,13 +270,13 @@ def error(stages: list[Stage], settings: Settings, split: data.Split) -> float:
         h: Tensor = x
         for stage in stages:
             h = stage(h)
-        if settings.task == "classification":
-            wrong += float((h.argmax(1) != y).sum())
-        else:
+        if settings.task == "reconstruction":
             wrong += float((h - x).square().sum())
+        else:
+            wrong += float((h.argmax(1) != y).sum())
     for stage in stages:
         stage.train()
-    if settings.task == "classification":
+    if settings.task != "reconstruction":
         return wrong / len(split.labels)
     mean = split.images.mean(0)
     return wrong / float((split.images - mean).square().sum())

@@ -35,7 +35,7 @@ KINDS: dict[str, str] = {
 }
 #: What the stage's gradient is made of, as ``fused_dni.distributed`` names it.
 MODES = {"backprop": "exact", "local": "local", "cdni": "decoupled"}
-TASKS = ("classification", "reconstruction")
+TASKS = ("classification", "frozen-top", "reconstruction")
 DEFAULT_ARMS = ("backprop", "stale", "nesterov", "feedback", "local", "cdni-16")
 #: Of NAdam: momentum raised, as its authors do for late gradients (arXiv 2505.01099).
 MOMENTUM = 0.99
@@ -91,8 +91,9 @@ class Settings:
 
     Attributes:
         dataset: ``digits`` or ``mnist``.
-        task: ``classification``, or ``reconstruction`` of the image through a layer of ``code``
-            units in the middle.
+        task: ``classification``; ``frozen-top``, the same with a last stage that stays as it was
+            drawn, so that what the others make has to suit it; or ``reconstruction`` of the image
+            through a layer of ``code`` units in the middle.
         arms: names of arms.
         lags: steps by which gradients are late over each cut.
         stages: number of stages, of as many hidden layers each (the first ones one more).
@@ -194,12 +195,12 @@ class Head(nn.Module):
 
 def loss_of(settings: Settings) -> Any:
     """``loss(output, target)``, a mean over the batch."""
-    return F.cross_entropy if settings.task == "classification" else F.mse_loss
+    return F.mse_loss if settings.task == "reconstruction" else F.cross_entropy
 
 
 def outputs(settings: Settings, dataset: data.Dataset) -> int:
     """Width of the last stage's output."""
-    return dataset.classes if settings.task == "classification" else dataset.features
+    return dataset.features if settings.task == "reconstruction" else dataset.classes
 
 
 def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> list[Stage]:
@@ -225,6 +226,7 @@ def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> l
             options: dict[str, Any] = {}
             if i == settings.stages - 1:
                 module.append(head)
+                module.requires_grad_(settings.task != "frozen-top")
             elif which.mode == "decoupled":
                 # Stages are always given a context: one that is the same for all rows says nothing.
                 conditions = goal if which.conditioned else 1

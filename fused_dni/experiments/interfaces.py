@@ -26,9 +26,9 @@ from fused_dni.experiments.train import FusedTrainer
 from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.interfaces import named
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 from fused_dni.rules import Adam
 
-VERSION = 1
 #: How often a run reports its progress.
 REPORTS = 20
 #: Share of the steps, at the end, over which predictions are compared with what arrived.
@@ -124,7 +124,7 @@ def measure(
     *,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train every network with every seed and look at its gradients.
 
     Returns:
@@ -158,14 +158,12 @@ def measure(
                     progress.update(name, fraction)
 
                 row["runs"].append(_run(row["depth"], row["every"], seed, settings, dataset, say))
-    return {
-        "kind": "interfaces",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": plain(asdict(settings)),
-        "dataset": dataset.name,
-        "networks": rows,
-    }
+    return Result(
+        "interfaces",
+        facts=facts(command),
+        settings=plain(asdict(settings)),
+        body={"dataset": dataset.name, "networks": rows},
+    )
 
 
 def _run(

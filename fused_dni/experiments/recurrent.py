@@ -682,7 +682,7 @@ def costs(
     return {
         arm.name: {
             "peak_memory": held[arm.name],
-            "timing": timings[arm.name].to_json(),
+            "timing": timings[arm.name],
             "units": settings.divisor(arm) if settings.task == "charlm" else 1,
         }
         for arm in settings.arms()

@@ -36,9 +36,9 @@ from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, spread
 from fused_dni.measure.verdict.errors import GateError
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 from fused_dni.rules import SGD
 
-VERSION = 1
 #: Rates that :func:`tune` tries.
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 #: Wall-clock of a run of :func:`tune`, as a share of that of a run.
@@ -51,7 +51,7 @@ ENDLESS = 1_000_000_000
 #: zero, so on one batch in some hundred rounding decides it differently in float32 and float64.
 GATE_TRIES = 3
 
-Keep = Callable[[dict[str, Any]], None]
+Keep = Callable[[Result], None]
 
 
 def compare(
@@ -60,11 +60,11 @@ def compare(
     *,
     seconds: float = 10.0,
     tuned: bool = False,
-    previous: dict[str, Any] | None = None,
+    previous: Result | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Measure all arms and train each with every seed.
 
     Args:
@@ -97,15 +97,14 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
-    if previous is not None and previous["settings"] != plain(asdict(settings)):
-        raise ValueError("the report that is to be continued is of other settings")
+    asked = Result("rivals", settings=plain(asdict(settings)))
+    report = resumed(previous, asked)
     if not tuned:
         for which in arms:
             settings.rate(which)  # what is not known shows before anything runs
     dataset = dataset.to(settings.device)
     with progress:
-        report = previous
-        if report is None:
+        if report is asked:
             report = _measured(settings, arms, dataset, seconds, tuned, progress, command)
         _train(settings, arms, dataset, report, keep or (lambda _: None), progress)
     return report
@@ -119,30 +118,28 @@ def _measured(
     tuned: bool,
     progress: Progress,
     command: str | None,
-) -> dict[str, Any]:
+) -> Result:
     """The report up to the runs."""
     gate = _gate(settings, arms, dataset, progress)
     rows = _costs(settings, arms, dataset, seconds, progress)
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
     for which, row in zip(arms, rows, strict=True):
         row["rate"] = _best(which, tuning) if tuned else settings.rate(which)
-    return {
-        "kind": "rivals",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": plain(asdict(settings)),
-        "dataset": dataset.name,
-        "memory_is": (
-            timing.PEAK_MEMORY_CUDA
-            if torch.device(settings.device).type == "cuda"
-            else timing.PEAK_MEMORY_CPU
-        ),
-        "gate": gate,
-        "arms": rows,
-        "tuning": tuning,
-        "runs": [],
-        "finished": False,
-    }
+    on_gpu = torch.device(settings.device).type == "cuda"
+    return Result(
+        "rivals",
+        facts=facts(command, settings.device),
+        settings=plain(asdict(settings)),
+        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        body={
+            "dataset": dataset.name,
+            "gate": gate,
+            "arms": rows,
+            "tuning": tuning,
+            "runs": [],
+            "finished": False,
+        },
+    )
 
 
 def _gate(
@@ -219,13 +216,13 @@ def _costs(
         {
             "name": which.name,
             "what": which.what,
-            "time": whole[which.name].to_json(),
+            "time": whole[which.name],
             "phases": {
                 phase: timings[f"{which.kind} {phase}"].median
                 for phase in which.phases(settings.warmup)
             },
             "against": {
-                base: _ratio(whole[which.name], whole[base])
+                base: timing.ratio(whole[which.name], whole[base])
                 for base in ("backprop", "fused")
                 if base in whole and base != which.name
             },
@@ -239,11 +236,6 @@ def _costs(
 
 def _candidate(trainer: Trainer, split: data.Split, rows: Tensor) -> Callable[[], None]:
     return lambda: advance(trainer, split, rows)
-
-
-def _ratio(a: Timing, b: Timing) -> dict[str, Any]:
-    found = timing.ratio(a, b)
-    return {**found.to_json(), "verdict": found.verdict()}
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -308,7 +300,7 @@ def _train(
     settings: Settings,
     arms: list[Arm],
     dataset: data.Dataset,
-    report: dict[str, Any],
+    report: Result,
     keep: Keep,
     progress: Progress,
 ) -> None:
@@ -336,7 +328,7 @@ def _train(
             error = 100 * run["history"][-1]["error"]
             progress.update(f"{which.name:<12} seed {seed}", 1.0, f"error {error:.2f} %")
             report["runs"].append(run)
-            report["finished"] = len(report["runs"]) == len(jobs)
+            report.body["finished"] = len(report["runs"]) == len(jobs)
             keep(report)
 
 

@@ -33,6 +33,7 @@ from fused_dni.experiments.data import Dataset
 from fused_dni.measure.baseline import facts
 from fused_dni.report import text
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 
 #: Points of a curve of the loss.
 _POINTS = 60
@@ -211,7 +212,7 @@ def train(
     restarts: int = 0,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train the network by each mode, and measure its error on the test set.
 
     Args:
@@ -256,14 +257,12 @@ def train(
                 raise PipelineError(f"mode {mode}: {_last_line(failure.message)}") from None
         last = made[settings.stages - 1]
         runs.append({"mode": mode, **last, "error": _error(settings, dataset, mode, place)})
-    return {
-        "kind": "train pipeline",
-        "version": 1,
-        "settings": asdict(settings) | {"folder": None},
-        "facts": facts(command),
-        "steps": steps,
-        "runs": runs,
-    }
+    return Result(
+        "train pipeline",
+        settings=asdict(settings) | {"folder": None},
+        facts=facts(command),
+        body={"steps": steps, "runs": runs},
+    )
 
 
 def _last_line(message: Any) -> str:

@@ -601,7 +601,7 @@ def split_time(
     return {
         "how": SPLIT_METHOD,
         "pieces": pieces,
-        "timings": {name: value.to_json() for name, value in timings.items()},
+        "timings": timings,
     }
 
 

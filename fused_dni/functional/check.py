@@ -107,7 +107,8 @@ def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> 
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise IndexError(
-            f"label {wrong} in context is out of range: the synthesizer knows {classes} classes"
+            f"label {wrong} in context is out of range: the synthesizer has "
+            f"context_features={classes}, so labels are in [0, {classes - 1}]"
         )
 
 
@@ -291,6 +292,12 @@ def pair(given: tuple[Tensor, Tensor], name: str) -> None:
 
 def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     """A state h, c of the given shape; x is the input it goes with."""
+    if type(hx) is tuple and len(hx) == 2 and forward_ad._current_level < 0:
+        h, c = hx
+        if type(h) is type(c) is Tensor and h.shape == shape == c.shape:
+            like = (x.dtype, x.device)
+            if (h.dtype, h.device) == like == (c.dtype, c.device):
+                return h, c
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise TypeError("hx must be a tuple (h, c) of two tensors")
     out = []

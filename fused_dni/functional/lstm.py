@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fused_dni import ops
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     Backend,
     CellGradients,
@@ -25,6 +24,10 @@ from fused_dni.ops.types import (
     LSTMRows,
     LSTMTrace,
 )
+
+# Looked up once: they are asked in every window.
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
 
 TWICE = (
     "a window's backward was run a second time (its state or output was used by a later loss): run "
@@ -70,9 +73,10 @@ class Ends(Protocol):
         """The gradients at the final state, h and c [L, B, H], that the backward starts from."""
         ...
 
-    def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
-        """What :meth:`Backend.lstm_close` needs to see to both ends itself, and the statistics to
-        add to; None to have :meth:`arrive` and :meth:`leave` called instead."""
+    def boundary(self, x: Tensor, plain: bool) -> tuple[LSTMBoundary, Tensor | None] | None:
+        """Return what :meth:`Backend.lstm_close` needs to see to both ends itself, and the
+        statistics to add to; None to have :meth:`arrive` and :meth:`leave` called instead, as where
+        something looks on. ``plain`` says that the input x is known to be plain memory."""
         ...
 
     def closed(self, window: Window, closed: LSTMClosed) -> tuple[Tensor | None, ...]:
@@ -92,6 +96,8 @@ class Call(NamedTuple):
     dropout: int  # how many masks come first among the trailing tensors
     learners: int  # how many parameters of synthesizers come last among them
     need_dx: bool
+    # Where nothing looks on and no op that is registered need be called: the parameters.
+    layers: ops.Layers = ()
 
 
 class WindowNode(Node):
@@ -110,9 +116,12 @@ class WindowNode(Node):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dropout = tensors[: call.dropout]
-        parameters = tensors[call.dropout : len(tensors) - call.learners]
-        layers = ops.layers_of(parameters, call.bias)
-        trace = ops.lstm_forward(call.backend, x, h, c, layers, lengths, dropout, True)
+        parameters = tensors[call.dropout : -call.learners or None]
+        layers = call.layers or ops.layers_of(parameters, call.bias)
+        if call.layers:
+            trace = call.backend.lstm_forward(x, h, c, layers, lengths, dropout, True)
+        else:
+            trace = ops.lstm_forward(call.backend, x, h, c, layers, lengths, dropout, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, lengths, *trace, *dropout, *parameters)
         ctx.call, ctx.ends, ctx.site, ctx.spent = call, ends, site, False
@@ -132,7 +141,7 @@ class WindowNode(Node):
         dropout = tuple(rest[5 : 5 + call.dropout])
         parameters = rest[5 + call.dropout :]
         # Both ends in one call where nothing looks on: no op is registered for that.
-        boundary = ends.boundary() if ends is not None and direct(x) else None
+        boundary = None if ends is None else ends.boundary(x, bool(call.layers))
         arrival = None
         if ends is not None and boundary is None:
             grad_h, grad_c, arrival = ends.arrive(trace.h, trace.c, grad_h, grad_c)
@@ -142,15 +151,15 @@ class WindowNode(Node):
         if grad_output is None and grad_h is None and grad_c is None and not started:
             return none
         returns_weights = ends is None or ends.returns_weights
-        first = 7 + call.dropout
-        wanted = wants[first : first + len(parameters)]
+        first, count = 7 + call.dropout, len(parameters)
+        wanted = wants[first : first + count]
         learned: tuple[Tensor | None, ...] = (None,) * call.learners
         given = (
-            _contiguous(grad_output),
-            _contiguous(grad_h),
-            _contiguous(grad_c),
+            None if grad_output is None else _contiguous(grad_output),
+            None if grad_h is None else _contiguous(grad_h),
+            None if grad_c is None else _contiguous(grad_c),
             x,
-            ops.layers_of(parameters, call.bias),
+            call.layers or ops.layers_of(parameters, call.bias),
             lengths,
             dropout,
             trace,
@@ -162,17 +171,23 @@ class WindowNode(Node):
             made = closed.gradients
             learned = ends.closed(Window(x, dropout, trace), closed) or learned
         else:
-            made = ops.lstm_backward(call.backend, *given)
+            if call.layers and not (_modes() or _transforms()):
+                made = call.backend.lstm_backward(*given)
+            else:
+                made = ops.lstm_backward(call.backend, *given)
             if ends is not None:
                 learned = ends.leave(Window(x, dropout, trace), made, arrival) or learned
-        weights: list[Tensor | None] = list(ops.flat(made.layers)) or [None] * len(parameters)
+        weights: tuple[Tensor | None, ...] = (None,) * count
+        if made.layers:
+            parts = zip(ops.flat(made.layers), wanted, strict=True)
+            weights = tuple([g if want else None for g, want in parts])
         return (
             *none[:3],
             made.x,
             made.h if wants[4] else None,
             made.c if wants[5] else None,
             *none[6:first],
-            *(g if want else None for g, want in zip(weights, wanted, strict=True)),
+            *weights,
             *learned,
         )
 
@@ -282,15 +297,20 @@ def lstm_window(
     site: object = None,
     learners: tuple[Tensor, ...] = (),
     need_dx: bool = True,
+    settled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:class:`WindowNode` on checked tensors: output [T, B, H] and the final h and c [L, B, H].
 
     ``site`` is remembered on the node: the module to which the states belong. ``learners`` are the
-    parameters whose gradients ``ends.leave`` returns.
+    parameters whose gradients ``ends.leave`` returns. ``settled`` says that neither a mode, a
+    transform nor a trace looks on.
     """
     bias = layers[0].bias_ih is not None
-    call = Call(backend, bias, len(dropout), len(learners), need_dx)
-    made: tuple[Tensor, Tensor, Tensor] = WindowNode.apply(
+    plain = settled and type(x) is Tensor and not (x._is_zerotensor() or x.is_neg())
+    masks, taught = len(dropout) if dropout else 0, len(learners) if learners else 0
+    call = Call(backend, bias, masks, taught, need_dx, layers if plain else ())
+    node = WindowNode.run if plain else WindowNode.apply
+    made: tuple[Tensor, Tensor, Tensor] = node(
         call, ends, site, x, h, c, lengths, *dropout, *ops.flat(layers), *learners
     )
     return made

@@ -42,8 +42,13 @@ def stock_optimizer(
     return kinds[rule.kind](parameters, fused=True, **options)
 
 
-def facts(command: str | None = None) -> dict[str, Any]:
-    """What a reader needs to place the numbers: device, versions, commit, command, time."""
+def facts(command: str | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Gather what a reader needs to place the numbers: device, versions, commit, command, time.
+
+    Args:
+        command: what was asked for.
+        device: where it was measured; ``where`` among the facts.
+    """
     processor = platform.processor() or platform.machine()
     try:
         for row in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
@@ -59,6 +64,7 @@ def facts(command: str | None = None) -> dict[str, Any]:
     commit = commit or os.environ.get("FUSED_DNI_COMMIT")  # of a copy of a checkout
     return {
         "device": processor,
+        "where": torch.device(device).type,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "isa": _isa(),
         "threads": torch.get_num_threads(),

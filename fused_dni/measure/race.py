@@ -19,8 +19,8 @@ from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.waiting import Stopwatch
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result, resumed
 
-VERSION = 1
 #: Seconds of a turn.
 TURN = 0.25
 
@@ -48,11 +48,11 @@ def race(
     seeds: Sequence[int] = (1, 2, 3),
     marks: int = 20,
     device: torch.device | str = "cpu",
-    previous: dict[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] | None = None,
+    previous: Result | None = None,
+    keep: Callable[[Result], None] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Train every arm for so many seconds with every seed.
 
     Args:
@@ -91,28 +91,25 @@ def race(
         "marks": marks,
         "device": str(device),
     }
-    if previous is not None and previous["settings"] != settings:
-        raise ValueError("the report that is to be continued is of other settings")
-    report = previous or {
-        "kind": "race",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": settings,
-        "runs": [],
-        "finished": False,
-    }
-    done = {run["seed"] for run in report["runs"]}
+    report = resumed(previous, Result(
+        "race",
+        facts=facts(command, device),
+        settings=settings,
+        body={"runs": [], "finished": False},
+    ))  # fmt: skip
+    body = report.body
+    done = {run["seed"] for run in body["runs"]}
     progress = progress or Progress(enabled=False)
     with progress:
         for seed in chosen:
             if seed in done:
                 continue
             try:
-                report["runs"] += _once(arms, seed, seconds, marks, torch.device(device), progress)
+                body["runs"] += _once(arms, seed, seconds, marks, torch.device(device), progress)
             except KeyboardInterrupt:
-                kept = len({run["seed"] for run in report["runs"]})
+                kept = len({run["seed"] for run in body["runs"]})
                 raise Interrupted(f"{kept} of {len(chosen)} seeds were finished") from None
-            report["finished"] = len(report["runs"]) == len(arms) * len(chosen)
+            body["finished"] = len(body["runs"]) == len(arms) * len(chosen)
             if keep is not None:
                 keep(report)
     return report

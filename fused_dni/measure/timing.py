@@ -34,7 +34,12 @@ from typing import Any
 import torch
 
 from fused_dni.measure.waiting import Stopwatch
-from fused_dni.report.intervals import median_interval
+from fused_dni.report.timings import MARGIN as MARGIN
+from fused_dni.report.timings import Ratio as Ratio
+from fused_dni.report.timings import Timing as Timing
+from fused_dni.report.timings import combine as combine
+from fused_dni.report.timings import differs as differs
+from fused_dni.report.timings import ratio as ratio
 
 Candidate = Callable[[], object]
 
@@ -68,156 +73,6 @@ BLOCK = 3
 MIN_ROUNDS = 8
 #: How many times ``seconds`` a run may last that was asked for a precision.
 PATIENCE = 3.0
-#: Differences below one per cent are reported as none: code placement alone makes them.
-MARGIN = 0.01
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call of one candidate.
-
-    Attributes:
-        name: the candidate's name in ``compare``.
-        samples: every sample, seconds per call, in the order taken.
-        rounds: the median sample of each round; what ``differs`` pairs.
-        repeats: calls in one sample.
-        waited: share of the time on the clock in which no core was free, not counted in the
-            samples (``fused_dni.measure.waiting``): how busy the machine was.
-    """
-
-    name: str
-    samples: tuple[float, ...]
-    rounds: tuple[float, ...]
-    repeats: int
-    waited: float = 0.0
-
-    @property
-    def n(self) -> int:
-        """How many samples were taken."""
-        return len(self.samples)
-
-    @property
-    def median(self) -> float:
-        """Median of the rounds."""
-        return statistics.median(self.rounds)
-
-    @property
-    def p10(self) -> float:
-        """10th percentile of the samples."""
-        return _quantile(self.samples, 0.10)
-
-    @property
-    def p90(self) -> float:
-        """90th percentile of the samples."""
-        return _quantile(self.samples, 0.90)
-
-    @property
-    def iqr(self) -> float:
-        """Distance between the quartiles of the samples."""
-        return _quantile(self.samples, 0.75) - _quantile(self.samples, 0.25)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the median (order statistics over the rounds)."""
-        return median_interval(self.rounds)
-
-    def to_json(self, *, samples: bool = False) -> dict[str, Any]:
-        """Plain numbers, seconds; with ``samples`` also every round's median."""
-        low, high = self.interval
-        report: dict[str, Any] = {
-            "median": self.median,
-            "p10": self.p10,
-            "p90": self.p90,
-            "iqr": self.iqr,
-            "interval": [low, high] if math.isfinite(low) else None,
-            "n": self.n,
-            "rounds": len(self.rounds),
-            "repeats": self.repeats,
-            "waited": self.waited,
-        }
-        if samples:
-            report["samples"] = list(self.rounds)
-        return report
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time of ``a`` over time of ``b``: the median of the rounds' ratios and its interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def verdict(self, margin: float = MARGIN) -> str:
-        """``faster``, ``slower`` (``a`` against ``b``), or ``inconclusive``: the interval reaches
-        within ``margin`` of one, or there were too few rounds for an interval."""
-        if self.high < 1.0 - margin:
-            return "faster"
-        if self.low > 1.0 + margin:
-            return "slower"
-        return "inconclusive"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        known = math.isfinite(self.high)
-        return {"median": self.median, "interval": [self.low, self.high] if known else None}
-
-
-def ratio(a: Timing, b: Timing, confidence: float = 0.99) -> Ratio:
-    """Ratio of ``a`` to ``b``, paired round by round; both from the same :func:`compare`.
-
-    Raises:
-        ValueError: the two have different numbers of rounds, so they were not measured together.
-    """
-    if len(a.rounds) != len(b.rounds):
-        raise ValueError(
-            f"{a.name!r} has {len(a.rounds)} rounds and {b.name!r} has {len(b.rounds)}: "
-            "only timings from one compare() can be paired"
-        )
-    ratios = [_quotient(x, y) for x, y in zip(a.rounds, b.rounds, strict=True)]
-    low, high = median_interval(ratios, confidence)
-    return Ratio(statistics.median(ratios), max(low, 0.0), high)
-
-
-def _quotient(x: float, y: float) -> float:
-    """Divide times, of which one may be shorter than the clock can tell: none of none is one."""
-    if y:
-        return x / y
-    return math.inf if x else 1.0
-
-
-def differs(a: Timing, b: Timing, *, confidence: float = 0.99, margin: float = MARGIN) -> str:
-    """Whether ``a`` is ``"faster"`` or ``"slower"`` than ``b``, or the data are ``"inconclusive"``.
-
-    The verdict is that of the confidence interval of the median of paired ratios, and asks for a
-    difference of at least ``margin``. The interval is at 99 %, not 95: a table makes many
-    comparisons.
-    """
-    return ratio(a, b, confidence).verdict(margin)
-
-
-def combine(name: str, parts: Sequence[tuple[float, Timing]]) -> Timing:
-    """Weighted sum of candidates of one :func:`compare`, round by round: ``sum(w * t)``.
-
-    For the average of a cycle whose steps were timed apart. Spread and pairing stay those of the
-    rounds; ``samples`` are the rounds, since single samples of two candidates do not belong
-    together.
-    """
-    rounds = tuple(
-        sum(w * v for (w, _), v in zip(parts, values, strict=True))
-        for values in zip(*(t.rounds for _, t in parts), strict=True)
-    )
-    repeats = max(t.repeats for _, t in parts)
-    return Timing(name, rounds, rounds, repeats, max(t.waited for _, t in parts))
-
 
 Clock = Callable[[Candidate, int, int], list[float]]
 
@@ -409,7 +264,7 @@ class _Run:
         self.medians: dict[str, list[float]] = {name: [] for name in candidates}
 
     def round(self) -> None:
-        """A block of samples of each candidate, in a new order."""
+        """Take a block of samples of each candidate, in a new order."""
         self.shuffle(self.order)
         gc.collect(0)
         with _no_collection():
@@ -423,20 +278,20 @@ class _Run:
                 self.medians[name].append(statistics.median(taken))
 
     def spread(self) -> float:
-        """How far the interval of a ratio to the first candidate reaches, as a share of its
+        """Say how far the interval of a ratio to the first candidate reaches, as a share of its
         middle; the worst of them."""
         found = list(self.timings().values())
         ratios = [ratio(other, found[0]) for other in found[1:]]
         return max(((r.high - r.low) / 2.0 / r.median for r in ratios), default=0.0)
 
     def timings(self) -> dict[str, Timing]:
-        """What has been measured so far."""
+        """Say what has been measured so far."""
         found = {}
         for name, samples in self.samples.items():
             repeats, waited = self.repeats[name], self.waited[name]
             share = waited / (waited + repeats * sum(samples))
             rounds = tuple(self.medians[name])
-            found[name] = Timing(name, tuple(samples), rounds, repeats, share)
+            found[name] = Timing.of(name, samples, rounds, repeats, share)
         return found
 
 
@@ -445,7 +300,7 @@ def gemm_floor(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Candidate:
-    """The matrix products that no training step of these layers can avoid, alone.
+    """Return the matrix products that no training step of these layers can avoid, alone.
 
     For each ``(rows, in_features, out_features)``: the forward product ``[N, I] @ [I, O]`` and the
     weight gradient's ``[O, N] @ [N, I]``, by ``torch.mm(out=)`` on contiguous operands of their
@@ -480,7 +335,7 @@ def lstm_floor(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Candidate:
-    """The matrix products that no window of an LSTM can avoid, alone.
+    """Return the matrix products that no window of an LSTM can avoid, alone.
 
     For each layer: the input projection, as one product over the window, and T recurrent products,
     one after the other; with ``backward`` T products of the gates' gradients with the recurrent
@@ -565,7 +420,7 @@ def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's native notices go to file descriptor 2, past ``sys.stderr``; drop them."""
+    """Drop the profiler's native notices, which go to file descriptor 2, past ``sys.stderr``."""
     try:
         kept = os.dup(2)
     except OSError:

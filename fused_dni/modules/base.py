@@ -8,6 +8,7 @@ ops. Nothing here or there calls back up.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Phase:
         target: the synthesizer is trained on what arrives.
         mix: share of the true gradient on steps with targets.
         loss_scale: factor on the loss; None if there is none.
-        probe: called as ``probe(at, forecast, kappa)`` in a forward that is run with exact
+        probe: called as ``probe(at, predicted, kappa)`` in a forward that is run with exact
             gradients and without updates, to compare the gradient at the tensor ``at`` with its
             prediction (see ``diagnostics``).
     """
@@ -66,7 +67,7 @@ class Phase:
     target: bool = True
     mix: float = 0.0
     loss_scale: float | None = None
-    probe: Callable[[Tensor, Forecast | None, float], None] | None = None
+    probe: Callable[[Tensor, Predicted | None, float], None] | None = None
 
     @property
     def true_share(self) -> float:
@@ -95,7 +96,7 @@ class How(NamedTuple):
     loss_scale: float | None
 
 
-class Forecast(NamedTuple):
+class Predicted(NamedTuple):
     """A prediction on its way to be trained: ``scaled`` = M(h), by fused kernels (``prediction``)
     or by a module under autograd (``graph``: M(h) with its graph, None if it will not learn), in
     the synthesizer's unit of that time."""
@@ -105,20 +106,20 @@ class Forecast(NamedTuple):
     graph: Tensor | None
     unit: float
 
-    def within(self, unit: float) -> Forecast:
-        """The same prediction in another unit."""
+    def within(self, unit: float) -> Predicted:
+        """Return the same prediction in another unit."""
         scaled = self.scaled * (self.unit / unit)
         prediction = self.prediction
         if prediction is not None:
             prediction = prediction._replace(scaled=scaled)
-        return Forecast(scaled, prediction, self.graph, unit)
+        return Predicted(scaled, prediction, self.graph, unit)
 
 
-class Lesson(NamedTuple):
+class Regression(NamedTuple):
     """What a synthesizer learns from: its output at h and the gradient that it was to predict."""
 
     h: Tensor
-    forecast: Forecast
+    predicted: Predicted
     context: Tensor | None
     arrived: Tensor
     target_scale: float
@@ -132,10 +133,10 @@ class LocalStep(NamedTuple):
 
     h: Tensor
     dx: tuple[Tensor | None, ...]
-    forecast: Forecast | None
+    predicted: Predicted | None
     # Where there is no rule: the local gradients, in the order of `local_parameters()`.
     gradients: tuple[Tensor | None, ...] = ()
-    trace: Any = None  # what `lesson()` needs, where a module takes what arrives further
+    trace: Any = None  # what `regression()` needs, where a module takes what arrives further
 
 
 class DecoupledModule(nn.Module):
@@ -156,6 +157,10 @@ class DecoupledModule(nn.Module):
 
     # Steps whose targets come later: see late.step_local.
     tickets = 0
+    #: Of :class:`fused_dni.Schedule`, where it chooses k: the step with a target that is under way,
+    #: and what late lessons added to the statistics (:class:`fused_dni.modules.late.LateSums`).
+    due: int | None = None
+    late_sums: deque[Any] | None = None
 
     # See pending.Owner.
     shares: ClassVar[tuple[tuple[nn.Module, str], ...]] = ()
@@ -207,8 +212,8 @@ class DecoupledModule(nn.Module):
             self.synthesizer_update = RuleState(rule)
 
     def rules(self) -> Iterator[tuple[str, RuleState, tuple[Tensor | None, ...]]]:
-        """The rules at work: the part's name (empty for the module's own parameters), the rule's
-        state, the slots it works on."""
+        """Return the rules at work: the part's name (empty for the module's own parameters), the
+        rule's state, the slots it works on."""
         if self.update is not None:
             yield "", self.update, self.local_parameters()
         if self.synthesizer_update is not None:
@@ -217,32 +222,32 @@ class DecoupledModule(nn.Module):
     # -- what subclasses give ------------------------------------------------------------------
 
     def local_parameters(self) -> tuple[Tensor | None, ...]:
-        """The slots that ``update`` works on."""
+        """Return the slots that ``update`` works on."""
         raise NotImplementedError
 
     def parameters_behind(self) -> tuple[Tensor | None, ...]:
-        """The slots between where the gradient is predicted and the output: no prediction reaches
-        them, and they learn with the synthesizer. None by default, as h is the output."""
+        """Return the slots between where the gradient is predicted and the output: no prediction
+        reaches them, and they learn with the synthesizer. None by default, as h is the output."""
         return ()
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
-        """What is learned from the gradient that arrived at h; ``trace`` is what the forward left
-        behind (see :mod:`fused_dni.modules.steps`)."""
-        return Lesson(h, forecast, context, arrived, self.kappa(h.shape[0]))
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
+        """Return what is learned from the gradient that arrived at h; ``trace`` is what the forward
+        left behind (see :mod:`fused_dni.modules.steps`)."""
+        return Regression(h, predicted, context, arrived, self.kappa(h.shape[0]))
 
     # -- the synthesizer's side ----------------------------------------------------------------
 
     def fused_synthesizer(self, h: Tensor) -> SynthesizerTensors | None:
-        """The synthesizer's tensors if the kernels can run it on h, else None."""
+        """Return the synthesizer's tensors if the kernels can run it on h, else None."""
         synthesizer = self._modules["synthesizer"]
         if isinstance(synthesizer, Synthesizer) and h.dim() == 2:
             return synthesizer.fused()
         return None
 
     def synthesizer_parameters(self) -> tuple[Tensor | None, ...]:
-        """The slots that ``synthesizer_update`` works on."""
+        """Return the slots that ``synthesizer_update`` works on."""
         synthesizer = self._modules["synthesizer"]
         if synthesizer is None:
             return ()
@@ -250,15 +255,15 @@ class DecoupledModule(nn.Module):
         return tuple(synthesizer.parameters()) if fused is None else fused.parameters()
 
     def learners(self) -> tuple[Tensor | None, ...]:
-        """The slots that learn from what arrives, and in no step without it."""
+        """Return the slots that learn from what arrives, and in no step without it."""
         return (*self.parameters_behind(), *self.synthesizer_parameters())
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
-        """The backend that runs fused synthesizers on h."""
+        """Return the backend that runs fused synthesizers on h."""
         raise NotImplementedError
 
     def kappa(self, rows: int) -> float:
-        """The number by which the loss of a batch divides."""
+        """Return the number by which the loss of a batch divides."""
         return float(rows) if self.target_scale is None else self.target_scale
 
     @property
@@ -268,17 +273,17 @@ class DecoupledModule(nn.Module):
         return synthesizer.unit.size if isinstance(synthesizer, Synthesizer) else 1.0
 
     def scale_of(self, h: Tensor) -> float:
-        """By what M(h) is to be divided now, to be the gradient at h."""
+        """Return by what M(h) is to be divided now, to be the gradient at h."""
         kappa = float(h.shape[0]) if self.target_scale is None else self.target_scale
         synthesizer = self._modules["synthesizer"]  # as `unit`: every step asks
         return kappa / synthesizer.unit.size if isinstance(synthesizer, Synthesizer) else kappa
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         """Run the synthesizer on (detached) h; keep what its training needs if it learns."""
         fused = self.fused_synthesizer(h)
         if fused is not None:
             prediction = ops.synthesizer_predict(self.synthesizer_backend(h), h, fused, context)
-            return Forecast(prediction.scaled, prediction, None, self.unit)
+            return Predicted(prediction.scaled, prediction, None, self.unit)
         assert self.synthesizer is not None
         with torch.set_grad_enabled(learns), _autocast_to(h.dtype, h.device, self.synthesizer):
             out: Tensor = self.synthesizer(h.detach(), context)
@@ -287,22 +292,23 @@ class DecoupledModule(nn.Module):
                 f"synthesizer must return the shape of h, {list(h.shape)}, got {list(out.shape)}"
             )
         graph = out if learns and out.requires_grad else None
-        return Forecast(out.detach(), None, graph, self.unit)
+        return Predicted(out.detach(), None, graph, self.unit)
 
-    def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
-        """The synthetic gradient, clipped to ``max_norm``."""
+    def synthetic(self, predicted: Predicted, h: Tensor) -> Tensor:
+        """Return the synthetic gradient, clipped to ``max_norm``."""
         return synthetic_gradient(
-            Prediction(forecast.scaled),
-            self.kappa(h.shape[0]) / forecast.unit,
+            Prediction(predicted.scaled),
+            self.kappa(h.shape[0]) / predicted.unit,
             self.max_norm or 0.0,
         )
 
     def rows_in(self, h: Tensor) -> int:
-        """How many rows of h the synthesizer predicts for."""
+        """Say how many rows of h the synthesizer predicts for."""
         return h.shape[0]
 
     def how(self, rows: int) -> How:
-        """How this step's gradient is made, where that is in the backward; h has so many rows."""
+        """Say how this step's gradient is made, where that is in the backward; h has so many
+        rows."""
         phase = self.phase
         return How(
             phase.true_share,
@@ -327,14 +333,14 @@ class DecoupledModule(nn.Module):
         self.missed_targets = 0
 
     def statistics_on(self, device: torch.device) -> Tensor:
-        """The sums that training adds to, moved along with the module."""
+        """Return the sums that training adds to, moved along with the module."""
         if device.type == "meta":  # where nothing is kept
             return self.statistics.to(device)
         if self.statistics.device != device:
             self.statistics = self.statistics.to(device)
         return self.statistics
 
-    def follow(self, lessons: list[Lesson]) -> float:
+    def follow(self, regressions: list[Regression]) -> float:
         """Have the synthesizer's unit follow the size of what it is about to learn; the unit.
         Predictions of lessons in the list may be scaled."""
         synthesizer = self._modules["synthesizer"]
@@ -348,13 +354,16 @@ class DecoupledModule(nn.Module):
             return unit.size
         if not target_unit.due(n):
             return unit.size
-        first = lessons[0].arrived
+        first = regressions[0].arrived
         if not direct(first) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
             unit.lessons -= 1  # its size cannot be seen
             return unit.size
-        rows = sum([lesson.h.shape[0] for lesson in lessons])
-        squares = [_square(lesson.arrived) * lesson.target_scale**2 for lesson in lessons] + [
-            _square(lesson.forecast.scaled) * lesson.forecast.unit**2 for lesson in lessons
+        rows = sum([regression.h.shape[0] for regression in regressions])
+        squares = [
+            _square(regression.arrived) * regression.target_scale**2 for regression in regressions
+        ] + [
+            _square(regression.predicted.scaled) * regression.predicted.unit**2
+            for regression in regressions
         ]
         means = torch.stack(squares).reshape(2, -1).sum(1) / rows
         surrogate = synthesizer if isinstance(synthesizer, SurrogateSynthesizer) else None
@@ -362,9 +371,11 @@ class DecoupledModule(nn.Module):
         size, factor = target_unit.size_for(unit, self, means, untaught)
         if surrogate is not None and factor != 1.0:
             target_unit.resize(surrogate, factor)
-            for i, lesson in enumerate(lessons):
-                made = lesson.forecast
-                lessons[i] = lesson._replace(forecast=made._replace(unit=made.unit * factor))
+            for i, regression in enumerate(regressions):
+                made = regression.predicted
+                regressions[i] = regression._replace(
+                    predicted=made._replace(unit=made.unit * factor)
+                )
         if size != unit.size:
             why = target_unit.refuses(synthesizer)
             if why is None:
@@ -380,27 +391,27 @@ class DecoupledModule(nn.Module):
         target_unit.rescale(synthesizer, self.synthesizer_update, slots, factor)
         self.statistics[:ROWS] *= factor**2
 
-    def lesson_gradients(self, lesson: Lesson) -> tuple[Tensor | None, ...]:
+    def regression_gradients(self, regression: Regression) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
         if torch.compiler.is_compiling():
-            return self._gradients_of(lesson, self.unit)
-        lessons = [lesson]
-        unit = self.follow(lessons)
-        return self._gradients_of(lessons[0], unit)
+            return self._gradients_of(regression, self.unit)
+        regressions = [regression]
+        unit = self.follow(regressions)
+        return self._gradients_of(regressions[0], unit)
 
-    def _gradients_of(self, lesson: Lesson, unit: float) -> tuple[Tensor | None, ...]:
-        h, forecast, context, arrived, kappa, _ = lesson
-        if forecast.unit != unit:
-            forecast = forecast.within(unit)
+    def _gradients_of(self, regression: Regression, unit: float) -> tuple[Tensor | None, ...]:
+        h, predicted, context, arrived, kappa, _ = regression
+        if predicted.unit != unit:
+            predicted = predicted.within(unit)
         scale = kappa / unit
         statistics = self.statistics_on(h.device)
-        if forecast.prediction is not None:
+        if predicted.prediction is not None:
             fused = self.fused_synthesizer(h)
             assert fused is not None
             return ops.synthesizer_gradients(
                 self.synthesizer_backend(h),
                 h,
-                forecast.prediction,
+                predicted.prediction,
                 arrived.contiguous(),
                 fused,
                 context,
@@ -408,37 +419,37 @@ class DecoupledModule(nn.Module):
                 statistics,
             )
         slots = self.synthesizer_parameters()
-        if forecast.graph is None:
+        if predicted.graph is None:
             return (None,) * len(slots)
         target = arrived * scale
-        error = forecast.scaled - target
-        s, g, e = (t.double().flatten() for t in (forecast.scaled, target, error))
+        error = predicted.scaled - target
+        s, g, e = (t.double().flatten() for t in (predicted.scaled, target, error))
         sums = torch.stack([s @ g, s @ s, g @ g, e @ e, s.new_tensor(float(h.shape[0]))])
         if bool(torch.isfinite(sums).all()):
             statistics += sums
         wanted = [p for p in slots if p is not None and p.requires_grad]
         made = iter(
             torch.autograd.grad(
-                forecast.graph, wanted, error * (2.0 / h.shape[0]), allow_unused=True
+                predicted.graph, wanted, error * (2.0 / h.shape[0]), allow_unused=True
             )
         )
         return tuple(next(made) if p is not None and p.requires_grad else None for p in slots)
 
-    def learn(self, lessons: list[Lesson]) -> None:
+    def learn(self, regressions: list[Regression]) -> None:
         """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""
         assert self.synthesizer_update is not None
-        fused = self.fused_synthesizer(lessons[0].h)
+        fused = self.fused_synthesizer(regressions[0].h)
         rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
-        unit = self.follow(lessons)
-        first = lessons[0]
-        forecast = first.forecast
-        if forecast.unit != unit:
-            forecast = forecast.within(unit)
-        if len(lessons) == 1 and fused is not None and forecast.prediction is not None:
+        unit = self.follow(regressions)
+        first = regressions[0]
+        predicted = first.predicted
+        if predicted.unit != unit:
+            predicted = predicted.within(unit)
+        if len(regressions) == 1 and fused is not None and predicted.prediction is not None:
             ops.synthesizer_update_(
                 self.synthesizer_backend(first.h),
                 first.h,
-                forecast.prediction,
+                predicted.prediction,
                 first.arrived.contiguous(),
                 fused,
                 first.context,
@@ -447,15 +458,16 @@ class DecoupledModule(nn.Module):
                 rule,
             )
             return
-        made = [self._gradients_of(lesson, unit) for lesson in lessons]
+        made = [self._gradients_of(regression, unit) for regression in regressions]
         apply_given(self.synthesizer_parameters(), sum_slots(made), rule)
 
     # -- what a forward asks first -------------------------------------------------------------
 
     def given_context(self, context: Tensor | None, features: int | None) -> Tensor | None:
-        """The context of this call: the argument, else the surrounding ``condition_on``.
+        """Return the context of this call: the argument, else the surrounding ``condition_on``.
 
-        ``features`` is the synthesizer's ``context_features``, None if it does not say."""
+        ``features`` is the synthesizer's ``context_features``, None if it does not say.
+        """
         if features == 0:
             if context is not None:
                 raise ValueError("context is unexpected: the synthesizer has context_features=0")
@@ -468,13 +480,13 @@ class DecoupledModule(nn.Module):
         return 0 if self.update is None else self.update.skipped
 
     def probe(self, at: Tensor, rows: Tensor, context: Tensor | None) -> None:
-        """In a probing phase: show the prediction of the gradient at ``at``; ``rows`` is h as the
+        """Show, in a probing phase, the prediction of the gradient at ``at``; ``rows`` is h as the
         synthesizer sees it."""
         assert self.phase.probe is not None
-        forecast = None
+        predicted = None
         if self.synthesizer is not None:
-            forecast = self.predict(rows.detach(), context, False)
-        self.phase.probe(at, forecast, self.kappa(self.rows_in(rows)) / self.unit)
+            predicted = self.predict(rows.detach(), context, False)
+        self.phase.probe(at, predicted, self.kappa(self.rows_in(rows)) / self.unit)
 
     def refuse_recording(self) -> None:
         """Raise where a step would be recorded that is to learn anew whenever it is run."""
@@ -531,7 +543,7 @@ class DecoupledModule(nn.Module):
         return tuple(taken)
 
     def name_of(self, parameter: Tensor) -> str:
-        """The parameter's name in this module."""
+        """Return the parameter's name in this module."""
         return next((n for n, p in self.named_parameters() if p is parameter), "(replaced)")
 
     def refuse_untold_scale(self, device: str) -> None:
@@ -588,13 +600,13 @@ def _autocast_to(dtype: torch.dtype, device: torch.device, module: nn.Module) ->
 
 
 def _square(t: Tensor) -> Tensor:
-    """The sum of squares, float64 []."""
+    """Return the sum of squares, float64 []."""
     norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.float64)
     return norm.square()
 
 
 def sum_slots(made: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-    """Slot-wise sum of gradients, None where nothing contributed."""
+    """Sum gradients slot by slot, None where nothing contributed."""
     out: list[Tensor | None] = []
     for slot in zip(*made, strict=True):
         there = [t for t in slot if t is not None]
@@ -614,13 +626,13 @@ def apply_given(
 
 
 def nonzero(gradient: Tensor) -> bool:
-    """Whether there is anything in a gradient (synchronises with the device)."""
+    """Say whether there is anything in a gradient (synchronises with the device)."""
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool(values.any())
 
 
 def other_gradient(name: str) -> str:
-    """The message about a gradient that no rule sees."""
+    """Return the message about a gradient that no rule sees."""
     return (
         f"the parameter {name!r} is updated by a fused rule (update=...), but its .grad holds a "
         "gradient that came by another way: a penalty in the loss, a tied weight, a backward in "

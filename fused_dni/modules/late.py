@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_dni.functional.linear import LinearUse
 from fused_dni.functional.node import Node
-from fused_dni.modules.base import Forecast
+from fused_dni.modules.base import Predicted
 from fused_dni.modules.nodes import Delivery
 from fused_dni.modules.steps import LinearSteps, Slots, Steps
 from fused_dni.ops.types import Saved
@@ -35,8 +35,9 @@ class Ticket:
     change these in place. It is good for one lesson, and empty afterwards.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], due: int | None = None) -> None:
         self._tensors = tensors
+        self._due = due  # the schedule's step, where it chooses k; not part of the state
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +50,7 @@ class Ticket:
         return not self._tensors
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, references, to be saved."""
+        """Return the tensors by name, references, to be saved."""
         return dict(self._tensors)
 
     @classmethod
@@ -71,6 +72,17 @@ class Ticket:
         if self.spent:
             return "Ticket(spent)"
         return f"Ticket(h={self._tensors['shape'].tolist()}, {self.nbytes:,} bytes)"
+
+
+class LateSums(NamedTuple):
+    """What a late lesson added: the step that it belongs to, by the schedule's count, and the
+    module's statistics and unit before and after."""
+
+    due: int
+    before: Tensor
+    unit_before: float
+    after: Tensor
+    unit_after: float
 
 
 class LocalOutput(NamedTuple):
@@ -191,11 +203,12 @@ def _ticket(delivery: Delivery, shape: torch.Size) -> Ticket:
         held["normalized"], held["rstd"] = saved
         for name, t in (("norm_weight", layer.norm_weight), ("norm_bias", layer.norm_bias)):
             held[name] = None if t is None else t.detach().clone()
-    return Ticket({name: _alone(t) for name, t in held.items() if t is not None})
+    due = delivery.module.due
+    return Ticket({name: _alone(t) for name, t in held.items() if t is not None}, due)
 
 
 def _alone(t: Tensor) -> Tensor:
-    """The same, without the rest of what it is a part of: a ticket may be kept for long."""
+    """Return the same, without the rest of what it is a part of: a ticket may be kept for long."""
     return t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
 
 
@@ -239,33 +252,39 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError("gradient is not finite: nothing was learned from it")
     decoupled.refuse_other_gradients()
+    counted = decoupled.late_sums is not None and ticket._due is not None
+    before, unit = (decoupled.statistics.clone() if counted else None), decoupled.unit
     with torch.no_grad():
-        forecast = _predict_again(decoupled, h, context)
-        lesson = decoupled.lesson(
-            h, forecast, context, gradient.reshape(h.shape), _trace(decoupled, held)
+        predicted = _predict_again(decoupled, h, context)
+        regression = decoupled.regression(
+            h, predicted, context, gradient.reshape(h.shape), _trace(decoupled, held)
         )
         if decoupled.synthesizer_update is not None:
-            decoupled.learn([lesson])
+            decoupled.learn([regression])
         else:
-            learned = decoupled.lesson_gradients(lesson)
+            learned = decoupled.regression_gradients(regression)
             slots = (*decoupled.parameters_behind(), *decoupled.synthesizer_parameters())
-            _deposit(slots, (*(lesson.behind or ()), *learned))
+            _deposit(slots, (*(regression.behind or ()), *learned))
+    if before is not None:
+        assert decoupled.late_sums is not None and ticket._due is not None
+        after = decoupled.statistics.clone()
+        decoupled.late_sums.append(LateSums(ticket._due, before, unit, after, decoupled.unit))
     ticket._tensors = {}
 
 
-def _predict_again(module: Steps, h: Tensor, context: Tensor | None) -> Forecast:
+def _predict_again(module: Steps, h: Tensor, context: Tensor | None) -> Predicted:
     """Predict as the step did; a synthesizer's running statistics moved then, and do not now."""
     synthesizer = module.synthesizer
     assert synthesizer is not None
     buffers = [(b, b.clone()) for b in synthesizer.buffers()]
-    forecast = module.predict(h, context, True)
+    predicted = module.predict(h, context, True)
     for b, before in buffers:
         b.data.copy_(before)  # the graph, which holds them, does not read them
-    return forecast
+    return predicted
 
 
 def _trace(module: Steps, held: dict[str, Tensor]) -> LinearUse | None:
-    """What takes a gradient at h to an interface at the preactivation."""
+    """Return what takes a gradient at h to an interface at the preactivation."""
     if "x" not in held or not isinstance(module, LinearSteps):
         return None
     x, h = held["x"], held["h"]

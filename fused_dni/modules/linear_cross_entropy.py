@@ -197,7 +197,7 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         loss, delta, need_dx = made
         assert bound.layer is not None
         trace = LossTrace(input, bound.layer, delta, bound.exact)
-        out: Tensor = nodes.Loss.apply(self, (loss, trace), need_dx, bound.anchor, input)
+        out: Tensor = nodes.Loss.run(self, (loss, trace), need_dx, bound.anchor, input)
         return out
 
     # -- the stock module's life ---------------------------------------------------------------
@@ -238,7 +238,8 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         return made
 
     def to_linear(self) -> nn.Linear:
-        """The plain layer, whose outputs are the logits; it holds the very same parameters."""
+        """Return the plain layer, whose outputs are the logits; it holds the very same
+        parameters."""
         linear = nn.Linear(self.in_features, self.num_classes, self.bias is not None, device="meta")
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)

@@ -12,7 +12,7 @@ from fused_dni import ops
 from fused_dni.backends.common.windows import state_rows
 from fused_dni.functional import check
 from fused_dni.functional.lstm import Window, lstm_window
-from fused_dni.modules.base import Forecast, Lesson, untraced
+from fused_dni.modules.base import Predicted, Regression, untraced
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
@@ -38,11 +38,11 @@ class _WindowEnds:
         self.exit, self.entrance = exit, entrance
         self.returns_weights = exit.site.update is None
 
-    def boundary(self) -> tuple[LSTMBoundary, Tensor | None] | None:
+    def boundary(self, x: Tensor, plain: bool) -> tuple[LSTMBoundary, Tensor | None] | None:
         if self.exit.sources:
             self.exit.begin()
         site = self.exit.site
-        boundary = self.exit.boundary(self.entrance is not None)
+        boundary = self.exit.boundary(self.entrance is not None, x, plain)
         if boundary is None:
             return None
         fused = boundary.synthesizer
@@ -55,8 +55,8 @@ class _WindowEnds:
         site.defer(window.rows(closed.gradients), 1.0)
         if closed.lesson is not None:
             rows, grad, prediction = closed.lesson
-            forecast = Forecast(prediction.scaled, prediction, None, site.unit)
-            teach_later(site, Lesson(rows, forecast, None, grad, self.exit.target_scale))
+            predicted = Predicted(prediction.scaled, prediction, None, site.unit)
+            teach_later(site, Regression(rows, predicted, None, grad, self.exit.target_scale))
         return ()
 
     def arrive(
@@ -68,15 +68,15 @@ class _WindowEnds:
         site = self.exit.site
         if not self.returns_weights:
             site.defer(window.rows(made), self.exit.loss_scale)
-        lessons = self.exit.examples(arrival)
+        regressions = self.exit.examples(arrival)
         heads: list[Example] = []
         if self.entrance is not None and self.exit.learns:
             trace = window.trace
             assert trace.cells is not None
             rows = state_rows(trace.hidden[:, 0], trace.cells[:, 0])
             found, heads = self.entrance.examples(rows, state_rows(made.h, made.c), arrival)
-            lessons = found + lessons
-        return site.teach(lessons, heads, self.exit.loss_scale)
+            regressions = found + regressions
+        return site.teach(regressions, heads, self.exit.loss_scale)
 
 
 class FusedDNILSTM(Recurrent):
@@ -264,7 +264,7 @@ class FusedDNILSTM(Recurrent):
         return output, (h, c)
 
     def _asks_untraced(self, context: Tensor | None) -> bool:
-        """Whether M is a module of its own, or is conditioned: what it was conditioned on at a
+        """Say whether M is a module of its own, or is conditioned: what it was conditioned on at a
         state is remembered outside of traced code."""
         if not self.training or self._modules["synthesizer"] is None:
             return False
@@ -278,7 +278,7 @@ class FusedDNILSTM(Recurrent):
         lengths: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        if isinstance(input, PackedSequence):
+        if type(input) is not Tensor and isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths belongs to the packed input: do not give it again")
             padded, counts = pad_packed_sequence(input)
@@ -290,13 +290,13 @@ class FusedDNILSTM(Recurrent):
                 output, counts = output.index_select(1, order), counts[order.cpu()]
             data = pack_padded_sequence(output, counts).data
             return input._replace(data=data), state
-        if not isinstance(input, Tensor):
+        if type(input) is not Tensor and not isinstance(input, Tensor):
             raise TypeError(
                 f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
             )
-        if input.dim() not in (2, 3):
+        if input.ndim not in (2, 3):
             raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
-        if input.dim() == 2:
+        if input.ndim == 2:
             if hx is not None:
                 signed = all(map(self._bears_sign, hx))
                 hx = check.unbatched(hx, (self.num_layers, self.hidden_size), 1)
@@ -317,39 +317,63 @@ class FusedDNILSTM(Recurrent):
         context: Tensor | None,
         given: Tensor,
     ) -> tuple[Tensor, State]:
-        """The window for x [T, B, I]; ``given`` is the input as it came, for messages."""
-        layers = self._layers()
+        """Run the window for x [T, B, I]; ``given`` is the input as it came, for messages."""
+        tracing = torch.compiler.is_compiling()
+        bound = self._bound
+        if bound is not None and (tracing or context is not None or not bound.hold(True)):
+            bound = None
+        layers = self._layers() if bound is None else bound.layers
         weight = layers[0].weight_ih
         x = check.step(x, weight, given)
         steps, batch = x.shape[:2]
-        ended = check.ended(ended, batch, x.device, given.dim() == 2)
-        lengths = check.lengths(lengths, steps, batch, x.device)
+        if ended is not None:
+            ended = check.ended(ended, batch, x.device, given.dim() == 2)
+        lengths = None if lengths is None else check.lengths(lengths, steps, batch, x.device)
         if lengths is not None:  # what lies behind a row's length may be anything, NaN included
             behind = torch.arange(steps, device=x.device).unsqueeze(1) >= lengths
             x = x.masked_fill(behind.unsqueeze(2), 0.0)
-        self._fit(layers)
-        decoupled = self._decoupled(x)
         probing = self.training and self.phase.probe is not None
-        if decoupled or probing or context is not None:
+        if bound is None:
+            self._fit(layers)
+            decoupled = self._decoupled(x)
+        else:
+            decoupled = not probing and bound.synthesizer is not None
+        if context is not None or (bound is None and (decoupled or probing)):
             context = self._context_rows(context, batch, x)
-        tracing = torch.compiler.is_compiling()
         h, c, entrance, sources = self._enter(hx, x, decoupled, context, tracing)
-        backend = registry.resolve(self.backend, x, weight, "lstm")
-        masks = self._dropout_masks(steps, batch, x)
+        if bound is None:
+            backend = registry.resolve(self.backend, x, weight, "lstm")
+        else:
+            backend = bound.backend
+        masks = self._dropout_masks(steps, batch, x) if self.dropout else ()
         scale = self.kappa(steps * batch)
         ends = None
         ruled = self.training and self.update is not None and not probing
-        if torch.is_grad_enabled():
+        if bound is not None or torch.is_grad_enabled():
             if decoupled or ruled:
                 exit = Exit(self, ended, context, scale)
                 exit.sources = sources
                 if entrance is not None:
                     entrance.exit = exit
                 ends = _WindowEnds(exit, entrance)
-            learners = () if ends is None else self._learners()
+            learners: tuple[Tensor, ...] = ()
+            if ends is not None:
+                learners = self._learners() if bound is None else bound.learners
             output, h, c = lstm_window(
-                backend, x, h, c, layers, lengths, masks, ends, self, learners
+                backend,
+                x,
+                h,
+                c,
+                layers,
+                lengths,
+                masks,
+                ends,
+                self,
+                learners,
+                settled=bound is not None,
             )
+            if bound is None and self.training and not tracing and type(self) is FusedDNILSTM:
+                self._settle(backend)
         else:
             trace = ops.lstm_forward(backend, x, h, c, layers, lengths, masks, False)
             output, h, c = trace.hidden[-1, 1:], trace.h, trace.c
@@ -372,8 +396,8 @@ class FusedDNILSTM(Recurrent):
         context: Tensor | None,
         tracing: bool,
     ) -> tuple[Tensor, Tensor, Entrance | None, list[Any]]:
-        """The state that the window starts from; where it continues one, its entrance; and the
-        nodes of this module that its gradient goes on to."""
+        """Return the state that the window starts from; where it continues one, its entrance; and
+        the nodes of this module that its gradient goes on to."""
         batch = x.shape[1]
         known: Known | None = None
         sources: list[Any] | None = []
@@ -413,8 +437,8 @@ class FusedDNILSTM(Recurrent):
     def _enter_traced(
         self, h: Tensor, c: Tensor, decoupled: bool
     ) -> tuple[Tensor, Tensor, Entrance | None, list[Any]]:
-        """As :meth:`_enter` where no graph is seen: a state that asks for its gradient is cut if it
-        bears the module's sign; which rows are its own is seen when the code runs."""
+        """Enter as :meth:`_enter` where no graph is seen: a state that asks for its gradient is cut
+        if it bears the module's sign; which rows are its own is seen when the code runs."""
         signed = self._bears_sign(h) and self._bears_sign(c)
         attached = h.requires_grad or c.requires_grad
         if not decoupled or (attached and not signed):
@@ -450,7 +474,7 @@ class FusedDNILSTM(Recurrent):
     # -- nn.LSTM's other methods -----------------------------------------------------------------
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: the kernels pack the weights themselves."""
+        """Do nothing: the kernels pack the weights themselves."""
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -518,7 +542,7 @@ class FusedDNILSTM(Recurrent):
         return self.to_lstm()
 
     def extra_repr(self) -> str:
-        """As of ``nn.LSTM``, and the rule."""
+        """Show what ``nn.LSTM`` does, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"
         for name, default in (
             ("proj_size", 0),

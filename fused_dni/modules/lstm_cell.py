@@ -59,10 +59,10 @@ class _StepEnds:
     def leave(self, rows: LSTMRows, arrival: Arrival) -> Slots:
         if not self.returns_weights:
             self.site.defer((rows,), self.loss_scale)
-        lessons = []
+        regressions = []
         if self.exit is not None and self.entrance is None:  # where there is one, it teaches both
-            lessons = self.exit.examples(arrival)
-        return self.site.teach(lessons, [], self.loss_scale)
+            regressions = self.exit.examples(arrival)
+        return self.site.teach(regressions, [], self.loss_scale)
 
 
 class Boundary(Node):
@@ -94,13 +94,13 @@ class Boundary(Node):
         grads = (torch.zeros_like(h) if g is None else g for g in (grad_h, grad_c))
         rows, grad = torch.cat((h, c), 1), torch.cat(tuple(grads), 1)
         end, site = entrance.exit, ctx.site
-        lessons, heads = entrance.examples(rows, grad, end.arrival)
-        taught: Slots = site.teach(lessons + end.examples(end.arrival), heads, end.loss_scale)
+        regressions, heads = entrance.examples(rows, grad, end.arrival)
+        taught: Slots = site.teach(regressions + end.examples(end.arrival), heads, end.loss_scale)
         return none[:4] + (taught or none[4:])  # with a rule the parameters are anchors alone
 
 
 def _reset(h: Tensor, c: Tensor, start: Tensor | None) -> State:
-    """The state with the rows where ``start`` [B, 1] is true set to zero."""
+    """Return the state with the rows where ``start`` [B, 1] is true set to zero."""
     return (h, c) if start is None else (h.masked_fill(start, 0.0), c.masked_fill(start, 0.0))
 
 
@@ -165,7 +165,7 @@ class FusedDNILSTMCell(Recurrent):
         )
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """One step.
+        """Run one step.
 
         Args:
             input: [B, I] or [I].
@@ -216,7 +216,7 @@ class FusedDNILSTMCell(Recurrent):
         return (h.squeeze(0), c.squeeze(0)) if alone else (h, c)
 
     def _ends(self, h: Tensor) -> _StepEnds:
-        """This step's place in its window, told from the node that made h."""
+        """Return this step's place in its window, told from the node that made h."""
         node = None if torch.compiler.is_compiling() else origin(h, self)
         entrance, before = getattr(node, "entrance", None), getattr(node, "ends", None)
         if isinstance(entrance, Entrance):
@@ -303,7 +303,7 @@ class FusedDNILSTMCell(Recurrent):
         return made
 
     def _step_of(self, h: Tensor, c: Tensor) -> _StepEnds | None:
-        """The step that returned this state: its memory, unchanged, in the step's graph."""
+        """Return the step that returned this state: its memory, unchanged, in the step's graph."""
         first: Any = h.grad_fn
         nodes = [first] if hasattr(first, "ends") else origins((h,), self, NODES)[0]
         for node in nodes:
@@ -320,8 +320,8 @@ class FusedDNILSTMCell(Recurrent):
         return None
 
     def _started(self, h: Tensor, c: Tensor, given: bool) -> State:
-        """A state that came without a graph, detached or copied behind its boundary, starts a
-        window all the same if it is this cell's."""
+        """Start a window at a state that came without a graph, detached or copied behind its
+        boundary, if it is this cell's."""
         if h.requires_grad or c.requires_grad:
             return h, c
         known = self._known(h, c, True)[0] if given else None
@@ -339,7 +339,7 @@ class FusedDNILSTMCell(Recurrent):
         return self._start(h, c, known.ended, known.context)
 
     def _start(self, h: Tensor, c: Tensor, started: Tensor | None, context: Tensor | None) -> State:
-        """The entrance of a window at a detached state."""
+        """Return the entrance of a window at a detached state."""
         anchors = self._learners() or tuple(
             p for p in self.synthesizer_parameters() if p is not None
         )
@@ -384,7 +384,7 @@ class FusedDNILSTMCell(Recurrent):
         return self.to_lstm_cell()
 
     def extra_repr(self) -> str:
-        """As of ``nn.LSTMCell``, and the rule."""
+        """Show what ``nn.LSTMCell`` does, and the rule."""
         text = f"{self.input_size}, {self.hidden_size}"
         if not self.bias:
             text += ", bias=False"

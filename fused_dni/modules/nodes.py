@@ -43,7 +43,7 @@ from fused_dni.functional.linear import (
     backward_use,
 )
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.modules.base import DecoupledModule, Forecast, How, Lesson, LocalStep
+from fused_dni.modules.base import DecoupledModule, How, LocalStep, Predicted, Regression
 from fused_dni.modules.pending import LEARN, UPDATE, at_end_of_backward
 from fused_dni.modules.steps import LinearSteps, LossInputs, LossSteps, LossTrace, Steps
 from fused_dni.modules.target_unit import note_replicas
@@ -72,13 +72,13 @@ Slots = tuple[Tensor | None, ...]
 class Site(Protocol):
     """What the recipe asks of a layer."""
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         """Run the synthesizer on h."""
         ...
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
         """Take what arrived at h to the interface, for the synthesizer to learn from."""
         ...
 
@@ -95,14 +95,14 @@ def rescaled(made: Slots, loss_scale: float | None) -> Slots:
     return tuple(None if t is None else t * loss_scale for t in made)
 
 
-def mixed_gradient(arrived: Tensor | None, forecast: Forecast, how: How) -> Tensor | None:
+def mixed_gradient(arrived: Tensor | None, predicted: Predicted, how: How) -> Tensor | None:
     """``share * arrived + (1 - share) * synthetic``, the synthetic gradient made from M(h); None if
     that has no defined part."""
     share = how.true_share
     if share == 1.0:
         return arrived
-    scale = how.target_scale / forecast.unit
-    synthetic = synthetic_gradient(Prediction(forecast.scaled), scale, how.max_norm)
+    scale = how.target_scale / predicted.unit
+    synthetic = synthetic_gradient(Prediction(predicted.scaled), scale, how.max_norm)
     if share == 0.0:
         return synthetic
     if arrived is None:
@@ -117,24 +117,24 @@ def received(
     context: Tensor | None,
     trace: Any,
     arrived: Tensor | None,
-) -> tuple[Tensor | None, Lesson | None]:
+) -> tuple[Tensor | None, Regression | None]:
     """Make of what arrived the gradient at the interface that the layer's update is made from (None
     if there is none), and the synthesizer's lesson (None if it learns nothing)."""
     arrived = unscaled(arrived, how.loss_scale)
     learns = how.learns and arrived is not None
     if not learns and how.true_share == 1.0:
         return arrived, None
-    forecast = site.predict(h, context, learns)
-    lesson = None
+    predicted = site.predict(h, context, learns)
+    regression = None
     if learns and arrived is not None:
-        lesson = site.lesson(h, forecast, context, arrived, trace)
-        arrived = lesson.arrived
-    return mixed_gradient(arrived, forecast, how), lesson
+        regression = site.regression(h, predicted, context, arrived, trace)
+        arrived = regression.arrived
+    return mixed_gradient(arrived, predicted, how), regression
 
 
-def teach_later(module: DecoupledModule, lesson: Lesson) -> None:
+def teach_later(module: DecoupledModule, regression: Regression) -> None:
     """Train the synthesizer by its rule at the end of the running backward."""
-    at_end_of_backward(module, LEARN, module.learn, lesson)
+    at_end_of_backward(module, LEARN, module.learn, regression)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,19 +178,19 @@ class Late(Node):
         wants = ctx.needs_input_grad
         h = ctx.saved_tensors[0]
         ruled = module.update is not None
-        gradient, lesson = arrived, None
+        gradient, regression = arrived, None
         if module._modules["synthesizer"] is None:
             gradient = unscaled(arrived, how.loss_scale)
         elif arrived is not None or not ruled:  # with a rule nothing moves where nothing arrives
-            gradient, lesson = received(module, how, h, ctx.context, ctx.trace, arrived)
+            gradient, regression = received(module, how, h, ctx.context, ctx.trace, arrived)
         if gradient is None:
             return (None,) * len(wants)
         learned: Slots = ()
         if ruled:
-            if lesson is not None:
-                teach_later(module, lesson)
-        elif lesson is not None:
-            learned = (*(lesson.behind or ()), *module.lesson_gradients(lesson))
+            if regression is not None:
+                teach_later(module, regression)
+        elif regression is not None:
+            learned = (*(regression.behind or ()), *module.regression_gradients(regression))
         dx, made = module.close(ctx.trace, gradient, ctx.need_dx)
         ctx.trace = None
         if ruled:
@@ -201,8 +201,43 @@ class Late(Node):
         return (*(None,) * 5, *wanted, *(None,) * (len(wants) - 5 - len(wanted)))
 
 
-class Stepped(Node):
-    """The update runs in the forward; the backward delivers dx and lets the synthesizer learn."""
+def _keep(ctx: Any, module: DecoupledModule, *saved: Tensor | None, before: int) -> None:
+    """Keep of a call what every backward with a rule asks for.
+
+    Args:
+        ctx: the node's. module: whose loss scale counts.
+        saved: for the backward, and for autograd to see a change in place until then.
+        before: how many of the node's arguments stand before those that get a gradient.
+    """
+    ctx.module, ctx.spent, ctx.before = module, False, before
+    ctx.loss_scale = module.phase.loss_scale
+    # As set_materialize_grads(False) and save_for_backward(*saved), without a call for each.
+    ctx.materialize_grads, ctx.to_save = False, saved
+
+
+class _Delivers(Node):
+    """The update ran in the forward; the backward delivers dx and lets the synthesizer learn."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        scale = ctx.loss_scale
+        arrived = unscaled(arrived, scale)
+        if ctx.predicted is not None and arrived is not None:
+            module: Steps = ctx.module
+            h = ctx.saved_tensors[0]
+            teach_later(
+                module, module.regression(h, ctx.predicted, ctx.context, arrived, ctx.trace)
+            )
+        dx = rescaled(ctx.dx, scale)
+        ctx.dx = ctx.predicted = ctx.trace = None
+        none: Slots = (None,) * ctx.before
+        return none + dx
+
+
+class Stepped(_Delivers):
+    """Of a step from the layer's own prediction."""
 
     @staticmethod
     def forward(
@@ -216,139 +251,147 @@ class Stepped(Node):
         *asked: Tensor,
     ) -> Tensor:
         step = module.step_locally(inputs, context, need_dx, learns)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.context, ctx.spent = module, context, False
-        ctx.dx, ctx.forecast, ctx.trace = step.dx, step.forecast, step.trace
-        ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(step.h, *(module.parameters_behind() if learns else ()))
+        ctx.context, ctx.dx, ctx.predicted, ctx.trace = context, step.dx, step.predicted, step.trace
+        _keep(ctx, module, step.h, *(module.parameters_behind() if learns else ()), before=6)
         return step.h
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        scale = ctx.loss_scale
-        arrived = unscaled(arrived, scale)
-        if ctx.forecast is not None and arrived is not None:
-            module: Steps = ctx.module
-            h = ctx.saved_tensors[0]
-            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, ctx.trace))
-        dx = rescaled(ctx.dx, scale)
-        ctx.dx = ctx.forecast = ctx.trace = None
-        return (None, None, None, None, None, None, *dx)
 
-
-class Taught(Node):
-    """:class:`Stepped` of a step with a target that was run as one call (quick.py)."""
+class Taught(_Delivers):
+    """The same of a step with a target that was run as one call (quick.py). Behind ``made`` come
+    the anchors, and then x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, module: LinearSteps, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor | None
-    ) -> Tensor:
-        h, scaled, reduced, ctx.dx, ctx.context, unit = made
-        ctx.anchors = len(anchors)
-        ctx.forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.spent = module, False
-        ctx.loss_scale = module.phase.loss_scale
-        ctx.save_for_backward(h)
-        out: Tensor = h
-        return out
+    def forward(ctx: Any, module: LinearSteps, made: tuple[Any, ...], *given: Tensor) -> Tensor:
+        h: Tensor
+        h, scaled, reduced, dx, ctx.context, unit = made
+        ctx.predicted = Predicted(scaled, Prediction(scaled, reduced), None, unit)
+        ctx.dx, ctx.trace = (dx,), None
+        _keep(ctx, module, h, before=len(given) + 1)
+        return h
+
+
+class _Closed(Node):
+    """:class:`Late` of calls whose input is one tensor, the node's last argument, and whose own
+    gradient is applied by a rule. What they ran says in ``ctx.close`` how to go back through it:
+    called with the context, the gradient and what was saved it gives dx and a contribution to the
+    update of ``ctx.owner``."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> Slots:
         spend(ctx, TWICE)
-        arrived = unscaled(arrived, ctx.loss_scale)
-        (h,) = ctx.saved_tensors
-        if arrived is not None:
-            module: LinearSteps = ctx.module
-            teach_later(module, module.lesson(h, ctx.forecast, ctx.context, arrived, None))
-        dx = rescaled((ctx.dx,), ctx.loss_scale)
-        ctx.dx = ctx.forecast = None
-        none: Slots = (None,) * ctx.anchors
-        return (None, None, *dx, *none)
+        saved = ctx.saved_tensors  # raises if one was changed in place
+        gradient = unscaled(arrived, ctx.loss_scale)
+        none: Slots = (None,) * ctx.before
+        if gradient is None:
+            return (*none, None)
+        dx, contribution = ctx.close(ctx, gradient, *saved)
+        ctx.trace = None
+        at_end_of_backward(ctx.owner, UPDATE, ctx.owner.apply_update, contribution)
+        return none + rescaled((dx,), ctx.loss_scale)
 
 
-class Exact(Node):
-    """:class:`Late` of a linear layer without a synthesizer whose step is bound (quick.py)."""
+class Exact(_Closed):
+    """Of a linear layer without a synthesizer whose step is bound (quick.py)."""
 
     @staticmethod
     def forward(
         ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
     ) -> Tensor:
-        h, normalized, rstd, ctx.need_dx = made
-        bound = module._binding
-        assert bound.layer is not None
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.bound, ctx.spent = module, bound.exact, False
-        ctx.layer, ctx.config, ctx.saved = bound.layer, module.config, (normalized, rstd)
-        ctx.loss_scale = module.phase.loss_scale
-        # Saved so that autograd sees a change between forward and backward.
-        weight, _, *read, _, _ = bound.layer
-        watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
-        ctx.save_for_backward(h, x, *watched)
-        out: Tensor = h
-        return out
+        return _open_exact(ctx, module, made, x, before=3)
+
+
+class Mixed(Node):
+    """:class:`Late` of a linear layer with a synthesizer whose steps by the true gradient, or mixed
+    with it, are bound (quick.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: LinearSteps,
+        made: tuple[Any, ...],
+        context: Tensor | None,
+        _anchor: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        ctx.context, ctx.how = context, module.how(x.shape[0])
+        return _open_exact(ctx, module, made, x, before=4)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, arrived: Tensor | None) -> Slots:
         spend(ctx, TWICE)
+        h, *rest = ctx.saved_tensors
+        if arrived is None:  # nothing moves
+            return (None,) * 5
         module: LinearSteps = ctx.module
-        h, x, *_ = ctx.saved_tensors
-        gradient = unscaled(arrived, ctx.loss_scale)
-        if gradient is None:
-            return (None,) * 4
-        made = ctx.bound.backward(gradient, x, h, *ctx.saved, ctx.need_dx)
-        if made is None:
-            backend = module.synthesizer_backend(x)
-            saved = Saved(*ctx.saved)
-            use = LinearUse(x, h.detach(), saved, ctx.layer, ctx.config, True, backend)
-            (dx,), contribution = module.close(use, gradient, ctx.need_dx)
-        else:
-            dx, delta, *vectors = made
-            contribution = (x, LinearGradients(delta, None, None, *vectors))
-        ctx.saved = None
+        gradient, regression = received(module, ctx.how, h, ctx.context, None, arrived)
+        if regression is not None:
+            teach_later(module, regression)
+        assert gradient is not None
+        dx, contribution = _close_exact(ctx, gradient, h, *rest)
+        ctx.trace = None
         at_end_of_backward(module, UPDATE, module.apply_update, contribution)
-        return (None, None, None, *rescaled((dx,), ctx.loss_scale))
+        return (None, None, None, None, *rescaled((dx,), ctx.loss_scale))
 
 
-class ExactStack(Node):
-    """:class:`Exact` of layers one behind the other, and of the :class:`Loss` behind them if there
-    is one."""
+def _open_exact(
+    ctx: Any, module: LinearSteps, made: tuple[Any, ...], x: Tensor, before: int
+) -> Tensor:
+    h: Tensor
+    h, normalized, rstd, ctx.need_dx = made
+    bound = module._binding
+    assert bound.layer is not None
+    ctx.owner, ctx.close, ctx.bound = module, _close_exact, bound.exact
+    ctx.layer, ctx.config, ctx.trace = bound.layer, module.config, (normalized, rstd)
+    weight, _, *read, _, _ = bound.layer
+    watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
+    _keep(ctx, module, h, x, *watched, before=before)
+    return h
+
+
+def _close_exact(
+    ctx: Any, gradient: Tensor, h: Tensor, x: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Any]:
+    module: LinearSteps = ctx.module
+    made = ctx.bound.backward(gradient, x, h, *ctx.trace, ctx.need_dx)
+    if made is not None:
+        dx, delta, *vectors = made
+        return dx, (x, LinearGradients(delta, None, None, *vectors))
+    backend = module.synthesizer_backend(x)
+    saved = Saved(*ctx.trace)
+    use = LinearUse(x, h.detach(), saved, ctx.layer, ctx.config, True, backend)
+    (dx,), contribution = module.close(use, gradient, ctx.need_dx)
+    return dx, contribution
+
+
+class ExactStack(_Closed):
+    """Of layers one behind the other, and of the :class:`Loss` behind them if there is one. Behind
+    ``made`` come the anchors, and then x."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], x: Tensor, *anchors: Tensor) -> Tensor:
+    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         h: Tensor
-        h, ctx.left, ctx.need_dx = made
-        ctx.set_materialize_grads(False)
-        ctx.stack, ctx.spent, ctx.loss_scale = stack, False, stack.last.phase.loss_scale
-        ctx.anchors = len(anchors)
+        h, ctx.trace, ctx.need_dx = made
+        ctx.owner, ctx.close = stack, _close_stack
         kept = h if stack.head is None else None
-        ctx.save_for_backward(kept, x, *stack.watched(ctx.need_dx))
+        watched = stack.watched(ctx.need_dx)
+        _keep(ctx, stack.last, kept, given[-1], *watched, before=len(given) + 1)
         return h
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        h, x, *_ = ctx.saved_tensors
-        gradient = unscaled(arrived, ctx.loss_scale)
-        none: Slots = (None,) * ctx.anchors
-        if gradient is None:
-            return (None, None, None, *none)
-        if h is not None:
-            h = h.detach()  # the output itself would keep its own node alive
-        dx, contribution = ctx.stack.backward(gradient, x, h, ctx.left, ctx.need_dx)
-        ctx.left = None
-        at_end_of_backward(ctx.stack, UPDATE, ctx.stack.apply_update, contribution)
-        return (None, None, *rescaled((dx,), ctx.loss_scale), *none)
+
+def _close_stack(
+    ctx: Any, gradient: Tensor, h: Tensor | None, x: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Any]:
+    if h is not None:
+        h = h.detach()  # the output itself would keep its own node alive
+    made: tuple[Tensor | None, Any] = ctx.owner.backward(gradient, x, h, ctx.trace, ctx.need_dx)
+    return made
 
 
-class Loss(Node):
-    """:class:`Late` of a layer with its cross-entropy. The loss itself is not kept: it may be
-    changed in place, as any loss (``loss /= steps``)."""
+class Loss(_Closed):
+    """Of a layer with its cross-entropy. The loss itself is not kept: it may be changed in place,
+    as any loss (``loss /= steps``)."""
 
     @staticmethod
     def forward(
@@ -360,44 +403,28 @@ class Loss(Node):
         x: Tensor,
     ) -> Tensor:
         loss, ctx.trace = made
-        ctx.set_materialize_grads(False)
-        ctx.module, ctx.need_dx, ctx.spent = module, need_dx, False
-        ctx.loss_scale = module.phase.loss_scale
-        # Saved so that autograd sees a change between forward and backward.
-        ctx.save_for_backward(x, ctx.trace.layer.weight if need_dx else None)
+        ctx.owner, ctx.close, ctx.need_dx = module, _close_loss, need_dx
+        _keep(ctx, module, x, ctx.trace.layer.weight if need_dx else None, before=4)
         return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
-        spend(ctx, TWICE)
-        _ = ctx.saved_tensors  # raises if one was changed in place
-        module: LossSteps = ctx.module
-        gradient = unscaled(arrived, ctx.loss_scale)
-        if gradient is None:
-            return (None,) * 5
-        dx, contribution = module.close(ctx.trace, gradient, ctx.need_dx)
-        ctx.trace = None
-        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
-        return (None, None, None, None, *rescaled(dx, ctx.loss_scale))
+
+def _close_loss(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, Any]:
+    (dx,), contribution = ctx.module.close(ctx.trace, gradient, ctx.need_dx)
+    return dx, contribution
 
 
 class StackLoss(Node):
     """:class:`Delivered` of layers that predict and the :class:`Loss` behind them, in a step that
-    was run as one call (quick.py)."""
+    was run as one call (quick.py). Behind ``made`` come the anchors, and then x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, stack: Any, made: tuple[Any, ...], _x: Tensor, *anchors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         loss: Tensor
         loss, left, rows, ctx.dx, labels, unit = made
-        ctx.made = (left, rows, labels, unit)
-        ctx.set_materialize_grads(False)
-        ctx.stack, ctx.spent, ctx.anchors = stack, False, len(anchors)
-        ctx.loss_scale = stack.head.phase.loss_scale
-        # The lesson reads it: a change between forward and backward is to be an error.
-        ctx.save_for_backward(None if unit is None else stack.head.weight)
+        ctx.stack, ctx.made = stack, (left, rows, labels, unit)
+        # The lesson reads the weight: a change between forward and backward is to be an error.
+        read = None if unit is None else stack.head.weight
+        _keep(ctx, stack.head, read, before=len(given) + 1)
         return loss
 
     @staticmethod
@@ -411,8 +438,8 @@ class StackLoss(Node):
             at_end_of_backward(ending, UPDATE, ending.apply_update, (gradient, *ctx.made))
         dx = rescaled((ctx.dx,), ctx.loss_scale)
         ctx.made = ctx.dx = None
-        none: Slots = (None,) * ctx.anchors
-        return (None, None, *dx, *none)
+        none: Slots = (None,) * ctx.before
+        return none + dx
 
 
 class Local(Node):
@@ -485,15 +512,15 @@ class Local(Node):
         synthesizer = SynthesizerTensors(ctx.kind, *slots[4:], *ctx.label_part)
         site = _TensorSite(synthesizer, use, how.target_scale, ctx.statistics, ctx.unit, ctx.owner)
         none: Slots = (None,) * 22
-        gradient, lesson = received(site, how, h, context, use, arrived)
+        gradient, regression = received(site, how, h, context, use, arrived)
         if gradient is None:
             return none
-        trained = none[:4] if lesson is None else site.lesson_gradients(lesson)
+        trained = none[:4] if regression is None else site.regression_gradients(regression)
         wants = ctx.needs_input_grad
         need_dx, need_weight = ctx.need_dx and wants[0], wants[1]
         if use.config.interface == "preactivation":
             made = backward_from_preactivation(use, gradient, need_dx, need_weight)
-            behind = (None, None) if lesson is None else lesson.behind[2:]
+            behind = (None, None) if regression is None else regression.behind[2:]
         else:
             made = backward_use(use, gradient, need_dx, need_weight)
             behind = (made.norm_weight, made.norm_bias)
@@ -525,34 +552,34 @@ class _TensorSite:
             else:
                 self.owner = None
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         made = ops.synthesizer_predict(self.use.backend, h, self.synthesizer, context)
-        return Forecast(made.scaled, made, None, self.unit)
+        return Predicted(made.scaled, made, None, self.unit)
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
         if self.use.config.interface == "output":
-            return Lesson(h, forecast, context, arrived, self.target_scale)
+            return Regression(h, predicted, context, arrived, self.target_scale)
         true = backward_use(self.use, arrived, False, False)
         behind = (None, None, true.norm_weight, true.norm_bias)
-        return Lesson(h, forecast, context, true.delta, self.target_scale, behind)
+        return Regression(h, predicted, context, true.delta, self.target_scale, behind)
 
-    def lesson_gradients(self, lesson: Lesson) -> Slots:
-        unit, forecast = self.unit, lesson.forecast
+    def regression_gradients(self, regression: Regression) -> Slots:
+        unit, predicted = self.unit, regression.predicted
         if self.owner is not None:
-            unit = self.owner.follow([lesson])
-            if unit != forecast.unit:
-                forecast = forecast.within(unit)
-        assert forecast.prediction is not None
+            unit = self.owner.follow([regression])
+            if unit != predicted.unit:
+                predicted = predicted.within(unit)
+        assert predicted.prediction is not None
         return ops.synthesizer_gradients(
             self.use.backend,
-            lesson.h,
-            forecast.prediction,
-            lesson.arrived.contiguous(),
+            regression.h,
+            predicted.prediction,
+            regression.arrived.contiguous(),
             self.synthesizer,
-            lesson.context,
-            lesson.target_scale / unit,
+            regression.context,
+            regression.target_scale / unit,
             self.statistics,
         )
 
@@ -590,7 +617,7 @@ _watchers: list[Callable[[Call], None]] = []
 
 
 def watchers() -> list[Callable[[Call], None]]:
-    """Those that :func:`watching` lists, live."""
+    """Return those that :func:`watching` lists, live."""
     return _watchers
 
 
@@ -677,7 +704,7 @@ class Delivery:
         self.learns = learns
         self.dx: Slots = ()
         self.gradients: Slots = ()
-        self._waiting: tuple[LocalStep, Forecast, Tensor | None] | None = None
+        self._waiting: tuple[LocalStep, Predicted, Tensor | None] | None = None
 
     def run(self, *inputs: Any, context: Tensor | None, **named: Any) -> Tensor:
         """Call the module with detached tensors, of which those that ask for a gradient get one if
@@ -690,22 +717,23 @@ class Delivery:
         return h
 
     def take(self, step: LocalStep, context: Tensor | None) -> None:
-        """The module's side of :meth:`run`."""
+        """Take the module's side of :meth:`run`."""
         self.dx = step.dx
         self.gradients = step.gradients
-        if step.forecast is not None:
-            self._waiting = (step, step.forecast, context)
+        if step.predicted is not None:
+            self._waiting = (step, step.predicted, context)
 
-    def waiting(self) -> tuple[LocalStep, Forecast, Tensor | None]:
-        """What waits for the gradient at the output: the step, its prediction and the context."""
+    def waiting(self) -> tuple[LocalStep, Predicted, Tensor | None]:
+        """Return what waits for the gradient at the output: the step, its prediction and the
+        context."""
         assert self._waiting is not None
         return self._waiting
 
-    def lesson(self, arrived: Tensor) -> Lesson:
-        """What the synthesizer learns from a gradient that arrived at the output."""
-        step, forecast, context = self.waiting()
+    def regression(self, arrived: Tensor) -> Regression:
+        """Return what the synthesizer learns from a gradient that arrived at the output."""
+        step, predicted, context = self.waiting()
         arrived = arrived.reshape(step.h.shape)
-        return self.module.lesson(step.h, forecast, context, arrived, step.trace)
+        return self.module.regression(step.h, predicted, context, arrived, step.trace)
 
 
 def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:

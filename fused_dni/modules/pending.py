@@ -51,14 +51,15 @@ class _Batch:
         for owner in owners.values():
             owner.refuse_other_gradients(True)
         # Lessons first: a synthesizer may read what another layer's update moves, a head's rows.
-        for lessons in (True, False):
+        for regressions in (True, False):
             for (_, role), (apply, contributions) in jobs.items():
-                if (role == LEARN) is lessons:
+                if (role == LEARN) is regressions:
                     apply(contributions)
         torch.clear_autocast_cache()  # it may hold parameters as they were before
 
     def _meet(self, joint: Owner) -> bool:
-        """Whether one of its shares had another use in this backward: a rule is applied once."""
+        """Say whether one of its shares had another use in this backward: a rule is applied
+        once."""
         (_, contributions) = self.jobs[id(joint), UPDATE]
         used = set(self.jobs)
         for other in self.owners.values():
@@ -85,13 +86,13 @@ _batches: WeakValueDictionary[int, _Batch] = WeakValueDictionary()
 
 
 def applying(module: Any, role: str) -> Callable[[list[Any]], None]:
-    """The method of a module that applies contributions of that role."""
+    """Return the method of a module that applies contributions of that role."""
     apply: Callable[[list[Any]], None] = module.learn if role == LEARN else module.apply_update
     return apply
 
 
 def inside_backward() -> bool:
-    """Whether this thread is executing a backward."""
+    """Say whether this thread is executing a backward."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -8,21 +8,30 @@ is what gives the errors and binds anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
-from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import context
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET, Forecast
+from fused_dni.modules.base import NO_TARGET, Predicted
+from fused_dni.modules.checks import (
+    ALWAYS,
+    HOOKS,
+    SURROUNDINGS,
+    addresses,
+    fixed,
+    holder,
+    items,
+    memory,
+    rule_checks,
+    uncalled,
+)
 from fused_dni.modules.pending import LEARN, UPDATE, applying
 from fused_dni.modules.steps import Binding, LinearSteps, LossSteps, LossTrace
 from fused_dni.ops import registry
@@ -38,135 +47,49 @@ from fused_dni.ops.types import (
     QuickSynthesizer,
     Saved,
 )
-from fused_dni.rules import RuleState
 from fused_dni.synthesizers import DiagonalSynthesizer, LinearSynthesizer
 
 # Whose tensors are their parameters, and nothing else counts.
 _SYNTHESIZERS = (LinearSynthesizer, DiagonalSynthesizer)
 
-# What surrounds a forward, and a backward and its end too: who looks at the ops or at the parts of
-# a step (annotated, this method is another) gets them.
+# Who looks at the parts of a step (annotated, this method is another) gets them.
 _ALWAYS: tuple[Check, ...] = (
-    ("state", torch._C._len_torch_dispatch_stack, None, None, 0),
-    ("state", torch._C._are_functorch_transforms_active, None, None, False),
+    *ALWAYS,
     ("attribute", LinearSteps, "step_locally", None, LinearSteps.step_locally),
 )
-# What surrounds a forward.
-_SURROUNDINGS: tuple[Check, ...] = (
-    ("state", torch.is_grad_enabled, None, None, True),
-    ("state", torch._C._get_tracing_state, None, None, None),
-    ("state", partial(torch.is_autocast_enabled, "cpu"), None, None, False),
-    ("state", torch._C._current_graph_task_id, None, None, -1),
-    (
-        "state",
-        partial(torch._C._autograd._top_saved_tensors_default_hooks, True),
-        None,
-        None,
-        None,
-    ),
-    ("attribute", DistributedDataParallel, "_active_ddp_module", None, None),
-    ("item", vars(forward_ad), "_current_level", None, -1),
-    ("empty", nodes.watchers(), "watching", None, None),
-)
-
-# What a module's call runs beside its forward.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _items(of: Mapping[str, Any], *names: str) -> list[Check]:
-    return [("item", of, name, None, of[name]) for name in names]
-
-
-def _holder(module: nn.Module, *kinds: str) -> list[Check]:
-    """What a module holds: the dictionaries and all that is in them."""
-    own = module.__dict__
-    found = [*_items(own, *kinds), ("attribute", module, "__class__", None, type(module))]
-    for kind in kinds:
-        found += _items(own[kind], *own[kind])
-    return found
-
-
-def _uncalled(module: nn.Module) -> list[Check]:
-    """That calling the module would run its class's forward and nothing else."""
-    own = module.__dict__
-    return [
-        *[("empty", own[name], name, None, None) for name in _HOOKS],
-        ("absent", own, "forward", None, None),
-        ("attribute", type(module), "forward", None, type(module).forward),
-        ("attribute", module, "_compiled_call_impl", None, None),
-    ]
-
-
-def _rule(rule: RuleState) -> list[Check]:
-    """A rule that has nothing to write anew but its rate, and no gradient that came by another way
-    to what it updates."""
-    own = rule.__dict__
-    found = [
-        *_items(own, "_tensors", "group"),
-        *_items(rule.group, *[name for name in rule._names if name != "lr"]),
-    ]
-    found += _items(own, "bound") if "bound" in own else [("absent", own, "bound", None, None)]
-    found += [("attribute", p, "grad", None, None) for p in rule.bound if p is not None]
-    moments = () if rule._tensors is None else (*rule._tensors.first, *rule._tensors.second)
-    return found + _memory([rule.hyper, *moments])
-
-
-def _fixed(rule: RuleState) -> bool:
-    """Whether the hyper-parameters are numbers, of which none is filled in place, and the moments
-    plain memory."""
-    if any(t is not None and type(t) is not Tensor for held in rule.moments() for t in held):
-        return False
-    return not any(isinstance(rule.group[name], Tensor) for name in rule._names if name != "lr")
-
-
-def _memory(tensors: Iterable[Tensor | None]) -> list[Check]:
-    """That tensors lie where they lay, as large and of the same type."""
-    found: list[Check] = []
-    for t in tensors:
-        if t is not None:
-            found.append(("memory", t, "data_ptr", None, None))
-    return found
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[Check]:
-    """The same of parameters and buffers, and whether they are trained."""
-    asked: list[Check] = [
-        ("attribute", t, "requires_grad", None, t.requires_grad) for t in tensors if t is not None
-    ]
-    return _memory(tensors) + asked
 
 
 def _parts(layer: LinearSteps) -> QuickParts | None:
-    """What a step of the layer depends on; None if a list does not say it."""
+    """Return what a step of the layer depends on; None if a list does not say it."""
     own, norm, rule = layer.__dict__, layer._modules["norm"], layer.update
     if rule is None or rule._tensors is None:
         return None
     rules = [own[name] for name in layer.rule_names if own.get(name) is not None]
     # What is not settled, a cumulative average, is another number in every step.
-    if not all(map(_fixed, rules)) or (norm is not None and not layer.__dict__.get("_seen")):
+    if not all(map(fixed, rules)) or (norm is not None and not layer.__dict__.get("_seen")):
         return None
     counter = None if norm is None else norm._buffers.get("num_batches_tracked")
     if counter is not None and counter.dtype is not torch.int64:
         return None
-    fixed = ("training", "config", "max_norm", "target_scale", "backend", "statistics")
+    named = ("training", "config", "max_norm", "target_scale", "backend", "statistics")
     checks: list[Check] = [
-        *_items(own, *fixed),
-        *_memory([layer.statistics]),
+        *items(own, *named),
+        *memory([layer.statistics]),
         ("item", own, "delivery", None, None),
-        *_items(own, *[name for name in layer.rule_names if name in own]),
+        *items(own, *[name for name in layer.rule_names if name in own]),
         ("items value", own, "phase", "probe", None),
-        *_holder(layer, "_parameters", "_modules"),
-        *[check for each in rules for check in _rule(each)],
-        *_addresses(layer._layer()),
+        *holder(layer, "_parameters", "_modules"),
+        *[check for each in rules for check in rule_checks(each)],
+        *addresses(layer._layer()),
     ]
     if norm is not None:
-        checks += _holder(norm, "_parameters", "_buffers")
+        checks += holder(norm, "_parameters", "_buffers")
         changing = ("training", "eps", "momentum", "track_running_stats")
-        checks += _items(norm.__dict__, *[name for name in changing if name in norm.__dict__])
-        checks += _memory([counter])
+        checks += items(norm.__dict__, *[name for name in changing if name in norm.__dict__])
+        checks += memory([counter])
     return QuickParts(
         layer,
-        _SURROUNDINGS,
+        SURROUNDINGS,
         _ALWAYS,
         checks,
         least=2 if layer.config.normalization == "batch" else 1,
@@ -178,7 +101,7 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
 
 
 def _phase(layer: LinearSteps, target: bool) -> list[Check]:
-    """Of a step that the layer takes by its prediction alone."""
+    """Check for a step that the layer takes by its prediction alone."""
     values: list[tuple[str, Any]] = [("warmup", False), ("target", target)]
     if target:  # the number that was given, or the default
         values.append(("mix", layer.phase.mix))
@@ -191,7 +114,7 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
     each time.
 
     Args:
-        layer: a step of which has just been run, and is bound.
+        layer: a step of which has just been run, and whose rules are bound.
         backend: by which; given: the context of that call.
     """
     if torch._C._len_torch_dispatch_stack():
@@ -207,11 +130,18 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
 def _bind(
     layer: LinearSteps, backend: Backend, given: Tensor | None
 ) -> tuple[str, Sequence[Check]]:
-    """Why the layer's step cannot be one call; empty, and the checks of that call, if it can."""
+    """Say why the layer's step cannot be one call; empty, and the checks of that call, if it
+    can."""
     bound: Binding = layer._binding
     teacher = layer.synthesizer_update
     if teacher is not None and teacher._tensors is not None:
-        teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
+        try:
+            teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # for the next lesson to raise: this step is over
+            return f"the synthesizer's rule: {error}", ()
     parts = _parts(layer)
     if parts is None:
         return "its rule or its normalisation changes from step to step", ()
@@ -227,12 +157,16 @@ def _bind(
         how: Any = layer.config
         if isinstance(layer, LossSteps):
             how = QuickLoss(layer.label_smoothing, layer.ignore_index)
-            parts = parts._replace(own=[*parts.own, *_items(layer.__dict__, *QuickLoss._fields)])
+            parts = parts._replace(own=[*parts.own, *items(layer.__dict__, *QuickLoss._fields)])
         bound.exact = bind(tensors, how, layer.update._tensors, parts)
         return "", (*parts.surroundings, *parts.always, *parts.own)
     if type(synthesizer) not in _SYNTHESIZERS or teacher is None:
         return f"its synthesizer is a {type(synthesizer).__name__}", ()
-    bind = getattr(bound.step, "quick", None)
+    tensors = layer._layer()
+    fused = layer.fused_synthesizer(tensors.weight)
+    assert fused is not None
+    bind = getattr(layer._bound(tensors, backend, fused), "quick", None)
+    bound.tries = bound.tries or 1  # which a step that is bound anew sets back
     if bind is None:
         return f"backend {backend.name!r} has none", ()
     if given is not None and (given.dtype is not torch.int64 or given.dim() != 1):
@@ -241,9 +175,9 @@ def _bind(
     slots = layer.synthesizer_parameters()
     checks = [
         *parts.own,
-        *_holder(synthesizer, "_parameters", "_modules"),
-        *_items(synthesizer.__dict__, "unit"),
-        *_addresses(slots),
+        *holder(synthesizer, "_parameters", "_modules"),
+        *items(synthesizer.__dict__, "unit"),
+        *addresses(slots),
     ]
     teaches = layer.phase.mix == 0.0 and teacher._tensors is not None
     taught = QuickSynthesizer(
@@ -260,22 +194,33 @@ def _bind(
         earliest=target_unit.EARLIEST,
         interval=target_unit.INTERVAL,
     )
+    parts = parts._replace(own=checks)
     bound.anchor = nodes.anchor(slots)
-    bound.quick = bind(parts._replace(own=checks), taught)
+    bound.quick = bind(parts, taught)
+    if layer.config.interface == "output":  # and by the true gradient, or mixed with it
+        assert layer.update is not None and layer.update._tensors is not None
+        bound.layer, learners = tensors, (*layer.local_parameters(), *slots)
+        bound.exact = cast(Any, backend).quick_exact(
+            tensors, layer.config, layer.update._tensors, parts
+        )
+        bound.exact_anchor = nodes.anchor(learners)
     return "", (*parts.surroundings, *parts.always, *checks)
 
 
 def way(layer: LinearSteps) -> str:
     """Say how the layer takes its steps, as far as is known: in one call, or why not."""
     bound: Binding = layer._binding
-    quick = bound.quick or bound.exact
+    predicts = layer._modules["synthesizer"] is not None
+    by_truth = not predicts or layer.phase.true_share > 0.0
+    quick = bound.exact if by_truth else bound.quick
     if quick is None:
-        return f"the usual way ({bound.lacks or 'there was none yet'})"
+        inside = bound.quick is not None and "at the preactivation, by the true gradient"
+        return f"the usual way ({bound.lacks or inside or 'there was none yet'})"
     said = _said(quick.changed(), bound.checks)
     if said != "one call":
         return said
-    if quick is bound.exact:
-        return "one call forward and one back"
+    if by_truth:
+        return "one call forward and one back" + (", and a lesson" if predicts else "")
     return said if layer.config.interface == "output" else "one call, without targets"
 
 
@@ -294,7 +239,7 @@ class Stacked:
     Attributes:
         layers: one behind the other; last of them; head: the layer with the loss behind them, or
             None where it is not part of the call; members: all of these; steps: theirs, of which
-            the call is made.
+            the call is made. covered: how many of the container's modules the call stands for.
     """
 
     def __init__(
@@ -305,7 +250,9 @@ class Stacked:
         layers: list[LinearSteps],
         head: LossSteps | None,
         steps: list[Any],
+        covered: int,
     ) -> None:
+        self.covered = covered
         self.quick, self.steps, self.layers, self.head = quick, steps, tuple(layers), head
         self.members = self.layers if head is None else (*layers, head)
         self.last, self._checks = layers[-1], checks
@@ -314,18 +261,25 @@ class Stacked:
         self._aims = isinstance(self._held[-1], LossSteps)
         learners = [p for p in self.last.learners() if p is not None and p.requires_grad]
         self.anchors: list[Tensor | None] = [*learners]
+        self._call: Any = quick  # None, or a tensor, or a tuple of what a node is to keep
+        self._conditioned = True
+        # Those that must have been told the last one's loss scale.
+        self._told: tuple[LinearSteps, ...] = () if head is None else (head,)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
     def way(self) -> str:
         """Say how steps are taken now: in one call, or what is in its way."""
+        last = self.last
+        if last._modules["synthesizer"] is not None and last.phase.true_share > 0.0:
+            return "its layers, one by one (by the true gradient)"
         said = _said(self.quick.changed(), self._checks)
         ways = [said] if said != "one call" else [way(layer) for layer in self.members]
         return next((each for each in ways if not each.startswith("one call")), ways[0])
 
     def holds(self, container: nn.Module) -> bool:
-        """Whether it is that container's, and has in it what was there, in that order."""
+        """Say whether it is that container's, and has in it what was there, in that order."""
         return container is self._container and self._held == tuple(container._modules.values())
 
     def run(
@@ -336,16 +290,21 @@ class Stacked:
         target: Tensor | None,
     ) -> Tensor | None:
         """Take the step; None if anything is in its way."""
+        scale = self.last.phase.loss_scale
         if (
             container is not self._container
             or self._held != tuple(container._modules.values())
             or (target is None) is self._aims
+            or (self._told and any([layer.phase.loss_scale != scale for layer in self._told]))
         ):
             return None  # as holds(), without a call
-        made = self.quick(container, input, context, None)
-        if type(made) is tuple:
-            made = nodes.Taught.apply(self.last, made, input, *self.anchors)
-        out: Tensor | None = made
+        context = context if self._conditioned else None
+        made = self._call(container, input, context, None if self.head is None else target)
+        out: Tensor | None = self._node(made, input) if type(made) is tuple else made
+        return out
+
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
+        out: Tensor = nodes.Taught.run(self.last, made, *self.anchors, input)
         return out
 
 
@@ -364,24 +323,9 @@ class StackedLoss(Stacked):
         # What waits for the end of a backward: of a step without a target, and of one with.
         self.endings = [Ending(self, taught) for taught in (False, True)]
 
-    def run(
-        self,
-        container: nn.Module,
-        input: Tensor,
-        context: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor | None:
-        if (
-            container is not self._container
-            or self._held != tuple(container._modules.values())
-            or self.head.phase.loss_scale != self.last.phase.loss_scale
-        ):
-            return None
-        made = self.quick(container, input, context, target)
-        if made is None:
-            return None
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
         anchors = self.anchors if made[-1] is not None else self.anchors[:1]
-        out: Tensor = nodes.StackLoss.apply(self, made, input, *anchors)
+        out: Tensor = nodes.StackLoss.run(self, made, *anchors, input)
         return out
 
 
@@ -399,7 +343,7 @@ class Ending:
             self.shares.insert(0, (stack.last, LEARN))
 
     def refuse_other_gradients(self, added: bool) -> None:
-        """As each of them does."""
+        """Refuse what each of them does."""
         for member, _ in self.shares:
             member.refuse_other_gradients(added)
 
@@ -412,7 +356,7 @@ class Ending:
             applying(member, role)([own])
 
     def divided(self, contribution: Any) -> list[Any]:
-        """What each of the shares takes."""
+        """Return what each of the shares takes."""
         gradient, left, rows, labels, unit = contribution
         head, last = self._stack.head, self._stack.last
         h, scaled, reduced, delta = self._stack.quick.saved(left, rows, self._taught)
@@ -420,8 +364,8 @@ class Ending:
         (dx,), update = head.close(trace, gradient, self._taught)
         if dx is None:
             return [update]
-        forecast = Forecast(scaled, Prediction(scaled, reduced), None, unit)
-        return [last.lesson(h, forecast, labels, dx, None), update]
+        predicted = Predicted(scaled, Prediction(scaled, reduced), None, unit)
+        return [last.regression(h, predicted, labels, dx, None), update]
 
 
 class StackedExact(Stacked):
@@ -431,34 +375,19 @@ class StackedExact(Stacked):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.anchors = [layer._binding.anchor for layer in self.members]
+        self._call, self._conditioned, self._told = self.quick.forward, False, self.members
         self.shares = [(member, UPDATE) for member in self.members]
         self._tensors: list[tuple[LinearTensors, LinearConfig]] = []
         for layer in self.members:
             assert layer._binding.layer is not None
             self._tensors.append((layer._binding.layer, layer.config))
 
-    def run(
-        self,
-        container: nn.Module,
-        input: Tensor,
-        context: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor | None:
-        scale = self.last.phase.loss_scale
-        if (
-            not self.holds(container)
-            or (target is None) is self._aims
-            or any([layer.phase.loss_scale != scale for layer in self.members])
-        ):
-            return None
-        made = self.quick.forward(container, input, None, None if self.head is None else target)
-        if made is None:
-            return None
-        out: Tensor = nodes.ExactStack.apply(self, made, input, *self.anchors)
+    def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
+        out: Tensor = nodes.ExactStack.run(self, made, *self.anchors, input)
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:
-        """What the backward reads of the layers."""
+        """Return what the backward reads of the layers."""
         tensors: list[Tensor | None] = []
         for i, (layer, _) in enumerate(self._tensors):
             weight = layer.weight if need_dx or i > 0 else None
@@ -511,7 +440,8 @@ class StackedExact(Stacked):
             layer.apply_update([own])
 
     def divided(self, contribution: Any) -> list[tuple[Tensor, LinearGradients]]:
-        """What each layer's own ``apply_update`` takes, of what :meth:`backward` returned."""
+        """Return what each layer's own ``apply_update`` takes, of what :meth:`backward`
+        returned."""
         if type(contribution) is list:
             return contribution
         x, h, left, made = contribution
@@ -524,7 +454,7 @@ class StackedExact(Stacked):
 
 
 def _apart(head: LossSteps, last: LinearSteps) -> str:
-    """Why a head's step cannot be part of the call of the layers in front; empty if it can."""
+    """Say why a head's step cannot be part of the call of the layers in front; empty if it can."""
     if head._binding.exact is None:
         return "the head has no call of its own"
     if head._binding.anchor is None:
@@ -539,6 +469,7 @@ def _apart(head: LossSteps, last: LinearSteps) -> str:
 def stacked(
     container: nn.Module,
     layers: list[LinearSteps],
+    body: int,
     head: LossSteps | None,
     known: Stacked | None,
 ) -> tuple[Stacked | None, str]:
@@ -546,7 +477,8 @@ def stacked(
     is none, or why the head is not in it.
 
     Args:
-        container: which holds them, one behind the other from its first on.
+        container: which holds them, one behind the other from its first on, with nothing between
+            but what hands on what it is given. body: how many of its modules those are.
         head: what is next in it, if it has the loss.
         known: what was there before, which stays while the layers' own steps do.
     """
@@ -557,9 +489,11 @@ def stacked(
         head = None
     if head is not None:
         steps.append(head._binding.exact)
+    covered = body if head is None else len(container._modules)
     if (
         known is not None
         and known.holds(container)
+        and known.covered == covered
         and len(steps) == len(known.steps)
         and all([a is b for a, b in zip(steps, known.steps, strict=True)])
     ):
@@ -583,14 +517,17 @@ def stacked(
     ):
         return None, "sizes or dtypes do not fit"
     checks: list[Check] = [
-        *_items(container.__dict__, "training", "_modules"),
-        *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in _HOOKS],
+        *items(container.__dict__, "training", "_modules"),
+        *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in HOOKS],
     ]
     members = layers if head is None else [*layers, head]
+    for module in list(container._modules.values())[:covered]:
+        if module is not None and module not in members:
+            checks += uncalled(module)
     for layer, step in zip(members, steps, strict=True):
         name = "exact" if exact or layer is head else "quick"
-        checks += [*_uncalled(layer), ("attribute", layer._binding, name, None, step)]
+        checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
-    quick = bind(container, _SURROUNDINGS, checks, steps[: len(layers)], exact, last)
+    quick = bind(container, SURROUNDINGS, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*_SURROUNDINGS, *checks), container, layers, head, steps), apart
+    return kind(quick, (*SURROUNDINGS, *checks), container, layers, head, steps, covered), apart

@@ -24,11 +24,13 @@ from fused_dni.context import fold_context
 from fused_dni.functional import check
 from fused_dni.functional.lstm import origins
 from fused_dni.modules import target_unit
-from fused_dni.modules.base import DecoupledModule, Forecast, Lesson, apply_given, sum_slots
+from fused_dni.modules.base import DecoupledModule, Predicted, Regression, apply_given, sum_slots
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.pending import UPDATE, at_end_of_backward
+from fused_dni.modules.windows import BoundWindows, bind_windows, rule_of
 from fused_dni.ops import registry
 from fused_dni.ops.returned import Returned, by_weight, note_by_weight
+from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     G_DOT_G,
     ROWS,
@@ -75,7 +77,7 @@ class Example(NamedTuple):
     counted: Tensor | None = None  # bool [N]: rows to learn from, where traced code has them all
 
     def only(self, which: Tensor) -> Example:
-        """The rows where ``which`` [N] is true."""
+        """Return the rows where ``which`` [N] is true."""
         context = None if self.context is None else self.context[which]
         return Example(self.rows[which], self.grad[which], context, self.target_scale)
 
@@ -173,18 +175,31 @@ class Exit:
         )
         return (*started, arrival)
 
-    def boundary(self, entrance: bool) -> LSTMBoundary | None:
-        """What a backend needs to see to both ends itself, if it can."""
+    def boundary(self, entrance: bool, x: Tensor, plain: bool) -> LSTMBoundary | None:
+        """Return what a backend needs to see to both ends itself, if it can.
+
+        Args:
+            entrance: whether the window has one. x: its input; plain: known to be plain memory.
+        """
         site = self.site
-        if self.context is not None or site.auxiliary_head is not None or self.loss_scale != 1.0:
+        if self.context is not None or self.loss_scale != 1.0:
             return None
-        if torch.compiler.is_compiling() or site._modules["synthesizer"] is None:
+        bound = site._bound
+        if plain and bound is not None and bound.hold(False):
+            fused = bound.synthesizer
+        elif (
+            not direct(x)
+            or site.auxiliary_head is not None
+            or torch.compiler.is_compiling()
+            or site._modules["synthesizer"] is None
+        ):
             return None
-        fused = site.fused_state_synthesizer()
+        else:
+            fused = site.fused_state_synthesizer()
         if fused is None:
             return None
         teaches = self.learns and (entrance or self.ended is not None)
-        if teaches and site.update is None and not site.pass_lesson():
+        if teaches and site.update is None and not site.count_regression():
             return None
         unit = site.unit
         return LSTMBoundary(
@@ -199,7 +214,7 @@ class Exit:
         )
 
     def examples(self, arrival: Arrival) -> list[Example]:
-        """Rows that end: nothing comes after them, and M is to say so."""
+        """Return the rows that end: nothing comes after them, and M is to say so."""
         rows = arrival.rows
         if rows is None or self.ended is None or not self.learns or not bool(self.ended.any()):
             return []
@@ -244,9 +259,9 @@ class Entrance:
             return [], []
         if end.site.auxiliary_head is None or scaled is None:
             return [example], []
-        lesson = example._replace(grad=scaled * (arrival.unit / end.target_scale))
-        more = end.site.auxiliary_gradient(lesson)
-        return [example._replace(grad=example.grad + more)], [lesson]
+        regression = example._replace(grad=scaled * (arrival.unit / end.target_scale))
+        more = end.site.auxiliary_gradient(regression)
+        return [example._replace(grad=example.grad + more)], [regression]
 
 
 class Known(NamedTuple):
@@ -256,7 +271,7 @@ class Known(NamedTuple):
     context: Tensor | None = None
 
     def of(self, rows: slice) -> Known:
-        """What belongs to some rows of the state."""
+        """Return what belongs to some rows of the state."""
         return Known(*(None if t is None else t[rows] for t in self))
 
 
@@ -282,6 +297,9 @@ class Recurrent(DecoupledModule):
 
     auxiliary_head: LinearSynthesizer | None
     _states: int  # dimensions of h and c
+    # What windows ask for, looked up once; None where that is not so. And how often it was tried.
+    _bound: BoundWindows | None = None
+    _tries = 0
 
     rule_names = (*DecoupledModule.rule_names, "auxiliary_update")
 
@@ -402,7 +420,7 @@ class Recurrent(DecoupledModule):
         return tuple(p for layer in self._layers() for p in layer)
 
     def auxiliary_parameters(self) -> Slots:
-        """The slots that ``auxiliary_update`` works on."""
+        """Return the slots that ``auxiliary_update`` works on."""
         head = self._modules["auxiliary_head"]
         fused = None if head is None else cast(LinearSynthesizer, head).fused()
         return () if fused is None else fused.parameters()
@@ -413,8 +431,8 @@ class Recurrent(DecoupledModule):
             yield "auxiliary_head", self.auxiliary_update, self.auxiliary_parameters()
 
     def _learners(self) -> tuple[Tensor, ...]:
-        """The parameters whose gradients :meth:`teach` returns. With a rule it returns none; then
-        one of them, where all layers are frozen, so that there is a backward to learn in."""
+        """Return the parameters whose gradients :meth:`teach` returns. With a rule it returns none;
+        then one of them, where all layers are frozen, so that there is a backward to learn in."""
         slots = (*self.synthesizer_parameters(), *self.auxiliary_parameters())
         if self.update is None:
             return tuple(p for p in slots if p is not None)
@@ -423,7 +441,7 @@ class Recurrent(DecoupledModule):
         return tuple(p for p in slots if p is not None and p.requires_grad)[:1]
 
     def fused_state_synthesizer(self) -> SynthesizerTensors | None:
-        """The synthesizer's tensors if kernels can run it, without context."""
+        """Return the synthesizer's tensors if kernels can run it, without context."""
         synthesizer = self._modules["synthesizer"]
         fused = synthesizer.fused() if isinstance(synthesizer, Synthesizer) else None
         return None if fused is None or fused.context_weight is not None else fused
@@ -458,7 +476,7 @@ class Recurrent(DecoupledModule):
 
     # -- learning ------------------------------------------------------------------------------
 
-    def pass_lesson(self) -> bool:
+    def count_regression(self) -> bool:
         """Count a lesson that a kernel gives itself; False, and none counted, where :meth:`follow`
         is to see it."""
         if self.target_scale is not None:
@@ -477,19 +495,19 @@ class Recurrent(DecoupledModule):
             target_unit.rescale(cast(Synthesizer, head), self.auxiliary_update, slots, factor)
             self.auxiliary_statistics[:ROWS] *= factor**2
 
-    def teach(self, lessons: list[Example], heads: list[Example], loss_scale: float) -> Slots:
+    def teach(self, regressions: list[Example], heads: list[Example], loss_scale: float) -> Slots:
         """Train synthesizer and auxiliary head, at the end of the backward if there is a rule;
         otherwise return their parameters' gradients, in the order of :meth:`_learners`."""
         if self.update is not None:
-            if lessons:
-                teach_later(self, self._lesson(joined(lessons)))
+            if regressions:
+                teach_later(self, self._regression(joined(regressions)))
             if heads:
                 at_end_of_backward(self, "head", self.head_learns_from, joined(heads))
             return ()
         slots = self.synthesizer_parameters()
         made: Slots = (None,) * len(slots)
-        if lessons:
-            made = self.lesson_gradients(self._lesson(joined(lessons)))
+        if regressions:
+            made = self.regression_gradients(self._regression(joined(regressions)))
         slots += self.auxiliary_parameters()
         if heads:
             made += self._head_gradients(joined(heads))
@@ -499,17 +517,38 @@ class Recurrent(DecoupledModule):
             made = tuple(None if g is None else g * loss_scale for g in made)
         return tuple(g for g, p in zip(made, slots, strict=True) if p is not None)
 
-    def _lesson(self, example: Example) -> Lesson:
+    def learn(self, regressions: list[Regression]) -> None:
+        bound = self._bound
+        if bound is None or len(regressions) != 1 or not bound.hold(False):
+            super().learn(regressions)
+            return
+        unit = self.follow(regressions)
+        ((h, predicted, context, arrived, kappa, _),) = regressions
+        if predicted.unit != unit:
+            predicted = predicted.within(unit)
+        assert predicted.prediction is not None and bound.synthesizer is not None
+        bound.backend.synthesizer_update_(
+            h,
+            predicted.prediction,
+            arrived.contiguous(),
+            bound.synthesizer,
+            context,
+            kappa / unit,
+            self.statistics,
+            rule_of(self.synthesizer_update),
+        )
+
+    def _regression(self, example: Example) -> Regression:
         rows, grad, context, scale, counted = example
         if self.max_target_norm is not None:
             grad = clip_rows(grad, self.max_target_norm / scale)
-        forecast = self.predict(rows, context, True)
-        if counted is not None and forecast.prediction is not None:
+        predicted = self.predict(rows, context, True)
+        if counted is not None and predicted.prediction is not None:
             prediction, grad = self._only_counted(
-                counted, forecast.prediction, grad, self.statistics_on(rows.device)
+                counted, predicted.prediction, grad, self.statistics_on(rows.device)
             )
-            forecast = Forecast(prediction.scaled, prediction, None, forecast.unit)
-        return Lesson(rows, forecast, context, grad, scale)
+            predicted = Predicted(prediction.scaled, prediction, None, predicted.unit)
+        return Regression(rows, predicted, context, grad, scale)
 
     @staticmethod
     def _only_counted(
@@ -526,7 +565,7 @@ class Recurrent(DecoupledModule):
         return prediction._replace(scaled=scaled), grad
 
     def auxiliary_gradient(self, example: Example) -> Tensor:
-        """What the auxiliary head's squared error at an entrance sends to the state there.
+        """Return what the auxiliary head's squared error at an entrance sends to the state there.
 
         The head predicts kappa times the synthetic gradient at the window's exit. Its error is
         measured in those units and sent down with the weight ``AUXILIARY_WEIGHT``.
@@ -582,7 +621,7 @@ class Recurrent(DecoupledModule):
         )
 
     def _head(self, example: Example) -> tuple[Backend, SynthesizerTensors, Prediction]:
-        """The auxiliary head's prediction at the rows of an example."""
+        """Return the auxiliary head's prediction at the rows of an example."""
         fused = cast(LinearSynthesizer, self.auxiliary_head).fused()
         assert fused is not None
         backend = self.synthesizer_backend(example.rows)
@@ -601,6 +640,10 @@ class Recurrent(DecoupledModule):
 
     def apply_update(self, contributions: list[Any]) -> None:
         rows: tuple[LSTMRows, ...] = contributions[0]
+        bound = self._bound
+        if bound is not None and len(contributions) == 1 and bound.hold(False):
+            bound.backend.lstm_update_(rows, bound.layers, rule_of(self.update))
+            return
         if len(contributions) > 1:  # sums over uses are sums over rows
             rows = tuple(
                 LSTMRows(*(torch.cat(parts) for parts in zip(*uses, strict=True)))
@@ -622,9 +665,10 @@ class Recurrent(DecoupledModule):
     # -- what both forwards need -----------------------------------------------------------------
 
     def _decoupled(self, x: Tensor) -> bool:
-        """Whether this call is decoupled: in training, with gradients, and not being probed.
+        """Say whether this call is decoupled: in training, with gradients, and not being probed.
 
-        Raises what a rule applied later would raise for."""
+        Raises what a rule applied later would raise for.
+        """
         if not (self.training and torch.is_grad_enabled()):
             return False
         decoupled = self._modules["synthesizer"] is not None and self.phase.probe is None
@@ -639,14 +683,24 @@ class Recurrent(DecoupledModule):
             self.refuse_untold_scale(x.device.type)
         return decoupled
 
+    def _settle(self, backend: Backend) -> None:
+        """Look up what the next windows ask for, if it can be bound. Where something changes from
+        window to window, it is tried again after twice as many windows each time."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return
+        self._tries += 1
+        if not self._tries & (self._tries - 1):
+            self._bound = bind_windows(self, backend)
+
     def _bears_sign(self, t: Tensor) -> bool:
-        """Whether traced code returned this very tensor, of this module: no op passes that on."""
+        """Say whether traced code returned this very tensor, of this module: no op passes that
+        on."""
         return getattr(t, "_fused_dni_owner", None) == id(self)
 
     def _known(
         self, h: Tensor, c: Tensor, decoupled: bool
     ) -> tuple[Known | None, list[Any] | None]:
-        """What is known of a state that is given.
+        """Return what is known of a state that is given.
 
         Args:
             h, c: the state, [L, B, H] or of a cell [B, H].
@@ -813,15 +867,15 @@ class Recurrent(DecoupledModule):
     ) -> State:
         """End of a window in a probing phase: the state goes on through one tensor of rows."""
         rows = state_rows(h, c)
-        forecast: Forecast | None = None
+        predicted: Predicted | None = None
         if self.synthesizer is not None:
-            forecast = self.predict(rows.detach(), context, False)
+            predicted = self.predict(rows.detach(), context, False)
             if ended is not None:
-                scaled = forecast.scaled.masked_fill(ended.unsqueeze(1), 0.0)
-                forecast = forecast._replace(scaled=scaled)
+                scaled = predicted.scaled.masked_fill(ended.unsqueeze(1), 0.0)
+                predicted = predicted._replace(scaled=scaled)
         assert self.phase.probe is not None
         if rows.requires_grad:
-            self.phase.probe(rows, forecast, scale / self.unit)
+            self.phase.probe(rows, predicted, scale / self.unit)
         return rows_state(rows, h.shape[0])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Lesson, run_apart, untraced
+from fused_dni.modules.base import NO_TARGET, DecoupledModule, Regression, run_apart, untraced
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
 from fused_dni.modules.quick import Stacked, stacked
@@ -35,8 +35,8 @@ class DecoupledSequential(nn.Sequential):
     another (taken with a forward hook, say) is an error.
 
     Where all modules up to the last decoupled one are fused linear layers with rules and
-    synthesizers, one directly behind the other, or all are such layers without synthesizers, and
-    no hook looks between them, a step is one call on a CPU.
+    synthesizers, one directly behind the other (``nn.Identity`` between does not count), or all are
+    such layers without synthesizers, and no hook looks between them, a step is one call on a CPU.
 
     The last module may be a :class:`fused_dni.FusedDNILinearCrossEntropyLoss`, a classifier's head:
     the container is then called with the targets and returns the loss, and what is one call has the
@@ -77,12 +77,12 @@ class DecoupledSequential(nn.Sequential):
         h = None if stack is None else stack.run(self, input, context, target)
         if stack is None or h is None:
             return self._run(input, context, target)
-        if len(stack.members) == len(self._modules):
+        if stack.covered == len(self._modules):
             return h
-        return _plain(list(self)[len(stack.members) :], h, context, target)
+        return _plain(list(self)[stack.covered :], h, context, target)
 
     def extra_repr(self) -> str:
-        """How steps are taken: in one call, or why not."""
+        """Say how steps are taken: in one call, or why not."""
         stack, apart = self._stack, self._apart
         if not self.training or (stack is None and not apart):
             return ""
@@ -113,14 +113,15 @@ class DecoupledSequential(nn.Sequential):
         if not learns:
             setattr(h, NO_TARGET, h._version)
         out = _plain(modules[split:], h, context, target)
-        self._bind(body, head if modules[split:] == [head] else None)
+        behind = [m for m in modules[split:] if not _passes(m)]
+        self._bind(body, head if behind == [head] else None)
         return out
 
     def _head(
         self, modules: list[nn.Module], input: Tensor, target: Tensor | None
     ) -> LossSteps | None:
-        """The head, if the last module is one; what it could not take is refused before a module
-        is updated."""
+        """Return the head, if the last module is one; what it could not take is refused before a
+        module is updated."""
         if any([isinstance(m, LossSteps) for m in modules[:-1]]):
             raise ValueError(
                 "FusedDNILinearCrossEntropyLoss returns a loss: it must be the last module of a "
@@ -148,14 +149,23 @@ class DecoupledSequential(nn.Sequential):
     def _bind(self, body: list[nn.Module], head: LossSteps | None) -> None:
         """Have the next step of the body be one call, if its layers' are, and of the head behind
         it."""
-        others = [type(m).__name__ for m in body if type(m) is not FusedDNILinear]
+        layers = [m for m in body if not _passes(m)]
+        others = [type(m).__name__ for m in layers if type(m) is not FusedDNILinear]
         if others:
             decoupled = any([isinstance(m, DecoupledModule) for m in body])
             self._stack, self._apart = None, f"it holds a {others[0]}" if decoupled else ""
             return
-        layers = cast("list[LinearSteps]", body)
-        found = stacked(self, layers, head, self._stack) if body else (None, "")
+        found: tuple[Stacked | None, str] = (None, "")
+        if layers:
+            steps = cast("list[LinearSteps]", layers)
+            found = stacked(self, steps, len(body), head, self._stack)
         self._stack, self._apart = found
+
+
+def _passes(module: nn.Module) -> bool:
+    """Say whether a module hands on what it is given: ``nn.Identity``, and what ``convert`` leaves
+    in the place of what a layer took along."""
+    return isinstance(module, nn.Identity) and type(module).forward is nn.Identity.forward
 
 
 def _decouples(module: nn.Module) -> bool:
@@ -230,13 +240,13 @@ def _take_down(
     return made[0] if wants else None
 
 
-def _teach(module: DecoupledModule, lesson: Lesson, grads: _Gradients) -> None:
+def _teach(module: DecoupledModule, regression: Regression, grads: _Gradients) -> None:
     """Learn at once, by the rules, or add the gradients to what is owed."""
     if module.synthesizer_update is not None:
-        module.learn([lesson])
+        module.learn([regression])
         return
-    grads.add(module.parameters_behind(), lesson.behind or ())
-    grads.add(module.synthesizer_parameters(), module.lesson_gradients(lesson))
+    grads.add(module.parameters_behind(), regression.behind or ())
+    grads.add(module.synthesizer_parameters(), module.regression_gradients(regression))
 
 
 class Delivered(Node):
@@ -280,7 +290,7 @@ class Delivered(Node):
             if below is None:
                 dx = arrived
             elif arrived is not None:
-                _teach(below.module, below.lesson(arrived), grads)
+                _teach(below.module, below.regression(arrived), grads)
             h, below, between, wants = above, delivery, [], target
         assert below is not None
         ctx.set_materialize_grads(False)
@@ -299,11 +309,11 @@ class Delivered(Node):
         last: Delivery = ctx.last
         arrived = unscaled(arrived, ctx.loss_scale)
         if arrived is not None and last.learns:
-            lesson = last.lesson(arrived)
+            regression = last.regression(arrived)
             if last.module.synthesizer_update is not None:
-                teach_later(last.module, lesson)
+                teach_later(last.module, regression)
             else:
-                _teach(last.module, lesson, ctx.grads)
+                _teach(last.module, regression, ctx.grads)
         out = (ctx.dx, *(ctx.grads.of.get(i) for i in ctx.parameters))
         ctx.last = ctx.dx = ctx.grads = None
         return (None,) * 3 + rescaled(out, ctx.loss_scale)

@@ -28,9 +28,9 @@ from fused_dni.functional.linear_cross_entropy import backward_from_loss
 from fused_dni.modules.base import (
     NO_TARGET,
     DecoupledModule,
-    Forecast,
-    Lesson,
     LocalStep,
+    Predicted,
+    Regression,
     apply_given,
     run_apart,
     sum_slots,
@@ -102,6 +102,7 @@ class Binding:
         self.tries = 0  # of binding one
         self.layer: LinearTensors | None = None  # what `exact` is bound to
         self.anchor: Tensor | None = None  # see nodes.anchor
+        self.exact_anchor: Tensor | None = None  # the same of `exact`, where both are bound
         self.checks: Sequence[Check] = ()  # of what that call depends on
         self.lacks = ""  # why there is none
 
@@ -165,12 +166,12 @@ class LinearSteps(Steps):
                 counter.add_(1)
 
     def _inside(self) -> bool:
-        """Whether the gradient is predicted in front of normalisation and activation."""
+        """Say whether the gradient is predicted in front of normalisation and activation."""
         inside = self.config.interface == "preactivation"
         return inside and self._modules["synthesizer"] is not None
 
     def _slots(self, layer: LinearTensors) -> Slots:
-        """What ``update`` works on."""
+        """Return what ``update`` works on."""
         return (layer.weight, layer.bias, None, None) if self._inside() else layer[:4]
 
     def local_parameters(self) -> Slots:
@@ -221,7 +222,7 @@ class LinearSteps(Steps):
     def _bound(
         self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
     ) -> BoundStep:
-        """The decoupled step over these tensors, bound anew when one of them has moved."""
+        """Return the decoupled step over these tensors, bound anew when one of them has moved."""
         assert self.update is not None
         rule = self.update.tensors(self._slots(layer))
         tensors = (*layer, *synthesizer.parameters(), synthesizer.table)
@@ -242,7 +243,8 @@ class LinearSteps(Steps):
             bound.step = backend.bind_step(
                 layer, self.config, synthesizer, self.max_norm or 0.0, rule
             )
-            bound.quick, bound.tries = None, 0
+            bound.quick = bound.exact = None
+            bound.tries = 0
         return bound.step
 
     def step_locally(
@@ -257,12 +259,12 @@ class LinearSteps(Steps):
             else:
                 step = self._step_watched(x, layer, backend, fused, context, need_dx, learns)
             p = step.prediction
-            forecast = None if p is None else Forecast(p.scaled, p, None, self.unit)
+            predicted = None if p is None else Predicted(p.scaled, p, None, self.unit)
             saved = step.saved
             trace = None
             if saved is not None:
                 trace = LinearUse(x, step.h.detach(), saved, layer, self.config, True, backend)
-            return LocalStep(step.h, (step.dx,), forecast, trace=trace)
+            return LocalStep(step.h, (step.dx,), predicted, trace=trace)
         with torch.no_grad():
             return self._step_composed(x, layer, backend, context, need_dx, learns)
 
@@ -276,7 +278,8 @@ class LinearSteps(Steps):
         need_dx: bool,
         learns: bool,
     ) -> Step:
-        """The bound step by the registered op, which dispatch modes and other tensors see."""
+        """Return the bound step by the registered op, which dispatch modes and other tensors
+        see."""
         assert self.update is not None
         self._fit(layer, synthesizer)
         rule = self.update.tensors(self._slots(layer))
@@ -300,14 +303,14 @@ class LinearSteps(Steps):
         self._fit(layer, self.fused_synthesizer(x))
         self.check_context(context)
         h, trace = forward_use(x, layer, self.config, True, backend)
-        forecast = self.predict(h, context, learns)
-        made = self._backward(trace, self.synthetic(forecast, h), need_dx)
+        predicted = self.predict(h, context, learns)
+        made = self._backward(trace, self.synthetic(predicted, h), need_dx)
         if self.update is not None:
             ops.linear_update_(backend, x, made, layer, self.update.tensors(self._slots(layer)))
         if not learns:
             return LocalStep(h, (made.x,), None, self._gradients(made))
         kept = trace if self._inside() else None
-        return LocalStep(h, (made.x,), forecast, self._gradients(made), kept)
+        return LocalStep(h, (made.x,), predicted, self._gradients(made), kept)
 
     def _backward(self, use: LinearUse, gradient: Tensor, need_dx: bool) -> LinearGradients:
         """From the gradient at the interface: that of x on demand, and those of what the interface
@@ -315,30 +318,30 @@ class LinearSteps(Steps):
         back = backward_from_preactivation if self._inside() else backward_use
         return back(use, gradient, need_dx, self.update is None)
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
-        lesson = super().lesson(h, forecast, context, arrived, trace)
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
+        regression = super().regression(h, predicted, context, arrived, trace)
         if not self._inside():
-            return lesson
+            return regression
         true = backward_use(trace, arrived, False, False)
         behind: Any = (trace.x, true)
         if self.update is None:
             behind = (None, None, true.norm_weight, true.norm_bias)
-        return lesson._replace(arrived=true.delta, behind=behind)
+        return regression._replace(arrived=true.delta, behind=behind)
 
-    def learn(self, lessons: list[Lesson]) -> None:
+    def learn(self, regressions: list[Regression]) -> None:
         quick = self._binding.quick
-        if quick is not None and len(lessons) == 1:
-            h, forecast, context, arrived, *_ = lessons[0]
-            p = forecast.prediction
+        if quick is not None and len(regressions) == 1:
+            h, predicted, context, arrived, *_ = regressions[0]
+            p = predicted.prediction
             if p is not None and quick.learn(
-                h, p.scaled, p.reduced, context, forecast.unit, arrived
+                h, p.scaled, p.reduced, context, predicted.unit, arrived
             ):
                 return
-        super().learn(lessons)
+        super().learn(regressions)
         if self.norm_update is not None:
-            made = [lesson.behind for lesson in lessons]
+            made = [regression.behind for regression in regressions]
             self._apply_rule(self.norm_update, self.parameters_behind(), made)
 
     def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
@@ -496,12 +499,12 @@ class SegmentOutput(NamedTuple):
     structure: TreeSpec | None
 
     def detached(self) -> SegmentOutput:
-        """The same without a graph."""
+        """Return the same without a graph."""
         others = [t.detach() if isinstance(t, Tensor) else t for t in self.others]
         return SegmentOutput(self.h.detach(), tuple(others), self.structure)
 
     def around(self, h: Tensor) -> Any:
-        """The whole, with another h in the place of this."""
+        """Return the whole, with another h in the place of this."""
         return h if self.structure is None else tree_unflatten([h, *self.others], self.structure)
 
 
@@ -571,7 +574,8 @@ class SegmentSteps(Steps):
     _fitted: tuple[Any, ...] = ()
 
     def _ruled_inside(self) -> dict[int, nn.Parameter]:
-        """What decoupled modules inside the segment update by rules of their own, by identity."""
+        """Return what decoupled modules inside the segment update by rules of their own, by
+        identity."""
         return {
             id(p): p
             for m in self.module.modules()
@@ -580,7 +584,7 @@ class SegmentSteps(Steps):
         }
 
     def local_parameters(self) -> Slots:
-        """All of the segment but what its modules update by rules of their own."""
+        """Return all of the segment but what its modules update by rules of their own."""
         ruled = self._ruled_inside()
         return tuple([p for p in self.module.parameters() if id(p) not in ruled])
 
@@ -599,7 +603,7 @@ class SegmentSteps(Steps):
     # -- a synthesizer that takes rows sees all leading dimensions of h as one ------------------
 
     def _takes_rows(self) -> bool:
-        """Whether h is folded to rows for the synthesizer."""
+        """Say whether h is folded to rows for the synthesizer."""
         synthesizer = self._modules["synthesizer"]
         return isinstance(synthesizer, Synthesizer) and synthesizer.takes_rows
 
@@ -616,17 +620,17 @@ class SegmentSteps(Steps):
     def rows_in(self, h: Tensor) -> int:
         return self._folded(h).shape[0]
 
-    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Forecast:
+    def predict(self, h: Tensor, context: Tensor | None, learns: bool) -> Predicted:
         return super().predict(self._folded(h), self._context_of(context, h), learns)
 
-    def synthetic(self, forecast: Forecast, h: Tensor) -> Tensor:
-        return super().synthetic(forecast, self._folded(h)).reshape(h.shape)
+    def synthetic(self, predicted: Predicted, h: Tensor) -> Tensor:
+        return super().synthetic(predicted, self._folded(h)).reshape(h.shape)
 
-    def lesson(
-        self, h: Tensor, forecast: Forecast, context: Tensor | None, arrived: Tensor, trace: Any
-    ) -> Lesson:
+    def regression(
+        self, h: Tensor, predicted: Predicted, context: Tensor | None, arrived: Tensor, trace: Any
+    ) -> Regression:
         context = self._context_of(context, h)
-        return super().lesson(self._folded(h), forecast, context, self._folded(arrived), trace)
+        return super().regression(self._folded(h), predicted, context, self._folded(arrived), trace)
 
     # -- under autograd --------------------------------------------------------------------------
 
@@ -725,12 +729,12 @@ class SegmentSteps(Steps):
         self.check_context(context)
         inner = self._inner(inputs, need_dx)
         h = inner.h.detach()
-        forecast = self.predict(h, context, learns)
-        dx, made = self._differentiate(inner, self.synthetic(forecast, h).detach())
+        predicted = self.predict(h, context, learns)
+        dx, made = self._differentiate(inner, self.synthetic(predicted, h).detach())
         if self.update is not None:
             self.apply_update([made])
             made = ()
-        return LocalStep(h, dx, forecast if learns else None, made)
+        return LocalStep(h, dx, predicted if learns else None, made)
 
     def open(self, inputs: Any, need_dx: bool) -> tuple[Tensor, Any]:
         inner = self._inner(inputs, need_dx)

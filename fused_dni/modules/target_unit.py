@@ -53,21 +53,21 @@ def note_replicas(module: nn.Module) -> None:
 
 
 def replicas(module: nn.Module) -> Any:
-    """The processes that held replicas of it in its last forward; None for none."""
+    """Return the processes that held replicas of it in its last forward; None for none."""
     return _replicas.get(module)
 
 
-def due(lessons: int) -> bool:
-    """Whether the unit is to be looked at in this lesson, the first being 1."""
-    if lessons < EARLIEST:
-        return lessons == 1
-    return not lessons & (lessons - 1) or not lessons % INTERVAL
+def due(regressions: int) -> bool:
+    """Say whether the unit is to be looked at in this lesson, the first being 1."""
+    if regressions < EARLIEST:
+        return regressions == 1
+    return not regressions & (regressions - 1) or not regressions % INTERVAL
 
 
 def size_for(
     unit: TargetUnit, module: nn.Module, squares: Tensor, untaught: bool
 ) -> tuple[float, float]:
-    """The size that a unit should have, and the factor that predictions need.
+    """Return the size that a unit should have, and the factor that predictions need.
 
     Args:
         unit: the present one, this lesson counted.
@@ -133,7 +133,7 @@ def rescale(
 
 
 def refuses(synthesizer: Synthesizer) -> str | None:
-    """Why a synthesizer's last layer cannot be scaled; None if it can."""
+    """Say why a synthesizer's last layer cannot be scaled; None if it can."""
     if not synthesizer.last_layer():
         return "its last layer is not known"
     if any(gathered(p) for p in synthesizer.parameters()):

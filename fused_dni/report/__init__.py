@@ -1,8 +1,8 @@
-"""Reports: what a measurement's JSON says, as text, Markdown or a page of HTML.
+"""Results of measurements, and what they say as text, Markdown or a page of HTML.
 
-Every measurement writes plain data with ``kind``, ``version`` and ``facts``. For each kind there is
-one function from that data to :mod:`blocks <fused_dni.report.blocks>` (paragraphs, tables and
-figures), and one renderer for each place where people read them.
+Every measurement makes a :class:`Result <fused_dni.report.schema.Result>`. For each kind there is
+one function from that to :mod:`blocks <fused_dni.report.blocks>` (paragraphs, tables and figures),
+and one renderer for each place where people read them.
 """
 
 from fused_dni.report.blocks import (
@@ -15,13 +15,16 @@ from fused_dni.report.blocks import (
     as_text,
     drawable,
 )
-from fused_dni.report.kinds import ReportError, blocks_of, load
+from fused_dni.report.errors import ReportError
+from fused_dni.report.layout import blocks_of
+from fused_dni.report.schema import Result, load, save
 
 __all__ = [
     "Block",
     "Figure",
     "Heading",
     "ReportError",
+    "Result",
     "Table",
     "Text",
     "as_markdown",
@@ -29,4 +32,5 @@ __all__ = [
     "blocks_of",
     "drawable",
     "load",
+    "save",
 ]

@@ -13,12 +13,15 @@ from fused_dni.report.errors import WriteError
 
 
 def as_json(report: Any) -> str:
-    """Make the JSON of a report, a line at its end; null for what JSON has no number for."""
+    """Write a result as JSON, a line at its end; null for what JSON has no number for."""
     return json.dumps(finite(report), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """Put null where JSON has no number: for infinity, and for what is no number."""
+    """Make plain data of results, timings and ratios, and null where JSON has no number: of
+    infinity, and of what is no number."""
+    if hasattr(value, "to_json"):
+        return finite(value.to_json())
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,39 +1,40 @@
-"""A report in a folder of its own: its JSON, what it says as Markdown, and the plots in that."""
+"""A result in a folder of its own: its JSON, what it says as Markdown, and the plots in that."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fused_dni.report.blocks import Block, Figure, as_markdown
 from fused_dni.report.errors import ReportError
-from fused_dni.report.files import as_json, write_text
-from fused_dni.report.kinds import blocks_of
+from fused_dni.report.files import write_text
+from fused_dni.report.layout import blocks_of
+from fused_dni.report.schema import Result, save
 
 
-def write_folder(report: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+def write_folder(
+    result: Result, folder: str | os.PathLike[str], said: Sequence[Block] | None = None
+) -> list[Path]:
     """Write ``report.json``, ``report.md`` and its plots into ``folder`` (made if needed).
+
+    Args:
+        result: what is written.
+        folder: where.
+        said: what the Markdown says instead of all that the result does.
 
     Returns:
         The files, the JSON first.
 
     Raises:
-        ReportError: the folder cannot be written, or the report's kind is unknown.
+        ReportError: the folder cannot be written.
     """
-    return write_blocks(report, blocks_of(report), folder)
-
-
-def write_blocks(
-    report: dict[str, Any], said: Sequence[Block], folder: str | os.PathLike[str]
-) -> list[Path]:
-    """Write the same of a report that says ``said``."""
     folder = Path(folder)
+    said = blocks_of(result) if said is None else said
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "report.json", folder / "report.md"]
-        write_text(files[0], as_json(report))
+        save(files[0], result)
         write_text(files[1], as_markdown(said, folder, suffix=".png") + "\n")
     except OSError as error:
         raise ReportError(

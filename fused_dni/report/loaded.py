@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fused_dni.report.errors import ReportError
+from fused_dni.report.timings import typed
 
 #: What no terminal, page or plot can show: control characters and halves of characters.
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -41,6 +42,11 @@ class Part(dict[str, Any]):
         self.origin = origin
         self.place = place
 
+    @classmethod
+    def like(cls, other: Part) -> Part:
+        """Make an empty one of the same place."""
+        return cls(other.origin, other.place)
+
     def __getitem__(self, key: str) -> Any:
         self.origin.last = f"{self.place}/{key}" if self.place else key
         return super().__getitem__(key)
@@ -50,8 +56,15 @@ class Part(dict[str, Any]):
 
 
 def parts_of(found: dict[str, Any], path: str | os.PathLike[str]) -> Part:
-    """Make parts of all objects in a file's JSON, and strings that can be shown."""
-    made: Part = _part(found, _Origin(printable(os.fspath(path)), str(found.get("kind"))), "")
+    """Make parts of all objects in a file's JSON, timings and ratios of those that are such, and
+    strings that can be shown.
+
+    Raises:
+        ReportError: a timing or ratio lacks its numbers.
+    """
+    origin = _Origin(printable(os.fspath(path)), str(found.get("kind")))
+    with reading(Part(origin, "")):
+        made: Part = _part(found, origin, "")
     return made
 
 
@@ -65,7 +78,8 @@ def _part(value: Any, origin: _Origin, place: str) -> Any:
         made = Part(origin, place)
         for key, item in value.items():
             made[printable(key)] = _part(item, origin, f"{inner}{key}")
-        return made
+        origin.last = place
+        return typed(place.rpartition("/")[2], made)
     return value
 
 
@@ -75,7 +89,7 @@ def _named(place: str) -> str:
 
 
 @contextmanager
-def reading(report: dict[str, Any]) -> Iterator[None]:
+def reading(report: Any) -> Iterator[None]:
     """Turn what goes wrong inside into a line, if ``report`` is from a file.
 
     Raises:
@@ -84,6 +98,7 @@ def reading(report: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
+        report = getattr(report, "body", report)
         if not isinstance(report, Part):
             raise
         origin = report.origin

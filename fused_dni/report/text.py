@@ -1,4 +1,4 @@
-"""Small things that every report prints: tables, times, sizes, suggestions for typos."""
+"""Small things that every report prints: tables, times, sizes, ratios, suggestions for typos."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 
+from fused_dni.report.timings import Ratio
+
 
 def seconds(value: float | None, digits: int = 3) -> str:
-    """A time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
+    """Return a time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
@@ -34,6 +36,38 @@ def size(value: float | None) -> str:
         if abs(value) >= scale:
             return f"{significant(value / scale)} {unit}"
     return f"{value:.0f} B"
+
+
+def ratio(found: Ratio, *, marked: bool = True, to: str = "") -> str:
+    """Write a ratio of times: ``0.83``, ``~0.99``, ``0.83 (0.81 to 0.85)``.
+
+    Args:
+        found: the ratio.
+        marked: put a ``~`` before one that could not be told from one.
+        to: what stands between the bounds of its interval; "" leaves the interval out.
+    """
+    mark = "~" if marked and found.verdict() == "inconclusive" else ""
+    made = f"{mark}{found.median:.2f}"
+    if not to or found.bounds is None:
+        return made
+    low, high = found.bounds
+    return f"{made} ({low:.2f}{to}{high:.2f})"
+
+
+def percent(share: float | None, form: str = ".0f") -> str:
+    """Write a share as ``12 %``; ``-`` for None."""
+    return "-" if share is None else f"{100 * share:{form}} %"
+
+
+def span(values: Iterable[float], form: str = ".2f", to: str = " to ") -> str:
+    """Write the least and the most of some values: ``0.65 to 0.72``."""
+    found = list(values)
+    return f"{min(found):{form}}{to}{max(found):{form}}"
+
+
+def count(number: int, what: str) -> str:
+    """Write a number of things: ``1 seed``, ``3 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:

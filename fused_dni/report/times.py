@@ -6,14 +6,15 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fused_dni.report.errors import ReportError
 from fused_dni.report.intervals import median_interval
-from fused_dni.report.kinds import load
 from fused_dni.report.loaded import reading
+from fused_dni.report.schema import Result, load
+from fused_dni.report.timings import Timing
 
 #: ``kind`` of a file by pytest-benchmark.
 BENCHMARKS = "pytest-benchmark"
@@ -21,7 +22,7 @@ BENCHMARKS = "pytest-benchmark"
 #: and the largest of eight parts' medians with 99 % confidence; and what a machine does for
 #: seconds moves whole parts, which rounds taken as independent would not show.
 PARTS = 8
-#: Widens an interval of 95 %, which reports keep, to one of 99 % (of a normal distribution).
+#: Widens an interval of 95 %, which timings keep, to one of 99 % (of a normal distribution).
 WIDER = statistics.NormalDist().inv_cdf(0.995) / statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -75,23 +76,29 @@ def read(path: str | os.PathLike[str]) -> Results:
     return results
 
 
-def results_of(report: dict[str, Any]) -> Results:
-    """The times in a loaded report, by name.
+def results_of(report: Result) -> Results:
+    """Gather the times in a result, by name.
 
     Raises:
         ComparisonError: it has not what intervals are made from, or is of several runs.
     """
-    made = (
-        Results(BENCHMARKS, report["facts"], _benchmarks(report))
-        if report["kind"] == BENCHMARKS
-        else _report(report)
-    )
-    if not isinstance(made.facts, dict):
-        raise ComparisonError(f"has no facts of the machine but {str(made.facts)[:100]!r}")
-    return made
+    if report.kind == BENCHMARKS:
+        return Results(BENCHMARKS, report.facts, _benchmarks(report))
+    if report.kind != "map":
+        return Results(report.kind, report.facts, dict(_timings(report, "")))
+    # A series is one device, version and setting: its name says that again, and would keep the
+    # points of two versions from meeting.
+    if len(report["series"]) != 1:
+        raise ComparisonError(
+            f"holds {len(report['series'])} series, of several devices, versions or "
+            "settings: only maps of one can be compared"
+        )
+    (series,) = report["series"].values()
+    facts = {**series["facts"], **series["settings"]}
+    return Results("map", facts, dict(_timings(series["points"], "")))
 
 
-def _benchmarks(report: dict[str, Any]) -> dict[str, Row]:
+def _benchmarks(report: Result) -> dict[str, Row]:
     rows = {}
     for benchmark in report["benchmarks"]:
         rounds = benchmark["stats"].get("data")
@@ -129,42 +136,28 @@ def interval(rounds: Sequence[float]) -> tuple[float, float]:
     return median_interval(parts, 0.99)
 
 
-def _report(report: dict[str, Any]) -> Results:
-    facts, body = report["facts"], report
-    if report["kind"] == "map":
-        # A series is one device, version and setting: its name says that again, and would keep
-        # the points of two versions from meeting.
-        if len(report["series"]) != 1:
-            raise ComparisonError(
-                f"holds {len(report['series'])} series, of several devices, versions or "
-                "settings: only maps of one can be compared"
-            )
-        (series,) = report["series"].values()
-        facts, body = {**series["facts"], **series["settings"]}, series["points"]
-    return Results(report["kind"], facts, dict(_timings(body, "")))
-
-
 def _wider(bound: float, median: float) -> float:
     if bound == median:
         return median
     if median == 0.0:  # shorter than the clock could tell: there is no ratio to widen
         return math.inf
     ratio = bound / median
-    return median * ratio**WIDER if ratio < 1e99 else math.inf
+    return median * ratio**WIDER if 0.0 < ratio < 1e99 else math.copysign(math.inf, ratio - 1.0)
 
 
 def _timings(value: Any, name: str) -> Iterator[tuple[str, Row]]:
-    """Every :meth:`fused_dni.measure.timing.Timing.to_json` inside, by its path."""
+    """Find every timing inside, by its path."""
     if isinstance(value, list):
         value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict):
-        return
-    if {"median", "p10", "p90", "rounds"} <= value.keys():
-        median, found = value["median"], value.get("interval")
-        if median is not None:  # null: what was measured was no number
-            seconds = _time(median, name)
-            bounds = [_wider(_time(bound, name), seconds) for bound in found or ()]
-            yield name, Row(name.rpartition("/")[0], seconds, *bounds)
-        return
-    for key, item in value.items():
-        yield from _timings(item, f"{name}/{key}" if name else str(key))
+    if isinstance(value, Timing) and not math.isnan(value.median):  # else it was no number
+        bounds = interval(value.rounds)
+        if not value.rounds:  # of a file from before they were kept
+            bounds = (
+                _wider(value.interval[0], value.median),
+                _wider(value.interval[1], value.median),
+            )
+        yield name, Row(name.rpartition("/")[0], value.median, max(0.0, bounds[0]), bounds[1])
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            inner = f"{name}/{key}" if name else str(key)
+            yield from _timings(item, name if key == "timing" else inner)

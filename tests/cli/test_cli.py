@@ -299,7 +299,7 @@ def test_tune_measures_every_op_and_keeps_the_fastest(capsys, tmp_path, monkeypa
         for call in calls.values():
             call()
         took = {name: 1e-3 if name == "triton" else 2e-3 for name in calls}
-        return {name: timing.Timing(name, (t,), (t,), 1) for name, t in took.items()}
+        return {name: timing.Timing.of(name, (t,), (t,), 1) for name, t in took.items()}
 
     monkeypatch.setattr(timing, "compare", once)
     torch.manual_seed(5)
@@ -360,7 +360,7 @@ def test_what_was_tuned_is_a_line_a_candidate():
     choice = tuning.Choice("linear_step", (128, 1024, 1024), torch.bfloat16, torch.device("cpu"))
     rounds = (10e-6, 11e-6, 12e-6)
     trials = [
-        tiles.Trial(best, timing.Timing("", rounds, rounds, 1)),
+        tiles.Trial(best, timing.Timing.of("", rounds, rounds, 1)),
         tiles.Trial(large, None, "OutOfResources: shared memory"),
     ]
     head, first, second = tune.Tuned(choice, best, usual, trials).table().splitlines()

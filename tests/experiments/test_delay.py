@@ -165,6 +165,28 @@ def test_a_warm_up_alone_is_backprop():
     assert stale != pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["backprop", "local", "stale", "cdni-2"])
+def test_behind_a_frozen_top_the_last_stage_alone_stays_as_it_was(name, monkeypatch):
+    settings, made = replace(TINY, task="frozen-top"), []
+    monkeypatch.setattr(delay, "build", lambda *given: made.append(build(*given)) or made[-1])
+    lag = 2 if arm(name).late else None
+    delay.train(arm(name), lag, 0, settings, DATA, 1e-2)
+    before = build(arm(name), settings, DATA, 0)
+    for stage, old in zip(made[0], before, strict=True):
+        same = [torch.equal(a, b) for a, b in
+                zip(stage.parameters(), old.parameters(), strict=True)]  # fmt: skip
+        assert all(same) if stage.is_last else not any(same)
+
+
+def test_a_local_loss_does_not_see_a_frozen_top():
+    settings, many = replace(TINY, task="frozen-top", hidden=64, epochs=4), clusters(1600, 200)
+    found = {
+        name: delay.train(arm(name), None, 0, settings, many, 1e-2)["error"]
+        for name in ("backprop", "local")
+    }
+    assert found["backprop"] < 0.1 < 0.4 < found["local"], found
+
+
 def test_a_reconstruction_by_nothing_leaves_all_variance():
     settings = replace(TINY, task="reconstruction")
     stages = build(arm("backprop"), settings, DATA, 0)

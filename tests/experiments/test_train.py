@@ -16,7 +16,7 @@ from clusters import clusters
 from fused_dni.experiments import data, nets, train
 from fused_dni.experiments.run import CHECKPOINT
 from fused_dni.experiments.train_report import write
-from fused_dni.report.kinds import ReportError
+from fused_dni.report.errors import ReportError
 
 # Networks this small have nothing to share out.
 pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]

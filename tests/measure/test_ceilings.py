@@ -20,7 +20,7 @@ def test_rates_are_work_over_time(monkeypatch):
     def compare(calls, **options):
         for name, call in calls.items():
             call()
-            seen[name] = timing.Timing(name, (0.5,) * 8, (0.5,) * 8, 1)
+            seen[name] = timing.Timing.of(name, (0.5,) * 8, (0.5,) * 8, 1)
         return seen
 
     monkeypatch.setattr(timing, "compare", compare)

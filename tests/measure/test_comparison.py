@@ -8,11 +8,14 @@ import random
 import pytest
 
 from fused_dni import cli
-from fused_dni.measure import timing
 from fused_dni.measure.compare import ComparisonError, blocks, compare, read
 from fused_dni.report import Figure, Table, Text, load
 from fused_dni.report.blocks import as_text
+from fused_dni.report.files import as_json
+from fused_dni.report.intervals import median_interval
+from fused_dni.report.schema import Result, save
 from fused_dni.report.times import interval
+from fused_dni.report.timings import Timing
 
 FACTS = {"device": "A CPU", "gpu": None, "threads": 2, "python": "3.11.1", "torch": "2.13.0"}
 FLOORS = ("bench_floor[a]", "bench_floor[b]", "bench_floor[c]")
@@ -104,7 +107,7 @@ def test_a_disturbance_of_some_rounds_is_seen_in_the_interval(tmp_path):
     """Half of the second run was slow, by whatever else ran then: no change of the code, and rounds
     taken as independent would swear to one."""
     calm, disturbed = rounds(1.0, 1), rounds(1.0, 2)[:24] + rounds(1.3, 3)[:40]
-    naive = timing.median_interval(disturbed, 0.99)
+    naive = median_interval(disturbed, 0.99)
     assert naive[0] > 1.02
     old, new = run(1.0, 1), run(1.0, 2)
     found = compare(*pair(tmp_path, old | {"ours": calm}, new | {"ours": disturbed}))
@@ -123,7 +126,7 @@ def test_interval_covers_the_median():
 def test_few_rounds_decide_nothing(tmp_path):
     found = compare(*pair(tmp_path, run(1.0, 1, n=7), run(9.0, 2, n=7)))
     (row,) = [row for row in found["rows"] if row["name"] == "ours"]
-    assert row["verdict"] == "inconclusive" and row["ratio"]["interval"] is None
+    assert row["verdict"] == "inconclusive" and row["ratio"].bounds is None
     assert "too few rounds" in as_text(blocks(found))
 
 
@@ -156,19 +159,22 @@ def test_another_commit_is_what_one_compares(tmp_path):
 
 
 def timed(median):
-    return timing.Timing("t", tuple(rounds(median, 1)), tuple(rounds(median, 1)), 1).to_json()
+    return Timing.of("t", rounds(median, 1), rounds(median, 1), 1)
 
 
 def test_reports_of_one_kind_are_compared(tmp_path):
     for name, change in (("old", 1.0), ("new", 1.5)):
-        report = {
-            "kind": "verdict",
-            "version": 1,
-            "facts": {**FACTS, "commit": name},
-            "timings": {"fused": timed(change), "floor": timed(1.0)},
-            "parts": [{"forward": timed(1.0)}],
-        }
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        save(
+            tmp_path / f"{name}.json",
+            Result(
+                "verdict",
+                "a layer",
+                "It was measured.",
+                facts={**FACTS, "commit": name},
+                timings={"fused": timed(change), "floor": timed(1.0)},
+                body={"parts": [{"forward": timed(1.0)}]},
+            ),
+        )
     found = compare(read(tmp_path / "old.json"), read(tmp_path / "new.json"))
     assert words(found) == {
         "timings/fused": "slower",
@@ -182,13 +188,13 @@ def test_maps_of_two_versions_are_compared(tmp_path):
     for name, change in (("old", 1.0), ("new", 0.5)):
         points = {"8x16 dense output": {"timings": {"fused": timed(change)}}}
         series = {"facts": {**FACTS, "commit": name}, "settings": {"where": "cpu"}}
-        report = {"kind": "map", "version": 1, "facts": FACTS}
-        report["series"] = {f"hash of {name}": {**series, "points": points}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        body = {"series": {f"hash of {name}": {**series, "points": points}}}
+        report = Result("map", "a map", "It was measured.", facts=FACTS, body=body)
+        save(tmp_path / f"{name}.json", report)
     found = compare(read(tmp_path / "old.json"), read(tmp_path / "new.json"))
     assert words(found) == {"8x16 dense output/timings/fused": "faster"}
     report["series"]["another"] = series
-    (tmp_path / "two.json").write_text(json.dumps(report))
+    save(tmp_path / "two.json", report)
     with pytest.raises(ComparisonError, match="holds 2 series"):
         read(tmp_path / "two.json")
 
@@ -213,7 +219,7 @@ def test_command_writes_what_it_says(tmp_path, capsys):
     assert str(tmp_path) not in out.read_text()
     assert as_text(blocks(report)) + "\n" == printed
     assert cli.main(["compare", *given, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == report
+    assert capsys.readouterr().out == out.read_text()
 
 
 @pytest.mark.parametrize(("change", "status"), [(2.0, 1), (1.0, 0), (0.5, 0)])
@@ -240,7 +246,9 @@ def test_changes_stand_first_and_are_drawn(tmp_path):
         ("{", "is no JSON"),
         ("[]", "its kind is None"),
         ('{"kind": "verdict", "version": 99, "facts": {}}', "in format 99"),
-        ('{"kind": "verdict", "version": 1, "facts": {}}', "holds no times"),
+        ('{"kind": "verdict", "version": 1, "facts": {}}', "in format 1"),
+        ('{"kind": "verdict", "version": 2, "facts": {}}', "it lacks 'title'"),
+        (as_json(Result("verdict", "t", "s")), "holds no times"),
         ('{"machine_info": {}, "benchmarks": []}', "holds no times"),
     ],
 )
@@ -265,9 +273,7 @@ def test_command_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert cli.main(["compare", given[0], foreign]) == 2
     assert "no benchmark stands in both" in capsys.readouterr().err
     report = tmp_path / "verdict.json"
-    report.write_text(
-        json.dumps({"kind": "verdict", "version": 1, "facts": FACTS, "timings": {"a": timed(1.0)}})
-    )
+    save(report, Result("verdict", "t", "s", facts=FACTS, timings={"a": timed(1.0)}))
     assert cli.main(["compare", given[0], str(report)]) == 2
     assert "of kind pytest-benchmark, the second of verdict" in capsys.readouterr().err
     assert cli.main(["compare", *given, "--noise", "much"]) == 2

@@ -15,9 +15,11 @@ from fused_dni import cli
 from fused_dni.experiments.run import Interrupted
 from fused_dni.measure.map import Point, Settings, layer, make_grid, measure, merge, store, sweep
 from fused_dni.measure.verdict import GateError
-from fused_dni.report import Figure, Table, Text, load
+from fused_dni.report import Figure, Table, Text, blocks_of, load
 from fused_dni.report.blocks import as_text
-from fused_dni.report.kinds.map import blocks
+from fused_dni.report.layout import own_blocks as blocks
+from fused_dni.report.schema import save
+from fused_dni.report.timings import BreakEven, Ratio, Timing
 
 pytestmark = pytest.mark.slow(40)
 
@@ -35,20 +37,15 @@ def result(point, faster=0.8, **failed):
     if failed:
         return {**point.to_json(), "date": "2026-01-01T00:00:00", **failed}
     ratios = {
-        k: {"median": r, "interval": [r * 0.99, r * 1.01], "verdict": word}
-        for k, r, word in (
-            ("1", 1.2, "slower"),
-            ("4", 1.001, "inconclusive"),
-            ("never", faster, "faster"),
-        )
+        k: Ratio(r, 0.99 * r, 1.01 * r) for k, r in (("1", 1.2), ("4", 1.001), ("never", faster))
     }
-    even = {"kind": "from", "k": 9, "slower_to": 3}
+    timed = Timing.of("", [1e-3] * 8, [1e-3] * 8, 1)
     return {
         **point.to_json(),
         "date": "2026-01-01T00:00:00",
-        "timings": {name: {"median": 1e-3} for name in ("backprop", "fused")},
+        "timings": dict.fromkeys(("backprop", "fused"), timed),
         "ratios": {"fused": ratios, "backprop": ratios},
-        "break_even": {"fused": even, "backprop": {"kind": "never", "k": None, "slower_to": 64}},
+        "break_even": {"fused": BreakEven("from", 9, 3), "backprop": BreakEven("never", None, 64)},
     }
 
 
@@ -102,10 +99,9 @@ def test_a_point_is_measured(synthesizer, interface):
     }  # fmt: skip
     for base in ("fused", "backprop"):
         assert list(found["ratios"][base]) == ["1", "4", "never"]
-        assert found["break_even"][base]["kind"] in ("from", "never", "inconclusive")
+        assert found["break_even"][base].kind in ("from", "never", "inconclusive")
     for ratio in (found["kernels"], *found["ratios"]["fused"].values()):
-        low, high = ratio["interval"]
-        assert 0.0 < low <= ratio["median"] <= high < math.inf
+        assert 0.0 < ratio.low <= ratio.median <= ratio.high < math.inf
 
 
 @pytest.mark.parametrize(
@@ -280,17 +276,17 @@ def test_command_measures_prints_and_draws(tmp_path, capsys):
     assert "8 x 16" in printed.out and "map: 100 %" in printed.err
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
     report = load(out, "map")
-    assert str(tmp_path) not in json.dumps(report)
+    assert str(tmp_path) not in out.read_text()
     both = tmp_path / "both.json"
     assert cli.main(["map", "--merge", str(out), str(out), "--out", str(both), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == load(both, "map")
+    assert json.loads(capsys.readouterr().out) == json.loads(both.read_text())
     assert load(both)["series"] == report["series"]
-    assert as_text(blocks(report)) in printed.out
+    assert as_text(blocks_of(report)) in printed.out
 
 
 def test_command_without_matplotlib(tmp_path, capsys, monkeypatch):
     report = filled([SMALL])
-    store.write(report, tmp_path / "a.json")
+    save(tmp_path / "a.json", report)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     merge_alone = ["map", "--merge", str(tmp_path / "a.json"), "--out", str(tmp_path / "b.json")]
     assert cli.main([*merge_alone, "--figures", str(tmp_path / "figures")]) == 0

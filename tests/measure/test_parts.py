@@ -14,6 +14,7 @@ from fused_dni.measure.verdict import phases
 from fused_dni.measure.verdict.candidates import at_rate, pose
 from fused_dni.measure.verdict.forms import decouple
 from fused_dni.measure.verdict.work import count
+from fused_dni.report.files import as_json
 
 SGD = at_rate(fd.SGD(), 1e-6)
 
@@ -78,7 +79,7 @@ def test_parts_add_up_to_the_step(by_operations, case):
         assert made.agrees
     for name in ("predict", "train", "fused step, dx"):
         assert found.seconds(name) > 1.0
-    assert json.loads(json.dumps(found.to_json()))["work"]["predict"]["flops"] > 0
+    assert json.loads(as_json(found))["work"]["predict"]["flops"] > 0
 
 
 def test_a_step_without_targets_leaves_dx_and_training_out(by_operations):
@@ -124,7 +125,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_disagreeing_sum_is_said():
     def fixed(name: str, value: float) -> timing.Timing:
-        return timing.Timing(name, (value,) * 8, (value,) * 8, 1)
+        return timing.Timing.of(name, (value,) * 8, (value,) * 8, 1)
 
     times = {"stock forward": 1.0, "stock backward": 2.0, "stock optimizer": 0.5, "stock step": 5.0}
     times |= dict.fromkeys((*phases.CALLS, *phases.CALLS_DX, "forward", "step with targets"), 1.0)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.race import Arms, race
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import race as said
+from fused_dni.report.schema import save
 
 
 class Falling:
@@ -100,8 +102,7 @@ def test_an_arm_that_diverges_stops_and_the_others_go_on() -> None:
     assert "(1 diverged)" in as_text(blocks_of(report))
 
 
-def test_an_unfinished_race_goes_on() -> None:
-    kept: list[str] = []
+def test_an_unfinished_race_goes_on(tmp_path: Path) -> None:
     seeds: list[int] = []
 
     def stopping(seed: int) -> Falling:
@@ -113,8 +114,8 @@ def test_an_unfinished_race_goes_on() -> None:
     arms: Arms = {"first": lambda seed: Falling(0.97), "other": stopping}
     options: dict[str, Any] = {"seconds": 0.02, "seeds": (1, 2), "marks": 2}
     with pytest.raises(Interrupted, match="1 of 2 seeds were finished"):
-        race(arms, **options, keep=lambda report: kept.append(json.dumps(report)))
-    before = json.loads(kept[-1])
+        race(arms, **options, keep=partial(save, tmp_path / "race.json"))
+    before = load(tmp_path / "race.json")
     assert not before["finished"] and "Unfinished: 1 of 2 seeds" in as_text(blocks_of(before))
     report = race(arms, **options, previous=before)
     assert report["finished"] and seeds == [1, 2, 2]

@@ -25,7 +25,7 @@ def _spin(seconds: float):
 
 
 def _timing(name: str, rounds) -> timing.Timing:
-    return timing.Timing(name, tuple(rounds), tuple(rounds), 1)
+    return timing.Timing.of(name, tuple(rounds), tuple(rounds), 1)
 
 
 def _work(amount: int):
@@ -152,7 +152,7 @@ def test_the_interval_of_the_median_covers_what_it_claims(n):
     generator = random.Random(n)
     trials, covered = 400, 0
     for _ in range(trials):
-        low, high = timing.median_interval([generator.expovariate(1.0) for _ in range(n)])
+        low, high = intervals.median_interval([generator.expovariate(1.0) for _ in range(n)])
         covered += low <= math.log(2.0) <= high
     # at least 95 %, less three standard deviations of the count
     assert covered / trials > 0.95 - 3 * math.sqrt(0.05 * 0.95 / trials)

@@ -222,7 +222,7 @@ def test_a_planted_slow_kernel_is_found_and_said(monkeypatch):
 
 
 def _timing(name: str, value: float, n: int = 20) -> timing.Timing:
-    return timing.Timing(name, (value,) * n, (value,) * n, 1)
+    return timing.Timing.of(name, (value,) * n, (value,) * n, 1)
 
 
 def _made(backprop: float, fused: float, with_targets: float, without: float) -> Verdict:

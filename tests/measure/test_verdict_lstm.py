@@ -63,7 +63,7 @@ def test_times_are_per_time_step(monkeypatch):
     """Windows that take equally long are cheaper the longer they are."""
 
     def compare(calls, **options):
-        return {name: Timing(name, (1.0,) * 8, (1.0,) * 8, 1) for name in calls}
+        return {name: Timing.of(name, (1.0,) * 8, (1.0,) * 8, 1) for name in calls}
 
     monkeypatch.setattr(timing, "compare", compare)
     found = verdict_lstm(nn.LSTM(5, 8), torch.randn(3, 4, 5), long=6, **QUICK)
@@ -84,7 +84,7 @@ def planted(dni: float, fused_long: float, memory: tuple[int, int]) -> LSTMVerdi
     timings = {}
     for i, (name, value) in enumerate(times.items()):
         rounds = tuple(value * 1e-6 * w for w in wobble[i % 3 :] + wobble[: i % 3])
-        timings[name] = Timing(name, rounds, rounds, 1)
+        timings[name] = Timing.of(name, rounds, rounds, 1)
     facts = {"threads": 2, "where": "cpu"}
     return LSTMVerdict("an LSTM", 3, 6, timings, held, "bytes", {}, facts)
 

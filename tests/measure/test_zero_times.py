@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from fused_dni import cli
 from fused_dni.measure import timing
 from fused_dni.measure.compare import Results, Row, compare
-from fused_dni.report.times import ComparisonError, results_of
+from fused_dni.report.errors import ReportError
+from fused_dni.report.files import as_json
+from fused_dni.report.schema import Result, save
+from fused_dni.report.times import read, results_of
+from fused_dni.report.timings import Timing
 from fused_dni.report.words import versus
 
 FACTS = {"device": "a CPU"}
@@ -34,7 +39,7 @@ def _results(**rows: Row) -> Results:
 def test_a_comparison_with_zero_is_inconclusive(old, new):
     made = compare(_results(a=old, floor=old), _results(a=new, floor=new))
     assert {row["verdict"] for row in made["rows"]} == {"inconclusive"}
-    json.dumps(made, allow_nan=False)
+    assert "NaN" not in as_json(made) and "Infinity" not in as_json(made)
 
 
 def _file(path, **rounds) -> str:
@@ -84,13 +89,18 @@ def test_what_is_no_time_is_named(tmp_path, capsys, rounds, message):
 
 
 def test_reports_with_zeros_are_read():
-    timed = {"median": 0.0, "p10": 0.0, "p90": 1e-6, "rounds": 9, "interval": [0.0, 1e-6]}
-    empty = {**timed, "median": None}
-    report = {"kind": "verdict", "facts": FACTS, "timings": {"a": timed, "b": empty}}
+    timed = Timing("a", 0.0, 0.0, 1e-6, 0.0, (0.0, 1e-6), 9, (), 1, 0.0)
+    empty = replace(timed, median=math.nan)
+    report = Result("verdict", facts=FACTS, timings={"a": timed, "b": empty})
     assert results_of(report).rows == {"timings/a": Row("timings", 0.0, 0.0, math.inf)}
-    report["timings"]["a"] = {**timed, "interval": [-1.0, 1.0]}
-    with pytest.raises(ComparisonError, match="no time of 'timings/a' but '-1.0'"):
-        results_of(report)
+
+
+def test_a_file_with_what_is_no_time_is_named(tmp_path):
+    timed = Timing("a", 1.0, 1.0, 1.0, 0.0, (-1.0, 1.0), 9, (), 1, 0.0)
+    report = Result("verdict", "t", "s", facts=FACTS, timings={"a": timed})
+    path = save(tmp_path / "a.json", report)
+    with pytest.raises(ReportError, match="at 'timings/a/interval' or near it: no number .*'-1.0'"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +114,7 @@ def test_reports_with_zeros_are_read():
     ids=str,
 )
 def test_ratios_of_rounds_that_are_zero(a, b, verdict):
-    found = timing.ratio(timing.Timing("a", a, a, 1), timing.Timing("b", b, b, 1))
+    found = timing.ratio(timing.Timing.of("a", a, a, 1), timing.Timing.of("b", b, b, 1))
     assert found.verdict() == verdict
     said = {"inconclusive": "not measurably different from"}.get(verdict, f"{verdict} than")
     assert versus(found) == said
@@ -114,5 +124,5 @@ def test_a_sample_is_never_zero(monkeypatch):
     """A thread that waited all the time has nothing left on its clock."""
     monkeypatch.setattr(timing.Stopwatch, "time", lambda self, run: (run(), 0.0)[1])
     found = timing.compare({"a": int, "b": int}, rounds=6)
-    assert all(0.0 < x < 1e-6 for timed in found.values() for x in timed.samples)
+    assert all(0.0 < x < 1e-6 for timed in found.values() for x in timed.rounds)
     assert timing.differs(found["a"], found["b"]) == "inconclusive"

@@ -168,5 +168,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_sums(backend):
 
 
 def test_a_model_without_synthesizers():
-    with pytest.raises(ValueError, match="no decoupled layers with a synthesizer"):
-        fd.diagnostics(nn.Sequential(nn.Linear(3, 3), fd.FusedDNILinear(3, 3, synthesizer=None)))
+    """A baseline has nothing to show; a model without decoupled layers was not meant."""
+    exact = fd.FusedDNILinear(3, 3, synthesizer=None)
+    assert fd.diagnostics(nn.Sequential(nn.Linear(3, 3), exact), reset=True) == {}
+    with pytest.raises(ValueError, match=r"no decoupled layers \(see fused_dni.convert\)"):
+        fd.diagnostics(nn.Sequential(nn.Linear(3, 3)))

@@ -778,3 +778,26 @@ def test_why_there_is_none_is_said(options: dict[str, Any], why: str) -> None:
     fd.Schedule(layer, target_every=None)
     layer(torch.randn(ROWS, SIZE))
     assert f"steps by the usual way ({why})" in repr(layer)
+
+
+@pytest.mark.parametrize("by", ["true gradient", "true gradient, loss"])
+def test_a_backward_to_some_inputs_updates_all_layers(by: str) -> None:
+    """As docs/semantics.md says: the call has one node for all of them, which runs or does not;
+    layer by layer those run that are on the way."""
+    moved = []
+    for kind in (fd.FusedDNILinear, Usual):
+        trained = Trained(kind, by)
+        for _ in range(3):
+            trained.step()
+        layers = list(trained.model)
+        assert (
+            kind is Usual or trained.model.extra_repr() == "steps by one call forward and one back"
+        )
+        before = [m.weight.detach().clone() for m in layers]
+        x, y = torch.randn(ROWS, SIZE), torch.randint(0, CLASSES, (ROWS,))
+        h = trained.run(x, y)
+        found = h if trained.ends else F.cross_entropy(trained.head(h), y)
+        found.backward(inputs=[layers[2].weight])
+        moved.append([not torch.equal(m.weight, w) for m, w in zip(layers, before, strict=True)])
+    assert moved[0] == [True] * len(moved[0])
+    assert moved[1] == [False, False, *[True] * (len(moved[1]) - 2)]

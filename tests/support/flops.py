@@ -46,7 +46,7 @@ def compare(candidates: Mapping[str, Candidate], **_: Any) -> dict[str, Timing]:
     found = {}
     for name, call in candidates.items():
         rounds = (float(flops(call)) + 1e-3,) * 8  # no time is zero
-        found[name] = Timing(name, rounds, rounds, 1)
+        found[name] = Timing.of(name, rounds, rounds, 1)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fused_dni.measure import race as racing
 from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict import TopVariant, TopVerdict
+from fused_dni.report.schema import Result
 
 WOBBLE = [0.97, 1.0, 1.03] * 4
 
@@ -18,13 +19,13 @@ def planted(
     prediction: float = 0.1,
     lesson: float = 0.1,
     ks: tuple[int, ...] = (1, 2, 8),
-    race: dict[str, Any] | None = None,
+    race: Result | None = None,
 ) -> TopVerdict:
     """A verdict whose parts take these times, in milliseconds, and whose cycles are their sums."""
 
     def timed(name: str, value: float, at: int = 0) -> Timing:
         rounds = tuple(value * 1e-3 * w for w in WOBBLE[at:] + WOBBLE[:at])
-        return Timing(name, rounds, rounds, 1)
+        return Timing.of(name, rounds, rounds, 1)
 
     cycles = {k: timed(f"k={k}", bottom + prediction + (top + lesson) / k, at=k % 3) for k in ks}
     without = timed("without", bottom + prediction)

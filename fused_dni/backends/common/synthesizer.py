@@ -68,7 +68,10 @@ def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> No
     low, high = (int(v) for v in torch.aminmax(context))
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
-        raise IndexError(f"label {wrong} is out of range: the synthesizer knows {classes} classes")
+        raise IndexError(
+            f"label {wrong} is out of range: the synthesizer has context_features={classes}, so "
+            f"labels are in [0, {classes - 1}]"
+        )
 
 
 def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:

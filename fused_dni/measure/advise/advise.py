@@ -20,7 +20,6 @@ between them, and predictions are multiplied by it.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,10 @@ from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, first_line
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.blocks import as_text
-from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, blocks, sentence
+from fused_dni.report.files import as_json
+from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, sentence
+from fused_dni.report.layout import blocks_of
+from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Rule
 
 #: Share of the budget for blocks; the rest is for whole steps.
@@ -61,22 +63,22 @@ class Advice:
     """Result of :func:`advise`.
 
     Attributes:
-        report: all of it as plain data, of kind ``advice``; see ``docs/advise.md``.
+        report: all of it, of kind ``advice``; see ``docs/advise.md``.
     """
 
-    report: dict[str, Any]
+    report: Result
 
     def to_json(self) -> str:
-        """The report as a JSON text."""
-        return json.dumps(self.report, indent=1)
+        """Write the report as JSON."""
+        return as_json(self.report).rstrip()
 
     def sentence(self) -> str:
-        """The advice in plain English."""
+        """Say the advice in plain English."""
         return sentence(self.report)
 
     def table(self) -> str:
-        """The report as text."""
-        return as_text(blocks(self.report))
+        """Write the report as text."""
+        return as_text(blocks_of(self.report))
 
 
 def advise(
@@ -153,17 +155,7 @@ def advise(
         )
         held = measure_memory(subject, plans, lambda done: say("measuring memory", done))
     drift = whole[STOCK].median / stock_before.median
-    report = {
-        "kind": "advice",
-        "version": 1,
-        "title": title or f"{type(model).__name__} on {'x'.join(map(str, sample.shape))}",
-        "facts": {
-            **facts(command),
-            "where": sample.device.type,
-            "update": repr(update),
-            "classes": classes,
-            "backend": backend,
-        },
+    body = {
         "blocks": [_block(subject, measured, i, proposed) for i in range(len(subject.blocks))],
         "asked for all": all_blocks,
         "proposal": None if proposed is None else _plan(subject.blocks, proposed),
@@ -178,12 +170,21 @@ def advise(
         },
         "ratios": _ratios(measured, plans, whole),
         "gate": gate,
-        "memory is": (
-            timing.PEAK_MEMORY_CUDA if sample.device.type == "cuda" else timing.PEAK_MEMORY_CPU
-        ),
         "assumptions": list(ASSUMPTIONS),
     }
-    return Advice(report)
+    on_gpu = sample.device.type == "cuda"
+    return Advice(Result(
+        "advice",
+        title=title or f"{type(model).__name__} on {'x'.join(map(str, sample.shape))}",
+        facts={
+            **facts(command, sample.device),
+            "update": repr(update),
+            "classes": classes,
+            "backend": backend,
+        },
+        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        body=body,
+    ))  # fmt: skip
 
 
 def pose(
@@ -245,7 +246,7 @@ def _as_it_is(output: Tensor) -> Tensor:
 
 
 def _block(subject: Subject, measured: Blocks, index: int, plan: Plan | None) -> dict[str, Any]:
-    """A block: what it is, its time in each form, what was chosen for it."""
+    """Return a block: what it is, its time in each form, what was chosen for it."""
     block = subject.blocks[index]
     stock = measured.time(index, Form(False, asks=block.asks))
     exact = measured.time(index, Form(block.ours, asks=block.asks))
@@ -258,8 +259,8 @@ def _block(subject: Subject, measured: Blocks, index: int, plan: Plan | None) ->
         times = {name: measured.time(index, form) for name, form in forms.items()}
         found.append({
             **kind._asdict(),
-            **{name: t.to_json() for name, t in times.items()},
-            "ratios": {name: _against(t, exact) for name, t in times.items()},
+            **times,
+            "ratios": {name: timing.ratio(t, exact) for name, t in times.items()},
         })  # fmt: skip
     interface = None if plan is None else plan.interfaces.get(index)
     return {
@@ -272,9 +273,9 @@ def _block(subject: Subject, measured: Blocks, index: int, plan: Plan | None) ->
         "parameters": block.parameters,
         "forward flops": block.flops,
         "calls": block.calls,
-        "stock": stock.to_json(),
-        "exact": exact.to_json(),
-        "exact / stock": _against(exact, stock),
+        "stock": stock,
+        "exact": exact,
+        "exact / stock": timing.ratio(exact, stock),
         "interfaces": found,
         "chosen": None if interface is None else interface._asdict(),
     }
@@ -291,23 +292,23 @@ def _plan(parts: Sequence[Block], plan: Plan) -> dict[str, Any]:
 
 
 def _rung(measured: Blocks, plan: Plan) -> dict[str, Any]:
-    """The best plan for one k, as predicted."""
+    """Return the best plan for one k, as predicted."""
     step = measured.step("by k", plan)
     return {
         **_plan(measured.blocks, plan),
-        "predicted": step.to_json(),
-        "over ours": _against(step, measured.step(OURS, Plan())),
+        "predicted": step,
+        "over ours": timing.ratio(step, measured.step(OURS, Plan())),
     }
 
 
 def _step(
     predicted: Timing, measured: Timing, memory: tuple[int, int], drift: float
 ) -> dict[str, Any]:
-    """A whole step: predicted, measured, and the errors of the prediction in per cent."""
+    """Gather a whole step: predicted, measured, and the errors of the prediction in per cent."""
     made = timing.combine(predicted.name, [(drift, predicted)])
     return {
-        "predicted": made.to_json(),
-        "measured": measured.to_json(),
+        "predicted": made,
+        "measured": measured,
         "error %": 100.0 * (made.median / measured.median - 1.0),
         "memory": {
             "predicted": memory[0],
@@ -325,16 +326,11 @@ def _ratios(
     return {
         base: {
             name: {
-                "predicted": _against(predicted[name], predicted[base]),
-                "measured": _against(whole[name], whole[base]),
+                "predicted": timing.ratio(predicted[name], predicted[base]),
+                "measured": timing.ratio(whole[name], whole[base]),
             }
             for name in plans
             if name != base
         }
         for base in (STOCK, OURS)
     }
-
-
-def _against(time: Timing, base: Timing) -> dict[str, Any]:
-    found = timing.ratio(time, base)
-    return {**found.to_json(), "verdict": found.verdict()}

@@ -14,7 +14,7 @@ from fused_dni.measure import timing
 from fused_dni.measure.advise.blocks import Block
 from fused_dni.measure.advise.choose import LADDER
 from fused_dni.measure.advise.predict import Blocks, Form
-from fused_dni.measure.timing import Timing
+from fused_dni.measure.timing import Ratio, Timing
 
 #: How many times as much as what is below it a top costs that is called expensive.
 DEAR = 2.0
@@ -24,8 +24,8 @@ def expensive_top(measured: Blocks) -> dict[str, Any] | None:
     """Find the top whose interface would save most, from the blocks' stock times.
 
     Returns:
-        ``blocks`` of the top, ``trained`` or not, its time ``over below``, and how many times as
-        fast a step would be by ``k`` and at ``most``, prediction and lesson not counted; None if
+        ``blocks`` of the top, ``trained`` or not, its time ``over below``, and what part of its
+        time a step would take by ``k`` and at ``most``, prediction and lesson not counted; None if
         there is none.
     """
     blocks = measured.blocks
@@ -42,7 +42,7 @@ def expensive_top(measured: Blocks) -> dict[str, Any] | None:
         return {
             "blocks": [block.name for block in blocks[first:]],
             "trained": first == learning[-1],
-            "over below": found.to_json(),
+            "over below": found,
             "by k": {str(k): _factor(whole, below, above, 1.0 / k) for k in LADDER},
             "most": _factor(whole, below, above, 0.0),
         }
@@ -50,7 +50,7 @@ def expensive_top(measured: Blocks) -> dict[str, Any] | None:
 
 
 def _cuts(blocks: Sequence[Block], first: int) -> bool:
-    """Whether all from ``first`` on is known to read what the block before it returned, or each
+    """Say whether all from ``first`` on is known to read what the block before it returned, or each
     other, and something below learns."""
     if first >= len(blocks) or not any(block.parameters for block in blocks[:first]):
         return False
@@ -66,6 +66,6 @@ def _sum(measured: Blocks, indices: range) -> Timing:
     )
 
 
-def _factor(whole: Timing, below: Timing, above: Timing, share: float) -> dict[str, Any]:
-    """How many times as fast a step is that runs so much of the top."""
-    return timing.ratio(whole, timing.combine("step", [(1.0, below), (share, above)])).to_json()
+def _factor(whole: Timing, below: Timing, above: Timing, share: float) -> Ratio:
+    """Divide the time of a step that runs so much of the top by that of a whole one."""
+    return timing.ratio(timing.combine("step", [(1.0, below), (share, above)]), whole)

@@ -14,10 +14,9 @@ from typing import Any
 
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import MARGIN, Ratio
-from fused_dni.report.files import finite
+from fused_dni.report.schema import Result
 from fused_dni.report.times import ComparisonError, Results, Row
 
-VERSION = 1
 #: Benchmarks whose name has this are floors.
 FLOOR = "floor"
 #: With fewer floors than this in both files their largest change says little.
@@ -35,7 +34,7 @@ def compare(
     noise: float | None = None,
     force: bool = False,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Compare the benchmarks that stand in both, as a report of kind ``comparison``.
 
     Args:
@@ -61,10 +60,7 @@ def compare(
         named = "; ".join(f"{d['what']}: {d['old']} against {d['new']}" for d in differences)
         raise ComparisonError(f"what was measured differs ({named}): --force compares all the same")
     between = _noise(old, new, common, noise)
-    return {
-        "kind": "comparison",
-        "version": VERSION,
-        "facts": facts(command),
+    body = {
         "compared": old.kind,
         "old": old.facts,
         "new": new.facts,
@@ -75,6 +71,7 @@ def compare(
         "only_old": [name for name in old.rows if name not in new.rows],
         "only_new": [name for name in new.rows if name not in old.rows],
     }
+    return Result("comparison", facts=facts(command), body=body)
 
 
 def _some(results: Results) -> str:
@@ -92,14 +89,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any
 
 def _noise(old: Results, new: Results, common: list[str], given: float | None) -> dict[str, Any]:
     floors = {
-        name: ratio.to_json()
+        name: ratio
         for name in common
         if FLOOR in name.lower()
         and math.isfinite((ratio := _ratio(old.rows[name], new.rows[name])).high)
         and ratio.low > 0.0
     }
-    bounds = [floor["interval"] for floor in floors.values()]
-    worst = max((max(high, 1.0 / low) - 1.0 for low, high in bounds), default=0.0)
+    worst = max((max(r.high, 1.0 / r.low) - 1.0 for r in floors.values()), default=0.0)
     if given is not None:
         fraction, source = given, "given"
     elif len(floors) < ENOUGH:
@@ -110,7 +106,8 @@ def _noise(old: Results, new: Results, common: list[str], given: float | None) -
 
 
 def _ratio(old: Row, new: Row, noise: float = 0.0) -> Ratio:
-    """Of two independent medians: at worst one is at its interval's end and the other at its.
+    """Return of two independent medians: at worst one is at its interval's end and the other at
+    its.
 
     Of a time of zero, shorter than the clock could tell, there is none: NaN, between 0 and
     infinity.
@@ -130,6 +127,6 @@ def _row(name: str, old: Results, new: Results, noise: float) -> dict[str, Any]:
         "group": after.group,
         "old": before.median,
         "new": after.median,
-        "ratio": finite(ratio.to_json()),
+        "ratio": ratio,
         "verdict": ratio.verdict(),
     }

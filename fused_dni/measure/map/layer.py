@@ -84,16 +84,13 @@ def _verdict(point: Point, settings: Settings, progress: Callable[[float], None]
 
 
 def _result(found: Verdict, settings: Settings) -> dict[str, Any]:
-    def ratio(name: str, base: str) -> dict[str, Any]:
-        against = found.ratio(name, base)
-        return {**against.to_json(), "verdict": against.verdict()}
-
     return {
-        "timings": {name: timed.to_json() for name, timed in found.timings.items()},
+        "timings": found.timings,
         "memory": found.memory,
-        "kernels": ratio("fused", "backprop"),
+        "kernels": found.ratio("fused", "backprop"),
         "ratios": {
-            base: {str(k or "never"): ratio(row(k), base) for k in settings.ks} for base in BASES
+            base: {str(k or "never"): found.ratio(row(k), base) for k in settings.ks}
+            for base in BASES
         },
-        "break_even": {base: found.break_even[base].to_json() for base in BASES},
+        "break_even": {base: found.break_even[base] for base in BASES},
     }

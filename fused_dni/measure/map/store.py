@@ -15,22 +15,20 @@ from typing import Any
 
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.map.grid import Settings
-from fused_dni.report.files import as_json, write_text
-from fused_dni.report.kinds import load
 from fused_dni.report.loaded import reading
+from fused_dni.report.schema import Result, load
 
-VERSION = 1
 #: Facts that tell one series from another.
 IDENTITY = ("device", "gpu", "threads", "python", "torch", "fused_dni", "commit")
 
 
-def empty(command: str | None = None) -> dict[str, Any]:
-    """A map without points."""
-    return {"kind": "map", "version": VERSION, "facts": facts(command), "series": {}}
+def empty(command: str | None = None) -> Result:
+    """Make a map without points."""
+    return Result("map", facts=facts(command), body={"series": {}})
 
 
-def read_or_empty(path: Path, command: str | None = None) -> dict[str, Any]:
-    """The map in ``path``, to be continued; an empty one if there is no such file.
+def read_or_empty(path: Path, command: str | None = None) -> Result:
+    """Read the map in ``path``, to be continued; an empty one if there is no such file.
 
     Raises:
         ReportError: the file holds something else.
@@ -42,10 +40,8 @@ def read_or_empty(path: Path, command: str | None = None) -> dict[str, Any]:
     return found
 
 
-def series_for(
-    report: dict[str, Any], settings: Settings, command: str | None = None
-) -> dict[str, Any]:
-    """The series of this machine, version and settings; added to ``report`` if it has none."""
+def series_for(report: Result, settings: Settings, command: str | None = None) -> dict[str, Any]:
+    """Find the series of this machine, version and settings; added to ``report`` if it has none."""
     here, chosen = facts(command), settings.to_json()
     identity = json.dumps([{name: here[name] for name in IDENTITY}, chosen], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -55,16 +51,7 @@ def series_for(
     return found
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """Write the map in one piece: whoever reads or interrupts sees the old file or the new one.
-
-    Raises:
-        WriteError: the file cannot be written.
-    """
-    write_text(path, as_json(report))
-
-
-def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge(reports: Sequence[Result]) -> Result:
     """Join maps; none of them is changed.
 
     Where two have the same point of the same series, a measured one goes before a failed one, and
@@ -82,7 +69,7 @@ def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _check(report: dict[str, Any]) -> None:
+def _check(report: Result) -> None:
     """Refuse, by a ReportError that names the file, what is no whole map."""
     with reading(report):
         for series in report["series"].values():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.map import store
 from fused_dni.measure.map.grid import Point, Settings
 from fused_dni.measure.map.layer import measure
+from fused_dni.report.schema import Result, save
 
 
 def sweep(
@@ -20,8 +20,8 @@ def sweep(
     *,
     progress: Callable[[str, float, str], None] = lambda what, fraction, note: None,
     command: str | None = None,
-    keep: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+    keep: Callable[[Result], None] | None = None,
+) -> Result:
     """Measure ``points``, and write the map after each of them.
 
     Points that the file already has from this machine, version and settings are not measured
@@ -41,7 +41,7 @@ def sweep(
         Interrupted: Ctrl-C; the file has what was measured.
         WriteError: the file cannot be written.
     """
-    keep = keep or partial(store.write, path=path)
+    keep = keep or partial(save, path)
     report = store.read_or_empty(path, command)
     found = store.series_for(report, settings, command)["points"]
 

@@ -38,7 +38,7 @@ class Calibration:
         forward_bytes, backward_bytes: of the tensors between stages, on the average.
         parameter_bytes: of a stage, on the average.
         what: where the stages are from.
-        timings: by stage and part, as :meth:`fused_dni.measure.timing.Timing.to_json`.
+        timings: by stage and part.
     """
 
     times: Times
@@ -47,7 +47,7 @@ class Calibration:
     backward_bytes: float
     parameter_bytes: float
     what: str
-    timings: list[dict[str, Any]]
+    timings: list[dict[str, timing.Timing]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the times, which are among the settings."""
@@ -133,7 +133,7 @@ def calibrate(
             sum(p.numel() * p.element_size() for p in stage.parameters()) for stage in stages
         ),
         what=where,
-        timings=[{name: one.to_json() for name, one in parts.items()} for parts in found],
+        timings=found,
     )
 
 

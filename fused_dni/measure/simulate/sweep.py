@@ -11,9 +11,9 @@ from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.simulate.modes import MODES, Case, simulate
 from fused_dni.measure.simulate.settings import LONGEST, MOST_STAGES, Settings
 from fused_dni.report import text
+from fused_dni.report.schema import Result
 
 #: Format of the report.
-VERSION = 1
 LATENCIES = (0.0, 1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 STAGES = (2, 4, 8, 16, 32, 64)
 
@@ -28,7 +28,7 @@ def sweep(
     measured: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Simulate each mode at every latency and at every number of stages.
 
     Args:
@@ -83,19 +83,20 @@ def sweep(
             others += found[len(delays) :]
     except KeyboardInterrupt:
         raise Interrupted("nothing was kept") from None
-    return {
-        "kind": "simulation",
-        "version": VERSION,
-        "facts": facts(command),
-        "settings": {
+    return Result(
+        "simulation",
+        facts=facts(command),
+        settings={
             **settings.to_json(),
             "stages": stages,
             "latencies": delays,
             "chains": numbers,
             "modes": [[name, MODES[name].what] for name in chosen],
         },
-        "measured": None if measured is None else dict(measured),
-        "latency": rows,
-        "chains": others,
-        "checked": None,
-    }
+        body={
+            "measured": None if measured is None else dict(measured),
+            "latency": rows,
+            "chains": others,
+            "checked": None,
+        },
+    )

@@ -21,7 +21,6 @@ reaches the quality of DNI at T is not measured here: ``fused-dni train charlm``
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,10 +35,10 @@ from fused_dni.measure.timing import Ratio, Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line
 from fused_dni.measure.verdict.errors import GateError, VerdictError
 from fused_dni.measure.verdict.layer import facts_of
+from fused_dni.measure.verdict.result import Measured
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.optim import FusedOptimizer
-from fused_dni.report import text
-from fused_dni.report.words import cell, versus
+from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Adam, Rule
 
 #: T2 over T, where T2 is not given.
@@ -55,7 +54,7 @@ PER_STEP = (
 
 
 @dataclass
-class LSTMVerdict:
+class LSTMVerdict(Measured):
     """Result of :func:`verdict_lstm`.
 
     Attributes:
@@ -89,7 +88,7 @@ class LSTMVerdict:
         return timing.ratio(self.timings[name], self.timings[base])
 
     def cheaper(self, base: str) -> dict[str, str]:
-        """Whether ``dni`` or the row ``base`` is cheaper, in ``time`` and in ``memory``:
+        """Say whether ``dni`` or the row ``base`` is cheaper, in ``time`` and in ``memory``:
         ``inconclusive`` where the intervals of the times overlap, ``same`` for memory within one
         per cent."""
         words = {"faster": "dni", "slower": base, "inconclusive": "inconclusive"}
@@ -99,120 +98,28 @@ class LSTMVerdict:
             held = "dni" if ours < theirs else base
         return {"time": words[self.ratio(self.dni, base).verdict()], "memory": held}
 
-    def to_json(self) -> str:
-        """Everything, as a JSON text."""
-        others = [name for name in self.memory if name != self.dni]
-        report = {
-            "kind": "verdict lstm",
-            "version": 1,
-            "title": self.title,
-            "sentence": self.sentence(),
-            "window": self.window,
-            "long": self.long,
-            "facts": self.facts,
-            "timings": {name: value.to_json() for name, value in self.timings.items()},
-            "memory": self.memory,
-            "memory_is": self.memory_is,
-            "ratios": {
-                base: {
-                    name: {
-                        **self.ratio(name, base).to_json(),
-                        "verdict": self.ratio(name, base).verdict(),
-                    }
-                    for name in self.timings
-                    if name != base
-                }
-                for base in self.timings
+    def report(self) -> Result:
+        """Gather all of it."""
+        return Result(
+            "verdict lstm",
+            title=self.title,
+            facts=self.facts,
+            timings=self.timings,
+            memory=self.memory,
+            memory_is=self.memory_is,
+            notes=self.notes,
+            body={
+                "window": self.window,
+                "long": self.long,
+                "ratios": {
+                    base: {name: self.ratio(name, base) for name in self.timings if name != base}
+                    for base in self.timings
+                },
+                "cheaper": {base: self.cheaper(base) for base in self.memory if base != self.dni},
+                "gate": self.gate,
+                "per_step": PER_STEP,
             },
-            "cheaper": {base: self.cheaper(base) for base in others},
-            "gate": self.gate,
-            "per_step": PER_STEP,
-            "notes": self.notes,
-        }
-        return json.dumps(report, indent=1)
-
-    def table(self, *, markdown: bool = False) -> str:
-        """A row a candidate: time per time step, spread, ratios to the floor, to truncated backprop
-        at T and at T2 on the same kernels, peak memory.
-
-        A ``~`` marks a ratio whose interval reaches one: no difference could be shown.
-        """
-        bases = [f"floor T={self.window}", f"fused T={self.window}", f"fused T={self.long}"]
-        header = ["time step", "median", "p10", "p90", *(f"x {base}" for base in bases), "memory"]
-        rows = []
-        for name, value in self.timings.items():
-            ratios = [
-                "1" if name == base else cell(self.ratio(name, base), marked=base != bases[0])
-                for base in bases
-            ]
-            times = [text.seconds(t) for t in (value.median, value.p10, value.p90)]
-            rows.append([name, *times, *ratios, text.size(self.memory.get(name))])
-        lines = [text.table(header, rows, markdown=markdown), "", *self.notes]
-        lines += [f"memory: {self.memory_is}", f"times: {PER_STEP}"]
-        return ("\n\n" if markdown else "\n").join(line for line in lines if line or not markdown)
-
-    def sentence(self) -> str:
-        """What is cheaper, in plain English."""
-        short, long = f"T={self.window}", f"T={self.long}"
-        unit = "thread" if self.facts["threads"] == 1 else "threads"
-        where = f"{self.facts['threads']} CPU {unit}"
-        if self.facts["where"] == "cuda":
-            where = self.facts["gpu"]
-
-        def took(name: str) -> str:
-            return text.seconds(self.timings[name].median)
-
-        parts = [
-            f"On {where} a time step of {self.title} takes {took(self.dni)} by DNI at {short}; by "
-            f"truncated backprop at {short} {took(f'fused {short}')} on the same kernels and "
-            f"{took(f'backprop {short}')} by nn.LSTM; by backprop at {long} "
-            f"{took(f'fused {long}')} and {took(f'backprop {long}')}."
-        ]
-        parts.append(
-            "The synthetic gradient itself: DNI is "
-            f"{versus(self.ratio(self.dni, f'fused {short}'))} truncated backprop at {short} on "
-            f"the same kernels, {self._memory(f'fused {short}')}."
         )
-        parts.append(
-            f"What it replaces: DNI at {short} is {versus(self.ratio(self.dni, f'fused {long}'))} "
-            f"backprop at {long} on the same kernels, {self._memory(f'fused {long}')}. "
-            + self._cheaper(f"fused {long}", f"backprop at {long}")
-        )
-        parts.append(
-            f"It is {versus(self.ratio(self.dni, f'backprop {long}'))} nn.LSTM at {long}, "
-            f"{self._memory(f'backprop {long}')}; that mixes kernels and method."
-        )
-        parts.append(
-            f"Whether DNI at {short} reaches the quality of backprop at {long} is yours to "
-            f"establish: fused-dni train charlm --windows {self.window} --long {self.long}."
-        )
-        return " ".join(parts)
-
-    def _memory(self, base: str) -> str:
-        ours, theirs = self.memory[self.dni], self.memory[base]
-        held = self.cheaper(base)["memory"]
-        if held == "same":
-            return f"at the same peak memory ({text.size(ours)})"
-        more, less = max(ours, theirs), min(ours, theirs)
-        word = "less" if held == "dni" else "more"
-        return f"at {more / less:.2f}x {word} peak memory ({text.size(ours)}, {text.size(theirs)})"
-
-    def _cheaper(self, base: str, called: str) -> str:
-        names = {"dni": "DNI", base: called}
-        found = self.cheaper(base)
-        time, memory = found["time"], found["memory"]
-        if time == memory:
-            return f"{names[time]} is cheaper in both.".replace("backprop", "Backprop")
-        in_time = (
-            "time is inconclusive, the intervals overlap"
-            if time == "inconclusive"
-            else f"{names[time]} is cheaper in time"
-        )
-        in_memory = "memory is the same" if memory == "same" else f"{names[memory]} in memory"
-        if memory != "same" and time == "inconclusive":
-            in_memory = f"{names[memory]} is cheaper in memory"
-        made = f"{in_time}; {in_memory}."
-        return made[0].upper() + made[1:]
 
 
 # ------------------------------------------------------------------------------------------ steps
@@ -239,7 +146,7 @@ class _Stream:
         self.state: tuple[Tensor, Tensor] | None = None
 
     def step(self) -> None:
-        """A window, its backward and its update."""
+        """Run a window, its backward and its update."""
         if not self.ours:
             self.optimizer.zero_grad()
         self.x.grad = None
@@ -260,11 +167,12 @@ class _Problem:
     backend: str | None
 
     def part(self, whole: Tensor, steps: int) -> Tensor:
-        """The first ``steps`` of a tensor with steps and rows."""
+        """Return the first ``steps`` of a tensor with steps and rows."""
         return whole.narrow(1 if self.plain.batch_first else 0, 0, steps).contiguous()
 
     def stream(self, kind: str, steps: int, rule: Rule, **options: Any) -> _Stream:
-        """A candidate: ``backprop``, ``fused`` or ``dni`` at a window, from the same weights."""
+        """Return a candidate: ``backprop``, ``fused`` or ``dni`` at a window, from the same
+        weights."""
         lstm: nn.Module = copy.deepcopy(self.plain)
         batch = self.sample.shape[0 if self.plain.batch_first else 1]
         call: dict[str, Any] = {}

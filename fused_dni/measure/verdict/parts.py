@@ -64,7 +64,7 @@ class Sum(NamedTuple):
         return {
             "step": self.step,
             "parts": list(self.parts),
-            "sum over step": self.ratio.to_json(),
+            "sum over step": self.ratio,
             "composed": self.composed,
             "agrees": self.agrees,
         }
@@ -91,7 +91,7 @@ class Parts:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "timings": {name: value.to_json() for name, value in self.timings.items()},
+            "timings": self.timings,
             "work": {name: value._asdict() for name, value in self.work.items()},
             "sums": [value.to_json() for value in self.sums],
         }

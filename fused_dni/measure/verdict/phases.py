@@ -35,7 +35,7 @@ from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict.candidates import Problem, our_step, stock_step
 from fused_dni.measure.verdict.work import Work, count
-from fused_dni.modules.base import DecoupledModule, Forecast
+from fused_dni.modules.base import DecoupledModule, Predicted
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import Call, watching
 from fused_dni.synthesizers import Synthesizer
@@ -58,7 +58,7 @@ CALLS_DX = ("forward call, dx", "backward call, dx", "bookkeeping")
 def part_candidates(
     plain: nn.Module, decoupled: nn.Module, problem: Problem
 ) -> dict[str, Candidate]:
-    """The parts as candidates of one :func:`fused_dni.measure.timing.compare`."""
+    """Return the parts as candidates of one :func:`fused_dni.measure.timing.compare`."""
     return {
         **stock_parts(plain, problem),
         "stock step": stock_step(plain, problem),
@@ -124,7 +124,7 @@ class _Use(NamedTuple):
 
 
 def decoupled_parts(model: nn.Module, problem: Problem) -> dict[str, Candidate]:
-    """The phases of a decoupled model's step, over all its modules."""
+    """Return the phases of a decoupled model's step, over all its modules."""
     sites, uses = record(model, problem)
     learners = [_Phases(site) for site in sites if site.module.synthesizer is not None]
     exact = [_Phases(site) for site in sites if site.module.synthesizer is None]
@@ -145,7 +145,7 @@ def decoupled_parts(model: nn.Module, problem: Problem) -> dict[str, Candidate]:
 
 
 def _calls(model: nn.Module, problem: Problem, target_every: int | None) -> dict[str, Candidate]:
-    """A step with or without targets, and the three calls that it is made of."""
+    """Return a step with or without targets, and the three calls that it is made of."""
     step = our_step(model, problem, target_every)
     names = CALLS if target_every is None else CALLS_DX
     calls: dict[str, Candidate] = staged(
@@ -173,7 +173,7 @@ def _chain(learners: list[_Phases], *, dx: bool) -> Chain:
 
 
 def record(model: nn.Module, problem: Problem) -> tuple[list[Call], list[_Use]]:
-    """What one step with targets calls the modules with. The model is trained by that step."""
+    """Say what one step with targets calls the modules with. The model is trained by that step."""
     sites: list[Call] = []
     uses: list[_Use] = []
     handles = [
@@ -194,7 +194,7 @@ class Passed(NamedTuple):
 
     h: Tensor
     trace: Any = None
-    forecast: Forecast | None = None
+    predicted: Predicted | None = None
     contribution: Any = None
 
 
@@ -212,11 +212,11 @@ class _Phases:
         return Passed(*self.module.open(self.inputs, dx and self.need_dx))
 
     def predict(self, given: Passed, learns: bool) -> Passed:
-        return given._replace(forecast=self.module.predict(given.h, self.context, learns))
+        return given._replace(predicted=self.module.predict(given.h, self.context, learns))
 
     def backward(self, given: Passed, dx: bool) -> Passed:
-        assert given.forecast is not None
-        gradient = self.module.synthetic(given.forecast, given.h)
+        assert given.predicted is not None
+        gradient = self.module.synthetic(given.predicted, given.h)
         _, contribution = self.module.close(given.trace, gradient, dx and self.need_dx)
         return given._replace(contribution=contribution)
 
@@ -226,13 +226,13 @@ class _Phases:
 
     def step(self, dx: bool) -> Passed:
         made = self.module.step_locally(self.inputs, self.context, dx and self.need_dx, dx)
-        return Passed(made.h, forecast=made.forecast)
+        return Passed(made.h, predicted=made.predicted)
 
     def train(self, given: Passed) -> None:
-        module, forecast = self.module, given.forecast
-        assert forecast is not None
-        lesson = module.lesson(given.h, forecast, self.context, self.arrived, given.trace)
-        module.learn([lesson])
+        module, predicted = self.module, given.predicted
+        assert predicted is not None
+        regression = module.regression(given.h, predicted, self.context, self.arrived, given.trace)
+        module.learn([regression])
 
     def plainly_predicted(self) -> Tensor:
         """M(h) by PyTorch alone, with its graph."""
@@ -332,7 +332,7 @@ def _not_decoupled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def fuses(model: nn.Module) -> bool:
-    """Whether one call of a kernel makes several phases of some module's step."""
+    """Say whether one call of a kernel makes several phases of some module's step."""
     return any(
         isinstance(layer, FusedDNILinear)
         and isinstance(layer.synthesizer, Synthesizer)

@@ -21,7 +21,6 @@ worth, a race says (:mod:`fused_dni.measure.verdict.top_race`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -35,13 +34,12 @@ from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Candidate, Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
-from fused_dni.measure.verdict.result import break_even
+from fused_dni.measure.verdict.result import Measured, break_even
 from fused_dni.measure.verdict.top_steps import Subject, Top, pose, unchanged
 from fused_dni.report.kinds import verdict_top as reports
+from fused_dni.report.schema import Result
 from fused_dni.rules import Adam, Rule
 
-#: Format of the JSON.
-VERSION = 1
 #: How often the top is run, where nobody says.
 KS = (1, 2, 4, 8, 16)
 #: How narrow the intervals of the ratios are to be: beyond it a busy machine gets more time.
@@ -68,7 +66,7 @@ class TopVariant:
 
 
 @dataclass
-class TopVerdict:
+class TopVerdict(Measured):
     """Result of :func:`verdict_top`.
 
     Attributes:
@@ -92,7 +90,7 @@ class TopVerdict:
     memory_is: str
     facts: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    race: dict[str, Any] | None = None
+    race: Result | None = None
 
     def prediction(self, variant: TopVariant) -> Timing:
         """s: what a step without the top takes more than b."""
@@ -105,65 +103,48 @@ class TopVerdict:
             parts += [(1.0 / k, self.top), (1.0 / k, variant.lesson)]
         return timing.combine("predicted", parts)
 
-    def report(self) -> dict[str, Any]:
-        """Everything as plain data; tables, plots and pages are made from it alone."""
-        return {
-            "kind": "verdict top",
-            "version": VERSION,
-            "title": self.title,
-            "facts": self.facts,
-            "timings": {
-                "backprop": self.backprop.to_json(),
-                "bottom": self.bottom.to_json(),
-                "top": self.top.to_json(),
+    def report(self) -> Result:
+        """Gather all of it."""
+        return Result(
+            "verdict top",
+            title=self.title,
+            facts=self.facts,
+            timings={"backprop": self.backprop, "bottom": self.bottom, "top": self.top},
+            memory={"backprop": self.memory},
+            memory_is=self.memory_is,
+            notes=self.notes,
+            body={
+                "top over bottom": timing.ratio(self.top, self.bottom),
+                "variants": [self._variant(variant) for variant in self.variants],
+                "race": self.race,
             },
-            "top over bottom": timing.ratio(self.top, self.bottom).to_json(),
-            "variants": [self._variant(variant) for variant in self.variants],
-            "memory": self.memory,
-            "memory_is": self.memory_is,
-            "notes": self.notes,
-            "race": self.race,
-        }
+        )
 
     def _variant(self, variant: TopVariant) -> dict[str, Any]:
-        # A difference of times, perhaps below zero, and none that `compare` could take up.
-        prediction = self.prediction(variant).to_json()
+        prediction = self.prediction(variant)
+        low, high = prediction.interval
         whole = timing.combine("b + τ", [(1.0, self.bottom), (1.0, self.top)])
         cycles = {}
         for k, cycle in variant.cycles.items():
             predicted = self.predicted(variant, k)
             cycles[str(k)] = {
-                "measured": cycle.to_json(),
-                "predicted": predicted.to_json(),
-                "measured over predicted": timing.ratio(cycle, predicted).to_json(),
-                "factor": _factor(self.backprop, cycle),
-                "predicted factor": _factor(whole, predicted),
+                "measured": cycle,
+                "predicted": predicted,
+                "measured over predicted": timing.ratio(cycle, predicted),
+                "ratio": timing.ratio(cycle, self.backprop),
+                "predicted ratio": timing.ratio(predicted, whole),
             }
         return {
             "synthesizer": variant.synthesizer,
-            "without": variant.without.to_json(),
-            "prediction": {key: prediction[key] for key in ("median", "interval")},
-            "lesson": variant.lesson.to_json(),
+            "without": variant.without,
+            # A difference of times, perhaps below zero, and none that `compare` could take up.
+            "prediction": {"median": prediction.median, "low": low, "high": high},
+            "lesson": variant.lesson,
             "cycles": cycles,
-            "most": _factor(whole, self.predicted(variant, None)),
-            "break_even": break_even(lambda k: self.predicted(variant, k), whole).to_json(),
+            "most": timing.ratio(self.predicted(variant, None), whole),
+            "break_even": break_even(lambda k: self.predicted(variant, k), whole),
             "memory": {"with the top": variant.memory[0], "without": variant.memory[1]},
         }
-
-    def to_json(self) -> str:
-        """Everything, as a JSON text."""
-        return json.dumps({**self.report(), "sentence": self.sentence()}, indent=1)
-
-    def table(self, *, markdown: bool = False) -> str:
-        """The parts of a step; a row for each synthesizer and k, measured beside predicted.
-
-        A ``~`` marks a factor whose interval reaches one: no difference could be shown.
-        """
-        return reports.tables(self.report(), markdown=markdown)
-
-    def sentence(self) -> str:
-        """Whether it pays, in plain English."""
-        return reports.sentence(self.report())
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the factors over k, and a race's losses over time, into an image file.
@@ -173,11 +154,6 @@ class TopVerdict:
             ReportError: an unknown format.
         """
         return reports.figure(self.report()).save(Path(path))
-
-
-def _factor(base: Timing, cycle: Timing) -> dict[str, Any]:
-    """How many times as fast a cycle is, and what may be said of it."""
-    return {**timing.ratio(base, cycle).to_json(), "verdict": timing.differs(cycle, base)}
 
 
 def verdict_top(
@@ -244,8 +220,7 @@ def verdict_top(
         title=title or f"{type(bottom).__name__} under {above}",
         **found,
         facts={
-            **facts(),
-            "where": subject.x.device.type,
+            **facts(device=subject.x.device),
             "dtype": str(subject.h.dtype).removeprefix("torch."),
             "sample": list(subject.x.shape),
             "h": list(subject.h.shape),

@@ -1,12 +1,13 @@
-"""What the JSON of an advice says."""
+"""What an advice says."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-from fused_dni.report.words import often
+from fused_dni.report.schema import Result
+from fused_dni.report.words import machine, often, versus
 
 STOCK, OURS, PROPOSAL, EVERYWHERE = "stock backprop", "our kernels", "proposal", "everywhere"
 
@@ -18,14 +19,10 @@ _LONG = {
 }
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The advice; whole steps, predicted and measured; the model's blocks; what each interface
-    costs; assumptions."""
-    facts = report["facts"]
-    where = facts["gpu"] if facts["where"] == "cuda" else facts["device"]
+def blocks(report: Result) -> list[Block]:
+    """Show whole steps, predicted and measured; the model's blocks; what each interface costs;
+    assumptions."""
     return [
-        Heading(f"Advice: {report['title']}", 1),
-        Text(sentence(report), lead=True),
         Heading("The step: predicted and measured"),
         _steps(report),
         Figure("steps", lambda canvas: _draw(report, canvas), "A training step by each plan."),
@@ -36,23 +33,18 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         *_interfaces(report),
         Heading("What is assumed"),
         *map(Text, report["assumptions"]),
-        Text(f"Memory: {report['memory is']}."),
-        Text(
-            f"{where}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
-            f"commit {facts['commit'] or 'unknown'}."
-        ),
     ]
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """The advice in plain English: what pays, what was measured, how good the prediction was."""
-    facts, steps = report["facts"], report["steps"]
-    unit = "thread" if facts["threads"] == 1 else "threads"
-    where = facts["gpu"] if facts["where"] == "cuda" else f"{facts['threads']} CPU {unit}"
-    took = {name: text.seconds(step["measured"]["median"]) for name, step in steps.items()}
+def sentence(report: Result) -> str:
+    """Return the advice in plain English: what pays, what was measured, how good the prediction
+    was."""
+    steps = report["steps"]
+    took = {name: text.seconds(step["measured"].median) for name, step in steps.items()}
     parts = [
-        f"On {where} a training step of {report['title']} takes {took[STOCK]} by stock backprop "
-        f"and {took[OURS]} by backprop on our kernels, {_versus(report, OURS, STOCK)}."
+        f"On {machine(report.facts)} a training step of {report.title} takes {took[STOCK]} by "
+        f"stock backprop and {took[OURS]} by backprop on our kernels, "
+        f"{_versus(report, OURS, STOCK)}."
     ]
     keep = _keep(report)
     if PROPOSAL in steps:
@@ -67,7 +59,7 @@ def sentence(report: dict[str, Any]) -> str:
         )
     paying = [name for name in (PROPOSAL, EVERYWHERE) if name in steps and _pays(report, name)]
     if paying:
-        best = min(paying, key=lambda name: float(steps[name]["measured"]["median"]))
+        best = min(paying, key=lambda name: float(steps[name]["measured"].median))
         parts.append(f"So, for time alone, take {_LONG[best]}.")
     else:
         parts.append(f"So no interface pays: keep {_LONG[keep]}.")
@@ -83,15 +75,19 @@ def sentence(report: dict[str, Any]) -> str:
 TOP_K = 8
 
 
-def _top(report: dict[str, Any]) -> list[str]:
-    """The interface in front of an expensive top, if the model has one."""
-    found = report.get("expensive top")  # reports had none before
+def _top(report: Result) -> list[str]:
+    """Return the interface in front of an expensive top, if the model has one."""
+    found = report["expensive top"]
     if found is None:
         return []
     names = found["blocks"]
     times, factor, most = (
-        text.significant(ratio["median"])
-        for ratio in (found["over below"], found["by k"][str(TOP_K)], found["most"])
+        text.significant(value)
+        for value in (
+            found["over below"].median,
+            1.0 / found["by k"][str(TOP_K)].median,
+            1.0 / found["most"].median,
+        )
     )
     what = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     trained = " (what is trained there would learn on those alone)" if found["trained"] else ""
@@ -103,20 +99,20 @@ def _top(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _keep(report: dict[str, Any]) -> str:
-    """The better of the two backprops, as measured."""
-    slower = report["ratios"][STOCK][OURS]["measured"]["verdict"] == "slower"
+def _keep(report: Result) -> str:
+    """Return the better of the two backprops, as measured."""
+    slower = report["ratios"][STOCK][OURS]["measured"].verdict() == "slower"
     return STOCK if slower else OURS
 
 
-def _pays(report: dict[str, Any], name: str) -> bool:
-    """Whether a plan was measured faster than backprop on our kernels, and than what one would
+def _pays(report: Result, name: str) -> bool:
+    """Say whether a plan was measured faster than backprop on our kernels, and than what one would
     keep otherwise."""
     bases = {OURS, _keep(report)}
-    return all(report["ratios"][b][name]["measured"]["verdict"] == "faster" for b in bases)
+    return all(report["ratios"][b][name]["measured"].verdict() == "faster" for b in bases)
 
 
-def _proposed(report: dict[str, Any]) -> str:
+def _proposed(report: Result) -> str:
     plan = report["proposal"]
     named = [
         f"{one['block']} ({one['synthesizer']}"
@@ -126,10 +122,10 @@ def _proposed(report: dict[str, Any]) -> str:
     ]
     asked = " (asked for, whether or not it pays)" if report["asked for all"] else ""
     found = report["ratios"][OURS][PROPOSAL]
-    took = text.seconds(report["steps"][PROPOSAL]["measured"]["median"])
+    took = text.seconds(report["steps"][PROPOSAL]["measured"].median)
     return (
         f"Proposal{asked}: an interface behind {', '.join(named)}, {_often(plan['k'])}. It was "
-        f"predicted to be {_word(found['predicted'])} backprop on our kernels; measured, the step "
+        f"predicted to be {versus(found['predicted'])} backprop on our kernels; measured, the step "
         f"takes {took}, {_versus(report, PROPOSAL, OURS)} and "
         f"{_versus(report, PROPOSAL, STOCK)}."
     )
@@ -139,26 +135,18 @@ def _often(k: int) -> str:
     return "with targets on every step" if k == 1 else f"with targets on one step in {k}"
 
 
-def _versus(report: dict[str, Any], name: str, base: str) -> str:
-    return f"{_word(report['ratios'][base][name]['measured'])} {_LONG[base]}"
+def _versus(report: Result, name: str, base: str) -> str:
+    return f"{versus(report['ratios'][base][name]['measured'])} {_LONG[base]}"
 
 
-def _word(ratio: dict[str, Any]) -> str:
-    """What a ratio of times says: ``1.20x faster than``."""
-    if ratio["verdict"] == "inconclusive":
-        return "not measurably different from"
-    times = 1.0 / ratio["median"] if ratio["verdict"] == "faster" else ratio["median"]
-    return f"{times:.2f}x {ratio['verdict']} than"
-
-
-def _steps(report: dict[str, Any]) -> Table:
+def _steps(report: Result) -> Table:
     rows = []
     for name, step in report["steps"].items():
         memory = step["memory"]
         rows.append([
             name,
-            text.seconds(step["predicted"]["median"]),
-            text.seconds(step["measured"]["median"]),
+            text.seconds(step["predicted"].median),
+            text.seconds(step["measured"].median),
             _per_cent(step["error %"]),
             *(_ratio(report, name, base) for base in (STOCK, OURS)),
             text.size(memory["predicted"]),
@@ -167,42 +155,39 @@ def _steps(report: dict[str, Any]) -> Table:
         ])  # fmt: skip
     header = ["step", "predicted", "measured", "error", "x stock", "x ours"]
     header += ["memory predicted", "measured", "error"]
-    drift = 100.0 * (report["drift"] - 1.0)
+    drift = text.percent(report["drift"] - 1.0, "+.0f")
     caption = (
         "x: measured time over that of stock backprop and of backprop on our kernels; a ~ marks a "
         "ratio whose interval reaches one. Predictions are multiplied by the machine's drift "
-        f"between the two runs ({drift:+.0f} %), which the stock step in both of them shows."
+        f"between the two runs ({drift}), which the stock step in both of them shows."
     )
     return Table(header, rows, caption)
 
 
-def _ratio(report: dict[str, Any], name: str, base: str) -> str:
-    if name == base:
-        return "1"
-    found = report["ratios"][base][name]["measured"]
-    return f"{'~' if found['verdict'] == 'inconclusive' else ''}{found['median']:.2f}"
+def _ratio(report: Result, name: str, base: str) -> str:
+    return "1" if name == base else text.ratio(report["ratios"][base][name]["measured"])
 
 
 def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{value:+.0f} %"
 
 
-def _by_k(report: dict[str, Any]) -> Table:
+def _by_k(report: Result) -> Table:
     rows = []
     for rung in report["by k"]:
         behind = ", ".join(one["block"] for one in rung["interfaces"]) or "none"
-        predicted = text.seconds(rung["predicted"]["median"])
-        rows.append([f"{rung['k']}", predicted, _mark(rung["over ours"]), behind])
+        predicted = text.seconds(rung["predicted"].median)
+        rows.append([f"{rung['k']}", predicted, text.ratio(rung["over ours"]), behind])
     caption = (
         "Times as in the first run, without the drift; x ours: over backprop on our kernels, as "
         "predicted. The smallest k that is faster by more "
-        f"than the sum of blocks misses the stock step ({100.0 * report['doubt']:.0f} %) is "
+        f"than the sum of blocks misses the stock step ({text.percent(report['doubt'])}) is "
         "proposed."
     )
     return Table(["k", "step", "x ours", "interfaces behind"], rows, caption)
 
 
-def _blocks(report: dict[str, Any]) -> Table:
+def _blocks(report: Result) -> Table:
     rows = []
     for block in report["blocks"]:
         chosen = block["chosen"]
@@ -212,8 +197,8 @@ def _blocks(report: dict[str, Any]) -> Table:
             "x".join(map(str, block["output"])) or "scalar",
             f"{block['parameters']:,}",
             f"{block['forward flops'] / 1e6:.3g}",
-            text.seconds(block["stock"]["median"]),
-            text.seconds(block["exact"]["median"]),
+            text.seconds(block["stock"].median),
+            text.seconds(block["exact"].median),
             "-" if chosen is None else f"{chosen['synthesizer']}, {chosen['place']}",
         ])  # fmt: skip
     header = ["block", "modules", "output", "parameters", "MFLOP", "stock", "ours", "proposed"]
@@ -231,14 +216,14 @@ def _blocks(report: dict[str, Any]) -> Table:
     )
 
 
-def _interfaces(report: dict[str, Any]) -> list[Block]:
+def _interfaces(report: Result) -> list[Block]:
     rows = [
         [
             block["name"],
             one["synthesizer"],
             one["place"],
             *(
-                f"{text.seconds(one[when]['median'])} ({_mark(one['ratios'][when])})"
+                f"{text.seconds(one[when].median)} ({text.ratio(one['ratios'][when])})"
                 for when in ("with targets", "without targets")
             ),
         ]
@@ -256,20 +241,14 @@ def _interfaces(report: dict[str, Any]) -> list[Block]:
     return [Heading("What each interface costs its block"), Table(header, rows, caption)]
 
 
-def _mark(ratio: dict[str, Any]) -> str:
-    return f"{'~' if ratio['verdict'] == 'inconclusive' else ''}{ratio['median']:.2f}"
-
-
-def _draw(report: dict[str, Any], canvas: Any) -> None:
+def _draw(report: Result, canvas: Any) -> None:
     axes = canvas.add_subplot()
     names = list(report["steps"])
-    longest = max(report["steps"][name]["measured"]["median"] for name in names)
-    scale, unit = (1e3, "ms") if longest >= 1e-3 else (1e6, "µs")
-    for kind, shift, colour in (("predicted", 0.2, "#6fa8dc"), ("measured", -0.2, "#1b6ca8")):
-        values = [scale * report["steps"][name][kind]["median"] for name in names]
+    longest = max(report["steps"][name]["measured"].median for name in names)
+    scale, unit = plots.unit_of(longest)
+    for kind, shift, colour in (("predicted", 0.2, plots.LIGHT), ("measured", -0.2, plots.BLUE)):
+        values = [scale * report["steps"][name][kind].median for name in names]
         at = [shift - i for i in range(len(names))]
         axes.barh(at, values, height=0.38, color=colour, label=kind)
     axes.set_yticks([-i for i in range(len(names))], names)
-    axes.set_xlabel(f"training step, {unit}")
-    axes.grid(True, axis="x", alpha=0.2)
-    axes.legend(frameon=False)
+    plots.finish(axes, f"training step, {unit}", "")

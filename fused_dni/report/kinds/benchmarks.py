@@ -5,32 +5,43 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.schema import Result
 from fused_dni.report.times import Row, results_of
 
 #: Groups that are drawn; a page of many more is read by its tables.
 DRAWN = 24
-COLOUR = "#1b6ca8"
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """A table and a figure a group, fastest first."""
-    results = results_of(report)
+def title(report: Result) -> str:
+    """Name what they are."""
+    return "Benchmarks"
+
+
+def sentence(report: Result) -> str:
+    """Count the times and their groups."""
+    groups = _groups(report)
+    times = sum(map(len, groups.values()))
+    return f"{text.count(times, 'time')} in {text.count(len(groups), 'group')}."
+
+
+def _groups(report: Result) -> dict[str, dict[str, Row]]:
     groups: dict[str, dict[str, Row]] = {}
-    for name, row in results.rows.items():
+    for name, row in results_of(report).rows.items():
         groups.setdefault(row.group, {})[name] = row
-    count = len(results.rows)
-    said = f"{count} time{'' if count == 1 else 's'} in {len(groups)} group"
+    return groups
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show a table and a figure a group, fastest first."""
     made: list[Block] = [
-        Heading("Benchmarks", 1),
-        Text(f"{said}{'' if len(groups) == 1 else 's'}.", lead=True),
         Text(
             "Medians with their 99 % intervals. What stands in one group was measured in one run; "
             "how two files differ, `fused-dni compare` tells."
         ),
     ]
-    for at, (group, rows) in enumerate(groups.items()):
+    for at, (group, rows) in enumerate(_groups(report).items()):
         rows = dict(sorted(rows.items(), key=lambda item: item[1].median))
         named = {_short(name): row for name, row in rows.items()}
         rows = named if len(named) == len(rows) else rows
@@ -68,7 +79,7 @@ def _interval(row: Row) -> str:
 def _figure(name: str, rows: dict[str, Row]) -> Figure:
     def draw(canvas: Any) -> None:
         axes = canvas.add_subplot()
-        axes.barh(range(len(rows)), [1e6 * row.median for row in rows.values()], color=COLOUR)
+        axes.barh(range(len(rows)), [1e6 * row.median for row in rows.values()], color=plots.BLUE)
         for at, row in enumerate(rows.values()):
             if math.isfinite(row.high):
                 axes.plot([1e6 * row.low, 1e6 * row.high], [at, at], color="black", linewidth=1.2)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from fused_dni.report import text
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report import plots, text
+from fused_dni.report.blocks import Block, Figure, Table, Text
+from fused_dni.report.schema import Result
 
 ORDER = ("slower", "faster", "inconclusive")
-COLOURS = {"slower": "#c0392b", "faster": "#1b6ca8", "inconclusive": "gray"}
+COLOURS = {"slower": plots.RED, "faster": plots.BLUE, "inconclusive": "gray"}
 #: More rows than this make no readable figure; the changes are drawn alone then.
 DRAWN = 60
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """A comparison's report, from its JSON."""
+def title(report: Result) -> str:
+    """Name what it is."""
+    return "Two runs compared"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show the changes first, and how far two runs can be trusted."""
     rows = sorted(report["rows"], key=lambda row: (ORDER.index(row["verdict"]), -_size(row)))
-    made: list[Block] = [
-        Heading("Two runs compared", 1),
-        Text(sentence(report), lead=True),
-        Text(_trust(report)),
-    ]
+    made: list[Block] = [Text(_trust(report))]
     if report["differences"]:
         named = "; ".join(f"{d['what']}: {d['old']} to {d['new']}" for d in report["differences"])
         made.append(Text(f"What was measured differs, and was compared by force. {named}."))
@@ -35,7 +38,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         for row in rows
     ]
     made.append(Table(["benchmark", "old", "new", "new / old", "verdict"], table))
-    drawn = [row for row in rows if row["ratio"]["interval"] is not None]
+    drawn = [row for row in rows if row["ratio"].bounds is not None]
     if len(drawn) > DRAWN:
         drawn = [row for row in drawn if row["verdict"] != "inconclusive"][:DRAWN]
     if drawn:
@@ -53,14 +56,14 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     return made
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """How many are faster, slower and undecided."""
+def sentence(report: Result) -> str:
+    """Say how many are faster, slower and undecided."""
     words = [row["verdict"] for row in report["rows"]]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ORDER)
     return f"Of {len(words)} benchmarks in both files, the second against the first: {counts}."
 
 
-def _trust(report: dict[str, Any]) -> str:
+def _trust(report: Result) -> str:
     noise = report["noise"]
     floors = len(noise["floors"])
     came = {
@@ -71,34 +74,32 @@ def _trust(report: dict[str, Any]) -> str:
     }[noise["source"]]
     return (
         f"Two runs are not interleaved: each interval (99 % of both medians) is widened by "
-        f"{100 * noise['fraction']:.1f} %, {came}; a change counts if it goes "
-        f"{100 * report['margin']:.0f} % beyond."
+        f"{text.percent(noise['fraction'], '.1f')}, {came}; a change counts if it goes "
+        f"{text.percent(report['margin'])} beyond."
     )
 
 
 def _size(row: dict[str, Any]) -> float:
-    ratio: float | None = row["ratio"]["median"]
-    return max(ratio, 1.0 / ratio) if ratio else 0.0
+    ratio: float = row["ratio"].median
+    return max(ratio, 1.0 / ratio) if ratio > 0.0 else 0.0
 
 
 def _ratio(row: dict[str, Any]) -> str:
     found = row["ratio"]
-    if found["median"] is None:
+    if math.isnan(found.median):
         return "too short to be timed"
-    if found["interval"] is None:
-        return f"{found['median']:.2f} (too few rounds)"
-    low, high = found["interval"]
-    return f"{found['median']:.2f} ({low:.2f}–{high:.2f})"
+    few = " (too few rounds)" if found.bounds is None else ""
+    return text.ratio(found, marked=False, to="–") + few
 
 
 def _draw(rows: list[dict[str, Any]], canvas: Any) -> None:
     axes = canvas.subplots()
     for at, row in enumerate(rows):
-        low, high = row["ratio"]["interval"]
+        low, high = row["ratio"].bounds
         colour = COLOURS[row["verdict"]]
         axes.plot([low, high], [at, at], color=colour, linewidth=1.5)
-        axes.plot([row["ratio"]["median"]], [at], "o", color=colour, markersize=4)
+        axes.plot([row["ratio"].median], [at], "o", color=colour, markersize=4)
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["name"].rpartition("::")[2] for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("new / old")
+    plots.finish(axes, "new / old", "")

@@ -6,37 +6,23 @@ import functools
 import statistics
 from typing import Any
 
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-
-#: What waits in blue, synthetic gradients in reds, the others between.
-COLOURS = {
-    "backprop": "#1b6ca8",
-    "stale": "#8d6a9f",
-    "nesterov": "#555555",
-    "feedback": "#b0763a",
-    "local": "#edae49",
-    "cdni": "#d1495b",
-}
-STYLES = ("-", "--", ":", "-.")
+from fused_dni.report.schema import Result
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.experiments.delay.compare`, finished or not."""
-    settings, where = report["settings"], report["facts"]
-    said: list[Block] = [
-        Heading(
-            f"Late gradients on {report['dataset']}, {settings['task']}: {settings['stages']} "
-            f"stages, {settings['depth']} hidden layers of {settings['hidden']}",
-            1,
-        ),
-        Text(
-            f"{where['device']}, threads {where['threads']}, torch {where['torch']}, commit "
-            f"{where['commit'] or 'unknown'}: `{where['command']}`."
-        ),
-        Text(protocol(report)),
-        table(report),
-        Text(sentence(report), lead=True),
-    ]
+def title(report: Result) -> str:
+    """Name the data, the task and the split."""
+    s = report.settings
+    return (
+        f"Late gradients on {report['dataset']}, {s['task']}: {text.count(s['stages'], 'stage')}, "
+        f"{text.count(s['depth'], 'hidden layer')} of {s['hidden']}"
+    )
+
+
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.experiments.delay.compare` came to, finished or not."""
+    said: list[Block] = [Text(protocol(report)), table(report)]
     if report["runs"]:
         said.append(
             Figure(
@@ -57,9 +43,9 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     return said
 
 
-def protocol(report: dict[str, Any]) -> str:
-    """How the runs were made, in a paragraph."""
-    s = report["settings"]
+def protocol(report: Result) -> str:
+    """Say how the runs were made, in a paragraph."""
+    s = report.settings
     tuned = len(s["rates"]) > 1
     rates = ", ".join(f"{rate:g}" for rate in s["rates"])
     chosen = (
@@ -69,16 +55,19 @@ def protocol(report: dict[str, Any]) -> str:
         else rates
     )
     clip = "" if s["max_norm"] is None else f", max_norm {s['max_norm']:g}"
-    through = f" through {s['code']} units" if s["task"] == "reconstruction" else ""
+    through = {
+        "reconstruction": f" through {s['code']} units",
+        "frozen-top": "; the last stage stays as it was drawn",
+    }.get(s["task"], "")
     return (
         f"Linear, BatchNorm, ReLU{through}; batch {s['batch_size']}, {s['epochs']} epochs, "
-        f"{len(s['seeds'])} seed{'s' * (len(s['seeds']) > 1)}; rate at the start {chosen}, cosine "
+        f"{text.count(len(s['seeds']), 'seed')}; rate at the start {chosen}, cosine "
         f"to zero. cDNI: synthesizers at {s['share']:g} of the rate, in the first "
-        f"{100 * s['warmup']:g} % of the steps stages wait for their gradient{clip}."
+        f"{text.percent(s['warmup'], 'g')} of the steps stages wait for their gradient{clip}."
     )
 
 
-def errors(report: dict[str, Any], name: str, lag: int | None) -> list[float]:
+def errors(report: Result, name: str, lag: int | None) -> list[float]:
     """Errors of an arm's finished runs at a lag, in percent."""
     return [
         100 * run["error"]
@@ -87,11 +76,11 @@ def errors(report: dict[str, Any], name: str, lag: int | None) -> list[float]:
     ]
 
 
-def _cell(report: dict[str, Any], name: str, lag: int) -> str:
+def _cell(report: Result, name: str, lag: int) -> str:
     found = errors(report, name, lag)
     if not found:
         return "-"
-    between = f" ({min(found):.2f}-{max(found):.2f})" if len(found) > 1 else ""
+    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
     diverged = sum(
         run["diverged"]
         for run in report["runs"]
@@ -100,21 +89,22 @@ def _cell(report: dict[str, Any], name: str, lag: int) -> str:
     return f"{statistics.fmean(found):.2f}{between}" + f", {diverged} diverged" * bool(diverged)
 
 
-def table(report: dict[str, Any]) -> Table:
+def table(report: Result) -> Table:
     """Error by arm and lag: mean (range)."""
-    lags = sorted(report["settings"]["lags"])
+    lags = sorted(report.settings["lags"])
     lines = [[name, *(_cell(report, name, lag) for lag in lags)] for name in report["arms"]]
     what = {
         "classification": "Error on the test set, %",
+        "frozen-top": "Error on the test set, %, behind a last stage that does not learn",
         "reconstruction": "Variance of the test images that is not reconstructed, %",
-    }[report["settings"]["task"]]
+    }[report.settings["task"]]
     caption = f"{what}: mean (range) over seeds. backprop and local do not depend on the lag."
     return Table(["arm", *(f"lag {lag}" for lag in lags)], lines, caption)
 
 
-def sentence(report: dict[str, Any]) -> str:
+def sentence(report: Result) -> str:
     """Whom the first cDNI arm beats at the largest lag, every seed below every seed."""
-    lag = max(report["settings"]["lags"])
+    lag = max(report.settings["lags"])
     ours = next((name for name in report["arms"] if name.startswith("cdni")), None)
     mine = errors(report, ours, lag) if ours else []
     if not ours or not mine:
@@ -128,7 +118,7 @@ def sentence(report: dict[str, Any]) -> str:
             found[apart].append(name)
     said = "; ".join(f"{how} {', '.join(names)}" for how, names in found.items() if names)
     return (
-        f"At a lag of {lag}, {ours} by the ranges of {len(mine)} seed{'s' * (len(mine) > 1)}: "
+        f"At a lag of {lag}, {ours} by the ranges of {text.count(len(mine), 'seed')}: "
         f"{said or 'alone'}."
     )
 
@@ -137,8 +127,8 @@ def _lag(lag: int | None) -> str:
     return "any" if lag is None else str(lag)
 
 
-def _tuning(report: dict[str, Any]) -> Table:
-    rates = report["settings"]["rates"]
+def _tuning(report: Result) -> Table:
+    rates = report.settings["rates"]
     rows = {(t["name"], _lag(t["lag"]), t["rate"]): t for t in report["tuning"]}
     lines = []
     for name, lag in dict.fromkeys((name, lag) for name, lag, _ in rows):
@@ -160,11 +150,11 @@ def _tuning(report: dict[str, Any]) -> Table:
     )
 
 
-def _cosines(report: dict[str, Any]) -> Table:
-    cuts = report["settings"]["stages"] - 1
+def _cosines(report: Result) -> Table:
+    cuts = report.settings["stages"] - 1
     lines = []
     for name in report["arms"]:
-        for lag in sorted(report["settings"]["lags"]):
+        for lag in sorted(report.settings["lags"]):
             runs = [
                 run["cosines"]
                 for run in report["runs"]
@@ -177,35 +167,13 @@ def _cosines(report: dict[str, Any]) -> Table:
     return Table(["arm", "lag", *(f"cut {i + 1}" for i in range(cuts))], lines, "Mean over seeds.")
 
 
-def _draw(report: dict[str, Any], canvas: Any) -> None:
+def _draw(report: Result, canvas: Any) -> None:
     axes = canvas.add_subplot()
-    lags = sorted(report["settings"]["lags"])
-    drawn: dict[str, int] = {}
+    lags = sorted(report.settings["lags"])
+    methods = plots.Methods()
     for name in report["arms"]:
-        family = name.partition("-")[0]
-        style = STYLES[drawn.get(family, 0) % len(STYLES)]
-        drawn[family] = drawn.get(family, 0) + 1
-        at = [(lag, found) for lag in lags if (found := errors(report, name, lag))]
-        if not at:
-            continue
-        means = [statistics.fmean(found) for _, found in at]
-        bars = [
-            [mean - min(found) for mean, (_, found) in zip(means, at, strict=True)],
-            [max(found) - mean for mean, (_, found) in zip(means, at, strict=True)],
-        ]
-        axes.errorbar(
-            [lag for lag, _ in at],
-            means,
-            bars,
-            fmt=f"{style}o",
-            color=COLOURS[family],
-            markersize=3,
-            linewidth=1.3,
-            capsize=2,
-            label=name,
-        )
-    axes.set_xlabel("lag, steps")
-    axes.set_ylabel("error, %")
-    axes.set_yscale("log")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+        colour, style = methods.style(name)
+        found = {lag: values for lag in lags if (values := errors(report, name, lag))}
+        if found:
+            plots.ranges(axes, found, name, colour, style)
+    plots.finish(axes, "lag, steps", "error, %", log=True)

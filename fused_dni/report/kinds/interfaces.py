@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.schema import Result
 
-COLOURS = ("#edae49", "#e07b54", "#d1495b", "#8d2f45", "#1b6ca8", "#6fa8dc")
+
+def title(report: Result) -> str:
+    """Name what is compared, and the data."""
+    return f"Synthetic and true gradients by depth, on {report['dataset']}"
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.experiments.interfaces.measure`."""
-    settings, where = report["settings"], report["facts"]
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.experiments.interfaces.measure` came to."""
+    settings = report.settings
     networks = report["networks"]
     deepest = max(row["depth"] for row in networks)
     each = [row for row in networks if row["every"] == 1]
     spaced = [row for row in networks if row["every"] and row["depth"] == deepest]
     said: list[Block] = [
-        Heading(f"Synthetic and true gradients by depth, on {report['dataset']}", 1),
-        Text(
-            f"{where['device']}, threads {where['threads']}, torch {where['torch']}, commit "
-            f"{where['commit'] or 'unknown'}."
-        ),
         Text(
             f"Hidden layers of {settings['hidden']} (Linear, BatchNorm, ReLU) trained by "
             f"label-conditioned DNI for {settings['steps']} steps of batch "
             f"{settings['batch_size']}, Adam at {settings['lr']:g} (synthesizers "
-            f"{settings['sg_lr']:g}), cosine to zero, {100 * settings['warmup']:.0f} % of the "
+            f"{settings['sg_lr']:g}), cosine to zero, {text.percent(settings['warmup'])} of the "
             "steps for warm-up, targets on every step. Then each layer's synthetic gradient is "
             "held against the true gradient of the whole network on "
-            f"{settings['batches']} training batches. Mean over {len(settings['seeds'])} seeds."
+            f"{settings['batches']} training batches. Mean over "
+            f"{text.count(len(settings['seeds']), 'seed')}."
         ),
         Heading("Error"),
         _errors(report),
@@ -59,7 +60,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
 
 def named(depth: int, every: int) -> str:
     """Name a network, in progress and reports; ``every`` as in a report's ``networks``."""
-    layers = f"{depth} layer{'s' if depth > 1 else ''}"
+    layers = text.count(depth, "layer")
     if every == 0:
         return f"{layers}, backprop"
     if every == 1:
@@ -74,7 +75,7 @@ def mean_of(row: dict[str, Any], layer: int, name: str) -> float | None:
 
 
 def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
-    """A value a seed; none where there is no interface or nothing to divide by."""
+    """Return a value a seed; none where there is no interface or nothing to divide by."""
     return [
         at[name]
         for run in row["runs"]
@@ -83,7 +84,7 @@ def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
     ]
 
 
-def _errors(report: dict[str, Any]) -> Table:
+def _errors(report: Result) -> Table:
     networks = report["networks"]
     exact = {row["depth"]: _errors_of(row) for row in networks if row["every"] == 0}
     lines = []
@@ -101,8 +102,7 @@ def _errors_of(row: dict[str, Any]) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> tuple[str, str]:
-    several = len(values) > 1
-    between = f"{min(values):.2f}-{max(values):.2f}" if several else "-"
+    between = text.span(values, to="-") if len(values) > 1 else "-"
     return f"{statistics.fmean(values):.2f} %", between
 
 
@@ -134,28 +134,16 @@ def _figure(name: str, rows: list[dict[str, Any]], what: str) -> Figure:
 
 def _draw(rows: list[dict[str, Any]], canvas: Any) -> None:
     axes = canvas.add_subplot()
-    for colour, row in zip(COLOURS * len(rows), rows, strict=False):
+    for colour, row in zip(itertools.cycle(plots.CYCLE), rows, strict=False):
         layers = [at["layer"] for at in row["runs"][0]["layers"]]
-        found = {layer: values_of(row, layer, "true_cosine") for layer in layers}
-        shown = [layer for layer in layers if found[layer]]
-        means = [statistics.fmean(found[layer]) for layer in shown]
-        bars = [
-            [mean - min(found[layer]) for mean, layer in zip(means, shown, strict=True)],
-            [max(found[layer]) - mean for mean, layer in zip(means, shown, strict=True)],
-        ]
-        axes.errorbar(
-            [row["depth"] - layer for layer in shown],
-            means,
-            yerr=bars,
-            marker="o",
-            capsize=3,
-            color=colour,
-            label=named(row["depth"], row["every"]),
-        )
-    axes.axhline(0.0, color="#777777", linewidth=0.8)
+        found = {
+            row["depth"] - layer: values
+            for layer in layers
+            if (values := values_of(row, layer, "true_cosine"))
+        }
+        plots.ranges(axes, found, named(row["depth"], row["every"]), colour)
+    axes.axhline(0.0, color=plots.GREY, linewidth=0.8)
     axes.set_ylim(top=1.0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layers between the interface and the head")
-    axes.set_ylabel("cosine with the true gradient")
-    axes.grid(True, alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+    axis = "layers between the interface and the head"
+    plots.finish(axes, axis, "cosine with the true gradient")

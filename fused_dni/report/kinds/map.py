@@ -9,6 +9,8 @@ from typing import Any
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.schema import Result
+from fused_dni.report.words import device, often
 
 #: The k that are drawn, if they were measured: the dearest, the usual one, the cheapest.
 DRAWN = ("1", "4", "never")
@@ -26,11 +28,14 @@ Cell = tuple[float | None, str]  # what is coloured, None for no colour; what is
 Points = list[dict[str, Any]]
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """A map's report, from its JSON."""
+def title(report: Result) -> str:
+    """Name the map."""
+    return "Where the synthetic gradient pays"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show a series after the other."""
     made: list[Block] = [
-        Heading("Where the synthetic gradient pays", 1),
-        Text(sentence(report), lead=True),
         Text(
             "One layer (Linear, BatchNorm, ReLU) inside a network, as wide at its input as at its "
             "output. Ratios are times of a training step by DNI, with targets on every k-th step, "
@@ -44,7 +49,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     return made
 
 
-def sentence(report: dict[str, Any]) -> str:
+def sentence(report: Result) -> str:
     """At how many points of the whole map it pays, for each k."""
     measured = [
         point
@@ -54,7 +59,7 @@ def sentence(report: dict[str, Any]) -> str:
     ]
     counts = []
     for k in DRAWN:
-        words = [p["ratios"]["fused"][k]["verdict"] for p in measured if k in p["ratios"]["fused"]]
+        words = [p["ratios"]["fused"][k].verdict() for p in measured if k in p["ratios"]["fused"]]
         if words:
             counts.append(f"{_when(k)} at {words.count('faster')} of {len(words)}")
     found = ", ".join(counts) or "not measured"
@@ -66,9 +71,9 @@ def sentence(report: dict[str, Any]) -> str:
 
 def _series(series: dict[str, Any], number: int) -> list[Block]:
     facts, settings = series["facts"], series["settings"]
-    device = facts["gpu"] if settings["where"] == "cuda" else facts["device"]
-    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    where = device if settings["where"] == "cuda" else f"{device}, {threads}"
+    where = device({**facts, "where": settings["where"]})
+    if settings["where"] != "cuda":
+        where += f", {text.count(facts['threads'], 'thread')}"
     ks = [str(k or "never") for k in settings["ks"]]
     drawn = [k for k in DRAWN if k in ks] or ks[:3]
     points = list(series["points"].values())
@@ -90,7 +95,7 @@ def _series(series: dict[str, Any], number: int) -> list[Block]:
 
 
 def _failures(points: dict[str, dict[str, Any]]) -> list[Block]:
-    """Why points were not measured, and which."""
+    """Say why points were not measured, and which."""
     reasons: dict[str, list[str]] = {}
     for key, point in points.items():
         if "failed" in point:
@@ -116,7 +121,7 @@ def _sentence(points: Points, kind: str, ks: list[str], at: str) -> Text:
     """At how many points it pays, for each k."""
     counts = []
     for k in ks:
-        found = [p["ratios"]["fused"][k]["verdict"] for p in _of(points, kind) if "failed" not in p]
+        found = [p["ratios"]["fused"][k].verdict() for p in _of(points, kind) if "failed" not in p]
         faster, slower = found.count("faster"), found.count("slower")
         counts.append(
             f"{_when(k)} it is faster at {faster} of {len(found)} points, slower at {slower}, "
@@ -134,7 +139,7 @@ def _table(points: Points, kind: str, ks: list[str], at: str) -> Table:
             cells = [FAILED[point["failed"]], *("-" for _ in header[2:])]
         else:
             cells = [
-                *(text.seconds(point["timings"][base]["median"]) for base in ("backprop", "fused")),
+                *(text.seconds(point["timings"][base].median) for base in ("backprop", "fused")),
                 *(_ratio(point, k)[1] for k in ks),
                 *(_even(point, base)[1] for base in ("fused", "backprop")),
             ]
@@ -177,15 +182,14 @@ def _figures(points: Points, kinds: list[str], ks: list[str], where: str, stem: 
 
 def _ratio(point: dict[str, Any], k: str) -> Cell:
     found = point["ratios"]["fused"][k]
-    mark = "~" if found["verdict"] == "inconclusive" else ""
-    return math.log2(found["median"]), f"{mark}{found['median']:.2f}"
+    return math.log2(found.median), text.ratio(found)
 
 
 def _even(point: dict[str, Any], base: str) -> Cell:
     found = point["break_even"][base]
-    if found["kind"] == "from":
-        return math.log2(min(found["k"], LARGEST)), str(found["k"])
-    return (None, "~") if found["kind"] == "inconclusive" else (math.log2(LARGEST) + 1, "never")
+    if found.kind == "from":
+        return math.log2(min(found.k, LARGEST)), str(found.k)
+    return (None, "~") if found.kind == "inconclusive" else (math.log2(LARGEST) + 1, "never")
 
 
 def _ratio_colours() -> tuple[str, float, float, str]:
@@ -203,7 +207,7 @@ def _draw(
     colours: Callable[[], tuple[str, float, float, str]],
     canvas: Any,
 ) -> None:
-    """A panel a synthesizer: batch downwards, width to the right."""
+    """Draw a panel a synthesizer: batch downwards, width to the right."""
     import matplotlib
 
     name, low, high, label = colours()
@@ -258,6 +262,4 @@ def _named(kind: str) -> str:
 
 
 def _when(k: str) -> str:
-    return {"1": "with targets on every step", "never": "on steps without targets"}.get(
-        k, f"with targets on every {k}th step" if k != "2" else "with targets on every 2nd step"
-    )
+    return "on steps without targets" if k == "never" else f"with targets {often(int(k))}"

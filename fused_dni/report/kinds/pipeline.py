@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fused_dni.report import text
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report import plots, text
+from fused_dni.report.blocks import Block, Figure, Table, Text
+from fused_dni.report.schema import Result
 
 #: What the modes are called.
 NAMES = {
@@ -17,24 +18,23 @@ NAMES = {
 }
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.experiments.staged.train`."""
-    settings, where = report["settings"], report["facts"]
+def title(report: Result) -> str:
+    """Name the network, its split and the data."""
+    s = report.settings
+    return f"{s['depth']} hidden layers of {s['hidden']} on {s['stages']} processes, {s['dataset']}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.experiments.staged.train` came to."""
+    settings = report.settings
     return [
-        Heading(
-            f"{settings['depth']} hidden layers of {settings['hidden']} on {settings['stages']} "
-            f"processes, {settings['dataset']}",
-            1,
-        ),
         Text(
-            f"{where['device']}, one thread a process, torch {where['torch']}, commit "
-            f"{where['commit'] or 'unknown'}. {report['steps']} steps of {settings['batch_size']} "
-            f"rows; gradients come back on every {_nth(settings['target_every'])} step of the "
-            f"decoupled run, whose first {settings['warmup_steps']} wait for them. All processes "
-            "are on this machine: its links have no delay to speak of."
+            f"One thread a process. {report['steps']} steps of {settings['batch_size']} rows; "
+            f"gradients come back on every {_nth(settings['target_every'])} step of the decoupled "
+            f"run, whose first {settings['warmup_steps']} wait for them. All processes are on this "
+            "machine: its links have no delay to speak of."
         ),
         _table(report),
-        Text(sentence(report), lead=True),
         _stages(report),
         Figure(
             "loss-vs-time",
@@ -54,7 +54,7 @@ def _rate(run: dict[str, Any]) -> float:
     return float(last["steps"] - run["resumed_at"]) / float(last["seconds"])
 
 
-def _table(report: dict[str, Any]) -> Table:
+def _table(report: Result) -> Table:
     rows = []
     for run in report["runs"]:
         ages = [s["age"]["mean"] for s in run["stages"] if s["age"]["mean"] is not None]
@@ -62,7 +62,7 @@ def _table(report: dict[str, Any]) -> Table:
         rows.append([
             NAMES[run["mode"]],
             f"{_rate(run):.0f}",
-            f"{100 * run['error']:.2f} %",
+            text.percent(run["error"], ".2f"),
             f"{max(ages):.1f}" if ages else "–",
             text.size(sent / max(1, run["stages"][-1]["steps"])),
         ])  # fmt: skip
@@ -70,7 +70,7 @@ def _table(report: dict[str, Any]) -> Table:
     return Table(header, rows, "Age: the mean of the stage with the oldest gradients.")
 
 
-def _stages(report: dict[str, Any]) -> Table:
+def _stages(report: Result) -> Table:
     rows = []
     for run in report["runs"]:
         for stage in run["stages"]:
@@ -79,7 +79,7 @@ def _stages(report: dict[str, Any]) -> Table:
             dropped = sum(stage["dropped"].values()) + stage["expired"]
             rows.append([
                 f"{NAMES[run['mode']]}, stage {stage['stage']}",
-                *(f"{100 * share / seconds:.0f} %" for share in shares),
+                *(text.percent(share / seconds) for share in shares),
                 str(stage["learned"]),
                 str(dropped),
             ])  # fmt: skip
@@ -87,21 +87,20 @@ def _stages(report: dict[str, Any]) -> Table:
     return Table([*header, "gradients used", "dropped"], rows)
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """Which run was soonest and which best."""
+def sentence(report: Result) -> str:
+    """Say which run was soonest and which best."""
     runs = report["runs"]
     soonest, best = max(runs, key=_rate), min(runs, key=lambda run: float(run["error"]))
     said = (
         f"Most steps a second: {NAMES[soonest['mode']]} ({_rate(soonest):.0f}); least error: "
-        f"{NAMES[best['mode']]} ({100 * best['error']:.2f} %)"
+        f"{NAMES[best['mode']]} ({text.percent(best['error'], '.2f')})"
     )
     return f"{said}. One seed: differences of a few tenths of a per cent mean nothing."
 
 
-def _draw(report: dict[str, Any], figure: Any) -> None:
+def _draw(report: Result, figure: Any) -> None:
     axes = figure.subplots()
     for run in report["runs"]:
         seconds, losses = zip(*run["curve"], strict=True)
         axes.plot(seconds, losses, label=NAMES[run["mode"]])
-    axes.set(xlabel="seconds", ylabel="training loss", yscale="log")
-    axes.legend()
+    plots.finish(axes, "seconds", "training loss", log=True)

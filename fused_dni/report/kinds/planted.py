@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fused_dni.report.blocks import Block, Heading, Table, Text
+from fused_dni.report import text
+from fused_dni.report.blocks import Block, Table
+from fused_dni.report.schema import Result
 
 WORDS = ("slower", "inconclusive", "faster")
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """A sentence, and a table of each part that was run."""
-    made: list[Block] = [Heading("Planted differences", 1), Text(sentence(report), lead=True)]
+def title(report: Result) -> str:
+    """Name what was planted."""
+    return "Planted differences"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show a table of each part that was run."""
+    made: list[Block] = []
     if found := report.get("differences"):
         rows = [
             [
@@ -26,7 +31,7 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         made.append(Table(["planted segment", "called", "must be"], rows))
     if found := report.get("sums"):
         rows = [
-            [row["step"], f"{row['sum over step']['median']:.2f} {_interval(row['sum over step'])}"]
+            [row["step"], text.ratio(row["sum over step"], marked=False, to=" to ")]
             for row in found
         ]
         made.append(Table(["composed step", "sum of its parts over it"], rows))
@@ -34,8 +39,8 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         rows = [
             [
                 f"{times}, k = {k}",
-                f"{row['top over bottom']['median']:.1f}",
-                f"{100 * (ratio['median'] - 1):+.0f} %",
+                f"{row['top over bottom'].median:.1f}",
+                text.percent(ratio.median - 1, "+.0f"),
             ]
             for times, row in found.items()
             for k, ratio in row["measured over predicted"].items()
@@ -49,8 +54,8 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     return made
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """How many of what was planted was called rightly."""
+def sentence(report: Result) -> str:
+    """Count how much of what was planted was called rightly."""
     said = []
     if found := report.get("differences"):
         right = [f"{found[w].get(w, 0)} of {report['runs']} {w}" for w in found]
@@ -60,23 +65,16 @@ def sentence(report: dict[str, Any]) -> str:
         said.append(f"planted segments in {len(right)} of {len(found)}")
     if found := report.get("tops"):
         off = [
-            abs(ratio["median"] - 1.0)
+            abs(ratio.median - 1.0)
             for row in found.values()
             for ratio in row["measured over predicted"].values()
         ]
         said.append(
             f"mean steps under {len(found)} planted tops were the formula's within "
-            f"{100 * max(off):.0f} %"
+            f"{text.percent(max(off))}"
         )
     if not said:
         return "Only sums of parts were measured."
     joined = "; ".join(said)
     beside = f", with {report['busy']} other processes on the cores" if report["busy"] else ""
     return f"{joined[0].upper()}{joined[1:]}{beside}."
-
-
-def _interval(found: dict[str, Any]) -> str:
-    if found["interval"] is None:
-        return ""
-    low, high = found["interval"]
-    return f"({low:.2f} to {high:.2f})"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text, label
+from fused_dni.report.schema import Result
 
 #: The range of what lies in none, and the op of what is none of torch's: our kernels, Python.
 NOWHERE = "(no range)"
@@ -17,27 +18,34 @@ ROWS = 30
 BARS = 12
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The profile of a command by one of the tools."""
-    parts = {"torch": _torch, "ncu": _ncu, "nsys": _nsys}
-    said = [
-        Heading(f"Profile: {shlex.join(report['profiled'])}", 1),
-        *parts[report["tool"]](report),
-    ]
+def title(report: Result) -> str:
+    """Name the command."""
+    return f"Profile: {shlex.join(report['profiled'])}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show what one of the tools has seen of a command."""
+    said = {"torch": _torch, "ncu": _ncu, "nsys": _nsys}[report["tool"]](report)
     if report["status"]:
         said.append(Text(f"The command ended with exit status {report['status']}."))
     return said
 
 
+def sentence(report: Result) -> str:
+    """Say where most of the time went; nothing of a timeline, which is looked at."""
+    return {"torch": _torch_sentence, "ncu": _ncu_sentence}.get(report["tool"], lambda _: "")(
+        report
+    )
+
+
 # --------------------------------------------------------------------------------------- torch
 
 
-def _torch(report: dict[str, Any]) -> list[Block]:
+def _torch(report: Result) -> list[Block]:
     ranges, ops = report["ranges"], report["ops"]
     device = any(row["device"] for row in ops)
-    spent = sum(row["own"] for row in ranges) or 1.0
+    spent = _spent(report)
     said: list[Block] = [
-        Text(_sentence(report, spent), lead=True),
         Heading("By range"),
         Table(
             ["range", "calls", "with what is inside", "own", "share", *["GPU"] * device, "memory"],
@@ -47,7 +55,7 @@ def _torch(report: dict[str, Any]) -> list[Block]:
                     str(row["calls"] or "-"),
                     text.seconds(row["total"] or None),
                     text.seconds(row["own"]),
-                    f"{100 * row['own'] / spent:.1f} %",
+                    text.percent(row["own"] / spent, ".1f"),
                     *[text.seconds(row["device"])] * device,
                     text.size(row["memory"]),
                 ]
@@ -64,7 +72,7 @@ def _torch(report: dict[str, Any]) -> list[Block]:
                     f"{row['range']} › {row['op']}",
                     str(row["calls"]),
                     text.seconds(row["own"]),
-                    f"{100 * row['own'] / spent:.1f} %",
+                    text.percent(row["own"] / spent, ".1f"),
                     *[text.seconds(row["device"])] * device,
                     text.size(row["memory"]),
                 ]
@@ -76,21 +84,26 @@ def _torch(report: dict[str, Any]) -> list[Block]:
         Text(f"The trace is in {report['trace']}, for chrome://tracing or ui.perfetto.dev."),
     ]
     if any(row["range"] != NOWHERE for row in ranges):
-        said.insert(1, _bars(ranges))
+        said.insert(0, _bars(ranges))
     return said
 
 
-def _sentence(report: dict[str, Any], spent: float) -> str:
+def _spent(report: Result) -> float:
+    return sum(row["own"] for row in report["ranges"]) or 1.0
+
+
+def _torch_sentence(report: Result) -> str:
     inside = [row for row in report["ranges"] if row["range"] != NOWHERE]
     recorded = f"{text.seconds(report['seconds'])} recorded"
     if not inside:
         return f"{recorded}; no decoupled layer ran in them."
+    spent = _spent(report)
     share = sum(row["own"] for row in inside) / spent
     most = inside[0]
     return (
-        f"{recorded}; {100 * share:.0f} % of the processor's time was spent in ranges, most of it "
-        f"in {most['range']}: {100 * most['own'] / spent:.0f} %, {text.seconds(most['own'])} in "
-        f"{most['calls']} calls."
+        f"{recorded}; {text.percent(share)} of the processor's time was spent in ranges, most of "
+        f"it in {most['range']}: {text.percent(most['own'] / spent)}, {text.seconds(most['own'])} "
+        f"in {most['calls']} calls."
     )
 
 
@@ -130,9 +143,9 @@ def rows(kernels: Sequence[dict[str, Any]]) -> list[list[str]]:
             str(kernel["launches"]),
             text.seconds(kernel["time"]),
             "-" if kernel["bandwidth"] is None else f"{text.size(kernel['bandwidth'])}/s",
-            *(_percent(kernel[name]) for name in _SHARES),
+            *(text.percent(kernel[name]) for name in _SHARES),
             ", ".join(
-                f"{reason.replace('_', ' ')} {_percent(share)}"
+                f"{reason.replace('_', ' ')} {text.percent(share)}"
                 for reason, share in list(kernel["stalls"].items())[:2]
             )
             or "-",
@@ -144,39 +157,39 @@ def rows(kernels: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
 def _whole(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def _ncu(report: dict[str, Any]) -> list[Block]:
+def _ncu_sentence(report: Result) -> str:
     kernels = report["kernels"]
     if not kernels:
-        return [Text("ncu saw no launch of a kernel that passed its filter.")]
+        return "ncu saw no launch of a kernel that passed its filter."
     total = sum((k["time"] or 0.0) * k["launches"] for k in kernels)
     most = kernels[0]
     share = (most["time"] or 0.0) * most["launches"] / (total or 1.0)
+    return (
+        f"{sum(k['launches'] for k in kernels)} launches of {len(kernels)} kernels took "
+        f"{text.seconds(total)}; {most['kernel']} took {text.percent(share)} of it."
+    )
+
+
+def _ncu(report: Result) -> list[Block]:
+    if not report["kernels"]:
+        return []
     return [
-        Text(
-            f"{sum(k['launches'] for k in kernels)} launches of {len(kernels)} kernels took "
-            f"{text.seconds(total)}; {most['kernel']} took {100 * share:.0f} % of it.",
-            lead=True,
-        ),
         Table(
             HEADER,
-            rows(kernels),
+            rows(report["kernels"]),
             "Medians over launches of one shape. DRAM: bytes moved over the kernel's time, and "
             "that beside the peak of this GPU; memory system: the busiest of its levels; tensor "
             "cores: cycles in which they work; occupancy: warps resident of those that could be; "
             "warps wait for: share of the waiting by reason.",
-        ),
+        )
     ]
 
 
-def _nsys(report: dict[str, Any]) -> list[Block]:
+def _nsys(report: Result) -> list[Block]:
     return [
         Text(f"The timeline is in {report['timeline']}: open it in Nsight Systems."),
         Text(f"Recorded by: `{shlex.join(report['line'])}`"),

@@ -7,47 +7,45 @@ import itertools
 import statistics
 from typing import Any, NamedTuple
 
-from fused_dni.report import text
-from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report import plots, text
+from fused_dni.report.blocks import Block, Figure, Table, Text
+from fused_dni.report.schema import Result
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.measure.race.race`, finished or not."""
-    settings, where = report["settings"], report["facts"]
-    device = where["gpu"] if settings["device"] != "cpu" else where["device"]
-    first, *others = settings["arms"]
+def title(report: Result) -> str:
+    """Name the arms and their time."""
+    first, *others = report.settings["arms"]
+    seconds = text.seconds(report.settings["seconds"])
+    return f"A race: {seconds} for each of {first}, {', '.join(others)}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.measure.race.race` came to, finished or not."""
     seeds = len({run["seed"] for run in report["runs"]})
     said: list[Block] = [
-        Heading(f"A race: {text.seconds(settings['seconds'])} for each of {first}, "
-                f"{', '.join(others)}", 1),
-        Text(
-            f"{device}, threads {where['threads']}, torch {where['torch']}, commit "
-            f"{where['commit'] or 'unknown'}."
-        ),
         Text(
             "Arms are trained in turns, each on its own clock, which runs during steps alone. "
-            f"Losses are on data held out. A range is over {seeds} seed{'s' * (seeds != 1)}."
-        ),
-    ]  # fmt: skip
+            f"Losses are on data held out. A range is over {text.count(seeds, 'seed')}."
+        )
+    ]
     if not report["runs"]:
         return [*said, Text("Unfinished: no seed was finished.")]
     said += [
         table(report),
-        Text(sentence(report), lead=True),
         Figure(
             "loss-vs-time",
-            functools.partial(_draw, report),
+            functools.partial(draw, report),
             "Loss against an arm's own clock: mean over seeds, thin lines for single runs.",
             (7.2, 4.6),
         ),
     ]
     if not report["finished"]:
-        said.append(Text(f"Unfinished: {seeds} of {len(settings['seeds'])} seeds."))
+        said.append(Text(f"Unfinished: {seeds} of {len(report.settings['seeds'])} seeds."))
     return said
 
 
-def runs_of(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """An arm's runs."""
+def runs_of(report: Result, name: str) -> list[dict[str, Any]]:
+    """Return an arm's runs."""
     return [run for run in report["runs"] if run["name"] == name]
 
 
@@ -63,9 +61,9 @@ def reached(history: list[dict[str, float]], loss: float) -> float | None:
     return None
 
 
-def shares(report: dict[str, Any], name: str) -> list[float | None]:
+def shares(report: Result, name: str) -> list[float | None]:
     """By seed, the part of its time in which an arm came to what the first one ends with."""
-    first = {run["seed"]: run["history"] for run in runs_of(report, report["settings"]["arms"][0])}
+    first = {run["seed"]: run["history"] for run in runs_of(report, report.settings["arms"][0])}
     found = []
     for run in runs_of(report, name):
         end = first[run["seed"]][-1]
@@ -83,10 +81,10 @@ class Outcome(NamedTuple):
     mixed: list[str]
 
 
-def outcome(report: dict[str, Any]) -> Outcome:
-    """What became of the other arms."""
+def outcome(report: Result) -> Outcome:
+    """Say what became of the other arms."""
     made = Outcome([], [], [])
-    for name in report["settings"]["arms"][1:]:
+    for name in report.settings["arms"][1:]:
         found = shares(report, name)
         times = [share for share in found if share is not None]
         if len(times) == len(found) and max(times) < 1.0:
@@ -99,14 +97,16 @@ def outcome(report: dict[str, Any]) -> Outcome:
     return made
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """What the race has shown."""
-    first = report["settings"]["arms"][0]
+def sentence(report: Result) -> str:
+    """Say what the race has shown."""
+    if not report["runs"]:
+        return ""
+    first = report.settings["arms"][0]
     won, lost, mixed = outcome(report)
     said = []
     if won:
         best = "; ".join(
-            f"{name} {statistics.median(times):.2f} ({_range(times)})" for name, times in won
+            f"{name} {statistics.median(times):.2f} ({text.span(times)})" for name, times in won
         )
         said.append(f"With every seed sooner than {first} at what it ends with, in parts of its "
                     f"time: {best}.")  # fmt: skip
@@ -117,20 +117,16 @@ def sentence(report: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def _range(values: list[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def table(report: dict[str, Any]) -> Table:
-    """A row an arm."""
-    first = report["settings"]["arms"][0]
+def table(report: Result) -> Table:
+    """Show a row an arm."""
+    first = report.settings["arms"][0]
     lines = []
-    for name in report["settings"]["arms"]:
+    for name in report.settings["arms"]:
         runs = runs_of(report, name)
         ends = [run["history"][-1]["loss"] for run in runs]
         diverged = sum(run["diverged"] for run in runs)
         times = [share for share in shares(report, name) if share is not None]
-        share = f"{statistics.median(times):.2f} ({_range(times)})" if times else "never"
+        share = f"{statistics.median(times):.2f} ({text.span(times)})" if times else "never"
         if times and len(times) < len(runs):
             share += f", {len(times)} of {len(runs)} seeds"
         lines.append(
@@ -149,24 +145,12 @@ def table(report: dict[str, Any]) -> Table:
     )
 
 
-def _draw(report: dict[str, Any], canvas: Any) -> None:
+def draw(report: Result, canvas: Any) -> None:
+    """Draw every arm's loss against its clock."""
     axes = canvas.add_subplot()
-    for i, name in enumerate(report["settings"]["arms"]):
-        runs = [run["history"] for run in runs_of(report, name)]
-        colour = f"C{i % 10}"
-        for history in runs:
-            times = [point["seconds"] for point in history]
-            axes.plot(times, [point["loss"] for point in history], color=colour, alpha=0.25,
-                      linewidth=0.7)  # fmt: skip
-        whole = min(len(history) for history in runs)
-        mean = [
-            [statistics.fmean(history[j][what] for history in runs) for j in range(whole)]
-            for what in ("seconds", "loss")
-        ]
-        axes.plot(*mean, color=colour, linewidth=1.7, label=name)
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel("loss on data held out")
-    axes.set_yscale("log")
+    for i, name in enumerate(report.settings["arms"]):
+        histories = [run["history"] for run in runs_of(report, name)]
+        found = [[(point["seconds"], point["loss"]) for point in h] for h in histories]
+        plots.runs(axes, found, name, f"C{i % 10}")
     axes.set_xlim(left=0)
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+    plots.finish(axes, "seconds of training", "loss on data held out", log=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,14 +11,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-from fused_dni.report.kinds.train import COLOURS
+from fused_dni.report.schema import Result
 
 #: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
 COST_LEVEL = 19
-#: What reports from before there was such a setting were measured with.
-ADDED = {"exact_lr": 0.0}
 #: What is plotted, by the column of the histories on the horizontal axis.
 CURVES = {
     "charlm": {"bits-vs-characters": "characters", "bits-vs-wall-clock": "seconds"},
@@ -77,7 +76,7 @@ class Outcome:
             runs = self.of(name)
             final = [run["history"][-1][self.key] for run in runs]
             cost = self.costs.get(name)
-            unit = None if cost is None else cost["timing"]["median"] / cost["units"]
+            unit = None if cost is None else cost["timing"].median / cost["units"]
             rows.append(
                 {
                     "name": name,
@@ -98,7 +97,7 @@ class Outcome:
 
 
 def _judged(outcome: Outcome) -> str:
-    """What the task is judged by, in words."""
+    """Say what the task is judged by, in words."""
     return {
         "charlm": "bits per character",
         "copy": "longest length solved",
@@ -134,8 +133,9 @@ def _references(
     return short, max(longer, key=lambda row: int(row["window"]), default=None)
 
 
-def sentence(outcome: Outcome) -> str:
-    """What the numbers say, and no more: a clause for every arm that predicts."""
+def sentence(report: Result) -> str:
+    """Say what the numbers say, and no more: a clause for every arm that predicts."""
+    outcome = outcome_of(report)
     said = []
     for row in outcome.summary():
         if not row["method"].startswith("dni"):
@@ -147,8 +147,8 @@ def sentence(outcome: Outcome) -> str:
     if not said:
         return "No arm with synthetic gradients ran beside truncated backprop at the same window."
     seeds = len(outcome.settings.seeds)
-    ending = "one seed, so no spread is known" if seeds == 1 else f"means of {seeds} seeds"
-    return " ".join(said) + f" ({ending[0].upper()}{ending[1:]}.)"
+    ending = "One seed, so no spread is known" if seeds == 1 else f"Means of {seeds} seeds"
+    return " ".join(said) + f" ({ending}.)"
 
 
 def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) -> str:
@@ -162,7 +162,7 @@ def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) ->
 
 
 def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
-    """How sure the order of two arms is, from the ranges of their seeds."""
+    """Say how sure the order of two arms is, from the ranges of their seeds."""
     if len(row[key]) == 1:
         return ""
     overlap = row[f"{key}_min"] <= other[f"{key}_max"] and other[f"{key}_min"] <= row[f"{key}_max"]
@@ -189,7 +189,7 @@ def _characters(
             said += f"; {there} is no better than at T={window} here, so there is no gap to close"
         else:
             gap = short["bits_mean"] - long["bits_mean"]
-            said += f"; of the gap of {gap:.3f} to {there} it closes {100 * closed:.0f} %"
+            said += f"; of the gap of {gap:.3f} to {there} it closes {text.percent(closed)}"
     return f"{said}.{_costs(row, short, long, 'character')}"
 
 
@@ -224,7 +224,7 @@ def _costs(
 
 
 def summary(outcome: Outcome) -> Table:
-    """A row an arm."""
+    """Show a row an arm."""
     unit = outcome.axis[:-1]
     characters = outcome.settings.task == "charlm"
     judged = "bits/char" if characters else "solved"
@@ -244,13 +244,13 @@ def summary(outcome: Outcome) -> Table:
         ]
         if characters:
             closed = gap_closed(outcome, row["name"])
-            line.append("-" if closed is None else f"{100 * closed:.0f} %")
+            line.append(text.percent(closed))
         lines.append(line)
     return Table(header, lines)
 
 
 def future_table(outcome: Outcome) -> Table:
-    """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
+    """Say what truncation leaves out, a row an arm, a column a window: medians over seeds."""
     found = _future(outcome)
     windows = sorted({window for rows in found.values() for window in rows})
     lines = [
@@ -290,56 +290,53 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 # ------------------------------------------------------------------------------------------ blocks
 
 
-def outcome_of(report: dict[str, Any]) -> Outcome:
-    """The outcome that a report was written from."""
+def outcome_of(report: Result) -> Outcome:
+    """Make the outcome that a report was written from."""
     return Outcome(
-        SimpleNamespace(**{**ADDED, **report["settings"]}),
+        SimpleNamespace(**report.settings),
         report["data"],
         report["runs"],
         report["costs"],
         report["memory_curve"],
-        report["notes"],
+        report.notes,
     )
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """What a report says: settings, the sentence, tables and curves."""
-    outcome, where = outcome_of(report), report["facts"]
-    s = outcome.settings
-    seeds = len(s.seeds)
+def title(report: Result) -> str:
+    """Name the task or the text, and the LSTM."""
+    s = report.settings
+    if s["task"] == "charlm":
+        return f"{report['data']['name']}: characters, LSTM {s['hidden']}"
+    return f"{s['task']}: LSTM {s['hidden']}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show settings, tables and curves."""
+    outcome = outcome_of(report)
+    s, d = outcome.settings, outcome.data
     updates = f"an update every {s.update_every} steps" if s.update_every else "one a window"
     if s.task == "charlm":
-        d = outcome.data
-        subject = f"{d['name']}: characters, LSTM {s.hidden}"
         what = (
             f"{s.amount} characters for every arm, {s.batch_size} streams, {updates}; validated on "
             f"the last {d['validation_characters']} of {d['name']}'s characters, "
             f"{d['symbols']} symbols"
         )
     else:
-        subject = f"{s.task}: LSTM {s.hidden}"
         what = (
             f"{s.amount} batches of {s.batch_size} episodes for every arm, symbols of {s.width} "
             "bits, an update a window"
         )
     said: list[Block] = [
-        Heading(subject, 1),
-        Text(
-            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
-            f"commit {where['commit'] or 'unknown'}."
-        ),
         Text(
             f"{what}; Adam at {s.lr:g} (truncated backprop {s.exact_lr or s.lr:g}, synthesizers "
             f"{s.sg_lr:g}), "
             f"{'cosine to zero' if s.cosine else 'constant'}, clipped at {s.clip:g}; synthetic "
-            f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; {seeds} "
-            f"seed{'s' if seeds > 1 else ''}. Total times are of training alone, arms taking "
+            f"gradients times {s.sg_scale:g}, synthesizer: {s.synthesizer}; "
+            f"{text.count(len(s.seeds), 'seed')}. Total times are of training alone, arms taking "
             "turns; "
             f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
-            f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}. "
-            f"Memory: {report['memory_method']}."
+            f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}."
         ),
-        Text(sentence(outcome), lead=True),
         summary(outcome),
         *curves(outcome),
     ]
@@ -355,14 +352,14 @@ def blocks(report: dict[str, Any]) -> list[Block]:
         ]
     if outcome.memory_curve:
         said += [Heading("Peak memory"), memory_table(outcome.memory_curve)]
-    return [*said, *map(Text, outcome.notes)]
+    return said
 
 
 # ------------------------------------------------------------------------------------------- plots
 
 
 def curves(outcome: Outcome) -> list[Figure]:
-    """The task's measure against data and wall-clock, and what the probe found."""
+    """Draw the task's measure against data and wall-clock, and what the probe found."""
     subject = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
     made = [
         Figure(name, functools.partial(_measure, outcome, key), f"{subject}: {name}.")
@@ -394,68 +391,37 @@ def curves(outcome: Outcome) -> list[Figure]:
 
 def _measure(outcome: Outcome, key: str, canvas: Any) -> None:
     axes = canvas.add_subplot()
-    for i, arm in enumerate(outcome.names()):
-        _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, i, arm)
-    axes.set_xlabel(AXES[key])
-    axes.set_ylabel(AXES.get(outcome.key, _judged(outcome)))
+    for arm, colour in zip(outcome.names(), itertools.cycle(plots.CYCLE), strict=False):
+        _curve(axes, [run["history"] for run in outcome.of(arm)], key, outcome.key, colour, arm)
     axes.set_xlim(left=0)
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+    plots.finish(axes, AXES[key], AXES.get(outcome.key, _judged(outcome)))
 
 
 def _draw_future(ratios: dict[str, dict[int, float]], canvas: Any) -> None:
-    from matplotlib.ticker import FormatStrFormatter
-
     axes = canvas.add_subplot()
-    for i, (arm, rows) in enumerate(ratios.items()):
-        axes.plot(list(rows), list(rows.values()), "o-", color=_colour(i), label=arm)
+    for (arm, rows), colour in zip(ratios.items(), itertools.cycle(plots.CYCLE), strict=False):
+        axes.plot(list(rows), list(rows.values()), "o-", color=colour, label=arm)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.set_xlabel("window T")
-    axes.set_ylabel("gradient of the future / window's own")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+    plots.finish(axes, "window T", "gradient of the future / window's own", log=True)
+    plots.plain_ticks(axes.xaxis)
 
 
 def _draw_prediction(predicted: dict[str, Any], axis: str, canvas: Any) -> None:
     panels = canvas.subplots(2, 1, sharex=True)
-    for axes, key, label in zip(
-        panels,
-        ("prediction_cosine", "prediction_norm_ratio"),
-        ("cosine", "norm ratio"),
-        strict=True,
-    ):
-        for i, (arm, histories) in enumerate(predicted.items()):
-            _curve(axes, histories, axis, key, i, arm)
+    keys = (("prediction_cosine", "cosine"), ("prediction_norm_ratio", "norm ratio"))
+    for axes, (key, label) in zip(panels, keys, strict=True):
+        for (arm, found), colour in zip(
+            predicted.items(), itertools.cycle(plots.CYCLE), strict=False
+        ):
+            _curve(axes, found, axis, key, colour, arm)
         axes.axhline(0.0, color="black", linewidth=0.6)
-        axes.grid(True, alpha=0.2)
-        axes.set_ylabel(f"prediction and true gradient: {label}")
+        plots.finish(axes, "", f"prediction and true gradient: {label}")
     panels[1].set_xlabel(AXES[axis])
-    panels[0].legend(frameon=False, fontsize=8)
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
 
 
 def _curve(
-    axes: Any, histories: list[list[dict[str, Any]]], x: str, y: str, i: int, label: str
+    axes: Any, histories: list[list[dict[str, Any]]], x: str, y: str, colour: str, label: str
 ) -> None:
-    """The median over seeds, the seeds thin behind it."""
-    for rows in histories if len(histories) > 1 else []:
-        axes.plot(
-            [row[x] for row in rows],
-            [row[y] for row in rows],
-            color=_colour(i),
-            alpha=0.25,
-            linewidth=0.8,
-        )
-    points = min(len(rows) for rows in histories)
-    axes.plot(
-        [statistics.median([rows[e][x] for rows in histories]) for e in range(points)],
-        [statistics.median([rows[e][y] for rows in histories]) for e in range(points)],
-        color=_colour(i),
-        linewidth=1.8,
-        label=label,
-    )
+    """Draw the median over seeds, the seeds thin behind it."""
+    found = [[(row[x], row[y]) for row in rows] for rows in histories]
+    plots.runs(axes, found, label, colour, middle=statistics.median)

@@ -8,8 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.schema import Result
+from fused_dni.report.words import ordinal
 
 #: Ahead is who carries more by this share: less is not worth a sentence.
 AHEAD = 0.05
@@ -25,19 +27,18 @@ COLUMNS = 8
 Rows = Sequence[dict[str, Any]]
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """The report of :func:`fused_dni.measure.simulate.sweep.sweep`."""
-    settings, where = report["settings"], report["facts"]
+def title(report: Result) -> str:
+    """Name the number of devices."""
+    return f"Training on {report.settings['stages']} devices, simulated"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Say what :func:`fused_dni.measure.simulate.sweep.sweep` came to."""
+    settings, stages = report.settings, report.settings["stages"]
     latency, chains = report["latency"], report["chains"]
-    stages = settings["stages"]
     said: list[Block] = [
-        Heading(f"Training on {stages} devices, simulated", 1),
-        Text(
-            f"Simulated by fused_dni {where['fused_dni'] or '(not installed)'}, commit "
-            f"{where['commit'] or 'unknown'}. {_times(report)}"
-        ),
+        Text(_times(report)),
         Text(_given(settings) + _few_spells(report)),
-        Text(sentence(report), lead=True),
         Text(
             "Throughput is not accuracy. Stale gradients, DNI and local losses wait for nothing "
             "that comes back and carry about the same; they differ in what they learn from: a "
@@ -81,8 +82,8 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     return said
 
 
-def _times(report: dict[str, Any]) -> str:
-    times, measured = report["settings"]["times"], report["measured"]
+def _times(report: Result) -> str:
+    times, measured = report.settings["times"], report["measured"]
 
     def mean(name: str) -> str:
         return text.seconds(sum(times[name]) / len(times[name]))
@@ -123,15 +124,15 @@ def _given(settings: dict[str, Any]) -> str:
     if link["latency_back"] is not None:
         said.append(f"The way back takes {_named_latency(link['latency_back'])}.")
     if link["jitter"] or link["jitter_share"]:
-        share = f"{100 * link['jitter_share']:g} % of the latency"
+        share = f"{text.percent(link['jitter_share'], 'g')} of the latency"
         fixed = text.seconds(link["jitter"])
         both = " and ".join([fixed] * bool(link["jitter"]) + [share] * bool(link["jitter_share"]))
         said.append(f"Messages take {both} longer on the average ({link['shape']}).")
     if slow["factor"] > 1.0 and slow["share"] > 0.0:
         who = "Every stage" if slow["stage"] is None else f"Stage {slow['stage']}"
         said.append(
-            f"{who} is {slow['factor']:g} times as slow for {100 * slow['share']:g} % of the time, "
-            f"in spells of {text.seconds(slow['spell'])}."
+            f"{who} is {slow['factor']:g} times as slow for {text.percent(slow['share'], 'g')} "
+            f"of the time, in spells of {text.seconds(slow['spell'])}."
         )
     if failures["every"] is not None:
         said.append(
@@ -146,16 +147,16 @@ def _given(settings: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def _few_spells(report: dict[str, Any]) -> str:
+def _few_spells(report: Result) -> str:
     """Say so if chance, not the model, decides what stragglers cost."""
-    slow = report["settings"]["stragglers"]
+    slow = report.settings["stragglers"]
     if slow["factor"] <= 1.0 or not 0.0 < slow["share"] < 1.0:
         return ""
     wanted = SPELLS * slow["spell"] / slow["share"]
     least = min(row["seconds"] for row in [*report["latency"], *report["chains"]])
     if least >= wanted:
         return ""
-    steps = math.ceil(report["settings"]["steps"] * wanted / least)
+    steps = math.ceil(report.settings["steps"] * wanted / least)
     return (
         f" In the {text.seconds(least)} that were simulated at least, a stage has few slow spells: "
         f"--steps {steps} would hold {SPELLS}."
@@ -163,7 +164,7 @@ def _few_spells(report: dict[str, Any]) -> str:
 
 
 def _every(k: int) -> str:
-    return "" if k == 1 else f"{k}th " if k > 3 else {2: "2nd ", 3: "3rd "}[k]
+    return "" if k == 1 else f"{ordinal(k)} "
 
 
 def _named_latency(value: float) -> str:
@@ -176,7 +177,8 @@ def curve(rows: Rows, mode: str, over: str) -> list[tuple[float, float]]:
 
 
 def ahead(rows: Rows, mode: str, other: str) -> list[tuple[float, float]]:
-    """The stretches of latency in which ``mode`` carries more than ``other`` by :data:`AHEAD`.
+    """Return the stretches of latency in which ``mode`` carries more than ``other`` by
+    :data:`AHEAD`.
 
     Returns:
         From and to, in seconds; infinity for "to the end of the sweep", and 0 for its beginning.
@@ -218,9 +220,9 @@ def _stretch(found: Sequence[tuple[float, float]]) -> str:
     return ", ".join(said)
 
 
-def sentence(report: dict[str, Any]) -> str:
-    """From where on DNI, or the first mode that is there instead, is ahead of each other one."""
-    settings = report["settings"]
+def sentence(report: Result) -> str:
+    """Say from where on DNI, or the first mode that is there instead, is ahead of others."""
+    settings = report.settings
     names = [name for name, _ in settings["modes"]]
     name = "dni" if "dni" in names else names[0]
     last = settings["latencies"][-1]
@@ -236,7 +238,7 @@ def sentence(report: dict[str, Any]) -> str:
     )
     return (
         f"With {settings['stages']} stages and latencies to {_named_latency(last)}, {name} carries "
-        f"{100 * AHEAD:.0f} % more rows or better than others in these latencies: ahead "
+        f"{text.percent(AHEAD)} more rows or better than others in these latencies: ahead "
         f"{', '.join(found)}. At {_named_latency(last)} the most are carried by {best['mode']}, "
         f"{_rows(best['rows'])} a second."
     )
@@ -247,7 +249,7 @@ def _rows(value: float) -> str:
 
 
 def _some(values: Sequence[Any]) -> list[Any]:
-    """As many as fit a table, the first and the last among them."""
+    """Return as many as fit a table, the first and the last among them."""
     if len(values) <= COLUMNS:
         return list(values)
     last = len(values) - 1
@@ -264,8 +266,8 @@ def _over(rows: Rows, over: str, name: Any) -> Table:
     return Table(["mode", *map(name, points)], lines)
 
 
-def _who(report: dict[str, Any]) -> Table:
-    names = [name for name, _ in report["settings"]["modes"]]
+def _who(report: Result) -> Table:
+    names = [name for name, _ in report.settings["modes"]]
     lines = [
         [
             mode,
@@ -279,8 +281,8 @@ def _who(report: dict[str, Any]) -> Table:
     return Table(
         ["ahead of", *names],
         lines,
-        f"In which latencies the mode of the row carries {100 * AHEAD:.0f} % more than that of the "
-        "column; between two latencies of the sweep on a straight line.",
+        f"In which latencies the mode of the row carries {text.percent(AHEAD)} more than that of "
+        "the column; between two latencies of the sweep on a straight line.",
     )
 
 
@@ -288,12 +290,12 @@ def _details(rows: Rows) -> Table:
     failing = any(row["failure"] is not None for row in rows)
     lines = []
     for row in rows:
-        dropped = "" if row["dropped"] is None else f"{100 * row['dropped']:.0f} %"
+        dropped = "" if row["dropped"] is None else text.percent(row["dropped"])
         line = [
             row["mode"],
             _rows(row["rows"]),
             f"{row['rows_an_update']:,.0f}",
-            f"{100 * row['mean']:.0f} % ({100 * row['least']:.0f} to {100 * row['most']:.0f})",
+            f"{text.percent(row['mean'])} ({100 * row['least']:.0f} to {100 * row['most']:.0f})",
             text.size(row["forward_bytes"]),
             text.size(row["backward_bytes"]),
             "-" if row["age"] is None else text.significant(row["age"], 2),
@@ -331,7 +333,7 @@ def _checked(rows: Rows) -> list[Block]:
             _named_latency(row["latency"]),
             text.significant(row["measured"], 4),
             text.significant(row["simulated"], 4),
-            f"{100 * row['deviation']:+.1f} %",
+            text.percent(row["deviation"], "+.1f"),
         ]
         for row in rows
     ]
@@ -341,8 +343,8 @@ def _checked(rows: Rows) -> list[Block]:
         Heading("Held against what was measured"),
         Table(["mode", "stages", "latency", "measured steps/s", "simulated", "deviation"], lines),
         Text(
-            f"{len(rows) - len(off)} of {len(rows)} rows agree within {100 * AGREEMENT:.0f} %; the "
-            f"largest deviation is {100 * worst:.1f} %."
+            f"{len(rows) - len(off)} of {len(rows)} rows agree within {text.percent(AGREEMENT)}; "
+            f"the largest deviation is {text.percent(worst, '.1f')}."
         ),
     ]
 
@@ -365,8 +367,4 @@ def _draw(rows: Rows, over: str, label: str, scale: float, canvas: Any) -> None:
         # Beside the smallest latency there is room for none.
         axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
     axes.set_xlim(left=0.0 if over == "latency" else None)
-    axes.set_yscale("log")
-    axes.set_xlabel(label)
-    axes.set_ylabel("rows a second")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
+    plots.finish(axes, label, "rows a second", log=True)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from fused_dni.report import text
+from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-from fused_dni.report.kinds import blocks_of
+from fused_dni.report.layout import blocks_of
+from fused_dni.report.schema import Result, result_of
 
 #: Accuracy whose wall-clock is reported.
 THRESHOLD = {"mnist": 0.98, "digits": 0.96}
-#: What reports from before there was such a setting were measured with.
-ADDED = {"interface": "output"}
-COLOURS = ("#1b6ca8", "#6fa8dc", "#2e9e5b", "#d1495b", "#edae49", "#8d6a9f", "#555555")
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Outcome:
 
 
 def summary(outcome: Outcome) -> Table:
-    """A row a method."""
+    """Show a row a method."""
     rows = outcome.summary()
     base = next((row["seconds_per_epoch"] for row in rows if row["name"] == "backprop"), None)
     header = ["method", "error", "range", "epoch", "vs backprop", "total"]
@@ -107,8 +106,8 @@ def summary(outcome: Outcome) -> Table:
         lines.append(
             [
                 row["name"],
-                f"{100 * row['error_mean']:.2f} %",
-                f"{100 * row['error_min']:.2f}-{100 * row['error_max']:.2f}" if several else "-",
+                text.percent(row["error_mean"], ".2f"),
+                text.span([100 * e for e in row["errors"]], to="-") if several else "-",
                 text.seconds(row["seconds_per_epoch"]),
                 f"{row['seconds_per_epoch'] / base:.2f}x" if base else "-",
                 text.seconds(row["seconds_total"]),
@@ -119,7 +118,7 @@ def summary(outcome: Outcome) -> Table:
 
 
 def split(parts: dict[str, Any]) -> Table:
-    """Where a step's time goes, a row a method."""
+    """Show where a step's time goes, a row a method."""
     keys = ("forward", "sg", "update", "targets", "rest", "total")
     names = ("forward", "SG", "update", "targets", "rest", "total")
     lines = [
@@ -130,7 +129,7 @@ def split(parts: dict[str, Any]) -> Table:
 
 
 def curves(outcome: Outcome) -> list[Figure]:
-    """Error against wall-clock and against steps."""
+    """Draw the error against wall-clock and against steps."""
     settings = outcome.settings
     title = f"{outcome.dataset}, {settings.depth} x {settings.hidden}, batch {settings.batch_size}"
     return [
@@ -148,58 +147,43 @@ def curves(outcome: Outcome) -> list[Figure]:
 
 
 def _draw(outcome: Outcome, key: str, label: str, canvas: Any) -> None:
-    from matplotlib.ticker import FormatStrFormatter
-
     axes = canvas.add_subplot()
-    for i, method in enumerate(outcome.names()):
-        colour = COLOURS[i % len(COLOURS)]
-        runs = [run["history"] for run in outcome.of(method)]
-        for rows in runs if len(runs) > 1 else []:
-            axes.plot(
-                [row[key] for row in rows],
-                [100 * row["error"] for row in rows],
-                color=colour,
-                alpha=0.25,
-                linewidth=0.8,
-            )
-        middle = [
-            (
-                statistics.median([rows[e][key] for rows in runs]),
-                100 * statistics.median([rows[e]["error"] for rows in runs]),
-            )
-            for e in range(len(runs[0]))
-        ]
-        axes.plot(*zip(*middle, strict=True), color=colour, linewidth=1.8, label=method)
-    axes.set_xlabel(label)
-    axes.set_ylabel("error, % (log)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    for method, colour in zip(outcome.names(), itertools.cycle(plots.CYCLE), strict=False):
+        found = [[(r[key], 100 * r["error"]) for r in run["history"]] for run in outcome.of(method)]
+        plots.runs(axes, found, method, colour, middle=statistics.median)
     axes.set_xlim(left=0)
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(frameon=False)
+    plots.finish(axes, label, "error, % (log)", log=True)
+    plots.plain_ticks(axes.yaxis)
 
 
-def blocks(report: dict[str, Any]) -> list[Block]:
-    """What a report says: settings, accuracy and time, where a step's time goes, the verdict."""
-    s, where = SimpleNamespace(**{**ADDED, **report["settings"]}), report["facts"]
-    outcome = Outcome(
-        s, report["dataset"], report["runs"], report["steps_per_epoch"], report["split"]
+def outcome_of(report: Result) -> Outcome:
+    """Make the outcome that a report was written from."""
+    return Outcome(
+        SimpleNamespace(**report.settings),
+        report["dataset"],
+        report["runs"],
+        report["steps_per_epoch"],
+        report["split"],
     )
-    seeds = len(s.seeds)
+
+
+def title(report: Result) -> str:
+    """Name the data and the network."""
+    s = report.settings
+    return f"{report['dataset']}: {text.count(s['depth'], 'hidden layer')} of {s['hidden']}"
+
+
+def blocks(report: Result) -> list[Block]:
+    """Show settings, accuracy and time, where a step's time goes, the verdict, the race."""
+    outcome = outcome_of(report)
+    s = outcome.settings
     said: list[Block] = [
-        Heading(f"{outcome.dataset}: {s.depth} hidden layers of {s.hidden}", 1),
-        Text(
-            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
-            f"commit {where['commit'] or 'unknown'}."
-        ),
         Text(
             f"Batch {s.batch_size}, {s.epochs} epochs of {outcome.steps_per_epoch} "
             f"steps, {s.update} at {s.lr:g} (synthesizers {s.sg_lr:g}), "
             f"cosine to zero, {s.warmup_steps} warm-up steps on true gradients, "
             f"synthesizers of {f'rank {s.rank}' if s.rank else 'full rank'} at the {s.interface}, "
-            f"{seeds} "
-            f"seed{'s' if seeds > 1 else ''}. Errors are of the last epoch on the "
+            f"{text.count(len(s.seeds), 'seed')}. Errors are of the last epoch on the "
             f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
             "epoch by epoch. Time to an accuracy counts whole epochs."
         ),
@@ -210,10 +194,11 @@ def blocks(report: dict[str, Any]) -> list[Block]:
     if outcome.split is not None:
         said += [Heading("Where a step's time goes"), split(outcome.split)]
         said.append(Text(outcome.split["how"]))
-    if "verdict" in report:
-        said.append(Heading("Verdict for these layers"))
-        said += [b for b in blocks_of(report["verdict"]) if not isinstance(b, Heading)]
-    if "race" in report:
-        said.append(Heading("Under an expensive top"))
-        said += [b for b in blocks_of(report["race"]) if not isinstance(b, Heading)]
-    return [*said, *map(Text, report["notes"])]
+    for name, heading in (
+        ("verdict", "Verdict for these layers"),
+        ("race", "Under an expensive top"),
+    ):
+        if name in report:
+            inner = blocks_of(result_of(report[name]), origin=False)
+            said += [Heading(heading), *(b for b in inner if not isinstance(b, Heading))]
+    return said
