@@ -28,7 +28,7 @@ FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
 
 def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The table of the whole network, a group a case and rule."""
+    """Measure the table of the whole network, a group a case and rule."""
     k_1, k_4 = step.DNI_1.name, step.DNI_4.name
     # Where nothing multiplies bfloat16, stock layers take many times what they take in float32.
     methods = [method for method in step.METHODS if _cpu.bf16() or not method.bf16]
@@ -148,8 +148,8 @@ def measure_gemm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[s
 
 
 def measure_lstm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a group, but
-    at least eight rounds."""
+    """Measure the LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a
+    group, but at least eight rounds."""
     floors = {False: "floor: forward products by torch", True: "floor: products by torch"}
 
     def group(

@@ -19,7 +19,8 @@ TITLES = {
 
 
 def render_delay(results: list[dict[str, Any]]) -> str:
-    """A table for each task and depth: a row an arm, a column a number of stages and a lag."""
+    """Render a table for each task and depth: a row an arm, a column a number of stages and a
+    lag."""
     if not results:
         return "Not measured yet."
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -65,7 +66,7 @@ def _where(facts: dict[str, Any]) -> str:
 
 
 def _label(name: str, settings: dict[str, Any]) -> str:
-    """An arm, with what its call changed."""
+    """Return an arm, with what its call changed."""
     usual = Settings()
     if not name.startswith("cdni"):
         return name

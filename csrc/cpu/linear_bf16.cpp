@@ -272,11 +272,6 @@ struct Bf16 {
 
 }  // namespace
 
-void add_linear_bf16(Kernels& kernels) {
-  kernels.linear_forward[2] = linear_forward<Bf16>;
-  kernels.linear_backward[2] = linear_backward<Bf16>;
-  kernels.linear_update[2] = linear_update<Bf16>;
-  kernels.linear_step[2] = linear_step<Bf16>;
-}
+void add_linear_bf16(Kernels& kernels) { add_linear_ops<Bf16>(kernels, 2); }
 
 }  // namespace fused_dni::FUSED_DNI_ISA

@@ -18,6 +18,7 @@
 #include "dispatch.hpp"
 #include "dlpack.hpp"
 #include "reading.hpp"
+#include "region.hpp"
 
 namespace fused_dni {
 namespace {
@@ -434,8 +435,11 @@ class QuickStep : public Quick {
     const LinearStep step = stepping(batch, told, made.made());
     {
       py::gil_scoped_release release;
-      run(step);
+      Ops ops;
+      add(step, ops);
+      ops.run();
     }
+    count_batch();
     wrote(written_);
     last_();
     return returned(made, target, told);
@@ -458,7 +462,9 @@ class QuickStep : public Quick {
     const SynthesizerTrain lesson = teaching(batch, told, made.made(), gradient.at);
     {
       py::gil_scoped_release release;
-      run(lesson);
+      Ops ops;
+      add(lesson, ops);
+      ops.run();
     }
     count_lesson();
     wrote(learned_);
@@ -541,10 +547,7 @@ class QuickStep : public Quick {
     rule_.write(batch.rate);
     return step;
   }
-  void run(const LinearStep& step) const {
-    kernels().linear_step[type_](step);
-    count_batch();
-  }
+  void add(const LinearStep& step, Ops& ops) const { ops.add(kernels().linear_step[type_](step)); }
   SynthesizerTrain teaching(const Batch& batch, const Told& told, const Made& made,
                             const void* arrived) const {
     SynthesizerTrain lesson{};
@@ -565,13 +568,15 @@ class QuickStep : public Quick {
     teacher_->write(rate);
     return lesson;
   }
+  void add(const SynthesizerTrain& lesson, Ops& ops) const {
+    ops.add(kernels().synthesizer_train[type_](lesson));
+  }
   // To be called behind a lesson that was given.
   void count_lesson() const {
     if (given_kappa_) return;
     const Object lessons = unit_.attr(names().lessons);
     py::setattr(unit_, names().lessons, py::int_(PyLong_AsLongLong(lessons.ptr()) + 1));
   }
-  void run(const SynthesizerTrain& lesson) const { kernels().synthesizer_train[type_](lesson); }
   const Object& written() const { return written_; }
   const Object& learned() const { return learned_; }
   const Object& last() const { return last_; }
@@ -643,8 +648,11 @@ class QuickExact : public Quick {
     const LinearForward forward = going(batch, {address(h), address(normalized), address(rstd)});
     {
       py::gil_scoped_release release;
-      run(forward);
+      Ops ops;
+      add(forward, ops);
+      ops.run();
     }
+    count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) wrote(moved_);
     return py::make_tuple(h, normalized, rstd, batch.asks);
   }
@@ -671,7 +679,9 @@ class QuickExact : public Quick {
                   {address(dx), address(delta), address(bias), address(scale), address(shift)});
     {
       py::gil_scoped_release release;
-      run(backward);
+      Ops ops;
+      add(backward, ops);
+      ops.run();
     }
     return py::make_tuple(dx, delta, bias, scale, shift);
   }
@@ -688,7 +698,9 @@ class QuickExact : public Quick {
         updating(batch, {nullptr, delta.at, address(made[3]), address(made[4]), address(made[5])});
     {
       py::gil_scoped_release release;
-      run(update);
+      Ops ops;
+      add(update, ops);
+      ops.run();
     }
     wrote(written_);
     return true;
@@ -740,12 +752,15 @@ class QuickExact : public Quick {
     rule_.write(batch.rate);
     return a;
   }
-  void run(const LinearForward& forward) const {
-    kernels().linear_forward[type_](forward);
-    count_batch();
+  void add(const LinearForward& forward, Ops& ops) const {
+    ops.add(kernels().linear_forward[type_](forward));
   }
-  void run(const LinearBackward& backward) const { kernels().linear_backward[type_](backward); }
-  void run(const LinearUpdate& update) const { kernels().linear_update[type_](update); }
+  void add(const LinearBackward& backward, Ops& ops) const {
+    ops.add(kernels().linear_backward[type_](backward));
+  }
+  void add(const LinearUpdate& update, Ops& ops) const {
+    ops.add(kernels().linear_update[type_](update));
+  }
 
   bool keeps() const { return keeps_; }
   // Elements of rstd; 0 for none.
@@ -794,7 +809,9 @@ class QuickLoss : public QuickExact {
     const LinearCrossEntropy forward = losing(batch, aim, address(loss), address(delta));
     {
       py::gil_scoped_release release;
-      run(forward);
+      Ops ops;
+      add(forward, ops);
+      ops.run();
     }
     return py::make_tuple(loss, delta, batch.asks);
   }
@@ -817,7 +834,9 @@ class QuickLoss : public QuickExact {
         returning(batch, factor, address(delta), {address(dx), address(scaled), address(bias)});
     {
       py::gil_scoped_release release;
-      run(backward);
+      Ops ops;
+      add(backward, ops);
+      ops.run();
     }
     return py::make_tuple(dx, scaled, bias, py::none(), py::none());
   }
@@ -855,8 +874,10 @@ class QuickLoss : public QuickExact {
     a.factor = factor;
     return a;
   }
-  using QuickExact::run;
-  void run(const LinearCrossEntropy& loss) const { kernels().linear_cross_entropy[type_](loss); }
+  using QuickExact::add;
+  void add(const LinearCrossEntropy& loss, Ops& ops) const {
+    ops.add(kernels().linear_cross_entropy[type_](loss));
+  }
 
  private:
   double smoothing_;
@@ -1011,7 +1032,7 @@ class QuickStack : public Stack<QuickStep> {
     std::vector<SynthesizerTrain> lessons;
     Made below;
     for (std::size_t i = 0; i < count; ++i) {
-      Made made = pieces[i % 2];
+      Made made = pieces[i % 3];
       if (i + 1 == count) made = end;
       if (!layers_[i]->rank()) made.reduced = nullptr;
       made.dx = i == 0 ? address(handed.dx) : target ? pieces[0].dx : nullptr;
@@ -1035,26 +1056,20 @@ class QuickStack : public Stack<QuickStep> {
       forward = head_->losing(behind, aim, address(loss), at(begin, end_of(rows, target).delta));
       forward.x_transposed = forward.delta_transposed = inside(rows);
     }
-    std::size_t given = 0;  // lessons
-    const auto note = [&] {
-      for (std::size_t i = 0; i < given; ++i) layers_[i]->count_lesson();
-      last.wrote(target ? taught_ : written_);
-      last.last()();
-    };
-    try {
+    {
       py::gil_scoped_release release;
+      Ops ops;
       for (std::size_t i = 0; i < count; ++i) {
-        layers_[i]->run(steps[i]);
-        if (i == 0 || !target) continue;
-        layers_[i - 1]->run(lessons[i - 1]);
-        ++given;
+        layers_[i]->add(steps[i], ops);
+        if (i > 0 && target) layers_[i - 1]->add(lessons[i - 1], ops);
       }
-      if (head_) head_->run(forward);
-    } catch (...) {  // out of memory: what was done by then is done
-      note();
-      throw;
+      if (head_) head_->add(forward, ops);
+      ops.run();
     }
-    note();
+    for (const QuickStep* layer : layers_) layer->count_batch();
+    for (std::size_t i = 0; i < lessons.size(); ++i) layers_[i]->count_lesson();
+    last.wrote(target ? taught_ : written_);
+    last.last()();
     if (!head_) return last.returned(handed, target, told.back());
     if (!target) return py::make_tuple(loss, left, rows, py::none(), py::none(), py::none());
     return py::make_tuple(loss, left, rows, handed.dx, told.back().labels, last.unit());
@@ -1100,17 +1115,13 @@ class QuickStack : public Stack<QuickStep> {
     }
     LinearUpdate update = head_->updating(batch, made);
     update.x_transposed = update.delta_transposed = inside(rows);
-    bool taught = false;
-    try {
+    {
       py::gil_scoped_release release;
-      head_->run(backward);
-      if (target) last.run(lesson);
-      taught = target;
-      head_->run(update);
-    } catch (...) {  // as in call()
-      if (taught) last.count_lesson();
-      head_->wrote(target ? finished_ : head_->written());
-      throw;
+      Ops ops;
+      head_->add(backward, ops);
+      if (target) last.add(lesson, ops);
+      head_->add(update, ops);
+      ops.run();
     }
     if (target) last.count_lesson();
     head_->wrote(target ? finished_ : head_->written());
@@ -1152,13 +1163,13 @@ class QuickStack : public Stack<QuickStep> {
   Made kept(char* begin, const Ending& ending) const {
     return {at(begin, ending.h), at(begin, ending.scaled), at(begin, ending.reduced), nullptr};
   }
-  // What layers leave to the next one alone. A layer's is read until the next one's lesson to it is
-  // over, a gradient only by that: two rooms for the one, which layers use in turn, and one for the
-  // other.
-  std::pair<Object, std::array<Made, 2>> between(const Object& like, std::int64_t rows,
+  // What layers leave to the next one alone. A layer's is read until the next one's update and lesson
+  // to it are over, which overlap with the forward of the one after that: three rooms, which layers
+  // use in turn. A gradient is read in the first phase of the lesson alone: one room.
+  std::pair<Object, std::array<Made, 3>> between(const Object& like, std::int64_t rows,
                                                  bool target) const {
     const std::size_t count = layers_.size();
-    std::array<Made, 2> pieces;
+    std::array<Made, 3> pieces;
     if (count == 1) return {Object(), pieces};
     const auto out = [](const QuickStep& step) { return step.layer().out; };
     const auto rank = [](const QuickStep& step) { return step.rank(); };
@@ -1167,15 +1178,15 @@ class QuickStack : public Stack<QuickStep> {
                        ranks = stride(rows) * most(0, count - 1, rank),
                        inputs = stride(rows) * most(1, count, in);
     Layout layout(element());
-    std::int64_t h[2], scaled[2], reduced[2];
-    for (int i = 0; i < 2; ++i) {
+    std::int64_t h[3], scaled[3], reduced[3];
+    for (int i = 0; i < 3; ++i) {
       h[i] = layout.take(features);
       scaled[i] = target ? layout.take(features) : kNowhere;
       reduced[i] = target ? layout.take(ranks) : kNowhere;
     }
     const std::int64_t dx = target ? layout.take(inputs) : kNowhere;
     auto [made, begin] = room(like, layout);
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 3; ++i)
       pieces[i] = {at(begin, h[i]), at(begin, scaled[i]), at(begin, reduced[i]), at(begin, dx)};
     return {std::move(made), pieces};
   }
@@ -1256,9 +1267,12 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     {
       py::gil_scoped_release release;
-      for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->run(forwards[i]);
-      if (head_) head_->run(loss);
+      Ops ops;
+      for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->add(forwards[i], ops);
+      if (head_) head_->add(loss, ops);
+      ops.run();
     }
+    for (const QuickExact* layer : layers_) layer->count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
     return py::make_tuple(h, left, asks);
   }
@@ -1329,8 +1343,10 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     {
       py::gil_scoped_release release;
-      if (head_) head_->run(of_head);
-      for (std::size_t i = 0; i < count; ++i) layers_[count - 1 - i]->run(backwards[i]);
+      Ops ops;
+      if (head_) head_->add(of_head, ops);
+      for (std::size_t i = 0; i < count; ++i) layers_[count - 1 - i]->add(backwards[i], ops);
+      ops.run();
     }
     return py::make_tuple(dx, made);
   }
@@ -1363,8 +1379,10 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     {
       py::gil_scoped_release release;
-      for (std::size_t i = 0; i < count; ++i) layers_[i]->run(updates[i]);
-      if (head_) head_->run(of_head);
+      Ops ops;
+      for (std::size_t i = 0; i < count; ++i) layers_[i]->add(updates[i], ops);
+      if (head_) head_->add(of_head, ops);
+      ops.run();
     }
     layers_[0]->wrote(written_);
     return true;

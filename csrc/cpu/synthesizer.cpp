@@ -24,7 +24,7 @@ void synthesizer_predict(const SynthesizerPredict& a) {
   const int threads = team_size(
       a.threads, a.rows * features * (predictor.kind == kDense ? features : predictor.rank + 1));
   T *h = nullptr, *scaled = nullptr;
-  Scratch::allocate([&](Scratch& scratch) {
+  allocate([&](Scratch& scratch) {
     h = scratch.take<T>(features * stride);
     scaled = scratch.take<T>(features * stride);
     predictor.plan(scratch, threads);
@@ -329,13 +329,16 @@ struct Trainer {
 };
 
 template <class T>
-void synthesizer_train(const SynthesizerTrain& a) {
-  Trainer<T> trainer(a);
-  const int threads = team_size(
-      a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
-  Scratch::allocate([&](Scratch& scratch) { trainer.plan(scratch, threads); });
-  bool applied = false;
-  parallel(threads, [&](const Team& team) {
+class TrainOp : public Op {
+ public:
+  explicit TrainOp(const SynthesizerTrain& from) : a(from), trainer(a) {
+    threads = team_size(
+        a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
+  }
+
+  void plan(Scratch& scratch) override { trainer.plan(scratch, threads); }
+
+  void run(const Team& team) override {
     const Range own = own_features<T>(a.features, team.rank, team.size);
     Report<T> report;
     trainer.prepare(team, own, report);
@@ -357,17 +360,25 @@ void synthesizer_train(const SynthesizerTrain& a) {
     if (!finite) return;
     for (int s = 0; s < 4; ++s) a.statistics[s] += totals[s];
     a.statistics[4] += static_cast<double>(a.rows);
-  });
-  if (a.update) count_step(a.rule, applied);
-}
+  }
+
+  void finish() override {
+    if (a.update) count_step(a.rule, applied);
+  }
+
+ private:
+  const SynthesizerTrain& a;
+  Trainer<T> trainer;
+  bool applied = false;
+};
 
 }  // namespace
 
 void add_synthesizer(Kernels& kernels) {
   kernels.synthesizer_predict[0] = synthesizer_predict<float>;
   kernels.synthesizer_predict[1] = synthesizer_predict<double>;
-  kernels.synthesizer_train[0] = synthesizer_train<float>;
-  kernels.synthesizer_train[1] = synthesizer_train<double>;
+  kernels.synthesizer_train[0] = make<TrainOp<float>>;
+  kernels.synthesizer_train[1] = make<TrainOp<double>>;
 }
 
 }  // namespace fused_dni::FUSED_DNI_ISA

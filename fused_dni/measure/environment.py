@@ -81,7 +81,7 @@ def report() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as aligned text, a section a paragraph."""
+    """Return the report as aligned text, a section a paragraph."""
     paragraphs = []
     for section, facts in report.items():
         rows = facts.items() if isinstance(facts, dict) else [("", facts)]
@@ -163,7 +163,7 @@ def left_out() -> list[str]:
 
 
 def _extension() -> dict[str, Any]:
-    """What the compiled extension says of itself."""
+    """Say what the compiled extension says of itself."""
     try:
         import fused_dni.backends._cpu as cpu
     except ImportError as error:
@@ -180,7 +180,7 @@ def _extension() -> dict[str, Any]:
 
 
 def _cuda_extension() -> dict[str, Any]:
-    """Whether the CUDA part is there, what it was built with and for."""
+    """Say whether the CUDA part is there, what it was built with and for."""
     try:
         import fused_dni.backends._cuda as cuda
     except ImportError as error:
@@ -285,7 +285,8 @@ def _backends() -> dict[str, Any]:
 
 
 def _measured() -> dict[str, Any]:
-    """The tables by which a backend is chosen on a GPU: where they lie, and who won what."""
+    """Gather the tables by which a backend is chosen on a GPU: where they lie, and who won
+    what."""
     from fused_dni.ops import measured
 
     entries = {

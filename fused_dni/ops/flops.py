@@ -45,13 +45,15 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             _product(given) * (int(given["need_dx"]) + int(given["need_weight"]))
         ),
         "linear_update_": _product,
-        "linear_cross_entropy": _product,
+        "linear_cross_entropy": lambda given: _product(given, given["weight"]),
         "linear_step_": _step,
-        "synthesizer_predict": lambda given: _prediction(given, given["weight"]),
-        "synthesizer_gradients": lambda given: _regression(given, given["weight"]),
-        "synthesizer_update_": lambda given: _regression(given, given["weight"]),
+        "synthesizer_predict": _prediction,
+        "synthesizer_gradients": _regression,
+        "synthesizer_update_": _regression,
         "lstm_forward": lambda given: given["x"][0] * _gates(given, given["x"][1]),
         "lstm_backward": lambda given: given["x"][0] * _gates_backward(given, given["x"][1]),
+        # Rows of input, hidden and delta a layer; the products of delta with the other two.
+        "lstm_update_": lambda given: _gates(given, given["rows"][0][0]),
         "lstm_cell_forward": lambda given: _gates(given, given["x"][0]),
         "lstm_cell_backward": lambda given: _gates_backward(given, given["x"][0]),
     }
@@ -68,43 +70,45 @@ def _named(op: Any, formula: Callable[[Given], int]) -> Callable[..., int]:
     return counted
 
 
-def _product(given: Given) -> int:
-    """x [N, I] and weight [O, I]."""
-    return 2 * int(given["x"][0]) * math.prod(given["weight"])
+def _product(given: Given, weight: tuple[int, ...] | None = None) -> int:
+    """x [N, I] and weight [O, I], that of a layer if it is not given."""
+    return 2 * int(given["x"][0]) * math.prod(weight or given["layer_weight"])
 
 
 def _step(given: Given) -> int:
-    rows, features = given["x"][0], given["weight"][0]
-    predicted = _prediction({**given, "h": (rows, features)}, given["synthesizer_weight"])
-    return _product(given) * (2 + int(given["need_dx"])) + predicted
+    rows, features = given["x"][0], given["layer_weight"][0]
+    return _product(given) * (2 + int(given["need_dx"])) + _prediction(
+        {**given, "h": (rows, features)}
+    )
 
 
 def _context(given: Given) -> int:
     """A dense context [N, K]; class indices are looked up."""
-    context, weight = given["context"], given["context_weight"]
+    context, weight = given["context"], given["synthesizer_context_weight"]
     if context is None or weight is None or len(context) == 1:
         return 0
     return 2 * int(given["h"][0]) * math.prod(weight)
 
 
-def _prediction(given: Given, weight: tuple[int, ...]) -> int:
-    rows = int(given["h"][0])
-    made = 2 * rows * math.prod(weight) if len(weight) == 2 else 0
-    if given["down"] is not None:
-        made += 2 * rows * math.prod(given["down"])
-    return made + _context(given)
+def _products(given: Given, of_weight: int) -> int:
+    """Those of a synthesizer's h with its weight, so many, and once with its down."""
+    rows, weight, down = (given[n] for n in ("h", "synthesizer_weight", "synthesizer_down"))
+    made = of_weight * math.prod(weight) if len(weight) == 2 else 0
+    return 2 * int(rows[0]) * (made + (0 if down is None else math.prod(down)))
 
 
-def _regression(given: Given, weight: tuple[int, ...]) -> int:
-    rows = int(given["h"][0])
-    made = 2 * rows * math.prod(weight) if len(weight) == 2 else 0
-    if given["down"] is not None:  # back through the weight, then the product for down
-        made = 2 * made + 2 * rows * math.prod(given["down"])
-    return made + _context(given)
+def _prediction(given: Given) -> int:
+    return _products(given, 1) + _context(given)
+
+
+def _regression(given: Given) -> int:
+    """Of a low rank back through the weight, too, for the product for down."""
+    return _products(given, 1 if given["synthesizer_down"] is None else 2) + _context(given)
 
 
 def _weights(given: Given) -> list[tuple[int, ...]]:
-    return [shape for shape in given["parameters"] if len(shape) == 2]
+    parameters = given.get("layers") or [given["layer_weight_ih"], given["layer_weight_hh"]]
+    return [shape for shape in parameters if shape is not None and len(shape) == 2]
 
 
 def _gates(given: Given, batch: int) -> int:

@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 ACTIVATIONS = (
     "identity",
@@ -51,6 +54,15 @@ HYPER_SIZE = 7
 # Indices into the ``statistics`` tensor that ``synthesizer_update_`` adds to.
 S_DOT_G, S_DOT_S, G_DOT_G, SQUARED_ERROR, ROWS = range(5)
 STATISTICS_SIZE = 5
+
+
+#: Gradients of a synthesizer's parameters, in the order of ``SynthesizerTensors.parameters()``.
+SlotGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def accumulator(parameter: Tensor) -> torch.dtype:
+    """The dtype of everything but products and outputs: at least float32."""
+    return torch.float32 if parameter.dtype in LOW_PRECISION else parameter.dtype
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class SynthesizerTensors(NamedTuple):
             return self.table.shape[0]
         return 0 if self.context_weight is None else self.context_weight.shape[1]
 
-    def parameters(self) -> tuple[Tensor | None, ...]:
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The four slots in the order that rules and gradients use."""
         return (self.weight, self.down, self.context_weight, self.bias)
 
@@ -200,6 +212,20 @@ class LSTMLayer(NamedTuple):
     weight_hh: Tensor  # [4H, H]
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]
+
+
+Layers = tuple[LSTMLayer, ...]
+
+
+def flat(layers: Layers) -> list[Tensor]:
+    """List the parameters that exist, layer by layer."""
+    return [p for layer in layers for p in layer if p is not None]
+
+
+def layers_of(parameters: Sequence[Tensor], bias: bool) -> Layers:
+    """Undo :func:`flat`."""
+    size = 4 if bias else 2
+    return tuple(LSTMLayer(*parameters[i : i + size]) for i in range(0, len(parameters), size))
 
 
 class LSTMTrace(NamedTuple):
@@ -516,7 +542,7 @@ class Backend(Protocol):
         context: Tensor | None,
         target_scale: float,
         statistics: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> SlotGradients:
         """Gradients, slot by slot, of ``sum((M(h) - target_scale * grad_h) ** 2) / N``.
 
         Adds to ``statistics`` (float64 ``[STATISTICS_SIZE]``) the sums over all elements of

@@ -10,7 +10,7 @@ from fused_dni.report.timings import Ratio
 
 
 def seconds(value: float | None, digits: int = 3) -> str:
-    """A time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
+    """Return a time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)

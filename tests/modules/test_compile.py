@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
 import twins
+from schemas import flat
 from strategies import paired
 from torch import nn
 from torch.library import opcheck
@@ -18,8 +20,11 @@ from fused_dni.ops.types import (
     HYPER_SIZE,
     STATISTICS_SIZE,
     LinearConfig,
+    LinearGradients,
     LinearTensors,
+    Prediction,
     RuleTensors,
+    Saved,
     SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
@@ -273,42 +278,29 @@ def test_functional_step(backend, context, kind, interface):
 # opcheck and gradcheck
 
 OPS = torch.ops.fused_dni
-RULE_ARGUMENTS = ("adam", False, False)
 
 
 def arguments(name, backend, normalization, kind, context, interface="output"):
+    """An op's, as the backend's method takes them."""
     x, layer, synthesizer, rows, bound = tensors(backend, kind, "adam", context, normalization)
-    config = (normalization, "gelu", 1e-5, 0.1)
+    config = LinearConfig(normalization, "gelu", interface=interface)
     h, n, o = double(6, 5), 6, 5
-    normalized = double(n, o)
     rstd = {"batch": double(o).abs(), "layer": double(n).abs(), None: None}[normalization]
-
-    def rule(slots):
-        r = bound(slots)
-        there = [[t for t in m if t is not None] for m in (r.first, r.second)]
-        return (*RULE_ARGUMENTS, r.hyper, *there, list(r.trainable))
-
-    gradients = [double(o) if t is not None else None for t in layer[1:4]]
-    reduced = double(n, 2) if kind == "lowrank" else None
+    slots = layer[:4] if interface == "output" else (*layer[:2], None, None)
+    vectors = [double(o) if t is not None else None for t in layer[1:4]]
+    prediction = Prediction(h.cos(), double(n, 2) if kind == "lowrank" else None)
+    lesson = (h, prediction, h.sin(), synthesizer, rows, 6.0, torch.zeros(STATISTICS_SIZE).double())
     return {
-        "linear_forward": (x, *layer, *config, True, True, backend),
-        "linear_backward": (h, x, h, normalized, rstd, *layer, *config, True, True, True, backend),
+        "linear_forward": (x, layer, config, True, True),
+        "linear_backward": (h, x, h, Saved(double(n, o), rstd), layer, config, True, True, True),
         "linear_step_": (
-            x, *layer, *config, interface, *synthesizer, rows, 6.0, 0.5,
-            *rule(layer[:4] if interface == "output" else (*layer[:2], None, None)), True, True,
-            backend,
+            x, layer, config, synthesizer, rows, 6.0, 0.5, bound(slots), True, True,
         ),
-        "linear_update_": (x, h, *gradients, *layer[:4], *rule(layer[:4]), backend),
-        "linear_cross_entropy": (x, *layer[:2], torch.randint(o, (n,)), 0.1, -100, True, backend),
-        "synthesizer_predict": (h, *synthesizer, rows, backend),
-        "synthesizer_gradients": (
-            h, h.cos(), reduced, h.sin(), *synthesizer, rows, 6.0,
-            torch.zeros(STATISTICS_SIZE).double(), backend,
-        ),
-        "synthesizer_update_": (
-            h, h.cos(), reduced, h.sin(), *synthesizer, rows, 6.0,
-            torch.zeros(STATISTICS_SIZE).double(), *rule(synthesizer.parameters()), backend,
-        ),
+        "linear_update_": (x, LinearGradients(h, None, None, *vectors), layer, bound(layer[:4])),
+        "linear_cross_entropy": (x, *layer[:2], torch.randint(o, (n,)), 0.1, -100, True),
+        "synthesizer_predict": (h, synthesizer, rows),
+        "synthesizer_gradients": lesson,
+        "synthesizer_update_": (*lesson, bound(synthesizer.parameters())),
     }[name]  # fmt: skip
 
 
@@ -348,7 +340,7 @@ def test_opcheck(backend, call, options):
     name, interface = call
     normalization, kind, context = options
     given = arguments(name, backend, normalization, kind, context, interface)
-    opcheck(getattr(OPS, name).default, given)
+    opcheck(getattr(OPS, name).default, (*chain.from_iterable(map(flat, given)), backend))
 
 
 def test_hyper_is_as_long_as_it_is_said_to_be():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
 from lstm_twins import BACKENDS, cell, close, double, lstm, plain_of, random_state
+from schemas import flat
 from torch import nn
 from torch.library import opcheck
 
 import fused_dni as fd
+from fused_dni.ops import registry
+from fused_dni.ops.types import LSTMRows, layers_of
+from fused_dni.rules import RuleState
 
 pytestmark = [
     pytest.mark.slow(200),
@@ -341,6 +346,7 @@ OPS = torch.ops.fused_dni
 NAMES = (
     "lstm_forward",
     "lstm_backward",
+    "lstm_update_",
     "lstm_cell_forward",
     "lstm_cell_backward",
     "lstm_returned_rows",
@@ -367,24 +373,35 @@ def test_opcheck(backend, full, name):
         return
     if "cell" in name:
         stock = nn.LSTMCell(INPUTS, HIDDEN, full, dtype=torch.float64)
-        parameters = [p.detach() for p in stock.parameters()]
+        (layer,) = layers_of([p.detach() for p in stock.parameters()], full)
         x, h, c = double(BATCH, INPUTS), double(BATCH, HIDDEN), double(BATCH, HIDDEN)
-        forward = (x, h, c, parameters, full, full, backend)
-        trace = OPS.lstm_cell_forward(x, h, c, parameters, full, True, backend)
+        trace = registry.get(backend).lstm_cell_forward(x, h, c, layer, True)
         arriving = (h.sin(), c.cos() if full else None)
-        backward = (*arriving, x, h, c, parameters, full, *trace, full, full, backend)
+        given = {
+            "lstm_cell_forward": (x, h, c, layer, full),
+            "lstm_cell_backward": (*arriving, x, h, c, layer, trace, full, full),
+        }
     else:
         stock = nn.LSTM(INPUTS, HIDDEN, 2, full, dtype=torch.float64)
-        parameters = [p.detach() for p in stock.parameters()]
+        layers = layers_of([p.detach() for p in stock.parameters()], full)
         x, (h, c) = double(STEPS, BATCH, INPUTS), random_state(2, BATCH, HIDDEN)
         lengths = torch.tensor([4, 2, 1]) if full else None
-        dropout = [double(STEPS, BATCH, HIDDEN)] if full else []
-        rest = (parameters, full, lengths, dropout)
-        forward = (x, h, c, *rest, full, backend)
-        trace = OPS.lstm_forward(x, h, c, *rest, True, backend)
+        rest = (layers, lengths, (double(STEPS, BATCH, HIDDEN),) if full else ())
+        trace = registry.get(backend).lstm_forward(x, h, c, *rest, True)
         arriving = (
             x.new_ones(STEPS, BATCH, HIDDEN),
             *((h.sin(), c.cos()) if full else (None,) * 2),
         )
-        backward = (*arriving, x, *rest, *trace, full, full, backend)
-    opcheck(getattr(OPS, name).default, backward if "backward" in name else forward)
+        n = STEPS * BATCH
+        below = [
+            LSTMRows(double(n, width), double(n, HIDDEN), double(n, 4 * HIDDEN))
+            for width in (INPUTS, HIDDEN)
+        ]
+        slots = [None if p is None else nn.Parameter(p) for layer in layers for p in layer]
+        rule = RuleState(fd.Adam(0.01) if full else fd.SGD(0.1))
+        given = {
+            "lstm_forward": (x, h, c, *rest, full),
+            "lstm_backward": (*arriving, x, *rest, trace, full, full),
+            "lstm_update_": (tuple(below), layers, rule.tensors(slots)),
+        }
+    opcheck(getattr(OPS, name).default, (*chain.from_iterable(map(flat, given[name])), backend))

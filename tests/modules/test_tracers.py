@@ -135,6 +135,17 @@ def test_the_flop_counter_sees_an_lstm(train):
     assert flops(lstm, x, backward=True) == 3 * forward
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_flop_counter_sees_an_lstms_update(layers):
+    """With a rule the weights' gradients are formed where they are applied."""
+    x = torch.randn(3, 4, 6, requires_grad=True)
+    counted = [
+        flops(fd.FusedDNILSTM(6, 7, layers, synthesizer=None, update=rule), x, backward=True)
+        for rule in (None, fd.SGD(0.1))
+    ]
+    assert counted[0] == counted[1] > 0
+
+
 def test_under_a_dispatch_mode_a_step_is_the_same_step():
     layer = fd.FusedDNILinear(6, 7, activation="tanh", update=fd.SGD(0.1))
     nn.init.normal_(layer.synthesizer.weight)

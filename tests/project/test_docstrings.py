@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 LIBRARY = Path(__file__).parents[2] / "fused_dni"
-FILES = sorted(
-    [*LIBRARY.glob("*.py"), *LIBRARY.glob("modules/*.py"), *LIBRARY.glob("convert/*.py")]
-)
+ROOMS = ("", "modules", "convert", "report", "report/kinds", "measure", "measure/advise")
+ROOMS += ("measure/compare", "measure/map", "measure/profile", "measure/verdict")
+FILES = sorted(path for room in ROOMS for path in (LIBRARY / room).glob("*.py"))
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
     *("What", "Whether", "How", "Why", "Which", "Where", "Who", "Whose", "That", "Those"),

@@ -49,14 +49,14 @@ DOORS = {
         [(room, "backends") for room in ("functional", "rules", "modules")],
         ("fused_dni.backends.common", "fused_dni.backends.reference"),
     ),
-    ("backends", "ops"): ("fused_dni.ops.types",),
+    ("backends", "ops"): ("fused_dni.ops.types", "fused_dni.ops.results"),
     ("ops", "kernels"): ("fused_dni.kernels.tuning",),
 }
 #: Who imports by names that are not written out, and why that is no arrow.
 BY_TABLE = {
     "fused_dni": "the instrument's names, late",
     "fused_dni.cli.arguments": "a file of the user's",
-    "fused_dni.kernels.aot": "every file of kernels/",
+    "fused_dni.kernels.aot": "what its command names, kernels/specimens.py by default",
     "fused_dni.ops.registry": "backends, when first asked for",
     "fused_dni.report.schema": "the kinds of reports",
 }

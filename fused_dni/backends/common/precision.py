@@ -18,12 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-def accumulator(parameter: Tensor) -> torch.dtype:
-    """The dtype of everything but products and outputs: at least float32."""
-    return torch.float32 if parameter.dtype in LOW_PRECISION else parameter.dtype
+from fused_dni.ops.types import LOW_PRECISION as LOW_PRECISION
+from fused_dni.ops.types import accumulator as accumulator
 
 
 def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:

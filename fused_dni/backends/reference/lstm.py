@@ -143,7 +143,7 @@ def lstm_forward(
         last_h[k], last_c[k] = h_k, c_k
     last_h, last_c = last_h.data, last_c.data  # new to everybody: their versions begin here
     if not save:
-        return LSTMTrace(hidden, last_h, last_c)
+        return LSTMTrace(hidden[-1:].clone(), last_h, last_c)
     return LSTMTrace(hidden, last_h, last_c, cells, gates)
 
 

@@ -44,7 +44,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def protocol(report: Result) -> str:
-    """How the runs were made, in a paragraph."""
+    """Say how the runs were made, in a paragraph."""
     s = report.settings
     tuned = len(s["rates"]) > 1
     rates = ", ".join(f"{rate:g}" for rate in s["rates"])

@@ -75,7 +75,7 @@ def mean_of(row: dict[str, Any], layer: int, name: str) -> float | None:
 
 
 def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
-    """A value a seed; none where there is no interface or nothing to divide by."""
+    """Return a value a seed; none where there is no interface or nothing to divide by."""
     return [
         at[name]
         for run in row["runs"]

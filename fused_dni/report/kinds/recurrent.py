@@ -97,7 +97,7 @@ class Outcome:
 
 
 def _judged(outcome: Outcome) -> str:
-    """What the task is judged by, in words."""
+    """Say what the task is judged by, in words."""
     return {
         "charlm": "bits per character",
         "copy": "longest length solved",
@@ -162,7 +162,7 @@ def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) ->
 
 
 def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
-    """How sure the order of two arms is, from the ranges of their seeds."""
+    """Say how sure the order of two arms is, from the ranges of their seeds."""
     if len(row[key]) == 1:
         return ""
     overlap = row[f"{key}_min"] <= other[f"{key}_max"] and other[f"{key}_min"] <= row[f"{key}_max"]
@@ -224,7 +224,7 @@ def _costs(
 
 
 def summary(outcome: Outcome) -> Table:
-    """A row an arm."""
+    """Show a row an arm."""
     unit = outcome.axis[:-1]
     characters = outcome.settings.task == "charlm"
     judged = "bits/char" if characters else "solved"
@@ -250,7 +250,7 @@ def summary(outcome: Outcome) -> Table:
 
 
 def future_table(outcome: Outcome) -> Table:
-    """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
+    """Say what truncation leaves out, a row an arm, a column a window: medians over seeds."""
     found = _future(outcome)
     windows = sorted({window for rows in found.values() for window in rows})
     lines = [
@@ -359,7 +359,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def curves(outcome: Outcome) -> list[Figure]:
-    """The task's measure against data and wall-clock, and what the probe found."""
+    """Draw the task's measure against data and wall-clock, and what the probe found."""
     subject = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
     made = [
         Figure(name, functools.partial(_measure, outcome, key), f"{subject}: {name}.")
