@@ -9,7 +9,9 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "fused_dni"
 FILES = sorted(
-    [*LIBRARY.glob("*.py"), *LIBRARY.glob("modules/*.py"), *LIBRARY.glob("convert/*.py")]
+    path
+    for pattern in ("*", "modules/*", "convert/*", "ops/*", "functional/*", "backends/**/*")
+    for path in LIBRARY.glob(f"{pattern}.py")
 )
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
