@@ -91,7 +91,7 @@ class Incoming(Protocol):
     waited: float  # seconds, for messages
 
     def receive(self, wait: bool = True) -> Message | None:
-        """The next message; without ``wait`` None if there is none yet."""
+        """Return the next message; without ``wait`` None if there is none yet."""
         ...
 
     def end(self, seconds: float) -> None:
@@ -187,7 +187,7 @@ class _End:
         self.waiter.works.put((work, buffer, slot))
 
     def _take(self, wait: bool) -> int | None:
-        """The next slot whose work is done."""
+        """Return the next slot whose work is done."""
         if self.broken is not None:
             raise PipelineError(self.broken)
         slot = self._next()
