@@ -87,14 +87,14 @@ def without_pytorch(*argv: str, folder: Path) -> tuple[int, str, str]:
         ("report foreign.json", "foreign.json is no report of fused_dni: its kind is 'bill'"),
         ("report half.json", "half.json is incomplete: it lacks"),
         ("report half.json -o half.png", "--output must end in .html or .md"),
-        ("compare half.json half.json", "half.json holds no times"),
+        ("compare half.json half.json", "half.json is incomplete: it lacks"),
         ("compare words.json half.json", "words.json is no JSON"),
     ],
 )
 def test_bad_input_does_not_wait_for_pytorch(argv: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "words.json").write_text("no JSON")
     (tmp_path / "foreign.json").write_text('{"kind": "bill"}')
-    (tmp_path / "half.json").write_text('{"kind": "verdict", "version": 1, "facts": {}}')
+    (tmp_path / "half.json").write_text('{"kind": "verdict", "version": 2, "facts": {}}')
     code, out, error = without_pytorch(*argv.split(), folder=tmp_path)
     assert (code, out) == (2, "")
     assert error.startswith("fused-dni: error: ") and message in error and "\n" not in error
