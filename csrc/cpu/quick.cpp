@@ -1203,8 +1203,8 @@ class QuickStack : public Stack<QuickStep> {
             at(begin, ending.narrow)};
   }
   // What layers leave to the next one alone. A layer's is read until the next one's update and lesson
-  // to it are over, which overlap with the forward of the one after that: three rooms, which layers
-  // use in turn. A gradient is read in the first phase of the lesson alone: one room.
+  // to it are over, which overlap with the forward of the one after that: three places, which layers
+  // use in turn. A gradient is read in the first phase of the lesson alone: one place.
   std::pair<Object, std::array<Made, 3>> between(const Object& like, std::int64_t rows, bool target,
                                                  bool narrow) const {
     const std::size_t count = layers_.size();

@@ -53,7 +53,13 @@ class QuickLoss:
 
 class QuickStack:
     def __init__(
-        self, module: Any, surroundings: Any, own: Any, steps: list[Any], head: Any
+        self,
+        module: Any,
+        surroundings: Any,
+        own: Any,
+        steps: list[Any],
+        head: Any,
+        autocast: tuple[Any, Any, Any],
     ) -> None: ...
     def changed(self) -> int | None: ...
     def __call__(self, module: Any, input: Any, context: Any, target: Any) -> Any: ...
