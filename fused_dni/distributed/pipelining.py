@@ -144,7 +144,7 @@ class DecoupledPipelineStage(PipelineStage):
             return out
         given = args if self.is_first else self._retrieve_recv_activations(fwd_chunk_id)
         phase = self.mailbox.module.phase
-        h, dx, ticket = step_local(self.submod, *given, **(kwargs or {}))  # type: ignore[arg-type]
+        h, dx, ticket = step_local(self.submod, *given, **(kwargs or {}))
         if phase.target:
             self.mailbox.put(chunk, ticket)
             self._asked.append(chunk)
