@@ -31,7 +31,8 @@ import fused_dni as fd
 import stored
 from fused_dni.distributed import Pipeline
 from fused_dni.experiments import data, delay, delay_arms
-from fused_dni.experiments.delay_arms import arm, build
+from fused_dni.experiments.delay_arms import build
+from fused_dni.experiments.delay_settings import Settings, arm
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.simulate import Case, Stragglers, Times, paced
 from fused_dni.measure.simulate import Settings as Simulated
@@ -68,7 +69,7 @@ def work(rank: int, run: Run) -> dict[str, Any]:
     """Train one stage of a run; what it took."""
     simulated, mode, rate = WAYS[run.name]
     dataset = data.load("mnist", folder=run.folder)
-    settings = delay_arms.defaults("mnist", epochs=run.epochs, stages=STAGES)
+    settings = Settings.of("mnist", epochs=run.epochs, stages=STAGES)
     which = arm(run.name)
     stage = build(which, settings, dataset, run.seed)[rank]
     optimizer = delay_arms.optimizer_of(which, [stage], rate, settings.share)
@@ -110,7 +111,7 @@ def _batches(dataset: data.Dataset, size: int, seed: int, epochs: int) -> Any:
 
 
 def _row(run: Run, answers: Sequence[dict[str, Any]], dataset: data.Dataset) -> dict[str, Any]:
-    settings = delay_arms.defaults("mnist", epochs=run.epochs, stages=STAGES)
+    settings = Settings.of("mnist", epochs=run.epochs, stages=STAGES)
     stages = build(arm(run.name), settings, dataset, run.seed)
     for rank, stage in enumerate(stages):
         stage.load_state_dict(torch.load(Path(run.kept) / f"{rank}.pt", weights_only=True))
