@@ -148,7 +148,7 @@ def _rate(value: float) -> str:
 
 
 def table(report: Result) -> Table:
-    """Show a row a way: rows a second over the link, measured and without the link, and what is sent."""
+    """Show a row a way: rows a second over the link and without it, and what is sent."""
     lines = []
     for row in report["rows"]:
         run = row["run"]
