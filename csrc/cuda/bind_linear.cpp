@@ -196,7 +196,7 @@ void read_reduced(Reader& read, Synthesizer& s, std::int64_t rows, Need need) {
 void* read_room(const py::object& room, std::size_t bytes, Barrier& barrier,
                 const std::string& what) {
   Reader read(py::cast<py::tuple>(room));
-  void* address = read.address();
+  void* address = read.pointer();
   const std::int64_t given = read.integer();
   barrier = read.barrier(what);
   read.finish();
