@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,16 +207,17 @@ def result_of(found: Mapping[str, Any]) -> Result:
     if isinstance(found, Result):
         return found
     with reading(found):
-        common = {}
-        for part in fields(Result):
-            if part.name in COMMON:
-                common[part.name] = value = found[part.name]
-                wanted = str if part.default == "" else part.default_factory
-                if not isinstance(value, wanted):
-                    raise TypeError(f"not {str(value)[:100]!r}")
+        common, empty = {}, Result("")
+        for name in COMMON:
+            common[name] = value = found[name]
+            if not isinstance(value, type(getattr(empty, name))):
+                raise TypeError(f"not {str(value)[:100]!r}")
         made = Part.like(found) if isinstance(found, Part) else {}
         made.update((key, value) for key, value in found.items() if key not in NAMES)
-        for values, wanted in ((common["timings"].values(), Timing), (common["notes"], str)):
+        of: tuple[tuple[Iterable[Any], type], ...] = (
+            (common["timings"].values(), Timing), (common["notes"], str)
+        )  # fmt: skip
+        for values, wanted in of:
             if not all(isinstance(value, wanted) for value in values):
                 raise TypeError(f"something is no {wanted.__name__}")
         return Result(found["kind"], **common, body=made)

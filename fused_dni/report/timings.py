@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fused_dni.report.intervals import median_interval
@@ -67,29 +67,20 @@ class Timing:
         """Sum up samples, seconds per call, and the medians of their rounds."""
         ordered = sorted(samples)
         p10, p25, p75, p90 = (_quantile(ordered, q) for q in (0.10, 0.25, 0.75, 0.90))
-        return cls(
-            name,
-            statistics.median(rounds),
-            p10,
-            p90,
-            p75 - p25,
-            median_interval(rounds),
-            len(samples),
-            tuple(rounds),
-            repeats,
-            waited,
-        )
+        middle, bounds = statistics.median(rounds), median_interval(rounds)
+        iqr, n = p75 - p25, len(samples)
+        return cls(name, middle, p10, p90, iqr, bounds, n, tuple(rounds), repeats, waited)
 
     def scaled(self, factor: float) -> Timing:
         """Return the same of a part of the call, or of several calls."""
-        return Timing(
-            self.name,
-            *(factor * value for value in (self.median, self.p10, self.p90, self.iqr)),
-            (factor * self.interval[0], factor * self.interval[1]),
-            self.n,
-            tuple(factor * value for value in self.rounds),
-            self.repeats,
-            self.waited,
+        return replace(
+            self,
+            median=factor * self.median,
+            p10=factor * self.p10,
+            p90=factor * self.p90,
+            iqr=factor * self.iqr,
+            interval=(factor * self.interval[0], factor * self.interval[1]),
+            rounds=tuple(factor * value for value in self.rounds),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -495,7 +495,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
         for row in r["history"]:
             assert ("prediction" in row) == r["method"].startswith("dni")
     written = files[1].read_text()
-    assert recurrent_report.sentence(recurrent.result(outcome)) in written
+    assert recurrent.result(outcome).described().sentence in written
     for name in (*outcome.names(), *plots, "S=8"):
         assert name in written
 

@@ -150,7 +150,7 @@ def test_a_planted_arrow_is_found(module, target):
     ("module", "target", "between"),
     [
         ("fused_dni.measure.timing", "fused_dni.measure.verdict.layer", False),
-        ("fused_dni.report.text", "fused_dni.report.kinds.map", False),
+        ("fused_dni.report.text", "fused_dni.report.layout", False),
         ("fused_dni.ops.types", "fused_dni.functional.linear", True),
         ("fused_dni.kernels.tuning", "fused_dni.measure.tiles", True),
     ],

@@ -41,7 +41,7 @@ def sweep(
         Interrupted: Ctrl-C; the file has what was measured.
         WriteError: the file cannot be written.
     """
-    keep = keep or partial(save, path)
+    write = keep or partial(save, path)
     report = store.read_or_empty(path, command)
     found = store.series_for(report, settings, command)["points"]
 
@@ -56,7 +56,7 @@ def sweep(
             say(index, 0.0)
             if not measured(point):
                 found[point.key] = measure(point, settings, partial(say, index))
-                keep(report)
+                write(report)
     except KeyboardInterrupt:
         done = sum(map(measured, points))
         raise Interrupted(
