@@ -43,7 +43,9 @@ ROOT = Path(__file__).resolve().parent
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
-COMMON = ["dispatch.cpp", "quick.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp"]
+COMMON = [
+    "dispatch.cpp", "quick.cpp", "region.cpp", "scratch.cpp", "lstm_close.cpp", "bindings.cpp",
+]  # fmt: skip
 KERNELS = [
     "linear.cpp", "linear_cross_entropy.cpp", "synthesizer.cpp", "lstm.cpp", "lstm_cell.cpp",
     "lstm_update.cpp",
@@ -341,6 +343,7 @@ setup(
         "fused_dni.backends": ["*.json", "*.pyi"],
         "fused_dni.ops": ["*.json"],
         "fused_dni.kernels": ["*.json"],
+        "fused_dni.report": ["*.html"],
     },
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": NinjaBuild},

@@ -31,8 +31,8 @@ MODELS = ("mlp", "convnet", "lstm_lm")
 
 
 def commands(data: str) -> Iterator[tuple[str, list[str]]]:
-    """What is measured: the result's name, and the words behind ``fused-dni``, or a script and its
-    own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
+    """Say what is measured: the result's name, and the words behind ``fused-dni``, or a script and
+    its own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
     that has neither prints its JSON."""
     bare = ["--normalization", "none", "--activation", "identity"]
     every = ["--synthesizers", "dense", "rank16", "diagonal"]
@@ -277,7 +277,7 @@ def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
 
 
 def answered(question: Question) -> Iterator[tuple[dict[str, Report], Answer]]:
-    """An answer for every machine that has results."""
+    """Yield an answer for every machine that has results."""
     if question.answer is not None:
         for reports in committed(question.patterns).values():
             yield reports, question.answer(reports)

@@ -32,7 +32,7 @@ class Clock:
         self._now = 0.0
 
     def now(self) -> float:
-        """What pytest-benchmark reads."""
+        """Say what pytest-benchmark reads."""
         return self._now
 
     def measure(
@@ -72,7 +72,7 @@ class Clock:
         self._now += taken / repeats
 
     def repeats(self, call: Callable[[], object], device: str) -> int:
-        """How many calls make a sample that is long enough; a few are made to find out."""
+        """Say how many calls make a sample that is long enough; a few are made to find out."""
         self.measure(call, device)
         before, count = self._now, 5
         self.measure(call, device, count)

@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
-    """What ``fused-dni compare`` holds against the other file's."""
+    """Say what ``fused-dni compare`` holds against the other file's."""
     machine_info["fused_dni"] = facts()
 
 

@@ -112,7 +112,7 @@ def graphed(step: Callable[[], object]) -> Callable[[], None]:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version; None where nvidia-smi does not say."""
+    """Return the NVIDIA driver's version; None where nvidia-smi does not say."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(
@@ -124,7 +124,7 @@ def driver() -> str | None:
 
 
 def driver_cuda() -> str | None:
-    """The CUDA version that the driver is for; None without a driver."""
+    """Return the CUDA version that the driver is for; None without a driver."""
     version = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -224,7 +224,7 @@ def gaps(where: Where, found: dict[str, Any]) -> None:
 
 
 def network(where: Where, found: dict[str, Any]) -> None:
-    """The step of the CPU tables: four hidden layers, batch norm, ReLU, head, cross-entropy."""
+    """Run the step of the CPU tables: four hidden layers, batch norm, ReLU, head, cross-entropy."""
     rows: dict[str, dict[str, Any]] = found.setdefault("us", {})
     sizes = where.sizes([(64, 256), (128, 512), (128, 1024)], [(8, 16)])
     for name, how in variants(where).items():
@@ -238,7 +238,7 @@ def network(where: Where, found: dict[str, Any]) -> None:
 
 
 def variants(where: Where) -> dict[str, str]:
-    """How a step is run, by name; replayed and compiled where that is possible."""
+    """Say how a step is run, by name; replayed and compiled where that is possible."""
     found = {"eager": "eager"}
     if where.cuda:
         found["graph"] = "graph"
@@ -289,7 +289,7 @@ def attempt(entry: dict[str, Any], name: str, measure: Callable[[], float]) -> N
 
 
 def measure(out: Path, parts: list[str], where: Where, text: Path) -> int:
-    """The parts; returns how many failed."""
+    """Measure the parts; returns how many failed."""
     results = stored.benchmarks(out)
     found: dict[str, Any] = results.body.setdefault("baselines", {})
 
@@ -318,7 +318,7 @@ def measure(out: Path, parts: list[str], where: Where, text: Path) -> int:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The figures as text, the ones that decide most at the end."""
+    """Return the figures as text, the ones that decide most at the end."""
     lines = []
     for part in ("device", "gemm", "bandwidth", "gaps", "network"):
         facts = results.get(part)
@@ -348,7 +348,7 @@ def cell(value: Any) -> str:
 
 
 def why_no_gpu() -> str | None:
-    """Why nothing can be measured on a GPU here, in one line; None if it can."""
+    """Say why nothing can be measured on a GPU here, in one line; None if it can."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -358,7 +358,7 @@ def why_no_gpu() -> str | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; see the module's docstring."""
+    """Return the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help="JSON to write")
     parser.add_argument("--part", action="append", choices=tuple(PARTS))

@@ -165,7 +165,7 @@ class Run:
         return self.device.type == "cuda"
 
     def limits(self, seconds: float) -> dict[str, Any]:
-        """How long a group is measured, and where."""
+        """Say how long a group is measured, and where."""
         if self.tiny:
             return {"rounds": 1, "block": 1, "warmup": 1, "device": self.device}
         return {"seconds": seconds, "device": self.device}
@@ -174,13 +174,13 @@ class Run:
         return time.monotonic() > self.deadline
 
     def has(self, part: str, key: str) -> bool:
-        """Whether a group is not to be measured again."""
+        """Say whether a group is not to be measured again."""
         done = self.group(part, key).get("done", ())
         failed = f"{part} {key}" in self.results.get("failed", {})
         return self.resume and (failed or set(self.rows) <= set(done))
 
     def group(self, part: str, key: str) -> dict[str, Any]:
-        """What is known of it so far."""
+        """Say what is known of it so far."""
         found: dict[str, Any] = self.results.get(f"gpu-{part}", {}).get(key, {})
         return found
 
@@ -203,8 +203,8 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """The results, and their figures as text. Where there is no room for them they are tried
-        again with the next figure, and stand in what was printed."""
+        """Write the results, and their figures as text. Where there is no room for them they are
+        tried again with the next figure, and stand in what was printed."""
         assert self.path is not None and self.text is not None
         try:
             stored.write(self.path, self.results)
@@ -251,7 +251,7 @@ def repeated(steps: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Say what the figures hold for."""
     found = device_facts() | {"triton": triton.__version__}
     if run.cuda:
         properties = torch.cuda.get_device_properties(run.device)
@@ -280,7 +280,7 @@ def bandwidth(run: Run) -> float:
 
 
 def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
-    """The cases in the order of their weight, and whether data are kept out of the cache."""
+    """Yield the cases in the order of their weight, and whether data are kept out of the cache."""
     if run.tiny:
         yield w.Case(8, 16), False
         yield w.Case(8, 16, "fp32", "adam", True), True
@@ -297,7 +297,7 @@ def layer_cases(run: Run) -> Iterator[tuple[w.Case, bool]]:
 
 
 def layer_groups(run: Run) -> Groups:
-    """The decoupled step of one layer, a group a case."""
+    """Yield the groups of the decoupled step of one layer, one a case."""
     for case, cold in layer_cases(run):
         key = f"{case}, cold" if cold else str(case)
         yield key, lambda key=key, case=case, cold=cold: layer_group(run, key, case, cold)
@@ -363,7 +363,7 @@ class Candidates:
         return made
 
     def record(self) -> dict[str, Any]:
-        """The choices, for the results."""
+        """Record the choices, for the results."""
         return {choice.op: tiles._asdict() for choice, tiles in self.tiles.items()}
 
 
@@ -502,7 +502,7 @@ def timed(
 
 
 def taken(run: Run, make: Maker) -> Callable[[], object]:
-    """A candidate that was called once: what a kernel does to the device shows here."""
+    """Return a candidate that was called once: what a kernel does to the device shows here."""
     call = make()
     call()
     if run.cuda:
@@ -511,7 +511,7 @@ def taken(run: Run, make: Maker) -> Callable[[], object]:
 
 
 def lost(run: Run) -> bool:
-    """Whether a kernel has left the device unusable to this process."""
+    """Say whether a kernel has left the device unusable to this process."""
     try:
         if run.cuda:
             torch.cuda.synchronize(run.device)
@@ -524,7 +524,7 @@ def lost(run: Run) -> bool:
 
 
 def window_cases(run: Run) -> Iterator[w.WindowCase]:
-    """The points in the order of their weight."""
+    """Yield the points in the order of their weight."""
     if run.tiny:
         yield w.WindowCase(4, 16, 3, "fp32")
         return
@@ -596,7 +596,7 @@ def window_group(run: Run, case: w.WindowCase) -> None:
 
 
 def step_by_step(choice: tuning.Choice, tiles: Any) -> Any:
-    """The tiles of a window for a launch a step."""
+    """Return the tiles of a window for a launch a step."""
     return lstm.step_tiles(*choice.shape, triton_lstm.machine(choice.device))
 
 
@@ -611,7 +611,8 @@ def barriers_kernel(state, programs, rounds):
 
 
 def triton_barriers(state: torch.Tensor, programs: int, rounds: int) -> Callable[[], object]:
-    """A cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32 [1]."""
+    """Return a cooperative launch of ``programs`` that meet ``rounds`` times; ``state`` is int32
+    [1]."""
     return Launch(
         barriers_kernel,
         (programs,),
@@ -621,13 +622,13 @@ def triton_barriers(state: torch.Tensor, programs: int, rounds: int) -> Callable
 
 
 def floor_groups(run: Run) -> Groups:
-    """What no kernel of ours can be faster than, whatever it does."""
+    """Say what no kernel of ours can be faster than, whatever it does."""
     if {"cuda", "triton"} & {*run.rows}:
         yield "barrier", lambda: barrier_group(run)
 
 
 def cuda_barriers(state: torch.Tensor, blocks: int, rounds: int) -> Callable[[], object]:
-    """As :func:`triton_barriers`, of the CUDA kernels."""
+    """Do as :func:`triton_barriers`, with the CUDA kernels."""
     registry.get("cuda")  # or why not
     call = cuda_calls.extension().grid_barriers
     stated = cuda_calls.described(state)
@@ -639,7 +640,8 @@ FLOORS = {"Triton": ("launch", "barrier"), "CUDA": ("CUDA launch", "CUDA barrier
 
 
 def barrier_group(run: Run) -> None:
-    """What cannot be had for less: a launch of nothing, and a meeting of all programs (blocks)."""
+    """Say what cannot be had for less: a launch of nothing, and a meeting of all programs
+    (blocks)."""
     most = torch.cuda.get_device_properties(run.device).multi_processor_count if run.cuda else 1
     grids = sorted({1, 8, 32, 64, most, 2 * most}) if run.cuda else [1]
     launches, rounds = (2, 2) if run.tiny else (50, 100)
@@ -681,7 +683,7 @@ def barrier_group(run: Run) -> None:
 
 
 def smoke_groups(run: Run) -> Groups:
-    """Whether kernels end, leave the barrier's word as they have to, and are right, in a few
+    """Say whether kernels end, leave the barrier's word as they have to, and are right, in a few
     seconds: of each backend the barrier, then a step and a window in each precision."""
     barriers = {"cuda": cuda_barriers, "triton": triton_barriers}
     for backend, bare in barriers.items():
@@ -718,7 +720,7 @@ def check_word(run: Run, bare: Callable[[torch.Tensor, int, int], Callable[[], o
 
 
 def check_step(run: Run, backend: str, precision: str) -> None:
-    """A decoupled step, of one tile and of several, against float64."""
+    """Check a decoupled step, of one tile and of several, against float64."""
     for size in SMOKE_LAYERS[:1] if run.tiny else SMOKE_LAYERS:
         with w.arithmetic(precision):
             w.check_layer(
@@ -729,7 +731,7 @@ def check_step(run: Run, backend: str, precision: str) -> None:
 
 
 def check_window(run: Run, backend: str, precision: str) -> None:
-    """A window, forward and backward, against float64."""
+    """Check a window, forward and backward, against float64."""
     for size in SMOKE_WINDOWS[:1] if run.tiny else SMOKE_WINDOWS:
         with w.arithmetic(precision):
             w.check_window(
@@ -748,7 +750,8 @@ PARTS: dict[str, Callable[[Run], Groups]] = {
 
 
 def measure(run: Run, parts: list[str]) -> None:
-    """The groups of the parts, each on its own: one that raises is recorded, the others go on.
+    """Measure the groups of the parts, each on its own: one that raises is recorded, the others go
+    on.
 
     Raises:
         LostError: a kernel left the device unusable.
@@ -809,7 +812,7 @@ def profile(run: Run) -> None:
 
 
 def ncu_table(written: str) -> str:
-    """The output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
+    """Return the output of ``ncu --csv --page raw`` as a table, a row a kernel and launch shape."""
     kernels = ncu.read(written)
     if not kernels:
         return "ncu reported no kernel"
@@ -835,7 +838,7 @@ def median(rows: dict[str, Any], name: str) -> float | None:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The figures as text, those that decide most at the end."""
+    """Return the figures as text, those that decide most at the end."""
     lines: list[str] = []
     facts = results.get("facts", {})
     lines.append(
@@ -872,7 +875,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def promises(results: Mapping[str, Any]) -> list[str]:
-    """What the project promises of a GPU, and what was measured."""
+    """Say what the project promises of a GPU, and what was measured."""
     layers = results.get("gpu-layer", {})
     small, large = (str(w.Case(*size)) for size in SIZES[:2])
 
@@ -921,8 +924,8 @@ def promises(results: Mapping[str, Any]) -> list[str]:
 
 
 def backend_table(results: Mapping[str, Any]) -> measured.Table:
-    """The times of both backends where both were measured: of layers whose data are in the cache,
-    with SGD and without dx, and of windows."""
+    """Gather the times of both backends where both were measured: of layers whose data are in the
+    cache, with SGD and without dx, and of windows."""
     arithmetic = {"bf16": "bfloat16", "fp32": "float32-ieee", "tf32": "float32-tf32"}
     architecture = f"sm_{results['facts']['capability'].replace('.', '')}"
     kinds = {"layer": ("linear", DNI, DNI_CUDA), "lstm": ("lstm", OURS, OURS_CUDA)}
@@ -973,7 +976,7 @@ def join(path: Path, others: list[Path]) -> str | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; see the module's docstring."""
+    """Return the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

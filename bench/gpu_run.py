@@ -75,7 +75,7 @@ class Machine:
         return time.monotonic()
 
     def which(self, name: str) -> str | None:
-        """A program's path: on PATH or with CUDA's."""
+        """Return a program's path: on PATH or with CUDA's."""
         home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
         return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
 
@@ -235,7 +235,7 @@ class Run:
             )
 
     def capability(self) -> tuple[int, int]:
-        """The GPU's."""
+        """Return the GPU's."""
         major, minor = str(self.facts["capability"]).split(".")
         return int(major), int(minor)
 
@@ -326,7 +326,7 @@ class Run:
         return str(self.root / "bench" / f"{name}.py")
 
     def tool(self, name: str) -> str:
-        """A program's path.
+        """Return a program's path.
 
         Raises:
             LeftOut: there is none.
@@ -337,11 +337,11 @@ class Run:
         return found
 
     def built(self) -> bool:
-        """Whether there is a CUDA part, of this source or an older one."""
+        """Say whether there is a CUDA part, of this source or an older one."""
         return any((self.root / "fused_dni" / "backends").glob("_cuda*.so"))
 
     def call(self, name: str, parts: tuple[Part, ...], end: float) -> None:
-        """The parts, one after the other."""
+        """Run the parts, one after the other."""
         chosen = [part for part in parts if not self.wanted or part.name in self.wanted]
         for index, part in enumerate(chosen):
             left = end - self.machine.now()
@@ -429,8 +429,8 @@ sys.meta_path.insert(0, Kernels)
 
 
 def commit(root: Path, environ: Mapping[str, str]) -> str | None:
-    """What the results are of: git's word, where there is no git that of FUSED_DNI_COMMIT, or of
-    the file COMMIT."""
+    """Say what the results are of: git's word, where there is no git that of FUSED_DNI_COMMIT, or
+    of the file COMMIT."""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -445,7 +445,7 @@ def commit(root: Path, environ: Mapping[str, str]) -> str | None:
 
 
 def serves(architectures: str, major: int, minor: int) -> bool:
-    """Whether code for one of these runs on that compute capability (80 on 8.6, 90a on 9.0)."""
+    """Say whether code for one of these runs on that compute capability (80 on 8.6, 90a on 9.0)."""
     for name in re.split(r"[;,\s]+", architectures):
         number = int(re.sub(r"\D", "", name) or 0)
         if divmod(number, 10) == (major, minor):
@@ -466,7 +466,7 @@ def write(path: Path, text: str) -> None:
 
 
 def build(run: Run, limit: float) -> list[str]:
-    """The CUDA part, for this GPU alone; or what was built elsewhere for this interpreter."""
+    """Build the CUDA part, for this GPU alone; or what was built elsewhere for this interpreter."""
     if run.prebuilt:
         found = sorted(Path(run.prebuilt).glob(f"_*{run.facts.get('extensions')}"))
         for path in found:
@@ -481,7 +481,7 @@ def build(run: Run, limit: float) -> list[str]:
 
 
 def build_cpu(run: Run, limit: float) -> list[str]:
-    """The C++ part."""
+    """Build the C++ part."""
     return [run.python, "setup.py", "-q", "build_ext", "--inplace", "--only", "_cpu"]
 
 
@@ -513,8 +513,8 @@ def baselines(*parts: str) -> Callable[[Run, float], list[str]]:
 
 
 def sanitizer(tool: str, backend: str, share: float) -> Part:
-    """A tool of compute-sanitizer on every op of a backend once. What torch asks of CUDA in vain is
-    torch's affair."""
+    """Return a tool of compute-sanitizer on every op of a backend once. What torch asks of CUDA in
+    vain is torch's affair."""
 
     def command(run: Run, limit: float) -> list[str]:
         made = [run.tool("compute-sanitizer"), "--tool", tool, "--report-api-errors", "no"]
@@ -527,8 +527,8 @@ def sanitizer(tool: str, backend: str, share: float) -> Part:
 
 
 def tests(name: str, share: float, is_ours: bool) -> Part:
-    """The tests marked gpu, of the CUDA kernels or of all else. One file that cannot be imported
-    stops that file; a warning of a newer torch stops nothing."""
+    """Return the tests marked gpu, of the CUDA kernels or of all else. One file that cannot be
+    imported stops that file; a warning of a newer torch stops nothing."""
 
     def command(run: Run, limit: float) -> list[str]:
         made = [run.python, "-m", "pytest", "-q", "-n", "8", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -548,14 +548,14 @@ def ncu(run: Run, limit: float) -> list[str]:
 
 
 def ncu_table(run: Run, limit: float) -> list[str]:
-    """What ncu saw, as far as it came."""
+    """Say what ncu saw, as far as it came."""
     if not (run.work / "ncu.csv").exists():
         raise LeftOut("ncu wrote nothing")
     return [run.python, run.script("gpu_kernels"), "--ncu", str(run.work / "ncu.csv")]
 
 
 def command_line(name: str, *given: str) -> Callable[[Run, float], list[str]]:
-    """A command of fused-dni whose report goes to OUT, if it makes one."""
+    """Return a command of fused-dni whose report goes to OUT, if it makes one."""
 
     def command(run: Run, limit: float) -> list[str]:
         out = () if name == "tune" else ("--out", str(run.out / f"{name}.json"))
@@ -627,7 +627,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 
 def summary(run: Run) -> str:
-    """What is known so far, the most important lines last."""
+    """Say what is known so far, the most important lines last."""
     parts, facts = run.record["parts"], run.record["environment"]
     lines = [
         f"{facts.get('name')}, driver {facts.get('driver')}, torch {facts.get('torch')}, commit "

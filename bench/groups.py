@@ -14,7 +14,7 @@ from fused_dni.measure import baseline, environment, timing
 
 
 def device_facts() -> dict[str, Any]:
-    """What the figures hold for: machine, versions, threads, commit, date."""
+    """Say what the figures hold for: machine, versions, threads, commit, date."""
     report = environment.report()
     facts = baseline.facts()
     del facts["gpu"]  # one that is there, but not measured here

@@ -61,7 +61,7 @@ def _control(what: str) -> None:
 
 
 def counted(text: str) -> int:
-    """The instructions in a part of Callgrind's output.
+    """Return the instructions in a part of Callgrind's output.
 
     Raises:
         ValueError: it has no totals.

@@ -18,7 +18,7 @@ CLASSES = 10
 
 
 def _cross_entropy(*shape: int, classes: int = CLASSES) -> Callable[[Tensor], Tensor]:
-    """The mean cross entropy to classes drawn at random, one for each of [shape] rows."""
+    """Return the mean cross entropy to classes drawn at random, one for each of [shape] rows."""
     target = torch.randint(classes, shape)
 
     def loss(output: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
 def lstm_lm(
     symbols: int = 96, features: int = 64, hidden: int = 256, window: int = 16, batch: int = 32
 ) -> Example:
-    """A language model on windows of random symbols."""
+    """Return a language model on windows of random symbols."""
     torch.manual_seed(0)
     module = LanguageModel(symbols, features, hidden)
     sample = torch.randint(symbols, (window, batch))

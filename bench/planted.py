@@ -55,7 +55,7 @@ SLOWER = 1.10
 
 
 def _rotation(features: int, seed: int) -> Tensor:
-    """An orthogonal matrix [features, features]: a product with it changes no norm."""
+    """Return an orthogonal matrix [features, features]: a product with it changes no norm."""
     drawn = torch.randn(features, features, generator=torch.Generator().manual_seed(seed))
     orthogonal, _ = torch.linalg.qr(drawn)
     return orthogonal
@@ -129,7 +129,7 @@ class Expectation:
         self.k, self.allowed = k, allowed
 
     def measure(self, rows: int, features: int, seconds: float, backend: str | None) -> str:
-        """What the verdict says: ``faster``, ``slower`` or ``inconclusive``."""
+        """Say what the verdict says: ``faster``, ``slower`` or ``inconclusive``."""
         torch.manual_seed(0)
         found = verdict(
             self.make(),
@@ -146,13 +146,13 @@ class Expectation:
 
 
 def against_fused(found: Verdict, k: int | None) -> str:
-    """The first variant against backprop on the same kernels."""
+    """Return the first variant against backprop on the same kernels."""
     variant = found.variants[0]
     return timing.differs(variant.cycle(k), found.timings[variant.base])
 
 
 def segments(features: int = 64, products: int = 60) -> dict[str, Expectation]:
-    """The planted segments, for inputs of so many features."""
+    """Return the planted segments, for inputs of so many features."""
 
     def linear() -> nn.Linear:
         return nn.Linear(features, features)
@@ -178,7 +178,7 @@ def segments(features: int = 64, products: int = 60) -> dict[str, Expectation]:
 
 
 def planted_difference(word: str, seconds: float, seed: int) -> str:
-    """What a comparison says of a candidate with so much more or less work."""
+    """Say what a comparison says of a candidate with so much more or less work."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(64, 64, generator=generator)
     out = torch.empty(64, 64)

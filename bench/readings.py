@@ -53,7 +53,7 @@ def cycle(variant: Mapping[str, Any], k: str) -> Ratio:
 
 
 def often(count: int, of: int) -> str:
-    """How often something was so, as one word."""
+    """Say how often something was so, as one word."""
     if count in (0, of):
         return "no" if count == 0 else "yes"
     share = count / of
@@ -225,7 +225,7 @@ def work(reports: dict[str, Report]) -> Answer:
 
 
 def iterations(reports: dict[str, Report]) -> Answer:
-    """The map."""
+    """Return the map."""
     (report,) = reports.values()
     shown = [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
     points = [p for s in report["series"].values() for p in s["points"].values() if "ratios" in p]
@@ -298,7 +298,7 @@ def segments(reports: dict[str, Report]) -> Answer:
 
 
 def window(reports: dict[str, Report]) -> Answer:
-    """An LSTM at a short window with the future predicted, and at a long one."""
+    """Return an LSTM at a short window with the future predicted, and at a long one."""
     (report,) = reports.values()
     short, long = report["window"], report["long"]
     ours, same, longer = f"dni T={short}", f"fused T={short}", f"fused T={long}"
@@ -324,7 +324,7 @@ def window(reports: dict[str, Report]) -> Answer:
 
 
 def reach(reports: dict[str, Report]) -> Answer:
-    """Whether the credit goes beyond the window: copying, and characters."""
+    """Say whether the credit goes beyond the window: copying, and characters."""
     rows, blocks, said, numbers, better = [], [], [], [], []
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
@@ -389,7 +389,7 @@ def reach(reports: dict[str, Report]) -> Answer:
 
 
 def side_by_side(reports: dict[str, Report]) -> Answer:
-    """The critical path, computed from measured parts."""
+    """Return the critical path, computed from measured parts."""
     report = reports["depth-1"]
     path = report["parts"]["critical path"]
     n, unlocked = path["n"][-1], path["unlocked"][-1]
@@ -404,7 +404,7 @@ def side_by_side(reports: dict[str, Report]) -> Answer:
 
 
 def future(reports: dict[str, Report]) -> Answer:
-    """The true gradient of the future, by window."""
+    """Return the true gradient of the future, by window."""
     said, blocks, least = [], [], []
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
@@ -558,7 +558,8 @@ def advice(reports: dict[str, Report]) -> Answer:
 
 
 def _sentences(said: str) -> list[str]:
-    """A long paragraph as several, cut in front of the proposal and of what follows from it."""
+    """Return a long paragraph as several, cut in front of the proposal and of what follows from
+    it."""
     parts = [said]
     for mark in ("Proposal (", "So, for time alone", "So no interface pays"):
         parts = [
@@ -568,7 +569,7 @@ def _sentences(said: str) -> list[str]:
 
 
 def distance(reports: dict[str, Report]) -> Answer:
-    """What a gradient costs that comes over a slow link, by the ways not to wait for it."""
+    """Say what a gradient costs that comes over a slow link, by the ways not to wait for it."""
     sentences, blocks, ahead = [], [], []
     for report in reports.values():
         settings, lag = report["settings"], max(report["settings"]["lags"])

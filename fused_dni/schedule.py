@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -21,12 +24,28 @@ from fused_dni.pace import Pace, Seen
 # So many steps with targets that bring none, one after another, are said.
 LOOK = 32
 BOUNDS = 1, 64  # of k, where it is chosen
+PENDING = 1024  # steps whose late lessons are waited for, at most; of what comes, between two steps
 
 
 class LossScaler(Protocol):
     """What is needed of a ``torch.amp.GradScaler``."""
 
     def get_scale(self) -> float: ...
+
+
+@dataclass
+class _Pending:
+    """A step with a target of which lessons are to come (``step_local``, ``learn_late``).
+
+    Attributes:
+        distance: steps since the target before.
+        seen: by layer, what is known of it so far.
+        left: by layer, lessons that have not come.
+    """
+
+    distance: int
+    seen: list[Seen]
+    left: list[int] = field(default_factory=list)
 
 
 class Schedule:
@@ -76,6 +95,11 @@ class Schedule:
     not known of: bound k where their learning matters. Twice in a cycle the host waits for the
     device. Replicas of ``DistributedDataParallel`` choose one k, from the sums over all, and need
     ``cost_ratio``; under ``fully_shard`` give a number.
+
+    Lessons that come late (:func:`fused_dni.learn_late`, pipelines) count for the step that they
+    belong to, when all of its layers have had theirs: k follows them as late as they come. What a
+    target costs elsewhere, above a link, is not in the times of this model's steps: give
+    ``cost_ratio``. Of tickets that were saved and loaded nothing is counted.
 
     An optimizer of ``torch.optim`` that steps in the first training step and was given parameters
     which a layer's rule updates (it passes them by in silence) is warned of, once.
@@ -157,6 +181,12 @@ class Schedule:
         # the sums in front of it.
         self._due, self._distance = warmup_steps, 1
         self._measuring = [m for m in self._learners if auto and _is_taught(m)]
+        for layer in self._layers:  # another schedule may have listened
+            layer.due = layer.late_sums = None
+        for layer in self._measuring:
+            layer.late_sums = deque(maxlen=PENDING)
+        self._pending: dict[int, _Pending] = {}
+        self._tickets = [0] * len(self._measuring)
         self._before = self._sums()
         self._forget_times()
         self._others = OptimizerWatch(self, model, steps=1)
@@ -192,16 +222,26 @@ class Schedule:
         arrived = time.perf_counter()
         if self._left is not None:
             self._laps.append(arrived - self._left)
+        late = self._late()
         if self.steps == self._due + 1:
-            measured = self._measured()
+            measured = self._measured(late)
             if pace.cost_ratio is None:
                 target = None if self._began is None else time.perf_counter() - self._began
                 pace.time(self._plain, target)
                 self._laps = []
                 self._left = arrived
-            pace.observe(measured, self._distance)
+            made = [m.tickets - n for m, n in zip(self._measuring, self._tickets, strict=True)]
+            if any(made):
+                self._pending[self._due] = _Pending(self._distance, measured, made)
+            else:
+                pace.observe(measured, self._distance)
+            for of, i, seen in late:
+                self._count_late(pace, of, i, seen)
             self._distance = pace.k
             self._due += pace.k
+        else:
+            for of, i, seen in late:
+                self._count_late(pace, of, i, seen)
         if self.steps == self._due:
             self._before = self._sums()
             self._began = time.perf_counter()
@@ -213,6 +253,35 @@ class Schedule:
         if self._left is not None:
             self._left = time.perf_counter()
 
+    def _late(self) -> list[tuple[int, int, Seen]]:
+        """Return what late lessons have taught since the last call: the step of each, the
+        layer, what was measured."""
+        found = []
+        for i, layer in enumerate(self._measuring):
+            while layer.late_sums:
+                one = layer.late_sums.popleft()
+                sums = []
+                for statistics, unit in (
+                    (one.before, one.unit_before),
+                    (one.after, one.unit_after),
+                ):
+                    sums.append([v * unit**2 for v in statistics.tolist()])
+                added = [sums[1][j] - sums[0][j] for j in (S_DOT_G, G_DOT_G, SQUARED_ERROR)]
+                found.append((one.due, i, Seen(*added)))
+        return sorted(found, key=lambda one: one[0])
+
+    def _count_late(self, pace: Pace, of: int, i: int, seen: Seen) -> None:
+        """Count a late lesson for its step, and observe that if it was the last one."""
+        pending = self._pending.get(of)
+        if pending is None or pending.left[i] < 1:
+            return
+        pending.left[i] -= 1
+        pending.seen[i] = Seen(*(a + b for a, b in zip(pending.seen[i], seen, strict=True)))
+        if not any(pending.left):
+            # What older steps still owe was dropped on its way, or comes too late to be the last.
+            self._pending = {step: other for step, other in self._pending.items() if step > of}
+            pace.observe(pending.seen, pending.distance)
+
     def _sums(self) -> list[list[float]]:
         """Return by layer what its synthesizer was trained on, in the unit 1 (this waits for the
         device). Units are powers of two: nothing is rounded where one has moved."""
@@ -222,11 +291,20 @@ class Schedule:
             found.append([sums[i] * square for i in (S_DOT_G, G_DOT_G, SQUARED_ERROR)])
         return found
 
-    def _measured(self) -> list[Seen]:
-        """Return by layer what was added in a step with a target, in all replicas together."""
+    def _measured(self, late: Sequence[tuple[int, int, Seen]] = ()) -> list[Seen]:
+        """Return by layer what was added in a step with a target, in all replicas together, without
+        what late lessons added meanwhile."""
         seen = []
-        for layer, after, before in zip(self._measuring, self._sums(), self._before, strict=True):
-            added = [a - b for a, b in zip(after, before, strict=True)]
+        for i, (layer, after, before) in enumerate(
+            zip(self._measuring, self._sums(), self._before, strict=True)
+        ):
+            others = [one for _, of, one in late if of == i]
+            added = [
+                a - b - sum(other[j] for other in others)
+                for j, (a, b) in enumerate(zip(after, before, strict=True))
+            ]
+            if others and not any(added[j] > 1e-9 * abs(after[j]) for j in (1, 2)):
+                added = [0.0, 0.0, 0.0]  # rounding alone
             group = target_unit.replicas(layer)
             if group is not None:
                 assert self._pace is not None
@@ -292,6 +370,14 @@ class Schedule:
         )
 
     def _tell(self) -> None:
+        if self._pace is not None:
+            due = self.steps if self.steps == self._due else None
+            for layer in self._measuring:
+                layer.due = due
+            if due is not None:
+                self._tickets = [layer.tickets for layer in self._measuring]
+                while len(self._pending) > PENDING:
+                    del self._pending[next(iter(self._pending))]
         phase = self.phase()
         if phase != self._told:
             self._told = phase
@@ -340,6 +426,9 @@ class Schedule:
             self._due, self._distance = max(int(state["steps"]), self.warmup_steps), 0
             self._before = self._sums()
         self._forget_times()
+        self._pending = {}
+        for layer in self._measuring:
+            layer.late_sums = deque(maxlen=PENDING)
         self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()

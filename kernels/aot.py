@@ -2,7 +2,7 @@
 
     python -m fused_dni.kernels.aot --arch 90
 
-compiles all specimens of all kernel files (their functions ``specimens``), prints for each the
+compiles all launches of :mod:`fused_dni.kernels.specimens`, prints for each the
 registers and the stack of a thread, the shared memory of a block, which tensor-core instructions
 it has and how many of its loads from global memory are 128 bits wide, and says which of the bounds
 that a :class:`fused_dni.kernels.launch.Specimen` states are broken.
@@ -18,7 +18,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -338,16 +337,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def find_specimens(modules: Sequence[str], architecture: int, match: str) -> list[Specimen]:
-    """The specimens of these modules (of all kernel files, if none is named) in whose name behind
-    their kernel's (``"kernel: name"``) the regular expression ``match`` is found."""
-    if not modules:
-        here = Path(__file__)
-        names = [module.name for module in pkgutil.iter_modules([str(here.parent)])]
-        modules = [f"fused_dni.kernels.{name}" for name in names if name != here.stem]
+    """Find the specimens of these modules (of :mod:`fused_dni.kernels.specimens`, if none is named)
+    in whose name behind their kernel's (``"kernel: name"``) the regular expression ``match`` is."""
     found: list[Specimen] = []
-    for module in map(importlib.import_module, modules):
-        if hasattr(module, "specimens"):
-            found += module.specimens(architecture)
+    for module in modules or ("fused_dni.kernels.specimens",):
+        found += importlib.import_module(module).specimens(architecture)
     return [s for s in found if re.search(match, f"{s.launch.kernel.__name__}: {s.name}")]
 
 

@@ -46,8 +46,8 @@ from fused_dni.kernels.common import (
     rule_factors,
     slope,
 )
-from fused_dni.kernels.launch import Launch, Specimen, constants
-from fused_dni.kernels.meeting import LINEAR, RECORD, Kernel, Meeting, meet
+from fused_dni.kernels.launch import Launch, constants
+from fused_dni.kernels.meeting import LINEAR, Kernel, meet
 from fused_dni.kernels.synthesizer import (
     TYPES,
     counted_rows,
@@ -1103,112 +1103,3 @@ def _described(phase: int, t: Tensors, tiles: Tiles, options: Options) -> dict[s
             return None
         made[name] = TensorDescriptor.from_tensor(source, list(block))
     return made
-
-
-# ---------------------------------------------------------------------------------------------
-# Specimens
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _specimen_step(
-    rows: int, inputs: int, outputs: int, dtype: torch.dtype, problem: Problem, tiles: Tiles,
-    dx: bool, tabled: bool = False,
-) -> list[Launch]:  # fmt: skip
-    """A step with labels of ten classes, or of a table's ten rows, and a rank of 16."""
-    rank, classes = 16, 10
-    adam = problem.rule != "sgd"
-    vectors = {
-        name: _meta(outputs)
-        for name in ("bias", "norm_weight", "norm_bias", "running_mean", "running_var")
-    }
-    shapes = {"dense": (outputs, outputs), "lowrank": (outputs, rank), "diagonal": (outputs,)}
-    moments = {
-        f"{order}_{slot}": _meta(outputs, inputs) if slot == "weight" else _meta(outputs)
-        for order in ("first", "second")
-        for slot in ("weight", "bias", "norm_weight", "norm_bias")
-        if adam
-    }
-    low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    t = Tensors(
-        x=_meta(rows, inputs, dtype=dtype),
-        weight=_meta(outputs, inputs),
-        **vectors,
-        synthesizer_weight=_meta(*shapes[problem.source]),
-        down=_meta(rank, outputs) if problem.source == "lowrank" else None,
-        context_weight=_meta() if tabled else _meta(outputs, classes),
-        synthesizer_bias=_meta(outputs),
-        table=_meta(classes, outputs) if tabled else None,
-        labels=_meta(rows, dtype=torch.int64),
-        hyper=_meta(7, dtype=torch.float64),
-        **moments,
-        h=_meta(rows, outputs, dtype=dtype),
-        normalized=_meta(rows, outputs),
-        rstd=_meta(rows if problem.norm == "layer" else outputs),
-        scaled=_meta(rows, outputs),
-        reduced=_meta(rows, rank) if problem.source == "lowrank" else None,
-        delta=_meta(rows, outputs, dtype=low),
-        dx=_meta(rows, inputs, dtype=dtype) if dx else None,
-    )
-    t = workspace(t, problem, tiles, STEP_PHASES)
-    if tiles.launches == "one":
-        int32 = torch.int32
-        t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
-    return plan(
-        t, problem, tiles, STEP_PHASES,
-        (rows, inputs, outputs, rank if t.down is not None else 0, classes), 132,
-    )  # fmt: skip
-
-
-def specimens(architecture: int) -> Iterator[Specimen]:
-    """What the rules of thumb choose for a small and for a large layer, over dtypes, rules,
-    synthesizers, interfaces and normalisations; see :mod:`fused_dni.kernels.aot`.
-
-    What spills are allowed are a few registers around the epilogue of a product, once a tile.
-    """
-    step = Problem(
-        "batch", True, "relu", source="lowrank", target_scale=128.0, rule="sgd",
-        trainable=(True, True, True, True),
-    )  # fmt: skip
-    dense = step._replace(source="dense", norm="layer", activation="gelu")
-    inside = dense._replace(interface="preactivation", trainable=(True, True, False, False))
-    half, full = torch.bfloat16, torch.float32
-    cases: list[tuple[str, torch.dtype, Problem, bool]] = [
-        ("bf16", half, step, False),
-        ("bf16 dx adam", half, step._replace(rule="adam"), True),
-        ("bf16 dense layer gelu", half, dense, True),
-        ("bf16 preactivation", half, inside, True),
-        ("tf32", full, step._replace(precision="tf32"), False),
-        ("fp32", full, step, False),
-        ("bf16 table", half, step, False),
-        ("fp16 diagonal", torch.float16, step._replace(source="diagonal", norm="none"), False),
-    ]  # fmt: skip
-    seen = set()
-    for size, (rows, inputs, outputs) in {
-        "128x1024": (128, 1024, 1024),
-        "4096x4096": (4096, 4096, 4096),
-    }.items():
-        for name, dtype, problem, dx in cases if architecture == 90 else cases[:5]:
-            tiles = default_tiles(
-                rows, inputs, outputs, dtype, problem.rule, problem.precision, architecture
-            )
-            tabled = "table" in name
-            for launch in _specimen_step(rows, inputs, outputs, dtype, problem, tiles, dx, tabled):
-                phase = launch.arguments["FIRST"]
-                part = "step" if tiles.launches == "one" else PHASES[phase]
-                multiplies = part in ("step", "product", "dx", "weight")
-                # Phases without a product are much the same in all cases and architectures.
-                key = f"{part} {problem.norm} {problem.source} {problem.interface} {tabled}"
-                if not multiplies and (key in seen or architecture != 90):
-                    continue
-                if tabled and part not in ("step", "gradient"):  # the others read no table
-                    continue
-                seen.add(key)
-                yield Specimen(
-                    f"{part} {size} {name}", launch,
-                    spills={"step": 32, "weight": 128, "product": 16}.get(part, 0),
-                    tensor_cores=multiplies and name != "fp32",
-                    wide_loads=part != "reduce",
-                )  # fmt: skip

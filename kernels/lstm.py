@@ -32,7 +32,6 @@ The same input gives the same bits: an element is one program's, its sum's order
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -49,11 +48,10 @@ from fused_dni.kernels.common import (
     sigmoid,
     tanh,
 )
-from fused_dni.kernels.launch import Launch, Specimen, constants
+from fused_dni.kernels.launch import Launch, constants
 from fused_dni.kernels.meeting import (
     LSTM_BACKWARD,
     LSTM_FORWARD,
-    RECORD,
     Kernel,
     Meeting,
     meet,
@@ -1279,115 +1277,3 @@ def plan_update(
         last = k == len(layers) - 1
         apply.append(Launch(lstm_update, grid, arguments | {"TRIAL": False, "LAST": last}, how))
     return measure + trial + apply
-
-
-# ---------------------------------------------------------------------------------------------
-# Specimens
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _window_specimens(
-    name: str,
-    sizes: tuple[int, int],
-    dtype: torch.dtype,
-    precision: str,
-    kind: str | None,
-    machine: Machine,
-    spills: int,
-) -> Iterator[Specimen]:
-    """A window of B rows and H units forwards and backwards, and what surrounds it."""
-    batch, size = sizes
-    steps, layers, rank = 16, 2, 16
-    low, wide = functools.partial(_meta, dtype=dtype), _meta
-    forward = Products(dtype, precision)
-    backward = Products(torch.float32, "tf32") if dtype == torch.float16 else forward
-    layer = Layer(wide(4 * size, size), wide(4 * size, size), wide(4 * size), wide(4 * size))
-    states = low(steps + 1, batch, size)
-    trace = Trace(states, low(batch, size), low(batch, size), states, low(steps, batch, 4 * size))
-    carry, int32 = wide(batch, size), torch.int32
-    meeting = Meeting(_meta(batch, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
-    lengths = _meta(batch, dtype=torch.int64) if kind else None
-    tiles = window_tiles(batch, size, forward.width, False, machine)
-    yield Specimen(
-        f"{name} forward",
-        plan_forward(layer, trace.c, trace, lengths, carry, meeting, True, tiles, forward)[-1],
-        spills,
-        in_flight=4 if tiles.persistent else 0,  # the next step's gates
-    )
-    ends = None
-    if kind is not None:
-        features = 2 * layers * size
-        shape = {"dense": (features,), "lowrank": (rank,), "diagonal": ()}[kind]
-        ends = Ends(
-            low(layers, batch, size),
-            low(layers, batch, size),
-            wide(features, *shape),
-            wide(rank, features) if kind == "lowrank" else None,
-            wide(features),
-            _meta(batch, dtype=torch.bool),
-            0.1,
-            rank if kind == "lowrank" else 0,
-            layers,
-        )
-    made = Gradients(_meta(steps, batch, 4 * size, dtype=backward.dtype), trace.h, trace.c)
-    tiles = window_tiles(batch, size, backward.width, True, machine)
-    launches = plan_backward(
-        layer, (low(steps, batch, size), trace.h, None), trace, lengths, made, ends, kind or "none",
-        1, (carry, carry), carry, meeting, tiles, backward,
-    )  # fmt: skip
-    # Gates, cell states around the step, and what comes from above.
-    yield Specimen(f"{name} backward", launches[-1], spills, in_flight=7 if tiles.persistent else 0)
-    if ends is not None and not tiles.persistent:
-        products = kind != "diagonal"
-        yield Specimen(f"{name} ends", launches[0], spills, products, products)
-
-
-def specimens(architecture: int) -> Iterator[Specimen]:
-    """What the rules of thumb choose, over sizes, dtypes and synthesizers; see
-    :mod:`fused_dni.kernels.aot`. All of them for Hopper alone."""
-    machine, all_cases = MACHINES[architecture], architecture == 90
-    half, full = torch.bfloat16, torch.float32
-    # 16 bytes: what the assembler puts aside around the loop over steps.
-    cases: list[tuple[str, tuple[int, int], torch.dtype, str, str | None, Machine, int]] = [
-        ("16x1024 bf16", (16, 1024), half, "tf32", None, machine, 16),
-        ("32x256 fp32 dense", (32, 256), full, "tf32x3", "dense", machine, 16),
-        ("64x2048 bf16 diagonal", (64, 2048), half, "tf32", "diagonal", machine, 0),
-        ("64x512 bf16 lowrank", (64, 512), half, "tf32", "lowrank", machine, 16),
-        ("32x512 fp16", (32, 512), torch.float16, "tf32", None, machine, 16),
-        ("64x1024 fp32", (64, 1024), full, "tf32x3", None, machine, 0),
-    ]
-    for case in cases if all_cases else cases[:3]:
-        yield from _window_specimens(*case)
-    batch, size = 64, 512
-    kinds = [("bf16", half, "tf32"), ("fp32", full, "tf32x3")]
-    for name, dtype, precision in kinds if all_cases else kinds[:1]:
-        low = functools.partial(_meta, dtype=dtype)
-        layer = Layer(_meta(4 * size, size), _meta(4 * size, size), _meta(4 * size), None)
-        state, gates = low(batch, size), low(batch, 4 * size)
-        products = Products(dtype, precision)
-        tiles = step_tiles(batch, size, products.width, machine)
-        (launch,) = plan_cell_forward(
-            state, state, state, layer, state, state, gates, tiles, products
-        )
-        yield Specimen(f"cell {batch}x{size} {name} forward", launch)
-        (launch,) = plan_cell_backward(
-            state, state, state, state, gates, layer.weight_hh, gates, state, tiles, products
-        )
-        yield Specimen(f"cell {batch}x{size} {name} backward", launch, 0, False, False)
-        count = 16 * batch
-        rows = Rows(low(count, size), low(count, size), low(count, 4 * size))
-        hyper = _meta(7, dtype=torch.float64)
-        workspace = UpdateWorkspace.allocate(1, hyper)
-        record = _meta(RECORD, dtype=torch.int32)
-        for kind, second in (("sgd", Layer(None, None)), ("adamw", layer)):
-            rule = Rule(kind, False, hyper, layer, second, (True, True, True, False))
-            launches = plan_update(
-                (rows,), (layer,), rule, workspace, record, update_tiles(size, machine), products
-            )
-            if kind == "sgd":
-                yield Specimen(f"measure {name}", launches[0], 0, False)
-                yield Specimen(f"update trial {name}", launches[1])
-            yield Specimen(f"update {kind} {name}", launches[2])

@@ -19,15 +19,14 @@ nothing. The kernel of linear.py predicts by :func:`predict_tile` too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fused_dni.kernels.common import SKIPPED, STEP, dot, rule_factors
-from fused_dni.kernels.launch import Launch, Specimen, constants
-from fused_dni.kernels.meeting import RECORD, SYNTHESIZER, Kernel, Meeting, meet
+from fused_dni.kernels.launch import Launch, constants
+from fused_dni.kernels.meeting import SYNTHESIZER, Kernel, meet
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
@@ -769,83 +768,3 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Options:
     )
     frozen: Options = constants(made)
     return frozen
-
-
-# ---------------------------------------------------------------------------------------------
-# Specimens
-
-
-def _specimen(
-    rows: int, outputs: int, dtype: torch.dtype, problem: Problem, architecture: int, tabled: bool
-) -> list[Launch]:
-    """A prediction, or a step of training, on tensors that are not there; 10 classes, or a table
-    [10, O]; rank 16."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rank = 16 if problem.source == "lowrank" else 0
-    shapes = {"dense": (outputs, outputs), "lowrank": (outputs, rank), "diagonal": (outputs,)}
-    slots: dict[str, tuple[int, ...]] = {"weight": shapes[problem.source]}
-    if rank:
-        slots["down"] = (rank, outputs)
-    slots |= {"context": () if tabled else (outputs, 10), "bias": (outputs,)}
-    if problem.training:
-        problem = problem._replace(trainable=(True, rank > 0, True, True))
-    kept = {"sgd": ("first",), "adam": ("first", "second")}.get(problem.rule, ())
-    moments = {
-        f"{moment}_{name}": empty(*shape) for moment in kept for name, shape in slots.items()
-    }
-    t = Tensors(
-        h=empty(rows, outputs, dtype=dtype),
-        synthesizer_weight=empty(*slots["weight"]),
-        down=empty(rank, outputs) if rank else None,
-        context_weight=empty(*slots["context"]),
-        synthesizer_bias=empty(outputs),
-        table=empty(10, outputs, dtype=dtype) if tabled else None,
-        labels=empty(rows, dtype=torch.int64),
-        scaled=empty(rows, outputs),
-        reduced=empty(rows, rank) if rank else None,
-        grad_h=empty(rows, outputs, dtype=dtype) if problem.training else None,
-        hyper=empty(7, dtype=torch.float64) if problem.training else None,
-        statistics=empty(5, dtype=torch.float64) if problem.training else None,
-        **moments,
-    )
-    tiles = default_tiles(rows, outputs, dtype, architecture)
-    t = workspace(t, problem, tiles, rank)
-    if tiles.launches == "one":
-        int32 = torch.int32
-        t = t._replace(meeting=Meeting(empty(1, dtype=int32), empty(RECORD, dtype=int32), 2**21))
-    return plan(t, problem, tiles, (rows, outputs, rank, 10), 132)
-
-
-def specimens(architecture: int) -> Iterator[Specimen]:
-    """What the rule of thumb chooses for a small and for a large layer; see
-    :mod:`fused_dni.kernels.aot`."""
-    predict = Problem("lowrank", False)
-    train = Problem("lowrank", True, 128.0, "sgd")
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for name, rows, outputs, dtype, problem in (
-        ("predict bf16", 128, 1024, bf16, predict),
-        ("predict dense tf32", 128, 1024, fp32, Problem("dense", False, precision="tf32")),
-        ("train bf16", 128, 1024, bf16, train),
-        ("train dense adam bf16", 128, 1024, bf16, train._replace(source="dense", rule="adam")),
-        ("train diagonal fp32", 128, 1024, fp32, train._replace(source="diagonal")),
-        ("train tf32", 128, 1024, fp32, train._replace(precision="tf32")),
-        ("predict table bf16", 128, 1024, bf16, predict),
-        ("train table dense bf16", 128, 1024, bf16, train._replace(source="dense")),
-        ("train table bf16", 128, 1024, bf16, train),
-        ("train bf16", 4096, 4096, bf16, train),
-    ):
-        tabled = "table" in name
-        for launch in _specimen(rows, outputs, dtype, problem, architecture, tabled):
-            first = launch.arguments["FIRST"]
-            whole = first != launch.arguments["LAST"]
-            part = "" if whole else f" phase {first}"
-            # 16 bytes: what the assembler puts aside around the products of one launch, and as many
-            # again (on 80 and 100) around the rows that are gathered between them.
-            spills = (32 if tabled else 16) if whole else 0
-            yield Specimen(
-                f"{name} {rows}x{outputs}{part}", launch, spills=spills,
-                tensor_cores=problem.source != "diagonal" and first != REDUCE.value,
-            )  # fmt: skip

@@ -13,7 +13,7 @@ from stored import named
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; every column after the first to the right."""
+    """Return a Markdown table; every column after the first to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 

@@ -20,7 +20,7 @@ def error_of(results: dict[str, Any], key: str, name: str) -> str:
 
 
 def render_step(results: dict[str, Any]) -> str:
-    """The step table: a table a rule and size, errors beside the speeds, then the ratios."""
+    """Render the step table: a table a rule and size, errors beside the speeds, then the ratios."""
     groups = results.get("step", {})
     if not groups:
         return "Not measured yet."
@@ -75,8 +75,8 @@ SUMMARY = {
 
 
 def render_summary(results: dict[str, Any]) -> str:
-    """The step table in one: time over the floor and, where any was measured, test error, a row a
-    size and rule."""
+    """Render the step table in one: time over the floor and, where any was measured, test error, a
+    row a size and rule."""
     groups = results.get("step", {})
     if not groups:
         return "Not measured yet."
@@ -151,7 +151,7 @@ def render_groups(results: dict[str, Any], suite: str) -> str:
 
 
 def render_memory(results: dict[str, Any]) -> str:
-    """The curve of peak memory over depth."""
+    """Render the curve of peak memory over depth."""
     groups = results.get("peak-memory", {})
     if not groups:
         return "Not measured yet."

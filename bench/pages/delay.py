@@ -5,14 +5,22 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from fused_dni.experiments.delay_arms import TASKS, Settings
+from fused_dni.experiments.delay_settings import TASKS, Settings
 from fused_dni.report.kinds import delay
 from pages.cells import table
 from stored import named
 
+#: Of :data:`fused_dni.experiments.delay_arms.TASKS`.
+TITLES = {
+    "classification": "Classification",
+    "frozen-top": "Classification behind a last stage that stays as it was drawn",
+    "reconstruction": "Reconstruction",
+}
+
 
 def render_delay(results: list[dict[str, Any]]) -> str:
-    """A table for each task and depth: a row an arm, a column a number of stages and a lag."""
+    """Render a table for each task and depth: a row an arm, a column a number of stages and a
+    lag."""
     if not results:
         return "Not measured yet."
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -41,7 +49,7 @@ def _group(results: list[dict[str, Any]]) -> str:
         for name in labels
     ]
     head = (
-        f"{s['task'].capitalize()}, {s['depth']} hidden layers of {s['hidden']}, batch "
+        f"{TITLES[s['task']]}, {s['depth']} hidden layers of {s['hidden']}, batch "
         f"{s['batch_size']}, {s['epochs']} epochs"
     )
     header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]
@@ -58,7 +66,7 @@ def _where(facts: dict[str, Any]) -> str:
 
 
 def _label(name: str, settings: dict[str, Any]) -> str:
-    """An arm, with what its call changed."""
+    """Return an arm, with what its call changed."""
     usual = Settings()
     if not name.startswith("cdni"):
         return name

@@ -19,14 +19,14 @@ DOCUMENTS = (
 def each(
     renderer: Callable[[dict[str, Any]], str],
 ) -> Callable[[list[dict[str, Any]]], str]:
-    """A renderer of several results: one part a device."""
+    """Return a renderer of several results: one part a device."""
     return lambda results: "\n\n".join(map(renderer, results)) or "Not measured yet."
 
 
 def on_gpus(
     renderer: Callable[[dict[str, Any]], str],
 ) -> Callable[[list[dict[str, Any]]], str]:
-    """As :func:`each`, which says so where no GPU was measured."""
+    """Do as :func:`each`, and say so where no GPU was measured."""
     return lambda results: (
         "\n\n".join(map(renderer, results)) or "No GPU figure has been measured yet."
     )
@@ -53,6 +53,8 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
+    "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
+    "simulated": ("*-simulated", each(pipelines.render_simulated)),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
@@ -64,7 +66,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
 
 
 def committed(pattern: str) -> list[dict[str, Any]]:
-    """The results whose file name fits."""
+    """Return the results whose file name fits."""
     return list(matching(pattern).values())
 
 

@@ -47,13 +47,13 @@ class Estimate(NamedTuple):
 
 
 def bare(what: str, launches: int, barriers: int, seconds: float) -> Estimate:
-    """A launch of nothing, or a barrier of all processors."""
+    """Return a launch of nothing, or a barrier of all processors."""
     return Estimate(what, ("gpu-floors", "barrier", what), 0, 0, launches, barriers, seconds)
 
 
 def layer_step(batch: int, hidden: int) -> Estimate:
-    """The decoupled step in one launch: tiles of 128 x 16 of the product, in stages of 64 depths;
-    of 32 x 64 of the update, in stages of 32 rows; reduction and gradient between them."""
+    """Return the decoupled step in one launch: tiles of 128 x 16 of the product, in stages of 64
+    depths; of 32 x 64 of the update, in stages of 32 rows; reduction and gradient between them."""
     product = math.ceil(hidden / 64) * math.ceil(math.ceil(hidden / 16) / PROCESSORS)
     tiles = math.ceil(hidden / 32) * math.ceil(hidden / 64)
     update = math.ceil(batch / 32) * math.ceil(tiles / PROCESSORS)
@@ -82,13 +82,14 @@ def synthesizer_update(batch: int, hidden: int) -> Estimate:
 
 
 def of_steps(batch: int, depth: int, steps: int) -> float:
-    """A window's chain: each step waits for a barrier, then for what it reads of the others'."""
+    """Return a window's chain: each step waits for a barrier, then for what it reads of the
+    others'."""
     read = max(STAGE, batch * depth * 2 / CACHE)
     return steps * (BARRIER + read + GATES)
 
 
 def window_forward(batch: int, hidden: int, steps: int) -> Estimate:
-    """The input's products of all steps by torch.mm, then the steps in one launch."""
+    """Return the input's products of all steps by torch.mm, then the steps in one launch."""
     product = 2 * batch * steps * 4 * hidden * hidden
     return Estimate(
         f"LSTM {batch}/{hidden}/{steps}, forward",
@@ -159,7 +160,8 @@ def measured(results: dict[str, Any], estimate: Estimate) -> float | None:
 
 
 def render_estimates(found: list[dict[str, Any]]) -> str:
-    """The kernels, what they move and wait for, the estimate, and a column a measured device."""
+    """Render the kernels, what they move and wait for, the estimate, and a column a measured
+    device."""
     rows = []
     for estimate in ESTIMATES:
 
@@ -187,5 +189,5 @@ def render_estimates(found: list[dict[str, Any]]) -> str:
 
 
 def provenance(results: dict[str, Any]) -> str:
-    """The device and the commit."""
+    """Return the device and the commit."""
     return f"{named(results['facts'])}, {results['facts'].get('commit')}"

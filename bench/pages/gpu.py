@@ -30,7 +30,7 @@ def _ratio(group: dict[str, Any], label: str) -> str:
 
 
 def render_gpu(results: dict[str, Any]) -> str:
-    """The decoupled step of one layer: launches, floor, and what it is compared with."""
+    """Render the decoupled step of one layer: launches, floor, and what it is compared with."""
     groups = results.get("gpu-layer", {})
     if not groups:
         return "Not measured yet."

@@ -9,7 +9,8 @@ from pages.cells import interval, ordered, over_floor, provenance, table
 
 
 def render_lstm(results: dict[str, Any]) -> str:
-    """The LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's cost."""
+    """Render the LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's
+    cost."""
     groups = results.get("lstm", {})
     shapes = _lstm_shapes(groups)
     if not shapes:

@@ -11,7 +11,8 @@ from stored import RESULTS, named
 
 
 def render_races(results: list[dict[str, Any]]) -> str:
-    """A row a race: who came first to what backprop ends with, and in what part of its time."""
+    """Render a row a race: who came first to what backprop ends with, and in what part of its
+    time."""
     if not results:
         return "Not measured yet."
     order = list(races.TITLES.values())

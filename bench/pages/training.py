@@ -47,7 +47,7 @@ def render_training(report: dict[str, Any]) -> str:
 
 
 def render_recurrent(report: dict[str, Any]) -> str:
-    """What one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    """Say what one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
     outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
     said = (
@@ -60,7 +60,8 @@ def render_recurrent(report: dict[str, Any]) -> str:
 
 
 def render_future(report: dict[str, Any]) -> str:
-    """The true gradient of the future beside the window's own, and beside what was predicted."""
+    """Render the true gradient of the future beside the window's own, and beside what was
+    predicted."""
     outcome = recurrent_report.outcome_of(report)
     left_out = as_markdown([recurrent_report.future_table(outcome)], RESULTS)
     shares = (0.1, 0.25, 0.5, 0.75, 1.0)

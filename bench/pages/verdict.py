@@ -59,7 +59,7 @@ def provenance(reports: dict[str, Report]) -> str:
 
 
 def device(reports: dict[str, Report]) -> str:
-    """Where results are from, and with how many threads."""
+    """Say where results are from, and with how many threads."""
     first = next(iter(reports.values()))["facts"]
     threads = sorted({report["facts"]["threads"] for report in reports.values()})
     unit = "thread" if threads == [1] else "threads"
@@ -67,7 +67,7 @@ def device(reports: dict[str, Report]) -> str:
 
 
 def gpu() -> str:
-    """Which GPUs there are figures of."""
+    """Say which GPUs there are figures of."""
     found = sorted({named(report["facts"]) for report in matching("*-gpu").values()})
     if not found:
         return "No GPU figure has been measured yet."
@@ -75,13 +75,13 @@ def gpu() -> str:
 
 
 def anchor(heading: str) -> str:
-    """The part of a link behind #, as GitHub and MyST make it of a heading."""
+    """Return the part of a link behind #, as GitHub and MyST make it of a heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.lower())
     return kept.strip().replace(" ", "-")
 
 
 def figures_of(question: Question, machine: int, blocks: list[Block]) -> list[Block]:
-    """The blocks, with figures under the names of their files."""
+    """Return the blocks, with figures under the names of their files."""
     return [
         replace(block, name=f"{question.key}-{machine}-{place}-{block.name}")
         if isinstance(block, Figure)
@@ -91,7 +91,8 @@ def figures_of(question: Question, machine: int, blocks: list[Block]) -> list[Bl
 
 
 def each() -> Iterator[tuple[Question, list[tuple[dict[str, Report], Answer]]]]:
-    """Every question with what is known, a machine at a time; figures under their files' names."""
+    """Yield every question with what is known, a machine at a time; figures under their files'
+    names."""
     for question in QUESTIONS:
         found = []
         for machine, (reports, answer) in enumerate(answered(question), 1):
@@ -104,12 +105,12 @@ def each() -> Iterator[tuple[Question, list[tuple[dict[str, Report], Answer]]]]:
 
 
 def open_(question: Question) -> str:
-    """What stands where there is no answer."""
+    """Say what stands where there is no answer."""
     return "Not measured yet." if question.answer else "Left open."
 
 
 def summary(below: str = TABLES.name) -> str:
-    """The table of all claims: answer, figure, device."""
+    """Return the table of all claims: answer, figure, device."""
     lines = ["| they say | answer | figure | device |", "| --- | --- | --- | --- |"]
     for question, found in each():
         shown = any(answer.shown is not None for _, answer in found)
@@ -122,7 +123,7 @@ def summary(below: str = TABLES.name) -> str:
 
 
 def page(figures: Path) -> str:
-    """The short page; its figures are written into a folder."""
+    """Return the short page; its figures are written into a folder."""
     parts = [HEAD, gpu(), "## In one table", summary()]
     for question, found in each():
         if not any(answer.shown is not None for _, answer in found):
@@ -138,7 +139,7 @@ def page(figures: Path) -> str:
 
 
 def tables(figures: Path) -> str:
-    """The page of all tables; figures are written into a folder."""
+    """Return the page of all tables; figures are written into a folder."""
     parts = [TABLES_HEAD, gpu()]
     for question, found in each():
         parts += [f"## {question.claim}", question.about]
@@ -151,12 +152,13 @@ def tables(figures: Path) -> str:
 
 
 def short(folder: str) -> str:
-    """The README's picture, answers, and what is known of GPUs; ``folder`` is docs/ from there."""
+    """Return the README's picture, answers, and what is known of GPUs; ``folder`` is docs/ from
+    there."""
     return "\n\n".join([picture(folder), bullets(folder), gpu()])
 
 
 def bullets(folder: str) -> str:
-    """The README's answers: a sentence, a figure, a device, a link."""
+    """Return the README's answers: a sentence, a figure, a device, a link."""
     known = {question.key: (question, found) for question, found in each()}
     lines = []
     for key in BULLETS:
@@ -168,7 +170,7 @@ def bullets(folder: str) -> str:
 
 
 def picture(folder: str) -> str:
-    """The README's figure, and how to read it."""
+    """Return the README's figure, and how to read it."""
     for question, found in each():
         for reports, answer in found:
             if question.key == PICTURE and isinstance(answer.shown, Figure):

@@ -78,14 +78,14 @@ def lacks(name: str) -> str | None:
 
 
 def title(report: dict[str, Any]) -> str:
-    """What a race's report is of, by the command that made it."""
+    """Say what a race's report is of, by the command that made it."""
     found = re.search(r"bench\.races:(\w+)", report["facts"]["command"] or "")
     return TITLES[found[1]] if found and found[1] in TITLES else "A race"
 
 
 def soonest(report: dict[str, Any], ours: bool) -> tuple[str, list[float]] | None:
-    """The arm, of those by synthetic gradients or of the others, that was first with every seed at
-    what the race's first ends with, and in what parts of its time; None if none was."""
+    """Return the arm, of those by synthetic gradients or of the others, that was first with every
+    seed at what the race's first ends with, and in what parts of its time; None if none was."""
     found = [
         (name, [share for share in shares if share is not None])
         for name in report["settings"]["arms"][1:]

@@ -29,7 +29,7 @@ def difference() -> nn.Module:
 
 
 def gain() -> nn.Module:
-    """The surrogate's gradient, as much of it as is learned."""
+    """Return the surrogate's gradient, as much of it as is learned."""
     return fd.SurrogateSynthesizer(784, squared_error)
 
 

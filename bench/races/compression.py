@@ -39,7 +39,7 @@ class Sentences(NamedTuple):
 
 
 def sentences(encoder: Encoder, known: dict[str, int], words: list[str], n: int) -> Sentences:
-    """The first n of a text, of those words that the encoder's vocabulary has whole."""
+    """Return the first n of a text, of those words that the encoder's vocabulary has whole."""
     numbers = [known[word] for word in words if word in known][: n * LENGTH]
     with torch.no_grad():
         embedded = encoder.words(torch.tensor(numbers).view(-1, LENGTH))
@@ -49,7 +49,7 @@ def sentences(encoder: Encoder, known: dict[str, int], words: list[str], n: int)
 
 @lru_cache
 def prepared() -> tuple[Encoder, Sentences, Sentences]:
-    """The encoder, sentences for training, and from the text's last tenth those held out."""
+    """Return the encoder, sentences for training, and from the text's last tenth those held out."""
     words = text()
     encoder, known = pretrained()
     cut = len(words) * 9 // 10

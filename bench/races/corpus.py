@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def corpus_path() -> Path:
-    """The text that CORPUS names.
+    """Return the text that CORPUS names.
 
     Raises:
         ValueError: it is not set, or no file.

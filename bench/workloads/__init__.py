@@ -25,15 +25,15 @@ class Disagreement(AssertionError):
 
 
 def backends() -> list[str]:
-    """The backends that can run here on a CPU. Triton's interpreter is not among them: its time
-    says nothing."""
+    """Return the backends that can run here on a CPU. Triton's interpreter is not among them: its
+    time says nothing."""
     found = [name for name, reason in registry.report() if reason is None]
     return [name for name in found if name != "triton"]
 
 
 @contextlib.contextmanager
 def within(seconds: float | None) -> Iterator[None]:
-    """A deadline for a compiler; None for none.
+    """Yield a deadline for a compiler; None for none.
 
     Raises:
         RuntimeError: it has passed.

@@ -59,7 +59,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 
 def operand(precision: str) -> torch.dtype:
-    """The dtype of activations."""
+    """Return the dtype of activations."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
@@ -76,12 +76,12 @@ class Rounded(NamedTuple):
 
 
 def source(device: torch.device, seed: int, dtype: torch.dtype) -> Rounded:
-    """The same values for every dtype."""
+    """Return the same values for every dtype."""
     return Rounded(torch.Generator(device).manual_seed(seed), device, dtype)
 
 
 def why_no_gpu() -> str | None:
-    """None if the Triton backend can be timed on this machine, or why not."""
+    """Return None if the Triton backend can be timed on this machine, or why not."""
     if not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is false"
     return dict(registry.report())["triton"]
@@ -297,7 +297,7 @@ def _exact(kind: type[Layer], case: Case, device: torch.device, lr: float) -> di
 
 
 def check_layer(make: Callable[..., Layer], case: Case, device: torch.device) -> None:
-    """A step of ``make(case, device, lr=)`` against the reference backend in float64.
+    """Check a step of ``make(case, device, lr=)`` against the reference backend in float64.
 
     Adam's first step is a sign: the share of entries that are as near to zero as rounding goes may
     take the other one, and is off by twice its movement.
@@ -333,7 +333,7 @@ def _compare(
 
 
 def products(case: Case, device: torch.device, seed: int = 0) -> Callable[[], None]:
-    """The floor: the products that a step cannot avoid (two, three with dx), by torch."""
+    """Return the floor: the products that a step cannot avoid (two, three with dx), by torch."""
     draw = source(device, seed, operand(case.precision))
     batch, hidden = case.batch, case.hidden
     x, delta = draw(batch, hidden), draw(batch, hidden)
@@ -471,7 +471,7 @@ def _stock_errors(case: WindowCase, device: torch.device) -> dict[str, float]:
 
 
 def check_window(make: Callable[..., Window], case: WindowCase, device: torch.device) -> None:
-    """A window of ``make(case, device)`` against ``nn.LSTM`` in float64.
+    """Check a window of ``make(case, device)`` against ``nn.LSTM`` in float64.
 
     In float32 it is held to what rounding explains (:func:`workloads.lstm.rounding`). With rounded
     operands errors add up over the steps: there it may be twice as far off as ``nn.LSTM`` of the
@@ -490,6 +490,6 @@ def check_window(make: Callable[..., Window], case: WindowCase, device: torch.de
 
 
 def window_floor(case: WindowCase, device: torch.device) -> timing.Candidate:
-    """The products that a window cannot avoid, forward and backward, by torch."""
+    """Return the products that a window cannot avoid, forward and backward, by torch."""
     batch, hidden, steps, precision = case
     return timing.lstm_floor(steps, batch, hidden, hidden, dtype=operand(precision), device=device)

@@ -28,7 +28,7 @@ SHAPES = (Shape(64, 256, 256), Shape(256, 784, 256), Shape(128, 512, 512), Shape
 
 
 def parts(shape: Shape, dtype: torch.dtype) -> tuple[nn.Linear, nn.BatchNorm1d]:
-    """The stock layer and norm that all candidates begin as."""
+    """Return the stock layer and norm that all candidates begin as."""
     torch.manual_seed(0)
     linear = nn.Linear(shape.inputs, shape.outputs, bias=False).to(dtype)
     return linear, nn.BatchNorm1d(shape.outputs).to(dtype)
@@ -144,7 +144,7 @@ def _plain(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def products(shape: Shape, dx: bool, forward_only: bool = False) -> Callable[[], None]:
-    """The products that cannot be avoided: forward, weight gradient, and dx if asked for."""
+    """Return the products that cannot be avoided: forward, weight gradient, and dx if asked for."""
     n, i, o = shape
     x, wt, h = torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)
     d, dt, dw = torch.randn(n, o), torch.randn(o, n), torch.empty(o, i)

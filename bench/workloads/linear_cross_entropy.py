@@ -52,7 +52,7 @@ CANDIDATES = (*STOCK, OURS)
 def _step(
     case: Case, name: str, rate: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[], Tensor], nn.Module, Tensor]:
-    """A step that returns the loss; the head, and what is below, whose gradient is made too."""
+    """Make a step that returns the loss; the head; and what is below, whose gradient it makes."""
     torch.manual_seed(0)
     stock = nn.Linear(case.features, case.classes).to(dtype)
     x = torch.randn(case.batch, case.features).to(dtype).requires_grad_()
@@ -84,13 +84,15 @@ def _step(
 
 
 def stepper(case: Case, name: str) -> Callable[[], object]:
-    """A candidate: one step."""
+    """Return a candidate: one step."""
     return _step(case, name, RATE)[0]
 
 
 def check(case: Case, name: str) -> None:
-    """The correctness gate: loss, gradient below and moved parameters of a step, against stock
-    PyTorch in float64, in norm: float32 leaves an error of eps times the root of a sum's length.
+    """Hold loss, gradient below and moved parameters of a step against stock PyTorch in float64.
+
+    In norm: float32 leaves an error of eps times the root of a sum's
+    length.
 
     Raises:
         Disagreement: they differ by more than 8 of these.

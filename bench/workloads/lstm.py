@@ -56,13 +56,13 @@ BOUNDARY_STEPS = (8, 16, 32, 64)
 
 
 def boundary_shapes() -> list[Shape]:
-    """The one-layer shapes at every window of the boundary's table."""
+    """Return the one-layer shapes at every window of the boundary's table."""
     sizes = dict.fromkeys((s.batch, s.hidden) for s in SHAPES if s.layers == 1)
     return [Shape(batch, hidden, steps) for batch, hidden in sizes for steps in BOUNDARY_STEPS]
 
 
 def cell_shapes() -> list[Shape]:
-    """A step of every batch and width."""
+    """Return a step of every batch and width."""
     return [Shape(*size, 1) for size in dict.fromkeys((s.batch, s.hidden) for s in SHAPES)]
 
 
@@ -148,7 +148,7 @@ def make(
     backend: str | None = None,
     lr: float = RATE,
 ) -> nn.Module:
-    """The LSTM of a method: the same weights in all, synthesizers that predict something."""
+    """Make the LSTM of a method: the same weights in all, synthesizers that predict something."""
     stock = stock_lstm(shape, dtype)
     if not method.ours:
         return stock
@@ -169,7 +169,7 @@ def make(
 
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
-    """As ``torch.backends.mkldnn.flags(enabled=False)``, without what that sets beside it."""
+    """Do as ``torch.backends.mkldnn.flags(enabled=False)``, without what that sets beside it."""
     torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         yield
@@ -188,7 +188,7 @@ def _native(call: Callable[[], Any]) -> Callable[[], Any]:
 def unrolled(
     x: Tensor, first_h: Tensor, first_c: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, State]:
-    """The window as good plain PyTorch: one product for the inputs, then step by step."""
+    """Return the window as good plain PyTorch: one product for the inputs, then step by step."""
     hs, cs = [], []
     for layer, (h, c) in enumerate(zip(first_h.unbind(), first_c.unbind(), strict=True)):
         w_ih, w_hh, b_ih, b_hh = parameters[4 * layer : 4 * layer + 4]
@@ -265,7 +265,7 @@ class Training:
         self.rule = method.rule
 
     def step(self) -> None:
-        """A window, its backward and its update, as a user would write it."""
+        """Run a window, its backward and its update, as a user would write it."""
         if not self.rule:
             self.optimizer.zero_grad()
         self.x.grad = None
@@ -292,8 +292,9 @@ def _agree(what: str, got: dict[str, Tensor], want: dict[str, Tensor], bound: fl
 
 
 def rounding(shape: Shape) -> float:
-    """What float32 may differ by, in norm: sums are at most as long as the rows of the window or
-    the inputs of a gate, and every step and layer adds its own error to the state it hands on."""
+    """Say what float32 may differ by, in norm: sums are at most as long as the rows of the window
+    or the inputs of a gate, and every step and layer adds its own error to the state it hands
+    on."""
     batch, hidden, steps, layers = shape
     longest = max(steps * batch, 4 * hidden)
     return torch.finfo(torch.float32).eps * longest**0.5 * (steps * layers) ** 0.5
@@ -321,7 +322,7 @@ def _exact_results(shape: Shape, synthesizer: bool, backward: bool) -> dict[str,
 
 
 def not_compiled(shape: Shape) -> str | None:
-    """Why the unrolled steps of a window are not compiled; None if they are."""
+    """Say why the unrolled steps of a window are not compiled; None if they are."""
     if shape.steps * shape.layers <= UNROLLED and shape.hidden <= WIDEST:
         return None
     return f"compiled only up to {UNROLLED} unrolled steps and H={WIDEST}, for the time it takes"
@@ -330,7 +331,8 @@ def not_compiled(shape: Shape) -> str | None:
 def check_window(
     shape: Shape, method: Method, *, backward: bool, backend: str | None = None
 ) -> Window:
-    """A window that agrees with float64: ``nn.LSTM``, or with a synthesizer the reference backend.
+    """Check a window that agrees with float64: ``nn.LSTM``, or with a synthesizer the reference
+    backend.
 
     Raises:
         Disagreement: they differ by more than float32 explains.
@@ -365,10 +367,10 @@ def _exact_movement(shape: Shape, synthesizer: bool) -> dict[str, Tensor]:
 
 
 def check_training(shape: Shape, method: Method, backend: str | None = None) -> Training:
-    """A training whose parameters' movement over a few windows agrees with float64's: ``nn.LSTM``
-    with ``torch.optim.Adam``, or with a synthesizer the reference backend. Adam's first steps are
-    signs: the share of entries that are as near to zero as rounding goes, which is about that of
-    the rounding itself, may go the other way, and is off by twice its movement.
+    """Check a training whose parameters' movement over a few windows agrees with float64's:
+    ``nn.LSTM`` with ``torch.optim.Adam``, or with a synthesizer the reference backend. Adam's first
+    steps are signs: the share of entries that are as near to zero as rounding goes, which is about
+    that of the rounding itself, may go the other way, and is off by twice its movement.
 
     Raises:
         Disagreement: they differ by more.
@@ -404,14 +406,14 @@ class Cell:
         self.leaves = [*self.given, *self.cell.parameters()]
 
     def forward(self) -> State:
-        """The next state, without gradients."""
+        """Compute the next state, without gradients."""
         x, h, c = self.given
         with torch.no_grad():
             made: State = self.cell(x, (h, c))
         return made
 
     def backward(self) -> State:
-        """The next state, and the gradients of the parameters, the input and the state."""
+        """Compute the next state, and the gradients of the parameters, the input and the state."""
         for leaf in self.leaves:
             leaf.grad = None
         x, h, c = self.given
@@ -421,7 +423,7 @@ class Cell:
 
 
 def check_cell(shape: Shape, ours: bool, *, backward: bool, backend: str | None = None) -> Cell:
-    """A cell that agrees with ``nn.LSTMCell`` in float64.
+    """Check a cell that agrees with ``nn.LSTMCell`` in float64.
 
     Raises:
         Disagreement: they differ by more than float32 explains.
@@ -444,7 +446,7 @@ def check_cell(shape: Shape, ours: bool, *, backward: bool, backend: str | None 
 
 
 def floor(shape: Shape, backward: bool) -> timing.Candidate:
-    """The products that a window cannot avoid, alone."""
+    """Return the products that a window cannot avoid, alone."""
     batch, hidden, steps, layers = shape
     return timing.lstm_floor(steps, batch, hidden, hidden, layers, backward=backward)
 

@@ -90,7 +90,7 @@ SYNTHESIZER_RATE = 3e-3
 
 
 def rule(name: str, lr: float | None = None) -> fd.SGD | fd.Adam:
-    """The update rule of that name, as fused_dni's description."""
+    """Return the update rule of that name, as fused_dni's description."""
     lr = LEARNING_RATES[name] if lr is None else lr
     return fd.SGD(lr=lr) if name == "sgd" else fd.Adam(lr=lr)
 
@@ -98,7 +98,7 @@ def rule(name: str, lr: float | None = None) -> fd.SGD | fd.Adam:
 def stock_optimizer(
     name: str, model: nn.Module, lr: float | None = None, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """The same rule as the stock optimizer with ``fused=True``: the honest bar."""
+    """Return the same rule as the stock optimizer with ``fused=True``: the honest bar."""
     lr = LEARNING_RATES[name] if lr is None else lr
     kind = torch.optim.SGD if name == "sgd" else torch.optim.Adam
     return kind(model.parameters(), lr=lr, fused=fused)
@@ -121,8 +121,8 @@ def our_network(
     backend: str | None = None,
     container: Callable[..., nn.Module] = fd.DecoupledSequential,
 ) -> nn.Module:
-    """The network ``stock`` with its weights, on fused layers, which a DecoupledSequential runs in
-    one call, the loss included; the head is always exact."""
+    """Return the network ``stock`` with its weights, on fused layers, which a DecoupledSequential
+    runs in one call, the loss included; the head is always exact."""
     stock = copy.deepcopy(stock)
     modules = list(stock)
     layers: list[nn.Module] = []
@@ -259,7 +259,7 @@ class Training:
 
 @lru_cache(maxsize=8)
 def batches(case: Case, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, Tensor], ...]:
-    """A pool of batches: standard normal rows, labels by a fixed random linear rule."""
+    """Return a pool of batches: standard normal rows, labels by a fixed random linear rule."""
     generator = torch.Generator().manual_seed(7)
     direction = torch.randn(case.hidden, CLASSES, generator=generator)
     pool = []
@@ -270,7 +270,7 @@ def batches(case: Case, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tenso
 
 
 def stepper(training: Training, steps: int = CYCLE) -> Callable[[], None]:
-    """A candidate that makes ``steps`` training steps, going round the pool of batches."""
+    """Return a candidate that makes ``steps`` training steps, going round the pool of batches."""
     pool = batches(training.case)
     position = 0
 
@@ -284,7 +284,7 @@ def stepper(training: Training, steps: int = CYCLE) -> Callable[[], None]:
 
 
 def prepared(case: Case, rule_name: str, method: Method, **options: Any) -> Training:
-    """A checked network that has made a few steps and whose synthesizers predict something.
+    """Return a checked network that has made a few steps and whose synthesizers predict something.
 
     The rate is a hundredth of the training one: timed candidates make tens of thousands of steps.
     """
@@ -311,7 +311,7 @@ def _off(wrong: Tensor, movement: Tensor) -> float:
 
 
 def check_step(case: Case, rule_name: str, method: Method, **options: Any) -> None:
-    """The correctness gate: a whole cycle of steps against the same in float64.
+    """Hold a whole cycle of steps against the same in float64.
 
     Stock methods and backprop on our kernels are held to stock eager in float64, DNI to the
     reference backend in float64 (the perfect-synthesizer tests tie that to backprop). What is

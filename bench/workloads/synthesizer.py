@@ -21,12 +21,12 @@ WORDS = 10_000  # classes of the head in front of a softmax
 
 
 def classes(kind: str) -> int:
-    """How many labels a synthesizer of the kind is conditioned on."""
+    """Say how many labels a synthesizer of the kind is conditioned on."""
     return WORDS if kind == "softmax" else CLASSES
 
 
 def synthesizer(kind: str, features: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A label-conditioned synthesizer of the kind, with random instead of zero outputs."""
+    """Return a label-conditioned synthesizer of the kind, with random instead of zero outputs."""
     torch.manual_seed(2)
     if kind == "softmax":
         head = nn.Linear(features, WORDS, bias=False).to(dtype)
@@ -120,7 +120,7 @@ def check_softmax_by_autograd(case: Case) -> None:
 
 
 def floor(case: Case, predicts: bool) -> Callable[[], None]:
-    """The product that a dense synthesizer's prediction, or its training, cannot avoid."""
+    """Return the product that a dense synthesizer's prediction, or its training, cannot avoid."""
     h, out = torch.randn(case), torch.empty(case if predicts else (case.hidden, case.hidden))
     other = torch.randn(case.hidden, case.hidden) if predicts else torch.randn(case)
 

@@ -11,6 +11,7 @@
 #include "ops.hpp"
 #include "quick.hpp"
 #include "reading.hpp"
+#include "region.hpp"
 
 namespace py = pybind11;
 
@@ -80,6 +81,18 @@ void call(void (*const (&function)[kTypes])(const Arguments&), std::size_t type,
     throw py::type_error("no kernel for elements of type " + std::to_string(type));
   py::gil_scoped_release release;
   function[type](arguments);
+}
+
+// The same of an op that may stand in a region with others, alone in its own.
+template <class Arguments, std::size_t kTypes>
+void call(Op* (*const (&make)[kTypes])(const Arguments&), std::size_t type,
+          const Arguments& arguments) {
+  if (type >= kTypes || make[type] == nullptr)
+    throw py::type_error("no kernel for elements of type " + std::to_string(type));
+  py::gil_scoped_release release;
+  Ops ops;
+  ops.add(make[type](arguments));
+  ops.run();
 }
 
 void linear_forward(std::size_t type, const py::tuple& layer, const py::tuple& tensors) {
@@ -383,6 +396,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "max_threads", [] { return omp_get_max_threads(); },
       "Threads of the OpenMP pool, which is PyTorch's if PyTorch was imported first.");
+  m.def(
+      "met",
+      [] {
+        const Met seen = met();
+        return std::pair(seen.regions, seen.barriers);
+      },
+      "Parallel regions that kernels have begun so far, and barriers that their threads have met "
+      "at.");
   m.def(
       "bf16", [] { return kernels().linear_step[2] != nullptr; },
       "Whether the linear layer's kernels multiply bfloat16 operands.");

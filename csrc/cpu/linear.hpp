@@ -1,7 +1,7 @@
 // The linear layer: forward, backward, update, and the three in one decoupled step, for elements
 // and products that a template parameter chooses (Plain below; Bf16 in linear_bf16.cpp).
 //
-// Every op is one parallel region over the same phases. Threads own features of the output until
+// Every op has the same phases. Threads own features of the output until
 // the gradient at z is known, and features of the input when the weight is updated:
 //
 //   x -> xT                                              barrier
@@ -125,14 +125,15 @@ struct Plain {
   using T = Real;
   using Input = InputProduct<T>;
   using Weight = WeightPhase<T>;
-  static constexpr bool kTransposed = true;  // whether matrices may stay in the transposed layout
+  static constexpr bool kTransposed = true;  // whether x and dx may be in the transposed layout
 
   static T magnitude(const void* x, Index begin, Index count) {
     return magnitude_of(static_cast<const T*>(x) + begin, count);
   }
 
-  // Features [own) of h [N, O] from the transposed layout, and back.
+  // Features [own) of h [N, O] from the transposed layout, if they are wanted, and back.
   static void give(T* from, Index stride, Index rows, Range own, void* to, Index features) {
+    if (to == nullptr) return;
     from_transposed(from + own.begin * stride, stride, rows, own.size(),
                     static_cast<T*>(to) + own.begin, features);
   }
@@ -461,22 +462,27 @@ void update_vectors(const Layer<T>& layer, const RuleArguments& slots, const Rul
 }
 
 template <class Kind>
-void linear_forward(const LinearForward& a) {
+class ForwardOp : public Op {
   using T = typename Kind::T;
-  const Layer<T> layer(a.layer);
-  const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
-  typename Kind::Input input(layer, a.x);
-  Forward<T> forward{layer};
-  if constexpr (Kind::kTransposed) {
-    if (a.x_transposed) input.given = static_cast<const T*>(a.x);
-    forward.given_h = static_cast<T*>(a.transposed);
-    if (a.transposed) forward.given_z = static_cast<T*>(a.normalized);
+
+ public:
+  explicit ForwardOp(const LinearForward& from)
+      : a(from), layer(a.layer), input(layer, a.x), forward{layer} {
+    threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
+    open = true;
+    if constexpr (Kind::kTransposed) {
+      if (a.x_transposed) input.given = static_cast<const T*>(a.x);
+      forward.given_h = static_cast<T*>(a.transposed);
+      if (a.transposed) forward.given_z = static_cast<T*>(a.normalized);
+    }
   }
-  Scratch::allocate([&](Scratch& scratch) {
+
+  void plan(Scratch& scratch) override {
     input.plan(scratch);
     forward.plan(scratch, threads);
-  });
-  parallel(threads, [&](const Team& team) {
+  }
+
+  void run(const Team& team) override {
     if (!a.x_transposed) {
       input.transpose(team);
       team.sync();
@@ -484,38 +490,52 @@ void linear_forward(const LinearForward& a) {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    if (a.h) Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
+    Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
     forward.save(team, own, a.transposed ? nullptr : a.normalized, a.rstd);
     forward.move_running(own);
-  });
-}
+  }
+
+ private:
+  const LinearForward& a;
+  const Layer<T> layer;
+  typename Kind::Input input;
+  Forward<T> forward;
+};
 
 template <class Kind>
-void linear_backward(const LinearBackward& a) {
+class BackwardOp : public Op {
   using T = typename Kind::T;
-  const Layer<T> layer(a.layer);
-  const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
-  Backward<T> backward{layer};
-  typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
-  T *h = nullptr, *u = nullptr, *rstd = nullptr;
-  if (a.transposed) backward.given_delta = static_cast<T*>(a.delta);
-  if (a.grad_h_transposed) backward.given_grad_h = static_cast<const T*>(a.grad_h);
-  Scratch::allocate([&](Scratch& scratch) {
+
+ public:
+  explicit BackwardOp(const LinearBackward& from)
+      : a(from),
+        layer(a.layer),
+        backward{layer},
+        product(layer.rows, layer.in, layer.out, layer.weight, a.x) {
+    threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
+    open = true;
+    if (a.transposed) backward.given_delta = static_cast<T*>(a.delta);
+    if (a.grad_h_transposed) backward.given_grad_h = static_cast<const T*>(a.grad_h);
+  }
+
+  void plan(Scratch& scratch) override {
     h = scratch.take<T>(a.transposed ? 0 : layer.out * layer.stride);
     u = scratch.take<T>(a.normalized && !a.transposed ? layer.out * layer.stride : 0);
-    rstd = scratch.take<T>(layer.stride);
+    rstd = scratch.take<T>(layer.normalization == kLayer ? threads * layer.stride : 0);
     backward.plan(scratch, threads);
     product.plan(scratch, threads);
-  });
-  backward.h = a.transposed ? static_cast<const T*>(a.h) : h;
-  backward.u = a.transposed ? static_cast<const T*>(a.normalized) : u;
-  backward.rstd = static_cast<const T*>(a.rstd);
-  product.delta = backward.delta;
-  if (layer.normalization == kLayer)  // padded, as vectors are read from it
-    __builtin_memcpy(rstd, a.rstd, sizeof(T) * layer.rows);
-  parallel(threads, [&](const Team& team) {
+    backward.h = a.transposed ? static_cast<const T*>(a.h) : h;
+    backward.u = a.transposed ? static_cast<const T*>(a.normalized) : u;
+    backward.rstd = static_cast<const T*>(a.rstd);
+    product.delta = backward.delta;
+  }
+
+  void run(const Team& team) override {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     Magnitude<T> magnitude;
+    T* rstd_of_column = rstd + team.rank * layer.stride;
+    if (layer.normalization == kLayer)  // padded, as vectors are read from it
+      __builtin_memcpy(rstd_of_column, a.rstd, sizeof(T) * layer.rows);
     backward.begin(team);
     const auto take = [&](const void* from, Index first, Index count, T* to) {
       to_transposed(static_cast<const T*>(from) + first, layer.out, layer.rows, count,
@@ -529,7 +549,7 @@ void linear_backward(const LinearBackward& a) {
       }
       backward.run(team, first, last, T(a.factor), magnitude);
     });
-    backward.finish(team, own, rstd, magnitude);
+    backward.finish(team, own, rstd_of_column, magnitude);
     if (!a.transposed)
       from_transposed(backward.delta + own.begin * layer.stride, layer.stride, layer.rows,
                       own.size(), static_cast<T*>(a.delta) + own.begin, layer.out);
@@ -550,28 +570,39 @@ void linear_backward(const LinearBackward& a) {
       }
     }
     product.gradients(team, a.grad_x, static_cast<T*>(a.grad_weight));
-  });
-}
+  }
+
+ private:
+  const LinearBackward& a;
+  const Layer<T> layer;
+  Backward<T> backward;
+  typename Kind::Weight product;
+  T *h = nullptr, *u = nullptr, *rstd = nullptr;  // [O][stride] twice, [threads][stride]
+};
 
 template <class Kind>
-void linear_update(const LinearUpdate& a) {
+class UpdateOp : public Op {
   using T = typename Kind::T;
-  const Layer<T> layer(a.layer);
-  const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
-  const Rule<T> rule(a.rule);
-  const Slot<T> weight = slot_of<T>(a.rule, 0, layer.weight);
-  typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
-  if constexpr (Kind::kTransposed) product.x_transposed = a.x_transposed;
-  T* made = nullptr;
-  Report<T>* reports = nullptr;
-  Scratch::allocate([&](Scratch& scratch) {
+
+ public:
+  explicit UpdateOp(const LinearUpdate& from)
+      : a(from),
+        layer(a.layer),
+        rule(a.rule),
+        weight(slot_of<T>(a.rule, 0, layer.weight)),
+        product(layer.rows, layer.in, layer.out, layer.weight, a.x) {
+    threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
+    if constexpr (Kind::kTransposed) product.x_transposed = a.x_transposed;
+  }
+
+  void plan(Scratch& scratch) override {
     made = scratch.take<T>(a.delta_transposed ? 0 : layer.out * layer.stride);
     reports = scratch.take<Report<T>>(threads);
     product.plan(scratch, threads);
-  });
-  product.delta = a.delta_transposed ? static_cast<const T*>(a.delta) : made;
-  bool applied = false;
-  parallel(threads, [&](const Team& team) {
+    product.delta = a.delta_transposed ? static_cast<const T*>(a.delta) : made;
+  }
+
+  void run(const Team& team) override {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     const T* vectors[] = {static_cast<const T*>(a.grad_bias),
                           static_cast<const T*>(a.grad_norm_weight),
@@ -602,32 +633,48 @@ void linear_update(const LinearUpdate& a) {
       update_vectors(layer, a.rule, rule, own, vectors[0], vectors[1], vectors[2]);
     }
     if (team.rank == 0) applied = finite;
-  });
-  count_step(a.rule, applied);
-}
+  }
+
+  void finish() override { count_step(a.rule, applied); }
+
+ private:
+  const LinearUpdate& a;
+  const Layer<T> layer;
+  const Rule<T> rule;
+  const Slot<T> weight;
+  typename Kind::Weight product;
+  T* made = nullptr;             // [O][stride]: delta
+  Report<T>* reports = nullptr;  // [threads]
+  bool applied = false;
+};
 
 template <class Kind>
-void linear_step(const LinearStep& a) {
+class StepOp : public Op {
   using T = typename Kind::T;
-  const Layer<T> layer(a.layer);
-  const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
-  const Rule<T> rule(a.rule);
-  const Slot<T> weight = slot_of<T>(a.rule, 0, layer.weight);
-  typename Kind::Input input(layer, a.x);
-  Forward<T> forward{layer};
-  Predictor<T> predictor(a.synthesizer, layer.rows, layer.out);
-  const Layer<T> behind = a.preactivation ? layer.up_to_z() : layer;
-  Backward<T> backward{behind};
-  typename Kind::Weight product(layer.rows, layer.in, layer.out, layer.weight, a.x);
-  if constexpr (Kind::kTransposed) {
-    if (a.x_transposed) input.given = static_cast<const T*>(a.x);
-    product.x_transposed = a.x_transposed;
+
+ public:
+  explicit StepOp(const LinearStep& from)
+      : a(from),
+        layer(a.layer),
+        behind(a.preactivation ? layer.up_to_z() : layer),
+        rule(a.rule),
+        weight(slot_of<T>(a.rule, 0, layer.weight)),
+        input(layer, a.x),
+        forward{layer},
+        predictor(a.synthesizer, layer.rows, layer.out),
+        backward{behind},
+        product(layer.rows, layer.in, layer.out, layer.weight, a.x) {
+    threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
+    open = a.grad_x && !a.grad_x_transposed;
+    if constexpr (Kind::kTransposed) {
+      if (a.x_transposed) input.given = static_cast<const T*>(a.x);
+      product.x_transposed = a.x_transposed;
+    }
     forward.given_h = static_cast<T*>(a.transposed);
     if (a.transposed) backward.given_grad_h = static_cast<const T*>(a.scaled);
   }
-  Report<T>* reports = nullptr;
-  double* squares = nullptr;  // [threads], of the prediction
-  Scratch::allocate([&](Scratch& scratch) {
+
+  void plan(Scratch& scratch) override {
     input.plan(scratch);
     forward.plan(scratch, threads);
     predictor.plan(scratch, threads);
@@ -635,16 +682,14 @@ void linear_step(const LinearStep& a) {
     product.plan(scratch, threads);
     reports = scratch.take<Report<T>>(threads);
     squares = scratch.take<double>(threads);
-  });
-  backward.h = forward.h;
-  backward.u = forward.z;
-  backward.rstd = forward.rstd;
-  product.delta = backward.delta;
-  // Where the prediction is made: for a lesson that reads it transposed it stays.
-  T* predicted = a.transposed && a.scaled ? static_cast<T*>(a.scaled) : backward.delta;
-  bool applied = false;
+    backward.h = forward.h;
+    backward.u = forward.z;
+    backward.rstd = forward.rstd;
+    product.delta = backward.delta;
+    predicted = a.transposed && a.scaled ? static_cast<T*>(a.scaled) : backward.delta;
+  }
 
-  parallel(threads, [&](const Team& team) {
+  void run(const Team& team) override {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     const Index stride = layer.stride;
     Report<T> report;
@@ -652,11 +697,13 @@ void linear_step(const LinearStep& a) {
 
     report.x = input.transpose(team);
     predictor.transpose_context(team);
-    team.sync();
+    // What is given transposed is there; and of the context there is a barrier in front, unless the
+    // prediction mixes no features.
+    if (!a.x_transposed || predictor.kind == kDiagonal) team.sync();
 
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    if (a.h) Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
+    Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
     forward.save(team, own, a.normalized, a.rstd);
     predictor.reduce(team, own, forward.h);
     if (predictor.kind != kDiagonal) team.sync();
@@ -728,8 +775,33 @@ void linear_step(const LinearStep& a) {
       product.update(team, grad_x, rule, Slot<T>{});
     }
     if (team.rank == 0) applied = finite;
-  });
-  count_step(a.rule, applied);
+  }
+
+  void finish() override { count_step(a.rule, applied); }
+
+ private:
+  const LinearStep& a;
+  const Layer<T> layer, behind;  // behind: what is between z and where the gradient is predicted
+  const Rule<T> rule;
+  const Slot<T> weight;
+  typename Kind::Input input;
+  Forward<T> forward;
+  Predictor<T> predictor;
+  Backward<T> backward;
+  typename Kind::Weight product;
+  Report<T>* reports = nullptr;  // [threads]
+  double* squares = nullptr;     // [threads], of the prediction
+  T* predicted = nullptr;        // [O][stride]: for a regression that reads it transposed it stays
+  bool applied = false;
+};
+
+// Enters the ops of a kind into the tables of Kernels.
+template <class Kind>
+void add_linear_ops(Kernels& kernels, int type) {
+  kernels.linear_forward[type] = make<ForwardOp<Kind>>;
+  kernels.linear_backward[type] = make<BackwardOp<Kind>>;
+  kernels.linear_update[type] = make<UpdateOp<Kind>>;
+  kernels.linear_step[type] = make<StepOp<Kind>>;
 }
 
 }  // namespace

@@ -84,17 +84,21 @@ struct CrossEntropy {
 };
 
 template <class T>
-void linear_cross_entropy(const LinearCrossEntropy& a) {
-  const Layer<T> layer(a.layer);
-  const int threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
-  InputProduct<T> input(layer, a.x);
-  if (a.x_transposed) input.given = static_cast<const T*>(a.x);
-  CrossEntropy<T> loss{a, layer};
-  Scratch::allocate([&](Scratch& scratch) {
+class CrossEntropyOp : public Op {
+ public:
+  explicit CrossEntropyOp(const LinearCrossEntropy& from)
+      : a(from), layer(a.layer), input(layer, a.x), loss{a, layer} {
+    threads = team_size(a.layer.threads, layer.rows * layer.in * layer.out);
+    open = a.delta && !a.delta_transposed;
+    if (a.x_transposed) input.given = static_cast<const T*>(a.x);
+  }
+
+  void plan(Scratch& scratch) override {
     input.plan(scratch);
     loss.plan(scratch);
-  });
-  parallel(threads, [&](const Team& team) {
+  }
+
+  void run(const Team& team) override {
     if (!a.x_transposed) {
       input.transpose(team);
       team.sync();
@@ -109,14 +113,20 @@ void linear_cross_entropy(const LinearCrossEntropy& a) {
       from_transposed(loss.z + own.begin * layer.stride, layer.stride, layer.rows, own.size(),
                       static_cast<T*>(a.delta) + own.begin, layer.out);
     if (team.rank == 0) loss.give_loss();
-  });
-}
+  }
+
+ private:
+  const LinearCrossEntropy& a;
+  const Layer<T> layer;
+  InputProduct<T> input;
+  CrossEntropy<T> loss;
+};
 
 }  // namespace
 
 void add_linear_cross_entropy(Kernels& kernels) {
-  kernels.linear_cross_entropy[0] = linear_cross_entropy<float>;
-  kernels.linear_cross_entropy[1] = linear_cross_entropy<double>;
+  kernels.linear_cross_entropy[0] = make<CrossEntropyOp<float>>;
+  kernels.linear_cross_entropy[1] = make<CrossEntropyOp<double>>;
 }
 
 }  // namespace fused_dni::FUSED_DNI_ISA

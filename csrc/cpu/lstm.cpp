@@ -12,6 +12,8 @@
 //   behind the steps, over the whole window:
 //             dx = delta W_ih                               panels of its columns
 //             dW_ih = delta^T x, dW_hh = delta^T h          blocks of x and h, as they come
+#include <sched.h>
+
 #include "lstm.hpp"
 
 namespace fused_dni::FUSED_DNI_ISA {
@@ -35,7 +37,7 @@ class Steps {
     __atomic_store_n(&done_[team.rank].count, count, __ATOMIC_RELEASE);
   }
 
-  // Returns when all threads have done `count` steps. Spins, then yields, as Team::sync does.
+  // Returns when all threads have done `count` steps. Spins, then yields.
   void wait(const Team& team, int count) const {
     for (int i = 0; i < team.size; ++i)
       for (int spins = 0; __atomic_load_n(&done_[i].count, __ATOMIC_ACQUIRE) < count; ++spins)
@@ -257,7 +259,7 @@ void lstm_forward(const LSTMForward& a) {
   T *input_panels = nullptr, *panels = nullptr, *bias = nullptr, *ahead = nullptr;
   T *cells = nullptr, *masked = nullptr, *below[2] = {};
   Steps meet;
-  Scratch::allocate([&](Scratch& scratch) {
+  allocate([&](Scratch& scratch) {
     input_panels = scratch.take<T>(groups * widest * kGroup<T>);
     panels = scratch.take<T>(groups * hidden * kGroup<T>);
     bias = scratch.take<T>(groups * kGroup<T>);
@@ -591,7 +593,7 @@ void lstm_backward(const LSTMBackward& a) {
   Steps meet;
   const Index sums_size = larger(batch, kWindowRows * panel_count<T>(widest, 1)) * kPanel<T>;
   const Index blocks_size = a.gradients ? WeightGradient<T>::scratch(larger(widest, hidden)) : 0;
-  Scratch::allocate([&](Scratch& scratch) {
+  allocate([&](Scratch& scratch) {
     panels = scratch.take<T>(panel_count<T>(larger(widest, hidden), threads) * kPanel<T> * kGates *
                              hidden);
     sums = scratch.take<T>(threads * sums_size);

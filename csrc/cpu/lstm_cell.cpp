@@ -119,7 +119,7 @@ void lstm_cell_forward(const LSTMCellForward& a) {
   const Index blocks = dot_blocks<T>(in + hidden);
   const int threads = team_size(a.sizes.threads, batch * kGates * hidden * (in + hidden));
   T* scratch_of_all = nullptr;
-  Scratch::allocate([&](Scratch& scratch) { scratch_of_all = scratch.take<T>(threads * piece); });
+  allocate([&](Scratch& scratch) { scratch_of_all = scratch.take<T>(threads * piece); });
 
   parallel(threads, [&](const Team& team) {
     T* z = scratch_of_all + team.rank * piece;
@@ -173,7 +173,7 @@ void lstm_cell_backward(const LSTMCellBackward& a) {
   WeightPhase<T> ih(batch, in, kGates * hidden, static_cast<const T*>(a.layer.weight_ih), a.x);
   WeightPhase<T> hh(batch, hidden, kGates * hidden, static_cast<const T*>(a.layer.weight_hh), a.h);
   T* features = nullptr;  // delta in the transposed layout and the order of the weights' rows
-  Scratch::allocate([&](Scratch& scratch) {
+  allocate([&](Scratch& scratch) {
     features = scratch.take<T>(kGates * hidden * ih.stride);
     ih.plan(scratch, threads);
     hh.plan(scratch, threads);

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "dispatch.hpp"
+#include "region.hpp"
 
 namespace fused_dni {
 namespace {
@@ -195,7 +196,9 @@ class Closing {
     a.statistics = boundary_.statistics;
     a.update = false;
     for (int i = 0; i < kSlots; ++i) a.gradients[i] = boundary_.gradients[i];
-    kernels().synthesizer_train[type_](a);
+    Ops ops;
+    ops.add(kernels().synthesizer_train[type_](a));
+    ops.run();
   }
 
   LSTMBackward window_;

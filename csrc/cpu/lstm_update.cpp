@@ -121,7 +121,7 @@ void lstm_update(const LSTMUpdate& a) {
   for (Index k = 0; k < a.depth; ++k)
     multiply_adds += a.rows[k].rows * updater.outputs * (a.rows[k].in + a.hidden);
   const int threads = team_size(a.threads, multiply_adds);
-  Scratch::allocate([&](Scratch& scratch) { updater.plan(scratch, threads); });
+  allocate([&](Scratch& scratch) { updater.plan(scratch, threads); });
   bool applied = false;
   parallel(threads, [&](const Team& team) {
     const Range groups = part(group_count<T>(a.hidden), 1, team.rank, team.size);

@@ -160,7 +160,8 @@ struct SynthesizerTrain {
   bool update;
   RuleArguments rule;
   void* gradients[kSlots];
-  bool transposed;  // h, scaled, reduced and grad_h
+  bool transposed;  // h, scaled, reduced, and grad_h unless it is narrow
+  bool narrow;      // grad_h is of bfloat16; with floats
 };
 
 // ---- LSTM: T steps, B sequences side by side, L layers of H units --------------------------------
@@ -277,16 +278,19 @@ struct LSTMCellBackward {
   void* grad_x;                  // [B, I]
 };
 
+class Op;  // region.hpp
+
 // One set an instruction set; [0] for float, [1] for double, [2] for x, h and dx in bfloat16 and
-// everything else in float (null where the machine has no instructions for that).
+// everything else in float (null where the machine has no instructions for that). What is an Op is
+// made here for whoever runs it, with others or alone.
 struct Kernels {
-  void (*linear_forward[3])(const LinearForward&);
-  void (*linear_backward[3])(const LinearBackward&);
-  void (*linear_update[3])(const LinearUpdate&);
-  void (*linear_step[3])(const LinearStep&);
-  void (*linear_cross_entropy[2])(const LinearCrossEntropy&);
+  Op* (*linear_forward[3])(const LinearForward&);
+  Op* (*linear_backward[3])(const LinearBackward&);
+  Op* (*linear_update[3])(const LinearUpdate&);
+  Op* (*linear_step[3])(const LinearStep&);
+  Op* (*linear_cross_entropy[2])(const LinearCrossEntropy&);
   void (*synthesizer_predict[2])(const SynthesizerPredict&);
-  void (*synthesizer_train[2])(const SynthesizerTrain&);
+  Op* (*synthesizer_train[2])(const SynthesizerTrain&);
   void (*lstm_forward[2])(const LSTMForward&);
   void (*lstm_backward[2])(const LSTMBackward&);
   void (*lstm_update[2])(const LSTMUpdate&);

@@ -24,7 +24,7 @@ void synthesizer_predict(const SynthesizerPredict& a) {
   const int threads = team_size(
       a.threads, a.rows * features * (predictor.kind == kDense ? features : predictor.rank + 1));
   T *h = nullptr, *scaled = nullptr;
-  Scratch::allocate([&](Scratch& scratch) {
+  allocate([&](Scratch& scratch) {
     h = scratch.take<T>(features * stride);
     scaled = scratch.take<T>(features * stride);
     predictor.plan(scratch, threads);
@@ -118,7 +118,7 @@ struct Trainer {
   // e, its sums, and everything that the other threads will need. A barrier follows.
   void prepare(const Team& team, Range own, Report<T>& report) const {
     const T* scaled = take(a.scaled, own, error);
-    const T* grad_h = take(a.grad_h, own, other);
+    const T* grad_h = take_gradient(own);
     T* weights = mean + team.rank * stride;
     if (head.table) head.weigh(T(2.0 / static_cast<double>(head.counted)), stride, weights);
     Magnitude<T> magnitude;
@@ -310,6 +310,26 @@ struct Trainer {
     return to;
   }
 
+  const T* take_gradient(Range own) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (a.narrow) {
+        const auto* from = static_cast<const std::uint16_t*>(a.grad_h);
+        for (Index n = 0; n < rows; n += kLanes<T>)
+          for (Index o = own.begin; o < own.end; o += kLanes<T>) {
+            const Index width = smaller(kLanes<T>, own.end - o);
+            Vec<T> v[kLanes<T>];
+            for (int i = 0; i < kLanes<T>; ++i)
+              v[i] =
+                  n + i < rows ? widened_upto<T>(from + (n + i) * features + o, width) : Vec<T>{};
+            transpose_registers<T>(v);
+            for (int i = 0; i < width; ++i) store(other + (o + i) * stride + n, v[i]);
+          }
+        return other;
+      }
+    }
+    return take(a.grad_h, own, other);
+  }
+
   static void pad_rows(const void* from, Range range, Index width, Index row, T* to) {
     for (Index r = range.begin; r < range.end; ++r)
       for (Index v = 0; v < width; v += kLanes<T>)
@@ -329,13 +349,16 @@ struct Trainer {
 };
 
 template <class T>
-void synthesizer_train(const SynthesizerTrain& a) {
-  Trainer<T> trainer(a);
-  const int threads = team_size(
-      a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
-  Scratch::allocate([&](Scratch& scratch) { trainer.plan(scratch, threads); });
-  bool applied = false;
-  parallel(threads, [&](const Team& team) {
+class TrainOp : public Op {
+ public:
+  explicit TrainOp(const SynthesizerTrain& from) : a(from), trainer(a) {
+    threads = team_size(
+        a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
+  }
+
+  void plan(Scratch& scratch) override { trainer.plan(scratch, threads); }
+
+  void run(const Team& team) override {
     const Range own = own_features<T>(a.features, team.rank, team.size);
     Report<T> report;
     trainer.prepare(team, own, report);
@@ -357,17 +380,25 @@ void synthesizer_train(const SynthesizerTrain& a) {
     if (!finite) return;
     for (int s = 0; s < 4; ++s) a.statistics[s] += totals[s];
     a.statistics[4] += static_cast<double>(a.rows);
-  });
-  if (a.update) count_step(a.rule, applied);
-}
+  }
+
+  void finish() override {
+    if (a.update) count_step(a.rule, applied);
+  }
+
+ private:
+  const SynthesizerTrain& a;
+  Trainer<T> trainer;
+  bool applied = false;
+};
 
 }  // namespace
 
 void add_synthesizer(Kernels& kernels) {
   kernels.synthesizer_predict[0] = synthesizer_predict<float>;
   kernels.synthesizer_predict[1] = synthesizer_predict<double>;
-  kernels.synthesizer_train[0] = synthesizer_train<float>;
-  kernels.synthesizer_train[1] = synthesizer_train<double>;
+  kernels.synthesizer_train[0] = make<TrainOp<float>>;
+  kernels.synthesizer_train[1] = make<TrainOp<double>>;
 }
 
 }  // namespace fused_dni::FUSED_DNI_ISA

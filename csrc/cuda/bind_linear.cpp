@@ -196,7 +196,7 @@ void read_reduced(Reader& read, Synthesizer& s, std::int64_t rows, Need need) {
 void* read_room(const py::object& room, std::size_t bytes, Barrier& barrier,
                 const std::string& what) {
   Reader read(py::cast<py::tuple>(room));
-  void* address = read.address();
+  void* address = read.pointer();
   const std::int64_t given = read.integer();
   barrier = read.barrier(what);
   read.finish();
@@ -322,7 +322,7 @@ void read_prediction(Reader& read, SynthesizerArguments& a) {
   read_reduced(read, a.synthesizer, a.rows, kRequired);
 }
 
-void read_lesson(Reader& read, SynthesizerArguments& a) {
+void read_training(Reader& read, SynthesizerArguments& a) {
   a.training = true;
   read_arriving(read, a);
   a.target_scale = static_cast<float>(read.real());
@@ -348,7 +348,7 @@ std::size_t synthesizer_gradients(const py::tuple& items, const py::object& room
   Reader read(items);
   SynthesizerArguments a;
   read_prediction(read, a);
-  read_lesson(read, a);
+  read_training(read, a);
   with_slots(a, [&](const Slots& slots) { read_gradients(read, a.trainable, slots); });
   read.finish();
   return run_synthesizer("synthesizer_gradients", a, room, stream);
@@ -359,7 +359,7 @@ std::size_t synthesizer_update(const py::tuple& items, const py::object& room,
   Reader read(items);
   SynthesizerArguments a;
   read_prediction(read, a);
-  read_lesson(read, a);
+  read_training(read, a);
   const py::tuple rule = read.tuple();
   with_slots(a, [&](const Slots& slots) { read_rule(rule, a, slots); });
   read.finish();

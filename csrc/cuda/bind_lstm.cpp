@@ -95,7 +95,7 @@ struct Reading {
     return !items.empty();
   }
   float* carry() { return read.contiguous<float>("carry", {sizes.batch, sizes.size}); }
-  void* stream() { return read.address(); }
+  void* stream() { return read.pointer(); }
 };
 
 std::string name(const char* op, const LSTMSizes& s) {
@@ -263,7 +263,7 @@ void barriers(const py::tuple& items) {
   a.cluster = static_cast<int>(read.integer("cluster", 1, 16));
   const std::string what = describe("grid_barriers", {{"count", {a.count}}});
   a.barrier = read.barrier(what);
-  a.stream = read.address();
+  a.stream = read.pointer();
   read.finish();
   run(grid_barriers, a, what);
 }

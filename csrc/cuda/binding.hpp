@@ -6,20 +6,17 @@
 // ValueError names the argument, what was given and what is taken.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <utility>
 
+#include "../reader.hpp"
 #include "barrier.hpp"
 #include "matrix.hpp"
 #include "status.hpp"
 
 namespace fused_dni::cuda {
-
-namespace py = pybind11;
 
 // ---- Errors of launches ---------------------------------------------------------------------------
 
@@ -134,15 +131,12 @@ struct Tensor {
   }
 };
 
-// Reads the items of a tuple one after another; all of them must be read.
-class Reader {
+// With what the ops here take: tensors that are held against a type, sizes and strides.
+class Reader : public fused_dni::Reader {
  public:
-  explicit Reader(const py::tuple& items) : items_(items.ptr()), size_(PyTuple_GET_SIZE(items_)) {}
+  using fused_dni::Reader::integer;
+  using fused_dni::Reader::Reader;
 
-  std::int64_t integer() { return checked(PyLong_AsLongLong(next())); }
-  double real() { return checked(PyFloat_AsDouble(next())); }
-  bool flag() { return checked(PyObject_IsTrue(next())) != 0; }
-  void* address() { return checked(PyLong_AsVoidPtr(next())); }
   py::tuple tuple() {
     PyObject* item = next();
     if (!PyTuple_Check(item)) throw py::type_error("an argument tuple lacks a tuple");
@@ -172,7 +166,7 @@ class Reader {
       throw py::type_error(std::string(name) + ": takes (address, type, sizes, strides) or None");
     Reader read(py::reinterpret_borrow<py::tuple>(item));
     Tensor made;
-    made.data = read.address();
+    made.data = read.pointer();
     const std::int64_t type = read.integer();
     made.type = static_cast<Type>(type);
     require_type(name, type, types);
@@ -219,22 +213,8 @@ class Reader {
     return barrier_of(vector<std::int32_t>("barrier", 1), what);
   }
 
-  void finish() const {
-    if (at_ != size_) throw py::type_error("too many items in an argument tuple");
-  }
-
  private:
   static constexpr int kMostDimensions = 4;
-
-  PyObject* next() {
-    if (at_ == size_) throw py::type_error("too few items in an argument tuple");
-    return PyTuple_GET_ITEM(items_, at_++);
-  }
-  template <class T>
-  static T checked(T value) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
 
   static void require_type(const char* name, std::int64_t type, std::initializer_list<Type> types) {
     std::string allowed;
@@ -259,9 +239,6 @@ class Reader {
           (strided ? "rows that are contiguous and do not overlap" : "contiguous elements"));
     }
   }
-
-  PyObject* items_;
-  Py_ssize_t size_, at_ = 0;
 };
 
 }  // namespace fused_dni::cuda

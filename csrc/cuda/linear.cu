@@ -8,9 +8,9 @@ namespace {
 // fit, and as few features as a product takes, so that there are tiles for many processors.
 LinearKernels kernels_for(const LinearArguments& a) {
   const int shape = a.rows <= 32 ? 1 : a.rows <= 256 ? 0 : 2;
-  if (a.type == kBfloat16) return linear_brain(shape);
-  if (a.type == kFloat16) return linear_half(shape);
-  return a.ieee ? linear_single(shape) : linear_rounded(shape);
+  if (a.type == kBfloat16) return linear_bf16(shape);
+  if (a.type == kFloat16) return linear_fp16(shape);
+  return a.ieee ? linear_fp32(shape) : linear_tf32(shape);
 }
 
 }  // namespace

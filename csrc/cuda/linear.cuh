@@ -69,11 +69,11 @@ struct Precision {
   template <class Shape>
   using Weight = typename Shape::template Weight<BackOp>;
 };
-using Single = Precision<Fp32, Fp32, float, float>;
-using Rounded = Precision<Tf32, Tf32, float, float>;
-using Brain = Precision<Bf16, Bf16, bf16, bf16>;
+using InFp32 = Precision<Fp32, Fp32, float, float>;
+using InTf32 = Precision<Tf32, Tf32, float, float>;
+using InBf16 = Precision<Bf16, Bf16, bf16, bf16>;
 // A gradient of size 1 / N has no room in float16; TF32 has its digits and more range.
-using Half = Precision<Fp16, Tf32, fp16, float>;
+using InFp16 = Precision<Fp16, Tf32, fp16, float>;
 
 // The kernel of one precision and shape: C has both.
 template <class P, class Shape>
@@ -181,11 +181,13 @@ FUSED_DNI_DEVICE void move_running(const LinearArguments& a, int o, float mean, 
   a.running_var[o] += a.momentum * (unbiased - a.running_var[o]);
 }
 
-// What follows z in a tile: n, h. `mean` and `variance` are of each element's column (batch) or row
-// (layer), and not read without a normalisation. The tiles are not what they were behind this.
+// What follows z in a tile: n, h. `mean` and `rstd` are of each element's column (batch) or row
+// (layer), and not read without a normalisation; `variance` is the column's.
 template <class C>
 FUSED_DNI_DEVICE void finish(const LinearArguments& a, const Place<typename C::T>& at,
-                             typename C::T& z, typename C::T& mean, typename C::T& variance) {
+                             const typename C::T& z, const typename C::T& mean,
+                             const typename C::T& rstd, float variance) {
+  using T = typename C::T;
   using X = typename C::X;
   const int o = at.c();
   const bool column = at.has_column();
@@ -194,28 +196,31 @@ FUSED_DNI_DEVICE void finish(const LinearArguments& a, const Place<typename C::T
   const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
   const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
   if (batch && at.r(0) == 0 && column) {  // of the tiles that have these columns, the first
-    if (a.rstd != nullptr) a.rstd[o] = rstd_of(variance.value[0], a.eps);
+    if (a.rstd != nullptr) a.rstd[o] = rstd.value[0];
     if (a.batch != nullptr) {  // a step moves the running statistics with its update
       a.batch[o] = mean.value[0];
-      a.batch[a.outputs + o] = variance.value[0];
+      a.batch[a.outputs + o] = variance;
     } else if (a.statistics && a.running_mean != nullptr) {
-      move_running(a, o, mean.value[0], variance.value[0]);
+      move_running(a, o, mean.value[0], variance);
     }
   }
+  T n;
+#pragma unroll
+  for (int i = 0; i < T::kEach; ++i)
+    n.value[i] = normalizes ? (z.value[i] - mean.value[i]) * rstd.value[i] : z.value[i];
   in_turn(
-      [&](int i, float n, float center, float spread) {
+      [&](int i, float normal) {
         if (!at.inside(i)) return;
-        float y = n;
-        if (normalizes) {
-          const float rstd = rstd_of(spread, a.eps);
-          n = (n - center) * rstd;
-          y = n * scale + shift;
-          if (o == 0 && !batch && a.rstd != nullptr) a.rstd[at.r(i)] = rstd;
-        }
-        if (a.normalized != nullptr) a.normalized[at.at(i)] = n;
+        if (a.normalized != nullptr) a.normalized[at.at(i)] = normal;
+        const float y = normalizes ? normal * scale + shift : normal;
         static_cast<X*>(a.h)[at.at(i)] = from_float<X>(activate(y, a.activation));
       },
-      z.value, mean.value, variance.value);
+      n.value);
+  if (normalizes && !batch && o == 0 && a.rstd != nullptr) {
+#pragma unroll
+    for (int i = 0; i < T::kEach; ++i)
+      if (at.inside(i)) a.rstd[at.r(i)] = rstd.value[i];
+  }
 }
 
 template <class C>
@@ -225,25 +230,24 @@ FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
   const Operand<X, Lies::kAlong> x{static_cast<const X*>(a.x.data), a.x.stride, a.rows};
   const Operand<float, Lies::kAlong> weight{a.weight.parameter, a.inputs, a.outputs};
   const bool whole = is_whole<T>(a), layer = a.normalization == kLayerNormalization;
-  const bool running = a.normalization == kBatchNormalization && !a.statistics;
+  const bool batch = a.normalization == kBatchNormalization, running = batch && !a.statistics;
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
-    T z, mean, variance;
+    T z, mean, spread;
     multiply<typename C::Forward>(z, arena, x, at.row, weight, at.column, a.inputs);
     const bool column = at.has_column();
     const float bias = or_else(a.bias.parameter, at.c(), column, 0.0f);
 #pragma unroll
     for (int i = 0; i < T::kEach; ++i) z.value[i] = at.inside(i) ? z.value[i] + bias : 0.0f;
-    // Mean and squared deviations of the tile, over rows or over features; the variance of one that
-    // is whole.
+    // Mean and squared deviations of the tile, over rows or over features; of one that is whole, 1
+    // over the standard deviation.
     const int left = layer ? a.outputs - at.column : a.rows - at.row;
     const int size = layer ? T::N : T::M;
     const float count = static_cast<float>(left < size ? left : size);
+    float m = 0.0f, v = 1.0f;  // of the column
     if (running) {
-      const float m = or_else(a.running_mean, at.c(), column, 0.0f);
-      const float v = or_else(a.running_var, at.c(), column, 1.0f);
-#pragma unroll
-      for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, variance.value[i] = v;
+      m = or_else(a.running_mean, at.c(), column, 0.0f);
+      v = or_else(a.running_var, at.c(), column, 1.0f);
     } else if (a.normalization != kNoNormalization) {
 #pragma unroll 1
       for (int moment = 0; moment < 2; ++moment) {
@@ -252,22 +256,29 @@ FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < T::kEach; ++i) {
-          const float off = at.inside(i) ? z.value[i] - mean.value[i] : 0.0f;
+          const float off = at.inside(i) ? z.value[i] - (layer ? mean.value[i] : m) : 0.0f;
           of.value[i] = moment == 0 ? off : off * off;
           sum += of.value[i];
         }
         if (layer) {
-          row_sums(of, of, divisor, arena);
+          row_sums(of, arena, [&](float all) {
+            all /= divisor;
+            return moment == 0 || !whole ? all : rstd_of(all, a.eps);
+          });
+          (moment == 0 ? mean : spread) = of;
         } else {
           sum = column_sum<T>(sum, arena) / divisor;
-#pragma unroll
-          for (int i = 0; i < T::kEach; ++i) of.value[i] = sum;
+          (moment == 0 ? m : v) = sum;
         }
-        (moment == 0 ? mean : variance) = of;
       }
     }
+    if (batch) {
+      const float of = whole ? rstd_of(v, a.eps) : v;
+#pragma unroll
+      for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, spread.value[i] = of;
+    }
     if (whole) {
-      finish<C>(a, at, z, mean, variance);
+      finish<C>(a, at, z, mean, spread, v);
       continue;
     }
 #pragma unroll
@@ -280,7 +291,7 @@ FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
       float* left_at = a.moments + (layer ? at.column / T::N : at.row / T::M) * 2LL * length +
                        (layer ? at.r(i) : at.c());
       left_at[0] = mean.value[i];
-      left_at[length] = variance.value[i];
+      left_at[length] = spread.value[i];
     }
   }
 }
@@ -291,6 +302,7 @@ FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
   const bool layer = a.normalization == kLayerNormalization;
   const int lines = layer ? T::M : T::N;
   const Shared<float> means = arena.take<float>(lines), variances = arena.take<float>(lines);
+  const Shared<float> rstds = arena.take<float>(lines);
   for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
     const auto at = place<T>(index, a.rows, a.outputs);
     const int first = layer ? at.row : at.column, length = layer ? a.rows : a.outputs;
@@ -300,18 +312,20 @@ FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
                                         layer ? T::N : T::M, length);
       means.store(i, m.mean);
       variances.store(i, m.variance);
+      rstds.store(i, rstd_of(m.variance, a.eps));
     }
     block_barrier();
-    T z, mean, variance;
+    T z, mean, rstd;
 #pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
       const int line = layer ? T::row(i) : T::column();
       z.value[i] = a.z[at.at(i)];
       mean.value[i] = means.load(line);
-      variance.value[i] = variances.load(line);
+      rstd.value[i] = rstds.load(line);
     }
-    finish<C>(a, at, z, mean, variance);
+    const bool column = !layer && at.has_column();
+    finish<C>(a, at, z, mean, rstd, column ? variances.load(T::column()) : 1.0f);
   }
 }
 
@@ -356,10 +370,14 @@ FUSED_DNI_DEVICE float gradient(const LinearArguments& a, SharedArena arena) {
     const int o = at.c();
     const bool column = at.has_column();
     T g;
-    if (a.synthesizer.source == kGiven) {
+    if (a.synthesizer.source == kGiven && a.grad_wide) {
 #pragma unroll
       for (int i = 0; i < T::kEach; ++i)
-        if (at.inside(i)) g.value[i] = arrived<X>(a.grad_h, a.grad_wide, at.at(i));
+        if (at.inside(i)) g.value[i] = static_cast<const float*>(a.grad_h)[at.at(i)];
+    } else if (a.synthesizer.source == kGiven) {
+#pragma unroll
+      for (int i = 0; i < T::kEach; ++i)
+        if (at.inside(i)) g.value[i] = to_float(static_cast<const X*>(a.grad_h)[at.at(i)]);
     } else {
       predict_tile<typename C::Forward>(g, arena, a.synthesizer, all_h, at, counted);
 #pragma unroll
@@ -377,29 +395,26 @@ FUSED_DNI_DEVICE float gradient(const LinearArguments& a, SharedArena arena) {
       // Through the activation and scale.
       const float scale = or_else(a.norm_weight.parameter, o, column, 1.0f);
       const float shift = or_else(a.norm_bias.parameter, o, column, 0.0f);
-      T n, h, along, across;
+      T n, y, h, along, across;
 #pragma unroll
       for (int i = 0; i < T::kEach; ++i) {
         if (!at.inside(i)) continue;
         h.value[i] = to_float(all_h[at.at(i)]);
-        n.value[i] = a.normalized != nullptr ? a.normalized[at.at(i)] : h.value[i];
+        n.value[i] = y.value[i] = h.value[i];
+        if (a.normalized == nullptr) continue;
+        n.value[i] = a.normalized[at.at(i)];
+        y.value[i] = a.normalization == kNoNormalization ? n.value[i] : n.value[i] * scale + shift;
       }
+      in_turn([&](int, float of, float& output) { output = slope(of, output, a.activation); },
+              y.value, h.value);
       float sum = 0.0f, dot = 0.0f;
-      in_turn(
-          [&](int i, float& gradient, float& normal, float output) {
-            if (!at.inside(i)) {
-              gradient = 0.0f;
-              return;
-            }
-            const float y = a.normalized == nullptr               ? output
-                            : a.normalization == kNoNormalization ? normal
-                                                                  : normal * scale + shift;
-            const float gy = gradient * slope(y, output, a.activation);
-            sum += gy;
-            dot += gy * normal;
-            gradient = a.normalization == kNoNormalization ? gy : gy * scale;
-          },
-          g.value, n.value, h.value);
+#pragma unroll
+      for (int i = 0; i < T::kEach; ++i) {
+        const float gy = at.inside(i) ? g.value[i] * h.value[i] : 0.0f;
+        sum += gy;
+        dot += gy * n.value[i];
+        g.value[i] = a.normalization == kNoNormalization ? gy : gy * scale;
+      }
       const bool sums = a.columns != nullptr || (batch && a.statistics);
       if (sums) {
         sum = column_sum<T>(sum, arena);
@@ -422,7 +437,7 @@ FUSED_DNI_DEVICE float gradient(const LinearArguments& a, SharedArena arena) {
 #pragma unroll
           for (int i = 0; i < T::kEach; ++i)
             of.value[i] = part == 0 ? g.value[i] : g.value[i] * n.value[i];
-          row_sums(of, of, divisor, arena);
+          row_sums(of, arena, [&](float all) { return all / divisor; });
           (part == 0 ? along : across) = of;
         }
       }
@@ -565,32 +580,14 @@ FUSED_DNI_DEVICE float vector_gradient(const LinearArguments& a, int v, int o) {
 template <class C>
 FUSED_DNI_DEVICE float slots(const LinearArguments& a, SharedArena arena, const RuleFactors& f,
                              float factor, bool look) {
-  using W = typename C::W;
   using D = typename C::Delta;
   using X = typename C::X;
   float largest = 0.0f;
   if (a.trainable[0]) {
     const Operand<D, Lies::kAcross> delta{static_cast<const D*>(a.operand), a.outputs, a.outputs};
     const Operand<X, Lies::kAcross> x{static_cast<const X*>(a.x.data), a.x.stride, a.inputs};
-    for (int index = block(); index < tiles_of<W>(a.outputs, a.inputs); index += blocks()) {
-      const auto at = place<W>(index, a.outputs, a.inputs);
-      // What the rule reads is on its way while the product is made.
-      W g, p, m, v;
-#pragma unroll
-      for (int i = 0; i < W::kEach; ++i)
-        if (at.inside(i) && !look)
-          read_element(a.weight, at.at(i), f, p.value[i], m.value[i], v.value[i]);
-      multiply<typename C::Weight>(g, arena, delta, at.row, x, at.column, a.rows);
-      in_turn(
-          [&](int i, float gradient, float parameter, float first, float second) {
-            if (!at.inside(i)) return;
-            if (look)
-              largest = fmaxf(largest, magnitude(gradient));
-            else
-              settle(a.weight, at.at(i), gradient * factor, parameter, first, second, f);
-          },
-          g.value, p.value, m.value, v.value);
-    }
+    largest = settle_product<typename C::Weight>(a.weight, a.outputs, a.inputs, arena, delta, x,
+                                                 a.rows, f, factor, look);
   }
   // From the other end: the first blocks may have a tile of W more than the last.
   for (int o = (blocks() - 1 - block()) * kThreads + thread(); o < a.outputs;
@@ -736,9 +733,9 @@ LinearKernels linear_kernels(int shape) {
   return table[shape];
 }
 
-LinearKernels linear_single(int shape);
-LinearKernels linear_rounded(int shape);
-LinearKernels linear_brain(int shape);
-LinearKernels linear_half(int shape);
+LinearKernels linear_fp32(int shape);
+LinearKernels linear_tf32(int shape);
+LinearKernels linear_bf16(int shape);
+LinearKernels linear_fp16(int shape);
 
 }  // namespace fused_dni::cuda

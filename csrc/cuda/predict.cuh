@@ -54,12 +54,15 @@ FUSED_DNI_DEVICE bool in_the_loss(const Synthesizer& s, int n) {
   return s.table == nullptr || s.labels[n] != s.ignored;
 }
 
-// An element of the table's row for row n; NaN if its label is none.
+// What a class has for feature o, of the label of row n: an element of the table or of the context's
+// weight; NaN if the label is none.
 FUSED_DNI_DEVICE float label_element(const Synthesizer& s, int n, int o, int outputs) {
-  const std::int64_t label = s.labels[n], at = label * outputs + o;
+  const std::int64_t label = s.labels[n];
+  const bool tabled = s.table != nullptr;
+  const std::int64_t at = tabled ? label * outputs + o : std::int64_t{o} * s.classes + label;
   if (label < 0 || label >= s.classes) return NAN;
-  return s.narrow ? to_float(static_cast<const bf16*>(s.table)[at])
-                  : static_cast<const float*>(s.table)[at];
+  if (tabled && s.narrow) return to_float(static_cast<const bf16*>(s.table)[at]);
+  return (tabled ? static_cast<const float*>(s.table) : s.context_weight)[at];
 }
 
 // M(h); `counted` of counted_rows. A class index that there is not makes its row NaN, so that
@@ -94,24 +97,24 @@ FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthe
       m.value[i] = part == 0 ? made.value[i] : m.value[i] + made.value[i];
   }
   const float bias = s.bias != nullptr && column ? s.bias[at.c()] : 0.0f;
+  T w;  // what the context has for each element
+  if (s.labels != nullptr) {
+#pragma unroll
+    for (int i = 0; i < T::kEach; ++i)
+      if (at.inside(i)) w.value[i] = label_element(s, at.r(i), at.c(), outputs);
+  }
   if (s.table != nullptr) {
-    const float gain = *s.context_weight, mean = static_cast<float>(at.rows) / counted;
+    const float gain = *s.context_weight, mean = static_cast<float>(rows) / counted;
 #pragma unroll
     for (int i = 0; i < T::kEach; ++i) {
       if (!at.inside(i)) continue;
-      const float w =
-          in_the_loss(s, at.r(i)) ? label_element(s, at.r(i), at.c(), at.columns) : 0.0f;
-      m.value[i] = in_the_loss(s, at.r(i)) ? (m.value[i] + bias - gain * w) * mean : 0.0f;
+      m.value[i] = in_the_loss(s, at.r(i)) ? (m.value[i] + bias - gain * w.value[i]) * mean : 0.0f;
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < T::kEach; ++i) {
-    if (s.labels != nullptr && at.inside(i)) {
-      const std::int64_t label = s.labels[at.r(i)];
-      const bool known = label >= 0 && label < s.classes;
-      m.value[i] += known ? s.context_weight[std::int64_t{at.c()} * s.classes + label] : NAN;
-    }
+    if (s.labels != nullptr) m.value[i] += w.value[i];
     m.value[i] += bias;
   }
 }

@@ -55,6 +55,18 @@ FUSED_DNI_DEVICE typename Op::Element operand_of(float value) {
     return from_float<typename Op::Element>(value);
 }
 
+// Moves each element by so many places to the front; the first ones go to the end.
+template <int kBy, class T, int kCount>
+FUSED_DNI_DEVICE void turn(T (&values)[kCount]) {
+  T head[kBy];
+#pragma unroll
+  for (int i = 0; i < kBy; ++i) head[i] = values[i];
+#pragma unroll
+  for (int i = 0; i < kCount - kBy; ++i) values[i] = values[i + kBy];
+#pragma unroll
+  for (int i = 0; i < kBy; ++i) values[kCount - kBy + i] = head[i];
+}
+
 // ---- Operands -------------------------------------------------------------------------------------
 
 // How an operand [rows, depth] lies in memory: with its depth or with its rows contiguous.
@@ -161,11 +173,16 @@ class Stage {
       return *reinterpret_cast<const C*>(at);
     }
   }
-  // Element by element, where a line ends or is not aligned.
+  // Element by element, where a line ends or is not aligned: four at a time, to be little code.
   FUSED_DNI_DEVICE static Chunk<T, kCount> edge(const T* at, int left) {
     Chunk<T, kCount> made;
+#pragma unroll 1
+    for (int e = 0; e < kCount; e += 4) {
+      turn<4>(made.value);
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) made.value[e] = e < left ? at[e] : from_float<T>(0.0f);
+      for (int i = 0; i < 4; ++i)
+        made.value[kCount - 4 + i] = e + i < left ? at[e + i] : from_float<T>(0.0f);
+    }
     return made;
   }
 

@@ -24,10 +24,10 @@ struct Precision {
   using T = TileOf<Forward>;
   using W = TileOf<Weight>;
 };
-using Single = Precision<Fp32, Fp32, float>;
-using Rounded = Precision<Tf32, Tf32, float>;
-using Brain = Precision<Bf16, Bf16, bf16>;
-using Half = Precision<Fp16, Tf32, fp16>;
+using InFp32 = Precision<Fp32, Fp32, float>;
+using InTf32 = Precision<Tf32, Tf32, float>;
+using InBf16 = Precision<Bf16, Bf16, bf16>;
+using InFp16 = Precision<Fp16, Tf32, fp16>;
 
 // A tile of the context's gradient by classes: a warp adds up some of the rows, for 32 outputs and
 // as many classes.
@@ -49,7 +49,7 @@ std::size_t divide(SynthesizerArguments& a, void* room) {
         reinterpret_cast<std::remove_reference_t<decltype(part)>>(static_cast<char*>(room) + used);
     used += (count * sizeof(*part) + 127) / 128 * 128;
   };
-  const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, Single::T::M);
+  const std::size_t n = a.rows, o = a.outputs, down = ceil_div(a.rows, InFp32::T::M);
   if (!a.training) return used;
   take(a.step, 1);
   take(a.sums, 5 * kMostBlocks);
@@ -142,12 +142,15 @@ FUSED_DNI_DEVICE void errors(const SynthesizerArguments& a, SharedArena arena) {
     largest = fmaxf(largest, magnitude(sum));
     if (a.synthesizer.source == kDiagonal) largest = fmaxf(largest, magnitude(dot));
   }
-  leave_largest(a.largest, operands, arena);
-  leave_largest(a.largest + kMostBlocks, largest, arena);
-  for (int i = 0; i < 5; ++i) {
-    const double all = block_sum(sums[i], arena);
-    if (thread() == 0) a.sums[i * kMostBlocks + block()] = all;
-  }
+  float magnitudes[2] = {operands, largest};
+  in_turn([&](int list, float mine) { leave_largest(a.largest + list * kMostBlocks, mine, arena); },
+          magnitudes);
+  in_turn(
+      [&](int i, double sum) {
+        sum = block_sum(sum, arena);
+        if (thread() == 0) a.sums[i * kMostBlocks + block()] = sum;
+      },
+      sums);
   if (a.rule != kNoRule && block() == 0 && thread() == 0) *a.step = a.hyper[kStep];
 }
 
@@ -170,17 +173,11 @@ template <class C, class B>
 FUSED_DNI_DEVICE void matrix_gradient(Settling& to, const Slot& slot, SharedArena arena,
                                       const float* a, int rows, const B* b, int columns,
                                       int depth) {
-  using W = typename C::W;
   const Operand<float, Lies::kAcross> left{a, rows, rows};
   const Operand<B, Lies::kAcross> right{b, columns, columns};
-  for (int index = block(); index < tiles_of<W>(rows, columns); index += blocks()) {
-    const auto at = place<W>(index, rows, columns);
-    W g;
-    multiply<typename C::Weight>(g, arena, left, at.row, right, at.column, depth);
-#pragma unroll
-    for (int i = 0; i < W::kEach; ++i)
-      if (at.inside(i)) to(slot, at.at(i), g.value[i]);
-  }
+  const float largest = settle_product<typename C::Weight>(slot, rows, columns, arena, left, right,
+                                                           depth, to.factors, 1.0f, to.look);
+  to.largest = fmaxf(to.largest, largest);
 }
 
 // The context's gradient by classes: a class's column is the sum of the rows of that class.
@@ -222,18 +219,23 @@ FUSED_DNI_DEVICE float slots(const SynthesizerArguments& a, SharedArena arena, c
   const Synthesizer& s = a.synthesizer;
   const auto* h = static_cast<const typename C::X*>(a.h);
   Settling to{f, look};
-  if (a.trainable[0] && s.source == kDense)
-    matrix_gradient<C>(to, a.weight, arena, a.error, a.outputs, h, a.outputs, a.rows);
-  if (a.trainable[0] && s.source == kLowRank)
-    matrix_gradient<C>(to, a.weight, arena, a.error, a.outputs, s.reduced, s.rank, a.rows);
-  if (a.trainable[1]) matrix_gradient<C>(to, a.down, arena, a.back, s.rank, h, a.outputs, a.rows);
+  // Products with h, and with what is float32: a piece of code each.
+  const bool dense = s.source == kDense, low = s.source == kLowRank;
+  if (a.trainable[dense ? 0 : 1])
+    matrix_gradient<C>(to, dense ? a.weight : a.down, arena, dense ? a.error : a.back,
+                       dense ? a.outputs : s.rank, h, a.outputs, a.rows);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const bool wanted = part == 0 ? a.trainable[0] && low : a.trainable[2] && s.vectors != nullptr;
+    if (wanted)
+      matrix_gradient<C>(to, part == 0 ? a.weight : a.context, arena, a.error, a.outputs,
+                         part == 0 ? s.reduced : s.vectors, part == 0 ? s.rank : s.classes, a.rows);
+  }
   if (a.trainable[2] && s.table != nullptr) {
     if (block() == blocks() - 1 && thread() == 0) to(a.context, 0, gain);
   } else if (a.trainable[2] && s.labels != nullptr) {
     label_gradient(to, a, arena);
   }
-  if (a.trainable[2] && s.vectors != nullptr)
-    matrix_gradient<C>(to, a.context, arena, a.error, a.outputs, s.vectors, s.classes, a.rows);
   if (a.columns == nullptr) return to.largest;
   const int parts = ceil_div(a.rows, C::T::M);
   // From the other end: the first blocks may have had a tile more than the last.
@@ -248,36 +250,49 @@ FUSED_DNI_DEVICE float slots(const SynthesizerArguments& a, SharedArena arena, c
 
 template <class C>
 FUSED_DNI_DEVICE void apply(const SynthesizerArguments& a, SharedArena arena) {
-  double sums[4], size = 0.0;
-  for (int i = 0; i < 4; ++i) {
-    sums[i] = sum_left(a.sums + i * kMostBlocks, blocks(), arena);
-    size += fabs(sums[i]);
+  const bool ruled = a.rule != kNoRule;
+  double sums[5] = {}, size = 0.0;
+  in_turn([&](int i, double& sum) { sum = sum_left(a.sums + i * kMostBlocks, blocks(), arena); },
+          sums);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) size += fabs(sums[i]);
+  const float gain = static_cast<float>(sums[4]);
+  bool applied = size < static_cast<double>(INFINITY), tried = false;
+  double step = 0.0;
+  RuleFactors f = no_rule();
+  if (ruled) {
+    step = *a.step + 1.0;
+    f = rule_factors(a.hyper, step, a.rule, a.nesterov);
   }
-  bool applied = size < static_cast<double>(INFINITY);
-  const float gain = static_cast<float>(sum_left(a.sums + 4 * kMostBlocks, blocks(), arena));
-  if (a.rule == kNoRule) {
-    slots<C>(a, arena, no_rule(), false, gain);
-  } else {
-    const float operands = largest_left(a.largest, blocks(), arena);
-    float largest = fmaxf(largest_left(a.largest + kMostBlocks, blocks(), arena), magnitude(gain));
-    if (a.synthesizer.source == kLowRank)
-      largest = fmaxf(largest, largest_left(a.largest + 2 * kMostBlocks, blocks(), arena));
-    applied = applied && operands < INFINITY && largest < INFINITY;
-    if (applied && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest)) {  // all blocks alike
-      leave_largest(a.largest + 3 * kMostBlocks, slots<C>(a, arena, no_rule(), true, gain), arena);
-      grid_barrier(a.barrier, Phase::kUpdate);
-      applied = largest_left(a.largest + 3 * kMostBlocks, blocks(), arena) < INFINITY;
-    }
-    const double step = *a.step + 1.0;
-    if (applied) slots<C>(a, arena, rule_factors(a.hyper, step, a.rule, a.nesterov), false, gain);
-    if (block() == 0 && thread() == 0) {
-      if (applied)
-        a.hyper[kStep] = step;
+#pragma unroll 1
+  for (;;) {
+    // What blocks saw of operands, of e and of e V, or of the gradients: the same for all of them.
+    const int first = tried ? 3 : 0, last = tried ? 3 : a.synthesizer.source == kLowRank ? 2 : 1;
+    float operands = 0.0f, largest = magnitude(gain);
+#pragma unroll 1
+    for (int list = first; ruled && list <= last; ++list) {
+      const float left = largest_left(a.largest + list * kMostBlocks, blocks(), arena);
+      if (list == 0)
+        operands = left;
       else
-        a.hyper[kSkipped] += 1.0;
+        largest = fmaxf(largest, left);
     }
+    if (ruled) applied = applied && operands < INFINITY && largest < INFINITY;
+    if (ruled && !applied) break;
+    const bool look = ruled && !tried && !(fmaxf(operands, 1.0f) * largest * a.rows < kLargest);
+    const float seen = slots<C>(a, arena, f, look, gain);
+    if (!look) break;
+    leave_largest(a.largest + 3 * kMostBlocks, seen, arena);
+    grid_barrier(a.barrier, Phase::kUpdate);
+    tried = true;
   }
-  if (!applied || block() != 0 || thread() != 0) return;
+  if (block() != 0 || thread() != 0) return;
+  if (ruled && applied)
+    a.hyper[kStep] = step;
+  else if (ruled)
+    a.hyper[kSkipped] += 1.0;
+  if (!applied) return;
+#pragma unroll
   for (int i = 0; i < 4; ++i) a.statistics[i] += sums[i];
   a.statistics[4] += a.rows;
 }
@@ -331,9 +346,9 @@ std::size_t synthesizer_workspace(const SynthesizerArguments& arguments) {
 
 Status synthesizer(const SynthesizerLaunch& launch) {
   const SynthesizerArguments& a = launch.arguments;
-  if (a.type == kBfloat16) return launch_synthesizer<Brain>(launch);
-  if (a.type == kFloat16) return launch_synthesizer<Half>(launch);
-  return a.ieee ? launch_synthesizer<Single>(launch) : launch_synthesizer<Rounded>(launch);
+  if (a.type == kBfloat16) return launch_synthesizer<InBf16>(launch);
+  if (a.type == kFloat16) return launch_synthesizer<InFp16>(launch);
+  return a.ieee ? launch_synthesizer<InFp32>(launch) : launch_synthesizer<InTf32>(launch);
 }
 
 }  // namespace fused_dni::cuda

@@ -27,22 +27,11 @@ struct Tile {
   FUSED_DNI_DEVICE static int column() { return thread() % N; }
 };
 
-// Moves each element by so many places to the front; the first ones go to the end.
-template <int kBy, int kCount>
-FUSED_DNI_DEVICE void turn(float (&values)[kCount]) {
-  float head[kBy];
-#pragma unroll
-  for (int i = 0; i < kBy; ++i) head[i] = values[i];
-#pragma unroll
-  for (int i = 0; i < kCount - kBy; ++i) values[i] = values[i + kBy];
-#pragma unroll
-  for (int i = 0; i < kBy; ++i) values[kCount - kBy + i] = head[i];
-}
 // Calls f(i, first[i], others[i]...) for each i, where that is much code: it is there for two of
 // them. The arrays are turned instead of indexed, since registers cannot be.
-template <class F, int kCount, class... Others>
-FUSED_DNI_DEVICE void in_turn(F&& f, float (&first)[kCount], Others&... others) {
-  constexpr int kAtOnce = kCount % 2 == 0 ? 2 : 1;
+template <class F, class T, int kCount, class... Others>
+FUSED_DNI_DEVICE void in_turn(F&& f, T (&first)[kCount], Others&... others) {
+  constexpr int kAtOnce = kCount > 2 && kCount % 2 == 0 ? 2 : 1;
 #pragma unroll 1
   for (int i = 0; i < kCount; i += kAtOnce) {
 #pragma unroll
@@ -61,11 +50,12 @@ struct Place {
   FUSED_DNI_DEVICE int r(int i) const { return row + T::row(i); }
   FUSED_DNI_DEVICE int c() const { return column + T::column(); }
   FUSED_DNI_DEVICE bool has_column() const { return c() < columns; }
-  FUSED_DNI_DEVICE bool inside(int i) const { return r(i) < rows && has_column(); }
+  FUSED_DNI_DEVICE bool inside(int i) const {
+    return i * T::kApart < (has_column() ? rows - r(0) : 0);
+  }
   // In a contiguous matrix.
   FUSED_DNI_DEVICE std::int64_t at(int i) const {
-    const std::int64_t first = std::int64_t{r(0)} * columns + c();
-    return first + i * (std::int64_t{T::kApart} * columns);
+    return std::int64_t{r(0)} * columns + c() + std::int64_t{i * T::kApart} * columns;
   }
 };
 
@@ -135,25 +125,26 @@ FUSED_DNI_DEVICE float column_sum(float mine, SharedArena arena) {
   for (int i = 0; i < T::kApart; ++i) sum += parts.load(i * T::N + T::column());
   return sum;
 }
-// Along each row of a tile, over `divisor`; to all threads that have an element of it.
-template <class T>
-FUSED_DNI_DEVICE void row_sums(T& sums, const T& of, float divisor, SharedArena arena) {
+// What f makes of the sums along each row of a tile; to all threads that have an element of it.
+template <class T, class F>
+FUSED_DNI_DEVICE void row_sums(T& tile, SharedArena arena, F&& f) {
   const Shared<float> held = arena.take<float>(T::M * (T::N + 1));
   const Shared<float> totals = arena.take<float>(T::M);
   block_barrier();
 #pragma unroll
-  for (int i = 0; i < T::kEach; ++i) held.store(T::row(i) * (T::N + 1) + T::column(), of.value[i]);
+  for (int i = 0; i < T::kEach; ++i)
+    held.store(T::row(i) * (T::N + 1) + T::column(), tile.value[i]);
   block_barrier();
   static_assert(T::M <= kThreads);
   if (const int r = thread(); r < T::M) {
     float sum = 0.0f;
 #pragma unroll 8
     for (int c = 0; c < T::N; ++c) sum += held.load(r * (T::N + 1) + c);
-    totals.store(r, sum / divisor);
+    totals.store(r, f(sum));
   }
   block_barrier();
 #pragma unroll
-  for (int i = 0; i < T::kEach; ++i) sums.value[i] = totals.load(T::row(i));
+  for (int i = 0; i < T::kEach; ++i) tile.value[i] = totals.load(T::row(i));
 }
 template <class T>
 constexpr int sums_bytes() {
@@ -196,6 +187,36 @@ FUSED_DNI_DEVICE RuleFactors no_rule() {
   RuleFactors f{};
   f.kind = kNoRule;
   return f;
+}
+
+// The gradient a^T b, times `factor`, of a parameter [rows, columns]: applied or stored; or (`look`)
+// only looked at: returns the largest magnitude.
+template <class P, class A, class B>
+FUSED_DNI_DEVICE float settle_product(const Slot& slot, int rows, int columns, SharedArena arena,
+                                      const A& a, const B& b, int depth, const RuleFactors& f,
+                                      float factor, bool look) {
+  using T = TileOf<P>;
+  float largest = 0.0f;
+  for (int index = block(); index < tiles_of<T>(rows, columns); index += blocks()) {
+    const auto at = place<T>(index, rows, columns);
+    T g, p, m, v;
+    // What the rule reads is on its way while the product is made.
+#pragma unroll
+    for (int i = 0; i < T::kEach; ++i)
+      if (at.inside(i) && !look)
+        read_element(slot, at.at(i), f, p.value[i], m.value[i], v.value[i]);
+    multiply<P>(g, arena, a, at.row, b, at.column, depth);
+    in_turn(
+        [&](int i, float gradient, float parameter, float first, float second) {
+          if (!at.inside(i)) return;
+          if (look)
+            largest = fmaxf(largest, magnitude(gradient));
+          else
+            settle(slot, at.at(i), gradient * factor, parameter, first, second, f);
+        },
+        g.value, p.value, m.value, v.value);
+  }
+  return largest;
 }
 
 // ---- What blocks leave to each other --------------------------------------------------------------

@@ -13,6 +13,7 @@ and so do the LSTM's ops, whose results are of the parameters' dtype but for dx.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -337,9 +338,17 @@ class CpuBackend(Unbound):
         head: Any,
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container, with what :meth:`quick_loss` made of the head behind them, or None."""
-        kind = _cpu.QuickExactStack if exact else _cpu.QuickStack
-        return kind(container, _checks(surroundings), _checks(own), steps, head)
+        their container, with what :meth:`quick_loss` made of the head behind them, or None. One
+        that predicts looks at autocast itself."""
+        given = (container, _checks(surroundings), _checks(own), steps, head)
+        if exact:
+            return _cpu.QuickExactStack(*given)
+        autocast = (
+            partial(torch.is_autocast_enabled, "cpu"),
+            partial(torch.get_autocast_dtype, "cpu"),
+            torch.bfloat16,
+        )
+        return _cpu.QuickStack(*given, autocast)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None

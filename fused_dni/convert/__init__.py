@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor, nn
 
 from fused_dni.convert.uses import reached_into, runs_in_order
+from fused_dni.modules.base import DecoupledModule
 from fused_dni.modules.linear import FusedDNILinear, activation_name, why_not_fusable
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.modules.lstm_cell import FusedDNILSTMCell
 from fused_dni.modules.recurrent import Recurrent
+from fused_dni.modules.sequential import DecoupledSequential
 
 # Options of recurrent modules alone; linear layers are converted without them.
 RECURRENT_OPTIONS = ("sg_scale", "auxiliary")
@@ -100,6 +102,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: Literal[False] = False,
     **kwargs: Any,
 ) -> nn.Module: ...
@@ -111,6 +114,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, Report]: ...
@@ -121,6 +125,7 @@ def convert(
     *,
     synthesizer: nn.Module | str | None = "default",
     head: str = "exact",
+    delivery: str = "deferred",
     report: bool = False,
     **kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, Report]:
@@ -157,6 +162,11 @@ def convert(
             layer gets a copy (its features must be those of every layer, and 2 L H of an LSTM).
         head: what becomes of the linear layer that was registered last, whose output is usually
             what the loss sees: "exact" for no synthesizer there, "decoupled" for one as everywhere.
+        delivery: "immediate" to make each ``nn.Sequential`` that holds several linear layers, and
+            that the model's code calls as a whole, a :class:`fused_dni.DecoupledSequential` of the
+            same modules under the same names: with ``update`` their steps are one call on a CPU,
+            and a second consumer of what is between them is an error. "deferred" to leave
+            containers as they are.
         report: return, too, what was converted, what was not, and why.
         **kwargs: ``context_features``, ``update``, ``synthesizer_update``, ``target_scale``,
             ``max_norm``, ``backend``, as of :class:`FusedDNILinear` and :class:`FusedDNILSTM`;
@@ -172,12 +182,15 @@ def convert(
     """
     if head not in ("exact", "decoupled"):
         raise ValueError(f"head must be 'exact' or 'decoupled', got {head!r}")
+    if delivery not in ("deferred", "immediate"):
+        raise ValueError(f"delivery must be 'deferred' or 'immediate', got {delivery!r}")
     ruled = kwargs.get("update") is not None
     tied = _tied(model) if ruled else set()
     stock = synthesizer is None and not ruled and kwargs.get("backend") is None
     told = Report()
     places: list[_Place] = []
     recurrent: list[_Place] = []
+    reached = reached_into(model) if delivery == "immediate" else {}
     for place in _places(model):
         plain = place.module
         why = _why_not(plain)
@@ -240,10 +253,44 @@ def convert(
             was = place.parent._modules[name]
             absorbed = Absorbed((place.name, layer) if was is place.norm else None)
             setattr(place.parent, name, absorbed.train(place.parent.training))
+    found = made.get(id(model), model)
+    if delivery == "immediate":
+        found = _contained(found, reached, told)
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     told.sort(key=lambda entry: order.get(entry.name, 0))
-    found = made.get(id(model), model)
     return (found, told) if report else found
+
+
+def _contained(model: nn.Module, reached: dict[int, str], told: Report) -> nn.Module:
+    """Make containers of converted layers deliver at once; the model, or what stands for it now."""
+    made: dict[int, nn.Module] = {}
+    for path, module in model.named_modules():
+        layers = [m for m in module._modules.values() if isinstance(m, FusedDNILinear)]
+        if type(module) is not nn.Sequential or len(layers) < 2:
+            continue
+        why = None
+        if id(module) in reached:
+            why = reached[id(module)]
+        elif not _plain(module):
+            why = "it has hooks or a forward of its own, which would be lost"
+        if why is None:
+            container = DecoupledSequential()
+            container._modules.update(module._modules)
+            container.training = module.training
+            made[id(module)] = container
+            why = "gradients go down during the forward"
+        kind = None if id(module) not in made else "DecoupledSequential"
+        told.append(Conversion(path, "Sequential", kind, why))
+    _put(model, made)
+    return made.get(id(model), model)
+
+
+def _put(model: nn.Module, made: dict[int, nn.Module]) -> None:
+    """Put modules into the places of others, by the identity of these."""
+    for parent in [*model.modules(), *made.values()]:
+        for name, child in list(parent._modules.items()):
+            if id(child) in made:
+                setattr(parent, name, made[id(child)])
 
 
 def _told(place: _Place, layer: nn.Module, head: bool) -> Iterator[Conversion]:
@@ -277,13 +324,14 @@ def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert`: put back plain layers that hold the same parameters and buffers.
 
     The synthesizers are dropped. Works on any model with :class:`FusedDNILinear`,
-    :class:`FusedDNILSTM` or :class:`FusedDNILSTMCell` in it.
+    :class:`FusedDNILSTM` or :class:`FusedDNILSTMCell` in it. A ``DecoupledSequential`` in which
+    nothing is decoupled any more becomes an ``nn.Sequential``.
 
     Args:
         model: changed in place; may itself be a fused layer.
 
     Returns:
-        The model (a new module only if the model itself was a fused layer).
+        The model (a new module only if the model itself was a fused layer or such a container).
     """
     if isinstance(model, FusedDNILinear):
         return model.to_linear()
@@ -307,7 +355,20 @@ def revert(model: nn.Module) -> nn.Module:
                     setattr(parent, place, part)
             else:
                 setattr(parent, name, child.to_linear())
-    return model
+    containers: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if type(module) is DecoupledSequential and not _decoupled(module):
+            sequential = nn.Sequential()
+            sequential._modules.update(module._modules)
+            sequential.training = module.training
+            containers[id(module)] = sequential
+    _put(model, containers)
+    return containers.get(id(model), model)
+
+
+def _decoupled(model: nn.Module) -> bool:
+    """Say whether any module in it predicts gradients or has a loss of its own."""
+    return any(isinstance(m, DecoupledModule) for m in model.modules())
 
 
 def _stock(module: Recurrent) -> nn.Module:

@@ -144,9 +144,11 @@ class Pipeline:
             at = (below, f"stage {below}", pairs[below], window, patience, bell)
             self._from_down = GroupIncoming(*at)
             self._down = GroupOutgoing(*at, capacity, self._from_down)
-        for end in (self._up, self._down, self._from_down):
+        for end in (self._up, self._down):
             if end is not None:
                 end.meanwhile = self._take_in
+        if self._from_down is not None:
+            self._from_down.meanwhile = self._relay
         atexit.register(self._let_go)  # of threads: see links.py
 
     # -- before anything is changed ------------------------------------------------------------
@@ -402,6 +404,15 @@ class Pipeline:
             wait = False
             device = next(self.stage.parameters(), gradient).device
             self.worker.arrive(message.step, gradient.to(device))
+
+    def _relay(self) -> None:
+        """While the input is waited for, send stale gradients on down: the stage below may wait for
+        them before it sends any. What they leave in ``.grad`` is the coming step's. A lag fixes
+        which step uses what, so nothing is used early then."""
+        self._take_in()
+        if self.mode == "stale" and self.lag is None:
+            for of, dx in self.worker.settle(self.steps):
+                self._send_down(of, dx)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -103,7 +103,8 @@ def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> 
         context = context[context != ignored]
         if not context.numel():
             return
-    low, high = (int(v) for v in torch.aminmax(context))
+    least, largest = torch.aminmax(context)
+    low, high = int(least), int(largest)
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise IndexError(

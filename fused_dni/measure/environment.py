@@ -1,7 +1,9 @@
 """What a bug report needs: versions, processor, thread pools, backends, compiler, GPU.
 
 Every fact is gathered on its own: what cannot be found is reported as absent with the reason, and
-nothing here raises because a tool, a library or a file is missing.
+nothing here raises because a tool, a library or a file is missing. ``torch.utils.collect_env`` runs
+pip and a dozen programs for its text, and knows neither our extensions nor the flags that choose
+kernels; threadpoolctl would be one more dependency for the one list of OpenMP runtimes.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def report() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as aligned text, a section a paragraph."""
+    """Return the report as aligned text, a section a paragraph."""
     paragraphs = []
     for section, facts in report.items():
         rows = facts.items() if isinstance(facts, dict) else [("", facts)]
@@ -163,7 +165,7 @@ def left_out() -> list[str]:
 
 
 def _extension() -> dict[str, Any]:
-    """What the compiled extension says of itself."""
+    """Say what the compiled extension says of itself."""
     try:
         import fused_dni.backends._cpu as cpu
     except ImportError as error:
@@ -180,7 +182,7 @@ def _extension() -> dict[str, Any]:
 
 
 def _cuda_extension() -> dict[str, Any]:
-    """Whether the CUDA part is there, what it was built with and for."""
+    """Say whether the CUDA part is there, what it was built with and for."""
     try:
         import fused_dni.backends._cuda as cuda
     except ImportError as error:
@@ -285,7 +287,8 @@ def _backends() -> dict[str, Any]:
 
 
 def _measured() -> dict[str, Any]:
-    """The tables by which a backend is chosen on a GPU: where they lie, and who won what."""
+    """Gather the tables by which a backend is chosen on a GPU: where they lie, and who won
+    what."""
     from fused_dni.ops import measured
 
     entries = {

@@ -86,8 +86,8 @@ def memory_curve(
     progress: Callable[[float], None] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Every method at every window no longer than the sequence, and the first of them at the window
-    that is the sequence; ``options`` as of :func:`sequence_memory`.
+    """Measure every method at every window no longer than the sequence, and the first of them at
+    the window that is the sequence; ``options`` as of :func:`sequence_memory`.
 
     Returns:
         Rows of ``method``, ``window``, ``sequence``, ``bytes``.

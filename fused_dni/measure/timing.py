@@ -264,7 +264,7 @@ class _Run:
         self.medians: dict[str, list[float]] = {name: [] for name in candidates}
 
     def round(self) -> None:
-        """A block of samples of each candidate, in a new order."""
+        """Take a block of samples of each candidate, in a new order."""
         self.shuffle(self.order)
         gc.collect(0)
         with _no_collection():
@@ -278,14 +278,14 @@ class _Run:
                 self.medians[name].append(statistics.median(taken))
 
     def spread(self) -> float:
-        """How far the interval of a ratio to the first candidate reaches, as a share of its
+        """Say how far the interval of a ratio to the first candidate reaches, as a share of its
         middle; the worst of them."""
         found = list(self.timings().values())
         ratios = [ratio(other, found[0]) for other in found[1:]]
         return max(((r.high - r.low) / 2.0 / r.median for r in ratios), default=0.0)
 
     def timings(self) -> dict[str, Timing]:
-        """What has been measured so far."""
+        """Say what has been measured so far."""
         found = {}
         for name, samples in self.samples.items():
             repeats, waited = self.repeats[name], self.waited[name]
@@ -300,7 +300,7 @@ def gemm_floor(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Candidate:
-    """The matrix products that no training step of these layers can avoid, alone.
+    """Return the matrix products that no training step of these layers can avoid, alone.
 
     For each ``(rows, in_features, out_features)``: the forward product ``[N, I] @ [I, O]`` and the
     weight gradient's ``[O, N] @ [N, I]``, by ``torch.mm(out=)`` on contiguous operands of their
@@ -335,7 +335,7 @@ def lstm_floor(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Candidate:
-    """The matrix products that no window of an LSTM can avoid, alone.
+    """Return the matrix products that no window of an LSTM can avoid, alone.
 
     For each layer: the input projection, as one product over the window, and T recurrent products,
     one after the other; with ``backward`` T products of the gates' gradients with the recurrent
@@ -420,7 +420,7 @@ def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's native notices go to file descriptor 2, past ``sys.stderr``; drop them."""
+    """Drop the profiler's native notices, which go to file descriptor 2, past ``sys.stderr``."""
     try:
         kept = os.dup(2)
     except OSError:

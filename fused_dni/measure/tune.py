@@ -70,7 +70,8 @@ class Tuned:
         }
 
     def table(self) -> str:
-        """A line a candidate: its time and spread, and how it differs from the tiles before."""
+        """Return a line a candidate: its time and spread, and how it differs from the tiles
+        before."""
         sizes = "x".join(map(str, self.choice.shape))
         name = str(self.choice.dtype).removeprefix("torch.")
         rows = []
@@ -125,7 +126,7 @@ class Ranked:
         }
 
     def table(self) -> str:
-        """A line a backend: its time and spread, and how it compares with the fastest."""
+        """Return a line a backend: its time and spread, and how it compares with the fastest."""
         sizes, name = "x".join(map(str, self.sizes)), str(self.dtype).removeprefix("torch.")
         rows = [f"{'us':>9}  {'p10-p90':>17}  backends: {self.op} {sizes} {name}"]
         best = next(iter(self.timings.values()), None)
@@ -217,11 +218,11 @@ class LinearScratch:
         return (self.x.shape[0], inputs, outputs)
 
     def whole(self) -> Callable[[], object]:
-        """A callable that backends are compared by: the decoupled step."""
+        """Return a callable that backends are compared by: the decoupled step."""
         return self.prepared("linear_step")
 
     def prepared(self, op: str) -> Callable[[], object]:
-        """A callable that runs the op."""
+        """Return a callable that runs the op."""
         ours, x, layer, config = self.backend, self.x, self.layer, self.config
         if op == "linear_step":
             step = ours.bind_step(layer, config, self.synthesizer, 0.0, self.rule)
@@ -286,8 +287,8 @@ class LSTMScratch:
         return (*self.x.shape, self.g.shape[2])
 
     def whole(self) -> Callable[[], object]:
-        """A callable that backends are compared by: the window forwards and backwards, gradients of
-        the weights and of the input."""
+        """Return a callable that backends are compared by: the window forwards and backwards,
+        gradients of the weights and of the input."""
         ours, x, layers, none = self.backend, self.x, (self.layer,), (None, ())
 
         def window() -> None:
@@ -297,7 +298,7 @@ class LSTMScratch:
         return window
 
     def prepared(self, op: str) -> Callable[[], object]:
-        """A callable that runs the op."""
+        """Return a callable that runs the op."""
         ours, x, layers, none = self.backend, self.x, (self.layer,), (None, ())
         forward = (x, self.state, self.state, layers, *none, True)
         if op == "lstm_forward":
@@ -445,7 +446,7 @@ def rank(
 
 
 def report(found: list[Tuned], ranked: Ranked | None, device: torch.device) -> dict[str, Any]:
-    """What was found, where it holds and where it is kept, as plain data."""
+    """Say what was found, where it holds and where it is kept, as plain data."""
     import triton
 
     cuda = device.type == "cuda"

@@ -8,6 +8,7 @@ ops. Nothing here or there calls back up.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -156,6 +157,10 @@ class DecoupledModule(nn.Module):
 
     # Steps whose targets come later: see late.step_local.
     tickets = 0
+    #: Of :class:`fused_dni.Schedule`, where it chooses k: the step with a target that is under way,
+    #: and what late lessons added to the statistics (:class:`fused_dni.modules.late.LateSums`).
+    due: int | None = None
+    late_sums: deque[Any] | None = None
 
     # See pending.Owner.
     shares: ClassVar[tuple[tuple[nn.Module, str], ...]] = ()

@@ -35,8 +35,9 @@ class Ticket:
     change these in place. It is good for one lesson, and empty afterwards.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], due: int | None = None) -> None:
         self._tensors = tensors
+        self._due = due  # the schedule's step, where it chooses k; not part of the state
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +72,17 @@ class Ticket:
         if self.spent:
             return "Ticket(spent)"
         return f"Ticket(h={self._tensors['shape'].tolist()}, {self.nbytes:,} bytes)"
+
+
+class LateSums(NamedTuple):
+    """What a late lesson added: the step that it belongs to, by the schedule's count, and the
+    module's statistics and unit before and after."""
+
+    due: int
+    before: Tensor
+    unit_before: float
+    after: Tensor
+    unit_after: float
 
 
 class LocalOutput(NamedTuple):
@@ -191,7 +203,8 @@ def _ticket(delivery: Delivery, shape: torch.Size) -> Ticket:
         held["normalized"], held["rstd"] = saved
         for name, t in (("norm_weight", layer.norm_weight), ("norm_bias", layer.norm_bias)):
             held[name] = None if t is None else t.detach().clone()
-    return Ticket({name: _alone(t) for name, t in held.items() if t is not None})
+    due = delivery.module.due
+    return Ticket({name: _alone(t) for name, t in held.items() if t is not None}, due)
 
 
 def _alone(t: Tensor) -> Tensor:
@@ -239,6 +252,8 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError("gradient is not finite: nothing was learned from it")
     decoupled.refuse_other_gradients()
+    counted = decoupled.late_sums is not None and ticket._due is not None
+    before, unit = (decoupled.statistics.clone() if counted else None), decoupled.unit
     with torch.no_grad():
         predicted = _predict_again(decoupled, h, context)
         regression = decoupled.regression(
@@ -250,6 +265,10 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
             learned = decoupled.regression_gradients(regression)
             slots = (*decoupled.parameters_behind(), *decoupled.synthesizer_parameters())
             _deposit(slots, (*(regression.behind or ()), *learned))
+    if before is not None:
+        assert decoupled.late_sums is not None and ticket._due is not None
+        after = decoupled.statistics.clone()
+        decoupled.late_sums.append(LateSums(ticket._due, before, unit, after, decoupled.unit))
     ticket._tensors = {}
 
 

@@ -15,7 +15,7 @@ from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
 from fused_dni.modules.base import NO_TARGET, untraced
-from fused_dni.modules.nodes import Exact, Taught
+from fused_dni.modules.nodes import Exact, Mixed, Taught
 from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
 from fused_dni.modules.target_unit import note_replicas
@@ -283,24 +283,50 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, h._version)
-        if type(self) is FusedDNILinear and self.update is not None and x is input and not tracing:
-            by_prediction = not phase.warmup and not (phase.target and phase.mix)
-            if by_prediction or not decoupled:
-                quicken(self, backend, rows)
+        as_given = x.shape == input.shape  # of another type under autocast
+        if type(self) is FusedDNILinear and self.update is not None and as_given and not tracing:
+            quicken(self, backend, rows)
         return h
 
     def _quick(self, input: Tensor, context: Tensor | None) -> Tensor | None:
         """Run the step as one call, if there is one and nothing is in its way."""
         bound = self._binding
+        phase = self.phase
         h: Tensor | None = None
-        if bound.quick is not None:
+        if self._modules["synthesizer"] is None:
+            if bound.exact is not None:
+                made = bound.exact.forward(self, input, context)
+                if made is not None:
+                    h = Exact.run(self, made, bound.anchor, input)
+        elif phase.warmup or (phase.target and phase.mix):
+            if bound.exact is not None and self.training and torch.is_grad_enabled():
+                return self._quick_mixed(input, context)
+        elif bound.quick is not None:
             made = bound.quick(self, input, context)
             h = made if type(made) is not tuple else Taught.run(self, made, bound.anchor, input)
-        elif bound.exact is not None:
-            made = bound.exact.forward(self, input, context)
-            if made is not None:
-                h = Exact.run(self, made, bound.anchor, input)
         return h
+
+    def _quick_mixed(self, input: Tensor, context: Tensor | None) -> Tensor | None:
+        """Run the forward of a step by the true gradient, or mixed with it, as one call; its
+        backward is one too, and lets the synthesizer learn."""
+        bound = self._binding
+        weight = self._parameters["weight"]
+        if (
+            weight is None
+            or type(input) is not Tensor
+            or input.ndim != 2
+            or input.shape[1] != weight.shape[1]
+            or input.dtype is not weight.dtype
+            or input.device != weight.device
+        ):
+            return None
+        rows = self._rows(input, context)
+        # What a lesson at the end of the backward would raise for.
+        assert self.synthesizer_update is not None
+        self.synthesizer_update.tensors(self.synthesizer_parameters())
+        self.check_context(rows)
+        made = bound.exact.forward(self, input, None)
+        return None if made is None else Mixed.run(self, made, rows, bound.exact_anchor, input)
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:
         """Return the configuration as the normalisation's holder has it now: as in PyTorch, its

@@ -298,16 +298,56 @@ class Exact(_Closed):
     def forward(
         ctx: Any, module: LinearSteps, made: tuple[Any, ...], _anchor: Tensor | None, x: Tensor
     ) -> Tensor:
-        h: Tensor
-        h, normalized, rstd, ctx.need_dx = made
-        bound = module._binding
-        assert bound.layer is not None
-        ctx.owner, ctx.close, ctx.bound = module, _close_exact, bound.exact
-        ctx.layer, ctx.config, ctx.trace = bound.layer, module.config, (normalized, rstd)
-        weight, _, *read, _, _ = bound.layer
-        watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
-        _keep(ctx, module, h, x, *watched, before=3)
-        return h
+        return _open_exact(ctx, module, made, x, before=3)
+
+
+class Mixed(Node):
+    """:class:`Late` of a linear layer with a synthesizer whose steps by the true gradient, or mixed
+    with it, are bound (quick.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: LinearSteps,
+        made: tuple[Any, ...],
+        context: Tensor | None,
+        _anchor: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        ctx.context, ctx.how = context, module.how(x.shape[0])
+        return _open_exact(ctx, module, made, x, before=4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arrived: Tensor | None) -> Slots:
+        spend(ctx, TWICE)
+        h, *rest = ctx.saved_tensors
+        if arrived is None:  # nothing moves
+            return (None,) * 5
+        module: LinearSteps = ctx.module
+        gradient, regression = received(module, ctx.how, h, ctx.context, None, arrived)
+        if regression is not None:
+            teach_later(module, regression)
+        assert gradient is not None
+        dx, contribution = _close_exact(ctx, gradient, h, *rest)
+        ctx.trace = None
+        at_end_of_backward(module, UPDATE, module.apply_update, contribution)
+        return (None, None, None, None, *rescaled((dx,), ctx.loss_scale))
+
+
+def _open_exact(
+    ctx: Any, module: LinearSteps, made: tuple[Any, ...], x: Tensor, before: int
+) -> Tensor:
+    h: Tensor
+    h, normalized, rstd, ctx.need_dx = made
+    bound = module._binding
+    assert bound.layer is not None
+    ctx.owner, ctx.close, ctx.bound = module, _close_exact, bound.exact
+    ctx.layer, ctx.config, ctx.trace = bound.layer, module.config, (normalized, rstd)
+    weight, _, *read, _, _ = bound.layer
+    watched = [t for t in (weight if ctx.need_dx else None, *read) if t is not None]
+    _keep(ctx, module, h, x, *watched, before=before)
+    return h
 
 
 def _close_exact(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fused_dni.modules import nodes, target_unit
 from fused_dni.modules.base import NO_TARGET, Predicted
 from fused_dni.modules.checks import (
     ALWAYS,
+    ANYWHERE,
     HOOKS,
     SURROUNDINGS,
     addresses,
@@ -114,7 +115,7 @@ def quicken(layer: LinearSteps, backend: Backend, given: Tensor | None) -> None:
     each time.
 
     Args:
-        layer: a step of which has just been run, and is bound.
+        layer: a step of which has just been run, and whose rules are bound.
         backend: by which; given: the context of that call.
     """
     if torch._C._len_torch_dispatch_stack():
@@ -135,7 +136,13 @@ def _bind(
     bound: Binding = layer._binding
     teacher = layer.synthesizer_update
     if teacher is not None and teacher._tensors is not None:
-        teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
+        try:
+            teacher.tensors(layer.synthesizer_parameters())  # as they are now, and frozen or not
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # for the next lesson to raise: this step is over
+            return f"the synthesizer's rule: {error}", ()
     parts = _parts(layer)
     if parts is None:
         return "its rule or its normalisation changes from step to step", ()
@@ -156,7 +163,11 @@ def _bind(
         return "", (*parts.surroundings, *parts.always, *parts.own)
     if type(synthesizer) not in _SYNTHESIZERS or teacher is None:
         return f"its synthesizer is a {type(synthesizer).__name__}", ()
-    bind = getattr(bound.step, "quick", None)
+    tensors = layer._layer()
+    fused = layer.fused_synthesizer(tensors.weight)
+    assert fused is not None
+    bind = getattr(layer._bound(tensors, backend, fused), "quick", None)
+    bound.tries = bound.tries or 1  # which a step that is bound anew sets back
     if bind is None:
         return f"backend {backend.name!r} has none", ()
     if given is not None and (given.dtype is not torch.int64 or given.dim() != 1):
@@ -184,22 +195,33 @@ def _bind(
         earliest=target_unit.EARLIEST,
         interval=target_unit.INTERVAL,
     )
+    parts = parts._replace(own=checks)
     bound.anchor = nodes.anchor(slots)
-    bound.quick = bind(parts._replace(own=checks), taught)
+    bound.quick = bind(parts, taught)
+    if layer.config.interface == "output":  # and by the true gradient, or mixed with it
+        assert layer.update is not None and layer.update._tensors is not None
+        bound.layer, learners = tensors, (*layer.local_parameters(), *slots)
+        bound.exact = cast(Any, backend).quick_exact(
+            tensors, layer.config, layer.update._tensors, parts
+        )
+        bound.exact_anchor = nodes.anchor(learners)
     return "", (*parts.surroundings, *parts.always, *checks)
 
 
 def way(layer: LinearSteps) -> str:
     """Say how the layer takes its steps, as far as is known: in one call, or why not."""
     bound: Binding = layer._binding
-    quick = bound.quick or bound.exact
+    predicts = layer._modules["synthesizer"] is not None
+    by_truth = not predicts or layer.phase.true_share > 0.0
+    quick = bound.exact if by_truth else bound.quick
     if quick is None:
-        return f"the usual way ({bound.lacks or 'there was none yet'})"
+        inside = bound.quick is not None and "at the preactivation, by the true gradient"
+        return f"the usual way ({bound.lacks or inside or 'there was none yet'})"
     said = _said(quick.changed(), bound.checks)
     if said != "one call":
         return said
-    if quick is bound.exact:
-        return "one call forward and one back"
+    if by_truth:
+        return "one call forward and one back" + (", and a lesson" if predicts else "")
     return said if layer.config.interface == "output" else "one call, without targets"
 
 
@@ -218,7 +240,7 @@ class Stacked:
     Attributes:
         layers: one behind the other; last of them; head: the layer with the loss behind them, or
             None where it is not part of the call; members: all of these; steps: theirs, of which
-            the call is made.
+            the call is made. covered: how many of the container's modules the call stands for.
     """
 
     def __init__(
@@ -229,7 +251,9 @@ class Stacked:
         layers: list[LinearSteps],
         head: LossSteps | None,
         steps: list[Any],
+        covered: int,
     ) -> None:
+        self.covered = covered
         self.quick, self.steps, self.layers, self.head = quick, steps, tuple(layers), head
         self.members = self.layers if head is None else (*layers, head)
         self.last, self._checks = layers[-1], checks
@@ -248,6 +272,9 @@ class Stacked:
 
     def way(self) -> str:
         """Say how steps are taken now: in one call, or what is in its way."""
+        last = self.last
+        if last._modules["synthesizer"] is not None and last.phase.true_share > 0.0:
+            return "its layers, one by one (by the true gradient)"
         said = _said(self.quick.changed(), self._checks)
         ways = [said] if said != "one call" else [way(layer) for layer in self.members]
         return next((each for each in ways if not each.startswith("one call")), ways[0])
@@ -443,6 +470,7 @@ def _apart(head: LossSteps, last: LinearSteps) -> str:
 def stacked(
     container: nn.Module,
     layers: list[LinearSteps],
+    body: int,
     head: LossSteps | None,
     known: Stacked | None,
 ) -> tuple[Stacked | None, str]:
@@ -450,7 +478,8 @@ def stacked(
     is none, or why the head is not in it.
 
     Args:
-        container: which holds them, one behind the other from its first on.
+        container: which holds them, one behind the other from its first on, with nothing between
+            but what hands on what it is given. body: how many of its modules those are.
         head: what is next in it, if it has the loss.
         known: what was there before, which stays while the layers' own steps do.
     """
@@ -461,9 +490,11 @@ def stacked(
         head = None
     if head is not None:
         steps.append(head._binding.exact)
+    covered = body if head is None else len(container._modules)
     if (
         known is not None
         and known.holds(container)
+        and known.covered == covered
         and len(steps) == len(known.steps)
         and all([a is b for a, b in zip(steps, known.steps, strict=True)])
     ):
@@ -491,10 +522,14 @@ def stacked(
         *[("empty", getattr(nn_module, f"_global{n}"), f"_global{n}", None, None) for n in HOOKS],
     ]
     members = layers if head is None else [*layers, head]
+    for module in list(container._modules.values())[:covered]:
+        if module is not None and module not in members:
+            checks += uncalled(module)
     for layer, step in zip(members, steps, strict=True):
         name = "exact" if exact or layer is head else "quick"
         checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
-    quick = bind(container, SURROUNDINGS, checks, steps[: len(layers)], exact, last)
+    surroundings = SURROUNDINGS if exact else ANYWHERE
+    quick = bind(container, surroundings, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*SURROUNDINGS, *checks), container, layers, head, steps), apart
+    return kind(quick, (*surroundings, *checks), container, layers, head, steps, covered), apart

@@ -35,8 +35,8 @@ class DecoupledSequential(nn.Sequential):
     another (taken with a forward hook, say) is an error.
 
     Where all modules up to the last decoupled one are fused linear layers with rules and
-    synthesizers, one directly behind the other, or all are such layers without synthesizers, and
-    no hook looks between them, a step is one call on a CPU.
+    synthesizers, one directly behind the other (``nn.Identity`` between does not count), or all are
+    such layers without synthesizers, and no hook looks between them, a step is one call on a CPU.
 
     The last module may be a :class:`fused_dni.FusedDNILinearCrossEntropyLoss`, a classifier's head:
     the container is then called with the targets and returns the loss, and what is one call has the
@@ -77,9 +77,9 @@ class DecoupledSequential(nn.Sequential):
         h = None if stack is None else stack.run(self, input, context, target)
         if stack is None or h is None:
             return self._run(input, context, target)
-        if len(stack.members) == len(self._modules):
+        if stack.covered == len(self._modules):
             return h
-        return _plain(list(self)[len(stack.members) :], h, context, target)
+        return _plain(list(self)[stack.covered :], h, context, target)
 
     def extra_repr(self) -> str:
         """Say how steps are taken: in one call, or why not."""
@@ -113,7 +113,8 @@ class DecoupledSequential(nn.Sequential):
         if not learns:
             setattr(h, NO_TARGET, h._version)
         out = _plain(modules[split:], h, context, target)
-        self._bind(body, head if modules[split:] == [head] else None)
+        behind = [m for m in modules[split:] if not _passes(m)]
+        self._bind(body, head if behind == [head] else None)
         return out
 
     def _head(
@@ -148,14 +149,23 @@ class DecoupledSequential(nn.Sequential):
     def _bind(self, body: list[nn.Module], head: LossSteps | None) -> None:
         """Have the next step of the body be one call, if its layers' are, and of the head behind
         it."""
-        others = [type(m).__name__ for m in body if type(m) is not FusedDNILinear]
+        layers = [m for m in body if not _passes(m)]
+        others = [type(m).__name__ for m in layers if type(m) is not FusedDNILinear]
         if others:
             decoupled = any([isinstance(m, DecoupledModule) for m in body])
             self._stack, self._apart = None, f"it holds a {others[0]}" if decoupled else ""
             return
-        layers = cast("list[LinearSteps]", body)
-        found = stacked(self, layers, head, self._stack) if body else (None, "")
+        found: tuple[Stacked | None, str] = (None, "")
+        if layers:
+            steps = cast("list[LinearSteps]", layers)
+            found = stacked(self, steps, len(body), head, self._stack)
         self._stack, self._apart = found
+
+
+def _passes(module: nn.Module) -> bool:
+    """Say whether a module hands on what it is given: ``nn.Identity``, and what ``convert`` leaves
+    in the place of what a layer took along."""
+    return isinstance(module, nn.Identity) and type(module).forward is nn.Identity.forward
 
 
 def _decouples(module: nn.Module) -> bool:

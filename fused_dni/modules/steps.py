@@ -102,6 +102,7 @@ class Binding:
         self.tries = 0  # of binding one
         self.layer: LinearTensors | None = None  # what `exact` is bound to
         self.anchor: Tensor | None = None  # see nodes.anchor
+        self.exact_anchor: Tensor | None = None  # the same of `exact`, where both are bound
         self.checks: Sequence[Check] = ()  # of what that call depends on
         self.lacks = ""  # why there is none
 
@@ -242,7 +243,8 @@ class LinearSteps(Steps):
             bound.step = backend.bind_step(
                 layer, self.config, synthesizer, self.max_norm or 0.0, rule
             )
-            bound.quick, bound.tries = None, 0
+            bound.quick = bound.exact = None
+            bound.tries = 0
         return bound.step
 
     def step_locally(

@@ -60,7 +60,8 @@ class Figure:
     size: tuple[float, float] = (6.4, 4.0)
 
     def svg(self, *, inline: bool = False) -> str:
-        """The plot as SVG; the same data give the same bytes under one version of matplotlib.
+        """Return the plot as SVG; the same data give the same bytes under one version of
+        matplotlib.
 
         Args:
             inline: for a page's own markup: text and axes take the page's text colour.
@@ -132,7 +133,7 @@ Block = Heading | Text | Table | Figure
 
 
 def drawable(blocks: Iterable[Block]) -> list[Block]:
-    """The same; without figures, and a paragraph that says so, where matplotlib is missing."""
+    """Leave figures out, and say so in a paragraph, where matplotlib is missing."""
     found = list(blocks)
     try:
         import matplotlib.figure  # noqa: F401

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
@@ -15,87 +17,9 @@ _UNIT = re.compile(r"(\d) (?=%|(?:[µm]?s|[kMGT]?B)\b)")
 #: What a cell of a column of numbers looks like: ``1.46 ms``, ``0.98 ~``, ``-``, ``(k = 4)`` not.
 _NUMBER = re.compile(r"([~≈<>≤≥±×+\-−]? ?\d.*|[-–—~]?|n/a|nan|inf)", re.IGNORECASE)
 
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --text: #1d2733; --muted: #5b6775; --page: #ffffff; --raised: #f4f6f8; --line: #d8dee5;
-  --accent: #0b62a8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e3e8ee; --muted: #9aa7b5; --page: #14181d; --raised: #1e242b; --line: #343d47;
-    --accent: #6cb4f0;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-}
-main, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.5rem; }
-main { padding-top: 2.5rem; padding-bottom: 2rem; }
-h1, h2, h3 { line-height: 1.25; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; margin: 0 0 1rem; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 0.75rem; }
-h3 { font-size: 1.05rem; margin: 2rem 0 0.5rem; }
-p { max-width: 46rem; margin: 0 0 1rem; overflow-wrap: anywhere; white-space: pre-line; }
-p.lead {
-  font-size: 1.3rem; line-height: 1.45; max-width: none; margin-bottom: 2rem;
-  padding: 0.2rem 0 0.2rem 1.1rem; border-left: 4px solid var(--accent);
-}
-code { font: 0.9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-figure { margin: 1.25rem 0 1.75rem; }
-figcaption { color: var(--muted); font-size: 0.9rem; max-width: 46rem; margin-top: 0.6rem; }
-.scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-th, td { padding: 0.4rem 0.9rem; text-align: left; white-space: nowrap; vertical-align: top; }
-td.prose { white-space: normal; min-width: 14rem; }
-th {
-  position: sticky; top: 0; background: var(--raised); font-weight: 600;
-  box-shadow: inset 0 -1px var(--line);
-}
-td { border-top: 1px solid var(--line); }
-tbody tr:first-child td { border-top: 0; }
-tbody tr:hover td { background: var(--raised); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-svg { display: block; max-width: 100%; height: auto; }
-footer {
-  border-top: 1px solid var(--line); padding-top: 1.25rem; padding-bottom: 2.5rem;
-  color: var(--muted); font-size: 0.85rem;
-}
-dl {
-  display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.2rem 1.2rem; margin: 0;
-}
-dt { font-weight: 600; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media print { .scroll { max-height: none; overflow: visible; } th { position: static; } }
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<footer>
-<dl>
-{facts}
-</dl>
-</footer>
-</body>
-</html>
-"""
-
 
 def as_html(blocks: Iterable[Block], facts: Mapping[str, Any]) -> str:
-    """One self-contained page; light or dark as the reader's browser asks.
+    """Make one self-contained page; light or dark as the reader's browser asks.
 
     Args:
         blocks: a heading of level 1 is the title of the page, too.
@@ -122,13 +46,15 @@ def as_html(blocks: Iterable[Block], facts: Mapping[str, Any]) -> str:
         for name, value in facts.items()
         if value is not None
     ]
-    return _PAGE.format(
-        title=escape(title), style=_STYLE, body="\n".join(parts), facts="\n".join(rows)
-    )
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return page.substitute(title=escape(title), body="\n".join(parts), facts="\n".join(rows))
 
 
 def _inline(text: str) -> str:
-    """A paragraph's text with what little Markdown it may have: code and bold."""
+    """Mark up code and bold, all the Markdown that a paragraph may have.
+
+    A library for Markdown would take what names hold, like ``*`` and ``_``, for more of it.
+    """
     made = escape(text, quote=False)
     made = _UNIT.sub("\\1\N{NO-BREAK SPACE}", made)
     made = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", made)
@@ -165,7 +91,7 @@ def _table(table: Table) -> str:
 
 
 def _kind(column: Iterable[str]) -> str:
-    """A column's class: numbers go to the right, sentences may break."""
+    """Choose a column's class: numbers go to the right, sentences may break."""
     cells = [cell.strip() for cell in column]
     if any(cells) and all(_NUMBER.fullmatch(cell) for cell in cells):
         return "number"

@@ -46,7 +46,7 @@ def own_blocks(result: Result) -> list[Block]:
 
 
 def _as_text(block: Block) -> Block:
-    """The same, of strings alone: a name that is a number in somebody's file is one here."""
+    """Return the same, of strings alone: a name that is a number in somebody's file is one here."""
     if isinstance(block, (Heading, Text)):
         return replace(block, text=str(block.text))
     if isinstance(block, Table):

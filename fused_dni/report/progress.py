@@ -87,7 +87,7 @@ class Progress:
         self._print(f"{text}  {note}" if note else text)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         if not self._enabled:
             return
         if self._bars is not None:

@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "verdict": Kind("verdict"),
     "verdict lstm": Kind("verdict_lstm"),
     "verdict top": Kind("verdict_top"),
+    "verdict link": Kind("verdict_link"),
     "train": Kind("train"),
     "train charlm": Kind("recurrent"),
     "train copy": Kind("recurrent"),
@@ -88,7 +89,7 @@ class Result(Mapping[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a part, or a default where there is none."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - it would call itself
 
     def __iter__(self) -> Iterator[str]:
         return iter([*NAMES, *self.body])

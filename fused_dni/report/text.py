@@ -10,7 +10,7 @@ from fused_dni.report.timings import Ratio
 
 
 def seconds(value: float | None, digits: int = 3) -> str:
-    """A time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
+    """Return a time in the unit that suits it: ``812 µs``, ``1.46 ms``, ``12.3 s``."""
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
@@ -71,7 +71,10 @@ def count(number: int, what: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
-    """Columns aligned, the first to the left and the others to the right; or Markdown."""
+    """Align columns, the first to the left and the others to the right; or write Markdown.
+
+    Not by rich, whose import takes about as long as all else that ``fused-dni report`` does.
+    """
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 

@@ -13,7 +13,7 @@ FLOORS = (
     ("stored", "clocks", "models", "races", "gpu_run", "relay"),
     ("workloads", "gpu_baselines", "rates"),
     ("crossover", "groups", "suites", "conftest", "planted", "readings"),
-    ("measuring", "claims", "instructions", "pipelines"),
+    ("measuring", "claims", "instructions", "pipelines", "stragglers"),
     ("pages",),
     ("tables", "answers", "gpu_kernels"),
 )

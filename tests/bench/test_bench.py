@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import instructions
 import measuring
 import stored
 from fused_dni.ops import measured, registry
+from fused_dni.report.schema import Result
+from fused_dni.report.timings import Ratio, Timing
 from pages import cells, cpu, documents, estimates
 from workloads import Disagreement, accuracy, backends, gemm, linear, memory, synthesizer
 from workloads import gpu as wg
@@ -221,15 +224,17 @@ def test_errors_are_those_of_a_trained_network():
 
 def results(**groups):
     facts = {"device": "A CPU", "torch": "2.13.0", "threads": 2}
-    return {"facts": facts, **groups}
+    return Result("benchmarks", facts=facts, body=groups)
 
 
 def row(median, per_floor):
-    return {
-        "median": median,
-        "interval": [median * 0.9, median * 1.1],
-        "per_floor": {"median": per_floor, "interval": None},
-    }
+    bounds = (median * 0.9, median * 1.1)
+    timed = Timing("", median, *bounds, 0.0, bounds, 8, (median,) * 8, 1, 0.0)
+    return {"timing": timed, "per_floor": ratio(per_floor)}
+
+
+def ratio(median, low=0.0, high=math.inf):
+    return Ratio(median, low, high)
 
 
 STEP = {
@@ -244,7 +249,7 @@ STEP = {
             "ours": row(1.5e-3, 1.5),
             "broken": {"failed": "Disagreement: no"},
         },
-        "ratios": {"ours / theirs": {"median": 0.5, "interval": [0.4, 0.6]}},
+        "ratios": {"ours / theirs": ratio(0.5, 0.4, 0.6)},
     }
 }
 
@@ -291,10 +296,10 @@ def gpu_group(**more):
             "stock": {"failed": "Disagreement: no"},
         },
         "ratios": {
-            "stock, compiled / DNI": {"median": 2.5, "interval": [2.4, 2.6]},
-            "nn.LSTM / ours": {"median": 0.5, "interval": None},
-            "DNI / DNI, CUDA": {"median": 1.33, "interval": None},
-            "nn.LSTM / ours, CUDA": {"median": 1.2, "interval": None},
+            "stock, compiled / DNI": ratio(2.5, 2.4, 2.6),
+            "nn.LSTM / ours": ratio(0.5),
+            "DNI / DNI, CUDA": ratio(1.33),
+            "nn.LSTM / ours, CUDA": ratio(1.2),
         },
         **more,
     }
@@ -315,9 +320,7 @@ def test_gpu_tables_say_what_was_measured():
             },
         }
     )
-    found["facts"] |= {
-        "gpu": "A GPU", "triton": "3.7.1", "bandwidth": 3e12, "multiprocessors": 132
-    }  # fmt: skip
+    found.facts.update(gpu="A GPU", triton="3.7.1", bandwidth=3e12, multiprocessors=132)
     layer, lstm, details = (
         documents.RENDERERS[name][1]([found]) for name in ("gpu", "gpu-lstm", "gpu-details")
     )
@@ -373,7 +376,7 @@ def test_a_gpus_figures_become_the_table_that_auto_chooses_by(tmp_path, capsys):
     )
     found["facts"]["capability"] = "9.0"
     path = tmp_path / "kernels.json"
-    stored.save(path, found)
+    stored.write(path, found)
     assert gpu_kernels.main([str(path), "--backends"]) == 0
     (tmp_path / "backends.json").write_text(capsys.readouterr().out)
     dni, window = {"cuda": 9e-6, "triton": 12e-6}, {"cuda": 42e-6, "triton": 50e-6}
@@ -414,7 +417,7 @@ def test_estimates_stand_beside_what_was_measured():
             "gpu-floors": {"barrier": gpu_group(grids={"132": {"CUDA barrier": 0.9e-6}})},
         }
     )
-    found["facts"] |= {"gpu": "A GPU", "commit": "abc", "multiprocessors": 132}
+    found.facts.update(gpu="A GPU", commit="abc", multiprocessors=132)
     text = estimates.render_estimates([found])
     assert "| estimate, µs | measured, µs, A GPU, abc |" in text
     assert "| CUDA barrier | 0 | 0 | 0 | 1 | 0 | 1 | 0.9 |" in text
@@ -449,11 +452,12 @@ def test_groups_are_ordered_by_number():
 
 def test_saving_keeps_the_old_file_when_interrupted(tmp_path):
     path = tmp_path / "results.json"
-    stored.save(path, {"a": 1.23456789})
-    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
+    stored.write(path, results(a=1.23456789))
+    before = path.read_text()
+    assert stored.benchmarks(path).body == {"a": 1.23457}
     with pytest.raises(TypeError):
-        stored.save(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"kind": "benchmarks", "version": 1, "a": 1.23457}
+        stored.write(path, results(a=object()))
+    assert path.read_text() == before
 
 
 def test_committed_results_name_machine_versions_and_commit():
@@ -497,16 +501,17 @@ def test_measuring_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(linear, "check_layer", check)
     path = tmp_path / "results.json"
     measuring.measure(list(measuring.SUITES), None, 0.05, path)
-    found = json.loads(path.read_text())
+    found = stored.benchmarks(path)
     rows = found["step"]["16/32 sgd"]["rows"]
-    assert rows[w.DNI_4.name]["per_floor"]["median"] > 0
-    assert found["step"]["16/32 sgd"]["ratios"]["DNI k=4 / stock eager"]["median"] > 0
+    assert rows[w.DNI_4.name]["per_floor"].median > 0
+    assert found["step"]["16/32 sgd"]["ratios"]["DNI k=4 / stock eager"].median > 0
     assert found["linear"]["16x24x32 without dx"]["rows"]["stock compiled"]["failed"]
     lstm = found["lstm"]
     assert lstm["3/8/5 forward+backward"]["rows"]["unrolled steps, compiled"]["failed"]
-    assert lstm["3/8/5, 2 layers training step"]["ratios"]["nn.LSTM / DNI"]["median"] > 0
-    assert lstm["3/8/2 boundary"]["ratios"]["DNI / ours"]["median"] > 0
+    assert lstm["3/8/5, 2 layers training step"]["ratios"]["nn.LSTM / DNI"].median > 0
+    assert lstm["3/8/2 boundary"]["ratios"]["DNI / ours"].median > 0
     for suite in (*measuring.SUITES, "lstm-details", "lstm-memory"):
+        suite = suite.removeprefix("peak-")
         assert "| " in documents.RENDERERS[suite][1]([found])
     details = documents.RENDERERS["lstm-details"][1]([found])
     assert "compiled at 3/8/5 forward+backward: RuntimeError: compiled only up to 1" in details
@@ -579,13 +584,13 @@ def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
     """The whole script on sizes that only show that it runs: gates, tiles, floors, text."""
     file = tmp_path / "kernels.json"
     assert gpu_kernels.main([str(file), "--device", "cpu", "--tiny"]) == 0
-    found = json.loads(file.read_text())
+    found = stored.benchmarks(file)
     rows = found["gpu-layer"]["8/16 bf16 sgd"]["rows"]
     assert [name for name, row in rows.items() if "failed" in row] == []
     assert {gpu_kernels.DNI, gpu_kernels.BACKPROP, gpu_kernels.STOCK} < rows.keys()
     cuda = {gpu_kernels.DNI_CUDA, gpu_kernels.BACKPROP_CUDA, gpu_kernels.SYNTHESIZER_CUDA}
     assert cuda < rows.keys()
-    assert found["gpu-layer"]["8/16 bf16 sgd"]["ratios"]["DNI / DNI, CUDA"]["median"] > 0
+    assert found["gpu-layer"]["8/16 bf16 sgd"]["ratios"]["DNI / DNI, CUDA"].median > 0
     assert found["gpu-layer"]["8/16 bf16 sgd"]["tiles"]["linear_step"]["launches"] == "one"
     with_dx = found["gpu-layer"]["8/16 fp32 adam with dx, cold"]["rows"]
     assert [name for name, row in with_dx.items() if "failed" in row] == []
@@ -597,8 +602,8 @@ def test_gpu_kernels_are_measured_in_the_interpreter(tmp_path, one_thread):
     }
     window = found["gpu-lstm"]["4/16/3 fp32"]
     assert [name for name, row in window["rows"].items() if "failed" in row] == []
-    assert window["ratios"]["nn.LSTM / ours"]["median"] > 0
-    assert window["ratios"]["nn.LSTM / ours, CUDA"]["median"] > 0
+    assert window["ratios"]["nn.LSTM / ours"].median > 0
+    assert window["ratios"]["nn.LSTM / ours, CUDA"].median > 0
     grid = found["gpu-floors"]["barrier"]["grids"]["1"]
     assert grid.keys() == {"launch", "barrier", "CUDA launch", "CUDA barrier"}
     assert grid["launch"] > 0 and grid["CUDA launch"] > 0
@@ -615,7 +620,7 @@ def test_gpu_kernels_keep_what_they_have_when_time_is_up(tmp_path, one_thread):
     assert gpu_kernels.main([*given, "--backend", "cpu"]) == 1
     found = json.loads(file.read_text())
     ((key, group),) = found["gpu-layer"].items()
-    assert group["rows"][group["floor"]]["median"] > 0 and len(group["rows"]) == 1
+    assert group["rows"][group["floor"]]["timing"]["median"] > 0 and len(group["rows"]) == 1
     assert found["failed"] == {"layer": f"no time left in {key} for stock"}
     assert "FAILED layer: no time left" in file.with_suffix(".txt").read_text()
 
@@ -637,7 +642,7 @@ def test_every_candidate_is_kept_before_the_next_is_built(tmp_path, monkeypatch,
         (name,) = makers
         if built:
             rows = json.loads(file.read_text())["gpu-layer"]["8/16 bf16 sgd"]["rows"]
-            assert list(rows) == sorted(built) and all("median" in row for row in rows.values())
+            assert sorted(rows) == sorted(built) and all("timing" in row for row in rows.values())
         built.append(name)
         return real(makers)
 
@@ -663,7 +668,7 @@ def test_a_kernel_that_takes_the_device_with_it_is_gone_round(tmp_path, monkeypa
     group = json.loads(file.read_text())["gpu-layer"]["8/16 bf16 sgd"]
     row = group["rows"][gpu_kernels.BACKPROP_CUDA]
     assert row == {"failed": "RuntimeError: CUDA error: unspecified launch failure", "fatal": True}
-    assert group["rows"][gpu_kernels.STOCK]["median"] > 0 and group["done"] == []
+    assert group["rows"][gpu_kernels.STOCK]["timing"]["median"] > 0 and group["done"] == []
     assert tiny_layers(file, "--resume") == 0
     found = json.loads(file.read_text())["gpu-layer"]
     assert [name for name, row in found["8/16 bf16 sgd"]["rows"].items() if "failed" in row] == [
@@ -681,7 +686,7 @@ def test_figures_are_printed_where_there_is_no_room_for_them(
     def full(path, results):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stored, "save", full)
+    monkeypatch.setattr(stored, "write", full)
     assert tiny_layers(tmp_path / "kernels.json", "--only", "8/16 bf16 sgd") == 1
     said = capsys.readouterr()
     assert f"layer 8/16 bf16 sgd: {gpu_kernels.DNI_CUDA}: " in said.out
@@ -696,17 +701,17 @@ def test_results_of_two_calls_are_joined(tmp_path, capsys):
     base = {"floor": "floor", "ratios": {}, "bytes": 1}
     for path, group in ((first, cuda), (second, late)):
         found = results(**{"gpu-layer": {"128/1024 bf16 sgd": base | group}})
-        found["facts"] |= {"gpu": "A GPU", "driver": "580"}
-        stored.save(path, found)
+        found.facts.update(gpu="A GPU", driver="580")
+        stored.write(path, found)
     command = [str(whole), "--join", str(first), str(second)]
     assert gpu_kernels.main(command) == 0
     group = json.loads(whole.read_text())["gpu-layer"]["128/1024 bf16 sgd"]
-    assert {name: row["median"] for name, row in group["rows"].items()} == {
+    assert {name: row["timing"]["median"] for name, row in group["rows"].items()} == {
         "stock": 20e-6, "DNI, CUDA": 9e-6, "DNI": 12e-6
     }  # fmt: skip
     assert group["done"] == ["cuda", "triton"]
     found["facts"]["gpu"] = "Another"
-    stored.save(second, found)
+    stored.write(second, found)
     assert gpu_kernels.main(command) == 1
     assert "second.json is of gpu Another" in capsys.readouterr().err
 
@@ -747,7 +752,7 @@ def test_gpu_kernels_without_the_cuda_backend(tmp_path, monkeypatch, capsys, one
     found = json.loads(file.read_text())
     rows = found["gpu-lstm"]["4/16/3 fp32"]["rows"]
     assert "was not built" in rows[gpu_kernels.OURS_CUDA]["failed"]
-    assert rows[gpu_kernels.OURS]["median"] > 0
+    assert rows[gpu_kernels.OURS]["timing"]["median"] > 0
     assert found["gpu-floors"]["barrier"]["grids"]["1"].keys() == {"launch", "barrier"}
     capsys.readouterr()
     assert gpu_kernels.main(["--profile", *tiny]) == 1

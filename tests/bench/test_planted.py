@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 
 import pytest
@@ -10,7 +11,8 @@ from flops import install
 
 import planted
 from fused_dni.measure import timing
-from fused_dni.report import as_text, blocks_of
+from fused_dni.report import as_text, blocks_of, load
+from fused_dni.report.timings import Ratio
 
 EXPECTED = planted.segments(features=32, products=80)
 
@@ -93,25 +95,26 @@ def test_mean_steps_under_planted_tops_are_the_formula(monkeypatch):
     found = planted.tops(1.0, rows=8, features=16)
     assert list(found) == ["2", "10", "50"]
     for times, row in found.items():
-        assert row["top over bottom"]["median"] == pytest.approx(int(times), rel=1e-3)
+        assert row["top over bottom"].median == pytest.approx(int(times), rel=1e-3)
         for ratio in row["measured over predicted"].values():
-            assert ratio["median"] == pytest.approx(1.0, rel=1e-3)
+            assert ratio.median == pytest.approx(1.0, rel=1e-3)
 
 
 @pytest.mark.parametrize(("off", "failures"), [(1.09, 0), (0.91, 0), (1.11, 1), (0.89, 1)])
-def test_the_script_fails_where_the_formula_is_off(capsys, monkeypatch, off, failures):
+def test_the_script_fails_where_the_formula_is_off(tmp_path, capsys, monkeypatch, off, failures):
     def tops(seconds):
-        sound = {"median": 1.0, "interval": None}
+        sound, wrong = (Ratio(median, 0.0, math.inf) for median in (1.0, off))
         return {
             "10": {
-                "top over bottom": {"median": 9.8, "interval": None},
-                "measured over predicted": {"2": sound, "8": {"median": off, "interval": None}},
+                "top over bottom": Ratio(9.8, 0.0, math.inf),
+                "measured over predicted": {"2": sound, "8": wrong},
             }
         }
 
     monkeypatch.setattr(planted, "tops", tops)
     assert planted.main(["--only", "tops"]) == failures
-    report = json.loads(capsys.readouterr().out)
+    (path := tmp_path / "planted.json").write_text(capsys.readouterr().out)
+    report = load(path)
     assert len(report["failures"]) == failures
     assert all("a top of 10 times, k = 8: off by" in line for line in report["failures"])
     said = as_text(blocks_of(report))

@@ -325,8 +325,8 @@ def test_plans_run_nothing_and_allocate_nothing() -> None:
 
 COMPILE = """
 import json
-from fused_dni.kernels import aot, lstm
-wanted = [s for s in lstm.specimens(90) if s.name.startswith("16x1024 bf16")]
+from fused_dni.kernels import aot, specimens
+wanted = [s for s in specimens.lstm_specimens(90) if s.name.startswith("16x1024 bf16")]
 print(json.dumps([aot.compile_launch(s.launch, 90).asm["ptx"] for s in wanted]))
 """
 

@@ -15,7 +15,9 @@ from fused_dni.measure.advise.predict import BACKWARD, OPTIMIZER
 from fused_dni.measure.timing import Timing
 from fused_dni.report import load
 from fused_dni.report.blocks import Figure, as_text
-from fused_dni.report.kinds.advice import blocks, sentence
+from fused_dni.report.kinds.advice import sentence
+from fused_dni.report.layout import blocks_of as blocks
+from fused_dni.report.timings import Ratio
 from models import convnet, lstm_lm, mlp
 
 TINY = {
@@ -58,13 +60,13 @@ def test_what_is_predicted_stands_beside_what_is_measured(model, untimed):
         assert torch.equal(value, before[name]), name
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
-    report = json.loads(found.to_json())
-    assert report["kind"] == "advice" and report["version"] == 1
+    report = found.report
+    assert json.loads(found.to_json())["kind"] == "advice" and report.version == 2
     assert {"stock backprop", "our kernels"} < set(report["steps"])
     forced = "everywhere" if "everywhere" in report["steps"] else "proposal"
     assert report[forced]["interfaces"]
     for name, step in report["steps"].items():
-        drifted, measured = step["predicted"]["median"], step["measured"]["median"]
+        drifted, measured = step["predicted"].median, step["measured"].median
         assert step["error %"] == pytest.approx(100 * (drifted / measured - 1)), name
         held = step["memory"]
         assert held["predicted"] > 0 and held["measured"] > 0
@@ -136,8 +138,8 @@ def test_all_proposes_every_block_whether_or_not_it_pays(untimed):
 # ------------------------------------------------------------------------------------------- words
 
 
-def _ratio(median: float, verdict: str) -> dict:
-    return {"median": median, "interval": [median, median], "verdict": verdict}
+def _ratio(median: float) -> Ratio:
+    return Ratio(median, median, median)
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +153,18 @@ def report() -> dict:
     ("ours", "proposal", "words"),
     [
         (
-            (0.8, "faster"),
-            (0.5, "faster"),
+            0.8,
+            0.5,
             ["1.25x faster than stock", "2.00x faster than"],
         ),
-        ((1.5, "slower"), (1.2, "slower"), ["So no interface pays: keep stock backprop."]),
-        ((1.0, "inconclusive"), (1.0, "inconclusive"), ["keep backprop on our kernels"]),
+        (1.5, 1.2, ["So no interface pays: keep stock backprop."]),
+        (1.0, 1.0, ["keep backprop on our kernels"]),
     ],
 )
 def test_the_sentence_says_what_was_measured(report, ours, proposal, words):
     report = copy.deepcopy(report)
-    report["ratios"]["stock backprop"]["our kernels"]["measured"] = _ratio(*ours)
-    report["ratios"]["our kernels"]["proposal"]["measured"] = _ratio(*proposal)
+    report["ratios"]["stock backprop"]["our kernels"]["measured"] = _ratio(ours)
+    report["ratios"]["our kernels"]["proposal"]["measured"] = _ratio(proposal)
     for word in words:
         assert word in sentence(report)
 
@@ -170,11 +172,11 @@ def test_the_sentence_says_what_was_measured(report, ours, proposal, words):
 def test_where_nothing_pays_the_advice_is_to_keep_backprop(report):
     report = copy.deepcopy(report)
     report["steps"]["everywhere"] = report["steps"].pop("proposal")
-    report["proposal"] = None
+    report.body["proposal"] = None
     for ratios in report["ratios"].values():
         ratios["everywhere"] = ratios.pop("proposal")
-    report["ratios"]["stock backprop"]["our kernels"]["measured"] = _ratio(0.9, "faster")
-    report["ratios"]["our kernels"]["everywhere"]["measured"] = _ratio(1.3, "slower")
+    report["ratios"]["stock backprop"]["our kernels"]["measured"] = _ratio(0.9)
+    report["ratios"]["our kernels"]["everywhere"]["measured"] = _ratio(1.3)
     said = sentence(report)
     assert "So no interface pays: keep backprop on our kernels." in said
     assert "1.30x slower than backprop on our kernels" in said
@@ -291,7 +293,7 @@ def test_a_shape_stands_in_for_a_sample(capsys, untimed):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["mlp"], "advise takes package.module:factory, got 'mlp'"),
+        (["mlp"], "FACTORY must be package.module:factory, got 'mlp'"),
         (["advised:hole"], "unknown factory in advised 'hole', did you mean 'whole'"),
         (["no_such_module:mlp"], "cannot import 'no_such_module'"),
         (["advised:broken"], "advised:broken failed: the data set is not there"),

@@ -14,6 +14,7 @@ from fused_dni.measure.verdict import phases
 from fused_dni.measure.verdict.candidates import at_rate, pose
 from fused_dni.measure.verdict.forms import decouple
 from fused_dni.measure.verdict.work import count
+from fused_dni.report.files import as_json
 
 SGD = at_rate(fd.SGD(), 1e-6)
 
@@ -78,7 +79,7 @@ def test_parts_add_up_to_the_step(by_operations, case):
         assert made.agrees
     for name in ("predict", "train", "fused step, dx"):
         assert found.seconds(name) > 1.0
-    assert json.loads(json.dumps(found.to_json()))["work"]["predict"]["flops"] > 0
+    assert json.loads(as_json(found))["work"]["predict"]["flops"] > 0
 
 
 def test_a_step_without_targets_leaves_dx_and_training_out(by_operations):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fused_dni.measure.verdict.top_race import top_arms
 from fused_dni.measure.verdict.top_steps import Subject, pose
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import race as races
+from fused_dni.report.schema import Result, save
 from fused_dni.report.times import results_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow(60)]
@@ -109,11 +111,11 @@ def test_cycles_are_the_formula(counted: None, top: Any, sample: Any) -> None:
     for k, cycle in variant.cycles.items():
         assert cycle.median == pytest.approx(b + s + (above + m) / k, abs=1)
         report = found.report()["variants"][0]["cycles"][str(k)]
-        exact = (b + above) / (b + s + (above + m) / k)
-        assert report["predicted factor"]["median"] == pytest.approx(exact)
-        assert report["factor"]["median"] == pytest.approx(exact, rel=1e-3)
-    most = found.report()["variants"][0]["most"]["median"]
-    assert most == pytest.approx((b + above) / (b + s))
+        exact = (b + s + (above + m) / k) / (b + above)
+        assert report["predicted ratio"].median == pytest.approx(exact)
+        assert report["ratio"].median == pytest.approx(exact, rel=1e-3)
+    most = found.report()["variants"][0]["most"].median
+    assert most == pytest.approx((b + s) / (b + above))
 
 
 def test_without_the_top_its_module_is_not_called() -> None:
@@ -250,7 +252,7 @@ def test_a_cheap_top_is_a_plain_no(counted: None) -> None:
     dense = fd.verdict_top(net(), square, images(N, D), synthesizer=fd.DifferenceSynthesizer(D, 4))
     for verdict in (found, dense):
         assert "It does not pay at any k that was measured." in verdict.sentence()
-    assert dense.report()["variants"][0]["break_even"]["kind"] == "never"
+    assert dense.report()["variants"][0]["break_even"].kind == "never"
     assert "Were the top never run, a step would be 1.2" in dense.sentence()
 
 
@@ -357,10 +359,10 @@ def test_the_sentence(times: Any, words: list[str]) -> None:
         assert said in found.sentence()
     report = json.loads(found.to_json())
     assert report["kind"] == "verdict top" and report["sentence"] == found.sentence()
-    assert found.sentence() in as_text(blocks_of(report))
+    assert found.sentence() in as_text(blocks_of(found.report()))
 
 
-def _race(shares: list[tuple[float | None, ...]]) -> dict[str, Any]:
+def _race(shares: list[tuple[float | None, ...]]) -> Result:
     """A race in which arms come to backprop's end in these parts of its time, by seed."""
     runs = []
     arms = ["backprop", *(f"DNI k={i}" for i in range(len(shares)))]
@@ -375,10 +377,7 @@ def _race(shares: list[tuple[float | None, ...]]) -> dict[str, Any]:
             runs.append({"name": name, "seed": seed, "history": history, "diverged": False})
     settings = {"arms": arms, "seconds": 1.0, "seeds": [0, 1], "marks": 1, "device": "cpu"}
     facts = {"device": "a CPU", "threads": 1, "torch": "2", "commit": None}
-    return {
-        "kind": "race", "version": 1, "facts": facts, "settings": settings, "runs": runs,
-        "finished": True,
-    }  # fmt: skip
+    return Result("race", facts=facts, settings=settings, body={"runs": runs, "finished": True})
 
 
 @pytest.mark.parametrize(
@@ -392,7 +391,7 @@ def _race(shares: list[tuple[float | None, ...]]) -> dict[str, Any]:
 )
 def test_the_race_has_the_last_word(top: float, shares: Any, answer: str) -> None:
     assert answer in tops.planted(1.0, top, race=_race(shares)).sentence()
-    unfinished = {**_race(shares), "runs": [], "finished": False}
+    unfinished = replace(_race(shares), body={"runs": [], "finished": False})
     found = tops.planted(1.0, top, race=unfinished)
     assert found.sentence().endswith("No seed of the race was finished.")
     assert "no seed was finished" in as_text(blocks_of(found.report()))
@@ -591,9 +590,10 @@ def test_the_example_of_the_docs_works() -> None:
     assert torch.equal(batch(3)[0], batch(3)[0]) and not torch.equal(batch(3)[0], batch(-1)[0])
 
 
-def test_times_that_are_differences_are_no_times() -> None:
+def test_times_that_are_differences_are_no_times(tmp_path: Path) -> None:
     """A prediction that costs less than can be measured may come out below zero."""
-    report = json.loads(tops.planted(1.0, 10.0, prediction=-0.01).to_json())
+    made = tops.planted(1.0, 10.0, prediction=-0.01).report()
+    report = load(save(tmp_path / "top.json", made))
     assert all("prediction" not in name for name in results_of(report).rows)
     assert "-10.0 µs" in as_text(blocks_of(report))
 
@@ -633,7 +633,7 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["top_mine"], "verdict top takes package.module:factory, got 'top_mine'"),
+        (["top_mine"], "FACTORY must be package.module:factory, got 'top_mine'"),
         (["top_mine:factroy"], "unknown factory in top_mine 'factroy', did you mean 'factory'"),
         (["top_others:alone"], "must return (bottom, top, batch) or (bottom, top, batch, synth"),
         (["top_others:pair"], "got (Linear, Tensor)"),
@@ -645,8 +645,11 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
         (["top_others:told"], "context_features=3, and the sample holds no tensor behind x"),
         (["top_others:told", "--synthesizers", "dense"], "brings its own synthesizer"),
         (["top_others:odd"], "the synthesizer of top_others:odd must be an nn.Module, got str"),
-        (["top_mine:factory", "--target-every", "0"], "k must be a whole number from 1 on"),
-        (["top_mine:factory", "--race", "0"], "seconds must be a positive, finite number"),
+        (
+            ["top_mine:factory", "--target-every", "0"],
+            "every must be a whole number from 1 on",
+        ),
+        (["top_mine:factory", "--race", "0"], "race must be a positive, finite number"),
         (["top_mine:factory", "--plot", "v.txt"], "--plot must end in one of"),
         (["top_mine:factory", "--rac", "3"], "unknown option '--rac', did you mean '--race'"),
     ],

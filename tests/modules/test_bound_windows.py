@@ -4,7 +4,9 @@ wherever anything is not as it was."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -284,3 +286,16 @@ def test_what_changes_in_every_window_is_looked_up_rarely(monkeypatch: pytest.Mo
         lstm.weight_ih_l0 = nn.Parameter(lstm.weight_ih_l0.detach().clone())
         stream.window(seed)
     assert len(tried) == 6  # at the 1st, 2nd, 4th, 8th, 16th and 32nd
+
+
+def test_it_goes_when_nobody_holds_it() -> None:
+    """What was looked up leads back to the module: Python's collector sees through it."""
+    lstm, _ = pair("adam")
+    stream = Stream(lstm)
+    for seed in range(6):
+        stream.window(seed)
+    assert lstm._bound is not None
+    gone = weakref.ref(lstm)
+    del lstm, stream, _
+    gc.collect()
+    assert gone() is None

@@ -761,3 +761,97 @@ def test_a_seed_gives_the_weights_of_the_stock_module(ours, theirs, synthesizer)
     torch.manual_seed(3)
     for name, value in theirs().state_dict().items():
         assert torch.equal(value, mine[name]), name
+
+
+# ---------------------------------------------------------------------------------------------
+# Containers
+
+
+def perceptron():
+    return nn.Sequential(
+        *(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()),
+        *(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU()),
+        nn.Linear(5, 3),
+    )
+
+
+class Around(nn.Module):
+    """Calls its net as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Inside(Around):
+    """Uses its net's parts one by one."""
+
+    def forward(self, x):
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [perceptron, Around])
+@pytest.mark.parametrize("synthesizer", ["default", None])
+def test_containers_deliver_at_once_and_give_the_same_bits(make, synthesizer, one_thread):
+    torch.manual_seed(0)
+    plain = make()
+    names = list(plain.state_dict())
+    options = {"synthesizer": synthesizer, "update": fd.SGD(0.1)}
+    if synthesizer is not None:
+        options["context_features"] = 3
+    apart = fd.convert(copy.deepcopy(plain).train(), **options)
+    model, report = fd.convert(plain.train(), delivery="immediate", report=True, **options)
+    net = model if make is perceptron else model.net
+    assert type(net) is fd.DecoupledSequential and list(net._modules) == [str(i) for i in range(7)]
+    said = [entry for entry in report if entry.made == "DecoupledSequential"]
+    assert [entry.name for entry in said] == ["" if make is perceptron else "net"]
+    ours, theirs = list(model.named_parameters()), list(apart.named_parameters())
+    assert [n for n, _ in ours] == [n for n, _ in theirs]
+    with torch.no_grad():  # synthesizers were drawn apart
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    if synthesizer is not None:
+        schedules = [fd.Schedule(m, target_every=2) for m in (model, apart)]
+    for step in range(6):
+        torch.manual_seed(step)
+        x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+        for each in (model, apart):
+            with fd.condition_on(y):
+                F.cross_entropy(each(x), y).backward()
+        if synthesizer is not None:
+            for schedule in schedules:
+                schedule.step()
+        for (n, p), (_, q) in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q), (step, n)
+    assert net._stack is not None and net._stack.way().startswith("one call"), net
+    back = fd.revert(model)
+    assert type(back if make is perceptron else back.net) is nn.Sequential
+    assert list(back.state_dict()) == names
+
+
+def test_containers_that_stay(one_thread):
+    model, report = fd.convert(Inside(), delivery="immediate", report=True)
+    assert type(model.net) is nn.Sequential
+    assert report.left()["net"] == "Inside.forward uses its parts one by one"
+    hooked = perceptron()
+    hooked.register_forward_hook(lambda *_: None)
+    model, report = fd.convert(hooked, delivery="immediate", report=True)
+    assert type(model) is nn.Sequential and "hooks" in report.left()[""]
+    single = fd.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), delivery="immediate")
+    assert type(single) is nn.Sequential
+    assert type(fd.convert(perceptron())) is nn.Sequential
+    with pytest.raises(ValueError, match="delivery must be 'deferred' or 'immediate', got 'now'"):
+        fd.convert(perceptron(), delivery="now")
+
+
+def test_a_container_keeps_which_parts_are_in_eval():
+    plain = perceptron()
+    plain[0].eval()
+    plain[1].eval()
+    model = fd.convert(plain, delivery="immediate")
+    assert model.training and not model[0].training and model[3].training

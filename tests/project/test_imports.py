@@ -56,7 +56,7 @@ DOORS = {
 BY_TABLE = {
     "fused_dni": "the instrument's names, late",
     "fused_dni.cli.arguments": "a file of the user's",
-    "fused_dni.kernels.aot": "every file of kernels/",
+    "fused_dni.kernels.aot": "what its command names, kernels/specimens.py by default",
     "fused_dni.ops.registry": "backends, when first asked for",
     "fused_dni.report.schema": "the kinds of reports",
 }

@@ -30,7 +30,7 @@ BUILD = ROOT / "build"
 # two that came with CUDA 12.8 each kernel is compiled, but not again for precisions that differ
 # in nothing but the type of a product's operands (`make test-all` has them).
 MODULE, NEWER = "80;90a", "100;120"
-REPEATED = ("linear_half.cu", "linear_rounded.cu", "linear_single.cu")
+REPEATED = ("linear_fp16.cu", "linear_fp32.cu", "linear_tf32.cu")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from fused_dni.measure import race as racing
 from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict import TopVariant, TopVerdict
+from fused_dni.report.schema import Result
 
 WOBBLE = [0.97, 1.0, 1.03] * 4
 
@@ -18,7 +19,7 @@ def planted(
     prediction: float = 0.1,
     lesson: float = 0.1,
     ks: tuple[int, ...] = (1, 2, 8),
-    race: dict[str, Any] | None = None,
+    race: Result | None = None,
 ) -> TopVerdict:
     """A verdict whose parts take these times, in milliseconds, and whose cycles are their sums."""
 

@@ -49,8 +49,8 @@ from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, 
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.blocks import as_text
 from fused_dni.report.files import as_json
-from fused_dni.report.layout import blocks_of
 from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, sentence
+from fused_dni.report.layout import blocks_of
 from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Rule
 
@@ -246,7 +246,7 @@ def _as_it_is(output: Tensor) -> Tensor:
 
 
 def _block(subject: Subject, measured: Blocks, index: int, plan: Plan | None) -> dict[str, Any]:
-    """A block: what it is, its time in each form, what was chosen for it."""
+    """Return a block: what it is, its time in each form, what was chosen for it."""
     block = subject.blocks[index]
     stock = measured.time(index, Form(False, asks=block.asks))
     exact = measured.time(index, Form(block.ours, asks=block.asks))
@@ -292,7 +292,7 @@ def _plan(parts: Sequence[Block], plan: Plan) -> dict[str, Any]:
 
 
 def _rung(measured: Blocks, plan: Plan) -> dict[str, Any]:
-    """The best plan for one k, as predicted."""
+    """Return the best plan for one k, as predicted."""
     step = measured.step("by k", plan)
     return {
         **_plan(measured.blocks, plan),
@@ -304,7 +304,7 @@ def _rung(measured: Blocks, plan: Plan) -> dict[str, Any]:
 def _step(
     predicted: Timing, measured: Timing, memory: tuple[int, int], drift: float
 ) -> dict[str, Any]:
-    """A whole step: predicted, measured, and the errors of the prediction in per cent."""
+    """Gather a whole step: predicted, measured, and the errors of the prediction in per cent."""
     made = timing.combine(predicted.name, [(drift, predicted)])
     return {
         "predicted": made,

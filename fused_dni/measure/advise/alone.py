@@ -71,7 +71,7 @@ class Alone:
         return next(tensors(made))
 
     def step(self, _: object = None) -> None:
-        """The block's share of a training step."""
+        """Run the block's share of a training step."""
         for t in self._asked:
             t.grad = None
         if self._optimizer is not None:
@@ -84,7 +84,7 @@ class Alone:
 
 
 def backward_of_nothing() -> Callable[[object], None]:
-    """What every backward costs, whatever is in it."""
+    """Say what every backward costs, whatever is in it."""
     x = torch.zeros(1, requires_grad=True)
     gradient = torch.ones(1)
 
@@ -96,7 +96,7 @@ def backward_of_nothing() -> Callable[[object], None]:
 
 
 def optimizer_of_nothing(rule: Rule, like: Tensor) -> Callable[[object], None]:
-    """What every step of an optimizer costs, whatever it updates."""
+    """Say what every step of an optimizer costs, whatever it updates."""
     p = nn.Parameter(like.new_zeros(1))
     gradient = torch.ones_like(p)
     optimizer = stock_optimizer(nn.ParameterList([p]), rule)

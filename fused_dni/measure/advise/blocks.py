@@ -94,7 +94,7 @@ class Block:
         return self.output.dim() - 2 if self.output.dim() - 2 in dims else 0
 
     def signature(self) -> tuple[Any, ...]:
-        """What its cost depends on: blocks that share it are measured once."""
+        """Say what its cost depends on: blocks that share it are measured once."""
         shapes = [(tuple(t.shape), t.dtype) for t in tensors((self.args, self.named))]
         parts = [(repr(m), tuple(tuple(p.shape) for p in m.parameters())) for m in self.modules]
         return (self.kind, str(parts), str(shapes), self.name if self.kind == "plain" else "")
@@ -162,7 +162,7 @@ class _Recorder:
 
 
 def survey(model: nn.Module, sample: Tensor, loss: Loss | None) -> list[Block]:
-    """The blocks of a model in the order in which they run; a loss comes last.
+    """Return the blocks of a model in the order in which they run; a loss comes last.
 
     Args:
         model: in training mode; a module with children. It is run twice, so that a model that
@@ -295,7 +295,7 @@ def _grouped(
 
 
 def _why_plain(module: nn.Module, call: _Call, tied: set[int]) -> str:
-    """Why a module cannot stand in front of an interface; empty if it can."""
+    """Say why a module cannot stand in front of an interface; empty if it can."""
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         return "nothing in it is trained"
@@ -315,7 +315,7 @@ def _why_plain(module: nn.Module, call: _Call, tied: set[int]) -> str:
 
 
 def _followers(first: _Leaf, behind: list[_Leaf], calls: dict[str, _Call]) -> list[_Leaf]:
-    """What a segment takes along."""
+    """Say what a segment takes along."""
     taken: list[_Leaf] = []
     dims = calls[first.path].made.dim()
     for leaf in behind:
@@ -331,7 +331,7 @@ def _followers(first: _Leaf, behind: list[_Leaf], calls: dict[str, _Call]) -> li
 
 
 def _fresh(module: nn.Module) -> nn.Module:
-    """A copy that may be run alone: in place it would write into its own input."""
+    """Return a copy that may be run alone: in place it would write into its own input."""
     made = copy.deepcopy(module)
     for part in made.modules():
         if getattr(part, "inplace", False) is True:
@@ -340,7 +340,8 @@ def _fresh(module: nn.Module) -> nn.Module:
 
 
 def detached(value: Any) -> Any:
-    """A copy of tensors in tuples, lists and dictionaries; they ask for gradients as before."""
+    """Return a copy of tensors in tuples, lists and dictionaries; they ask for gradients as
+    before."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, (tuple, list)):
@@ -351,7 +352,7 @@ def detached(value: Any) -> Any:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists and dictionaries."""
+    """Yield the tensors in tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

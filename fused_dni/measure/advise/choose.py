@@ -17,7 +17,7 @@ EVERYWHERE_K = 4
 
 
 def best_by_k(measured: Blocks, ks: Sequence[int] = LADDER) -> list[Plan]:
-    """The best plan for each k, perhaps one without interfaces.
+    """Return the best plan for each k, perhaps one without interfaces.
 
     Blocks are gone through from the first one up, since a block above an interface has no gradient
     of its input to make. A block gets the interface that makes the predicted step shortest, if with
@@ -39,8 +39,8 @@ def best_by_k(measured: Blocks, ks: Sequence[int] = LADDER) -> list[Plan]:
 
 
 def choose(measured: Blocks, plans: Sequence[Plan], doubt: float = 0.0) -> Plan | None:
-    """The first plan whose predicted step is faster than backprop on our kernels; None if there is
-    none.
+    """Return the first plan whose predicted step is faster than backprop on our kernels; None if
+    there is none.
 
     Args:
         doubt: share by which predictions were seen to miss; a gain below it counts as none.
@@ -55,8 +55,8 @@ def choose(measured: Blocks, plans: Sequence[Plan], doubt: float = 0.0) -> Plan 
 
 
 def everywhere(measured: Blocks, k: int = EVERYWHERE_K) -> Plan | None:
-    """The plan with an interface behind every block that can have one, each with the synthesizer
-    and at the place that make the predicted step shortest; None if no block can."""
+    """Return the plan with an interface behind every block that can have one, each with the
+    synthesizer and at the place that make the predicted step shortest; None if no block can."""
     plan = everywhere_first(measured.blocks, k)
     for i in plan.interfaces:
         tried = [with_interface(plan, i, one) for one in interfaces(measured.blocks[i])]
@@ -65,11 +65,12 @@ def everywhere(measured: Blocks, k: int = EVERYWHERE_K) -> Plan | None:
 
 
 def everywhere_first(blocks: Sequence[Block], k: int) -> Plan:
-    """An interface behind every block that can have one, each of the first kind there is for it."""
+    """Return an interface behind every block that can have one, each of the first kind there is for
+    it."""
     kinds = {i: interfaces(block) for i, block in enumerate(blocks)}
     return Plan(interfaces={i: found[0] for i, found in kinds.items() if found}, k=k)
 
 
 def with_interface(plan: Plan, index: int, interface: Interface) -> Plan:
-    """The same plan with an interface behind one more block, or another one there."""
+    """Return the same plan with an interface behind one more block, or another one there."""
     return replace(plan, interfaces={**plan.interfaces, index: interface})

@@ -53,7 +53,7 @@ class Making:
 
 
 def interfaces(block: Block) -> tuple[Interface, ...]:
-    """The interfaces that a block can have; none if it is to have none."""
+    """Return the interfaces that a block can have; none if it is to have none."""
     if block.why:
         return ()
     if block.kind == "lstm":
@@ -107,7 +107,7 @@ def take_over(
 
 
 def alone(block: Block, interface: Interface | None, how: Making | None) -> nn.Module:
-    """A copy of a block to be run alone; ``how=None`` for the stock modules."""
+    """Return a copy of a block to be run alone; ``how=None`` for the stock modules."""
     modules = [copy.deepcopy(m) for m in block.modules]
     if how is None:
         return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
@@ -117,8 +117,8 @@ def alone(block: Block, interface: Interface | None, how: Making | None) -> nn.M
 def converted(
     model: nn.Module, blocks: Sequence[Block], chosen: Mapping[int, Interface], how: Making
 ) -> nn.Module:
-    """A copy of a model with every block in our form, those in ``chosen`` (by index) behind their
-    interfaces."""
+    """Return a copy of a model with every block in our form, those in ``chosen`` (by index) behind
+    their interfaces."""
     model = copy.deepcopy(model)
     for i, block in enumerate(blocks):
         if not block.ours and i not in chosen:

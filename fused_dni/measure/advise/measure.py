@@ -41,7 +41,7 @@ class Subject:
     how: Making
 
     def alone(self, index: int, form: Form) -> Alone:
-        """A block alone in one form."""
+        """Return a block alone in one form."""
         block = self.blocks[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -51,7 +51,7 @@ class Subject:
         return Alone(block, module, form.asks, form.target, self.how.rule, context)
 
     def whole(self, plan: Plan, target_every: int | None) -> Callable[[], None]:
-        """A training step of the whole model by a plan, targets on every so manieth."""
+        """Return a training step of the whole model by a plan, targets on every so manieth."""
         kept = not any(block.ours for block in self.blocks) and not plan.interfaces
         if not plan.ours or kept:
             return stock_step(copy.deepcopy(self.model), self.problem)
@@ -85,7 +85,7 @@ def check(subject: Subject) -> dict[str, Any] | None:
 
 
 def possible(blocks: Sequence[Block]) -> dict[tuple[int, Form], None]:
-    """Every form that a block may take in some plan, in order."""
+    """Return every form that a block may take in some plan, in order."""
     found = needed(blocks, [Plan(ours=False), Plan()])
     for i, block in enumerate(blocks):
         kinds = interfaces(block)

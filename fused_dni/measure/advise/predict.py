@@ -80,7 +80,7 @@ class Plan:
         return self.k if self.interfaces else 1
 
     def steps(self) -> list[tuple[bool, float]]:
-        """The kinds of steps of a cycle: whether with targets, and their share."""
+        """Return the kinds of steps of a cycle: whether with targets, and their share."""
         if self.cycle == 1:
             return [(True, 1.0)]
         return [(True, 1.0 / self.k), (False, 1.0 - 1.0 / self.k)]
@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
 
 def runs(blocks: Sequence[Block], plan: Plan, target: bool) -> list[Run]:
-    """How each block runs in a step of ``plan`` with or without targets.
+    """Say how each block runs in a step of ``plan`` with or without targets.
 
     On a step without targets nothing above an interface makes a gradient for it: our layers that
     read its output see that; anything else computes one if something below the interface asks.
@@ -140,11 +140,12 @@ class Blocks:
         self.blocks, self._times, self._names = blocks, times, names
 
     def time(self, index: int, form: Form) -> Timing:
-        """A block alone in one of its forms, what a step pays once included."""
+        """Return a block alone in one of its forms, what a step pays once included."""
         return self._times[self._names[index, form]]
 
     def step(self, name: str, plan: Plan) -> Timing:
-        """The mean step of a plan's cycle, paired with all that was measured in the same run."""
+        """Combine the mean step of a plan's cycle, paired with all that was measured in the same
+        run."""
         weights: Counter[str] = Counter()
         for target, share in plan.steps():
             found = runs(self.blocks, plan, target)
@@ -161,7 +162,7 @@ class Blocks:
 
 
 def needed(blocks: Sequence[Block], plans: Sequence[Plan]) -> dict[tuple[int, Form], None]:
-    """The forms that the steps of these plans are made of, in order."""
+    """Return the forms that the steps of these plans are made of, in order."""
     return {
         (i, run.form): None
         for plan in plans

@@ -50,7 +50,7 @@ def expensive_top(measured: Blocks) -> dict[str, Any] | None:
 
 
 def _cuts(blocks: Sequence[Block], first: int) -> bool:
-    """Whether all from ``first`` on is known to read what the block before it returned, or each
+    """Say whether all from ``first`` on is known to read what the block before it returned, or each
     other, and something below learns."""
     if first >= len(blocks) or not any(block.parameters for block in blocks[:first]):
         return False

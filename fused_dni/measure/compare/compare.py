@@ -106,7 +106,8 @@ def _noise(old: Results, new: Results, common: list[str], given: float | None) -
 
 
 def _ratio(old: Row, new: Row, noise: float = 0.0) -> Ratio:
-    """Of two independent medians: at worst one is at its interval's end and the other at its.
+    """Return of two independent medians: at worst one is at its interval's end and the other at
+    its.
 
     Of a time of zero, shorter than the clock could tell, there is none: NaN, between 0 and
     infinity.

@@ -16,7 +16,7 @@ _PYTHON = re.compile(r"python(\d+(\.\d+)*)?(\.exe)?")
 
 
 def as_process(words: Sequence[str]) -> list[str]:
-    """The command for a process of its own: a script or our program by this Python.
+    """Return the command for a process of its own: a script or our program by this Python.
 
     Raises:
         ValueError: there is no such program or script.
@@ -85,7 +85,7 @@ def _refuse_missing(script: str) -> None:
 
 
 def _status(code: object) -> int:
-    """The exit status that Python makes of ``SystemExit(code)``."""
+    """Return the exit status that Python makes of ``SystemExit(code)``."""
     if code is None or isinstance(code, int):
         return code or 0
     print(code, file=sys.stderr)

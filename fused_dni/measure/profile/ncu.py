@@ -54,7 +54,7 @@ def line(
     skip: int = 0,
     count: int = 50,
 ) -> list[str]:
-    """The command line.
+    """Return the command line.
 
     Args:
         command: what is profiled.
@@ -72,7 +72,8 @@ def line(
 
 
 def read(written: str) -> list[dict[str, Any]]:
-    """What ``ncu --csv --page raw`` wrote, a kernel of one launch shape each, the dearest first.
+    """Say what ``ncu --csv --page raw`` wrote, a kernel of one launch shape each, the dearest
+    first.
 
     Returns:
         By kernel: ``kernel``, ``launches``, what :data:`METRICS` names (medians over the launches;
@@ -122,7 +123,7 @@ def _kernel(
 
 
 def _number(given: str | None, unit: str | None) -> float | None:
-    """A cell in SI units, a percentage as a share; None where there is no number."""
+    """Return a cell in SI units, a percentage as a share; None where there is no number."""
     try:
         value = float((given or "").replace(",", ""))
     except ValueError:  # "n/a", "no data"

@@ -12,7 +12,7 @@ MISSING = (
 
 
 def line(command: Sequence[str], folder: Path, only: str | None = None) -> list[str]:
-    """The command line.
+    """Return the command line.
 
     Args:
         command: what is profiled.

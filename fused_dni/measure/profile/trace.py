@@ -121,7 +121,7 @@ def sums(events: Any) -> dict[str, Any]:
 
 
 def _range_of(event: Any) -> str:
-    """The innermost range that an event is or lies in."""
+    """Return the innermost range that an event is or lies in."""
     while event is not None:
         if event.is_user_annotation:
             return str(event.name)

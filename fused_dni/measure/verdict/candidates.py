@@ -44,7 +44,7 @@ class Problem:
 
 
 def at_rate(rule: Rule, lr: float) -> Rule:
-    """The same rule at another rate."""
+    """Return the same rule at another rate."""
     return type(rule)(**{**rule.defaults(), "lr": lr})
 
 
@@ -130,7 +130,7 @@ class Step:
     run: Callable[[Tensor], Tensor]
 
     def forward(self, _: object = None) -> Tensor:
-        """The module, and the loss if there is one."""
+        """Run the module, and the loss if there is one."""
         return self.run(self.x)
 
     def backward(self, out: Tensor) -> None:
@@ -139,7 +139,7 @@ class Step:
             out.backward(self.arriving)
 
     def finish(self, _: object = None) -> None:
-        """The optimizer."""
+        """Run the optimizer."""
         raise NotImplementedError
 
     def __call__(self) -> None:
@@ -162,7 +162,7 @@ class _StockStep(Step):
 
 
 def input_of(problem: Problem) -> Tensor:
-    """The sample; inside a network (no loss given) its producer asks for a gradient."""
+    """Return the sample; inside a network (no loss given) its producer asks for a gradient."""
     x = problem.sample.detach().clone()
     return x.requires_grad_() if problem.loss is None else x
 
@@ -211,14 +211,14 @@ class _OurStep(Step):
 def stock_step(
     module: nn.Module, problem: Problem, run: Callable[[Tensor], Tensor] | None = None
 ) -> Step:
-    """A step of stock backprop: eager, or with ``run`` (a compiled forward and loss)."""
+    """Return a step of stock backprop: eager, or with ``run`` (a compiled forward and loss)."""
     return _StockStep(module, problem, run)
 
 
 def our_step(
     module: nn.Module, problem: Problem, target_every: int | None, warmup_steps: int = 0
 ) -> Step:
-    """A training step on decoupled layers, with what a user's loop has in it.
+    """Return a training step on decoupled layers, with what a user's loop has in it.
 
     On a model's steps without any targets (``target_every=None``) nothing below it asks for a
     gradient.
@@ -233,7 +233,7 @@ def _ordinary(parameters: Sequence[nn.Parameter], rule: Rule) -> torch.optim.Opt
 def compiled_step(
     module: nn.Module, problem: Problem, limit: float
 ) -> tuple[Callable[[], None] | None, float | None, str]:
-    """The compiled candidate, how long compiling took, and if it failed, why."""
+    """Return the compiled candidate, how long compiling took, and if it failed, why."""
     start = time.perf_counter()
     try:
         with timing._quiet_stderr(), deadline(limit):

@@ -39,7 +39,7 @@ MAP_NAMES = ("conv",)
 
 
 def synthesizer_names(output: Tensor) -> tuple[str, ...]:
-    """The synthesizers that fit a module with this output."""
+    """Return the synthesizers that fit a module with this output."""
     return MAP_NAMES if output.dim() == 4 else LINEAR_NAMES
 
 
@@ -61,7 +61,7 @@ def check_name(name: str, output: Tensor) -> None:
 
 
 def make_synthesizer(name: str, like: Tensor, classes: int) -> nn.Module:
-    """A synthesizer by name.
+    """Make a synthesizer by name.
 
     Args:
         name: ``dense``, ``rankR`` (R at most the features), ``diagonal`` or ``conv``.
@@ -108,7 +108,7 @@ def form_of(module: nn.Module, interface: str, exact_head: bool) -> str:
 
 
 def distinct_interfaces(module: nn.Module, exact_head: bool) -> tuple[str, ...]:
-    """The interfaces that a module can have, those alone that differ."""
+    """Return the interfaces that a module can have, those alone that differ."""
     layers = [part for part in _spine(_trial(module)) if isinstance(part, FusedDNILinear)]
     decoupled = layers[:-1] if exact_head else layers
     if not decoupled:
@@ -132,7 +132,7 @@ def decouple(
     exact_head: bool,
     backend: str | None = None,
 ) -> nn.Module:
-    """A copy of ``module`` on our layers.
+    """Return a copy of ``module`` on our layers.
 
     Args:
         sample, output: of the module.
@@ -181,7 +181,7 @@ def _segment(
     exact_head: bool,
     backend: str | None,
 ) -> nn.Module:
-    """The module, or what lies in front of its head, as one segment."""
+    """Return the module, or what lies in front of its head, as one segment."""
     body, head = copy.deepcopy(module), []
     if exact_head and isinstance(body, nn.Sequential) and type(body[-1]) is nn.Linear:
         last, body = body[-1], body[:-1]
@@ -197,7 +197,7 @@ def _segment(
 
 
 def _trial(module: nn.Module) -> nn.Module:
-    """A copy on our layers, as far as there are any that fit."""
+    """Return a copy on our layers, as far as there are any that fit."""
     module = copy.deepcopy(module)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -207,7 +207,7 @@ def _trial(module: nn.Module) -> nn.Module:
 
 
 def _spine(module: nn.Module) -> list[nn.Module]:
-    """What a module runs one after the other."""
+    """List what a module runs one after the other."""
     if not isinstance(module, nn.Sequential):
         return [module]
     parts = [part for child in module for part in _spine(child)]

@@ -274,7 +274,7 @@ class _Making:
         return self.problem.loss is not None
 
     def build(self, plan: _Plan, synthesizer: nn.Module | str | None, by: Rule) -> nn.Module:
-        """The module in a variant's form, with a synthesizer or by backprop."""
+        """Build the module in a variant's form, with a synthesizer or by backprop."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             return forms.decouple(
@@ -290,7 +290,7 @@ class _Making:
             ).train()
 
     def check(self, plan: _Plan) -> dict[str, Any]:
-        """The gate for one variant."""
+        """Check one variant."""
         with torch.random.fork_rng(devices=[]):
             return check_gate(
                 self.module,
@@ -307,7 +307,7 @@ def _plans(
     synthesizer: nn.Module | str | Sequence[str],
     rank: int | None,
 ) -> list[_Plan]:
-    """Every interface with every synthesizer; checked."""
+    """Return every interface with every synthesizer; checked."""
     if interface == "all":
         interface = forms.distinct_interfaces(making.module, making.exact_head)
     if isinstance(synthesizer, str) and synthesizer == "all":
@@ -346,7 +346,8 @@ def _parts(
     seconds: float,
     say: Callable[[str, float], None],
 ) -> tuple[Parts, Ceilings]:
-    """The parts of a step by backprop and by one variant, and the ceilings for their work."""
+    """Return the parts of a step by backprop and by one variant, and the ceilings for their
+    work."""
     ours = making.build(plan, plan.synthesizer, rule)
     spread(ours)
     found = measure_parts(

@@ -88,7 +88,7 @@ class LSTMVerdict(Measured):
         return timing.ratio(self.timings[name], self.timings[base])
 
     def cheaper(self, base: str) -> dict[str, str]:
-        """Whether ``dni`` or the row ``base`` is cheaper, in ``time`` and in ``memory``:
+        """Say whether ``dni`` or the row ``base`` is cheaper, in ``time`` and in ``memory``:
         ``inconclusive`` where the intervals of the times overlap, ``same`` for memory within one
         per cent."""
         words = {"faster": "dni", "slower": base, "inconclusive": "inconclusive"}
@@ -146,7 +146,7 @@ class _Stream:
         self.state: tuple[Tensor, Tensor] | None = None
 
     def step(self) -> None:
-        """A window, its backward and its update."""
+        """Run a window, its backward and its update."""
         if not self.ours:
             self.optimizer.zero_grad()
         self.x.grad = None
@@ -167,11 +167,12 @@ class _Problem:
     backend: str | None
 
     def part(self, whole: Tensor, steps: int) -> Tensor:
-        """The first ``steps`` of a tensor with steps and rows."""
+        """Return the first ``steps`` of a tensor with steps and rows."""
         return whole.narrow(1 if self.plain.batch_first else 0, 0, steps).contiguous()
 
     def stream(self, kind: str, steps: int, rule: Rule, **options: Any) -> _Stream:
-        """A candidate: ``backprop``, ``fused`` or ``dni`` at a window, from the same weights."""
+        """Return a candidate: ``backprop``, ``fused`` or ``dni`` at a window, from the same
+        weights."""
         lstm: nn.Module = copy.deepcopy(self.plain)
         batch = self.sample.shape[0 if self.plain.batch_first else 1]
         call: dict[str, Any] = {}

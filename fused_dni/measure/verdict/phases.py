@@ -58,7 +58,7 @@ CALLS_DX = ("forward call, dx", "backward call, dx", "bookkeeping")
 def part_candidates(
     plain: nn.Module, decoupled: nn.Module, problem: Problem
 ) -> dict[str, Candidate]:
-    """The parts as candidates of one :func:`fused_dni.measure.timing.compare`."""
+    """Return the parts as candidates of one :func:`fused_dni.measure.timing.compare`."""
     return {
         **stock_parts(plain, problem),
         "stock step": stock_step(plain, problem),
@@ -124,7 +124,7 @@ class _Use(NamedTuple):
 
 
 def decoupled_parts(model: nn.Module, problem: Problem) -> dict[str, Candidate]:
-    """The phases of a decoupled model's step, over all its modules."""
+    """Return the phases of a decoupled model's step, over all its modules."""
     sites, uses = record(model, problem)
     learners = [_Phases(site) for site in sites if site.module.synthesizer is not None]
     exact = [_Phases(site) for site in sites if site.module.synthesizer is None]
@@ -145,7 +145,7 @@ def decoupled_parts(model: nn.Module, problem: Problem) -> dict[str, Candidate]:
 
 
 def _calls(model: nn.Module, problem: Problem, target_every: int | None) -> dict[str, Candidate]:
-    """A step with or without targets, and the three calls that it is made of."""
+    """Return a step with or without targets, and the three calls that it is made of."""
     step = our_step(model, problem, target_every)
     names = CALLS if target_every is None else CALLS_DX
     calls: dict[str, Candidate] = staged(
@@ -173,7 +173,7 @@ def _chain(learners: list[_Phases], *, dx: bool) -> Chain:
 
 
 def record(model: nn.Module, problem: Problem) -> tuple[list[Call], list[_Use]]:
-    """What one step with targets calls the modules with. The model is trained by that step."""
+    """Say what one step with targets calls the modules with. The model is trained by that step."""
     sites: list[Call] = []
     uses: list[_Use] = []
     handles = [
@@ -332,7 +332,7 @@ def _not_decoupled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def fuses(model: nn.Module) -> bool:
-    """Whether one call of a kernel makes several phases of some module's step."""
+    """Say whether one call of a kernel makes several phases of some module's step."""
     return any(
         isinstance(layer, FusedDNILinear)
         and isinstance(layer.synthesizer, Synthesizer)

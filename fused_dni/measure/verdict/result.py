@@ -15,8 +15,8 @@ from fused_dni.measure.verdict.errors import VerdictError
 from fused_dni.measure.verdict.parts import Parts
 from fused_dni.measure.verdict.views import amdahl, critical_path
 from fused_dni.report.files import as_json
-from fused_dni.report.layout import tables
 from fused_dni.report.kinds import verdict as reports
+from fused_dni.report.layout import tables
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import BreakEven as BreakEven
 from fused_dni.report.words import row
@@ -81,7 +81,7 @@ class Variant:
         return f"{self.interface}, {self.synthesizer}"
 
     def cycle(self, k: int | None) -> Timing:
-        """A step on the average of k, of which one has targets; None for never."""
+        """Return a step on the average of k, of which one has targets; None for never."""
         if k is None:
             return timing.combine(row(k), [(1.0, self.without)])
         return timing.combine(row(k), [(1 / k, self.with_targets), (1 - 1 / k, self.without)])
@@ -205,8 +205,8 @@ class Verdict(Measured):
 
 
 def break_even(cycle: Callable[[int | None], Timing], base: Timing) -> BreakEven:
-    """Where the cost of a cycle falls below ``base``: looked at for every k up to the horizon and
-    for never."""
+    """Say where the cost of a cycle falls below ``base``: looked at for every k up to the horizon
+    and for never."""
     verdicts = {k: timing.differs(cycle(k), base) for k in range(1, HORIZON + 1)}
     slower_to = max((k for k, word in verdicts.items() if word == "slower"), default=0)
     faster = 0

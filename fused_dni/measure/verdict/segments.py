@@ -73,7 +73,7 @@ def mlp(
     activation: str = "relu",
     classes: int = 10,
 ) -> Segment:
-    """A whole network, an interface behind every hidden layer."""
+    """Return a whole network, an interface behind every hidden layer."""
     inputs = inputs or width
     layers = _stack(inputs, width, depth, normalization, activation)
     module = nn.Sequential(*layers, nn.Linear(width, classes))
@@ -126,7 +126,8 @@ def conv(
 
 
 def transformer(width: int = 128, heads: int = 4, tokens: int = 64, batch: int = 8) -> Segment:
-    """A transformer block: attention and a perceptron of four times the width, normalised first.
+    """Return a transformer block: attention and a perceptron of four times the width, normalised
+    first.
 
     Raises:
         ValueError: ``heads`` does not divide ``width``.
@@ -159,7 +160,7 @@ def options() -> list[str]:
 
 
 def make(name: str, given: Mapping[str, Any]) -> Segment:
-    """A segment from what stands on the command line.
+    """Make a segment from what stands on the command line.
 
     Args:
         name: one of :data:`SEGMENTS`.

@@ -71,7 +71,7 @@ class Racer:
         self._number += 1
 
     def loss(self) -> float:
-        """The mean loss of batches -1, -2, ..., modules in ``eval()``."""
+        """Return the mean loss of batches -1, -2, ..., modules in ``eval()``."""
         wholes = [
             part for part in (self._loop.bottom, self._loop.top) if isinstance(part, nn.Module)
         ]
@@ -100,7 +100,7 @@ def top_arms(
     update: Rule,
     warmup: int = WARMUP,
 ) -> Arms:
-    """The arms of a race: backprop, and DNI with each synthesizer at each k.
+    """Return the arms of a race: backprop, and DNI with each synthesizer at each k.
 
     Args:
         factory: see :mod:`fused_dni.measure.verdict.top_race`.

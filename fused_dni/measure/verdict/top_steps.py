@@ -82,7 +82,7 @@ def given(made: Any, where: str) -> Given:
 
 
 def drawn(batch: Batch, number: int) -> Sequence[Any]:
-    """A batch.
+    """Draw a batch.
 
     Raises:
         VerdictError: the function fails.
@@ -128,13 +128,13 @@ class Loop:
         self.above = stock_optimizer(nn.ParameterList(above), rule) if above else None
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        """The bottom's output; what comes first behind x is what it is predicted from, too."""
+        """Compute the bottom's output; what comes first behind x is what predictions see, too."""
         if self.conditioned and rest:
             return self.bottom(x, context=rest[0])  # type: ignore[no-any-return]
         return self.bottom(x)  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, *rest: Any) -> None:
-        """A training step; without targets the top is not run."""
+        """Run a training step; without targets the top is not run."""
         self.zero_grad()
         h = self.forward(x, *rest)
         if self.schedule is None or self.schedule.target:
@@ -155,14 +155,14 @@ class Loop:
 
 
 def trained(top: Top) -> list[nn.Parameter]:
-    """The parameters of a top that are trained; a function has none."""
+    """Return the parameters of a top that are trained; a function has none."""
     parameters = top.parameters() if isinstance(top, nn.Module) else ()
     return [p for p in parameters if p.requires_grad]
 
 
 def behind(top: Any) -> list[nn.Module]:
-    """The modules that a top refers to: itself, or those of a function's closure and globals, of
-    its object, and of the functions that it refers to."""
+    """Return the modules that a top refers to: itself, or those of a function's closure and
+    globals, of its object, and of the functions that it refers to."""
     found: list[nn.Module] = []
     seen: set[int] = set()
 
@@ -228,8 +228,8 @@ class Subject:
     notes: list[str]
 
     def loop(self, synthesizer: str | None = None, every: int | None = 1, warmup: int = 0) -> Loop:
-        """A training on its own copies, by backprop or behind one of the synthesizers. What is
-        frozen is shared."""
+        """Return a training on its own copies, by backprop or behind one of the synthesizers. What
+        is frozen is shared."""
         shared: dict[int, Any] = {}
         if isinstance(self.top, nn.Module) and not trained(self.top):
             shared = {id(module): module for module in self.top.modules()}
@@ -238,7 +238,7 @@ class Subject:
         return Loop(bottom, top, self.rule, teacher, every, warmup)
 
     def steps(self, synthesizer: str | None = None, every: int | None = 1) -> Candidate:
-        """A cycle of training steps: as many as lie between two runs of the top."""
+        """Return a cycle of training steps: as many as lie between two runs of the top."""
         loop, count = self._spread(synthesizer, every), every or 1
 
         def run() -> None:
@@ -437,7 +437,7 @@ def _tried(top: Top, h: Tensor, rest: Sequence[Any]) -> tuple[int | None, list[s
 
 
 def _a_head(module: nn.Module, h: Tensor, labels: Tensor | None) -> bool:
-    """Whether this may be the layer in front of a softmax over such labels."""
+    """Say whether this may be the layer in front of a softmax over such labels."""
     return (
         isinstance(module, nn.Linear)
         and module.in_features == h.shape[-1]
@@ -449,7 +449,7 @@ def _a_head(module: nn.Module, h: Tensor, labels: Tensor | None) -> bool:
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that a backward from the loss would give gradients to."""
+    """Return the tensors that a backward from the loss would give gradients to."""
     found: list[Tensor] = []
     waiting: list[Any] = [loss.grad_fn]
     seen: set[Any] = set()
@@ -486,7 +486,7 @@ def _named(
     head: Any,
     notes: list[str],
 ) -> dict[str, nn.Module]:
-    """The synthesizers of these names."""
+    """Return the synthesizers of these names."""
     dense = context if context is not None and context.is_floating_point() else None
     fits = ["softmax"] if head is not None else []
     fits += ["difference"] if dense is not None and dense.shape == h.shape else []

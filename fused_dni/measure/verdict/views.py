@@ -43,7 +43,7 @@ def amdahl(fused: float, without: float, predict: float) -> dict[str, Any]:
 
 
 def critical_path(seconds: Mapping[str, float], chain: Sequence[int] = CHAIN) -> dict[str, Any]:
-    """The update lock of the lowest segment of a chain, by its length.
+    """Return the update lock of the lowest segment of a chain, by its length.
 
     Args:
         seconds: of ``forward``, ``predict``, ``local backward``, ``local backward, dx`` and

@@ -37,7 +37,8 @@ def blocks(report: Result) -> list[Block]:
 
 
 def sentence(report: Result) -> str:
-    """The advice in plain English: what pays, what was measured, how good the prediction was."""
+    """Return the advice in plain English: what pays, what was measured, how good the prediction
+    was."""
     steps = report["steps"]
     took = {name: text.seconds(step["measured"].median) for name, step in steps.items()}
     parts = [
@@ -75,7 +76,7 @@ TOP_K = 8
 
 
 def _top(report: Result) -> list[str]:
-    """The interface in front of an expensive top, if the model has one."""
+    """Return the interface in front of an expensive top, if the model has one."""
     found = report["expensive top"]
     if found is None:
         return []
@@ -99,13 +100,13 @@ def _top(report: Result) -> list[str]:
 
 
 def _keep(report: Result) -> str:
-    """The better of the two backprops, as measured."""
+    """Return the better of the two backprops, as measured."""
     slower = report["ratios"][STOCK][OURS]["measured"].verdict() == "slower"
     return STOCK if slower else OURS
 
 
 def _pays(report: Result, name: str) -> bool:
-    """Whether a plan was measured faster than backprop on our kernels, and than what one would
+    """Say whether a plan was measured faster than backprop on our kernels, and than what one would
     keep otherwise."""
     bases = {OURS, _keep(report)}
     return all(report["ratios"][b][name]["measured"].verdict() == "faster" for b in bases)

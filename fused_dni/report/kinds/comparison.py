@@ -57,7 +57,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def sentence(report: Result) -> str:
-    """How many are faster, slower and undecided."""
+    """Say how many are faster, slower and undecided."""
     words = [row["verdict"] for row in report["rows"]]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ORDER)
     return f"Of {len(words)} benchmarks in both files, the second against the first: {counts}."

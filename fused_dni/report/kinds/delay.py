@@ -44,7 +44,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def protocol(report: Result) -> str:
-    """How the runs were made, in a paragraph."""
+    """Say how the runs were made, in a paragraph."""
     s = report.settings
     tuned = len(s["rates"]) > 1
     rates = ", ".join(f"{rate:g}" for rate in s["rates"])
@@ -55,7 +55,10 @@ def protocol(report: Result) -> str:
         else rates
     )
     clip = "" if s["max_norm"] is None else f", max_norm {s['max_norm']:g}"
-    through = f" through {s['code']} units" if s["task"] == "reconstruction" else ""
+    through = {
+        "reconstruction": f" through {s['code']} units",
+        "frozen-top": "; the last stage stays as it was drawn",
+    }.get(s["task"], "")
     return (
         f"Linear, BatchNorm, ReLU{through}; batch {s['batch_size']}, {s['epochs']} epochs, "
         f"{text.count(len(s['seeds']), 'seed')}; rate at the start {chosen}, cosine "
@@ -92,6 +95,7 @@ def table(report: Result) -> Table:
     lines = [[name, *(_cell(report, name, lag) for lag in lags)] for name in report["arms"]]
     what = {
         "classification": "Error on the test set, %",
+        "frozen-top": "Error on the test set, %, behind a last stage that does not learn",
         "reconstruction": "Variance of the test images that is not reconstructed, %",
     }[report.settings["task"]]
     caption = f"{what}: mean (range) over seeds. backprop and local do not depend on the lag."

@@ -95,7 +95,7 @@ def _series(series: dict[str, Any], number: int) -> list[Block]:
 
 
 def _failures(points: dict[str, dict[str, Any]]) -> list[Block]:
-    """Why points were not measured, and which."""
+    """Say why points were not measured, and which."""
     reasons: dict[str, list[str]] = {}
     for key, point in points.items():
         if "failed" in point:
@@ -207,7 +207,7 @@ def _draw(
     colours: Callable[[], tuple[str, float, float, str]],
     canvas: Any,
 ) -> None:
-    """A panel a synthesizer: batch downwards, width to the right."""
+    """Draw a panel a synthesizer: batch downwards, width to the right."""
     import matplotlib
 
     name, low, high, label = colours()

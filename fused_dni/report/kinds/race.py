@@ -45,7 +45,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def runs_of(report: Result, name: str) -> list[dict[str, Any]]:
-    """An arm's runs."""
+    """Return an arm's runs."""
     return [run for run in report["runs"] if run["name"] == name]
 
 
@@ -82,7 +82,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(report: Result) -> Outcome:
-    """What became of the other arms."""
+    """Say what became of the other arms."""
     made = Outcome([], [], [])
     for name in report.settings["arms"][1:]:
         found = shares(report, name)
@@ -118,7 +118,7 @@ def sentence(report: Result) -> str:
 
 
 def table(report: Result) -> Table:
-    """A row an arm."""
+    """Show a row an arm."""
     first = report.settings["arms"][0]
     lines = []
     for name in report.settings["arms"]:

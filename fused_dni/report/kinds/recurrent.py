@@ -13,6 +13,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import Outcome as AnyOutcome
 from fused_dni.report.schema import Result
 
 #: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
@@ -33,23 +34,18 @@ AXES = {
 
 
 @dataclass
-class Outcome:
-    """What a finished run has to report.
+class Outcome(AnyOutcome):
+    """What a finished recurrent run has to report.
 
-    ``settings`` are those of the experiment, or what a report keeps of them, by the same names.
-    ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
-    (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
-    also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
-    ``costs`` is what :func:`fused_dni.experiments.recurrent.costs` gives, ``memory_curve`` what
-    :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked for.
+    A run has ``method`` and ``window``, too; rows of its ``history`` have seconds, updates and what
+    the task's trainer evaluates, with ``probe`` also ``prediction``, and the run ``future``: a row
+    a window. ``costs`` is what :func:`fused_dni.experiments.recurrent.costs` gives,
+    ``memory_curve`` what :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked
+    for.
     """
 
-    settings: Any
-    data: dict[str, Any]
-    runs: list[dict[str, Any]]
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory_curve: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -60,14 +56,6 @@ class Outcome:
     def axis(self) -> str:
         """What training is counted in: a column of the histories."""
         return "characters" if self.settings.task == "charlm" else "steps"
-
-    def names(self) -> list[str]:
-        """List the arms in order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """Select the runs of an arm, one a seed."""
-        return [run for run in self.runs if run["name"] == name]
 
     def summary(self) -> list[dict[str, Any]]:
         """Sum up every arm in a row: final values, seconds of the training, costs if measured."""
@@ -97,7 +85,7 @@ class Outcome:
 
 
 def _judged(outcome: Outcome) -> str:
-    """What the task is judged by, in words."""
+    """Say what the task is judged by, in words."""
     return {
         "charlm": "bits per character",
         "copy": "longest length solved",
@@ -162,7 +150,7 @@ def _against(row: dict[str, Any], other: dict[str, Any], key: str, form: str) ->
 
 
 def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
-    """How sure the order of two arms is, from the ranges of their seeds."""
+    """Say how sure the order of two arms is, from the ranges of their seeds."""
     if len(row[key]) == 1:
         return ""
     overlap = row[f"{key}_min"] <= other[f"{key}_max"] and other[f"{key}_min"] <= row[f"{key}_max"]
@@ -224,7 +212,7 @@ def _costs(
 
 
 def summary(outcome: Outcome) -> Table:
-    """A row an arm."""
+    """Show a row an arm."""
     unit = outcome.axis[:-1]
     characters = outcome.settings.task == "charlm"
     judged = "bits/char" if characters else "solved"
@@ -250,7 +238,7 @@ def summary(outcome: Outcome) -> Table:
 
 
 def future_table(outcome: Outcome) -> Table:
-    """What truncation leaves out, a row an arm, a column a window: medians over seeds."""
+    """Say what truncation leaves out, a row an arm, a column a window: medians over seeds."""
     found = _future(outcome)
     windows = sorted({window for rows in found.values() for window in rows})
     lines = [
@@ -296,9 +284,9 @@ def outcome_of(report: Result) -> Outcome:
         SimpleNamespace(**report.settings),
         report["data"],
         report["runs"],
+        report.notes,
         report["costs"],
         report["memory_curve"],
-        report.notes,
     )
 
 
@@ -359,7 +347,7 @@ def blocks(report: Result) -> list[Block]:
 
 
 def curves(outcome: Outcome) -> list[Figure]:
-    """The task's measure against data and wall-clock, and what the probe found."""
+    """Draw the task's measure against data and wall-clock, and what the probe found."""
     subject = f"{outcome.settings.task}, LSTM {outcome.settings.hidden}"
     made = [
         Figure(name, functools.partial(_measure, outcome, key), f"{subject}: {name}.")

@@ -97,7 +97,7 @@ def _table(report: Result) -> Table:
 
 
 def _cell(row: dict[str, Any], base: str) -> str:
-    """A ratio of times, marked if it could not be told from one."""
+    """Return a ratio of times, marked if it could not be told from one."""
     if row["name"] == base:
         return "1"
     found = row["against"].get(base)

@@ -177,7 +177,8 @@ def curve(rows: Rows, mode: str, over: str) -> list[tuple[float, float]]:
 
 
 def ahead(rows: Rows, mode: str, other: str) -> list[tuple[float, float]]:
-    """The stretches of latency in which ``mode`` carries more than ``other`` by :data:`AHEAD`.
+    """Return the stretches of latency in which ``mode`` carries more than ``other`` by
+    :data:`AHEAD`.
 
     Returns:
         From and to, in seconds; infinity for "to the end of the sweep", and 0 for its beginning.
@@ -248,7 +249,7 @@ def _rows(value: float) -> str:
 
 
 def _some(values: Sequence[Any]) -> list[Any]:
-    """As many as fit a table, the first and the last among them."""
+    """Return as many as fit a table, the first and the last among them."""
     if len(values) <= COLUMNS:
         return list(values)
     last = len(values) - 1

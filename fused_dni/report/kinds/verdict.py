@@ -44,7 +44,8 @@ def blocks(report: Result) -> list[Block]:
 
 def sentence(report: Result) -> str:
     """Say what won, in plain English."""
-    ks = [None if k == "never" else int(k) for k in report["variants"][0]["cycles"]]
+    named = [name.removeprefix("dni k=") for name in report.timings if name.startswith("dni k=")]
+    ks = [None if k == "never" else int(k) for k in named]
     k = middle_k(ks)
     name = row(k)
     stock, ours, dni = (text.seconds(report.timings[n].median) for n in ("backprop", "fused", name))

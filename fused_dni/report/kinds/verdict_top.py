@@ -40,7 +40,7 @@ def raced(report: Result) -> Result | None:
 
 
 def sentence(report: Result) -> str:
-    """Whether it pays: by the time of a step, and by the race if there was one."""
+    """Say whether it pays: by the time of a step, and by the race if there was one."""
     backprop, bottom, top = (
         text.seconds(report.timings[name].median) for name in ("backprop", "bottom", "top")
     )
@@ -73,19 +73,19 @@ def sentence(report: Result) -> str:
 
 
 def _best(report: Result) -> dict[str, Any]:
-    """The variant with the fastest cycle."""
+    """Return the variant with the fastest cycle."""
     found: list[dict[str, Any]] = report["variants"]
     return min(found, key=lambda v: v["cycles"][_about(v)]["measured"].median)
 
 
 def _about(variant: Mapping[str, Any]) -> str:
-    """The k of the sentence: 8, or the largest."""
+    """Return the k of the sentence: 8, or the largest."""
     ks = [int(k) for k in variant["cycles"]]
     return str(ABOUT if ABOUT in ks else max(ks))
 
 
 def _pays_from(variant: Mapping[str, Any]) -> int | None:
-    """The smallest measured k from which on all were faster than backprop."""
+    """Return the smallest measured k from which on all were faster than backprop."""
     first = None
     for k in sorted(map(int, variant["cycles"]), reverse=True):
         if variant["cycles"][str(k)]["ratio"].verdict() != "faster":
@@ -95,7 +95,7 @@ def _pays_from(variant: Mapping[str, Any]) -> int | None:
 
 
 def _most(variant: Mapping[str, Any]) -> str:
-    """What is gained if the top is never run."""
+    """Say what is gained if the top is never run."""
     most = variant["most"]
     if most.verdict() == "faster":
         return f"By its parts no k can make it more than {_times(most)} as fast, (b + τ)/(b + s)."
@@ -103,7 +103,7 @@ def _most(variant: Mapping[str, Any]) -> str:
 
 
 def _learns(report: Result, pays: bool) -> list[str]:
-    """What a race adds, and what both come to."""
+    """Say what a race adds, and what both come to."""
     run = raced(report)
     if run is None:
         return ["This is time per step only; what is learned in it, --race SECONDS measures."]
@@ -140,7 +140,7 @@ def _times(found: Ratio) -> str:
 
 
 def parts(report: Result) -> Table:
-    """A row a part, and what a step of backprop takes."""
+    """Show a row a part, and what a step of backprop takes."""
     rows = [["backprop", *times(report.timings["backprop"]), text.size(report.memory["backprop"])]]
     rows += [[PARTS[part], *times(report.timings[part]), "-"] for part in ("bottom", "top")]
     several = len(report["variants"]) > 1
@@ -167,7 +167,7 @@ def parts(report: Result) -> Table:
 
 
 def factors(report: Result) -> Table:
-    """A row for each synthesizer and k: how many times as fast as backprop."""
+    """Show a row for each synthesizer and k: how many times as fast as backprop."""
     rows = []
     for variant in report["variants"]:
         for k, cycle in variant["cycles"].items():
@@ -207,7 +207,7 @@ def _cell(found: Ratio) -> str:
 
 
 def over_k(report: Result) -> Figure:
-    """How many times as fast, over k: measured and predicted."""
+    """Say how many times as fast, over k: measured and predicted."""
     return Figure(
         "times-as-fast",
         lambda canvas: _draw(report, canvas),
@@ -216,7 +216,7 @@ def over_k(report: Result) -> Figure:
 
 
 def figure(report: Result) -> Figure:
-    """The factors, and a race's losses beside them."""
+    """Draw the factors, and a race's losses beside them."""
     run = raced(report)
     if run is None or not run["runs"]:
         return over_k(report)

@@ -3,6 +3,6 @@
 
 namespace fused_dni::cuda {
 
-LinearKernels linear_rounded(int shape) { return linear_kernels<Rounded>(shape); }
+LinearKernels linear_tf32(int shape) { return linear_kernels<InTf32>(shape); }
 
 }  // namespace fused_dni::cuda

@@ -3,6 +3,6 @@
 
 namespace fused_dni::cuda {
 
-LinearKernels linear_single(int shape) { return linear_kernels<Single>(shape); }
+LinearKernels linear_fp32(int shape) { return linear_kernels<InFp32>(shape); }
 
 }  // namespace fused_dni::cuda

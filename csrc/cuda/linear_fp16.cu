@@ -3,6 +3,6 @@
 
 namespace fused_dni::cuda {
 
-LinearKernels linear_half(int shape) { return linear_kernels<Half>(shape); }
+LinearKernels linear_fp16(int shape) { return linear_kernels<InFp16>(shape); }
 
 }  // namespace fused_dni::cuda

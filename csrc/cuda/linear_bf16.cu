@@ -3,6 +3,6 @@
 
 namespace fused_dni::cuda {
 
-LinearKernels linear_brain(int shape) { return linear_kernels<Brain>(shape); }
+LinearKernels linear_bf16(int shape) { return linear_kernels<InBf16>(shape); }
 
 }  // namespace fused_dni::cuda

@@ -1,0 +1,144 @@
+"""A stack's step is one parallel region a call, in which layers overlap: bits are those of one
+layer after the other, by however many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_dni as fd
+from fused_dni.modules.base import DecoupledModule
+
+_cpu = pytest.importorskip("fused_dni.backends._cpu")
+
+CLASSES = 10
+#: Widths that threads share unevenly and each another way, of enough work for all of them.
+WIDTHS = (72, 136, 88, 160)
+
+
+class Usual(fd.FusedDNILinear):
+    """Has no call of its own, and none with others."""
+
+
+class UsualLoss(fd.FusedDNILinearCrossEntropyLoss):
+    """The same of a head."""
+
+
+SYNTHESIZERS: dict[str, Callable[[int], fd.Synthesizer | None]] = {
+    "low rank": lambda size: fd.LinearSynthesizer(size, rank=5, context_features=CLASSES),
+    "dense": lambda size: fd.LinearSynthesizer(size, context_features=CLASSES),
+    "diagonal": lambda size: fd.DiagonalSynthesizer(size, context_features=CLASSES),
+    "exact": lambda size: None,
+}
+
+
+def network(
+    usual: bool, by: str, widths: tuple[int, ...], **options: Any
+) -> fd.DecoupledSequential:
+    torch.manual_seed(0)
+    kind, head = (
+        (Usual, UsualLoss) if usual else (fd.FusedDNILinear, fd.FusedDNILinearCrossEntropyLoss)
+    )
+    layers: list[nn.Module] = []
+    for i, size in enumerate(widths):
+        synthesizer = SYNTHESIZERS[by](size)
+        if synthesizer is not None:
+            for p in synthesizer.parameters():
+                torch.nn.init.normal_(p, std=0.05)
+        layers.append(
+            kind(
+                widths[max(0, i - 1)],
+                size,
+                synthesizer=synthesizer,
+                update=fd.Adam(0.01),
+                backend="cpu",
+                **{"normalization": "batch", "activation": "gelu", **options},
+            )
+        )
+    layers.append(head(widths[-1], CLASSES, update=fd.Adam(0.01), backend="cpu"))
+    return fd.DecoupledSequential(*layers)
+
+
+def trained(
+    model: fd.DecoupledSequential, rows: int, steps: int, narrow: bool = False
+) -> tuple[list[Tensor], list[int]]:
+    """All that steps leave, and how many regions each of them was; under autocast if `narrow`."""
+    schedule, regions = fd.Schedule(model, target_every=2), []
+    found: list[Tensor] = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        x, y = torch.randn(rows, model[0].weight.shape[1]), torch.randint(0, CLASSES, (rows,))
+        before, _ = _cpu.met()
+        context = y if model[0].synthesizer is not None else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = model(x, context=context, target=y)
+        loss.backward()
+        regions.append(_cpu.met()[0] - before)
+        schedule.step()
+        found.append(loss.detach())
+    layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+    rules = [rule for layer in layers for _, rule, _ in layer.rules()]
+    found += model.state_dict().values()
+    found += [t for rule in rules for moments in rule.moments() for t in moments if t is not None]
+    return [
+        *found,
+        *[rule.hyper for rule in rules],
+        *[layer.statistics for layer in layers],
+    ], regions
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("by", "rows", "options"),
+    [
+        *[(by, 40, {}) for by in SYNTHESIZERS],
+        ("low rank", 40, {"normalization": "layer", "activation": "silu"}),
+        ("low rank", 40, {"normalization": None, "max_norm": 0.1}),
+        ("dense", 3, {"normalization": "layer"}),
+        ("low rank", 3, {}),
+        ("exact", 40, {"normalization": "layer", "activation": "silu"}),
+        ("exact", 3, {}),
+    ],
+)
+def test_bits_are_those_of_one_layer_after_the_other(
+    by: str, rows: int, options: dict[str, Any], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    mine, regions = trained(network(False, by, WIDTHS, **options), rows, 12)
+    theirs, apart = trained(network(True, by, WIDTHS, **options), rows, 12)
+    # Two of a prediction's steps, of which the second is the head's; forward, backward, update.
+    assert regions[-2:] == [3, 3] if by == "exact" else regions[-2:] == [2, 2]
+    assert min(apart) > 3
+    assert all(map(torch.equal, mine, theirs))
+
+
+def test_layers_that_are_too_large_to_overlap() -> None:
+    torch.set_num_threads(2)
+    widths = (256, 1024, 1024)
+    mine, regions = trained(network(False, "low rank", widths), 128, 9)
+    theirs, _ = trained(network(True, "low rank", widths), 128, 9)
+    assert regions[-1] == 2
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.skipif(not _cpu.bf16(), reason="the instruction set in use has no bfloat16 products")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("by", "options"),
+    [
+        *[(by, {}) for by in SYNTHESIZERS if by != "exact"],
+        ("low rank", {"normalization": "layer", "activation": "silu"}),
+        ("low rank", {"normalization": None, "max_norm": 0.1}),
+    ],
+)
+def test_autocast(by: str, options: dict[str, Any], threads: int) -> None:
+    """bfloat16 from layer to layer, rounded where one after the other rounds."""
+    torch.set_num_threads(threads)
+    mine, regions = trained(network(False, by, WIDTHS, **options), 40, 12, narrow=True)
+    theirs, _ = trained(network(True, by, WIDTHS, **options), 40, 12, narrow=True)
+    assert regions[-2:] == [2, 2]
+    assert all(map(torch.equal, mine, theirs))
