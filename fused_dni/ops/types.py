@@ -583,8 +583,8 @@ class Backend(Protocol):
         Layer l + 1 reads the hidden states of layer l, times ``dropout[l]`` [T, B, H] where
         ``dropout`` is not empty (it then has L - 1 masks, zero or 1 / (1 - p)). ``lengths`` [B]
         (int64, in [1, T]) are the rows' own numbers of steps: behind them a row's state stands
-        still and its hidden states are zero. Without ``save``, cells and gates may be None and
-        ``hidden`` may hold the last layer alone, [1, T + 1, B, H].
+        still and its hidden states are zero. Without ``save``, cells and gates are None and
+        ``hidden`` holds the last layer alone, [1, T + 1, B, H].
         """
         ...
 

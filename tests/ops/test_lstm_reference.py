@@ -296,7 +296,7 @@ def test_what_is_not_asked_for_is_not_made() -> None:
     short = REFERENCE.lstm_forward(given["x"], given["h"], given["c"], layers, None, (), False)
     assert short.cells is None and short.gates is None
     trace, made = window(case)
-    assert torch.equal(short.hidden, trace.hidden) and torch.equal(short.c, trace.c)
+    assert torch.equal(short.hidden, trace.hidden[-1:]) and torch.equal(short.c, trace.c)
     less = REFERENCE.lstm_backward(
         given["grad_output"], given["grad_h"], given["grad_c"], given["x"], layers, None, (),
         trace, False, False,
