@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-LIBRARY = Path(__file__).parents[2] / "fused_dni"
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "fused_dni"
 ROOMS = ("", "modules", "convert", "report", "report/kinds", "measure", "measure/advise")
 ROOMS += ("measure/compare", "measure/map", "measure/profile", "measure/verdict")
 FILES = sorted(path for room in ROOMS for path in (LIBRARY / room).glob("*.py"))
+FILES += sorted((ROOT / "kernels").glob("*.py"))
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
     *("What", "Whether", "How", "Why", "Which", "Where", "Who", "Whose", "That", "Those"),
@@ -28,7 +30,7 @@ def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
     ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIBRARY)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_begin_with_a_verb(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     wrong = [
