@@ -6,10 +6,12 @@ measured again.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -27,229 +29,204 @@ FLOOR = "floor: 8 products by torch"
 FLOOR_BF16 = "floor: 8 products by torch, bf16"
 
 
-def measure_step(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure the table of the whole network, a group a case and rule."""
-    k_1, k_4 = step.DNI_1.name, step.DNI_4.name
-    # Where nothing multiplies bfloat16, stock layers take many times what they take in float32.
-    methods = [method for method in step.METHODS if _cpu.bf16() or not method.bf16]
-    for case in step.CASES:
-        for rule in step.RULES:
-            key = f"{case} {rule}"
-            if only and only not in key:
-                continue
-            products = [(case.batch, case.hidden, case.hidden)] * step.DEPTH * step.CYCLE
-            makers: dict[str, Callable[[], Callable[[], object]]] = {
-                FLOOR: lambda p=products: timing.gemm_floor(p),
-            }
-            if _cpu.bf16():
-                makers[FLOOR_BF16] = lambda p=products: timing.gemm_floor(p, torch.bfloat16)
-            for method in methods:
-                makers[method.name] = lambda c=case, r=rule, m=method: step.stepper(
-                    step.prepared(c, r, m)
-                )
-            torch._dynamo.reset()
-            candidates, failures = gather(makers)
-            yield (
-                key,
-                compared(
-                    candidates,
-                    failures,
-                    floor=FLOOR,
-                    seconds=seconds,
-                    steps=step.CYCLE,
-                    against={
-                        "DNI k=4 / backprop on our kernels": f"{k_4} / {step.OURS.name}",
-                        "our backprop / stock eager": f"{step.OURS.name} / {step.STOCK.name}",
-                        "DNI k=4 / stock eager": f"{k_4} / {step.STOCK.name}",
-                        "DNI k=4 / stock autotuned": f"{k_4} / {step.AUTOTUNED.name}",
-                        "DNI k=1 / stock eager": f"{k_1} / {step.STOCK.name}",
-                        "DNI k=1 / stock compiled": f"{k_1} / {step.COMPILED.name}",
-                    },
-                ),
-            )
+Makers = dict[str, Callable[[], Callable[[], object]]]
 
 
-def measure_linear(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One layer's step, with and without dx."""
-    for shape in linear.SHAPES:
-        for dx in (False, True):
-            key = f"{shape} {'with' if dx else 'without'} dx"
-            if only and only not in key:
-                continue
-            floor = f"floor: {3 if dx else 2} products by torch"
-            makers: dict[str, Callable[[], Callable[[], object]]] = {
-                floor: lambda s=shape, d=dx: linear.products(s, d)
-            }
+class Group(NamedTuple):
+    """What is measured together, or by itself alone.
 
-            def checked(shape: Any, kind: str, dx: bool, backend: str | None = None) -> Any:
-                linear.check_layer(shape, kind, dx, backend)
-                return linear.Layer(shape, kind, dx, backend=backend).step
+    Attributes:
+        key: its name among those of its suite.
+        makers: candidates by name.
+        floor: name of the candidate that times are held against.
+        options: more of :func:`groups.compared`.
+        share: of the seconds of a group.
+        alone: measures it otherwise, from the seconds.
+    """
 
-            for kind in ("eager", "compiled"):
-                makers[f"stock {kind}"] = lambda s=shape, k=kind, d=dx: checked(s, k, d)
-            for backend in backends():
-                for kind, label in (("ours", "backprop"), ("dni", "DNI")):
-                    makers[f"{label}, {backend}"] = lambda s=shape, k=kind, d=dx, b=backend: (
-                        checked(s, k, d, b)
-                    )
-            torch._dynamo.reset()
-            candidates, failures = gather(makers)
-            yield key, compared(candidates, failures, floor=floor, seconds=seconds)
+    key: str
+    makers: Makers = {}  # noqa: RUF012 - never written to
+    floor: str | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    share: float = 1.0
+    alone: Callable[[float], dict[str, Any]] | None = None
 
-
-def measure_synthesizer(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prediction and update of each kind of synthesizer; the floor is the dense product."""
-    for case in step.CASES:
-        for what in ("predict", "update"):
-            key = f"{case} {what}"
-            if only and only not in key:
-                continue
-            floor = "floor of dense: 1 product by torch"
-            shape = linear.Shape(case.batch, case.hidden, case.hidden)
-            makers: dict[str, Callable[[], Callable[[], object]]] = {
-                floor: lambda s=shape: linear.products(s, False, forward_only=True)
-            }
-
-            def checked(kind: str, case: Any, backend: str, what: str) -> Callable[[], object]:
-                synthesizer.check_synthesizer(kind, case, backend)
-                made = synthesizer.SynthesizerStep(kind, case, backend)
-                if what == "predict":
-                    return made.predict
-                prediction = made.predict()
-                return lambda: made.update(prediction)
-
-            for backend in backends():
-                for kind in synthesizer.KINDS:
-                    makers[f"{kind}, {backend}"] = lambda k=kind, c=case, b=backend, t=what: (
-                        checked(k, c, b, t)
-                    )
-            candidates, failures = gather(makers)
-            yield key, compared(candidates, failures, floor=floor, seconds=seconds)
-
-
-def measure_memory(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Peak memory of a step by depth, measured, in bytes."""
-    curves: dict[str, Any] = {
-        "what": timing.PEAK_MEMORY_CPU,
-        "batch": memory.CASE.batch,
-        "hidden": memory.CASE.hidden,
-        "depths": list(memory.DEPTHS),
-    }
-    for method in ("stock", "deferred", "immediate"):
-        curves[method] = [timing.peak_memory(memory.step(method, d)) for d in memory.DEPTHS]
-    yield "curve", curves
-
-
-def measure_gemm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Products of the kernels against torch's over shapes, GFLOP/s; ``seconds`` is for all."""
-    each_one = seconds / (len(gemm.FEATURES) * len(gemm.ROWS) * len(gemm.PRODUCTS))
-    with torch.no_grad():
-        yield "crossover", {"gflops": [list(row) for row in crossover(max(each_one, 0.1))]}
-
-
-def measure_lstm(seconds: float, only: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure the LSTM: cell, window, training step, boundary, memory. A tenth of ``seconds`` a
-    group, but at least eight rounds."""
-    floors = {False: "floor: forward products by torch", True: "floor: products by torch"}
-
-    def group(
-        makers: dict[str, Callable[[], Callable[[], object]]],
-        floor: str | None,
-        against: dict[str, str],
-    ) -> dict[str, Any]:
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Check, build and time the candidates."""
+        if self.alone is not None:
+            return self.alone(seconds)
         torch._dynamo.reset()
-        candidates, failures = gather(makers)
+        candidates, failures = gather(self.makers)
         return compared(
-            candidates, failures, floor=floor, seconds=seconds / 10, against=against, block=1
+            candidates, failures, floor=self.floor, seconds=self.share * seconds, **self.options
         )
 
-    def wanted(key: str) -> bool:
-        return only is None or only in key
 
-    for shape in lstm.cell_shapes():
-        for backward in (False, True):
-            what = "forward+backward" if backward else "forward"
-            key = f"{shape.batch}/{shape.hidden} cell {what}"
-            if not wanted(key):
-                continue
+def step_groups() -> Iterator[Group]:
+    """Yield the groups of the table of the whole network, one a case and rule."""
+    k_1, k_4 = step.DNI_1.name, step.DNI_4.name
+    against = {
+        "DNI k=4 / backprop on our kernels": f"{k_4} / {step.OURS.name}",
+        "our backprop / stock eager": f"{step.OURS.name} / {step.STOCK.name}",
+        "DNI k=4 / stock eager": f"{k_4} / {step.STOCK.name}",
+        "DNI k=4 / stock autotuned": f"{k_4} / {step.AUTOTUNED.name}",
+        "DNI k=1 / stock eager": f"{k_1} / {step.STOCK.name}",
+        "DNI k=1 / stock compiled": f"{k_1} / {step.COMPILED.name}",
+    }
+    # Where nothing multiplies bfloat16, stock layers take many times what they take in float32.
+    methods = [method for method in step.METHODS if _cpu.bf16() or not method.bf16]
+    for case, rule in itertools.product(step.CASES, step.RULES):
+        products = [(case.batch, case.hidden, case.hidden)] * step.DEPTH * step.CYCLE
+        makers: Makers = {FLOOR: partial(timing.gemm_floor, products)}
+        if _cpu.bf16():
+            makers[FLOOR_BF16] = partial(timing.gemm_floor, products, torch.bfloat16)
+        makers |= {method.name: partial(_network, case, rule, method) for method in methods}
+        yield Group(f"{case} {rule}", makers, FLOOR, {"steps": step.CYCLE, "against": against})
 
-            def cell(ours: bool, s: lstm.Shape = shape, b: bool = backward) -> Callable[[], object]:
-                made = lstm.check_cell(s, ours, backward=b)
-                return made.backward if b else made.forward
 
-            floor = floors[backward]
-            makers: dict[str, Callable[[], Callable[[], object]]] = {
-                floor: lambda s=shape, b=backward: lstm.floor(s, b),
-                "nn.LSTMCell": lambda make=cell: make(False),
-                "ours": lambda make=cell: make(True),
-            }
-            yield key, group(makers, floor, {"nn.LSTMCell / ours": "nn.LSTMCell / ours"})
+def _network(case: Any, rule: str, method: step.Method) -> Callable[[], object]:
+    return step.stepper(step.prepared(case, rule, method))
 
+
+def linear_groups() -> Iterator[Group]:
+    """Yield the groups of one layer's step, with and without dx."""
+    for shape, dx in itertools.product(linear.SHAPES, (False, True)):
+        floor = f"floor: {3 if dx else 2} products by torch"
+        makers: Makers = {floor: partial(linear.products, shape, dx)}
+        for kind in ("eager", "compiled"):
+            makers[f"stock {kind}"] = partial(_layer, shape, kind, dx)
+        for backend in backends():
+            for kind, label in (("ours", "backprop"), ("dni", "DNI")):
+                makers[f"{label}, {backend}"] = partial(_layer, shape, kind, dx, backend)
+        yield Group(f"{shape} {'with' if dx else 'without'} dx", makers, floor)
+
+
+def _layer(shape: Any, kind: str, dx: bool, backend: str | None = None) -> Callable[[], object]:
+    linear.check_layer(shape, kind, dx, backend)
+    return linear.Layer(shape, kind, dx, backend=backend).step
+
+
+def synthesizer_groups() -> Iterator[Group]:
+    """Yield the groups of each kind of synthesizer's prediction and update; the floor is the dense
+    product."""
+    floor = "floor of dense: 1 product by torch"
+    for case, what in itertools.product(step.CASES, ("predict", "update")):
+        shape = linear.Shape(case.batch, case.hidden, case.hidden)
+        makers: Makers = {floor: partial(linear.products, shape, False, forward_only=True)}
+        for backend, kind in itertools.product(backends(), synthesizer.KINDS):
+            makers[f"{kind}, {backend}"] = partial(_synthesizer, kind, case, backend, what)
+        yield Group(f"{case} {what}", makers, floor)
+
+
+def _synthesizer(kind: str, case: Any, backend: str, what: str) -> Callable[[], object]:
+    synthesizer.check_synthesizer(kind, case, backend)
+    made = synthesizer.SynthesizerStep(kind, case, backend)
+    return made.predict if what == "predict" else partial(made.update, made.predict())
+
+
+def memory_groups() -> Iterator[Group]:
+    """Yield peak memory of a step by depth, measured, in bytes."""
+
+    def curves(seconds: float) -> dict[str, Any]:
+        return {
+            "what": timing.PEAK_MEMORY_CPU,
+            "batch": memory.CASE.batch,
+            "hidden": memory.CASE.hidden,
+            "depths": list(memory.DEPTHS),
+            **{
+                method: [timing.peak_memory(memory.step(method, d)) for d in memory.DEPTHS]
+                for method in ("stock", "deferred", "immediate")
+            },
+        }
+
+    yield Group("curve", alone=curves)
+
+
+def gemm_groups() -> Iterator[Group]:
+    """Yield products of the kernels against torch's over shapes, GFLOP/s."""
+
+    def rates(seconds: float) -> dict[str, Any]:
+        each_one = seconds / (len(gemm.FEATURES) * len(gemm.ROWS) * len(gemm.PRODUCTS))
+        with torch.no_grad():
+            return {"gflops": [list(row) for row in crossover(max(each_one, 0.1))]}
+
+    yield Group("crossover", alone=rates)
+
+
+def lstm_groups() -> Iterator[Group]:
+    """Yield the groups of the LSTM: cell, window, training step, boundary, memory. Each takes a
+    tenth of the seconds, but at least eight rounds."""
+    floors = {False: "floor: forward products by torch", True: "floor: products by torch"}
+
+    def group(key: str, makers: Makers, floor: str | None, against: dict[str, str]) -> Group:
+        return Group(key, makers, floor, {"against": against, "block": 1}, 0.1)
+
+    for shape, backward in itertools.product(lstm.cell_shapes(), (False, True)):
+        makers: Makers = {
+            floors[backward]: partial(lstm.floor, shape, backward),
+            "nn.LSTMCell": partial(_cell, shape, False, backward),
+            "ours": partial(_cell, shape, True, backward),
+        }
+        key = f"{shape.batch}/{shape.hidden} cell {'forward+backward' if backward else 'forward'}"
+        yield group(key, makers, floors[backward], {"nn.LSTMCell / ours": "nn.LSTMCell / ours"})
+
+    pairs = {
+        f"{other.name} / ours": f"{other.name} / {lstm.OURS.name}"
+        for other in (lstm.STOCK, lstm.NATIVE, lstm.UNROLLED_LOOP)
+    }
+    stock, ours, dni = (m.name for m in (lstm.STOCK_STEP, lstm.OURS_STEP, lstm.DNI_STEP))
+    training = {
+        "nn.LSTM / ours": f"{stock} / {ours}",
+        "nn.LSTM / DNI": f"{stock} / {dni}",
+        "DNI / ours": f"{dni} / {ours}",
+    }
     for shape in lstm.SHAPES:
         for what in ("forward", "forward, for a backward", "forward+backward"):
-            key = f"{shape} {what}"
-            if not wanted(key):
-                continue
             backward = what == "forward+backward"
-            floor = floors[backward]
-            makers = {floor: lambda s=shape, b=backward: lstm.floor(s, b)}
-
-            def window(
-                method: lstm.Method, s: lstm.Shape = shape, t: str = what
-            ) -> Callable[[], object]:
-                made = lstm.check_window(s, method, backward=t == "forward+backward")
-                return {"forward": made.infer, "forward+backward": made.backward}.get(
-                    t, made.forward
-                )
-
+            makers = {floors[backward]: partial(lstm.floor, shape, backward)}
             for method in lstm.WINDOW_METHODS:
                 if method.synthesizer and what == "forward":
                     continue  # nothing is predicted there: it is ours
-                if method.compiled and what != "forward+backward":
+                if method.compiled and not backward:
                     continue  # compiling takes longer than all else
-                makers[method.name] = lambda m=method, make=window: make(m)
-            pairs = {
-                f"{other.name} / ours": f"{other.name} / {lstm.OURS.name}"
-                for other in (lstm.STOCK, lstm.NATIVE, lstm.UNROLLED_LOOP)
-            }
-            yield key, group(makers, floor, pairs)
-        key = f"{shape} training step"
-        if wanted(key):
-            makers = {floors[True]: lambda s=shape: lstm.floor(s, True)}
-            for method in lstm.STEP_METHODS:
-                makers[method.name] = lambda m=method, s=shape: lstm.check_training(s, m).step
-            stock, ours, dni = (m.name for m in (lstm.STOCK_STEP, lstm.OURS_STEP, lstm.DNI_STEP))
-            pairs = {
-                "nn.LSTM / ours": f"{stock} / {ours}",
-                "nn.LSTM / DNI": f"{stock} / {dni}",
-                "DNI / ours": f"{dni} / {ours}",
-            }
-            yield key, group(makers, floors[True], pairs)
+                makers[method.name] = partial(_window, shape, method, what)
+            yield group(f"{shape} {what}", makers, floors[backward], pairs)
+        makers = {floors[True]: partial(lstm.floor, shape, True)}
+        makers |= {method.name: partial(_training, shape, method) for method in lstm.STEP_METHODS}
+        yield group(f"{shape} training step", makers, floors[True], training)
 
     for shape in lstm.boundary_shapes():
-        key = f"{shape} boundary"
-        if wanted(key):
-            makers = {
-                method.name: lambda m=method, s=shape: (
-                    lstm.check_window(s, m, backward=True).backward
-                )
-                for method in (lstm.OURS, lstm.DNI)
-            }
-            pairs = {"DNI / ours": f"{lstm.DNI.name} / {lstm.OURS.name}"}
-            yield key, group(makers, None, pairs)
+        makers = {
+            method.name: partial(_window, shape, method, "forward+backward")
+            for method in (lstm.OURS, lstm.DNI)
+        }
+        pair = {"DNI / ours": f"{lstm.DNI.name} / {lstm.OURS.name}"}
+        yield group(f"{shape} boundary", makers, None, pair)
+    yield Group("memory", alone=lambda seconds: lstm.memory_curves())
 
-    if wanted("memory"):
-        yield "memory", lstm.memory_curves()
+
+def _cell(shape: lstm.Shape, ours: bool, backward: bool) -> Callable[[], object]:
+    made = lstm.check_cell(shape, ours, backward=backward)
+    return made.backward if backward else made.forward
+
+
+def _window(shape: lstm.Shape, method: lstm.Method, what: str) -> Callable[[], object]:
+    made = lstm.check_window(shape, method, backward=what == "forward+backward")
+    return {"forward": made.infer, "forward+backward": made.backward}.get(what, made.forward)
+
+
+def _training(shape: lstm.Shape, method: Any) -> Callable[[], object]:
+    return lstm.check_training(shape, method).step
 
 
 #: What measures each suite, group by group.
-SUITES: dict[str, Callable[[float, str | None], Iterator[tuple[str, dict[str, Any]]]]] = {
-    "step": measure_step,
-    "linear": measure_linear,
-    "synthesizer": measure_synthesizer,
-    "peak-memory": measure_memory,
-    "gemm": measure_gemm,
-    "lstm": measure_lstm,
+SUITES: dict[str, Callable[[], Iterator[Group]]] = {
+    "step": step_groups,
+    "linear": linear_groups,
+    "synthesizer": synthesizer_groups,
+    "peak-memory": memory_groups,
+    "gemm": gemm_groups,
+    "lstm": lstm_groups,
 }
 
 
@@ -258,12 +235,15 @@ def measure(suites: list[str], only: str | None, seconds: float, given: Path | N
     facts = device_facts()
     for suite in suites:
         path = given or stored.result_path(facts, suite)
-        for key, group in SUITES[suite](seconds, only):
+        for group in SUITES[suite]():
+            if only is not None and only not in group.key:
+                continue
+            found = group.measure(seconds)
             results = stored.benchmarks(path, facts)
-            stored.put(results, suite, key, group)
+            stored.put(results, suite, group.key, found)
             stored.write(path, results)
-            print(f"{suite} {key}", flush=True)
-            for name, row in group.get("rows", {}).items():
+            print(f"{suite} {group.key}", flush=True)
+            for name, row in found.get("rows", {}).items():
                 if "timing" in row:
                     floor = row.get("per_floor")
                     ratio = f" {floor.median:6.2f} x the floor" if floor else ""

@@ -9,6 +9,9 @@ are computed all the same. The upper stage is so many times as slow for a quarte
 spells of half a second on the average, drawn from the run's seed. Windows are the pipeline's
 default. All ways of one factor and seed meet the same spells, and run one after the other.
 
+Steps a second are measured apart, by processes that only sleep, for passes of 20 and 40 ms, so that
+what else a machine does is not in them.
+
 Results are written to ``bench/results/MACHINE-stragglers.json``.
 """
 
@@ -28,7 +31,8 @@ import fused_dni as fd
 import stored
 from fused_dni.distributed import Pipeline
 from fused_dni.experiments import data, delay, delay_arms
-from fused_dni.experiments.delay_arms import arm, build
+from fused_dni.experiments.delay_arms import build
+from fused_dni.experiments.delay_settings import Settings, arm
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.simulate import Case, Stragglers, Times, paced
 from fused_dni.measure.simulate import Settings as Simulated
@@ -45,6 +49,8 @@ WAYS = {
 FORWARD, BACKWARD = 6e-3, 12e-3
 SHARE, SPELL = 0.25, 0.5
 STAGES = 2
+#: Of the processes that only sleep.
+SLEEP_FORWARD, SLEEP_BACKWARD = 20e-3, 40e-3
 
 
 class Run(NamedTuple):
@@ -63,7 +69,7 @@ def work(rank: int, run: Run) -> dict[str, Any]:
     """Train one stage of a run; what it took."""
     simulated, mode, rate = WAYS[run.name]
     dataset = data.load("mnist", folder=run.folder)
-    settings = delay_arms.defaults("mnist", epochs=run.epochs, stages=STAGES)
+    settings = Settings.of("mnist", epochs=run.epochs, stages=STAGES)
     which = arm(run.name)
     stage = build(which, settings, dataset, run.seed)[rank]
     optimizer = delay_arms.optimizer_of(which, [stage], rate, settings.share)
@@ -105,7 +111,7 @@ def _batches(dataset: data.Dataset, size: int, seed: int, epochs: int) -> Any:
 
 
 def _row(run: Run, answers: Sequence[dict[str, Any]], dataset: data.Dataset) -> dict[str, Any]:
-    settings = delay_arms.defaults("mnist", epochs=run.epochs, stages=STAGES)
+    settings = Settings.of("mnist", epochs=run.epochs, stages=STAGES)
     stages = build(arm(run.name), settings, dataset, run.seed)
     for rank, stage in enumerate(stages):
         stage.load_state_dict(torch.load(Path(run.kept) / f"{rank}.pt", weights_only=True))
@@ -121,6 +127,20 @@ def _row(run: Run, answers: Sequence[dict[str, Any]], dataset: data.Dataset) -> 
     }
 
 
+def throughput(factors: Sequence[float], seconds: float) -> list[dict[str, Any]]:
+    """Steps a second of processes that sleep, by factor and way."""
+    whole = SLEEP_FORWARD + SLEEP_BACKWARD
+    times = Times.of(SLEEP_FORWARD, SLEEP_BACKWARD, dni=whole, local=whole, lesson=0.0)
+    runs, keys = [], []
+    for factor in factors:
+        slow = Stragglers(factor, SHARE, SPELL, STAGES - 1)
+        case = Case(STAGES, Simulated(times=times, stragglers=slow, steps=2000))
+        for name, (mode, _, _) in WAYS.items():
+            runs.append(paced.asked(mode, case, seconds)._replace(window=4, oldest=32))
+            keys.append({"name": name, "factor": factor})
+    return [key | row for key, row in zip(keys, paced.measure(runs), strict=True)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for."""
     import tempfile
@@ -132,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of sleeping, for each way")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -151,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "spell_s": SPELL,
             "epochs": options.epochs,
         },
-        body={"stragglers": rows},
+        body={"stragglers": rows, "throughput": throughput(options.factors, options.seconds)},
     )
     for seed in options.seeds:
         for factor in options.factors:

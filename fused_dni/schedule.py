@@ -254,7 +254,7 @@ class Schedule:
             self._left = time.perf_counter()
 
     def _late(self) -> list[tuple[int, int, Seen]]:
-        """What late lessons have taught since the last call: the step that each belongs to, the
+        """Return what late lessons have taught since the last call: the step of each, the
         layer, what was measured."""
         found = []
         for i, layer in enumerate(self._measuring):

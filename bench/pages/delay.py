@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from fused_dni.experiments.delay_arms import TASKS, Settings
+from fused_dni.experiments.delay_settings import TASKS, Settings
 from fused_dni.report.kinds import delay
 from pages.cells import table
 from stored import named

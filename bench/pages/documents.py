@@ -53,6 +53,8 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
+    "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
+    "simulated": ("*-simulated", each(pipelines.render_simulated)),
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from pages.cells import table
@@ -44,3 +45,74 @@ def _rate(row: dict[str, Any]) -> str:
         return str(row.get("failed", "–"))
     rates = sorted(1.0 / seconds for seconds in row["timing"].rounds)
     return f"{1.0 / row['timing'].median:.2f} ({rates[0]:.2f} to {rates[-1]:.2f})"
+
+
+def render_stragglers(report: Any) -> str:
+    """A table with a row a way: steps a second and error by how slow the upper stage is now and
+    then."""
+    facts, s = report["facts"], report["settings"]
+    factors = sorted({row["factor"] for row in report["stragglers"]})
+    names = list(dict.fromkeys(row["name"] for row in report["stragglers"]))
+    rows = []
+    for name in names:
+        rates = [
+            row["measured"]
+            for factor in factors
+            for row in report["throughput"]
+            if (row["name"], row["factor"]) == (name, factor)
+        ]
+        errors, ages = [], []
+        for factor in factors:
+            found = [
+                row
+                for row in report["stragglers"]
+                if (row["name"], row["factor"]) == (name, factor)
+            ]
+            percent = [100.0 * row["error"] for row in found]
+            errors.append(
+                f"{statistics.fmean(percent):.2f} ({min(percent):.2f}–{max(percent):.2f})"
+            )
+            known = [row["age"] for row in found if row["age"] is not None]
+            ages.append(f"{statistics.fmean(known):.1f}" if known else "–")
+        rows.append([name, *(f"{rate:.1f}" for rate in rates), *errors, *ages])
+    header = [
+        "gradient",
+        *(f"steps/s, {factor:g}x" for factor in factors),
+        *(f"error, {factor:g}x" for factor in factors),
+        *(f"age, {factor:g}x" for factor in factors),
+    ]
+    seeds = sorted({row["seed"] for row in report["stragglers"]})
+    said = (
+        f"{named(facts)}, threads 1 a process, torch {facts['torch']}, {facts['date']}, commit "
+        f"{facts['commit']}. Error on MNIST in per cent after {s['epochs']} epochs, mean (range) "
+        f"over {len(seeds)} seeds, and mean age of gradients in steps; passes stretched to "
+        f"{1e3 * s['forward_s']:g} and {1e3 * s['backward_s']:g} ms. Steps a second are of "
+        "processes that sleep for 20 and 40 ms, one run each."
+    )
+    return f"{said}\n\n{table(header, rows)}"
+
+
+def render_simulated(report: Any) -> str:
+    """A table with a row a mode and number of stages: measured steps a second by latency, and by
+    how much the simulated are more."""
+    facts, checked = report["facts"], report["checked"]
+    latencies = sorted({row["latency"] for row in checked})
+    keys = dict.fromkeys((row["mode"], row["stages"]) for row in checked)
+    rows = []
+    for mode, stages in keys:
+        cells = [
+            f"{row['measured']:.2f} ({100 * row['deviation']:+.0f} %)"
+            for latency in latencies
+            for row in checked
+            if (row["mode"], row["stages"], row["latency"]) == (mode, stages, latency)
+        ]
+        rows.append([mode, str(stages), *cells])
+    header = ["mode", "stages", *(f"{1e3 * latency:g} ms" for latency in latencies)]
+    worst = max(abs(row["deviation"]) for row in checked)
+    said = (
+        f"{named(facts)}, threads {facts['threads']} a process, torch {facts['torch']}, "
+        f"{facts['date']}, commit {facts['commit']}; a busy machine. Measured steps a second, and "
+        f"by how much the simulated are more; the largest deviation of {len(checked)} is "
+        f"{100 * worst:.0f} %. By `{facts['command']}`."
+    )
+    return f"{said}\n\n{table(header, rows)}"

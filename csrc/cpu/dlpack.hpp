@@ -10,7 +10,7 @@ namespace fused_dni::dlpack {
 
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr std::int32_t kCpu = 1;
-constexpr std::uint8_t kInt = 0, kFloat = 2;
+constexpr std::uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct View {  // DLTensor
   void* data;

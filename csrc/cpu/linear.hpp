@@ -125,14 +125,15 @@ struct Plain {
   using T = Real;
   using Input = InputProduct<T>;
   using Weight = WeightPhase<T>;
-  static constexpr bool kTransposed = true;  // whether matrices may stay in the transposed layout
+  static constexpr bool kTransposed = true;  // whether x and dx may be in the transposed layout
 
   static T magnitude(const void* x, Index begin, Index count) {
     return magnitude_of(static_cast<const T*>(x) + begin, count);
   }
 
-  // Features [own) of h [N, O] from the transposed layout, and back.
+  // Features [own) of h [N, O] from the transposed layout, if they are wanted, and back.
   static void give(T* from, Index stride, Index rows, Range own, void* to, Index features) {
+    if (to == nullptr) return;
     from_transposed(from + own.begin * stride, stride, rows, own.size(),
                     static_cast<T*>(to) + own.begin, features);
   }
@@ -489,7 +490,7 @@ class ForwardOp : public Op {
     const Range own = own_features<T>(layer.out, team.rank, team.size);
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    if (a.h) Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
+    Kind::give(forward.h, layer.stride, layer.rows, own, a.h, layer.out);
     forward.save(team, own, a.transposed ? nullptr : a.normalized, a.rstd);
     forward.move_running(own);
   }
@@ -668,9 +669,9 @@ class StepOp : public Op {
     if constexpr (Kind::kTransposed) {
       if (a.x_transposed) input.given = static_cast<const T*>(a.x);
       product.x_transposed = a.x_transposed;
-      forward.given_h = static_cast<T*>(a.transposed);
-      if (a.transposed) backward.given_grad_h = static_cast<const T*>(a.scaled);
     }
+    forward.given_h = static_cast<T*>(a.transposed);
+    if (a.transposed) backward.given_grad_h = static_cast<const T*>(a.scaled);
   }
 
   void plan(Scratch& scratch) override {
@@ -702,7 +703,7 @@ class StepOp : public Op {
 
     input.run(own, layer.weight, forward.z);
     forward.run(team, own);
-    if (a.h) Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
+    Kind::give(forward.h, stride, layer.rows, own, a.h, layer.out);
     forward.save(team, own, a.normalized, a.rstd);
     predictor.reduce(team, own, forward.h);
     if (predictor.kind != kDiagonal) team.sync();

@@ -236,7 +236,8 @@ struct Bf16 {
     return magnitude.value();
   }
 
-  // What is handed out is what the synthesizer reads: h becomes the rounded one here too.
+  // What is handed out is what the synthesizer reads: h becomes the rounded one here too, also where
+  // nothing is handed out.
   static void give(float* from, Index stride, Index rows, Range own, void* to, Index features) {
     for (Index n = 0; n < rows; n += 16)
       for (Index o = own.begin; o < own.end; o += 16) {
@@ -249,6 +250,7 @@ struct Bf16 {
           v[i] = widened(rounded(load(at)));
           store(at, v[i]);
         }
+        if (to == nullptr) continue;
         transpose_registers<float>(v);
         Half* row = static_cast<Half*>(to) + n * features + o;
         for (int i = 0; i < smaller(16, rows - n); ++i)

@@ -37,7 +37,7 @@ class Steps {
     __atomic_store_n(&done_[team.rank].count, count, __ATOMIC_RELEASE);
   }
 
-  // Returns when all threads have done `count` steps. Spins, then yields, as Team::sync does.
+  // Returns when all threads have done `count` steps. Spins, then yields.
   void wait(const Team& team, int count) const {
     for (int i = 0; i < team.size; ++i)
       for (int spins = 0; __atomic_load_n(&done_[i].count, __ATOMIC_ACQUIRE) < count; ++spins)

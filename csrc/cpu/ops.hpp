@@ -160,7 +160,8 @@ struct SynthesizerTrain {
   bool update;
   RuleArguments rule;
   void* gradients[kSlots];
-  bool transposed;  // h, scaled, reduced and grad_h
+  bool transposed;  // h, scaled, reduced, and grad_h unless it is narrow
+  bool narrow;      // grad_h is of bfloat16; with floats
 };
 
 // ---- LSTM: T steps, B sequences side by side, L layers of H units --------------------------------

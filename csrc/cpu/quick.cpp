@@ -39,7 +39,7 @@ Object asked(const Object& of, const Object& name) {
 struct Names {
   Object lessons = py::str("lessons"), lr = py::str("lr"), narrow = py::str("narrow"),
          negative = py::str("is_neg"), new_empty = py::str("new_empty"),
-         requires_grad = py::str("requires_grad"), size = py::str("size"),
+         requires_grad = py::str("requires_grad"), size = py::str("size"), to = py::str("to"),
          version = py::str("_version"), view = py::str("view"), written = py::str("_written"),
          zero = py::str("_is_zerotensor");
 };
@@ -209,7 +209,7 @@ struct Memory {
 struct Element {
   std::uint8_t code, bits;
 };
-constexpr Element kInt64{dlpack::kInt, 64};
+constexpr Element kInt64{dlpack::kInt, 64}, kFloat32{dlpack::kFloat, 32};
 
 // Whether t is a torch.Tensor in plain memory: [rows, columns] or, with columns 0, [rows].
 bool plain(const Object& t, const Object& type, Element element, std::int64_t columns,
@@ -319,6 +319,15 @@ class Quick {
     batch.asks = batch.requires_grad && !marked(input);
     return counts(batch) || cleared();
   }
+  // The same of a float32 input without a gradient, whose rounded copy `read` is what is multiplied.
+  bool takes(const Object& input, const Object& bfloat16, Object& read, Batch& batch) const {
+    constexpr Element kNarrow{dlpack::kBfloat, 16};
+    if (!plain(input, tensor_, kFloat32, layer_.in, batch.x) ||
+        attribute(input, names().requires_grad).ptr() != Py_False)
+      return cleared();
+    read = input.attr(names().to)(bfloat16);
+    return (plain(read, tensor_, kNarrow, layer_.in, batch.x) && counts(batch)) || cleared();
+  }
   // Whether so many rows are enough, and with how many threads and which rate.
   bool counts(Batch& batch) const {
     const Object threads = taken(PyObject_CallNoArgs(threads_.ptr()));
@@ -389,6 +398,7 @@ enum class Way { kUntaught, kTaught, kUsual };
 // What a step leaves; null where there is none.
 struct Made {
   void *h = nullptr, *scaled = nullptr, *reduced = nullptr, *dx = nullptr;
+  void* narrow = nullptr;  // h in bfloat16
 };
 // The same as tensors; None where there is none.
 struct Handed {
@@ -547,7 +557,9 @@ class QuickStep : public Quick {
     rule_.write(batch.rate);
     return step;
   }
-  void add(const LinearStep& step, Ops& ops) const { ops.add(kernels().linear_step[type_](step)); }
+  void add(const LinearStep& step, Ops& ops, bool narrow = false) const {
+    ops.add(kernels().linear_step[narrow ? 2 : type_](step));
+  }
   SynthesizerTrain teaching(const Batch& batch, const Told& told, const Made& made,
                             const void* arrived) const {
     SynthesizerTrain lesson{};
@@ -755,11 +767,11 @@ class QuickExact : public Quick {
   void add(const LinearForward& forward, Ops& ops) const {
     ops.add(kernels().linear_forward[type_](forward));
   }
-  void add(const LinearBackward& backward, Ops& ops) const {
-    ops.add(kernels().linear_backward[type_](backward));
+  void add(const LinearBackward& backward, Ops& ops, bool narrow = false) const {
+    ops.add(kernels().linear_backward[narrow ? 2 : type_](backward));
   }
-  void add(const LinearUpdate& update, Ops& ops) const {
-    ops.add(kernels().linear_update[type_](update));
+  void add(const LinearUpdate& update, Ops& ops, bool narrow = false) const {
+    ops.add(kernels().linear_update[narrow ? 2 : type_](update));
   }
 
   bool keeps() const { return keeps_; }
@@ -987,9 +999,13 @@ class Stack {
 // hands down; the head teaches the last one at the end of the backward.
 class QuickStack : public Stack<QuickStep> {
  public:
+  // `autocast`: whether it is on, to which type, and the one that is served.
   QuickStack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps,
-             Object head)
+             Object head, const py::tuple& autocast)
       : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
+        autocast_(autocast[0]),
+        autocast_type_(autocast[1]),
+        bfloat16_(autocast[2]),
         written_(all(layers_.size(), [](const QuickStep& step) { return step.written(); })),
         taught_(joined(written_, all(layers_.size() - 1,
                                      [](const QuickStep& step) { return step.learned(); }))),
@@ -1004,7 +1020,9 @@ class QuickStack : public Stack<QuickStep> {
     std::vector<Batch> batches;
     std::vector<Told> told;
     Aim aim;
-    const Way way = ready(module, input, context, batches, told);
+    Object read = input;  // what the first layer multiplies
+    const Way way = ready(module, read, context, batches, told);
+    const bool narrow = !read.is(input);
     if (way == Way::kUsual) return py::none();
     Batch behind = batches[0];  // the head's
     if (!aims(aimed, behind, aim)) return py::none();
@@ -1016,17 +1034,19 @@ class QuickStack : public Stack<QuickStep> {
     Object left, loss;  // of a head
     Made end;           // what the last layer leaves
     if (head_) {
-      const Ending ending = end_of(rows, target);
+      const Ending ending = end_of(rows, target, narrow);
       const auto [made, begin] = room(input, ending.layout);
       left = made;
+      is_narrow(begin) = narrow;
       end = kept(begin, ending);
       loss = head_->new_loss(input);
     } else {
       handed = last.hands(input, rows, target, false);
+      if (narrow) handed.h = last.result(read, rows);
       end = handed.made();
     }
     if (batches[0].asks) handed.dx = new_empty(input, rows, layers_[0]->layer().in);
-    const auto [held, pieces] = between(input, rows, target);
+    const auto [held, pieces] = between(input, rows, target, narrow);
 
     std::vector<LinearStep> steps;
     std::vector<SynthesizerTrain> lessons;
@@ -1037,15 +1057,20 @@ class QuickStack : public Stack<QuickStep> {
       if (!layers_[i]->rank()) made.reduced = nullptr;
       made.dx = i == 0 ? address(handed.dx) : target ? pieces[0].dx : nullptr;
       LinearStep step = layers_[i]->stepping(batches[i], told[i], made);
-      if (inside(rows)) {
+      const bool inner = i + 1 < count || head_;
+      if (narrow) {  // row-major from layer to layer, transposed for what computes in float32
+        step.transposed = inner && (target || i + 1 == count) ? made.h : nullptr;
+        if (inner) step.h = made.narrow;
+      } else if (inside(rows)) {
         step.x_transposed = step.grad_x_transposed = i > 0;
-        if (i + 1 < count || head_) std::swap(step.h, step.transposed);
+        if (inner) std::swap(step.h, step.transposed);
       }
       steps.push_back(step);
-      if (i + 1 < count) batches[i + 1].x.at = made.h;
+      if (i + 1 < count) batches[i + 1].x.at = narrow ? made.narrow : made.h;
       if (i > 0 && target) {
         lessons.push_back(layers_[i - 1]->teaching(batches[i - 1], told[i - 1], below, made.dx));
         lessons.back().transposed = inside(rows);
+        lessons.back().narrow = narrow;
       }
       below = made;
     }
@@ -1053,14 +1078,15 @@ class QuickStack : public Stack<QuickStep> {
     if (head_) {
       behind.x.at = end.h;
       char* begin = static_cast<char*>(address(left));
-      forward = head_->losing(behind, aim, address(loss), at(begin, end_of(rows, target).delta));
+      forward =
+          head_->losing(behind, aim, address(loss), at(begin, end_of(rows, target, narrow).delta));
       forward.x_transposed = forward.delta_transposed = inside(rows);
     }
     {
       py::gil_scoped_release release;
       Ops ops;
       for (std::size_t i = 0; i < count; ++i) {
-        layers_[i]->add(steps[i], ops);
+        layers_[i]->add(steps[i], ops, narrow);
         if (i > 0 && target) layers_[i - 1]->add(lessons[i - 1], ops);
       }
       if (head_) head_->add(forward, ops);
@@ -1092,7 +1118,8 @@ class QuickStack : public Stack<QuickStep> {
     if (target && (!last.unchanged() || !last.stays(unit) || !last.follows(below) ||
                    !last.tells(told, rows) || !last.teachable()))
       return Quick::cleared();
-    const Ending ending = end_of(rows, target);
+    const bool narrow = is_narrow(static_cast<char*>(address(left)));
+    const Ending ending = end_of(rows, target, narrow);
     const Made end = kept(static_cast<char*>(address(left)), ending);
     Layout layout(element());
     const LayerArguments& of = head_->layer();
@@ -1107,20 +1134,24 @@ class QuickStack : public Stack<QuickStep> {
     batch.x.at = end.h;
     const void* given = at(static_cast<char*>(address(left)), ending.delta);
     LinearBackward backward = head_->returning(batch, factor, given, made);
-    backward.transposed = backward.grad_h_transposed = backward.grad_x_transposed = inside(rows);
+    backward.transposed = backward.grad_h_transposed = inside(rows);
+    backward.grad_x_transposed = inside(rows) && !narrow;
     SynthesizerTrain lesson{};
     if (target) {
       lesson = last.teaching(below, told, end, made.x);
       lesson.transposed = inside(rows);
+      lesson.narrow = narrow;
     }
     LinearUpdate update = head_->updating(batch, made);
-    update.x_transposed = update.delta_transposed = inside(rows);
+    update.delta_transposed = inside(rows);
+    update.x_transposed = inside(rows) && !narrow;
+    if (narrow) update.x = end.narrow;
     {
       py::gil_scoped_release release;
       Ops ops;
-      head_->add(backward, ops);
+      head_->add(backward, ops, narrow);
       if (target) last.add(lesson, ops);
-      head_->add(update, ops);
+      head_->add(update, ops, narrow);
       ops.run();
     }
     if (target) last.count_lesson();
@@ -1131,7 +1162,7 @@ class QuickStack : public Stack<QuickStep> {
   // For a way that is not the quick one, of what `call` returned: h of the last layer, what its
   // lesson reads (None where there is none), and the loss's gradient at the logits.
   py::tuple saved(const Object& left, std::int64_t rows, bool target) const {
-    const Ending ending = end_of(rows, target);
+    const Ending ending = end_of(rows, target, is_narrow(static_cast<char*>(address(left))));
     const std::int64_t out = layers_.back()->layer().out;
     return py::make_tuple(matrix(left, ending.h, rows, out), matrix(left, ending.scaled, rows, out),
                           matrix(left, ending.reduced, rows, layers_.back()->rank()),
@@ -1141,7 +1172,9 @@ class QuickStack : public Stack<QuickStep> {
   template <class Visit>
   void each(const Visit& visit) {
     Stack::each(visit);
-    for (Object* object : {&written_, &taught_, &finished_}) visit(*object);
+    for (Object* object :
+         {&written_, &taught_, &finished_, &autocast_, &autocast_type_, &bfloat16_})
+      visit(*object);
   }
 
  private:
@@ -1149,25 +1182,31 @@ class QuickStack : public Stack<QuickStep> {
   struct Ending {
     Layout layout;
     std::int64_t h, scaled, reduced, delta;
+    std::int64_t narrow;  // h in bfloat16, if it was multiplied so
   };
-  Ending end_of(std::int64_t rows, bool target) const {
+  // Of what is left, at its begin: whether the head's gradients are products of bfloat16 too.
+  static bool& is_narrow(char* begin) { return *reinterpret_cast<bool*>(begin); }
+  Ending end_of(std::int64_t rows, bool target, bool narrow) const {
     const QuickStep& last = *layers_.back();
     const std::int64_t features = stride(rows) * last.layer().out;
-    Ending ending{Layout(element()), kNowhere, kNowhere, kNowhere, kNowhere};
+    Ending ending{Layout(element()), kNowhere, kNowhere, kNowhere, kNowhere, kNowhere};
+    ending.layout.take(1);  // is_narrow
     ending.h = ending.layout.take(features);
     if (target) ending.scaled = ending.layout.take(features);
     if (target && last.rank()) ending.reduced = ending.layout.take(stride(rows) * last.rank());
     ending.delta = ending.layout.take(stride(rows) * head_->layer().out);
+    if (narrow) ending.narrow = ending.layout.take(features / 2);
     return ending;
   }
   Made kept(char* begin, const Ending& ending) const {
-    return {at(begin, ending.h), at(begin, ending.scaled), at(begin, ending.reduced), nullptr};
+    return {at(begin, ending.h), at(begin, ending.scaled), at(begin, ending.reduced), nullptr,
+            at(begin, ending.narrow)};
   }
   // What layers leave to the next one alone. A layer's is read until the next one's update and lesson
   // to it are over, which overlap with the forward of the one after that: three rooms, which layers
   // use in turn. A gradient is read in the first phase of the lesson alone: one room.
-  std::pair<Object, std::array<Made, 3>> between(const Object& like, std::int64_t rows,
-                                                 bool target) const {
+  std::pair<Object, std::array<Made, 3>> between(const Object& like, std::int64_t rows, bool target,
+                                                 bool narrow) const {
     const std::size_t count = layers_.size();
     std::array<Made, 3> pieces;
     if (count == 1) return {Object(), pieces};
@@ -1178,25 +1217,45 @@ class QuickStack : public Stack<QuickStep> {
                        ranks = stride(rows) * most(0, count - 1, rank),
                        inputs = stride(rows) * most(1, count, in);
     Layout layout(element());
-    std::int64_t h[3], scaled[3], reduced[3];
+    std::int64_t h[3], scaled[3], reduced[3], halves[3];
     for (int i = 0; i < 3; ++i) {
       h[i] = layout.take(features);
       scaled[i] = target ? layout.take(features) : kNowhere;
       reduced[i] = target ? layout.take(ranks) : kNowhere;
+      halves[i] = narrow ? layout.take(features / 2) : kNowhere;
     }
     const std::int64_t dx = target ? layout.take(inputs) : kNowhere;
     auto [made, begin] = room(like, layout);
     for (int i = 0; i < 3; ++i)
-      pieces[i] = {at(begin, h[i]), at(begin, scaled[i]), at(begin, reduced[i]), at(begin, dx)};
+      pieces[i] = {at(begin, h[i]), at(begin, scaled[i]), at(begin, reduced[i]), at(begin, dx),
+                   at(begin, halves[i])};
     return {std::move(made), pieces};
   }
-  // All is looked at before anything is changed.
-  Way ready(const Object& module, const Object& input, const Object& context,
-            std::vector<Batch>& batches, std::vector<Told>& told) const {
+  // Whether autocast is on, to the type that is served; none if it is to another.
+  std::optional<bool> narrows() const {
+    const Object on = taken(PyObject_CallNoArgs(autocast_.ptr()));
+    if (on.ptr() == Py_False) return false;
+    if (on.ptr() == Py_True && element().bits == 32 && kernels().linear_step[2] &&
+        taken(PyObject_CallNoArgs(autocast_type_.ptr())).is(bfloat16_))
+      return true;
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  // All is looked at before anything is changed. `input` becomes what is multiplied.
+  Way ready(const Object& module, Object& input, const Object& context, std::vector<Batch>& batches,
+            std::vector<Told>& told) const {
     if (!stands(module)) return Way::kUsual;
     const Way way = layers_[0]->way();
     Batch batch;
-    if (way == Way::kUsual || !layers_[0]->takes(input, batch)) return Way::kUsual;
+    const std::optional<bool> narrow = narrows();
+    if (way == Way::kUsual || !narrow) return Way::kUsual;
+    if (*narrow) {
+      const Object given = input;
+      if (!layers_[0]->takes(given, bfloat16_, input, batch) || !inside(batch.x.rows))
+        return Way::kUsual;
+    } else if (!layers_[0]->takes(input, batch)) {
+      return Way::kUsual;
+    }
     if (way == Way::kUntaught && batch.requires_grad) return Way::kUsual;
     for (const QuickStep* layer : layers_) {
       told.push_back({context, nullptr});
@@ -1211,6 +1270,7 @@ class QuickStack : public Stack<QuickStep> {
     return way;
   }
 
+  Object autocast_, autocast_type_, bfloat16_;
   // What is written: by a step without a target, by one with, and at the end of its backward.
   Object written_, taught_, finished_;
 };
@@ -1564,7 +1624,8 @@ void bind_quick(py::module_& m) {
                            const>(&QuickLoss::backward))
       .def("update", &QuickLoss::update);
   bind<QuickStack>(m, "QuickStack")
-      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object>())
+      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object,
+                    const py::tuple&>())
       .def("__call__", &QuickStack::call)
       .def("changed", &QuickStack::changed)
       .def("finish", &QuickStack::finish)

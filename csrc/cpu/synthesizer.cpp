@@ -118,7 +118,7 @@ struct Trainer {
   // e, its sums, and everything that the other threads will need. A barrier follows.
   void prepare(const Team& team, Range own, Report<T>& report) const {
     const T* scaled = take(a.scaled, own, error);
-    const T* grad_h = take(a.grad_h, own, other);
+    const T* grad_h = take_gradient(own);
     T* weights = mean + team.rank * stride;
     if (head.table) head.weigh(T(2.0 / static_cast<double>(head.counted)), stride, weights);
     Magnitude<T> magnitude;
@@ -308,6 +308,26 @@ struct Trainer {
     if (a.transposed) return at;
     to_transposed(at + own.begin, features, rows, own.size(), to + own.begin * stride, stride);
     return to;
+  }
+
+  const T* take_gradient(Range own) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (a.narrow) {
+        const auto* from = static_cast<const std::uint16_t*>(a.grad_h);
+        for (Index n = 0; n < rows; n += kLanes<T>)
+          for (Index o = own.begin; o < own.end; o += kLanes<T>) {
+            const Index width = smaller(kLanes<T>, own.end - o);
+            Vec<T> v[kLanes<T>];
+            for (int i = 0; i < kLanes<T>; ++i)
+              v[i] =
+                  n + i < rows ? widened_upto<T>(from + (n + i) * features + o, width) : Vec<T>{};
+            transpose_registers<T>(v);
+            for (int i = 0; i < width; ++i) store(other + (o + i) * stride + n, v[i]);
+          }
+        return other;
+      }
+    }
+    return take(a.grad_h, own, other);
   }
 
   static void pad_rows(const void* from, Range range, Index width, Index row, T* to) {

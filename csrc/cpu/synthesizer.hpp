@@ -19,6 +19,25 @@ FUSED_DNI_INLINE Vec<T> in_the_mean(Vec<T> x, Vec<T> weight) {
   return weight > Vec<T>{} ? x * weight : Vec<T>{};
 }
 
+// As many elements as a vector of T has.
+template <class T, class Element>
+struct Many {
+  typedef Element V __attribute__((vector_size(sizeof(Element) * kLanes<T>)));
+};
+
+// Whichever of a vector's elements lie before `width`, zeros behind them; of bfloat16 too.
+template <class T>
+FUSED_DNI_INLINE Vec<T> widened_upto(const T* from, Index width) {
+  return load_upto(from, width);
+}
+template <class T>
+FUSED_DNI_INLINE Vec<T> widened_upto(const std::uint16_t* from, Index width) {
+  typename Many<T, std::uint16_t>::V bits{};
+  __builtin_memcpy(&bits, from, sizeof(std::uint16_t) * smaller(width, kLanes<T>));
+  const auto words = __builtin_convertvector(bits, typename Many<T, std::uint32_t>::V) << 16;
+  return __builtin_convertvector((typename Many<T, float>::V)words, Vec<T>);
+}
+
 // The rows of a softmax's head that a batch's labels name.
 template <class T>
 struct LabelRows {
@@ -53,13 +72,6 @@ struct LabelRows {
   }
 
  private:
-  // As many elements as a vector of T has.
-  template <class Element>
-  struct Many {
-    typedef Element V __attribute__((vector_size(sizeof(Element) * kLanes<T>)));
-  };
-  using Words = typename Many<std::uint32_t>::V;
-
   template <class Element, class F>
   void blocks(Index first, Index last, F& f) const {
     constexpr int L = kLanes<T>;
@@ -71,19 +83,11 @@ struct LabelRows {
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
           v[i] = n + i < rows && labels[n + i] != ignored
-                     ? wide(all + labels[n + i] * features + o, width)
+                     ? widened_upto<T>(all + labels[n + i] * features + o, width)
                      : Vec<T>{};
         transpose_registers<T>(v);
         f(o, n, width, v);
       }
-  }
-
-  FUSED_DNI_INLINE static Vec<T> wide(const T* from, Index width) { return load_upto(from, width); }
-  FUSED_DNI_INLINE static Vec<T> wide(const std::uint16_t* from, Index width) {
-    typename Many<std::uint16_t>::V bits{};
-    __builtin_memcpy(&bits, from, sizeof(std::uint16_t) * width);
-    const Words words = __builtin_convertvector(bits, Words) << 16;
-    return __builtin_convertvector((typename Many<float>::V)words, Vec<T>);
   }
 };
 

@@ -13,6 +13,7 @@ and so do the LSTM's ops, whose results are of the parameters' dtype but for dx.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,13 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fused_dni.backends.common.built import why_missing
-from fused_dni.backends.common.tensors import (
-    empty_prediction,
-    empty_saved,
-    moved_statistics,
-    split_context,
-    updated,
-)
+from fused_dni.backends.common.tensors import Unbound, moved_statistics, split_context, updated
+from fused_dni.ops import results
 from fused_dni.ops.types import (
     ACTIVATIONS,
     FROM_OUTPUT,
@@ -55,6 +51,7 @@ from fused_dni.ops.types import (
     QuickSynthesizer,
     RuleTensors,
     Saved,
+    SlotGradients,
     Step,
     SynthesizerTensors,
 )
@@ -82,13 +79,17 @@ _SERVED = (
 )
 
 
+# An update reads delta as it is: what made it does not matter.
+_PLAIN = LinearConfig()
+
+
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous and of this dtype."""
+    """Make a tensor contiguous and of this dtype."""
     return (tensor if tensor.dtype is dtype else tensor.to(dtype)).contiguous()
 
 
 def _input(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """x as the kernels for parameters of this dtype read it, and which of the kernels."""
+    """Return x as the kernels for parameters of this dtype read it, and which of the kernels."""
     if x.dtype is dtype:
         return x.contiguous(), 1 if dtype is _FLOAT64 else 0
     if _cpu.bf16():
@@ -135,7 +136,7 @@ def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
 
 
 def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
-    """The argument tuple but for the context, which :func:`_context` ends it with."""
+    """Return the argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias, table, ignored = synthesizer
     classes = (
         0 if context_weight is None else context_weight.shape[1] if table is None else len(table)
@@ -157,7 +158,8 @@ def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
 def _context(
     synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> tuple[tuple[int, int], Tensor | None]:
-    """Addresses of labels and vectors, and the context as the kernels read it, to be kept alive."""
+    """Return the addresses of labels and vectors, and the context as kernels read it, to be
+    kept."""
     labels, vectors = split_context(synthesizer, context)
     return (_address(labels), _address(vectors)), labels if vectors is None else vectors
 
@@ -166,18 +168,18 @@ def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
     return layer[:4]
 
 
-class CpuBackend:
+class CpuBackend(Unbound):
     """:class:`fused_dni.ops.types.Backend` in C++, for float32, float64 and
     bfloat16 with float32 parameters."""
 
     name = "cpu"
 
     def available(self) -> str | None:
-        """None: where the extension can be imported, it runs."""
+        """Return None: where the extension can be imported, it runs."""
         return None
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
-        """None, or why these tensors cannot be served."""
+        """Say why these tensors cannot be served; None if they can."""
         if x.device.type != "cpu" or weight.device.type != "cpu":
             return f"serves tensors on a CPU, got x on {x.device} and weight on {weight.device}"
         if (x.dtype, weight.dtype) not in _SERVED:
@@ -194,7 +196,7 @@ class CpuBackend:
         given, dtype = x.dtype, layer.weight.dtype
         x, kernel = _input(x, dtype)
         h = x.new_empty(x.shape[0], layer.weight.shape[0])
-        saved = empty_saved(h, config, dtype) if save else Saved()
+        saved = results.saved_of(h, config, dtype) if save else Saved()
         _cpu.linear_forward(
             kernel,
             _layer(x, layer, config, training),
@@ -265,23 +267,6 @@ class CpuBackend:
         )
         increment_version(updated(_slots(layer), rule))
 
-    def linear_step_(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        context: Tensor | None,
-        target_scale: float,
-        max_norm: float,
-        rule: RuleTensors,
-        need_dx: bool,
-        need_prediction: bool,
-    ) -> Step:
-        """See :meth:`fused_dni.ops.types.Backend.linear_step_`."""
-        step = self.bind_step(layer, config, synthesizer, max_norm, rule)
-        return step(x, context, target_scale, need_dx, need_prediction)
-
     def bind_step(
         self,
         layer: LinearTensors,
@@ -336,8 +321,8 @@ class CpuBackend:
     def quick_loss(
         self, layer: LinearTensors, loss: QuickLoss, rule: RuleTensors, parts: QuickParts
     ) -> Any:
-        """The same of a layer with its cross-entropy: forward, backward from the gradient at the
-        loss, and update."""
+        """Bind the same of a layer with its cross-entropy: forward, backward from the gradient at
+        the loss, and update."""
         made = _quick_exact(layer, _PLAIN, rule, parts)
         return _cpu.QuickLoss(
             {**made, "smoothing": loss.label_smoothing, "ignored": loss.ignore_index}
@@ -353,16 +338,24 @@ class CpuBackend:
         head: Any,
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container, with what :meth:`quick_loss` made of the head behind them, or None."""
-        kind = _cpu.QuickExactStack if exact else _cpu.QuickStack
-        return kind(container, _checks(surroundings), _checks(own), steps, head)
+        their container, with what :meth:`quick_loss` made of the head behind them, or None. One
+        that predicts looks at autocast itself."""
+        given = (container, _checks(surroundings), _checks(own), steps, head)
+        if exact:
+            return _cpu.QuickExactStack(*given)
+        autocast = (
+            partial(torch.is_autocast_enabled, "cpu"),
+            partial(torch.get_autocast_dtype, "cpu"),
+            torch.bfloat16,
+        )
+        return _cpu.QuickStack(*given, autocast)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
     ) -> Prediction:
         """See :meth:`fused_dni.ops.types.Backend.synthesizer_predict`."""
         h = _as(h, synthesizer.weight.dtype)
-        prediction = empty_prediction(h, synthesizer, synthesizer.weight.dtype)
+        prediction = results.prediction_of(h, synthesizer, synthesizer.weight.dtype)
         given, context = _context(synthesizer, context)
         _cpu.synthesizer_predict(
             h.dtype is _FLOAT64,
@@ -386,11 +379,9 @@ class CpuBackend:
         context: Tensor | None,
         target_scale: float,
         statistics: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> SlotGradients:
         """See :meth:`fused_dni.ops.types.Backend.synthesizer_gradients`."""
-        gradients = tuple(
-            [None if p is None else torch.empty_like(p) for p in synthesizer.parameters()]
-        )
+        gradients = results.synthesizer_gradients(synthesizer)
         _train(
             h, prediction, grad_h, synthesizer, context, target_scale, statistics, (),
             [0 if g is None else g.data_ptr() for g in gradients],
@@ -513,7 +504,7 @@ class CpuBackend:
             most = batch * (entrance + (ended is not None))
             rows = made.h.new_empty(first + most, 2 * depth * size)
             grad = rows.new_empty(most, 2 * depth * size)
-            lesson = LSTMLesson(rows, grad, empty_prediction(rows, synthesizer, rows.dtype))
+            lesson = LSTMLesson(rows, grad, results.prediction_of(rows, synthesizer, rows.dtype))
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -670,8 +661,14 @@ class _Step:
         rows = x.shape[0]
         h = x.new_empty(rows, self.features)
         dx = torch.empty_like(x) if need_dx else None
-        prediction = empty_prediction(h, self.synthesizer, self.dtype) if need_prediction else None
-        saved = empty_saved(h, self.config, self.dtype) if need_prediction and self.inside else None
+        prediction = (
+            results.prediction_of(h, self.synthesizer, self.dtype) if need_prediction else None
+        )
+        saved = (
+            results.saved_of(h, self.config, self.dtype)
+            if need_prediction and self.inside
+            else None
+        )
         conditions, context = _context(self.synthesizer, context)
         _cpu.linear_step(
             kernel,
@@ -732,14 +729,14 @@ def _checks(checks: Sequence[Check]) -> list[tuple[Any, ...]]:
 
 
 def _moved(parts: QuickParts, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors that a quick step writes to, with the batches that it counts."""
+    """Return the tensors that a quick step writes to, with the batches that it counts."""
     return tensors if parts.counter is None else [*tensors, parts.counter]
 
 
 def _quick(
     parts: QuickParts, dtype: torch.dtype, layer: tuple[Any, ...], rule: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """What every quick step is made from."""
+    """Return what every quick step is made from."""
     return {
         "module": parts.module,
         "tensor": Tensor,
@@ -762,7 +759,7 @@ def _quick(
 def _quick_exact(
     layer: LinearTensors, config: LinearConfig, rule: RuleTensors, parts: QuickParts
 ) -> dict[str, Any]:
-    """What a quick step by the true gradient is made from."""
+    """Return what a quick step by the true gradient is made from."""
     weight = layer.weight
     return {
         **_quick(parts, weight.dtype, _layer(weight, layer, config, True), _rule(rule)),
@@ -782,8 +779,8 @@ def _lstm_backward(
     need_dx: bool,
     need_weights: bool,
 ) -> tuple[LSTMGradients, tuple[Any, ...], tuple[Any, ...]]:
-    """Room for a window's gradients, the arguments of a backward that fills it, and what must live
-    until that is done."""
+    """Make room for a window's gradients, the arguments of a backward that fills it, and what must
+    live until that is done."""
     hidden, last_h, last_c, cells, gates = trace
     if cells is None or gates is None:
         raise ValueError("this trace is of a forward without save")
@@ -819,17 +816,13 @@ def _lstm_backward(
 
 
 def _empty_like(layer: LSTMLayer) -> LSTMLayer:
-    """Room for a layer's gradients."""
+    """Make room for a layer's gradients."""
     weight_ih, weight_hh, *biases = layer
     return LSTMLayer(
         torch.empty_like(weight_ih),
         torch.empty_like(weight_hh),
         *[None if p is None else torch.empty_like(p) for p in biases],
     )
-
-
-# An update reads delta as it is: what made it does not matter.
-_PLAIN = LinearConfig()
 
 
 def _train(

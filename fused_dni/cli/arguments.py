@@ -1,17 +1,16 @@
-"""What the commands share: parser, types of arguments, what is refused before work begins."""
+"""What commands make of their options, and refuse before work begins."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from fused_dni.cli.command import UsageError as UsageError
 from fused_dni.report import text
 
 if TYPE_CHECKING:
@@ -20,161 +19,41 @@ if TYPE_CHECKING:
 
     from fused_dni.rules import Rule
 
-PROGRAM = "fused-dni"
-ACTIVATIONS = (
-    "identity",
-    "relu",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "tanh",
-    "sigmoid",
-    "softplus",
-    "mish",
-)
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 #: What `verdict` knows by name.
 SEGMENTS = ("linear", "mlp", "block", "conv", "transformer", "lstm", "top")
 
 
-class UsageError(ValueError):
-    """Bad input on the command line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error, with a suggestion for a typo."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            what = "command" if isinstance(action, argparse._SubParsersAction) else "value"
-            names = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(
-                None if what == "command" else action, text.unknown(what, str(value), names)
-            )
-
-    def options(self) -> list[str]:
-        """All options that it knows."""
-        return [option for action in self._actions for option in action.option_strings]
-
-
-# ------------------------------------------------------------------------------- types of arguments
-
-
-def whole(low: int, what: str) -> Callable[[str], int]:
-    def parse(given: str) -> int:
-        try:
-            value = int(given)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(
-                f"{what} must be a whole number from {low} on, got {given!r}"
-            )
-        return value
-
-    return parse
-
-
-def positive(what: str) -> Callable[[str], float]:
-    def parse(given: str) -> float:
-        try:
-            value = float(given)
-        except ValueError:
-            value = -1.0
-        if not 0.0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"{what} must be a positive, finite number, got {given!r}"
-            )
-        return value
-
-    return parse
-
-
-def rate(given: str) -> float:
-    try:
-        value = float(given)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a rate must be a finite number from 0 on, got {given!r}")
-    return value
-
-
-def every(given: str) -> int:
-    """k, with 0 for never."""
-    if given == "never":
-        return 0
-    try:
-        value = int(given)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(
-            f"k must be a whole number from 1 on, or 'never', got {given!r}"
-        )
-    return value
-
-
-def sample_shape(given: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in given.lower().split("x"))
-    except ValueError:
-        shape = ()
-    if len(shape) < 2 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(
-            f"a sample's shape looks like 64x784, batch first, got {given!r}"
-        )
-    return shape
-
-
-def device_name(given: str) -> str:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", given) is None:
-        raise argparse.ArgumentTypeError(f"unknown device {given!r}: allowed are cpu and cuda[:N]")
-    return given
-
-
-def common(command: argparse.ArgumentParser, *, threads: bool = True) -> None:
-    if threads:
-        command.add_argument(
-            "--threads", type=whole(1, "threads"), help="CPU threads (torch's default otherwise)"
-        )
-    # Also behind the command; SUPPRESS keeps what was given in front of it.
-    command.add_argument(
-        "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-
-
-# ------------------------------------------------------------------------------ what is asked for
-
-
 def rule(name: str) -> Rule:
+    """Make the update rule of that name, with its own rate."""
     from fused_dni.rules import SGD, Adam, AdamW
 
     rules: dict[str, type[Rule]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
     return rules[name]()
 
 
-def refuse(args: argparse.Namespace, names: Sequence[str]) -> None:
-    spelled = {"inputs": "in"}
-    for name in names:
-        if getattr(args, name) is not None:
-            raise UsageError(f"--{spelled.get(name, name)} does not go with {args.what}")
+def refuse(what: str, given: Mapping[str, Any]) -> None:
+    """Refuse options, by their flags, that do not go with ``what``, if they were given."""
+    for flag, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{flag} does not go with {what}")
+
+
+def refuse_number(out: str | None) -> None:
+    """Refuse a number as --out: of output features."""
+    if out is not None and out.isdigit():
+        raise UsageError(
+            f"--out is the file that the JSON goes to, got {out!r}; for output features there "
+            "is --outputs"
+        )
 
 
 def no_factory(spec: str) -> UsageError:
-    """What is wrong with a word that names neither a segment nor a factory."""
+    """Say what is wrong with a word that names neither a segment nor a factory."""
     return UsageError(f"{text.unknown('module', spec, SEGMENTS)}, or package.module:factory")
 
 
 def built(spec: str) -> Any:
-    """What the factory ``package.module:name`` returns, called without arguments."""
+    """Call the factory ``package.module:name`` without arguments and return what it makes."""
     place, colon, name = spec.partition(":")
     if not colon or not place or not name:
         raise no_factory(spec)
@@ -204,31 +83,45 @@ def built(spec: str) -> Any:
         raise UsageError(f"{spec} failed: {message}") from error
 
 
-def factory(spec: str) -> tuple[nn.Module, torch.Tensor | None]:
-    """Module and sample of a factory that returns a module or (module, sample)."""
+def factory(
+    spec: str, shape: tuple[int, ...] | None, *more: str
+) -> tuple[nn.Module, torch.Tensor, list[Any]]:
+    """Get module and sample of a factory that returns a module or (module, sample), and what
+    ``more`` names, as far as it returns that; ``shape`` is of a sample where it brings none."""
     import torch
 
     made = built(spec)
-    sample = None
-    if isinstance(made, tuple) and len(made) == 2:
-        made, sample = made
-    if not isinstance(made, torch.nn.Module):
+    parts = list(made) if isinstance(made, tuple) else [made]
+    if not 1 <= len(parts) <= 2 + len(more) or not isinstance(parts[0], torch.nn.Module):
+        forms = [f"({', '.join(('module', 'sample', *more[:i]))})" for i in range(len(more) + 1)]
+        allowed = ", ".join(["a module", *forms[:-1]])
+        got = f"({', '.join(type(part).__name__ for part in parts)})"
         raise UsageError(
-            f"{spec} must return a module or (module, sample), got {type(made).__name__}"
+            f"{spec} must return {allowed} or {forms[-1]}, got "
+            f"{got if isinstance(made, tuple) else type(made).__name__}"
         )
-    if sample is not None and not isinstance(sample, torch.Tensor):
+    module, sample, *rest = [*parts, None][: max(2, len(parts))]
+    if sample is None:
+        if shape is None:
+            raise UsageError(f"{spec} brings no sample: give --sample, like 64x784")
+        sample = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    elif shape is not None:
+        raise UsageError(f"{spec} brings its own sample: leave --sample out")
+    if not isinstance(sample, torch.Tensor):
         raise UsageError(f"the sample of {spec} must be a tensor, got {type(sample).__name__}")
-    return made, sample
+    return module, sample, rest
 
 
-def set_threads(args: argparse.Namespace) -> None:
-    if args.threads is not None:
+def set_threads(threads: int | None) -> None:
+    """Let torch use so many, if a number was given."""
+    if threads is not None:
         import torch
 
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(threads)
 
 
 def device_named(name: str) -> torch.device:
+    """Make a device, after a look for CUDA."""
     import torch
 
     found = torch.device(name)

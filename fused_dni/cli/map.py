@@ -2,158 +2,117 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fused_dni.cli.arguments import (
+from fused_dni.cli.arguments import device_named, refuse_unwritable, rule, set_threads
+from fused_dni.cli.command import PROGRAM, Measuring
+from fused_dni.cli.output import OutFile, say, warn
+from fused_dni.measure.options import (
+    DEVICE,
     DTYPES,
-    PROGRAM,
-    UsageError,
-    common,
-    device_name,
-    device_named,
-    every,
-    positive,
-    refuse_unwritable,
-    rule,
-    set_threads,
+    EVERY,
+    FILE,
+    FOLDER,
+    INTERFACES,
+    SECONDS,
+    TEXT,
+    UPDATE,
+    one_of,
+    option,
     whole,
 )
-from fused_dni.cli.output import OutFile, say, warn
 
 if TYPE_CHECKING:
     from fused_dni.report import Result
 
 
-def add_map(commands: Any) -> None:
-    made = commands.add_parser(
-        "map",
-        help="the break-even map: batch x width x k x synthesizer",
-        description="Measure one layer (Linear, BatchNorm, ReLU) inside a network by backprop and "
-        "by DNI over a grid of batches, widths and synthesizers, and keep the map in a file. The "
-        "same command goes on where it was stopped; points of other machines, versions or "
-        "settings in the file are kept apart.",
-        epilog="examples:\n"
-        f"  {PROGRAM} map\n"
-        f"  {PROGRAM} map --batches 32 128 --widths 256 512 --synthesizers rank4 --out small.json\n"
-        f"  {PROGRAM} map --merge here.json there.json --out both.json\n"
-        f"  {PROGRAM} report map.json -o map.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = made.add_argument_group("grid")
-    what.add_argument(
-        "--batches",
-        nargs="+",
-        type=whole(2, "a batch"),
-        default=[16, 64, 256],
-        metavar="ROWS",
-        help="(16 64 256)",
-    )
-    what.add_argument(
-        "--widths",
-        nargs="+",
-        type=whole(1, "a width"),
-        default=[64, 128, 256, 512, 1024],
-        metavar="FEATURES",
-        help="(64 128 256 512 1024)",
-    )
-    what.add_argument(
-        "--synthesizers",
-        nargs="+",
-        default=["dense", "rank16", "diagonal"],
-        metavar="KIND",
-        help="dense, rankR or diagonal (dense rank16 diagonal)",
-    )
-    what.add_argument(
-        "--interfaces",
-        nargs="+",
-        default=["output"],
-        metavar="WHERE",
-        help="output or preactivation (output)",
-    )
-    how = made.add_argument_group("method")
-    how.add_argument(
-        "--target-every",
-        nargs="+",
-        type=every,
-        metavar="K",
-        default=[1, 2, 4, 8, 16, 0],
-        help="(1 2 4 8 16 never)",
-    )
-    how.add_argument("--update", choices=("sgd", "adam", "adamw"), default="sgd", help="(sgd)")
-    how.add_argument("--dtype", choices=DTYPES, default="float32")
-    how.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
-    how.add_argument("--backend", help="force a backend of our kernels")
-    how.add_argument(
-        "--seconds", type=positive("seconds"), default=2.5, help="of timing, for each point (2.5)"
-    )
-    out = made.add_argument_group("output")
-    out.add_argument("--out", metavar="FILE", default="map.json", help="the map (map.json)")
-    out.add_argument(
-        "--merge", nargs="+", metavar="FILE", help="measure nothing: join these maps into --out"
-    )
-    out.add_argument("--figures", metavar="DIR", help="write the heat maps into DIR, as SVG")
-    out.add_argument("--json", action="store_true", help="print the map as JSON on stdout")
-    out.add_argument("--quiet", action="store_true", help="no progress")
-    common(made)
-    made.set_defaults(run=_map)
+@dataclass(kw_only=True)
+class Map(Measuring):
+    """Measure one layer (Linear, BatchNorm, ReLU) inside a network by backprop and by DNI over a
+    grid of batches, widths and synthesizers, and keep the map in a file. The same command goes on
+    where it was stopped; points of other machines, versions or settings in the file are kept
+    apart."""
 
+    name = "map"
+    summary = "the break-even map: batch x width x k x synthesizer"
+    epilog = """examples:
+  {program} map
+  {program} map --batches 32 128 --widths 256 512 --synthesizers rank4 --out small.json
+  {program} map --merge here.json there.json --out both.json
+  {program} report map.json -o map.html"""
 
-def _map(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.map import merge
-    from fused_dni.report import as_text, blocks_of, load
-    from fused_dni.report.files import as_json
-
-    out = OutFile("--out", args.out, needed=True)
-    if args.figures is not None:
-        refuse_unwritable(args.figures)
-    if args.merge is not None:
-        found = merge([load(name, "map") for name in args.merge])
-        out.write(as_json(found))
-    else:
-        found = _measured(args, out, command)
-    say(as_json(found).rstrip() if args.json else as_text(blocks_of(found)))
-    out.finish()
-    if args.figures is not None:
-        _draw(found, Path(args.figures))
-    return 0
-
-
-def _measured(args: argparse.Namespace, out: OutFile, command: str) -> Result:
-    import torch
-
-    from fused_dni.measure.map import Settings, make_grid
-    from fused_dni.measure.map.sweep import sweep
-    from fused_dni.ops import registry
-    from fused_dni.report.files import as_json
-    from fused_dni.report.progress import Progress
-
-    set_threads(args)
-    try:
-        points = make_grid(args.batches, args.widths, args.synthesizers, args.interfaces)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if args.backend is not None:
-        registry.get(args.backend)
-    settings = Settings(
-        device=device_named(args.device),
-        dtype=getattr(torch, args.dtype),
-        update=rule(args.update),
-        ks=tuple(dict.fromkeys(k or None for k in args.target_every)),
-        backend=args.backend,
-        seconds=args.seconds,
+    batches: tuple[int, ...] = option((16, 64, 256), whole(2), "rows", group="grid")
+    widths: tuple[int, ...] = option((64, 128, 256, 512, 1024), whole(1), "features")
+    synthesizers: tuple[str, ...] = option(
+        ("dense", "rank16", "diagonal"), TEXT, "dense, rankR or diagonal"
     )
-    progress = Progress(enabled=not args.quiet)
-    with progress:
-        return sweep(
-            points,
-            settings,
-            Path(args.out),
-            progress=progress.update,
-            command=command,
-            keep=lambda found: out.write(as_json(found)),
+    interfaces: tuple[str, ...] = option(("output",), one_of(INTERFACES), "output, preactivation")
+    target_every: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 0), EVERY, "targets on every K-th step", group="method"
+    )
+    update: str = option("sgd", UPDATE, "update rule")
+    dtype: str = option("float32", one_of(DTYPES), "of activations and parameters")
+    device: str = option("cpu", DEVICE, "cpu or cuda")
+    backend: str | None = option(None, TEXT, "force a backend of our kernels")
+    seconds: float = option(2.5, SECONDS, "of timing, for each point")
+    out: str = option("map.json", FILE, "the map", group="output")
+    merge: tuple[str, ...] | None = option(
+        None, FILE, "measure nothing: join these maps into --out", several="+"
+    )
+    figures: str | None = option(None, FOLDER, "write the heat maps into DIR, as SVG")
+
+    def run(self, command: str) -> int:
+        from fused_dni.measure.map import merge
+        from fused_dni.report import as_text, blocks_of, load
+        from fused_dni.report.files import as_json
+
+        set_threads(self.threads)
+        out = OutFile("--out", self.out, needed=True)
+        if self.figures is not None:
+            refuse_unwritable(self.figures)
+        if self.merge is not None:
+            found = merge([load(name, "map") for name in self.merge])
+            out.write(as_json(found))
+        else:
+            found = self._measured(out, command)
+        say(as_json(found).rstrip() if self.json else as_text(blocks_of(found)))
+        out.finish()
+        if self.figures is not None:
+            _draw(found, Path(self.figures))
+        return 0
+
+    def _measured(self, out: OutFile, command: str) -> Result:
+        import torch
+
+        from fused_dni.measure.map import Settings, make_grid
+        from fused_dni.measure.map.sweep import sweep
+        from fused_dni.ops import registry
+        from fused_dni.report.files import as_json
+        from fused_dni.report.progress import Progress
+
+        points = make_grid(self.batches, self.widths, self.synthesizers, self.interfaces)
+        if self.backend is not None:
+            registry.get(self.backend)
+        settings = Settings(
+            device=device_named(self.device),
+            dtype=getattr(torch, self.dtype),
+            update=rule(self.update),
+            ks=tuple(k or None for k in self.target_every),
+            backend=self.backend,
+            seconds=self.seconds,
         )
+        progress = Progress(enabled=not self.quiet)
+        with progress:
+            return sweep(
+                points,
+                settings,
+                Path(self.out),
+                progress=progress.update,
+                command=command,
+                keep=lambda found: out.write(as_json(found)),
+            )
 
 
 def _draw(report: Result, folder: Path) -> None:

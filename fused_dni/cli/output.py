@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_dni.cli.arguments import PROGRAM, UsageError
+from fused_dni.cli.command import PROGRAM, UsageError
 from fused_dni.report.errors import WriteError
 from fused_dni.report.files import try_file, unwritten, write_text
 
@@ -149,7 +149,7 @@ class OutFile:
 
 
 def unfinished(path: str, kind: str) -> Result:
-    """The report that a run goes on with.
+    """Read the report that a run goes on with.
 
     Raises:
         ReportError: it is none, or lacks something.
@@ -175,18 +175,22 @@ def resumable(out: OutFile) -> Iterator[None]:
         ) from None
 
 
-def say_verdict(found: Any, as_json: bool, out: OutFile, plot: OutFile, figure: Any) -> None:
+def say_verdict(
+    found: Any, as_json: bool, out: OutFile, plot: OutFile | None = None, figure: Any = None
+) -> None:
     """Print a verdict, for a reader or for a machine, and write its JSON and its figure."""
     out.write(found.to_json() + "\n")
-    plot.save(figure.save)
+    if plot is not None:
+        plot.save(figure.save)
+    files = [file for file in (plot, out) if file is not None]
     if as_json:
         say(found.to_json())
     else:
         say(f"{found.table()}\n\n{found.sentence()}")
-        for file in (plot, out):
+        for file in files:
             if file.written is not None:
                 say(f"\n{file.written}")
-    for file in (out, plot):
+    for file in reversed(files):
         file.finish()
 
 

@@ -13,32 +13,64 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from fused_dni.cli import (
-    advise,
-    compare,
-    delay,
-    pipeline,
-    profile,
-    race,
-    report,
-    rivals,
-    simulate,
-    training,
-    tune,
-    verdict,
-    verdict_link,
-    verdict_top,
-)
-from fused_dni.cli import map as map_command
-from fused_dni.cli.arguments import PROGRAM, Parser, UsageError, common
+from fused_dni.cli.advise import Advise
+from fused_dni.cli.command import PROGRAM, Command, Parser, UsageError, add, read
+from fused_dni.cli.compare import Compare
+from fused_dni.cli.map import Map
 from fused_dni.cli.output import any_terminal, flush, say, warn
+from fused_dni.cli.pipeline import TrainPipeline
+from fused_dni.cli.profile import Profile
+from fused_dni.cli.race import Race
+from fused_dni.cli.report import Report
+from fused_dni.cli.rivals import Delay, Interfaces, Rivals
+from fused_dni.cli.simulate import Simulate
+from fused_dni.cli.training import Demo, Train, TrainCharacters, TrainCopy, TrainRepeatCopy
+from fused_dni.cli.tune import Tune
+from fused_dni.cli.verdict import Verdict, VerdictLSTM
+from fused_dni.cli.verdict_link import VerdictLink
+from fused_dni.cli.verdict_top import VerdictTop
+from fused_dni.measure.options import option
 from fused_dni.report import text
 from fused_dni.report.loaded import printable
 
 
-def parser() -> Parser:
-    """The command line."""
+@dataclass(kw_only=True)
+class Env(Command):
+    """Print what a bug report needs: versions, backends and for each why it can or cannot serve,
+    thread pools, compilers, GPU."""
+
+    name = "env"
+    summary = "what a bug report needs: versions, backends, threads, compilers, GPU"
+
+    json: bool = option(False, help="as JSON")
+    left_out: bool = option(False, help="only what the installation left out, and how to get it")
+
+    def run(self, command: str) -> int:
+        from fused_dni.measure.environment import format_report, left_out, report
+
+        if self.left_out:
+            for line in left_out():
+                say(line)
+            return 0
+        found = report()
+        say(json.dumps(found, indent=1) if self.json else format_report(found))
+        return 0
+
+
+COMMANDS: tuple[type[Command], ...] = (
+    *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
+    *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainPipeline),
+    *(Tune, Map, Compare, Rivals, Interfaces, Delay, Race, Simulate, Profile, Report, Env),
+)
+#: Commands of two words.
+TWO_WORDS = tuple(made.name for made in COMMANDS if " " in made.name)
+
+
+def parser(*names: str) -> Parser:
+    """Make argparse's parser of the command line; where commands are named, only they have their
+    options, which takes a fifth of the time."""
     top = Parser(
         prog=PROGRAM,
         description="Decoupled neural interfaces: layers that learn from synthetic gradients, "
@@ -48,59 +80,9 @@ def parser() -> Parser:
     top.add_argument("--version", action="store_true", help="print the version and stop")
     top.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    training.add_demo(commands)
-    verdict.add_verdict(commands)
-    verdict.add_verdict_lstm(commands)
-    verdict_top.add_verdict_top(commands)
-    verdict_link.add_verdict_link(commands)
-    advise.add_advise(commands)
-    training.add_train(commands)
-    for task in training.RECURRENT:
-        training.add_recurrent(commands, task)
-    pipeline.add_pipeline(commands)
-    tune.add_tune(commands)
-    map_command.add_map(commands)
-    compare.add_compare(commands)
-    rivals.add_rivals(commands)
-    rivals.add_interfaces(commands)
-    delay.add_delay(commands)
-    race.add_race(commands)
-    simulate.add_simulate(commands)
-    profile.add_profile(commands)
-    report.add_report(commands)
-    env = commands.add_parser(
-        "env",
-        help="what a bug report needs: versions, backends, threads, compilers, GPU",
-        description="Print what a bug report needs: versions, backends and for each why it can or "
-        "cannot serve, thread pools, compilers, GPU.",
-    )
-    env.add_argument("--json", action="store_true", help="as JSON")
-    env.add_argument(
-        "--left-out",
-        action="store_true",
-        help="only what the installation left out, and how to get it",
-    )
-    common(env, threads=False)
-    env.set_defaults(run=_env)
-    # What a command refuses before anything is imported, and whether it needs PyTorch to run.
-    for command in {id(made): made for made in commands.choices.values()}.values():
-        command.set_defaults(
-            check=command.get_default("check"),
-            needs_library=command.get_default("needs_library") is not False,
-        )
+    for made in COMMANDS:
+        add(commands, made, not names or made.name in names)
     return top
-
-
-def _env(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.environment import format_report, left_out, report
-
-    if args.left_out:
-        for line in left_out():
-            say(line)
-        return 0
-    found = report()
-    say(json.dumps(found, indent=1) if args.json else format_report(found))
-    return 0
 
 
 def _version() -> str:
@@ -112,19 +94,17 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    top = parser()
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     words = list(argv)
     behind: list[str] = []  # what `profile` runs, and nothing of ours
     if "profile" in words[:2] and "--" in words:
         cut = words.index("--")
         words, behind = words[:cut], words[cut + 1 :]
     for i, (word, following) in enumerate(itertools.pairwise(words)):
-        if (word == "train" and following in (*training.RECURRENT, "pipeline")) or (
-            word == "verdict" and following in ("lstm", "top", "link")
-        ):
+        if f"{word} {following}" in TWO_WORDS:
             words[i : i + 2] = [f"{word} {following}"]
             break
+    top = parser("", *words)
     args, extra = top.parse_known_args(words)
     if extra:
         known: Parser = top
@@ -138,8 +118,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             text.unknown(what, given, allowed) if allowed else f"unexpected argument {given!r}"
         )
         raise UsageError(f"{message} (see {known.prog} --help)")
-    args.behind = behind
-    return args
+    return args, behind
 
 
 #: Options whose value is a path of the reader's.
@@ -147,7 +126,7 @@ _PATHS = ("--data", "--checkpoint", "--out", "--plot", "--figures", "--check")
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The command as it goes into a report: without the reader's folders."""
+    """Write the command as it goes into a report: without the reader's folders."""
     words, hide = [], False
     for word in argv:
         words.append("DIR" if hide else printable(word))
@@ -206,7 +185,7 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[], None] | None =
     status = [0]
     with any_terminal(), _as_one_line(debug, status):
         try:
-            args = _parse(given)
+            args, behind = _parse(given)
         except SystemExit as stop:  # --help
             return int(stop.code or 0)
         except UsageError as error:
@@ -217,9 +196,9 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[], None] | None =
         elif args.command is None:
             parser().print_help()
         else:
-            if args.check is not None:
-                args.check(args)
-            if load is not None and args.needs_library:
+            command = read(args, behind)
+            command.check()
+            if load is not None and command.needs_library:
                 load()
-            status[0] = args.run(args, _command(given))
+            status[0] = command.run(_command(given))
     return status[0]

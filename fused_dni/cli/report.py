@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fused_dni.cli.arguments import PROGRAM, UsageError, common
+from fused_dni.cli.command import Command, UsageError
 from fused_dni.cli.output import OutFile, say
+from fused_dni.measure.options import FILE, option
 
 if TYPE_CHECKING:
     from fused_dni.report import Block, Result
@@ -16,56 +17,53 @@ if TYPE_CHECKING:
 FORMATS = (".html", ".md")
 
 
-def add_report(commands: Any) -> None:
-    report = commands.add_parser(
-        "report",
-        help="a page of HTML, Markdown or text from a measurement's JSON",
-        description="Make a readable report from the JSON that a command wrote: one HTML page with "
-        "its figures inside, Markdown with its figures beside it, or text on the terminal.",
-        epilog=f"example:\n  {PROGRAM} verdict mlp --json > mlp.json\n"
-        f"  {PROGRAM} report mlp.json -o mlp.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    report.add_argument("file", metavar="FILE.json", help="what a command wrote")
-    report.add_argument(
-        "-o", "--output", metavar="FILE", help="page to write, .html or .md (text on stdout)"
-    )
-    report.add_argument(
-        "--json", action="store_true", help="say as JSON what was read and which files were written"
-    )
-    report.add_argument("--quiet", action="store_true", help="do not name the files written")
-    common(report, threads=False)
-    report.set_defaults(run=_report, needs_library=False)
+@dataclass(kw_only=True)
+class Report(Command):
+    """Make a readable report from the JSON that a command wrote: one HTML page with its figures
+    inside, Markdown with its figures beside it, or text on the terminal."""
 
+    name = "report"
+    summary = "a page of HTML, Markdown or text from a measurement's JSON"
+    needs_library = False
+    epilog = """example:
+  {program} verdict mlp --json > mlp.json
+  {program} report mlp.json -o mlp.html"""
 
-def _report(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.report import as_text, blocks_of, drawable, load
-    from fused_dni.report.errors import WriteError
+    file: str = option(MISSING, FILE, "what a command wrote", place=True)
+    output: str | None = option(
+        None, FILE, "page to write, .html or .md (text on stdout)", short="-o"
+    )
+    json: bool = option(False, help="say as JSON what was read and which files were written")
+    quiet: bool = option(False, help="do not name the files written")
 
-    page = None if args.output is None else _page(args.output)
-    found = load(args.file)
-    blocks = blocks_of(found)
-    if page is None:
-        if args.json:
-            say(json.dumps({"kind": found["kind"], "version": found["version"], "files": []}))
-        else:
+    def run(self, command: str) -> int:
+        from fused_dni.report import as_text, blocks_of, drawable, load
+        from fused_dni.report.errors import WriteError
+
+        page = None if self.output is None else _page(self.output)
+        found = load(self.file)
+        blocks = blocks_of(found)
+        if page is None:
+            if self.json:
+                say(json.dumps({"kind": found["kind"], "version": found["version"], "files": []}))
+            else:
+                say(as_text(blocks))
+            return 0
+        try:
+            files = _write(page, drawable(blocks), found)
+        except WriteError:
             say(as_text(blocks))
+            raise
+        if self.json:
+            named = [str(path) for path in files]
+            say(json.dumps({"kind": found["kind"], "version": found["version"], "files": named}))
+        elif not self.quiet:
+            say("\n".join(map(str, files)))
         return 0
-    try:
-        files = _write(page, drawable(blocks), found)
-    except WriteError:
-        say(as_text(blocks))
-        raise
-    if args.json:
-        named = [str(path) for path in files]
-        say(json.dumps({"kind": found["kind"], "version": found["version"], "files": named}))
-    elif not args.quiet:
-        say("\n".join(map(str, files)))
-    return 0
 
 
 def _page(given: str) -> Path:
-    """Where the page goes; refused before anything is read."""
+    """Say where the page goes; it is refused before anything is read."""
     page = Path(given)
     if page.suffix not in FORMATS:
         raise UsageError(f"--output must end in {' or '.join(FORMATS)}, got {given!r}")
@@ -76,7 +74,7 @@ def _page(given: str) -> Path:
 
 
 def _write(page: Path, blocks: list[Block], report: Result) -> list[Path]:
-    """The page and, of Markdown, the figures that lie beside it."""
+    """Write the page and, of Markdown, the figures that lie beside it."""
     from fused_dni.report import Figure, as_markdown
     from fused_dni.report.errors import WriteError
     from fused_dni.report.files import unwritten, write_text

@@ -2,271 +2,270 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fused_dni.cli import units
-from fused_dni.cli.arguments import (
-    PROGRAM,
-    UsageError,
-    built,
-    common,
-    every,
-    positive,
-    set_threads,
+from fused_dni.cli.arguments import built, set_threads
+from fused_dni.cli.command import Measuring, UsageError
+from fused_dni.cli.output import OutFile, say_report
+from fused_dni.measure.options import (
+    EVERY,
+    FACTORY,
+    FILE,
+    SECONDS,
+    SHARE,
+    SIZE,
+    SPAN,
+    SPEED,
+    TEXT,
+    TIME,
+    TIME_OR_SHARE,
+    number,
+    one_of,
+    option,
     whole,
 )
-from fused_dni.cli.output import OutFile, say_report
 
 if TYPE_CHECKING:
     from fused_dni.measure.simulate import Settings, Times
 
-#: Times of a stage, with what each of them is by default.
-TIMES = (
-    ("forward", "forward pass"),
-    ("backward", "backward pass"),
-    ("weight", "the weights' part of it (half of it)"),
-    ("optimizer", "an update of the parameters (0)"),
-    ("dni", "a DNI step without target (forward + backward + optimizer + forward / 10)"),
-    ("target", "what a target adds to it (0)"),
-    ("lesson", "a synthesizer's lesson (forward / 20)"),
-    ("local", "a step by a local loss (forward + backward + optimizer)"),
-)
-
+#: Options that are times of a stage.
+TIMES = ("forward", "backward", "weight", "optimizer", "dni", "target", "lesson", "local")
 #: Of --run: numbers of processes, and seconds one way.
 RUN_STAGES, RUN_LATENCIES = (2, 4), (0.0, 0.02, 0.1)
+#: Options that say how modes are run.
+MODE_OPTIONS = (
+    *("microbatches", "window", "buffer", "target_every", "max_age"),
+    *("local_steps", "late_receives", "steps", "seed"),
+)
 
 
-def add_simulate(commands: Any) -> None:
-    command = commands.add_parser(
-        "simulate",
-        help="training on N devices: who waits for whom, at which latency",
-        description="Simulate training on a chain of N stages by GPipe, 1F1B, zero-bubble, "
-        "PipeDream-2BW, stale gradients, DNI and local losses, and on N replicas by data parallel "
-        "and DiLoCo: throughput, utilisation, bytes and ages over the latency and over N, and from "
-        "which latency on each is ahead. Times of a stage are given, measured by --measure, or "
-        "those of eight times Linear, BatchNorm, ReLU of 512 at a batch of 256.",
-        epilog="A factory for --measure is called without arguments and returns (stages, batch, "
-        "loss): a list of\nmodules, a function that returns (x, target), and one of the last "
-        "output and the target.\n\n"
-        "examples:\n"
-        f"  {PROGRAM} simulate --forward 4ms --backward 8ms --stages 8\n"
-        f"  {PROGRAM} simulate --measure package.module:factory --jitter 10% --out sim.json\n"
-        f"  {PROGRAM} simulate --chains 10 100 1000 --latency 20ms --modes 1f1b dni\n"
-        f"  {PROGRAM} simulate --check measured.json\n"
-        f"  {PROGRAM} report sim.json -o sim.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(kw_only=True)
+class Simulate(Measuring):
+    """Simulate training on a chain of N stages by GPipe, 1F1B, zero-bubble, PipeDream-2BW, stale
+    gradients, DNI and local losses, and on N replicas by data parallel and DiLoCo: throughput,
+    utilisation, bytes and ages over the latency and over N, and from which latency on each is
+    ahead. Times of a stage are given, measured by --measure, or those of eight times Linear,
+    BatchNorm, ReLU of 512 at a batch of 256."""
+
+    name = "simulate"
+    summary = "training on N devices: who waits for whom, at which latency"
+    epilog = """A factory for --measure is called without arguments and returns (stages, batch,
+loss): a list of modules, a function that returns (x, target), and one of the last
+output and the target.
+
+examples:
+  {program} simulate --forward 4ms --backward 8ms --stages 8
+  {program} simulate --measure package.module:factory --jitter 10% --out sim.json
+  {program} simulate --chains 10 100 1000 --latency 20ms --modes 1f1b dni
+  {program} simulate --check measured.json
+  {program} report sim.json -o sim.html"""
+
+    stages: int = option(4, whole(1), "while the latency varies", group="sweep")
+    latencies: tuple[float, ...] | None = option(None, TIME, "one way (0 to 200ms)", several="+")
+    chains: tuple[int, ...] | None = option(
+        None, whole(1), "numbers of stages (2 to 64)", several="+"
     )
-    what = command.add_argument_group("sweep")
-    what.add_argument("--stages", type=whole(1, "stages"), default=4, metavar="N",
-                      help="while the latency varies (4)")  # fmt: skip
-    what.add_argument("--latencies", nargs="+", type=units.time("a latency"), metavar="TIME",
-                      help="one way (0 to 200ms)")  # fmt: skip
-    what.add_argument("--chains", nargs="+", type=whole(1, "stages"), metavar="N",
-                      help="numbers of stages (2 to 64)")  # fmt: skip
-    what.add_argument("--latency", type=units.time("a latency"), default=0.02, metavar="TIME",
-                      help="while the number of stages varies (20ms)")  # fmt: skip
-    what.add_argument("--modes", nargs="+", metavar="MODE", help="of these (all)")
-    stage = command.add_argument_group("a stage, for one microbatch")
-    stage.add_argument("--measure", metavar="FACTORY", help="package.module:factory: measure it")
-    stage.add_argument("--seconds", type=positive("seconds"), default=2.0,
-                       help="of measuring, for each stage (2)")  # fmt: skip
-    for name, meaning in TIMES:
-        stage.add_argument(f"--{name}", type=units.time(name), metavar="TIME", help=meaning)
-    stage.add_argument("--rows", type=whole(1, "rows"), help="of a microbatch (256)")
-    for name, meaning in (
-        ("forward-bytes", "of a message forward (512KiB)"),
-        ("backward-bytes", "of a message back (512KiB)"),
-        ("parameter-bytes", "of a stage's parameters, for replicas (8.4MB)"),
-    ):
-        stage.add_argument(f"--{name}", type=units.size(name), metavar="SIZE", help=meaning)
-    link = command.add_argument_group("links and disturbances")
-    link.add_argument("--latency-back", type=units.time("a latency"), metavar="TIME",
-                      help="of the way back (as forward)")  # fmt: skip
-    for name in ("bandwidth", "bandwidth-back"):
-        link.add_argument(f"--{name}", type=units.rate(name), metavar="RATE",
-                          help="like 10Gbit/s (no limit)" if name == "bandwidth"
-                          else "(as forward)")  # fmt: skip
-    link.add_argument("--jitter", type=units.time_or_share("jitter"), default=(0.0, 0.0),
-                      metavar="TIME", help="mean of what a message takes longer at random, or "
-                      "10%% for a share of the latency (0)")  # fmt: skip
-    link.add_argument("--jitter-shape", default="exponential",
-                      choices=("exponential", "uniform", "lognormal"),
-                      help="(exponential)")  # fmt: skip
-    link.add_argument("--straggler-factor", type=positive("factor"), default=1.0, metavar="X",
-                      help="how many times as slow stages are now and then (1)")  # fmt: skip
-    link.add_argument("--straggler-share", type=units.percent("share"), default=0.05,
-                      metavar="SHARE", help="of the time (5%%)")  # fmt: skip
-    link.add_argument("--straggler-spell", type=units.time("a spell", positive=True), default=1.0,
-                      metavar="TIME", help="mean length (1s)")  # fmt: skip
-    link.add_argument("--straggler-stage", type=whole(0, "a stage"), metavar="INDEX",
-                      help="this one alone (all)")  # fmt: skip
-    link.add_argument("--fail-every", type=units.time("fail-every", positive=True), metavar="TIME",
-                      help="mean time between two failures of a device (never)")  # fmt: skip
-    link.add_argument("--restart", type=units.time("restart"), default=60.0, metavar="TIME",
-                      help="until it works again (1min)")  # fmt: skip
-    link.add_argument("--checkpoint", type=units.time("checkpoint"), default=600.0, metavar="TIME",
-                      help="between two checkpoints (10min)")  # fmt: skip
-    how = command.add_argument_group("modes")
-    how.add_argument("--microbatches", type=whole(1, "microbatches"), metavar="M",
-                     help="of an update, of GPipe, 1F1B, zero-bubble, 2BW and data parallel "
-                     "(four a stage)")  # fmt: skip
-    how.add_argument("--window", type=whole(1, "a window"), metavar="W",
-                     help="microbatches under way with stale gradients (what the way there "
-                     "and back takes, to 64 or two a stage)")  # fmt: skip
-    how.add_argument("--buffer", type=whole(1, "a buffer"), default=64, metavar="MESSAGES",
-                     help="between two stages, of DNI and local losses (64)")  # fmt: skip
-    how.add_argument("--target-every", type=every, default=1, metavar="K",
-                     help="microbatches for one target, of DNI (1)")  # fmt: skip
-    how.add_argument("--max-age", type=whole(0, "an age"), metavar="STEPS",
-                     help="beyond which a target is dropped (never)")  # fmt: skip
-    how.add_argument("--local-steps", type=whole(1, "steps"), default=100, metavar="H",
-                     help="between two averages, of DiLoCo (100)")  # fmt: skip
-    how.add_argument("--late-receives", action="store_true",
-                     help="exact modes ask for a message when they need it, as torch's schedules "
-                     "on gloo do")  # fmt: skip
-    how.add_argument("--steps", type=whole(1, "steps"), default=200,
-                     help="microbatches measured at least (200)")  # fmt: skip
-    how.add_argument("--seed", type=whole(0, "a seed"), default=0, help="(0)")
-    out = command.add_argument_group("output")
-    out.add_argument("--check", metavar="FILE", dest="measured",
-                     help="JSON of measured throughputs to hold the "
-                     "model against (docs/simulate.md)")  # fmt: skip
-    out.add_argument("--run", type=positive("seconds"), metavar="SECONDS", dest="paced",
-                     help="run pipelines of 2 and 4 processes that sleep for the stages' times, "
-                     "so long for each mode and latency of 0, 20 and 100 ms, and hold the model "
-                     "against them")  # fmt: skip
-    out.add_argument("--out", metavar="FILE", help="write the report as JSON")
-    out.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
-    out.add_argument("--quiet", action="store_true", help="no progress")
-    common(command)
-    command.set_defaults(run=_simulate)
+    latency: float = option(0.02, TIME, "while the number of stages varies")
+    modes: tuple[str, ...] | None = option(None, TEXT, "of these (all)", several="+")
 
-
-def _simulate(args: argparse.Namespace, command: str) -> int:
-    from fused_dni.measure.simulate import MODES, check, sweep
-    from fused_dni.measure.simulate.sweep import LATENCIES, STAGES
-    from fused_dni.report.files import as_json
-    from fused_dni.report.progress import Progress
-
-    if args.target_every == 0:
-        raise UsageError("--target-every never is --modes local: DNI learns from targets")
-    out = OutFile("--out", args.out)
-    measured_rows = None if args.measured is None else check.read(args.measured)
-    set_threads(args)
-    progress = Progress(enabled=not args.quiet)
-    with progress:
-        times, measured = _times(args, progress)
-        settings = _settings(args, times, measured)
-        checked = None if measured_rows is None else check.compare(measured_rows, settings)
-        report = sweep(
-            settings,
-            stages=args.stages,
-            latencies=LATENCIES if args.latencies is None else args.latencies,
-            chains=STAGES if args.chains is None else args.chains,
-            modes=args.modes or tuple(MODES),
-            measured=measured,
-            progress=progress.update,
-            command=command,
-        )
-        if args.paced is not None:
-            checked = [*(checked or []), *_run(args, settings, progress)]
-    report.body["checked"] = checked
-    out.write(as_json(report))
-    say_report(report, args.json)
-    out.finish()
-    return 0
-
-
-def _run(args: argparse.Namespace, settings: Settings, progress: Any) -> list[dict[str, Any]]:
-    """Pipelines of processes that sleep, beside what was simulated of them."""
-    from dataclasses import replace
-
-    from fused_dni.measure.simulate import Case, paced
-
-    found = []
-    modes = [name for name in paced.RUNTIME if name in (args.modes or paced.RUNTIME)]
-    for stages in RUN_STAGES if modes else ():
-        cases = [
-            Case(stages, replace(settings, link=replace(settings.link, latency=latency)))
-            for latency in RUN_LATENCIES
-        ]
-        runs = [paced.asked(mode, case, args.paced) for case in cases for mode in modes]
-
-        def tell(share: float, what: str = f"running {stages} processes") -> None:
-            progress.update(what, share)
-
-        found += paced.measure(runs, tell)
-    return found
-
-
-def _times(args: argparse.Namespace, progress: Any) -> tuple[Times, dict[str, Any] | None]:
-    """The times of a stage, and what they were measured on."""
-    from fused_dni.measure.simulate import Times
-    from fused_dni.measure.simulate.settings import TRIAL
-
-    given = {name: getattr(args, name) for name, _ in TIMES if getattr(args, name) is not None}
-    if args.measure is not None:
-        from fused_dni.measure.simulate.calibrate import calibrate
-
-        if given:
-            raise UsageError(f"--{next(iter(given))} does not go with --measure")
-        if ":" not in args.measure:
-            raise UsageError(f"--measure takes package.module:factory, got {args.measure!r}")
-        found = calibrate(
-            built(args.measure),
-            args.measure,
-            seconds=args.seconds,
-            progress=lambda share: progress.update("measuring", share),
-        )
-        return found.times, found.to_json()
-    if not given:
-        return TRIAL, None
-    for name in ("forward", "backward"):
-        if name not in given:
-            raise UsageError(f"--{name} is missing: forward and backward are given together")
-    try:
-        return Times.of(**given), None
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-
-
-def _settings(args: argparse.Namespace, times: Times, measured: dict[str, Any] | None) -> Settings:
-    from fused_dni.measure.simulate import Failures, Link, Settings, Stragglers
-
-    sizes: dict[str, Any] = {}
-    for name in ("rows", "forward_bytes", "backward_bytes", "parameter_bytes"):
-        if getattr(args, name) is not None:
-            sizes[name] = getattr(args, name)
-        elif measured is not None:
-            sizes[name] = measured[name]
-    if args.straggler_factor < 1.0:
-        raise UsageError(f"--straggler-factor must be from 1 on, got {args.straggler_factor:g}")
-    jitter, share = args.jitter
-    return Settings(
-        times=times,
-        link=Link(
-            latency=args.latency,
-            latency_back=args.latency_back,
-            bandwidth=math.inf if args.bandwidth is None else args.bandwidth,
-            bandwidth_back=args.bandwidth_back,
-            jitter=jitter,
-            jitter_share=share,
-            shape=args.jitter_shape,
-        ),
-        stragglers=Stragglers(
-            args.straggler_factor, args.straggler_share, args.straggler_spell, args.straggler_stage
-        ),
-        failures=Failures(args.fail_every, args.restart, args.checkpoint),
-        microbatches=args.microbatches,
-        window=args.window,
-        buffer=args.buffer,
-        target_every=args.target_every,
-        max_age=args.max_age,
-        local_steps=args.local_steps,
-        late_receives=args.late_receives,
-        steps=args.steps,
-        seed=args.seed,
-        **sizes,
+    measure: str | None = option(
+        None, FACTORY, "package.module:factory: measure it", group="a stage, for one microbatch"
     )
+    seconds: float = option(2.0, SECONDS, "of measuring, for each stage")
+    forward: float | None = option(None, TIME, "forward pass")
+    backward: float | None = option(None, TIME, "backward pass")
+    weight: float | None = option(None, TIME, "the weights' part of it (half of it)")
+    optimizer: float | None = option(None, TIME, "an update of the parameters (0)")
+    dni: float | None = option(
+        None, TIME, "a DNI step without target (forward + backward + optimizer + forward / 10)"
+    )
+    target: float | None = option(None, TIME, "what a target adds to it (0)")
+    lesson: float | None = option(None, TIME, "a synthesizer's update (forward / 20)")
+    local: float | None = option(
+        None, TIME, "a step by a local loss (forward + backward + optimizer)"
+    )
+    rows: int | None = option(None, whole(1), "of a microbatch (256)")
+    forward_bytes: float | None = option(None, SIZE, "of a message forward (512KiB)")
+    backward_bytes: float | None = option(None, SIZE, "of a message back (512KiB)")
+    parameter_bytes: float | None = option(
+        None, SIZE, "of a stage's parameters, for replicas (8.4MB)"
+    )
+
+    latency_back: float | None = option(
+        None, TIME, "of the way back (as forward)", group="links and disturbances"
+    )
+    bandwidth: float | None = option(None, SPEED, "like 10Gbit/s (no limit)")
+    bandwidth_back: float | None = option(None, SPEED, "(as forward)")
+    jitter: tuple[float, float] = option(
+        (0.0, 0.0),
+        TIME_OR_SHARE,
+        "mean of what a message takes longer at random, or 10% for a share of the latency",
+    )
+    jitter_shape: str = option(
+        "exponential", one_of(("exponential", "uniform", "lognormal")), "distribution"
+    )
+    straggler_factor: float = option(
+        1.0, number(1.0), "how many times as slow stages are now and then"
+    )
+    straggler_share: float = option(0.05, SHARE, "of the time")
+    straggler_spell: float = option(1.0, SPAN, "mean length")
+    straggler_stage: int | None = option(None, whole(0), "index of this one alone (all)")
+    fail_every: float | None = option(
+        None, SPAN, "mean time between two failures of a device (never)"
+    )
+    restart: float = option(60.0, TIME, "until it works again")
+    checkpoint: float = option(600.0, TIME, "between two checkpoints")
+
+    microbatches: int | None = option(
+        None,
+        whole(1),
+        "of an update, of GPipe, 1F1B, zero-bubble, 2BW and data parallel (four a stage)",
+        group="modes",
+    )
+    window: int | None = option(
+        None,
+        whole(1),
+        "microbatches under way with stale gradients (what the way there and back takes, to 64 or "
+        "two a stage)",
+    )
+    buffer: int = option(64, whole(1), "messages between two stages, of DNI and local losses")
+    target_every: int = option(1, EVERY, "microbatches for one target, of DNI")
+    max_age: int | None = option(None, whole(0), "steps beyond which a target is dropped (never)")
+    local_steps: int = option(100, whole(1), "between two averages, H of DiLoCo")
+    late_receives: bool = option(
+        False,
+        help="exact modes ask for a message when they need it, as torch's schedules on gloo do",
+    )
+    steps: int = option(200, whole(1), "microbatches measured at least")
+    seed: int = option(0, whole(0), "of all random numbers")
+
+    paced: float | None = option(
+        None,
+        SECONDS,
+        "run pipelines of 2 and 4 processes that sleep for the stages' times, so long for each "
+        "mode and latency of 0, 20 and 100 ms, and hold the model against them",
+        flag="run",
+        group="output",
+    )
+    check_against: str | None = option(
+        None,
+        FILE,
+        "JSON of measured throughputs to hold the model against (docs/simulate.md)",
+        flag="check",
+        group="output",
+    )
+
+    def run(self, command: str) -> int:
+        from fused_dni.measure.simulate import MODES, check, sweep
+        from fused_dni.measure.simulate.sweep import LATENCIES, STAGES
+        from fused_dni.report.files import as_json
+        from fused_dni.report.progress import Progress
+
+        if self.target_every == 0:
+            raise UsageError("--target-every never is --modes local: DNI learns from targets")
+        out = OutFile("--out", self.out)
+        measured_rows = None if self.check_against is None else check.read(self.check_against)
+        set_threads(self.threads)
+        progress = Progress(enabled=not self.quiet)
+        with progress:
+            times, measured = self._times(progress)
+            settings = self._settings(times, measured)
+            checked = None if measured_rows is None else check.compare(measured_rows, settings)
+            report = sweep(
+                settings,
+                stages=self.stages,
+                latencies=LATENCIES if self.latencies is None else self.latencies,
+                chains=STAGES if self.chains is None else self.chains,
+                modes=self.modes or tuple(MODES),
+                measured=measured,
+                progress=progress.update,
+                command=command,
+            )
+            if self.paced is not None:
+                checked = [*(checked or []), *self._run(self.paced, settings, progress)]
+        report.body["checked"] = checked
+        out.write(as_json(report))
+        say_report(report, self.json)
+        out.finish()
+        return 0
+
+    def _run(self, seconds: float, settings: Settings, progress: Any) -> list[dict[str, Any]]:
+        """Run pipelines of processes that sleep, beside what was simulated of them."""
+        from fused_dni.measure.simulate import Case, paced
+
+        found = []
+        modes = [name for name in paced.RUNTIME if name in (self.modes or paced.RUNTIME)]
+        for stages in RUN_STAGES if modes else ():
+            cases = [
+                Case(stages, replace(settings, link=replace(settings.link, latency=latency)))
+                for latency in RUN_LATENCIES
+            ]
+            runs = [paced.asked(mode, case, seconds) for case in cases for mode in modes]
+
+            def tell(share: float, what: str = f"running {stages} processes") -> None:
+                progress.update(what, share)
+
+            found += paced.measure(runs, tell)
+        return found
+
+    def _times(self, progress: Any) -> tuple[Times, dict[str, Any] | None]:
+        """Get the times of a stage, and what they were measured on."""
+        from fused_dni.measure.simulate import Times
+        from fused_dni.measure.simulate.settings import TRIAL
+
+        given = {name: getattr(self, name) for name in TIMES if getattr(self, name) is not None}
+        if self.measure is not None:
+            from fused_dni.measure.simulate.calibrate import calibrate
+
+            if given:
+                raise UsageError(f"--{next(iter(given))} does not go with --measure")
+            found = calibrate(
+                built(self.measure),
+                self.measure,
+                seconds=self.seconds,
+                progress=lambda share: progress.update("measuring", share),
+            )
+            return found.times, found.to_json()
+        if not given:
+            return TRIAL, None
+        for name in ("forward", "backward"):
+            if name not in given:
+                raise UsageError(f"--{name} is missing: forward and backward are given together")
+        try:
+            return Times.of(**given), None
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
+
+    def _settings(self, times: Times, measured: dict[str, Any] | None) -> Settings:
+        from fused_dni.measure.simulate import Failures, Link, Settings, Stragglers
+
+        sizes: dict[str, Any] = {}
+        for name in ("rows", "forward_bytes", "backward_bytes", "parameter_bytes"):
+            if getattr(self, name) is not None:
+                sizes[name] = getattr(self, name)
+            elif measured is not None:
+                sizes[name] = measured[name]
+        jitter, share = self.jitter
+        return Settings(
+            times=times,
+            link=Link(
+                latency=self.latency,
+                latency_back=self.latency_back,
+                bandwidth=math.inf if self.bandwidth is None else self.bandwidth,
+                bandwidth_back=self.bandwidth_back,
+                jitter=jitter,
+                jitter_share=share,
+                shape=self.jitter_shape,
+            ),
+            stragglers=Stragglers(
+                self.straggler_factor,
+                self.straggler_share,
+                self.straggler_spell,
+                self.straggler_stage,
+            ),
+            failures=Failures(self.fail_every, self.restart, self.checkpoint),
+            **{name: getattr(self, name) for name in MODE_OPTIONS},
+            **sizes,
+        )

@@ -33,7 +33,7 @@ class Stateful(Protocol):
     """What has a state beside the stage and its optimizers: a scheduler, a Schedule."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state: the same keys at all times."""
+        """Return the state: the same keys at all times."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
@@ -122,7 +122,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}" / f"stage-{self.pipeline.rank}"
 
     def _saved(self) -> list[int]:
-        """The steps of which this stage has a checkpoint, in order."""
+        """Return the steps of which this stage has a checkpoint, in order."""
         found = []
         for path in self.folder.iterdir():
             named = _STEP.fullmatch(path.name)

@@ -73,7 +73,7 @@ class _Held(queue.SimpleQueue[int | Exception]):
             return 0
 
     def get_nowait(self) -> int | Exception:
-        """The next that is due."""
+        """Return the next that is due."""
         if not self._due or self._due[0][0] > time.monotonic():
             raise queue.Empty
         return self._due.popleft()[1]

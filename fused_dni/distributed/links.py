@@ -12,6 +12,11 @@ larger than what is sent, never smaller.
 Each end has ``window`` buffers, so before the receiver takes a message the sender may have sent
 ``2 * window``, and no more.
 
+Behind a full window nothing gets through, and an end that fails breaks the pair before long. So its
+last word goes a second way, too: into a receive of its own (tag :data:`_WORD`) that is posted from
+the beginning, which gloo fills whatever this process is busy with, and which is looked at when the
+pair is broken. A direction that ends well fills it with END.
+
 No thread may wait in gloo when the interpreter ends: what wakes it there cannot take Python's lock
 any more, and the process aborts. So a direction ends with as many messages (END, or ERROR) as
 receives are posted, and where the other side does not answer its pair is broken.
@@ -49,6 +54,8 @@ LINGER = 5.0
 # For the text of an error, however small a link's messages are.
 _LEAST = HEADER + 1024
 _OPENING = HEADER + 64
+# The tags of last words, and of the receive that only times out.
+_WORD, _BREAK = 1, 2
 # A work that times out closes its pair for good, and a direction may well have nothing to carry for
 # hours: a silence counts only while something is waited for, by our own clock.
 _FOR_EVER = timedelta(days=365)
@@ -84,7 +91,7 @@ class Incoming(Protocol):
     waited: float  # seconds, for messages
 
     def receive(self, wait: bool = True) -> Message | None:
-        """The next message; without ``wait`` None if there is none yet."""
+        """Return the next message; without ``wait`` None if there is none yet."""
         ...
 
     def end(self, seconds: float) -> None:
@@ -180,7 +187,7 @@ class _End:
         self.waiter.works.put((work, buffer, slot))
 
     def _take(self, wait: bool) -> int | None:
-        """The next slot whose work is done."""
+        """Return the next slot whose work is done."""
         if self.broken is not None:
             raise PipelineError(self.broken)
         slot = self._next()
@@ -232,7 +239,7 @@ class _End:
         if self.waiter.finish(deadline - time.perf_counter()):
             return
         with suppress(RuntimeError):  # a wait that times out ends all others of its pair
-            work: Any = dist.irecv(torch.empty(1), self.peer, group=self.group, tag=1)
+            work: Any = dist.irecv(torch.empty(1), self.peer, group=self.group, tag=_BREAK)
             work.wait(timedelta(milliseconds=1))
         self.waiter.join(LINGER)
 
@@ -246,6 +253,8 @@ class GroupIncoming(_End):
         super().__init__(peer, name, group, window, timeout, bell)
         self.buffers = [torch.zeros(_OPENING, dtype=torch.uint8)]
         self.ended = False
+        self._word = torch.zeros(_LEAST, dtype=torch.uint8)
+        self._word_work: Any = dist.irecv(self._word, peer, group=group, tag=_WORD)
         self._start(dist.irecv, self.buffers[0], 0)
 
     def receive(self, wait: bool = True) -> Message | None:
@@ -258,16 +267,30 @@ class GroupIncoming(_End):
                 # As many come as receives are posted.
                 if not self.waiter.finish(self.timeout):
                     self._silent()
+                with suppress(RuntimeError):  # of an end that is gone by now, having said why
+                    self._word_work.wait(timedelta(seconds=max(self.timeout, 1e-3)))
                 self.ended = True
             else:
                 self._start(dist.irecv, self.buffers[slot], slot)
             if message.kind is Kind.ERROR:
-                told = text_of(message)  # of a stage that lies further, as it told
-                origin = told.startswith("stage ")
-                self.broken = told if origin else f"{self.name} failed: {told}"
-                raise PipelineError(self.broken)
+                self._failed(message)
             return message
         return None
+
+    def _failed(self, message: Message) -> NoReturn:
+        told = text_of(message)  # of a stage that lies further, as it told
+        origin = told.startswith("stage ")
+        self.broken = told if origin else f"{self.name} failed: {told}"
+        raise PipelineError(self.broken)
+
+    def _gone(self, problem: Exception) -> NoReturn:
+        word = None
+        with suppress(RuntimeError):  # it did not come: the pair is broken, so this returns at once
+            self._word_work.wait(timedelta(milliseconds=10))
+            word = decode(self._word)
+        if word is not None and word.kind is Kind.ERROR:
+            self._failed(word)
+        super()._gone(problem)
 
     def _open(self, message: Message) -> None:
         told = message.tensors[0] if message.kind is Kind.OPEN and message.tensors else None
@@ -334,6 +357,7 @@ class GroupOutgoing(_End):
         self.capacity, self.back = capacity, back
         self.sent = self.messages = 0
         self._free: list[int] = []
+        self._word: tuple[Any, torch.Tensor] | None = None  # under way
 
     def send(self, message: Message, wait: bool = True) -> bool:
         if self.broken is not None:
@@ -375,6 +399,8 @@ class GroupOutgoing(_End):
     def fail(self, text: str) -> None:
         if self.broken is not None:  # it is gone, or told already
             return
+        with suppress(RuntimeError):
+            self._say(error(text))
         with suppress(PipelineError):
             if not self.buffers:
                 self._open(0)
@@ -386,9 +412,23 @@ class GroupOutgoing(_End):
                 self._start(dist.isend, buffer, None)
         self.broken = self.broken or f"this stage failed: {text}"
 
+    def _say(self, message: Message) -> None:
+        """Send the last word, besides what is in order."""
+        buffer = torch.zeros(_LEAST, dtype=torch.uint8)
+        encode(message, buffer)
+        self._word = dist.isend(buffer, self.peer, group=self.group, tag=_WORD), buffer
+
+    def _said(self, seconds: float) -> None:
+        if self._word is not None:
+            with suppress(RuntimeError):  # who is gone needs none
+                self._word[0].wait(timedelta(seconds=max(seconds, 1e-3)))
+            self._word = None
+
     def close(self) -> None:
         if not self.buffers:
             self._open(0)
+        with suppress(RuntimeError):
+            self._say(Message(Kind.END))
         for _ in range(self.window):  # one for each receive that is posted
             self.send(Message(Kind.END))
         while len(self._free) < len(self.buffers):
@@ -397,7 +437,10 @@ class GroupOutgoing(_End):
             self._free.append(slot)
         if not self.waiter.finish(self.timeout):
             self._silent()
+        self._said(self.timeout)
         self.broken = f"the link to {self.name} is closed"
 
     def end(self, seconds: float) -> None:
-        self._finish(time.perf_counter() + seconds)
+        deadline = time.perf_counter() + seconds
+        self._said(seconds)
+        self._finish(deadline)

@@ -39,8 +39,8 @@ class Ages:
             known[i] += value
 
     def report(self) -> dict[str, Any]:
-        """The mean and the largest age, and by powers of two of the age how many targets there were
-        and their cosine with what had been predicted (None where nothing was)."""
+        """Return the mean and the largest age, and by powers of two of the age how many targets
+        there were and their cosine with what had been predicted (None where nothing was)."""
         mean = self.total / self.count if self.count else None
         by_age = []
         for lower, (count, dot, s, g) in sorted(self.sums.items()):
@@ -100,12 +100,12 @@ class Mailbox:
         return True
 
     def _products(self) -> list[float]:
-        """What the synthesizer was trained on so far, in the unit 1."""
+        """Return what the synthesizer was trained on so far, in the unit 1."""
         sums, square = self.module.statistics.tolist(), self.module.unit**2
         return [sums[i] * square for i in (S_DOT_G, S_DOT_S, G_DOT_G)]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The tickets by step, to be saved."""
+        """Return the tickets by step, to be saved."""
         return {str(step): ticket.state_dict() for step, ticket in self._tickets.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:

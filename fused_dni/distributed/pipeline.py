@@ -154,7 +154,7 @@ class Pipeline:
     # -- before anything is changed ------------------------------------------------------------
 
     def _why_not(self, loss: Loss | None, capacity: Any, max_age: Any) -> Exception | None:
-        """What is wrong with this rank's arguments."""
+        """Return what is wrong with this rank's arguments."""
         stage: Any = self.stage
         if not isinstance(stage, Stage):
             return TypeError(f"stage must be a Stage, got {type(stage).__name__}")
@@ -525,7 +525,7 @@ def _version() -> str | None:
 
 
 def _conditions(stage: Stage) -> dict[str, Any]:
-    """Whether anything in a stage may be conditioned on a context."""
+    """Say whether anything in a stage may be conditioned on a context."""
     found = [m for m in stage.modules() if isinstance(m, DecoupledModule)]
     features = [getattr(m.synthesizer, "context_features", None) for m in found]
     return {"conditioned": any(k is None or k > 0 for k in features)}

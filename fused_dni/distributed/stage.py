@@ -119,12 +119,12 @@ class Stage(nn.Module):
         return self.submodule(*inputs, **named)
 
     def extra_repr(self) -> str:
-        """Which of how many."""
+        """Say which of how many."""
         return f"{self.stage_index} of {self.num_stages}"
 
 
 def why_not(stage: Stage, index: int, world: int, mode: str, loss: Loss | None) -> str:
-    """What is wrong with a stage in this place of a pipeline; empty if nothing is."""
+    """Return what is wrong with a stage in this place of a pipeline; empty if nothing is."""
     if mode not in MODES:
         return f"mode must be one of {list(MODES)}, got {mode!r}"
     if stage.num_stages != world:
@@ -231,7 +231,7 @@ class Worker:
                 return self._open(step, given)
 
     def _predicts(self) -> bool:
-        """Whether this step's gradient is the prediction's."""
+        """Say whether this step's gradient is the prediction's."""
         module = self.stage.decoupled
         return self.mode == "decoupled" and module is not None and not module.phase.true_share
 
@@ -311,8 +311,8 @@ class Worker:
         self._come.append((of, gradient))
 
     def missing(self, step: int) -> bool:
-        """Whether :meth:`settle` of this step needs a gradient that has not come: by the lag, or as
-        nothing was predicted, or as too many are on their way."""
+        """Say whether :meth:`settle` of this step needs a gradient that has not come: by the lag,
+        or as nothing was predicted, or as too many are on their way."""
         if self._late():
             last = step - (self.max_age if self.lag is None else self.lag)
             due = {s for s in self._asked if s <= last}
@@ -323,7 +323,7 @@ class Worker:
         return not due <= {of for of, _ in self._come}
 
     def _may_use(self, step: int, of: int) -> bool:
-        """Whether the gradient of a step that has come is used in this step, and not later."""
+        """Say whether the gradient of a step that has come is used in this step, and not later."""
         if self.lag is None or (of in self._flights and not self._late()):
             return True
         return of <= step - self.lag
@@ -378,7 +378,7 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _wanted(x: Tensor) -> Tensor:
-    """The gradient at a stage's input, for which the stage below waits."""
+    """Return the gradient at a stage's input, for which the stage below waits."""
     if x.grad is None:
         raise RuntimeError(
             "no gradient came to the stage's input, for which the stage below waits: what the "
@@ -388,7 +388,7 @@ def _wanted(x: Tensor) -> Tensor:
 
 
 def _alone(t: Tensor) -> Tensor:
-    """The same memory without its graph, which would hold itself if no backward came."""
+    """Return the same memory without its graph, which would hold itself if no backward came."""
     return t.detach()
 
 

@@ -73,7 +73,7 @@ class Message(NamedTuple):
 
 
 def text_of(message: Message) -> str:
-    """The text of an error message; where it has none, that."""
+    """Return the text of an error message; where it has none, that."""
     text = message.tensors[0] if message.tensors else None
     if text is None or text.dtype != torch.uint8:
         return "for a reason that did not arrive"
@@ -91,7 +91,7 @@ def _aligned(size: int) -> int:
 
 
 def size_of(message: Message) -> int:
-    """The bytes that a message takes on the wire."""
+    """Return the bytes that a message takes on the wire."""
     return HEADER + sum(_aligned(t.nbytes) for t in message.tensors if t is not None)
 
 

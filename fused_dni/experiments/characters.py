@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str], validation: float = 0.05) -> Text:
 
 
 def split(text: str, validation: float, name: str = "text") -> Text:
-    """The symbols of a text and its two parts; see :func:`load`."""
+    """Find the symbols of a text and cut it in two; see :func:`load`."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     kept = len(points) - max(1, round(validation * len(points)))
     if kept < 1:

@@ -68,7 +68,7 @@ class Dataset:
         return int(self.train.images.shape[1])
 
     def to(self, device: str | torch.device) -> Dataset:
-        """The same on another device."""
+        """Return the same on another device."""
         train, test = (
             Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.test)
         )
@@ -135,7 +135,7 @@ def hold_out(train: Split, name: str) -> tuple[Split, Split]:
 
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of epoch ``epoch``: a function of its arguments alone.
+    """Draw the order of epoch ``epoch``: a function of its arguments alone.
 
     So a run that is resumed in the middle of an epoch needs no generator state to continue with
     the very same batches, and all methods of a comparison see the same ones.
@@ -145,7 +145,7 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def batches(order: Tensor, batch_size: int, start: int = 0) -> Iterator[Tensor]:
-    """Row indices batch by batch, from batch number ``start`` on.
+    """Yield row indices batch by batch, from batch number ``start`` on.
 
     Whole batches only: the remainder (another set of rows in each epoch) is left out, since batch
     statistics of a few rows are noise and a second shape is a second compilation.
@@ -155,7 +155,7 @@ def batches(order: Tensor, batch_size: int, start: int = 0) -> Iterator[Tensor]:
 
 
 def pick(split: Split, rows: Tensor) -> Split:
-    """The given rows, copied into contiguous tensors."""
+    """Copy the given rows into contiguous tensors."""
     return Split(split.images.index_select(0, rows), split.labels.index_select(0, rows))
 
 
@@ -247,7 +247,7 @@ def _read_mnist(folder: Path) -> tuple[Split, Split]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    """The file under one of its usual spellings: compressed or not, in torchvision's folder too."""
+    """Find a file under one of its usual spellings: compressed or not, in torchvision's folder."""
     dotted = name.replace("-idx", ".idx")
     for place in (folder, folder / "MNIST" / "raw"):
         for spelling in (f"{name}.gz", name, f"{dotted}.gz", dotted):
@@ -317,7 +317,7 @@ def _parse_idx(stream: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -
 
 
 def default_cache() -> Path:
-    """Where fetched files are kept: ``$XDG_CACHE_HOME/fused_dni``, or ``~/.cache/fused_dni``."""
+    """Say where files are kept: ``$XDG_CACHE_HOME/fused_dni``, or ``~/.cache/fused_dni``."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "fused_dni"
 

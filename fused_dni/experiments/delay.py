@@ -7,7 +7,6 @@ computes what a pipeline of processes computes at that delay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,19 +16,11 @@ from torch import Tensor
 import fused_dni as fd
 from fused_dni.distributed import Stage, Twin
 from fused_dni.experiments import data
-from fused_dni.experiments.delay_arms import (
-    KINDS,
-    Arm,
-    Settings,
-    UpdateFeedback,
-    arm,
-    build,
-    loss_of,
-    optimizer_of,
-)
+from fused_dni.experiments.delay_arms import UpdateFeedback, build, loss_of, optimizer_of
+from fused_dni.experiments.delay_settings import KINDS, Arm, Settings, arm
 from fused_dni.experiments.rival_arms import ordinal
 from fused_dni.experiments.rivals import held_out
-from fused_dni.experiments.run import Interrupted, Stop, plain
+from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain
 from fused_dni.experiments.train import _cosine
 from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
@@ -39,8 +30,6 @@ from fused_dni.report.schema import Result, resumed
 TUNING_SHARE = 0.4
 #: How often a run says how far it is.
 REPORTS = 20
-
-Keep = Callable[[Result], None]
 
 
 def compare(
@@ -78,21 +67,37 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    report = resumed(previous, Result(
-        "delay",
-        facts=facts(command),
-        settings=plain(asdict(settings)),
-        body={
-            "dataset": dataset.name,
-            "arms": {name: _what(arm(name)) for name in settings.arms},
-            "tuning": [],
-            "runs": [],
-            "finished": False,
-        },
-    ))  # fmt: skip
-    stop = Stop()
-    with progress, stop.listening():
-        _train(settings, dataset, report, keep or (lambda _: None), progress, stop)
+    body = {
+        "dataset": dataset.name,
+        "arms": {name: _what(arm(name)) for name in settings.arms},
+        "tuning": [],
+        "runs": [],
+        "finished": False,
+    }
+    asked = Result("delay", facts=facts(command), settings=plain(asdict(settings)), body=body)
+    report = resumed(previous, asked)
+    arms = [arm(name) for name in settings.arms]
+    runs = [
+        (seed, lag if which.late else None, which)
+        for lag in settings.lags
+        for seed in settings.seeds
+        for which in arms
+    ]
+    runs = list(dict.fromkeys(runs))
+    done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
+
+    def job(seed: int, lag: int | None, which: Arm) -> Job:
+        def work(say: Say) -> dict[str, Any]:
+            # In front of the runs that need it.
+            rate = _rate(which, lag, settings, dataset, report, keep, say)
+            return train(which, lag, seed, settings, dataset, rate, say=say)
+
+        late = "" if lag is None else f" lag {lag}"
+        return Job(f"{which.name}{late} seed {seed}", report["runs"], work)
+
+    jobs = [job(*run) for run in runs if (*run[:2], run[2].name) not in done]
+    with progress:
+        do_jobs(report, jobs, len(runs), keep, progress)
     return report
 
 
@@ -106,59 +111,16 @@ def _what(which: Arm) -> str:
     return said.replace("; Adam", f"{every}; Adam")
 
 
-def _train(
-    settings: Settings,
-    dataset: data.Dataset,
-    report: Result,
-    keep: Keep,
-    progress: Progress,
-    stop: Stop,
-) -> None:
-    """Run what the report does not have yet and add it, rates in front of the runs that need
-    them."""
-    jobs: list[tuple[int, int | None, Arm]] = []
-    for steps in settings.lags:
-        for seed in settings.seeds:
-            for which in map(arm, settings.arms):
-                job = (seed, steps if which.late else None, which)
-                if job not in jobs:
-                    jobs.append(job)
-    done = {(run["seed"], run["lag"], run["name"]) for run in report["runs"]}
-    keep(report)
-    for seed, lag, which in jobs:
-        if (seed, lag, which.name) in done:
-            continue
-
-        def say(fraction: float, which: Arm = which, seed: int = seed, lag: Any = lag) -> None:
-            if fraction < 1.0:
-                progress.update(_job(which, lag, seed), fraction)
-            if stop.asked:
-                kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
-                raise Interrupted(kept)
-
-        rate = _rate(which, lag, settings, dataset, report, keep, say)
-        run = train(which, lag, seed, settings, dataset, rate, say=say)
-        progress.update(_job(which, lag, seed), 1.0, f"error {100 * run['error']:.2f} %")
-        report["runs"].append(run)
-        report.body["finished"] = len(report["runs"]) == len(jobs)
-        keep(report)
-
-
-def _job(which: Arm, lag: int | None, seed: int) -> str:
-    late = "" if lag is None else f" lag {lag}"
-    return f"{which.name}{late} seed {seed}"
-
-
 def _rate(
     which: Arm,
     lag: int | None,
     settings: Settings,
     dataset: data.Dataset,
     report: Result,
-    keep: Keep,
-    say: Callable[[float], None],
+    keep: Keep | None,
+    say: Say,
 ) -> float:
-    """The rate of least error on the held-out part, of a shorter run by the family's first arm."""
+    """Choose the rate of least error on the held-out part, in shorter runs of the family."""
     if len(settings.rates) == 1:
         return settings.rates[0]
     tried = [t for t in report["tuning"] if (t["family"], t["lag"]) == (which.family, lag)]
@@ -179,7 +141,8 @@ def _rate(
         row |= {name: run[name] for name in ("error", "diverged")}
         tried.append(row)
         report["tuning"].append(row)
-        keep(report)
+        if keep is not None:
+            keep(report)
     return float(min(tried, key=lambda row: (row["diverged"], row["error"]))["rate"])
 
 
@@ -192,7 +155,7 @@ def train(
     rate: float,
     *,
     share: float = 1.0,
-    say: Callable[[float], None] = lambda fraction: None,
+    say: Say = lambda fraction: None,
 ) -> dict[str, Any]:
     """Train one arm once.
 
@@ -254,7 +217,7 @@ def train(
 
 
 def _cosine_of(ages: dict[str, Any]) -> float | None:
-    """Of predictions with what came for them, at the one age that they had."""
+    """Return that of predictions with what came for them, at the one age that they had."""
     rows = ages["by_age"]
     found: float | None = rows[-1]["cosine"] if rows else None
     return found
@@ -262,7 +225,7 @@ def _cosine_of(ages: dict[str, Any]) -> float | None:
 
 @torch.no_grad()
 def error(stages: list[Stage], settings: Settings, split: data.Split) -> float:
-    """The share of images misclassified, or of the images' variance that is not reconstructed."""
+    """Measure the share of images misclassified, or of their variance not reconstructed."""
     for stage in stages:
         stage.eval()
     wrong = 0.0

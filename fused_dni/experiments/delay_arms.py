@@ -5,11 +5,9 @@ Formulas and sources: docs/delay.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,157 +16,7 @@ from torch import Tensor, nn
 import fused_dni as fd
 from fused_dni.distributed import Stage
 from fused_dni.experiments import data
-from fused_dni.experiments.run import preset
-from fused_dni.report import text
-
-#: What each arm is; R is a rank, ``dense`` or ``mlp``, K a number of steps.
-KINDS: dict[str, str] = {
-    "backprop": "each stage waits for its gradient; Adam",
-    "stale": "late gradients, applied as they are; Adam",
-    "stale-warm": "the same, behind a warm-up in which stages wait as those of cDNI do",
-    "nesterov": "late gradients; NAdam with momentum 0.99 for the look-ahead",
-    "feedback": "late gradients; Adam, whose updates u are applied as u + (u - the one before)",
-    "local": "a linear head a stage, no gradient between stages; Adam",
-    "cdni-R": "synthetic gradients conditioned on what the loss is given; Adam",
-    "cdni-R-every-K": "the same, synthesizers trained on every K-th step",
-    "cdni-R-unconditioned": "synthetic gradients conditioned on the stage's output alone; Adam",
-}
-#: What the stage's gradient is made of, as ``fused_dni.distributed`` names it.
-MODES = {"backprop": "exact", "local": "local", "cdni": "decoupled"}
-TASKS = ("classification", "frozen-top", "reconstruction")
-DEFAULT_ARMS = ("backprop", "stale", "nesterov", "feedback", "local", "cdni-16")
-#: Of NAdam: momentum raised, as its authors do for late gradients (arXiv 2505.01099).
-MOMENTUM = 0.99
-
-
-class Arm(NamedTuple):
-    """An arm.
-
-    Attributes:
-        name: as it is asked for and reported.
-        family: arms of one family share a rate.
-        synthesizer: a rank, "dense", "mlp" or, of arms without one, empty.
-        every: synthesizers are trained on every so many steps.
-        conditioned: whether they are given the target.
-    """
-
-    name: str
-    family: str
-    synthesizer: str = ""
-    every: int = 1
-    conditioned: bool = True
-
-    @property
-    def mode(self) -> str:
-        """Of :class:`fused_dni.distributed.Twin`."""
-        return MODES.get(self.family, "stale")
-
-    @property
-    def late(self) -> bool:
-        """Whether a lag changes anything."""
-        return self.mode in ("stale", "decoupled")
-
-
-def arm(name: str) -> Arm:
-    """The arm of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = re.fullmatch(r"cdni-([1-9]\d*|dense|mlp)(?:-every-([1-9]\d*))?(-unconditioned)?", name)
-    if found:
-        return Arm(name, "cdni", found[1], int(found[2] or 1), found[3] is None)
-    if name in KINDS and not name.startswith("cdni"):
-        return Arm(name, name)
-    raise ValueError(
-        text.unknown("arm", name, KINDS) + " (R: a rank, dense or mlp; K: a whole number from 1 on)"
-    )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the table of delays is a function of.
-
-    Attributes:
-        dataset: ``digits`` or ``mnist``.
-        task: ``classification``; ``frozen-top``, the same with a last stage that stays as it was
-            drawn, so that what the others make has to suit it; or ``reconstruction`` of the image
-            through a layer of ``code`` units in the middle.
-        arms: names of arms.
-        lags: steps by which gradients are late over each cut.
-        stages: number of stages, of as many hidden layers each (the first ones one more).
-        hidden: units of a hidden layer.
-        depth: number of hidden layers.
-        code: units of the layer that a reconstruction goes through.
-        batch_size: rows of a step.
-        epochs: of a run.
-        rates: Adam's at the start, cosine to zero. Of several the best on the held-out part of the
-            training set is taken, by arm and lag.
-        share: the synthesizers' rate as a share of it.
-        warmup: share of a run, at its start, in which the stages of cDNI and stale-warm wait for
-            their gradient, and synthesizers only learn.
-        max_norm: bound of a synthetic gradient's Frobenius norm; None for none.
-        seeds: one run of every arm and lag each.
-
-    Raises:
-        ValueError: an unknown name, or a number out of range.
-    """
-
-    dataset: str = "mnist"
-    task: str = "classification"
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    lags: tuple[int, ...] = (1, 5, 20)
-    stages: int = 2
-    hidden: int = 256
-    depth: int = 4
-    code: int = 16
-    batch_size: int = 256
-    epochs: int = 6
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    share: float = 0.5
-    warmup: float = 0.167
-    max_norm: float | None = None
-    seeds: tuple[int, ...] = (1, 2, 3)
-
-    def __post_init__(self) -> None:
-        for name in ("arms", "lags", "rates", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold one at least")
-        for one in self.arms:
-            arm(one)
-        if self.task not in TASKS:
-            raise ValueError(text.unknown("task", self.task, TASKS))
-        for name, low in (
-            *(("stages", 2), ("hidden", 1), ("code", 1), ("batch_size", 2), ("epochs", 1)),
-            ("depth", self.stages),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if min(self.lags) < 0:
-            raise ValueError(f"lags must be 0 or more, got {min(self.lags)}")
-        if not 0.0 <= self.warmup < 1.0:
-            raise ValueError(f"warmup must be at least 0 and below 1, got {self.warmup}")
-        if self.share <= 0.0 or min(self.rates) <= 0.0:
-            raise ValueError("share and rates must be positive")
-
-
-#: What the datasets want different from MNIST's defaults.
-PRESETS: dict[str, dict[str, Any]] = {"mnist": {}, "digits": {"batch_size": 32, "epochs": 10}}
-#: For a look, in seconds.
-QUICK: dict[str, Any] = {
-    "hidden": 32,
-    "epochs": 3,
-    "lags": (1, 5),
-    "rates": (3e-3,),
-    "seeds": (1,),
-}
-
-
-def defaults(dataset: str, quick: bool = False, **changes: Any) -> Settings:
-    """Settings of a dataset, with ``changes`` where they are not None."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return preset(Settings(dataset=dataset), PRESETS, {**(QUICK if quick else {}), **given})
-
+from fused_dni.experiments.delay_settings import MOMENTUM, Arm, Settings
 
 # ------------------------------------------------------------------------------------------ stages
 
@@ -188,23 +36,23 @@ class Head(nn.Module):
         self._loss = loss
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
-        """The loss, []."""
+        """Compute the loss, []."""
         found: Tensor = self._loss(self.linear(h), target)
         return found
 
 
 def loss_of(settings: Settings) -> Any:
-    """``loss(output, target)``, a mean over the batch."""
+    """Return ``loss(output, target)``, a mean over the batch."""
     return F.mse_loss if settings.task == "reconstruction" else F.cross_entropy
 
 
 def outputs(settings: Settings, dataset: data.Dataset) -> int:
-    """Width of the last stage's output."""
+    """Return the width of the last stage's output."""
     return dataset.features if settings.task == "reconstruction" else dataset.classes
 
 
 def build(which: Arm, settings: Settings, dataset: data.Dataset, seed: int) -> list[Stage]:
-    """The stages of an arm; their weights are a function of the seed, whatever the arm.
+    """Make the stages of an arm; their weights are a function of the seed, whatever the arm.
 
     The global random generator is left as it was.
     """
@@ -287,7 +135,7 @@ class UpdateFeedback:
 def optimizer_of(
     which: Arm, stages: Iterable[Stage], rate: float, share: float
 ) -> torch.optim.Optimizer | UpdateFeedback:
-    """The optimizer of an arm, of all stages: what it does to one does not depend on others.
+    """Make the optimizer of an arm, of all stages: what it does to one depends on no other.
 
     Args:
         which: the arm.

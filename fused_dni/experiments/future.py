@@ -41,7 +41,7 @@ def future_gradient(
     synthesizer: nn.Module | None = None,
     target_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Gradients at the boundaries of consecutive windows of T steps, from full backprop.
+    """Compute gradients at the boundaries of consecutive windows of T steps, from full backprop.
 
     Let s = (h, c), all layers, be the state at a boundary; L_own the losses of the T steps of the
     window that ends there, L_future those of all later steps of ``inputs``; all summed over steps
@@ -156,7 +156,7 @@ def _full_backprop(
 
 
 def _gradients(loss: Tensor, of: Sequence[Tensor], *, retain: bool) -> list[Tensor]:
-    """Gradients, zero where the loss does not depend on something at all."""
+    """Compute gradients, zero where the loss does not depend on something at all."""
     if not loss.requires_grad:
         return [torch.zeros_like(t) for t in of]
     made = torch.autograd.grad(loss, of, retain_graph=retain, allow_unused=True)
@@ -180,7 +180,7 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _quotient(a: float, b: float) -> float:
-    """Of the norms, given their squares."""
+    """Divide norms, given their squares."""
     if b == 0.0:
         return math.nan if a == 0.0 else math.inf
     return math.sqrt(a / b)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,12 +22,13 @@ from torch import Tensor
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.run import plain, preset, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.settings import Interfaces as Settings
 from fused_dni.experiments.train import FusedTrainer
 from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.interfaces import named
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result
+from fused_dni.report.schema import Result, resumed
 from fused_dni.rules import Adam
 
 #: How often a run reports its progress.
@@ -35,97 +37,24 @@ REPORTS = 20
 LAST = 0.1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the experiment is a function of.
-
-    Attributes:
-        dataset: ``digits`` or ``mnist``.
-        depths: numbers of hidden layers, each with an interface behind every layer.
-        every: interfaces behind every so many layers, in the deepest network; 1 for every layer.
-        steps: training steps of every network.
-        batches: over which the comparison with the true gradient is averaged.
-        hidden: units of a hidden layer.
-        batch_size: rows of a step.
-        lr: Adam's rate at the start, cosine to zero.
-        sg_lr: that of the synthesizers, likewise.
-        warmup: share of the steps in which layers use the true gradient and synthesizers only
-            learn.
-        rank: of the synthesizers; 0 for dense.
-        seeds: one run of every network each.
-        backend: force a backend.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    dataset: str = "mnist"
-    depths: tuple[int, ...] = (1, 2, 4, 8)
-    every: tuple[int, ...] = (1, 2, 4)
-    steps: int = 1000
-    batches: int = 10
-    hidden: int = 256
-    batch_size: int = 256
-    lr: float = 3e-3
-    sg_lr: float = 1.5e-3
-    warmup: float = 0.1
-    rank: int = 16
-    seeds: tuple[int, ...] = (1, 2, 3)
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("depths", "every", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"at least one number is needed in {name}")
-        for name in ("depths", "every"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must hold numbers from 1 on, got {getattr(self, name)}")
-        deepest = max(self.depths)
-        for every in self.every:
-            if deepest % every:
-                raise ValueError(
-                    f"every must divide the largest depth, {deepest}, so that the topmost layer "
-                    f"has an interface, got {every}"
-                )
-        for name, low in (
-            ("steps", 1),
-            ("batches", 1),
-            ("hidden", 1),
-            ("batch_size", 2),
-            ("rank", 0),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0.0 <= self.warmup < 1.0:
-            raise ValueError(f"warmup must be at least 0 and below 1, got {self.warmup}")
-        Adam(self.lr)  # checks the rates
-        Adam(self.sg_lr)
-
-    def networks(self) -> list[tuple[int, int]]:
-        """Depth and spacing of the interfaces (0: none, backprop) of every network."""
-        deepest = max(self.depths)
-        spaced = [(depth, 1) for depth in self.depths]
-        spaced += [(deepest, every) for every in self.every]
-        return list(dict.fromkeys([*((depth, 0) for depth in self.depths), *spaced]))
-
-
-#: What the datasets want different from MNIST's defaults.
-PRESETS: dict[str, dict[str, Any]] = {"mnist": {}, "digits": {"batch_size": 64, "steps": 500}}
-
-
-def defaults(dataset: str, **changes: Any) -> Settings:
-    """Settings of a dataset, with ``changes`` where they are not None."""
-    return preset(Settings(dataset=dataset), PRESETS, changes)
-
-
 def measure(
     settings: Settings,
     dataset: data.Dataset,
     *,
+    previous: Result | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Result:
     """Train every network with every seed and look at its gradients.
+
+    Args:
+        settings: what to compare.
+        dataset: on what.
+        previous: an unfinished report of the same settings, to be continued.
+        keep: called with the report whenever a run is finished.
+        progress: where to report.
+        command: for the report.
 
     Returns:
         The report, of kind ``interfaces``. ``networks`` has a row a network: ``depth``, ``every``
@@ -137,8 +66,9 @@ def measure(
         gradient was zero.
 
     Raises:
-        ValueError: settings and data do not fit.
+        ValueError: settings and data do not fit, or ``previous`` is of other settings.
         RuntimeError: a network diverged.
+        Interrupted: Ctrl-C; finished runs have been kept.
     """
     progress = progress or Progress(enabled=False)
     if len(dataset.train.labels) < settings.batch_size:
@@ -146,24 +76,29 @@ def measure(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(dataset.train.labels)} images)"
         )
-    rows: list[dict[str, Any]] = [
-        {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
+    body = {
+        "dataset": dataset.name,
+        "networks": [
+            {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
+        ],
+        "finished": False,
+    }
+    asked = Result("interfaces", facts=facts(command), settings=plain(asdict(settings)), body=body)
+    report = resumed(previous, asked)
+    rows = report["networks"]
+    jobs = [
+        Job(
+            f"{named(row['depth'], row['every'])}, seed {seed}",
+            row["runs"],
+            partial(_run, row["depth"], row["every"], seed, settings, dataset),
+        )
+        for seed in settings.seeds
+        for row in rows
+        if seed not in [run["seed"] for run in row["runs"]]
     ]
     with progress:
-        for seed in settings.seeds:
-            for row in rows:
-                name = f"{named(row['depth'], row['every'])}, seed {seed}"
-
-                def say(fraction: float, name: str = name) -> None:
-                    progress.update(name, fraction)
-
-                row["runs"].append(_run(row["depth"], row["every"], seed, settings, dataset, say))
-    return Result(
-        "interfaces",
-        facts=facts(command),
-        settings=plain(asdict(settings)),
-        body={"dataset": dataset.name, "networks": rows},
-    )
+        do_jobs(report, jobs, len(settings.seeds) * len(rows), keep, progress)
+    return report
 
 
 def _run(
@@ -172,7 +107,7 @@ def _run(
     seed: int,
     settings: Settings,
     dataset: data.Dataset,
-    say: Callable[[float], None],
+    say: Say,
 ) -> dict[str, Any]:
     network = nets.plain(dataset.features, settings.hidden, depth, dataset.classes, seed=seed)
     decoupled = range(every - 1, depth, every) if every else ()
@@ -205,7 +140,7 @@ def _run(
 
 
 def _batches(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[data.Split]:
-    """Batch after batch, epoch after epoch: the same ones for all networks of a seed."""
+    """Yield batch after batch, epoch after epoch: the same ones for all networks of a seed."""
     for epoch in itertools.count():
         order = data.permutation(len(dataset.train.labels), seed, epoch)
         for rows in data.batches(order, settings.batch_size):
@@ -218,7 +153,7 @@ def _compared(
     batches: Iterator[data.Split],
     decoupled: list[int],
 ) -> list[dict[str, Any]]:
-    """The predictions of each interface against the true gradient, over the next batches."""
+    """Compare the predictions of each interface with the true gradient, over the next batches."""
     found = []
     for batch in itertools.islice(batches, settings.batches):
 
@@ -242,5 +177,5 @@ def _compared(
 
 
 def _number(value: float) -> float | None:
-    """None for what JSON has no number for: the cosine with a gradient that is zero."""
+    """Return None for what JSON has no number for: the cosine with a gradient that is zero."""
     return value if math.isfinite(value) else None

@@ -18,7 +18,7 @@ from fused_dni.rules import Rule
 
 
 def plain(features: int, hidden: int, depth: int, classes: int, *, seed: int = 0) -> nn.Sequential:
-    """``depth`` hidden layers of ``hidden`` units and a linear head, initialised from ``seed``.
+    """Make ``depth`` hidden layers of ``hidden`` units and a linear head, drawn from ``seed``.
 
     The global random generator is left as it was.
     """
@@ -45,7 +45,7 @@ def fused(
     seed: int = 0,
     loss: bool = False,
 ) -> nn.Sequential:
-    """The same network on fused layers, which update themselves by ``update`` (None: an optimizer
+    """Take a network to fused layers, which update themselves by ``update`` (None: an optimizer
     updates them).
 
     With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense),

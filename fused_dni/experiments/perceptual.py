@@ -120,7 +120,7 @@ class Autoencoder(Racer):
 
 
 def arms(images: Images) -> dict[str, Callable[[int], Autoencoder]]:
-    """Backprop, synthetic gradients, and by hand: the error of pixels for the steps in between."""
+    """Make the arms: backprop, synthetic gradients, and by hand the error of pixels in between."""
     synthesizer = partial(DifferenceSynthesizer, images.side**2)
     return {
         "backprop": partial(Autoencoder, images),

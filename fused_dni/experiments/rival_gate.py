@@ -69,14 +69,14 @@ def check(trainer: Trainer, network: nn.Sequential, split: data.Split, rows: Ten
 
 
 def steps_to_check(trainer: Trainer) -> int:
-    """How many steps show what is particular to this arm."""
+    """Say how many steps show what is particular to this arm."""
     if isinstance(trainer, StaleTrainer):
         return min(2, trainer.every)
     return 1 + trainer.delay if isinstance(trainer, DelayedTrainer) else 1
 
 
 def values(trainer: Trainer) -> list[Tensor]:
-    """Copies in float64 of all parameters but those of synthesizers: the network's in the order of
+    """Copy in float64 all parameters but those of synthesizers: the network's in the order of
     the stock network, then those of auxiliary classifiers."""
     modules: list[nn.Module] = [trainer.model]
     if isinstance(trainer, LocalTrainer):
@@ -94,7 +94,7 @@ def values(trainer: Trainer) -> list[Tensor]:
 def formula(
     trainer: Trainer, network: nn.Sequential, batches: Sequence[data.Split]
 ) -> list[Tensor]:
-    """By how much the first ``len(batches)`` steps should lower each parameter.
+    """Compute by how much the first ``len(batches)`` steps should lower each parameter.
 
     Args:
         trainer: gives method and constants (delay, feedback matrices, auxiliary classifiers).
@@ -113,7 +113,7 @@ def formula(
 
 
 def _segments(network: nn.Sequential) -> Iterator[nn.Sequential]:
-    """Hidden layers: Linear, BatchNorm and ReLU each."""
+    """Yield hidden layers: Linear, BatchNorm and ReLU each."""
     parts = list(network)
     return (nn.Sequential(*parts[i : i + 3]) for i in range(0, len(parts) - 1, 3))
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.train import Trainer, _cosine
+from fused_dni.experiments.rival_arms import SYNTHETIC, Arm, Settings
+from fused_dni.experiments.train import FusedTrainer, StockTrainer, Trainer, _cosine
 from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.verdict.candidates import first_line
 from fused_dni.rules import Rule
 
 
@@ -99,7 +101,7 @@ class GraphTrainer(Trainer):
 
 
 def replay_of(step: Callable[[], None]) -> Callable[[], None]:
-    """``step`` captured in a CUDA graph, after a warm-up on a stream of its own as PyTorch's notes
+    """Capture ``step`` in a CUDA graph, after a warm-up on a stream of its own as PyTorch's notes
     on CUDA graphs ask for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -139,17 +141,17 @@ class StaleTrainer(OurGradients):
         self._next = 0
 
     def repeats(self) -> bool:
-        """Whether the next step takes the last gradient again."""
+        """Tell whether the next step takes the last gradient again."""
         return self._next > 0
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """Forward, backward and update."""
+        """Go forward and back, and update."""
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(x), y).backward()
         self.repeat()
 
     def repeat(self) -> None:
-        """An update by the gradient that is there."""
+        """Update by the gradient that is there."""
         self.optimizer.step()
         self.scheduler.step()
         self._next = (self._next + 1) % self.every
@@ -279,7 +281,7 @@ class FeedbackTrainer(_Layerwise):
 
 
 def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]:
-    """New linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
+    """Make linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
     head = network[-1]
     assert isinstance(head, nn.Linear)
     with torch.random.fork_rng(devices=[]):
@@ -291,16 +293,94 @@ def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]
 
 
 def output_error(logits: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the mean cross-entropy at the logits [B, classes]; ``logits`` carry no graph."""
+    """Compute the gradient of the mean cross-entropy at ``logits`` [B, classes], of no graph."""
     error = logits.softmax(1)
     error.scatter_add_(1, y[:, None], error.new_full((1, 1), -1.0).expand(len(y), 1))
     return error.div_(len(y))
 
 
 def advance(trainer: Trainer, split: data.Split, rows: Tensor) -> None:
-    """One training step on these rows of ``split``, with the picking of the batch if the step
+    """Train by one step on these rows of ``split``, with the picking of the batch if the step
     looks at it."""
     if isinstance(trainer, StaleTrainer) and trainer.repeats():
         trainer.repeat()
     else:
         trainer.step(*data.pick(split, rows))
+
+
+def network_of(settings: Settings, dataset: data.Dataset, seed: int) -> nn.Sequential:
+    """Make the stock network that every arm of a seed starts from, on the settings' device."""
+    made = nets.plain(dataset.features, settings.hidden, settings.depth, dataset.classes, seed=seed)
+    return made.to(settings.device)
+
+
+def build(
+    which: Arm,
+    seed: int,
+    settings: Settings,
+    dataset: data.Dataset,
+    steps: int,
+    rule: Rule,
+    synthesizer_rule: Rule | None = None,
+    phase: str = "",
+) -> Trainer:
+    """Make the trainer of an arm.
+
+    Args:
+        which: the arm.
+        seed: of the weights, auxiliary classifiers and feedback matrices.
+        settings: the rest.
+        dataset: on the settings' device.
+        steps: over which the rate falls to zero.
+        rule: of the network.
+        synthesizer_rule: of synthesizers; as ``rule`` if None.
+        phase: one of :meth:`Arm.phases` in which every step is to be; the arm's own sequence if
+            empty.
+    """
+    network = network_of(settings, dataset, seed)
+    name = which.name
+    first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
+    if which.kind in ("backprop", "compiled"):
+        if which.kind == "compiled":
+            torch.compiler.reset()  # else the ninth network of one process would run uncompiled
+        try:
+            return StockTrainer(name, seed, network, rule, steps, first)
+        except Exception as error:  # whatever a compiler may raise
+            if which.kind == "backprop":
+                raise
+            raise ValueError(
+                f"torch.compile does not work here ({first_line(error)}): leave the arm "
+                "'compiled' out"
+            ) from error
+    if which.kind == "graph":
+        return GraphTrainer(name, seed, network, rule, steps, first)
+    if which.kind == "in-backward":
+        return InBackwardTrainer(name, seed, network, rule, steps)
+    backend = settings.backend
+    if which.kind == "stale-K":
+        every = {"compute": 1, "repeat": 1_000_000_000}.get(phase, which.every)
+        return StaleTrainer(name, seed, network, rule, steps, every=every, backend=backend)
+    if which.kind == "delayed":
+        return DelayedTrainer(name, seed, network, rule, steps, backend=backend)
+    if which.kind == "local":
+        return LocalTrainer(name, seed, network, rule, steps, backend)
+    if which.kind == "feedback":
+        return FeedbackTrainer(name, seed, network, rule, steps, backend)
+    synthetic = which.kind in SYNTHETIC
+    ours = nets.fused(
+        network,
+        synthetic=synthetic,
+        update=rule,
+        synthesizer_update=synthesizer_rule,
+        rank=settings.rank or None,
+        context_features=dataset.classes if synthetic else 0,
+        interface="preactivation" if which.kind == "cdni-z-K" else "output",
+        backend=backend,
+        seed=seed,
+    ).to(settings.device)
+    warmup_steps = min(round(settings.warmup * steps), steps - 1) if synthetic else 0
+    every_or_never: int | None = max(1, which.every)
+    if phase in ("warm-up", "target", "no target"):
+        warmup_steps = steps if phase == "warm-up" else 0
+        every_or_never = None if phase == "no target" else 1
+    return FusedTrainer(name, seed, ours, steps, warmup_steps, every_or_never)

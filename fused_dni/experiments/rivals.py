@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ from fused_dni.experiments.rival_arms import (
     Arm,
     Settings,
     arm,
-    build,
 )
-from fused_dni.experiments.rival_trainers import StaleTrainer, advance
-from fused_dni.experiments.run import Interrupted, Stop, plain, refuse_divergence
+from fused_dni.experiments.rival_trainers import StaleTrainer, advance, build, network_of
+from fused_dni.experiments.run import Job, Keep, do_jobs, plain, refuse_divergence
 from fused_dni.experiments.train import StockTrainer, Trainer
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
@@ -50,8 +50,6 @@ ENDLESS = 1_000_000_000
 #: Batches on which an arm may show that it follows its formula. The derivative of ReLU jumps at
 #: zero, so on one batch in some hundred rounding decides it differently in float32 and float64.
 GATE_TRIES = 3
-
-Keep = Callable[[Result], None]
 
 
 def compare(
@@ -106,7 +104,26 @@ def compare(
     with progress:
         if report is asked:
             report = _measured(settings, arms, dataset, seconds, tuned, progress, command)
-        _train(settings, arms, dataset, report, keep or (lambda _: None), progress)
+        rows = {row["name"]: row for row in report["arms"]}
+        done = {(run["name"], run["seed"]) for run in report["runs"]}
+        jobs = [
+            Job(
+                f"{which.name:<12} seed {seed}",
+                report["runs"],
+                partial(
+                    _run,
+                    which,
+                    seed,
+                    replace(settings, lr=rows[which.name]["rate"]),
+                    dataset,
+                    rows[which.name]["steps"],
+                ),
+            )
+            for seed in settings.seeds
+            for which in arms
+            if (which.name, seed) not in done
+        ]
+        do_jobs(report, jobs, len(settings.seeds) * len(arms), keep, progress)
     return report
 
 
@@ -119,7 +136,7 @@ def _measured(
     progress: Progress,
     command: str | None,
 ) -> Result:
-    """The report up to the runs."""
+    """Make the report up to the runs."""
     gate = _gate(settings, arms, dataset, progress)
     rows = _costs(settings, arms, dataset, seconds, progress)
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
@@ -145,12 +162,12 @@ def _measured(
 def _gate(
     settings: Settings, arms: list[Arm], dataset: data.Dataset, progress: Progress
 ) -> dict[str, float]:
-    """Deviation of each arm from its formula, in parts of the tolerance.
+    """Measure how far each arm is from its formula, in parts of the tolerance.
 
     cDNI is held against backprop, during its warm-up: predictions are what it is compared for.
     """
     rule = SGD(1.0)
-    network = settings.network(dataset, 0)
+    network = network_of(settings, dataset, 0)
     found: dict[str, float] = {}
     for i, which in enumerate(arms):
         progress.update("checking", i / len(arms), which.name)
@@ -170,7 +187,7 @@ def _gate(
 
 
 def _rows(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[Tensor]:
-    """Batch after batch, epoch after epoch: the same ones for all arms."""
+    """Yield batch after batch, epoch after epoch: the same ones for all arms."""
     count, epoch = len(dataset.train.labels), 0
     while True:
         order = data.permutation(count, seed, epoch).to(settings.device)
@@ -284,52 +301,16 @@ def tune(
 
 
 def held_out(dataset: data.Dataset) -> data.Dataset:
-    """The training part alone, its last sixth for evaluation."""
+    """Take the training part alone, its last sixth for evaluation."""
     train, apart = data.hold_out(dataset.train, dataset.name)
     return data.Dataset(dataset.name, train, apart, dataset.classes, held_out=True)
 
 
 def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:
-    """The rate of least error; of the exact arms, that of the one that was tried."""
+    """Choose the rate of least error; of the exact arms, that of the one that was tried."""
     same = [row for row in tuning if row["name"] == which.name]
     same = same or [row for row in tuning if row["family"] == which.family]
     return float(min(same, key=lambda row: (row["diverged"], row["error"]))["rate"])
-
-
-def _train(
-    settings: Settings,
-    arms: list[Arm],
-    dataset: data.Dataset,
-    report: Result,
-    keep: Keep,
-    progress: Progress,
-) -> None:
-    """Run what the report does not have yet, seed by seed, and add it."""
-    done = {(run["name"], run["seed"]) for run in report["runs"]}
-    jobs = [(which, seed) for seed in settings.seeds for which in arms]
-    rows = {row["name"]: row for row in report["arms"]}
-    keep(report)
-    stop = Stop()
-    with stop.listening():
-        for which, seed in jobs:
-            if (which.name, seed) in done:
-                continue
-            row = rows[which.name]
-
-            def say(fraction: float, which: Arm = which, seed: int = seed) -> None:
-                if fraction < 1.0:
-                    progress.update(f"{which.name:<12} seed {seed}", fraction)
-                if stop.asked:
-                    kept = f"{len(report['runs'])} of {len(jobs)} runs were finished"
-                    raise Interrupted(kept)
-
-            at = replace(settings, lr=row["rate"])
-            run = _run(which, seed, at, dataset, row["steps"], say)
-            error = 100 * run["history"][-1]["error"]
-            progress.update(f"{which.name:<12} seed {seed}", 1.0, f"error {error:.2f} %")
-            report["runs"].append(run)
-            report.body["finished"] = len(report["runs"]) == len(jobs)
-            keep(report)
 
 
 def _run(
@@ -340,7 +321,7 @@ def _run(
     steps: int,
     say: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Any]:
-    """One run of ``steps`` steps; ``settings.lr`` is its rate."""
+    """Do one run of ``steps`` steps; ``settings.lr`` is its rate."""
     assert settings.lr is not None
     rule = settings.rule(settings.lr)
     learner = settings.rule(SYNTHESIZER_SHARE * settings.lr)

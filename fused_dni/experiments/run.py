@@ -6,23 +6,29 @@ import hashlib
 import os
 import signal
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fused_dni.measure.errors import Interrupted as Interrupted
-from fused_dni.report import text
+from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 
-S = TypeVar("S", bound=Any)
+Keep = Callable[[Result], None]
+Say = Callable[[float], None]
 CHECKPOINT = "train.pt"
 VERSION = 1
+#: Steps between two looks at the clock, the bars and the stop flag.
+CHUNK = 20
+T = TypeVar("T", bound="Trainer")
 
 
 class CheckpointError(ValueError):
@@ -30,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: equal only if every bit is."""
+    """Hash all parameters and buffers by SHA-256: equal only if every bit is."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
@@ -94,24 +100,58 @@ def read_checkpoint(folder: Path, settings: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Tuples to lists, as JSON and ``weights_only`` reading have them."""
+    """Make tuples lists, as JSON and ``weights_only`` reading have them."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def preset(base: S, presets: Mapping[str, dict[str, Any]], changes: dict[str, Any]) -> S:
-    """Settings (a dataclass with a ``dataset``) with what that dataset wants different, and then
-    with ``changes`` where they are not None.
+class Job(NamedTuple):
+    """A run that a report is to have.
+
+    Attributes:
+        label: in progress.
+        into: the runs of the report that it is added to.
+        work: makes it; called with a function that is told which part of it is done, and that stops
+            it on Ctrl-C.
+    """
+
+    label: str
+    into: list[dict[str, Any]]
+    work: Callable[[Say], dict[str, Any]]
+
+
+def do_jobs(
+    report: Result, jobs: Sequence[Job], total: int, keep: Keep | None, progress: Progress
+) -> None:
+    """Do what is left of ``total`` jobs, add the runs to the report, and set ``finished`` in it.
+
+    Args:
+        keep: called with the report whenever a run is finished.
 
     Raises:
-        ValueError: an unknown dataset, or settings that are out of range.
+        Interrupted: Ctrl-C; finished runs have been kept.
     """
-    name = base.dataset
-    if name not in presets:
-        raise ValueError(text.unknown("dataset", name, presets))
-    given = {key: value for key, value in changes.items() if value is not None}
-    return replace(base, **{**presets[name], **given})
+    keep = keep or (lambda _: None)
+    keep(report)
+    stop = Stop()
+    done = total - len(jobs)
+    with stop.listening():
+        for job in jobs:
+
+            def say(fraction: float, job: Job = job, done: int = done) -> None:
+                if fraction < 1.0:
+                    progress.update(job.label, fraction)
+                if stop.asked:
+                    raise Interrupted(f"{done} of {total} runs were finished")
+
+            run = job.work(say)
+            error = run["error"] if "error" in run else run["history"][-1]["error"]
+            progress.update(job.label, 1.0, f"error {100 * error:.2f} %")
+            job.into.append(run)
+            done += 1
+            report.body["finished"] = done == total
+            keep(report)
 
 
 def warmup_notes(names: Sequence[str], warmup_steps: int, steps: int) -> list[str]:
@@ -148,3 +188,190 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+class Trainer:
+    """One network under one method, that takes turns with others in :class:`Turns`.
+
+    Attributes:
+        KEPT: what a continuation needs: attributes that have a state dict, or are plain data.
+        model: what is trained.
+        name, seed: of the run.
+        seconds: that its steps took.
+        history: a row a turn.
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("optimizer", "schedule", "seconds", "history")
+    model: nn.Module
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name, self.seed, self.seconds = name, seed, 0.0
+        self.history: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a continuation needs."""
+        kept = {name: getattr(self, name) for name in self.KEPT}
+        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in kept.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        for name in self.KEPT:
+            here = getattr(self, name)
+            if hasattr(here, "load_state_dict"):
+                here.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+
+
+class Turns(Generic[T]):
+    """Training of several methods side by side: seed by seed, in turns, so that a machine that
+    slows down slows all of them down. What is timed is the training alone.
+
+    Killed at any moment and resumed from its last checkpoint it continues bit by bit (same machine,
+    thread count and instruction set).
+
+    Args:
+        settings: with ``seeds``.
+        names: of the methods, in the order of reports.
+        turns: of each method and seed.
+        data: what is said of the data in checkpoints.
+    """
+
+    def __init__(
+        self, settings: Any, names: Sequence[str], turns: int, data: dict[str, Any]
+    ) -> None:
+        self.settings, self.names, self.turns, self.data = settings, names, turns, data
+
+    def build(self, seed: int) -> list[T]:
+        """Make the trainers of a seed."""
+        raise NotImplementedError
+
+    def begin(self, trainer: T, turn: int) -> int:
+        """Prepare a turn and return the position that it ends at."""
+        raise NotImplementedError
+
+    def position(self, trainer: T) -> int:
+        """Return how far it is."""
+        raise NotImplementedError
+
+    def advance(self, trainer: T, steps: int, goal: int) -> None:
+        """Train by so many steps, but not beyond ``goal``."""
+        raise NotImplementedError
+
+    def evaluate(self, trainer: T, turn: int) -> str:
+        """Add a row to its history, and return what to say of it."""
+        raise NotImplementedError
+
+    def finish(self, trainer: T) -> dict[str, Any]:
+        """Return the run for the report."""
+        return {
+            "name": trainer.name,
+            "seed": trainer.seed,
+            "history": trainer.history,
+            "fingerprint": fingerprint(trainer.model),
+        }
+
+    def _resumed(self, folder: Path | None) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+        """Return finished runs, the number of the seed in training, and its trainers' states."""
+        if folder is None:
+            raise CheckpointError("--resume needs --checkpoint DIR")
+        kept = read_checkpoint(folder, self.settings)
+        if kept.get("data", self.data) != self.data:
+            raise CheckpointError(f"the checkpoint in {folder} is of another text: {kept['data']}")
+        if "position" not in kept:
+            return kept["finished"], kept["seed"], kept["trainers"]
+        # Of 0.1.0's train: seed, epoch, turn, step. Behind a seed's end the trainers are its own.
+        seed, *rest = kept["position"]
+        return kept["finished"], seed, kept["trainers"] if any(rest) else {}
+
+    def run(
+        self,
+        checkpoint: str | os.PathLike[str] | None,
+        resume: bool,
+        checkpoint_every: int | None,
+        progress: Progress | None,
+    ) -> list[dict[str, Any]]:
+        """Train all, and return the finished runs.
+
+        Args:
+            checkpoint: folder of the checkpoint, written every 15 seconds, at the end of a turn and
+                on Ctrl-C; None for none.
+            resume: continue from it.
+            checkpoint_every: steps between two checkpoints, instead of 15 seconds.
+            progress: where to report.
+
+        Raises:
+            Interrupted: Ctrl-C.
+            CheckpointError: the checkpoint cannot be read, is of another run, or cannot be written.
+        """
+        progress = progress or Progress(enabled=False)
+        folder = None if checkpoint is None else Path(checkpoint)
+        seeds = self.settings.seeds
+        finished, first, saved = self._resumed(folder) if resume else ([], 0, {})
+        if resume:
+            progress.line(f"resumed: {len(finished)} runs were finished")
+        trainers: list[T] = []
+        last = time.monotonic()
+        stop = Stop()
+
+        def keep(seed: int) -> None:
+            nonlocal last
+            last = time.monotonic()
+            kept = "nothing was kept (no --checkpoint DIR)"
+            if folder is not None:
+                state = {
+                    "version": VERSION,
+                    "settings": plain(asdict(self.settings)),
+                    "data": self.data,
+                    "finished": finished,
+                    "seed": seed,
+                    "trainers": {trainer.name: trainer.state_dict() for trainer in trainers},
+                }
+                path = write_checkpoint(folder, state)
+                kept = f"{path} was kept; add --resume to continue from it"
+            if stop.asked:
+                raise Interrupted(kept)
+
+        with stop.listening(), progress:
+            for s in range(first, len(seeds)):
+                trainers = self.build(seeds[s])
+                for trainer in trainers:
+                    if trainer.name in saved:
+                        trainer.load_state_dict(saved[trainer.name])
+                saved = {}
+                for turn in range(self.turns):
+                    order = turn % len(trainers)  # another one goes first in each turn
+                    for trainer in trainers[order:] + trainers[:order]:
+                        if len(trainer.history) > turn:
+                            continue
+                        label = f"{trainer.name:<14}"
+                        label += f" seed {trainer.seed}" if len(seeds) > 1 else ""
+                        goal = self.begin(trainer, turn)
+                        while (start := self.position(trainer)) < goal:
+                            steps = CHUNK
+                            if checkpoint_every is not None:
+                                steps = min(steps, checkpoint_every - start % checkpoint_every)
+                            began = time.perf_counter()
+                            self.advance(trainer, steps, goal)
+                            trainer.seconds += time.perf_counter() - began
+                            now = self.position(trainer)
+                            if checkpoint_every is None:
+                                due = time.monotonic() - last > 15.0
+                            else:
+                                due = now // checkpoint_every > start // checkpoint_every
+                            if stop.asked or (due and folder is not None):
+                                keep(s)
+                            if now < goal:
+                                progress.update(label, now / goal * (turn + 1) / self.turns)
+                        note = self.evaluate(trainer, turn)
+                        note = f"{note}, {trainer.seconds:.1f} s"
+                        progress.update(label, (turn + 1) / self.turns, note)
+                        if folder is not None or stop.asked:
+                            keep(s)
+                finished += [self.finish(trainer) for trainer in trainers]
+                trainers = []
+                if folder is not None:
+                    keep(s + 1)
+        places = {name: i for i, name in enumerate(self.names)}
+        finished.sort(key=lambda run: (places[run["name"]], seeds.index(run["seed"])))
+        return finished

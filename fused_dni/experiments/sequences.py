@@ -34,17 +34,17 @@ class Episodes(NamedTuple):
 
 
 def channels(task: str, width: int) -> tuple[int, int]:
-    """Number of input channels and of outputs."""
+    """Count input channels and outputs."""
     return (width + 1, width) if task == "copy" else (width + 2, width + 1)
 
 
 def steps(task: str, length: int, repeats: int = 1) -> int:
-    """Steps of an episode: 2N + 1 of copy, N + NR + 3 of repeat-copy."""
+    """Count the steps of an episode: 2N + 1 of copy, N + NR + 3 of repeat-copy."""
     return 2 * length + 1 if task == "copy" else length + length * repeats + 3
 
 
 def copy(length: int, batch: int, generator: torch.Generator, width: int = 8) -> Episodes:
-    """N symbols, a step with the marker (the last channel), N steps to write them."""
+    """Draw N symbols, a step with the marker (the last channel), N steps to write them."""
     bits = _bits(length, batch, width, generator)
     inputs = torch.zeros(steps("copy", length), batch, width + 1)
     inputs[:length, :, :width] = bits
@@ -57,8 +57,8 @@ def copy(length: int, batch: int, generator: torch.Generator, width: int = 8) ->
 def repeat_copy(
     length: int, repeats: int, batch: int, generator: torch.Generator, width: int = 8
 ) -> Episodes:
-    """A start marker (the last channel but one), N symbols, a step that says how often (the last
-    channel, over ten), R times N steps to write them, a step to write the end marker (the last
+    """Draw a start marker (the last channel but one), N symbols, a step that says how often (the
+    last channel, over ten), R times N steps to write them, a step to write the end marker (the last
     output)."""
     bits = _bits(length, batch, width, generator)
     inputs = torch.zeros(steps("repeat-copy", length, repeats), batch, width + 2)
@@ -76,7 +76,7 @@ def _bits(length: int, batch: int, width: int, generator: torch.Generator) -> Te
 
 
 def draw(task: str, length: int, repeats: int, batch: int, width: int, seed: int) -> Episodes:
-    """Episodes that are a function of the arguments alone."""
+    """Draw episodes that are a function of the arguments alone."""
     generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     if task == "copy":
         return copy(length, batch, generator, width)
@@ -120,8 +120,8 @@ class Curriculum:
         return 1 + (level + 1) // 2, 1 + level // 2
 
     def solved(self) -> int:
-        """The longest solved: symbols for copy, steps of the whole episode for repeat-copy (as in
-        the paper's table, by its numbers); 0 for none."""
+        """Return the longest solved: symbols for copy, steps of the whole episode for repeat-copy
+        (as in the paper's table, by its numbers); 0 for none."""
         if self.level == 0:
             return 0
         length, repeats = self._shape(self.level - 1)

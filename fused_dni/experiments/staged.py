@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
-from fused_dni.distributed import MODES, Checkpoints, Pipeline, PipelineError, Stage
+from fused_dni.distributed import Checkpoints, Pipeline, PipelineError, Stage
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.data import Dataset
+from fused_dni.experiments.settings import Staged as Settings
 from fused_dni.measure.baseline import facts
-from fused_dni.report import text
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
 
@@ -39,60 +39,8 @@ from fused_dni.report.schema import Result
 _POINTS = 60
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run is a function of, but for how fast the processes are.
-
-    Attributes:
-        dataset: ``digits`` or ``mnist``; folder: of the MNIST files, None to fetch them.
-        stages: processes.
-        modes: of :data:`fused_dni.distributed.MODES`, one run each.
-        hidden, depth: units and number of hidden layers, of all stages together.
-        epochs, batch_size: passes over the training set, rows of a step.
-        lr: of Adam at the start; cosine to zero.
-        rank: of the synthesizers.
-        target_every: the steps on which a gradient comes back in the mode "decoupled".
-        warmup_steps: steps at the start on which its stages wait for the true gradient.
-        window, lag: as in :class:`fused_dni.distributed.Pipeline`.
-        checkpoint_every: steps.
-        seed: of the weights and the batches.
-    """
-
-    dataset: str = "digits"
-    folder: str | None = None
-    stages: int = 2
-    modes: tuple[str, ...] = ("exact", "stale", "local", "decoupled")
-    hidden: int = 256
-    depth: int = 4
-    epochs: int = 8
-    batch_size: int = 64
-    lr: float = 3e-3
-    rank: int = 16
-    target_every: int = 1
-    warmup_steps: int = 44
-    window: int = 4
-    lag: int | None = None
-    checkpoint_every: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for mode in self.modes:
-            if mode not in MODES:
-                raise ValueError(text.unknown("mode", mode, MODES))
-        least = {"stages": 1, "hidden": 1, "epochs": 1, "batch_size": 2, "rank": 1, "window": 1}
-        least |= {"target_every": 1, "warmup_steps": 0, "checkpoint_every": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.depth < self.stages:
-            raise ValueError(
-                f"depth={self.depth} hidden layers are too few for {self.stages} stages: each has "
-                "one at least"
-            )
-
-
 def split(settings: Settings, features: int, classes: int, mode: str) -> list[Stage]:
-    """The network in stages, the same on every process."""
+    """Cut the network in stages, the same on every process."""
     network = nets.plain(features, settings.hidden, settings.depth, classes, seed=settings.seed)
     modules = list(network)
     layers = [nn.Sequential(*modules[3 * i : 3 * i + 3]) for i in range(settings.depth)]
@@ -129,7 +77,7 @@ class _LocalLoss(nn.Module):
 def batches(
     dataset: Dataset, settings: Settings, first: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of steps ``first`` to ``steps``: whole epochs, each in an order of its own."""
+    """Yield the batches of steps ``first`` to ``steps``: whole epochs, each in its own order."""
     images, labels = dataset.train.images, dataset.train.labels
     size = settings.batch_size
     each = len(labels) // size
@@ -154,7 +102,7 @@ def _steps(dataset: Dataset, settings: Settings) -> int:
 
 
 def work(settings: Settings, mode: str, folder: str) -> dict[str, Any]:
-    """One process's part of a run, under torchrun or :func:`train`; see :class:`Settings`.
+    """Do one process's part of a run, under torchrun or :func:`train`.
 
     Returns:
         The last stage's curve of losses against seconds, and all stages' reports.
@@ -266,7 +214,7 @@ def train(
 
 
 def _last_line(message: Any) -> str:
-    """What an exception said, of what torch's launcher tells of it."""
+    """Return what an exception said, of what torch's launcher tells of it."""
     said = message.get("message", message) if isinstance(message, dict) else message
     with suppress(TypeError, ValueError, KeyError):
         said = json.loads(said)["message"]["message"]

@@ -122,6 +122,6 @@ class Racer:
 
 
 def squared_error(h: Tensor, t: Tensor | None) -> Tensor:
-    """The squared distance of h from what it should be: [N]."""
+    """Compute the squared distance of h from what it should be: [N]."""
     assert t is not None
     return (h - t).square().sum(1)

@@ -47,7 +47,7 @@ def no_tangents(**tensors: Tensor | None) -> None:
 
 
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
-    """``input`` [..., I] as contiguous rows [N, I].
+    """Return ``input`` [..., I] as contiguous rows [N, I].
 
     Under autocast the input is cast to its dtype, as ``F.linear`` would.
     """
@@ -103,7 +103,8 @@ def labels(context: Tensor | None, classes: int, ignored: int | None = None) -> 
         context = context[context != ignored]
         if not context.numel():
             return
-    low, high = (int(v) for v in torch.aminmax(context))
+    least, largest = torch.aminmax(context)
+    low, high = int(least), int(largest)
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise IndexError(
@@ -119,8 +120,8 @@ def target(
     classes: int,
     ignore_index: int,
 ) -> Tensor:
-    """``target`` [...] as contiguous rows int64 [N]; it has the leading dimensions of an input on
-    that device, where they are known.
+    """Return ``target`` [...] as contiguous rows int64 [N]; it has the leading dimensions of an
+    input on that device, where they are known.
 
     A class out of range is refused on a CPU alone, where looking at the data costs no
     synchronisation.
@@ -244,7 +245,7 @@ def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
 
 
 def lengths(given: Tensor | None, steps: int, batch: int, device: torch.device) -> Tensor | None:
-    """The rows' own numbers of steps, int64 [B] on ``device``."""
+    """Return the rows' own numbers of steps, int64 [B] on ``device``."""
     if given is None:
         return None
     if not isinstance(given, Tensor) or given.dtype not in (torch.int64, torch.int32):
@@ -265,7 +266,7 @@ def lengths(given: Tensor | None, steps: int, batch: int, device: torch.device) 
 def ended(
     given: Tensor | None, batch: int, device: torch.device, alone: bool = False
 ) -> Tensor | None:
-    """``end_of_sequence``, bool [B]; [] too if the input is unbatched (``alone``)."""
+    """Return ``end_of_sequence``, bool [B]; [] too if the input is unbatched (``alone``)."""
     if given is None:
         return None
     if not isinstance(given, Tensor) or given.dtype != torch.bool:
@@ -291,7 +292,7 @@ def pair(given: tuple[Tensor, Tensor], name: str) -> None:
 
 
 def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    """A state h, c of the given shape; x is the input it goes with."""
+    """Return a state h, c of the given shape; x is the input it goes with."""
     if type(hx) is tuple and len(hx) == 2 and forward_ad._current_level < 0:
         h, c = hx
         if type(h) is type(c) is Tensor and h.shape == shape == c.shape:
@@ -321,7 +322,8 @@ def state(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], x: Tensor) -> tuple
 
 
 def unbatched(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], dim: int) -> tuple[Tensor, Tensor]:
-    """The state of an unbatched input, of the given shape, with a batch dimension at ``dim``."""
+    """Return the state of an unbatched input, of the given shape, with a batch dimension at
+    ``dim``."""
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise TypeError("hx must be a tuple (h, c) of two tensors")
     for name, t in zip("hc", hx, strict=True):

@@ -158,7 +158,8 @@ def linear(
     activation: str = "identity",
     backend: str | None = None,
 ) -> Tensor:
-    """``activation(normalization(input @ weight.T + bias))`` with its exact gradient, fused.
+    """Compute ``activation(normalization(input @ weight.T + bias))``, with its exact gradient,
+    fused.
 
     Args:
         input: [..., I], floating point.
@@ -202,7 +203,7 @@ def linear_step_(
     need_prediction: bool = True,
     backend: str | None = None,
 ) -> Step:
-    """Forward, synthetic gradient and update of a decoupled linear layer, in one launch.
+    """Take a step of a decoupled linear layer: forward, synthetic gradient, update, in one launch.
 
     Args:
         input: [N, I].

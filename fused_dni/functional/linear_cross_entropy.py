@@ -115,7 +115,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target)``, fused.
+    """Compute ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target)``, fused.
 
     The names are those of ``torch.nn.functional.linear_cross_entropy``; of its options there is
     ``reduction="mean"`` alone, over class indices.

@@ -45,7 +45,7 @@ class Window(NamedTuple):
     trace: LSTMTrace
 
     def rows(self, made: LSTMGradients) -> tuple[LSTMRows, ...]:
-        """What the weights' gradients are products of, layer by layer."""
+        """Return what the weights' gradients are products of, layer by layer."""
         hidden = self.trace.hidden
         out = []
         below = self.x
@@ -70,7 +70,8 @@ class Ends(Protocol):
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        """The gradients at the final state, h and c [L, B, H], that the backward starts from."""
+        """Return the gradients at the final state, h and c [L, B, H], that the backward starts
+        from."""
         ...
 
     def boundary(self, x: Tensor, plain: bool) -> tuple[LSTMBoundary, Tensor | None] | None:
@@ -200,7 +201,7 @@ class CellEnds(Protocol):
     def arrive(
         self, h: Tensor, c: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        """The gradients at the state behind the step, h and c [B, H], to start from."""
+        """Return the gradients at the state behind the step, h and c [B, H], to start from."""
         ...
 
     def leave(self, rows: LSTMRows, arrival: Any) -> tuple[Tensor | None, ...]:
@@ -336,7 +337,8 @@ def lstm_cell(
 
 
 def origin(state: Tensor, site: object) -> Any:
-    """The node by which ``site`` made a state, directly or through a few ordinary ops, or None."""
+    """Return the node by which ``site`` made a state, directly or through a few ordinary ops, or
+    None."""
     node: Any = state.grad_fn
     if node is None or getattr(node, "site", None) is site:
         return node
@@ -345,7 +347,7 @@ def origin(state: Tensor, site: object) -> Any:
 
 
 def origins(state: tuple[Tensor, ...], site: object, most: int) -> tuple[list[Any], bool]:
-    """Where a state's gradient would go.
+    """Say where a state's gradient would go.
 
     Args:
         state: tensors.

@@ -16,7 +16,7 @@ def synthesizer_predict(
     *,
     backend: str | None = None,
 ) -> Prediction:
-    """``M(h)`` [N, O] and, for low rank, ``h @ down.T`` [N, R]; nothing is mutated.
+    """Return ``M(h)`` [N, O] and, for low rank, ``h @ down.T`` [N, R]; nothing is mutated.
 
     Args:
         h: [N, O].
@@ -45,7 +45,7 @@ def synthesizer_update_(
     statistics: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One step of regression of ``M(h)`` on ``target_scale * grad_h``, in one launch.
+    """Take a step of regression of ``M(h)`` on ``target_scale * grad_h``, in one launch.
 
     Args:
         h: [N, O], and ``prediction`` made from it.

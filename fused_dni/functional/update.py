@@ -15,7 +15,7 @@ from fused_dni.ops.types import BETA1, BETA2, EPS, LR, STEP, WEIGHT_DECAY, RuleT
 def apply_(
     parameters: Sequence[Tensor | None], gradients: Sequence[Tensor | None], rule: RuleTensors
 ) -> None:
-    """As :func:`fused_dni.backends.reference.rules.apply_`, in one pass over memory.
+    """Do as :func:`fused_dni.backends.reference.rules.apply_`, in one pass over memory.
 
     The kernels are those behind ``torch.optim``'s ``fused=True``. What they do not take (bfloat16
     rounded at random, parameters of several dtypes or devices, or that are not contiguous) the

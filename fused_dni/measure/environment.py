@@ -1,7 +1,9 @@
 """What a bug report needs: versions, processor, thread pools, backends, compiler, GPU.
 
 Every fact is gathered on its own: what cannot be found is reported as absent with the reason, and
-nothing here raises because a tool, a library or a file is missing.
+nothing here raises because a tool, a library or a file is missing. ``torch.utils.collect_env`` runs
+pip and a dozen programs for its text, and knows neither our extensions nor the flags that choose
+kernels; threadpoolctl would be one more dependency for the one list of OpenMP runtimes.
 """
 
 from __future__ import annotations

@@ -25,11 +25,10 @@ ALWAYS: tuple[Check, ...] = (
     ("state", torch._C._len_torch_dispatch_stack, None, None, 0),
     ("state", torch._C._are_functorch_transforms_active, None, None, False),
 )
-# What surrounds a forward.
-SURROUNDINGS: tuple[Check, ...] = (
+# What surrounds a forward, under autocast too.
+ANYWHERE: tuple[Check, ...] = (
     ("state", torch.is_grad_enabled, None, None, True),
     ("state", torch._C._get_tracing_state, None, None, None),
-    ("state", partial(torch.is_autocast_enabled, "cpu"), None, None, False),
     ("state", torch._C._current_graph_task_id, None, None, -1),
     (
         "state",
@@ -41,6 +40,10 @@ SURROUNDINGS: tuple[Check, ...] = (
     ("attribute", DistributedDataParallel, "_active_ddp_module", None, None),
     ("item", vars(forward_ad), "_current_level", None, -1),
     ("empty", nodes.watchers(), "watching", None, None),
+)
+SURROUNDINGS: tuple[Check, ...] = (
+    *ANYWHERE,
+    ("state", partial(torch.is_autocast_enabled, "cpu"), None, None, False),
 )
 
 # What a module's call runs beside its forward.

@@ -283,7 +283,8 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(h, input)
         if decoupled and not tracing and not (phase.target or phase.warmup):
             setattr(h, NO_TARGET, h._version)
-        if type(self) is FusedDNILinear and self.update is not None and x is input and not tracing:
+        as_given = x.shape == input.shape  # of another type under autocast
+        if type(self) is FusedDNILinear and self.update is not None and as_given and not tracing:
             quicken(self, backend, rows)
         return h
 

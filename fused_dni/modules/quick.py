@@ -22,6 +22,7 @@ from fused_dni.modules import nodes, target_unit
 from fused_dni.modules.base import NO_TARGET, Predicted
 from fused_dni.modules.checks import (
     ALWAYS,
+    ANYWHERE,
     HOOKS,
     SURROUNDINGS,
     addresses,
@@ -528,6 +529,7 @@ def stacked(
         name = "exact" if exact or layer is head else "quick"
         checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
-    quick = bind(container, SURROUNDINGS, checks, steps[: len(layers)], exact, last)
+    surroundings = SURROUNDINGS if exact else ANYWHERE
+    quick = bind(container, surroundings, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*SURROUNDINGS, *checks), container, layers, head, steps, covered), apart
+    return kind(quick, (*surroundings, *checks), container, layers, head, steps, covered), apart

@@ -144,7 +144,7 @@ def op(
 
 
 def _fields(record: Any) -> tuple[str, ...]:
-    """Names of the fields of a tuple with names or a dataclass."""
+    """Return the names of the fields of a tuple with names or a dataclass."""
     if dataclasses.is_dataclass(record):
         return tuple(field.name for field in dataclasses.fields(record))
     return cast(tuple[str, ...], record._fields)
@@ -259,7 +259,7 @@ def _together(make: Callable[..., Any], parts: list[_Result], optional: bool) ->
 
 
 def _several(part: _Result) -> _Result:
-    """The last of the results, all tensors that are left."""
+    """Take the last of the results: all tensors that are left."""
 
     def pack(value: Any, add: Callable[[Tensor | None, tuple[int, ...]], None]) -> None:
         for item in value:
@@ -274,7 +274,7 @@ def _several(part: _Result) -> _Result:
 
 
 def _flat(result: _Result, made: Any, given: Sequence[Any]) -> Any:
-    """What the registered op returns: results that share no memory."""
+    """Return what the registered op does: results that share no memory."""
     like = next(t for t in given if isinstance(t, Tensor))
     flat: list[Tensor] = []
 

@@ -71,7 +71,7 @@ def _named(op: Any, formula: Callable[[Given], int]) -> Callable[..., int]:
 
 
 def _product(given: Given, weight: tuple[int, ...] | None = None) -> int:
-    """x [N, I] and weight [O, I], that of a layer if it is not given."""
+    """Count the product of x [N, I] with weight [O, I], that of a layer if it is not given."""
     return 2 * int(given["x"][0]) * math.prod(weight or given["layer_weight"])
 
 
@@ -83,7 +83,7 @@ def _step(given: Given) -> int:
 
 
 def _context(given: Given) -> int:
-    """A dense context [N, K]; class indices are looked up."""
+    """Count that of a dense context [N, K]; class indices are looked up."""
     context, weight = given["context"], given["synthesizer_context_weight"]
     if context is None or weight is None or len(context) == 1:
         return 0
@@ -91,7 +91,7 @@ def _context(given: Given) -> int:
 
 
 def _products(given: Given, of_weight: int) -> int:
-    """Those of a synthesizer's h with its weight, so many, and once with its down."""
+    """Count products of a synthesizer's h with its weight, so many, and one with its down."""
     rows, weight, down = (given[n] for n in ("h", "synthesizer_weight", "synthesizer_down"))
     made = of_weight * math.prod(weight) if len(weight) == 2 else 0
     return 2 * int(rows[0]) * (made + (0 if down is None else math.prod(down)))
@@ -102,7 +102,7 @@ def _prediction(given: Given) -> int:
 
 
 def _regression(given: Given) -> int:
-    """Of a low rank back through the weight, too, for the product for down."""
+    """Count, of a low rank, the way back through the weight too, for the product for down."""
     return _products(given, 1 if given["synthesizer_down"] is None else 2) + _context(given)
 
 
@@ -116,7 +116,8 @@ def _gates(given: Given, batch: int) -> int:
 
 
 def _gates_backward(given: Given, batch: int) -> int:
-    """To the state and the layer below by each weight; x of the first layer on demand."""
+    """Count those to the state and the layer below by each weight; x of the first layer on
+    demand."""
     back = _gates(given, batch)
     made = back if given["need_weights"] else 0
     if not given["need_dx"]:

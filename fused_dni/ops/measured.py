@@ -61,8 +61,8 @@ _tables: list[Table] | None = None  # that on disk before that of the package, o
 
 
 def sizes(op: str, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """The sizes of a call, rounded up to powers of two: there are few, and a graph compiled for any
-    number of rows holds for all that are rounded alike.
+    """Return the sizes of a call, rounded up to powers of two: there are few, and a graph compiled
+    for any number of rows holds for all that are rounded alike.
 
     Args:
         op: "linear" or "lstm".
@@ -78,7 +78,7 @@ def sizes(op: str, x: Tensor, weight: Tensor) -> tuple[int, ...]:
 
 
 def _rounded(size: int) -> int:
-    """By comparisons, of which torch.compile makes guards where a size is not fixed."""
+    """Round up by comparisons, of which torch.compile makes guards where a size is not fixed."""
     power = 1
     while power < size:
         power *= 2
@@ -87,7 +87,7 @@ def _rounded(size: int) -> int:
 
 @constant_when_traced
 def tf32() -> bool:
-    """Whether float32 products may be TF32's; compiled graphs are guarded by it anyway."""
+    """Say whether float32 products may be TF32's; compiled graphs are guarded by it anyway."""
     return torch.get_float32_matmul_precision() != "highest"
 
 
@@ -95,7 +95,7 @@ def tf32() -> bool:
 def order(
     op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[str, ...]:
-    """Names of backends, the fastest first, for a call on a GPU."""
+    """Return the names of backends, the fastest first, for a call on a GPU."""
     entry = _entry(op, sizes, dtype, device)
     for table in tables():
         nearest = _nearest(table, entry)
@@ -105,7 +105,8 @@ def order(
 
 
 def usual(op: str, sizes: tuple[int, ...]) -> tuple[str, ...]:
-    """The order where nothing was measured: a rule of thumb that no measurement has confirmed yet.
+    """Return the order where nothing was measured: a rule of thumb that no measurement has
+    confirmed yet.
 
     The CUDA kernels are made for what waits for the next barrier: LSTM windows, and layers of at
     most 128 rows and 1,024 features. Everything else goes to Triton first.
@@ -139,7 +140,7 @@ def _nearest(table: Table, wanted: Entry) -> Entry | None:
 
 
 def path() -> Path:
-    """The user's own table."""
+    """Return the user's own table."""
     from fused_dni.kernels import tuning
 
     folder: Path = tuning.folder()
@@ -147,7 +148,7 @@ def path() -> Path:
 
 
 def tables() -> list[Table]:
-    """The user's own table and that of the package."""
+    """Return the user's own table and that of the package."""
     global _tables
     if _tables is None:
         _tables = [_read(path()), _read(_SHIPPED)]
@@ -182,7 +183,7 @@ def remember(
 
 
 def text(table: Table) -> str:
-    """A table as it lies in a file."""
+    """Return a table as it lies in a file."""
     held = {"format": FORMAT, "seconds": {str(entry): found for entry, found in table.items()}}
     return json.dumps(held, indent=1, sort_keys=True) + "\n"
 
@@ -192,7 +193,7 @@ def _sorted(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _read(file: Path) -> Table:
-    """A table's usable entries; none if it is missing, damaged or of another format."""
+    """Return a table's usable entries; none if it is missing, damaged or of another format."""
     try:
         held = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -35,12 +35,12 @@ _MEASURED = "cuda"
 
 
 def names() -> tuple[str, ...]:
-    """All backends' names, most preferred first, whether or not they can run here."""
+    """Return all backends' names, most preferred first, whether or not they can run here."""
     return tuple(_KNOWN)
 
 
 def _load(name: str) -> Backend | str:
-    """The backend, or the reason why it cannot run on this machine. Asked once a process."""
+    """Return the backend, or the reason why it cannot run on this machine. Asked once a process."""
     try:
         return _loaded[name]
     except KeyError:
@@ -70,7 +70,7 @@ def _check(name: str) -> None:
 
 
 def get(name: str) -> Backend:
-    """The backend of that name.
+    """Return the backend of that name.
 
     Raises:
         ValueError: no backend has that name.
@@ -94,7 +94,7 @@ def forget() -> None:
 
 
 def resolve(name: str | None, x: Tensor, weight: Tensor, op: str = "linear") -> Backend:
-    """The backend that serves these tensors: the one named, or the first that can.
+    """Return the backend that serves these tensors: the one named, or the first that can.
 
     Args:
         name: a backend's name, or None for the one that was measured to be the fastest for these

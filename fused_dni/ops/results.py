@@ -30,7 +30,7 @@ from fused_dni.ops.types import (
 
 
 def nothing() -> None:
-    """Of an op that returns nothing."""
+    """Return None, as the op does."""
 
 
 def _like(p: Tensor | None) -> Tensor | None:
@@ -38,7 +38,7 @@ def _like(p: Tensor | None) -> Tensor | None:
 
 
 def saved_of(h: Tensor, config: LinearConfig, dtype: torch.dtype) -> Saved:
-    """What a backward needs beside h [N, O]."""
+    """Make room for what a backward needs beside h [N, O]."""
     rows, features = h.shape
     if config.normalization is None:
         if config.activation in FROM_OUTPUT:
@@ -61,7 +61,7 @@ def linear_backward(
     weight, bias, norm_weight, norm_bias, *_ = layer
     return LinearGradients(
         h.new_empty(h.shape, dtype=accumulator(weight)),
-        torch.empty_like(x) if need_dx else None,
+        x.new_empty(x.shape) if need_dx else None,
         torch.empty_like(weight) if need_weight else None,
         None if bias is None else torch.empty_like(bias),
         None if norm_weight is None else torch.empty_like(norm_weight),
@@ -78,7 +78,7 @@ def linear_step_(
     need_prediction: bool,
 ) -> Step:
     h = x.new_empty(x.shape[0], layer.weight.shape[0])
-    dx = torch.empty_like(x) if need_dx else None
+    dx = x.new_empty(x.shape) if need_dx else None
     if not need_prediction:
         return Step(h, None, dx)
     prediction = synthesizer_predict(h, synthesizer)
@@ -94,7 +94,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, need_delta: bool) -> CrossEn
 
 
 def synthesizer_predict(h: Tensor, synthesizer: SynthesizerTensors) -> Prediction:
-    dtype, down = accumulator(synthesizer.weight), synthesizer.down
+    return prediction_of(h, synthesizer, accumulator(synthesizer.weight))
+
+
+def prediction_of(h: Tensor, synthesizer: SynthesizerTensors, dtype: torch.dtype) -> Prediction:
+    """Make room for a prediction over h [N, O]."""
+    down = synthesizer.down
     return Prediction(
         h.new_empty(h.shape, dtype=dtype),
         None if down is None else h.new_empty(h.shape[0], down.shape[0], dtype=dtype),
@@ -109,7 +114,7 @@ def synthesizer_gradients(synthesizer: SynthesizerTensors) -> SlotGradients:
 def lstm_forward(x: Tensor, h: Tensor, c: Tensor, save: bool) -> LSTMTrace:
     (steps, batch, _), (depth, _, size) = x.shape, h.shape
     hidden = x.new_empty(depth if save else 1, steps + 1, batch, size)
-    last_h, last_c = torch.empty_like(h), torch.empty_like(c)
+    last_h, last_c = h.new_empty(h.shape), c.new_empty(c.shape)
     if not save:
         return LSTMTrace(hidden, last_h, last_c)
     gates = x.new_empty(depth, steps, batch, 4 * size)
@@ -117,7 +122,7 @@ def lstm_forward(x: Tensor, h: Tensor, c: Tensor, save: bool) -> LSTMTrace:
 
 
 def lstm_layer(layer: LSTMLayer) -> LSTMLayer:
-    """A layer's gradients."""
+    """Make room for a layer's gradients."""
     return LSTMLayer(
         torch.empty_like(layer.weight_ih),
         torch.empty_like(layer.weight_hh),
@@ -135,14 +140,14 @@ def lstm_backward(
         torch.empty_like(trace.gates),
         torch.empty_like(trace.h),
         torch.empty_like(trace.c),
-        torch.empty_like(x) if need_dx else None,
+        x.new_empty(x.shape) if need_dx else None,
         tuple([lstm_layer(layer) for layer in layers]) if need_weights else (),
     )
 
 
 def lstm_cell_forward(x: Tensor, h: Tensor, c: Tensor, save: bool) -> CellTrace:
     gates = x.new_empty(x.shape[0], 4 * h.shape[1]) if save else None
-    return CellTrace(torch.empty_like(h), torch.empty_like(c), gates)
+    return CellTrace(h.new_empty(h.shape), c.new_empty(c.shape), gates)
 
 
 def lstm_cell_backward(
@@ -158,8 +163,8 @@ def lstm_cell_backward(
         raise ValueError("this trace is of a forward without save")
     return CellGradients(
         torch.empty_like(trace.gates),
-        torch.empty_like(h),
-        torch.empty_like(c),
-        torch.empty_like(x) if need_dx else None,
+        h.new_empty(h.shape),
+        c.new_empty(c.shape),
+        x.new_empty(x.shape) if need_dx else None,
         lstm_layer(layer) if need_weights else None,
     )

@@ -102,7 +102,7 @@ class Returned:
         self._last = h, c, record
 
     def changed(self, h: Tensor) -> bool:
-        """Whether this memory was returned, and changed in place since."""
+        """Say whether this memory was returned, and changed in place since."""
         record = self._records.get(h.untyped_storage()._cdata)
         return record is not None and _changed(h, record.h, record.h_version)
 
@@ -144,7 +144,7 @@ class Returned:
         return Found(record.noted) if same else None
 
     def last_ended(self) -> tuple[Tensor, Tensor] | None:
-        """h of the last state and its rows that ended, if any were noted."""
+        """Return h of the last state and its rows that ended, if any were noted."""
         if self._last is None:
             return None
         ended = getattr(self._last[2].noted, "ended", None)
@@ -169,12 +169,12 @@ def _unchanged(h: Tensor, c: Tensor, record: _Record) -> bool:
 
 
 def _layout(h: Tensor, c: Tensor) -> tuple[Any, ...]:
-    """How a state lies in its memory."""
+    """Say how a state lies in its memory."""
     return (h.dtype, h.shape, h.stride(), h.storage_offset(), c.stride(), c.storage_offset())
 
 
 def _changed(t: Tensor, memory: int, version: int) -> bool:
-    """Whether this is that memory and was changed in place."""
+    """Say whether this is that memory and was changed in place."""
     same: bool = t.untyped_storage()._cdata == memory
     return same and t._version != version
 
@@ -217,7 +217,7 @@ _by_weight: OrderedDict[tuple[Any, Any], tuple[StorageWeakRef, Returned]] = Orde
 
 
 def by_weight(weight: Tensor) -> Returned | None:
-    """The states that compiled code returned of the LSTM with this weight; None for none."""
+    """Return the states that compiled code returned of the LSTM with this weight; None for none."""
     if not _by_weight:
         return None
     found = _by_weight.get((weight.untyped_storage()._cdata, weight.storage_offset()))
@@ -257,7 +257,7 @@ def _(h, c, weight, cut):  # type: ignore[no-untyped-def]
 
 
 def lstm_returned_rows(h: Tensor, c: Tensor, weight: Tensor, cut: bool) -> Tensor:
-    """Which rows of a state [L, B, H] the LSTM with this weight returned, for traced code.
+    """Say which rows of a state [L, B, H] the LSTM with this weight returned, for traced code.
 
     Args:
         h, c: the state. weight: of the first layer.

@@ -27,7 +27,7 @@ _transforms = torch._C._are_functorch_transforms_active
 
 
 def direct(t: Tensor) -> bool:
-    """Whether an op may hand the address of ``t`` to its backend.
+    """Say whether an op may hand the address of ``t`` to its backend.
 
     Else the call is watched or recorded, or ``t`` is no memory, or not all that it means (it stands
     for zeros or for a negation): the registered op sees to that.

@@ -61,7 +61,7 @@ SlotGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None
 
 
 def accumulator(parameter: Tensor) -> torch.dtype:
-    """The dtype of everything but products and outputs: at least float32."""
+    """Return the dtype of everything but products and outputs: at least float32."""
     return torch.float32 if parameter.dtype in LOW_PRECISION else parameter.dtype
 
 
@@ -125,7 +125,7 @@ class SynthesizerTensors(NamedTuple):
         return 0 if self.context_weight is None else self.context_weight.shape[1]
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The four slots in the order that rules and gradients use."""
+        """Return the four slots in the order that rules and gradients use."""
         return (self.weight, self.down, self.context_weight, self.bias)
 
 
@@ -408,12 +408,12 @@ class Backend(Protocol):
     name: str
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
-        """None if this backend serves these tensors (dtype, device), or the reason why not, as the
-        end of a sentence that begins with the backend's name."""
+        """Return None if this backend serves these tensors (dtype, device), or the reason why not,
+        as the end of a sentence that begins with the backend's name."""
         ...
 
     def available(self) -> str | None:
-        """None if the backend can run on this machine at all, or the reason why not."""
+        """Return none if the backend can run on this machine at all, or the reason why not."""
         ...
 
     def linear_forward(
@@ -470,7 +470,7 @@ class Backend(Protocol):
         need_dx: bool,
         need_prediction: bool,
     ) -> Step:
-        """Forward, synthetic gradient and update in one launch (design: a decoupled step).
+        """Take a decoupled step: forward, synthetic gradient and update in one launch.
 
         The synthetic gradient is ``M(h) / target_scale``, scaled down to a Frobenius norm of
         ``max_norm`` if that is positive and exceeded. ``dx`` is taken with the weights as they
@@ -562,8 +562,8 @@ class Backend(Protocol):
         statistics: Tensor,
         rule: RuleTensors,
     ) -> None:
-        """As :meth:`synthesizer_gradients`, applied by ``rule`` where they are made. A target that
-        is not finite changes nothing but the rule's skip counter."""
+        """Do as :meth:`synthesizer_gradients`, applied by ``rule`` where they are made. A target
+        that is not finite changes nothing but the rule's skip counter."""
         ...
 
     # -- LSTM: T steps, B sequences side by side, L layers, H hidden units ------------------------
@@ -578,7 +578,7 @@ class Backend(Protocol):
         dropout: tuple[Tensor, ...],
         save: bool,
     ) -> LSTMTrace:
-        """A window of an LSTM: x [T, B, I] from the state h, c [L, B, H].
+        """Run a window of an LSTM: x [T, B, I] from the state h, c [L, B, H].
 
         Layer l + 1 reads the hidden states of layer l, times ``dropout[l]`` [T, B, H] where
         ``dropout`` is not empty (it then has L - 1 masks, zero or 1 / (1 - p)). ``lengths`` [B]
@@ -601,7 +601,7 @@ class Backend(Protocol):
         need_dx: bool,
         need_weights: bool,
     ) -> LSTMGradients:
-        """Back through a window (``trace`` is of a forward with ``save``).
+        """Go back through a window (``trace`` is of a forward with ``save``).
 
         ``grad_output`` [T, B, H] is the gradient at the last layer's hidden states, what lies past
         a row's length being ignored; ``grad_h`` and ``grad_c`` [L, B, H] those at the final state;
@@ -654,7 +654,7 @@ class Backend(Protocol):
     def lstm_cell_forward(
         self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
     ) -> CellTrace:
-        """One step: x [B, I] from the state h, c [B, H]."""
+        """Run one step: x [B, I] from the state h, c [B, H]."""
         ...
 
     def lstm_cell_backward(
@@ -669,5 +669,5 @@ class Backend(Protocol):
         need_dx: bool,
         need_weights: bool,
     ) -> CellGradients:
-        """Back through one step; h and c are the state before it. None for a zero gradient."""
+        """Go back through one step; h and c are the state before it. None for a zero gradient."""
         ...

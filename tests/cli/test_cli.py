@@ -15,7 +15,9 @@ from fused_dni.kernels import linear, tuning
 import fused_dni
 from fused_dni import cli
 from fused_dni.cli import arguments
-from fused_dni.measure import tiles, timing, tune
+from fused_dni.distributed import MODES
+from fused_dni.experiments import settings
+from fused_dni.measure import options, tiles, timing, tune
 from fused_dni.ops import measured, registry
 from fused_dni.ops import types as base
 
@@ -48,11 +50,14 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
         (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),
         (["train", "--epochs", "none"], "epochs must be a whole number from 1 on, got 'none'"),
         (["train", "--epochs", "0"], "from 1 on, got '0'"),
-        (["train", "--lr", "-1"], "a rate must be a finite number from 0 on, got '-1'"),
+        (["train", "--lr", "-1"], "lr must be a finite number from 0 on, got '-1'"),
         (["train", "--lr", "nan"], "got 'nan'"),
         (["train", "--methods", "cndi"], "unknown method 'cndi', did you mean 'cdni'"),
-        (["train", "--update", "adma"], "unknown value 'adma', did you mean 'adam'"),
-        (["train", "--target-every", "0"], "k must be a whole number from 1 on, or 'never'"),
+        (["train", "--update", "adma"], "unknown update 'adma', did you mean 'adam'"),
+        (
+            ["train", "--target-every", "0"],
+            "target-every must be a whole number from 1 on, or 'never'",
+        ),
         (["train", "--dataset", "mnits"], "did you mean 'mnist'"),
         (["train", "--data", "/no/such/folder"], "data folder /no/such/folder does not exist"),
         (["train", "--data", "x", "--dataset", "digits"], "leave --dataset digits out"),
@@ -71,12 +76,12 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
         (["verdict", "linear", "--sample", "2x2"], "--sample does not go with linear"),
         (["verdict", "linear", "--synthesizers", "desne"], "did you mean 'dense'"),
         (["verdict", "linear", "--synthesizers", "conv"], "'conv' does not fit an output of shape"),
-        (["verdict", "linear", "--interface", "inside"], "unknown value 'inside'"),
+        (["verdict", "linear", "--interface", "inside"], "unknown interface 'inside'"),
         (["verdict", "block", "--interface", "preactivation"], "stands behind a linear layer"),
         (["verdict", "linear", "--rank", "2", "--synthesizers", "dense"], "not both"),
         (["verdict", "linear", "--activation", "rleu"], "did you mean 'relu'"),
         (["verdict", "linear", "--normalization", "bacth"], "did you mean 'batch'"),
-        (["verdict", "linear", "--dtype", "float23"], "unknown value 'float23'"),
+        (["verdict", "linear", "--dtype", "float23"], "unknown dtype 'float23'"),
         (["verdict", "linear", "--batch", "1"], "verdict"),
         (["verdict", "linear", "--device", "gpu"], "unknown device 'gpu'"),
         (["verdict", "linear", "--threads", "0"], "threads must be a whole number from 1 on"),
@@ -85,7 +90,7 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
         (["verdict", "torch.nn:Lineer", "--sample", "2x2"], "did you mean 'Linear'"),
         (["verdict", "torch.nn:Linear", "--sample", "2x2"], "callable without arguments"),
         (["verdict", "torch:get_num_threads", "--sample", "2x2"], "must return a module"),
-        (["verdict", "torch.nn:ReLU", "--sample", "2"], "looks like 64x784, batch first"),
+        (["verdict", "torch.nn:ReLU", "--sample", "2"], "a shape like 64x784, batch first"),
         (["verdict", "torch.nn:ReLU"], "give --sample, like 64x784"),
         (["verdict", "torch.nn:ReLU", "--sample", "2x3"], "no trainable parameters"),
     ],
@@ -269,7 +274,7 @@ def test_tune_without_a_gpu(capsys, what):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tune"], "what"),
+        (["tune"], "required: {linear,lstm}"),
         (["tune", "linera"], "'linera', did you mean 'linear'"),
         (["tune", "linear", "--batch", "1"], "batch must be a whole number from 2 on"),
         (["tune", "linear", "--dtype", "bf16"], "'bf16', did you mean"),
@@ -423,4 +428,6 @@ def test_backends_are_not_timed_inside_a_capture(scratch, monkeypatch):
 
 def test_activations_are_those_of_the_layers():
     """The command line repeats them so that --help does not wait for torch."""
-    assert arguments.ACTIVATIONS == base.ACTIVATIONS
+    assert options.ACTIVATIONS == base.ACTIVATIONS
+    assert options.INTERFACES == base.INTERFACES
+    assert set(settings.MODES) == set(MODES)

@@ -79,22 +79,22 @@ def without_pytorch(*argv: str, folder: Path) -> tuple[int, str, str]:
         ("verdict linear --out 1024", "for output features there is --outputs"),
         ("verdict linear --rank 2 --synthesizers dense", "not both"),
         ("verdict linear --device gpu", "unknown device 'gpu': allowed are cpu and cuda[:N]"),
-        ("verdict top critic", "verdict top takes package.module:factory, got 'critic'"),
-        ("advise model", "advise takes package.module:factory, got 'model'"),
-        ("race arms", "race takes package.module:factory, got 'arms'"),
+        ("verdict top critic", "FACTORY must be package.module:factory, got 'critic'"),
+        ("advise model", "FACTORY must be package.module:factory, got 'model'"),
+        ("race arms", "FACTORY must be package.module:factory, got 'arms'"),
         ("report gone.json", "cannot read gone.json: No such file"),
         ("report words.json", "words.json is no JSON"),
         ("report foreign.json", "foreign.json is no report of fused_dni: its kind is 'bill'"),
         ("report half.json", "half.json is incomplete: it lacks"),
         ("report half.json -o half.png", "--output must end in .html or .md"),
-        ("compare half.json half.json", "half.json holds no times"),
+        ("compare half.json half.json", "half.json is incomplete: it lacks"),
         ("compare words.json half.json", "words.json is no JSON"),
     ],
 )
 def test_bad_input_does_not_wait_for_pytorch(argv: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "words.json").write_text("no JSON")
     (tmp_path / "foreign.json").write_text('{"kind": "bill"}')
-    (tmp_path / "half.json").write_text('{"kind": "verdict", "version": 1, "facts": {}}')
+    (tmp_path / "half.json").write_text('{"kind": "verdict", "version": 2, "facts": {}}')
     code, out, error = without_pytorch(*argv.split(), folder=tmp_path)
     assert (code, out) == (2, "")
     assert error.startswith("fused-dni: error: ") and message in error and "\n" not in error

@@ -164,7 +164,7 @@ def below(tmp_path):
 def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below):
     assert cli.main([*VERDICT.split(), "--out", below]) == 1
     captured = capsys.readouterr()
-    assert "break-even" in captured.out and below not in captured.out
+    assert "Break-even" in captured.out and below not in captured.out
     first, last = _lines(captured.err)
     assert (
         first.startswith(f"fused-dni: cannot write {below}: ") and "printed all the same" in first
@@ -176,7 +176,7 @@ def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below)
 def test_a_verdict_on_a_full_disk_is_printed(capsys):
     assert cli.main([*VERDICT.split(), "--out", "/dev/full"]) == 1
     captured = capsys.readouterr()
-    assert "break-even" in captured.out
+    assert "Break-even" in captured.out
     assert _lines(captured.err) == [
         "fused-dni: error: cannot write /dev/full: No space left on device"
     ]
@@ -195,7 +195,7 @@ def test_a_plot_that_cannot_be_saved_does_not_lose_the_verdict(capsys, tmp_path,
     monkeypatch.setattr(output.OutFile, "write", and_take_the_folder_away)
     assert cli.main([*VERDICT.split(), "--plot", str(plot), "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert "break-even" in captured.out and str(out) in captured.out and out.exists()
+    assert "Break-even" in captured.out and str(out) in captured.out and out.exists()
     assert f"cannot write {plot}" in captured.err and len(_lines(captured.err)) == 1
 
 
@@ -243,7 +243,7 @@ def test_a_training_that_cannot_be_written_is_printed(capsys, tmp_path, monkeypa
     def full(path, text):
         raise WriteError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("fused_dni.report.folder.write_text", full)
+    monkeypatch.setattr("fused_dni.report.schema.write_text", full)
     argv = [*TRAIN.split(), "--out", str(tmp_path), *["--json"] * as_json]
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
@@ -259,7 +259,7 @@ def test_a_map_whose_disk_fills_up_is_printed(capsys, tmp_path, monkeypatch):
     def full(path, text):
         raise WriteError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("fused_dni.measure.map.store.write_text", full)
+    monkeypatch.setattr("fused_dni.cli.output.write_text", full)
     out = tmp_path / "map.json"
     assert cli.main([*MAP.split(), "--quiet", "--out", str(out)]) == 1
     captured = capsys.readouterr()

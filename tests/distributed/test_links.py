@@ -177,6 +177,35 @@ def test_the_last_word_of_an_end_that_is_gone():
     assert ranks(gone, 2)[1] == "stage 0 failed: of a reason"
 
 
+def busy(rank: int, world: int) -> str:
+    """An end fails behind a full window, and is gone before the other has looked at anything."""
+    out, incoming = ends(rank, 1)
+    if rank == 0:
+        out.send(forward(0))
+        dist.barrier()  # it was taken, and there is room for one more
+        out.send(forward(1))
+        out.send(forward(2))
+        out.fail("of a reason")
+        incoming.timeout = 0.2
+        incoming.end(0.2)  # breaks the pair
+        out.end(0.2)
+        dist.barrier()
+        return ""
+    incoming.receive()
+    dist.barrier()
+    dist.barrier()
+    with pytest.raises(PipelineError) as raised:
+        while incoming.receive() is not None:
+            pass
+    incoming.end(1.0)
+    out.end(1.0)
+    return str(raised.value)
+
+
+def test_the_last_word_passes_a_full_window():
+    assert ranks(busy, 2)[1] == "stage 0 failed: of a reason"
+
+
 def strange(rank: int, world: int, opening: Message) -> str:
     """An end that begins with something else."""
     group = dist.new_group([0, 1])

@@ -1,6 +1,6 @@
 """Late gradients: which arms there are, what rivals' optimizers do, and that runs repeat."""
 
-import json
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,10 +10,12 @@ from torch import nn
 
 from fused_dni.cli import main
 from fused_dni.experiments import delay, delay_arms
-from fused_dni.experiments.delay_arms import Settings, UpdateFeedback, arm, build
+from fused_dni.experiments.delay_arms import UpdateFeedback, build
+from fused_dni.experiments.delay_settings import TASKS, Settings, arm
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, Table, as_text
 from fused_dni.report.kinds import delay as delay_report
+from fused_dni.report.schema import save
 
 ARMS = ("backprop", "stale", "stale-warm", "nesterov", "feedback", "local", "cdni-2",
         "cdni-dense-every-3", "cdni-mlp", "cdni-2-unconditioned")  # fmt: skip
@@ -64,7 +66,7 @@ def test_names_of_arms_say_what_they_are():
     ("change", "said"),
     [
         ({"arms": ()}, "arms must hold one"),
-        ({"lags": (-1,)}, "lags must be 0 or more, got -1"),
+        ({"lags": (-1,)}, "lags must be a whole number from 0 on, got -1"),
         ({"stages": 4}, "depth must be at least 4, got 3"),
         ({"task": "sorting"}, "unknown task"),
         ({"warmup": 1.0}, "warmup must be"),
@@ -76,7 +78,7 @@ def test_settings_out_of_range_are_refused(change, said):
         replace(TINY, **change)
 
 
-@pytest.mark.parametrize("task", delay_arms.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_all_arms_start_from_the_same_weights(task):
     settings = replace(TINY, task=task)
     before = torch.random.get_rng_state()
@@ -139,7 +141,7 @@ def test_synthesizers_have_a_rate_of_their_own():
 # -------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("task", delay_arms.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_trains_and_repeats(name, task):
     settings = replace(TINY, task=task)
@@ -222,8 +224,8 @@ def test_rates_are_chosen_by_family_and_lag(report):
 
 def test_an_interrupted_report_goes_on(report):
     kept = []
-    whole = json.loads(json.dumps(report))
-    part = {**whole, "runs": whole["runs"][:5], "tuning": whole["tuning"][:7], "finished": False}
+    whole, part = report, copy.deepcopy(report)
+    part.body.update(runs=whole["runs"][:5], tuning=whole["tuning"][:7], finished=False)
     found = delay.compare(SOME, DATA, previous=part, keep=lambda r: kept.append(len(r["runs"])))
     assert found["finished"] and kept[0] == 5 and kept[-1] == 12
     assert found["runs"] == whole["runs"]
@@ -240,7 +242,7 @@ def test_a_batch_that_is_too_large_is_refused():
 
 
 def test_the_report_says_who_is_better(report):
-    made = json.loads(json.dumps(report))
+    made = copy.deepcopy(report)
     for run in made["runs"]:
         run["error"] = {"backprop": 0.01, "stale": 0.04, "local": 0.02, "cdni-2": 0.02}[run["name"]]
         run["error"] += 0.001 * run["seed"]
@@ -256,7 +258,7 @@ def test_the_report_says_who_is_better(report):
 def test_a_report_is_read_finished_or_not(report, tmp_path):
     for runs in (report["runs"], report["runs"][:1], []):
         path = tmp_path / "delay.json"
-        path.write_text(json.dumps({**report, "runs": runs, "finished": False}))
+        save(path, replace(report, body={**report.body, "runs": runs, "finished": False}))
         said = blocks_of(load(path, "delay"))
         assert "Unfinished" in as_text(said)
         assert any(isinstance(block, Table) for block in said)

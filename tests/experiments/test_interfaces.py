@@ -1,7 +1,9 @@
 """Interfaces by depth: which layers are decoupled, and what is said about their gradients."""
 
-import json
+import copy
+import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from clusters import clusters
 import fused_dni as fd
 from fused_dni.cli import main
 from fused_dni.experiments import interfaces, nets
-from fused_dni.experiments.interfaces import Settings, defaults
+from fused_dni.experiments.interfaces import Settings
+from fused_dni.experiments.run import Interrupted
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, Table, as_text
+from fused_dni.report.files import as_json
 from fused_dni.report.kinds import interfaces as interfaces_report
+from fused_dni.report.progress import Progress
+from fused_dni.report.schema import save
 from fused_dni.rules import SGD
 
 TINY = Settings(
@@ -70,7 +76,7 @@ def test_exact_layers_below_an_interface_are_trained_by_it():
 
 
 def test_the_report_has_a_row_an_interface(report):
-    assert report["kind"] == "interfaces" and report["version"] == 1
+    assert report["kind"] == "interfaces" and report["version"] == 2
     layers = {
         (row["depth"], row["every"]): [at["layer"] for at in row["runs"][0]["layers"]]
         for row in report["networks"]
@@ -112,7 +118,7 @@ def test_the_same_settings_give_the_same_numbers(report):
 
 
 def test_a_report_is_read_and_shown(report, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(report, allow_nan=False))
+    save(tmp_path / "r.json", report)
     blocks = blocks_of(load(tmp_path / "r.json", "interfaces"))
     tables = [block for block in blocks if isinstance(block, Table)]
     errors, cosines = tables[0], tables[1]
@@ -132,7 +138,7 @@ def test_a_report_is_read_and_shown(report, tmp_path):
 
 
 def test_a_gradient_that_was_zero_is_left_out(report):
-    changed = json.loads(json.dumps(report))
+    changed = copy.deepcopy(report)
     for row in changed["networks"]:
         for at in row["runs"][0]["layers"]:
             at["true_cosine"] = None
@@ -147,10 +153,10 @@ def test_a_gradient_that_was_zero_is_left_out(report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depths": ()}, "at least one number is needed in depths"),
-        ({"depths": (0,)}, "depths must hold numbers from 1 on"),
+        ({"depths": ()}, "depths must hold one at least"),
+        ({"depths": (0,)}, "depths must be a whole number from 1 on"),
         ({"every": (3,)}, "every must divide the largest depth, 4"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 on, got 0"),
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
         ({"lr": float("nan")}, "lr must be"),
     ],
@@ -167,10 +173,11 @@ def test_a_batch_larger_than_the_training_set():
 
 def test_defaults_of_a_dataset():
     assert (
-        defaults("digits").steps == 500 and defaults("mnist", depths=(2,), every=(1,)).steps == 1000
+        Settings.of("digits").steps == 500
+        and Settings.of("mnist", depths=(2,), every=(1,)).steps == 1000
     )
     with pytest.raises(ValueError, match="did you mean 'mnist'"):
-        defaults("mnits")
+        Settings.of("mnits")
 
 
 def test_the_command(tmp_path, capsys):
@@ -178,14 +185,14 @@ def test_the_command(tmp_path, capsys):
     command = ["interfaces", "--depths", "1", "2", "--every", "1", "--steps", "3", "--hidden", "8"]
     command += ["--batches", "1", "--seeds", "0", "--threads", "1", "--backend", "reference"]
     assert main([*command, "--quiet", "--out", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == load(out, "interfaces")
+    assert capsys.readouterr().out == as_json(load(out, "interfaces"))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--every", "3"], "every must divide the largest depth, 8"),
-        (["--depths", "0"], "a depth must be a whole number from 1 on, got '0'"),
+        (["--depths", "0"], "depths must be a whole number from 1 on, got '0'"),
         (["--out", "."], "--out must be a file, . is a folder"),
         (["--depth", "3"], "unknown option '--depth', did you mean '--depths'"),
     ],
@@ -196,3 +203,30 @@ def test_the_command_refuses_in_one_line(argv, message, capsys, tmp_path, monkey
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert captured.out == "" and len(lines) == 1 and message in lines[0]
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(tmp_path):
+    """Stopped in its fourth run; the rest is run and nothing else, and comes out the same."""
+    settings = replace(TINY, depths=(1, 2), every=(1,), steps=6, batches=1)
+    path = tmp_path / "r.json"
+
+    class Impatient(Progress):
+        def update(self, name: str, fraction: float, note: str = "") -> None:
+            if name == "2 layers, an interface each, seed 0":
+                signal.raise_signal(signal.SIGINT)
+
+    whole = interfaces.measure(settings, DATA)
+    with pytest.raises(Interrupted, match="3 of 8 runs were finished"):
+        interfaces.measure(
+            settings, DATA, keep=partial(save, path), progress=Impatient(enabled=False)
+        )
+    part = load(path, "interfaces")
+    assert [len(row["runs"]) for row in part["networks"]] == [1, 1, 1, 0]
+    assert "Unfinished: 3 runs so far." in as_text(blocks_of(part))
+    kept = []
+    found = interfaces.measure(
+        settings, DATA, previous=part, keep=lambda r: kept.append(r["finished"])
+    )
+    assert kept == [False] * 5 + [True] and found["networks"] == whole["networks"]
+    with pytest.raises(ValueError, match="is of other settings"):
+        interfaces.measure(replace(settings, steps=7), DATA, previous=part)

@@ -14,11 +14,13 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, future, recurrent, run
-from fused_dni.experiments.recurrent_report import write
-from fused_dni.measure import memory
+from fused_dni.experiments.settings import SYNTHESIZERS
+from fused_dni.measure import memory, timing
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
+from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.schema import NAMES
 
 pytestmark = [pytest.mark.slow(150), pytest.mark.usefixtures("one_thread")]
 
@@ -34,7 +36,7 @@ def _verse(length: int = 6000) -> str:
 
 
 SOURCE = characters.split(_verse(), 0.2, "verse")
-CHARLM = recurrent.defaults(
+CHARLM = recurrent.Settings.of(
     "charlm",
     windows=(4,),
     long=(9,),
@@ -45,7 +47,7 @@ CHARLM = recurrent.defaults(
     embedding=6,
     lr=1e-2,
 )
-COPY = recurrent.defaults(
+COPY = recurrent.Settings.of(
     "copy", windows=(3,), hidden=12, batch_size=4, amount=30, evaluations=3, seeds=(0, 1), width=2
 )
 ALL = ("backprop", "fused", "dni", "dni+aux")
@@ -102,10 +104,10 @@ def test_arms_start_from_the_same_weights_whatever_their_heads_draw():
     first = [p.detach().clone() for p in trainers[0].trained]
     for trainer in trainers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(first, trainer.trained, strict=True))
-    assert isinstance(trainers[0].net.lstm, nn.LSTM)
-    synthetic = trainers[2].net.lstm
+    assert isinstance(trainers[0].model.lstm, nn.LSTM)
+    synthetic = trainers[2].model.lstm
     assert isinstance(synthetic, fd.FusedDNILSTM) and synthetic.auxiliary_head is None
-    assert trainers[3].net.lstm.auxiliary_head is not None
+    assert trainers[3].model.lstm.auxiliary_head is not None
 
 
 def test_truncated_backprop_may_have_a_rate_of_its_own():
@@ -140,7 +142,7 @@ def test_synthesizers_learn_and_are_asked_for():
     synthesizer = trainer.synthesizer(4)
     assert synthesizer is not None and trainer.synthesizer(5) is None
     assert float(synthesizer.weight.detach().abs().sum()) > 0
-    assert float(trainer.net.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
+    assert float(trainer.model.lstm.auxiliary_head.weight.detach().abs().sum()) > 0
 
 
 def test_nothing_is_injected_during_the_warm_up():
@@ -155,18 +157,18 @@ def test_nothing_is_injected_during_the_warm_up():
             trainer.step()
     for a, b in zip(*(trainer.trained for trainer in trainers), strict=True):
         assert torch.equal(a, b)
-    assert float(trainers[1].net.lstm.synthesizer.weight.detach().abs().sum()) > 0
+    assert float(trainers[1].model.lstm.synthesizer.weight.detach().abs().sum()) > 0
     started = recurrent.build(recurrent.Arm("dni", 4), 0, replace(settings, warmup=0.4), SOURCE)
     assert started.schedule.warmup_steps == 10  # of 25 windows
 
 
 def test_every_synthesizer_of_the_command_line_runs():
-    for name in recurrent.SYNTHESIZERS:
+    for name in SYNTHESIZERS:
         settings = replace(CHARLM, synthesizer=name, sg_hidden=8, amount=160)
         trainer = recurrent.build(recurrent.Arm("dni", 4), 0, settings, SOURCE)
         for _ in range(5):
             trainer.step()
-        run.refuse_divergence(trainer.net, name)
+        run.refuse_divergence(trainer.model, name)
 
 
 def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
@@ -196,8 +198,8 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
 def test_the_error_of_an_episode_is_in_bits_per_bit():
     trainer = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
     with torch.no_grad():
-        trainer.net.head.weight.zero_()
-        trainer.net.head.bias.zero_()
+        trainer.model.head.weight.zero_()
+        trainer.model.head.bias.zero_()
     trainer.settings = replace(COPY, lr=0.0)
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
@@ -210,8 +212,8 @@ def test_validation_bits_charge_for_what_cannot_be_predicted():
     settings = replace(CHARLM, batch_size=2)
     trainer = recurrent.build(recurrent.Arm("fused", 4), 0, settings, source)
     with torch.no_grad():
-        trainer.net.head.weight.zero_()
-        trainer.net.head.bias.zero_()
+        trainer.model.head.weight.zero_()
+        trainer.model.head.bias.zero_()
     targets = trainer.validation[1:]
     unknown = int((targets == len(source.symbols)).sum())
     expected = math.log2(3) + unknown * source.unknown_bits / targets.numel()
@@ -233,18 +235,18 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
     [
         ({"task": "chralm"}, "did you mean 'charlm'"),
         ({"methods": ("dnii",)}, "did you mean 'dni'"),
-        ({"methods": ()}, "at least one method"),
-        ({"windows": ()}, "one window"),
-        ({"windows": (0,)}, "a window must have at least 1 step"),
-        ({"hidden": 0}, "hidden must be at least 1"),
-        ({"lr": -1.0}, "lr must be finite"),
-        ({"sg_scale": math.inf}, "sg_scale must be finite"),
-        ({"target_scale": 0.0}, "target_scale must be positive"),
-        ({"threshold": 2.0}, "threshold must lie in"),
-        ({"warmup": 1.5}, "warmup must lie in"),
-        ({"task": "copy", "warmup": 0.1}, "and be 0 for copy tasks"),
+        ({"methods": ()}, "methods must hold one at least"),
+        ({"windows": ()}, "windows must hold one at least"),
+        ({"windows": (0,)}, "windows must be a whole number from 1 on"),
+        ({"hidden": 0}, "hidden must be a whole number from 1 on"),
+        ({"lr": -1.0}, "lr must be a finite number from 0 on"),
+        ({"sg_scale": math.inf}, "sg_scale must be a finite number from 0 on"),
+        ({"target_scale": 0.0}, "target_scale must be a positive, finite number"),
+        ({"threshold": 2.0}, "threshold must be above 0 and at most 1"),
+        ({"warmup": 1.5}, "warmup must be a finite number from 0 to 1"),
+        ({"task": "copy", "warmup": 0.1}, "must be 0 for copy tasks"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
-        ({"embedding": -1}, "embedding must be at least 0"),
+        ({"embedding": -1}, "embedding must be a whole number from 0 on"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -276,11 +278,11 @@ class _Cut(Exception):
 @pytest.mark.parametrize("task", ["charlm", "copy"])
 def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch, task):
     settings, source = (replace(CHARLM, amount=1600), SOURCE) if task == "charlm" else (COPY, None)
-    monkeypatch.setattr(recurrent, "CHUNK", 7)
+    monkeypatch.setattr(run, "CHUNK", 7)
     whole = _fingerprints(recurrent.train(settings, source))
     assert len(set(whole.values())) == len(whole)
     assert whole == _fingerprints(recurrent.train(settings, source))
-    write, count = recurrent.write_checkpoint, 0
+    write, count = run.write_checkpoint, 0
 
     def cutting(folder, state):
         nonlocal count
@@ -289,11 +291,11 @@ def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatc
         if count % 4 == 0:
             raise _Cut
 
-    monkeypatch.setattr(recurrent, "write_checkpoint", cutting)
+    monkeypatch.setattr(run, "write_checkpoint", cutting)
     for attempt in range(100):
         try:
             outcome = recurrent.train(
-                settings, source, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=0.0
+                settings, source, checkpoint=tmp_path, resume=attempt > 0, checkpoint_every=1
             )
             break
         except _Cut:
@@ -462,18 +464,7 @@ def test_bad_input_of_the_memory_curve(arguments, message):
 
 # ---------------------------------------------------------------------------------------- reports
 
-KEYS = {
-    "kind",
-    "version",
-    "facts",
-    "settings",
-    "data",
-    "memory_method",
-    "summary",
-    "sentence",
-    "runs",
-}
-KEYS |= {"costs", "memory_curve", "notes"}
+KEYS = {*NAMES, "data", "summary", "runs", "costs", "memory_curve"}
 
 
 @pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy"])
@@ -486,7 +477,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     outcome = recurrent.train(settings, source)
     outcome.costs = recurrent.costs(settings, source, seconds=0.05)
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
-    files = write(outcome, tmp_path / "deep" / "er", command="fused-dni train")
+    files = write_folder(recurrent.result(outcome, "fused-dni train"), tmp_path / "deep" / "er")
     names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
     plots = {f"{name}.png" for name in names}
     assert {f.name for f in files} == {"report.json", "report.md", *plots}
@@ -504,7 +495,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
         for row in r["history"]:
             assert ("prediction" in row) == r["method"].startswith("dni")
     written = files[1].read_text()
-    assert recurrent_report.sentence(outcome) in written
+    assert recurrent_report.sentence(recurrent.result(outcome)) in written
     for name in (*outcome.names(), *plots, "S=8"):
         assert name in written
 
@@ -513,7 +504,7 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = recurrent.train(replace(COPY, amount=3, seeds=(0,)))
     with pytest.raises(ReportError, match="cannot write the report"):
-        write(outcome, tmp_path / "file" / "below")
+        write_folder(recurrent.result(outcome), tmp_path / "file" / "below")
 
 
 def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
@@ -527,16 +518,17 @@ def _told(task: str, seeds: tuple[int, ...], **finals: list[float]) -> str:
             label = f"{method} T={window}"
             runs.append({"name": label, "method": method, "window": window, "seed": seed})
             runs[-1]["history"] = [row]
-    settings = recurrent.defaults(task, seeds=seeds, amount=1000)
+    settings = recurrent.Settings.of(task, seeds=seeds, amount=1000)
     costs = {
         r["name"]: {
             "peak_memory": 1_000_000 * r["window"],
-            "timing": {"median": 0.002},
+            "timing": timing.Timing.of("piece", (0.002,), (0.002,), 1),
             "units": 1,
         }
         for r in runs
     }
-    return recurrent_report.sentence(recurrent.Outcome(settings, {}, runs, costs))
+    outcome = recurrent.Outcome(settings, {}, runs, costs=costs)
+    return recurrent_report.sentence(recurrent.result(outcome))
 
 
 def test_the_sentence_claims_what_was_measured():
@@ -613,10 +605,10 @@ def test_the_memory_curve_on_the_command_line(capsys, tmp_path):
         (["charlm", "--data", "verse.txt", "--methods", "bptt"], "unknown method 'bptt'"),
         (["charlm", "--steps", "3"], "unknown option '--steps'"),
         (["copy", "--data", "verse.txt"], "unknown option '--data'"),
-        (["copy", "--windows", "0"], "a window must be a whole number from 1 on, got '0'"),
+        (["copy", "--windows", "0"], "windows must be a whole number from 1 on, got '0'"),
         (["copy", "--window", "3"], "did you mean '--windows'"),
         (["copy", "--resume"], "--resume needs --checkpoint DIR"),
-        (["repeat-copy", "--threshold", "3"], "threshold must lie in"),
+        (["repeat-copy", "--threshold", "3"], "threshold must be above 0 and at most 1"),
         (["copy", "--out", "verse.txt/below"], "cannot write to"),
         (["copy", "--backend", "cpuu"], "backend"),
         (["copyy"], "unexpected argument 'copyy'"),

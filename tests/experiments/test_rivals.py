@@ -1,6 +1,6 @@
 """The rivals: each computes what its formula says, and runs are a function of their settings."""
 
-import json
+import copy
 import signal
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from clusters import clusters
 
 from fused_dni.cli import main
 from fused_dni.experiments import data, rival_gate, rival_trainers, rivals
-from fused_dni.experiments.rival_arms import KINDS, Settings, arm, build, defaults
+from fused_dni.experiments.rival_arms import KINDS, Settings, arm
 from fused_dni.experiments.rival_trainers import (
     DelayedTrainer,
     FeedbackTrainer,
@@ -18,6 +18,7 @@ from fused_dni.experiments.rival_trainers import (
     LocalTrainer,
     StaleTrainer,
     advance,
+    build,
     output_error,
 )
 from fused_dni.experiments.run import Interrupted
@@ -25,8 +26,10 @@ from fused_dni.measure import timing
 from fused_dni.measure.verdict.errors import GateError
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import Figure, as_text
+from fused_dni.report.files import as_json
 from fused_dni.report.kinds import rivals as rivals_report
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import save
 from fused_dni.rules import SGD, Adam
 
 ARMS = ("backprop", "in-backward", "fused", "stale-2", "delayed", "local", "feedback", "cdni-2")
@@ -69,7 +72,9 @@ def _new(name: str, phase: str = "", seed: int = 0):
 def test_every_arm_follows_its_formula(name, phase):
     trainer = _new(name, phase)
     rows = ROWS[: rival_gate.steps_to_check(trainer)]
-    deviation = rival_gate.check(trainer, TINY.network(DATA, 0), DATA.train, rows)
+    deviation = rival_gate.check(
+        trainer, rival_trainers.network_of(TINY, DATA, 0), DATA.train, rows
+    )
     assert 0.0 < deviation < 1.0
 
 
@@ -88,7 +93,7 @@ def test_the_gate_notices_a_gradient_that_is_not_stale_or_not_late(monkeypatch):
     rows = ROWS[: rival_gate.steps_to_check(late)]
     late.delay = 0
     with pytest.raises(GateError, match="delayed deviates"):
-        rival_gate.check(late, TINY.network(DATA, 0), DATA.train, rows)
+        rival_gate.check(late, rival_trainers.network_of(TINY, DATA, 0), DATA.train, rows)
     monkeypatch.setattr(StaleTrainer, "repeats", lambda self: False)
     with pytest.raises(GateError, match="stale-2 deviates"):
         _check(_new("stale-2"))
@@ -102,15 +107,17 @@ def test_the_gate_notices_other_feedback_and_other_weights():
             super().step(x, y)
             self.feedback = right
 
-    wrong = Wrong("feedback", 0, TINY.network(DATA, 0), SGD(1.0), rivals.ENDLESS)
+    wrong = Wrong("feedback", 0, rival_trainers.network_of(TINY, DATA, 0), SGD(1.0), rivals.ENDLESS)
     with pytest.raises(GateError, match="feedback deviates"):
         _check(wrong)
     with pytest.raises(GateError, match="fused deviates"):
-        rival_gate.check(_new("fused"), TINY.network(DATA, 1), DATA.train, ROWS[:1])
+        rival_gate.check(
+            _new("fused"), rival_trainers.network_of(TINY, DATA, 1), DATA.train, ROWS[:1]
+        )
 
 
 def test_no_delay_and_no_staleness_are_backprop():
-    network = TINY.network(DATA, 0)
+    network = rival_trainers.network_of(TINY, DATA, 0)
     for trainer in (
         DelayedTrainer("delayed", 0, network, SGD(1.0), rivals.ENDLESS, delay=0),
         _new("stale-1"),
@@ -132,7 +139,7 @@ def test_a_replayed_step_is_the_eager_one(monkeypatch, rule):
 
     monkeypatch.setattr(rival_trainers, "replay_of", replay_of)
     sample = data.Split(*(part[:16] for part in DATA.train))
-    replayed = GraphTrainer("graph", 0, TINY.network(DATA, 0), rule, 6, sample)
+    replayed = GraphTrainer("graph", 0, rival_trainers.network_of(TINY, DATA, 0), rule, 6, sample)
     eager = build(arm("backprop"), 0, TINY, DATA, 6, rule)
     assert len(trials) == 4
     for rows in ROWS:
@@ -148,20 +155,20 @@ def test_a_replayed_step_is_the_eager_one(monkeypatch, rule):
 def test_a_captured_step_follows_its_formula():
     settings = replace(TINY, arms=("graph",), device="cuda")
     trainer = build(arm("graph"), 0, settings, DATA.to("cuda"), rivals.ENDLESS, SGD(1.0))
-    network, rows = settings.network(DATA, 0), ROWS[:1].cuda()
+    network, rows = rival_trainers.network_of(settings, DATA, 0), ROWS[:1].cuda()
     assert rival_gate.check(trainer, network, DATA.to("cuda").train, rows) < 1.0
 
 
 def test_the_graph_is_an_arm_of_gpus_alone():
-    assert "graph" in defaults("digits", device="cuda").arms
-    assert "graph" not in defaults("digits", device="cpu").arms
+    assert "graph" in Settings.of("digits", device="cuda").arms
+    assert "graph" not in Settings.of("digits", device="cpu").arms
     with pytest.raises(ValueError, match="'graph' is a CUDA graph and needs device cuda"):
-        defaults("digits", arms=("graph",))
+        Settings.of("digits", arms=("graph",))
 
 
 def _check(trainer) -> float:
     rows = ROWS[: rival_gate.steps_to_check(trainer)]
-    return rival_gate.check(trainer, TINY.network(DATA, 0), DATA.train, rows)
+    return rival_gate.check(trainer, rival_trainers.network_of(TINY, DATA, 0), DATA.train, rows)
 
 
 def test_the_error_at_the_logits_is_the_gradient_of_the_cross_entropy():
@@ -233,10 +240,10 @@ def test_names_of_arms_go_there_and_back():
         ({"arms": ("stale",)}, "unknown arm 'stale', did you mean 'stale-K'"),
         ({"arms": ("cdni-0",)}, "unknown arm 'cdni-0'"),
         ({"arms": ("cdni-K",)}, "unknown arm 'cdni-K'"),
-        ({"arms": ()}, "at least one arm"),
-        ({"hidden": 0}, "hidden must be at least 1, got 0"),
-        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"seconds_per_run": 0.0}, "seconds_per_run must be positive and finite, got 0.0"),
+        ({"arms": ()}, "arms must hold one at least"),
+        ({"hidden": 0}, "hidden must be a whole number from 1 on, got 0"),
+        ({"batch_size": 1}, "batch_size must be a whole number from 2 on, got 1"),
+        ({"seconds_per_run": 0.0}, "seconds_per_run must be a positive, finite number, got 0.0"),
         ({"warmup": 1.0}, "warmup must be at least 0 and below 1, got 1.0"),
         ({"update": "adma"}, "did you mean 'adam'"),
         ({"lr": -1.0}, "lr must be"),
@@ -265,11 +272,11 @@ def report() -> dict:
 
 
 def test_a_comparison_reports_every_arm(report):
-    assert report["finished"] and report["kind"] == "rivals" and report["version"] == 1
+    assert report["finished"] and report["kind"] == "rivals" and report["version"] == 2
     assert [row["name"] for row in report["arms"]] == list(SOME.arms) == list(report["gate"])
     assert len(report["runs"]) == 2 * 5
     for row in report["arms"]:
-        assert row["steps"] == max(1, int(0.02 / row["time"]["median"]))
+        assert row["steps"] == max(1, int(0.02 / row["time"].median))
         assert row["memory"] > 0 and row["rate"] == SOME.rate(arm(row["name"]))
         assert set(row["against"]) == {"backprop", "fused"} - {row["name"]}
     for run in report["runs"]:
@@ -279,7 +286,7 @@ def test_a_comparison_reports_every_arm(report):
 
 
 def test_a_report_is_read_and_shown(report, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(report, allow_nan=False))
+    save(tmp_path / "r.json", report)
     blocks = blocks_of(load(tmp_path / "r.json", "rivals"))
     shown = as_text(blocks)
     for name in SOME.arms:
@@ -291,18 +298,18 @@ def test_a_report_is_read_and_shown(report, tmp_path):
 
 
 def test_the_sentence_names_arms_beyond_the_spread(report):
-    changed = json.loads(json.dumps(report))
+    changed = copy.deepcopy(report)
     errors = {"fused": (0.02, 0.03), "local": (0.04, 0.05), "stale-2": (0.01, 0.015)}
     for run in changed["runs"]:
         run["history"][-1]["error"] = errors.get(run["name"], (0.01, 0.05))[run["seed"]]
-    shown = as_text(rivals_report.blocks(changed))
+    shown = rivals_report.sentence(changed)
     assert "better stale-2; worse local; the ranges" in shown
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(report):
     """Kept after four runs; the rest is run and nothing else, and comes out the same."""
-    part = json.loads(json.dumps(report))
-    part["runs"], part["finished"] = part["runs"][:4], False
+    part = copy.deepcopy(report)
+    part.body.update(runs=part["runs"][:4], finished=False)
     assert "4 of 10 runs" in as_text(rivals_report.blocks(part))
     kept = []
     whole = rivals.compare(SOME, DATA, previous=part, keep=lambda r: kept.append(len(r["runs"])))
@@ -317,8 +324,8 @@ def test_a_stopped_comparison_goes_on_where_it_was(report):
 
 
 def test_ctrl_c_keeps_what_is_finished(report):
-    part = json.loads(json.dumps(report))
-    part["runs"], part["finished"] = part["runs"][:2], False
+    part = copy.deepcopy(report)
+    part.body.update(runs=part["runs"][:2], finished=False)
 
     class Impatient(Progress):
         def update(self, name: str, fraction: float, note: str = "") -> None:
@@ -352,8 +359,8 @@ def test_rates_are_chosen_on_the_held_out_part(monkeypatch):
 
 
 def test_a_tuned_report_shows_the_rates(report):
-    changed = json.loads(json.dumps(report))
-    changed["tuning"] = [
+    changed = copy.deepcopy(report)
+    changed.body["tuning"] = [
         {"name": "fused", "family": "exact", "rate": 1e-3, "error": 0.1, "diverged": False},
         {"name": "fused", "family": "exact", "rate": 1e-2, "error": 0.9, "diverged": True},
     ]
@@ -373,7 +380,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "peak_memory", lambda step, device: 1)
     out = tmp_path / "deep" / "r.json"
     assert main([*COMMAND, "--out", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == load(out, "rivals")
+    assert (
+        capsys.readouterr().out == as_json(load(out, "rivals")) == out.read_text(encoding="utf-8")
+    )
     assert main([*COMMAND, "--out", str(out), "--resume"]) == 0
     assert "stale-2" in capsys.readouterr().out
 
@@ -384,7 +393,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["--arms", "stael-2"], "unknown arm 'stael-2', did you mean"),
         (["--seconds-per-run", "0"], "seconds-per-run must be a positive, finite number"),
         (["--device", "gpu"], "unknown device 'gpu'"),
-        (["--warmup", "1.5"], "warmup must be at least 0 and below 1, got 1.5"),
+        (["--warmup", "1.5"], "warmup must be at least 0 and below 1, got '1.5'"),
         (["--update", "sgd"], "give --lr, or --tune"),
         (["--out", "."], "--out must be a file, . is a folder"),
         (["--resume", "--out", "absent.json"], "cannot read absent.json"),
@@ -401,9 +410,9 @@ def test_the_command_refuses_in_one_line(argv, message, capsys, tmp_path, monkey
 
 
 def test_defaults_of_a_dataset():
-    assert defaults("digits").batch_size == 64 and defaults("mnist").batch_size == 256
-    assert defaults("digits", batch_size=8, hidden=None) == replace(
-        defaults("digits"), batch_size=8
+    assert Settings.of("digits").batch_size == 64 and Settings.of("mnist").batch_size == 256
+    assert Settings.of("digits", batch_size=8, hidden=None) == replace(
+        Settings.of("digits"), batch_size=8
     )
     with pytest.raises(ValueError, match="did you mean 'mnist'"):
-        defaults("mnits")
+        Settings.of("mnits")

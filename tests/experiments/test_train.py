@@ -13,10 +13,10 @@ import pytest
 import torch
 from clusters import clusters
 
-from fused_dni.experiments import data, nets, train
+from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
-from fused_dni.experiments.train_report import write
 from fused_dni.report.errors import ReportError
+from fused_dni.report.folder import write_folder
 
 # Networks this small have nothing to share out.
 pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
@@ -44,10 +44,10 @@ def test_a_run_learns_and_every_method_is_reported(tmp_path):
         assert row["error_mean"] < 0.35, row["name"]
         assert len(row["errors"]) == 2 and row["seconds_per_epoch"] > 0
         assert row["seconds_to_threshold"] <= row["seconds_total"] * 1.5
-    for run in outcome.runs:
-        assert [row["epoch"] for row in run["history"]] == list(range(1, 13))
-        assert run["history"][-1]["steps"] == 120
-        ends = [row["seconds"] for row in run["history"]]
+    for each in outcome.runs:
+        assert [row["epoch"] for row in each["history"]] == list(range(1, 13))
+        assert each["history"][-1]["steps"] == 120
+        ends = [row["seconds"] for row in each["history"]]
         assert ends == sorted(ends)
 
 
@@ -97,7 +97,7 @@ def test_the_report_folder(tmp_path):
     dataset = clusters(160, 50, 12)
     outcome = train.train(TINY, dataset)
     outcome.split = train.split_time(TINY, dataset, seconds=0.05)
-    files = write(outcome, tmp_path / "deep" / "folder", command="fused-dni train")
+    files = write_folder(train.result(outcome, "fused-dni train"), tmp_path / "deep" / "folder")
     assert {f.name for f in files} == {"report.json", "report.md", *PLOTS}
     assert all(f.stat().st_size > 200 for f in files)
     read = json.loads(files[0].read_text())
@@ -118,21 +118,21 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
     with pytest.raises(ReportError, match="cannot write the report"):
-        write(outcome, tmp_path / "file" / "below")
+        write_folder(train.result(outcome), tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"methods": ("bakprop",)}, "did you mean 'backprop'"),
-        ({"methods": ()}, "at least one method"),
+        ({"methods": ()}, "methods must hold one at least"),
         ({"update": "adamm"}, "did you mean 'adam'"),
         ({"lr": -1.0}, "lr must be"),
         ({"sg_lr": float("nan")}, "lr must be"),
-        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be a whole number from 2 on, got 1"),
+        ({"epochs": 0}, "epochs must be a whole number from 1 on"),
         ({"target_every": (-2,)}, "target_every"),
-        ({"rank": -1}, "rank must be at least 0"),
+        ({"rank": -1}, "rank must be a whole number from 0 on"),
         ({"interface": "outputs"}, "did you mean 'output'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, mo
     dataset = clusters(160, 50, 12)
     whole = _fingerprints(train.train(settings, dataset))
     assert len(set(whole.values())) == len(whole)
-    write, count = train.write_checkpoint, 0
+    write, count = run.write_checkpoint, 0
 
     def cutting(folder, state):
         nonlocal count
@@ -185,7 +185,7 @@ def test_a_run_cut_between_any_two_checkpoints_continues_bit_by_bit(tmp_path, mo
         if count % 3 == 0:
             raise _Cut
 
-    monkeypatch.setattr(train, "write_checkpoint", cutting)
+    monkeypatch.setattr(run, "write_checkpoint", cutting)
     for attempt in range(100):
         try:
             outcome = train.train(
@@ -267,33 +267,33 @@ def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.FusedTrainer, "step", counting)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(train.Interrupted, match="add --resume to continue"):
+    with pytest.raises(run.Interrupted, match="add --resume to continue"):
         train.train(TINY, dataset, checkpoint=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
     assert _fingerprints(train.train(TINY, dataset, checkpoint=tmp_path, resume=True)) == whole
     steps = 0
-    with pytest.raises(train.Interrupted, match="nothing was kept"):
+    with pytest.raises(run.Interrupted, match="nothing was kept"):
         train.train(TINY, dataset)
 
 
 def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     dataset = clusters(160, 50, 12)
     settings = replace(TINY, epochs=1)
-    with pytest.raises(train.CheckpointError, match=r"no checkpoint at .*start without --resume"):
+    with pytest.raises(run.CheckpointError, match=r"no checkpoint at .*start without --resume"):
         train.train(settings, dataset, checkpoint=tmp_path, resume=True)
-    with pytest.raises(train.CheckpointError, match="needs --checkpoint"):
+    with pytest.raises(run.CheckpointError, match="needs --checkpoint"):
         train.train(settings, dataset, resume=True)
     train.train(settings, dataset, checkpoint=tmp_path)
-    with pytest.raises(train.CheckpointError, match="another run: hidden 16 there, 8 now"):
+    with pytest.raises(run.CheckpointError, match="another run: hidden 16 there, 8 now"):
         train.train(replace(settings, hidden=8), dataset, checkpoint=tmp_path, resume=True)
     path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", b"\x80\x04N."):
         path.write_bytes(broken)
-        with pytest.raises(train.CheckpointError, match=r"damaged|not a checkpoint"):
+        with pytest.raises(run.CheckpointError, match=r"damaged|not a checkpoint"):
             train.train(settings, dataset, checkpoint=tmp_path, resume=True)
     (tmp_path / "file").touch()
-    with pytest.raises(train.CheckpointError, match="cannot write"):
+    with pytest.raises(run.CheckpointError, match="cannot write"):
         train.train(settings, dataset, checkpoint=tmp_path / "file")
 
 
@@ -303,3 +303,30 @@ def test_a_finished_run_resumes_to_its_own_result(tmp_path):
     again = train.train(TINY, dataset, checkpoint=tmp_path, resume=True)
     assert _fingerprints(first) == _fingerprints(again)
     assert not [p for p in tmp_path.iterdir() if p.name != CHECKPOINT]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_checkpoint_of_0_1_0_is_gone_on_with(tmp_path, monkeypatch, epoch):
+    """It kept where it was in numbers: seed, epoch, turn, step; between two seeds (epoch 0) beside
+    the trainers of the one that was over."""
+    settings = replace(TINY, seeds=(0, 1), epochs=2, methods=("backprop", "cdni"))
+    dataset = clusters(160, 50, 12)
+    whole = _fingerprints(train.train(settings, dataset))
+    write, trainers = run.write_checkpoint, {}
+
+    def as_before(folder, state):
+        seed = state["seed"]
+        trainers.update(state["trainers"])
+        position = [seed, epoch, 0, 4] if epoch else [seed, 0, 0, 0]
+        old = {name: state[name] for name in ("version", "settings", "finished")}
+        write(folder, {**old, "position": position, "trainers": trainers})
+        histories = [len(kept["history"]) for kept in state["trainers"].values()]
+        if (seed == 1) if epoch == 0 else (histories == [1] * len(histories)):
+            raise _Cut
+
+    monkeypatch.setattr(run, "write_checkpoint", as_before)
+    with pytest.raises(_Cut):
+        train.train(settings, dataset, checkpoint=tmp_path, checkpoint_every=4)
+    monkeypatch.setattr(run, "write_checkpoint", write)
+    found = train.train(settings, dataset, checkpoint=tmp_path, resume=True)
+    assert _fingerprints(found) == whole

@@ -10,7 +10,7 @@ import torch
 from clusters import clusters
 
 from fused_dni import cli
-from fused_dni.experiments import rival_arms, train
+from fused_dni.experiments import rival_arms, rival_trainers, train
 from fused_dni.experiments.run import warmup_notes
 from fused_dni.report import as_text, blocks_of
 from fused_dni.report.loaded import printable
@@ -43,10 +43,8 @@ def test_which_runs_are_all_warm_up(names, warmup, steps, said):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("warmup", "said"), [(9, False), (10, True), (44, True)])
 def test_the_report_of_a_training_says_it(warmup, said):
-    from fused_dni.experiments.train_report import as_json
-
     outcome = train.train(replace(TINY, warmup_steps=warmup), clusters(160, 50, 12))
-    printed = as_text(blocks_of(as_json(outcome)))
+    printed = as_text(blocks_of(train.result(outcome)))
     assert ("All 10 steps of cdni k=1, cdni k=never were warm-up" in printed) is said
 
 
@@ -67,18 +65,21 @@ def test_the_command_prints_and_keeps_it(capsys, tmp_path):
 def test_the_help_says_how_long_the_warm_up_is(capsys, command):
     assert cli.main([command, "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    steps = {name: train.defaults(name).warmup_steps for name in ("mnist", "digits")}
-    assert f"(mnist {steps['mnist']}, an epoch; digits {steps['digits']}, two epochs)" in said
+    steps = {name: train.Settings.of(name).warmup_steps for name in ("mnist", "digits")}
+    assert (
+        f"an epoch of mnist, two of digits (mnist {steps['mnist']}, digits {steps['digits']})"
+        in said
+    )
     assert train.steps_per_epoch(train.Settings(), clusters(60_000, 1, 2)) == steps["mnist"]
-    assert 2 * (1438 // train.defaults("digits").batch_size) == steps["digits"]
+    assert 2 * (1438 // train.Settings.of("digits").batch_size) == steps["digits"]
 
 
 def test_a_share_of_a_few_steps_leaves_one():
     """Rivals' warm-up is a share below one; rounded it would be all of a short run."""
-    settings = rival_arms.defaults("digits", warmup=0.99, hidden=4, depth=1)
+    settings = rival_arms.Settings.of("digits", warmup=0.99, hidden=4, depth=1)
     arm = rival_arms.arm("cdni-1")
     rule = settings.rule(1e-3)
-    trainer = rival_arms.build(arm, 0, settings, clusters(160, 50, 12), 10, rule, rule)
+    trainer = rival_trainers.build(arm, 0, settings, clusters(160, 50, 12), 10, rule, rule)
     assert trainer.schedule.warmup_steps == 9
 
 

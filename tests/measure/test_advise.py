@@ -293,7 +293,7 @@ def test_a_shape_stands_in_for_a_sample(capsys, untimed):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["mlp"], "advise takes package.module:factory, got 'mlp'"),
+        (["mlp"], "FACTORY must be package.module:factory, got 'mlp'"),
         (["advised:hole"], "unknown factory in advised 'hole', did you mean 'whole'"),
         (["no_such_module:mlp"], "cannot import 'no_such_module'"),
         (["advised:broken"], "advised:broken failed: the data set is not there"),

@@ -298,11 +298,14 @@ def test_command_without_matplotlib(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--batches", "1"], "a batch must be a whole number from 2 on, got '1'"),
+        (["--batches", "1"], "batches must be a whole number from 2 on, got '1'"),
         (["--synthesizers", "rnak4"], "unknown synthesizer 'rnak4'"),
         (["--interfaces", "input"], "unknown interface 'input'"),
         (["--backend", "cuba"], "unknown backend 'cuba'"),
-        (["--target-every", "0"], "k must be a whole number from 1 on, or 'never', got '0'"),
+        (
+            ["--target-every", "0"],
+            "must be a whole number from 1 on, or 'never', got '0'",
+        ),
         (["--merge", "nowhere.json"], "cannot read nowhere.json"),
     ],
 )

@@ -289,7 +289,7 @@ def test_where_the_tool_is_missing_the_line_is_printed_all_the_same(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nsyss", "--", "a"], "unknown value 'nsyss', did you mean 'nsys'"),
+        (["nsyss", "--", "a"], "unknown tool 'nsyss', did you mean 'nsys'"),
         (["torch"], "what is to be profiled? fused-dni profile torch -- COMMAND"),
         (["torch", "--"], "what is to be profiled?"),
         (["torch", "train.py"], "unexpected argument 'train.py'"),

@@ -176,7 +176,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["my_arms"], "race takes package.module:factory"),
+        (["my_arms"], "FACTORY must be package.module:factory"),
         (["my_arms:module"], "must return a dictionary of functions of a seed, got int"),
         (["my_arms:nothing"], "unknown factory in my_arms 'nothing'"),
         (["my_arms:arms", "--seconds", "0"], "seconds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from fused_dni import cli
-from fused_dni.cli import units
+from fused_dni.measure.options import SPEED
 from fused_dni.measure.simulate import Link
 from fused_dni.measure.verdict.link import MODES, verdict_link
 from fused_dni.report import as_text, blocks_of, load
@@ -117,7 +118,7 @@ def test_one_stage_has_no_link():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["linear", "--latency", "1ms"], "takes package.module:factory, got 'linear'"),
+        (["linear", "--latency", "1ms"], "must be package.module:factory, got 'linear'"),
         (["a:b"], "--latency"),
         (["a:b", "--latency", "1"], "must be a number from 0 on and its unit"),
         (["a:b", "--latency", "1ms", "--bandwidth", "100"], "a positive number and its unit"),
@@ -134,5 +135,5 @@ def test_bad_input_is_one_line(capsys, argv, message):
 
 
 def test_rates_may_be_named_as_networks_are():
-    parse = units.rate("bandwidth")
+    parse = partial(SPEED.parse, "bandwidth")
     assert parse("100Mbit") == parse("100Mbit/s") == 12.5e6 and math.isfinite(parse("1Gbit"))

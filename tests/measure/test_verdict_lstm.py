@@ -270,7 +270,7 @@ def test_command_prints_json_alone(capsys):
         (["--hiden", "8"], "unknown option '--hiden', did you mean '--hidden'"),
         (["--backend", "cuad"], "backend must be None or one of"),
         (["--width", "8"], "unknown option '--width'"),
-        (["--dtype", "bfloat16"], "unknown value 'bfloat16'"),
+        (["--dtype", "bfloat16"], "unknown dtype 'bfloat16'"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["stray"], "unexpected argument 'stray'"),
     ],

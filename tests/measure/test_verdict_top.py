@@ -633,7 +633,7 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["top_mine"], "verdict top takes package.module:factory, got 'top_mine'"),
+        (["top_mine"], "FACTORY must be package.module:factory, got 'top_mine'"),
         (["top_mine:factroy"], "unknown factory in top_mine 'factroy', did you mean 'factory'"),
         (["top_others:alone"], "must return (bottom, top, batch) or (bottom, top, batch, synth"),
         (["top_others:pair"], "got (Linear, Tensor)"),
@@ -645,8 +645,11 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
         (["top_others:told"], "context_features=3, and the sample holds no tensor behind x"),
         (["top_others:told", "--synthesizers", "dense"], "brings its own synthesizer"),
         (["top_others:odd"], "the synthesizer of top_others:odd must be an nn.Module, got str"),
-        (["top_mine:factory", "--target-every", "0"], "k must be a whole number from 1 on"),
-        (["top_mine:factory", "--race", "0"], "seconds must be a positive, finite number"),
+        (
+            ["top_mine:factory", "--target-every", "0"],
+            "every must be a whole number from 1 on",
+        ),
+        (["top_mine:factory", "--race", "0"], "race must be a positive, finite number"),
         (["top_mine:factory", "--plot", "v.txt"], "--plot must end in one of"),
         (["top_mine:factory", "--rac", "3"], "unknown option '--rac', did you mean '--race'"),
     ],

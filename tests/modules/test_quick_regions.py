@@ -63,8 +63,10 @@ def network(
     return fd.DecoupledSequential(*layers)
 
 
-def trained(model: fd.DecoupledSequential, rows: int, steps: int) -> tuple[list[Tensor], list[int]]:
-    """All that steps leave, and how many regions each of them was."""
+def trained(
+    model: fd.DecoupledSequential, rows: int, steps: int, narrow: bool = False
+) -> tuple[list[Tensor], list[int]]:
+    """All that steps leave, and how many regions each of them was; under autocast if `narrow`."""
     schedule, regions = fd.Schedule(model, target_every=2), []
     found: list[Tensor] = []
     for step in range(steps):
@@ -72,7 +74,8 @@ def trained(model: fd.DecoupledSequential, rows: int, steps: int) -> tuple[list[
         x, y = torch.randn(rows, model[0].weight.shape[1]), torch.randint(0, CLASSES, (rows,))
         before, _ = _cpu.met()
         context = y if model[0].synthesizer is not None else None
-        loss = model(x, context=context, target=y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = model(x, context=context, target=y)
         loss.backward()
         regions.append(_cpu.met()[0] - before)
         schedule.step()
@@ -119,4 +122,23 @@ def test_layers_that_are_too_large_to_overlap() -> None:
     mine, regions = trained(network(False, "low rank", widths), 128, 9)
     theirs, _ = trained(network(True, "low rank", widths), 128, 9)
     assert regions[-1] == 2
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.skipif(not _cpu.bf16(), reason="the instruction set in use has no bfloat16 products")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("by", "options"),
+    [
+        *[(by, {}) for by in SYNTHESIZERS if by != "exact"],
+        ("low rank", {"normalization": "layer", "activation": "silu"}),
+        ("low rank", {"normalization": None, "max_norm": 0.1}),
+    ],
+)
+def test_autocast(by: str, options: dict[str, Any], threads: int) -> None:
+    """bfloat16 from layer to layer, rounded where one after the other rounds."""
+    torch.set_num_threads(threads)
+    mine, regions = trained(network(False, by, WIDTHS, **options), 40, 12, narrow=True)
+    theirs, _ = trained(network(True, by, WIDTHS, **options), 40, 12, narrow=True)
+    assert regions[-2:] == [2, 2]
     assert all(map(torch.equal, mine, theirs))

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / "fused_dni"
-ROOMS = ("", "modules", "convert", "report", "report/kinds", "measure", "measure/advise")
-ROOMS += ("measure/compare", "measure/map", "measure/profile", "measure/verdict")
-FILES = sorted(path for room in ROOMS for path in (LIBRARY / room).glob("*.py"))
-FILES += sorted((ROOT / "kernels").glob("*.py"))
+FILES = sorted(
+    path for part in (ROOT / "fused_dni", ROOT / "kernels") for path in part.rglob("*.py")
+)
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
     *("What", "Whether", "How", "Why", "Which", "Where", "Who", "Whose", "That", "Those"),

@@ -23,7 +23,7 @@ from fused_dni.ops.types import accumulator as accumulator
 
 
 def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:
-    """``a @ b`` [n, m] with operands rounded to ``operands``, returned as ``result``."""
+    """Return ``a @ b`` [n, m] with operands rounded to ``operands``, returned as ``result``."""
     if operands != torch.float16:
         return (a.to(operands) @ b.to(operands)).to(result)
     a, a_exponent = _scaled(a)
@@ -33,12 +33,13 @@ def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) ->
 
 
 def sum_rows(a: Tensor) -> Tensor:
-    """The sum over rows, [n, m] -> [m]."""
+    """Return the sum over rows, [n, m] -> [m]."""
     return a.sum(0)
 
 
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
-    """``a`` divided by the least power of two above its largest magnitude, and the exponent."""
+    """Return ``a`` divided by the least power of two above its largest magnitude, and the
+    exponent."""
     a = a.to(torch.float32)
     exponent = torch.frexp(a.abs().amax()).exponent.clamp(-100, 100)  # 2^100 is a float32
     return torch.ldexp(a, -exponent), exponent

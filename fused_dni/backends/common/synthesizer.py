@@ -22,7 +22,7 @@ from fused_dni.ops.types import Prediction, SynthesizerTensors
 
 
 def is_label(context: Tensor) -> bool:
-    """Whether a context is class indices (any integer dtype) and not conditioning vectors."""
+    """Say whether a context is class indices (any integer dtype) and not conditioning vectors."""
     return not context.is_floating_point()
 
 
@@ -75,7 +75,7 @@ def check_context(synthesizer: SynthesizerTensors, context: Tensor | None) -> No
 
 
 def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
-    """``C[:, label]`` or ``context C^T`` or ``-g W[label]``, [N, O]."""
+    """Return ``C[:, label]`` or ``context C^T`` or ``-g W[label]``, [N, O]."""
     weight = synthesizer.context_weight
     assert weight is not None
     dtype = accumulator(weight)
@@ -87,7 +87,7 @@ def context_term(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor) ->
 
 
 def label_rows(synthesizer: SynthesizerTensors, context: Tensor) -> Tensor:
-    """``W[label]`` [N, O], in the table's dtype; any row where the label is ignored."""
+    """Return ``W[label]`` [N, O], in the table's dtype; any row where the label is ignored."""
     assert synthesizer.table is not None
     known = context.ne(synthesizer.ignore_index)
     return synthesizer.table[torch.where(known, context, 0).long()]  # [K, O] -> [N, O]
@@ -104,7 +104,7 @@ def in_the_mean(rows: Tensor, synthesizer: SynthesizerTensors, context: Tensor |
 
 
 def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Tensor:
-    """``dC = e^T onehot(label)`` or ``e^T context``, [O, K]."""
+    """Return ``dC = e^T onehot(label)`` or ``e^T context``, [O, K]."""
     if is_label(context):
         by_class = e.new_zeros(classes, e.shape[1])  # [K, O]
         return by_class.index_add_(0, context.long(), e).t().contiguous()  # [O, K]
@@ -115,7 +115,7 @@ def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Ten
 def synthesizer_predict(
     h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> Prediction:
-    """``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], in the accumulator's dtype.
+    """Return ``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], in the accumulator's dtype.
 
     Raises:
         ValueError: unknown kind, or a context that does not go with the synthesizer.
@@ -144,8 +144,9 @@ def synthesizer_predict(
 
 
 def synthetic_gradient(prediction: Prediction, target_scale: float, max_norm: float) -> Tensor:
-    """``M(h) / kappa`` [N, O], scaled down to a Frobenius norm of ``max_norm`` if that is positive
-    and exceeded. The norm is summed in float64, so that finite elements have a finite norm."""
+    """Return ``M(h) / kappa`` [N, O], scaled down to a Frobenius norm of ``max_norm`` if that is
+    positive and exceeded. The norm is summed in float64, so that finite elements have a finite
+    norm."""
     synthetic = prediction.scaled / target_scale
     if max_norm > 0:
         norm = torch.linalg.vector_norm(synthetic, dtype=torch.float64)

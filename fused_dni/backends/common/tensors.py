@@ -1,24 +1,25 @@
-"""What backends with raw kernels share: what an op mutates, contexts, room for results."""
+"""What backends with raw kernels share: what an op mutates, contexts, a step that is not bound."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fused_dni.backends.common.synthesizer import check_form
 from fused_dni.ops.types import (
-    FROM_OUTPUT,
+    BoundStep,
     LinearConfig,
     LinearTensors,
-    Prediction,
     RuleTensors,
-    Saved,
+    Step,
     SynthesizerTensors,
 )
 
 
 def updated(parameters: tuple[Tensor | None, ...], rule: RuleTensors) -> list[Tensor]:
-    """What an update by ``rule`` may have written."""
+    """Return what an update by ``rule`` may have written."""
     written = [rule.hyper]
     for i, trainable in enumerate(rule.trainable):
         if trainable:
@@ -29,7 +30,7 @@ def updated(parameters: tuple[Tensor | None, ...], rule: RuleTensors) -> list[Te
 
 
 def moved_statistics(layer: LinearTensors, config: LinearConfig, training: bool) -> list[Tensor]:
-    """The running statistics, if a forward moves them."""
+    """Return the running statistics, if a forward moves them."""
     if not training or config.normalization != "batch":
         return []
     return [t for t in (layer.running_mean, layer.running_var) if t is not None]
@@ -38,7 +39,7 @@ def moved_statistics(layer: LinearTensors, config: LinearConfig, training: bool)
 def split_context(
     synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A context as kernels read it: class indices or vectors, one of them or none.
+    """Return a context as kernels read it: class indices or vectors, one of them or none.
 
     Raises:
         ValueError, RuntimeError: as :func:`~fused_dni.backends.common.synthesizer.check_form`.
@@ -56,22 +57,26 @@ def split_context(
     return None, context.to(synthesizer.weight.dtype)
 
 
-def empty_prediction(h: Tensor, synthesizer: SynthesizerTensors, dtype: torch.dtype) -> Prediction:
-    """Room for a prediction over h [N, O]."""
-    down = synthesizer.down
-    return Prediction(
-        h.new_empty(h.shape, dtype=dtype),
-        None if down is None else h.new_empty(h.shape[0], down.shape[0], dtype=dtype),
-    )
+class Unbound:
+    """A step of a backend that binds steps, taken once."""
 
+    bind_step: Callable[
+        [LinearTensors, LinearConfig, SynthesizerTensors, float, RuleTensors], BoundStep
+    ]
 
-def empty_saved(h: Tensor, config: LinearConfig, dtype: torch.dtype) -> Saved:
-    """Room for what a backward needs beside h [N, O]."""
-    rows, features = h.shape
-    normalized = rstd = None
-    if config.normalization is not None or config.activation not in FROM_OUTPUT:
-        normalized = h.new_empty(rows, features, dtype=dtype)
-    if config.normalization is not None:
-        size = features if config.normalization == "batch" else rows
-        rstd = h.new_empty(size, dtype=dtype)
-    return Saved(normalized, rstd)
+    def linear_step_(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        context: Tensor | None,
+        target_scale: float,
+        max_norm: float,
+        rule: RuleTensors,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        """See :meth:`fused_dni.ops.types.Backend.linear_step_`."""
+        step = self.bind_step(layer, config, synthesizer, max_norm, rule)
+        return step(x, context, target_scale, need_dx, need_prediction)

@@ -10,7 +10,7 @@ from fused_dni.ops.types import Prediction
 
 
 def state_rows(h: Tensor, c: Tensor) -> Tensor:
-    """A state h, c [L, B, H] as rows [B, 2 L H]: h_0, c_0, h_1, c_1, ..."""
+    """Return a state h, c [L, B, H] as rows [B, 2 L H]: h_0, c_0, h_1, c_1, ..."""
     if h.shape[0] == 1:
         return torch.cat((h[0], c[0]), 1)
     return torch.stack((h, c), 1).permute(2, 0, 1, 3).flatten(1)
@@ -31,15 +31,16 @@ def inject(
     max_norm: float,
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient at the final state [L, B, H], with the synthetic one from ``scaled`` = M(s_T)
-    [B, 2 L H] added."""
+    """Return the gradient at the final state [L, B, H], with the synthetic one from ``scaled`` =
+    M(s_T) [B, 2 L H] added."""
     synthetic = synthetic_gradient(Prediction(scaled), target_scale, max_norm) * strength
     h, c = rows_state(synthetic, layers)
     return h if grad_h is None else grad_h + h, c if grad_c is None else grad_c + c
 
 
 def clip_rows(grad: Tensor, limit: float) -> Tensor:
-    """``grad`` [N, F] with each row scaled down to a norm of ``limit`` where that is exceeded.
+    """Return ``grad`` [N, F] with each row scaled down to a norm of ``limit`` where that is
+    exceeded.
 
     Norms are summed in float64, so that finite elements have a finite norm."""
     norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=torch.float64)
@@ -48,7 +49,7 @@ def clip_rows(grad: Tensor, limit: float) -> Tensor:
 
 
 def alive_steps(steps: int, lengths: Tensor | None, like: Tensor) -> Tensor:
-    """Whether a step is one of its row's own, [T, B, 1]."""
+    """Say whether a step is one of its row's own, [T, B, 1]."""
     if lengths is None:
         return torch.ones((steps, like.shape[1], 1), dtype=torch.bool, device=like.device)
     return (torch.arange(steps, device=like.device)[:, None] < lengths)[:, :, None]
@@ -57,7 +58,7 @@ def alive_steps(steps: int, lengths: Tensor | None, like: Tensor) -> Tensor:
 def layer_input(
     index: int, x: Tensor, hidden: Tensor, dropout: tuple[Tensor, ...], alive: Tensor
 ) -> Tensor:
-    """What layer ``index`` reads, [T, B, I or H]; zero where a row has ended."""
+    """Return what layer ``index`` reads, [T, B, I or H]; zero where a row has ended."""
     if index == 0:
         below = x
     else:

@@ -35,7 +35,7 @@ _SECOND = 1_000_000_000
 
 @functools.cache
 def extension() -> Any:
-    """The compiled module: ``fused_dni.backends._cuda``, or the host emulation that the
+    """Return the compiled module: ``fused_dni.backends._cuda``, or the host emulation that the
     environment variable FUSED_DNI_CUDA_EMULATION gives the path of.
 
     Raises:
@@ -48,7 +48,7 @@ def extension() -> Any:
 
 
 def spin_bound() -> int:
-    """How many nanoseconds a block waits for others at the most, 0 for ever.
+    """Say how many nanoseconds a block waits for others at the most, 0 for ever.
 
     Raises:
         ValueError: the environment variable says something else.
@@ -78,14 +78,14 @@ def _load() -> Any:
 
 
 def described(t: Tensor | None) -> tuple[int, ...] | None:
-    """A tensor as the extension takes it: address, type, sizes, strides."""
+    """Return a tensor as the extension takes it: address, type, sizes, strides."""
     if t is None:
         return None
     return (t.data_ptr(), TYPES.get(t.dtype, -1), *t.shape, *t.stride())
 
 
 def ieee() -> bool:
-    """Whether float32 products are IEEE arithmetic, and not TF32."""
+    """Say whether float32 products are IEEE arithmetic, and not TF32."""
     return torch.get_float32_matmul_precision() == "highest"
 
 
@@ -97,12 +97,12 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def current(device: torch.device) -> int:
-    """The address of its current stream, 0 in the emulation."""
+    """Return the address of its current stream, 0 in the emulation."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def stream(device: torch.device) -> int:
-    """As :func:`current`, to launch there, the device being the current one (see :func:`on`).
+    """Do as :func:`current`, to launch there, the device being the current one (see :func:`on`).
 
     The extension has a CUDA runtime of its own: it launches on this device from here on.
     """
@@ -112,8 +112,8 @@ def stream(device: torch.device) -> int:
 
 
 def unbuilt(capability: tuple[int, int]) -> str | None:
-    """None if the extension has code for devices of this compute capability, or what it was built
-    for. Code for 8.0 runs on 8.6 too, code for 9.0a on 9.0 alone."""
+    """Return None if the extension has code for devices of this compute capability, or what it was
+    built for. Code for 8.0 runs on 8.6 too, code for 9.0a on 9.0 alone."""
     major, minor = capability
     names = extension().architectures.split()
     for name in names:
@@ -131,7 +131,7 @@ _SPARE = 256  # words that a device has ready for captures
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether launches on its current stream go into a CUDA graph."""
+    """Say whether launches on its current stream go into a CUDA graph."""
     if device.type != "cuda":
         return False
     with on(device):
@@ -155,7 +155,7 @@ class Words:
         self.kept: list[Tensor] = []  # nobody knows how long a graph lives
 
     def word(self, stream: int) -> Tensor:
-        """A word for the next launch on this stream, the device's current one."""
+        """Return a word for the next launch on this stream, the device's current one."""
         if capturing(self.device):
             try:
                 return self.spare.pop()
@@ -181,7 +181,7 @@ class Words:
 
 @functools.cache
 def words(device: torch.device) -> Words:
-    """Those of a device with an index, or of the CPU."""
+    """Return those of a device with an index, or of the CPU."""
     return Words(device)
 
 
@@ -193,12 +193,13 @@ Op = Callable[[tuple[Any, ...], Room | None, int], int]
 
 
 def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:
-    """Room for an op with these arguments, on that tensor's device, for its current stream."""
+    """Make room for an op with these arguments, on that tensor's device, for its current stream."""
     return like.new_empty(op(items, None, 0) // 4, dtype=torch.float32)
 
 
 def meeting(device: torch.device) -> tuple[tuple[int, ...] | None, int]:
-    """The word at which the next launch's blocks meet, described, and the stream that it is on."""
+    """Return the word at which the next launch's blocks meet, described, and the stream that it is
+    on."""
     on_stream = stream(device)
     return described(words(device).word(on_stream)), on_stream
 

@@ -17,19 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from fused_dni.backends.common.closing import close_window
-from fused_dni.backends.common.precision import require_masters
-from fused_dni.backends.common.tensors import updated
+from fused_dni.backends.common.gpu import Arriving, GpuBackend, contiguous, of_dtype
 from fused_dni.backends.cuda.calls import described, extension, ieee, meeting, on
 from fused_dni.ops.types import (
     RULES,
     SYNTHESIZERS,
     CellGradients,
     CellTrace,
+    Layers,
     LSTMBoundary,
-    LSTMClosed,
     LSTMGradients,
     LSTMLayer,
     LSTMRows,
@@ -44,7 +41,7 @@ _Layers = tuple[tuple[Any, ...], ...]
 _LARGE = 2**30
 
 
-class CudaLSTM:
+class CudaLSTM(GpuBackend):
     """The LSTM's ops of :class:`fused_dni.ops.types.Backend`, of up to sixteen layers.
 
     Recurrent weights stay on chip for all steps up to the sizes that csrc/cuda/lstm.cuh states.
@@ -56,7 +53,7 @@ class CudaLSTM:
         x: Tensor,
         h: Tensor,
         c: Tensor,
-        layers: tuple[LSTMLayer, ...],
+        layers: Layers,
         lengths: Tensor | None,
         dropout: tuple[Tensor, ...],
         save: bool,
@@ -69,72 +66,34 @@ class CudaLSTM:
         gates, last_h, last_c = _forward(x, h, c, layers, lengths, dropout, save, hidden, cells)
         return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
 
-    @torch.no_grad()
-    def lstm_backward(
+    def window_backward(
         self,
-        grad_output: Tensor | None,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
+        arriving: Arriving,
         x: Tensor,
-        layers: tuple[LSTMLayer, ...],
+        layers: Layers,
         lengths: Tensor | None,
         dropout: tuple[Tensor, ...],
         trace: LSTMTrace,
         need_dx: bool,
         need_weights: bool,
+        boundary: LSTMBoundary | None,
     ) -> LSTMGradients:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
-        return _window_backward(
-            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-            need_weights, None,
+        """Launch ``lstm_backward``."""
+        if trace.cells is None or trace.gates is None:
+            raise ValueError("this trace is of a forward without save")
+        return _backward(
+            arriving, x, layers, lengths, dropout, (trace.hidden, trace.cells, None), trace.gates,
+            need_dx, need_weights, boundary, (trace.h, trace.c),
         )  # fmt: skip
 
-    @torch.no_grad()
-    def lstm_close(
-        self,
-        grad_output: Tensor | None,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
-        x: Tensor,
-        layers: tuple[LSTMLayer, ...],
-        lengths: Tensor | None,
-        dropout: tuple[Tensor, ...],
-        trace: LSTMTrace,
-        need_dx: bool,
-        need_weights: bool,
-        boundary: LSTMBoundary,
-        statistics: Tensor | None,
-    ) -> LSTMClosed:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_close`.
-
-        The synthetic gradient is predicted and added in the backward's launch.
-        """
-
-        def backward(
-            grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
-        ) -> LSTMGradients:
-            return _window_backward(
-                (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-                need_weights, boundary,
-            )  # fmt: skip
-
-        return close_window(backward, grad_h, grad_c, trace, boundary, statistics)
-
-    @torch.no_grad()
-    def lstm_update_(
-        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    def launch_lstm_update(
+        self, rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors
     ) -> None:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_update_`.
-
-        Raises:
-            TypeError: bfloat16 or float16 parameters.
-        """
-        parameters = tuple(chain.from_iterable(layers))
-        require_masters(parameters, rule.stochastic)
+        """Launch ``lstm_update_``."""
         like, cuda = rows[0].hidden, extension()
-        operands = [LSTMRows(*[t.contiguous() for t in of]) for of in rows]
+        parameters = tuple(chain.from_iterable(layers))
         described_layers = []
-        for k, of in enumerate(operands):
+        for k, of in enumerate(rows):
             slots = []
             for slot in range(4 * k, 4 * k + 4):
                 trained = (parameters[slot], rule.first[slot], rule.second[slot])
@@ -149,7 +108,6 @@ class CudaLSTM:
                     described(workspace), *meeting(like.device),
                 )
             )  # fmt: skip
-        increment_version(updated(parameters, rule))
 
     @torch.no_grad()
     def lstm_cell_forward(
@@ -178,7 +136,7 @@ class CudaLSTM:
         """See :meth:`fused_dni.ops.types.Backend.lstm_cell_backward`."""
         if trace.gates is None:
             raise ValueError("this trace is of a forward without save")
-        before, c_before, behind = (_as(t, x.dtype)[None, None] for t in (h, c, trace.c))
+        before, c_before, behind = (of_dtype(t, x.dtype)[None, None] for t in (h, c, trace.c))
         arriving = (None, *[None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c)])
         made = _backward(
             arriving, x.unsqueeze(0), (layer,), None, (), (before, c_before, behind),
@@ -201,16 +159,21 @@ def _forward(
     x: Tensor,
     h: Tensor,
     c: Tensor,
-    layers: tuple[LSTMLayer, ...],
+    layers: Layers,
     lengths: Tensor | None,
     dropout: tuple[Tensor, ...],
     save: bool,
     hidden: Tensor,
     cells: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, h and c behind the last step; fills ``hidden`` and ``cells``."""
+    """Return gates, h and c behind the last step; fills ``hidden`` and ``cells``."""
     (steps, batch, features), (depth, _, size) = x.shape, h.shape
-    x, h, c, lengths = x.contiguous(), _as(h, x.dtype), _as(c, x.dtype), _contiguous(lengths)
+    x, h, c, lengths = (
+        x.contiguous(),
+        of_dtype(h, x.dtype),
+        of_dtype(c, x.dtype),
+        contiguous(lengths),
+    )
     dropout = tuple([t.contiguous() for t in dropout])
     gates = x.new_empty(hidden.shape[0], steps, batch, 4 * size)
     last_h, last_c = torch.empty_like(h), torch.empty_like(c)
@@ -233,8 +196,8 @@ def _forward(
 
 
 def _project(x: Tensor, layer: LSTMLayer, out: Tensor) -> None:
-    """``out`` [T, B, 4H]: the product of x with a layer's input weights, and its biases, of x's
-    dtype, with operands rounded to it as the kernel rounds them."""
+    """Fill ``out`` [T, B, 4H]: the product of x with a layer's input weights, and its biases, of
+    x's dtype, with operands rounded to it as the kernel rounds them."""
     weight = layer.weight_ih.to(x.dtype).t()
     rows, made = x.flatten(0, 1), out.flatten(0, 1)
     biases = [bias for bias in (layer.bias_ih, layer.bias_hh) if bias is not None]
@@ -244,29 +207,10 @@ def _project(x: Tensor, layer: LSTMLayer, out: Tensor) -> None:
         torch.mm(rows, weight, out=made)
 
 
-def _window_backward(
-    arriving: tuple[Tensor | None, Tensor | None, Tensor | None],
-    x: Tensor,
-    layers: tuple[LSTMLayer, ...],
-    lengths: Tensor | None,
-    dropout: tuple[Tensor, ...],
-    trace: LSTMTrace,
-    need_dx: bool,
-    need_weights: bool,
-    boundary: LSTMBoundary | None,
-) -> LSTMGradients:
-    if trace.cells is None or trace.gates is None:
-        raise ValueError("this trace is of a forward without save")
-    return _backward(
-        arriving, x, layers, lengths, dropout, (trace.hidden, trace.cells, None), trace.gates,
-        need_dx, need_weights, boundary, (trace.h, trace.c),
-    )  # fmt: skip
-
-
 def _backward(
     arriving: tuple[Tensor | None, ...],
     x: Tensor,
-    layers: tuple[LSTMLayer, ...],
+    layers: Layers,
     lengths: Tensor | None,
     dropout: tuple[Tensor, ...],
     states: tuple[Tensor, Tensor, Tensor | None],
@@ -276,14 +220,16 @@ def _backward(
     boundary: LSTMBoundary | None,
     final: tuple[Tensor, Tensor] | None,
 ) -> LSTMGradients:
-    """``states`` are h and c at the entrance and behind each step [L, T + 1, B, H]; or, of one step
+    """Launch a backward.
+
+    ``states`` are h and c at the entrance and behind each step [L, T + 1, B, H]; or, of one step
     alone, h and c before it and c behind it [1, 1, B, H]. ``final`` is what a ``boundary`` reads.
     """
     (steps, batch, features), (depth, _, _, wide) = x.shape, gates.shape
     size = wide // 4
-    x, lengths = x.contiguous(), _contiguous(lengths)
+    x, lengths = x.contiguous(), contiguous(lengths)
     dropout = tuple([t.contiguous() for t in dropout])
-    arriving = tuple([None if g is None else _as(g, x.dtype) for g in arriving])
+    arriving = tuple([None if g is None else of_dtype(g, x.dtype) for g in arriving])
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # of delta, inside
     delta = torch.empty_like(gates, dtype=dtype)
     d_h, d_c = x.new_empty(depth, batch, size), x.new_empty(depth, batch, size)
@@ -310,7 +256,7 @@ def _backward(
     reduced, predicted = None, None
     ended, synthesizer, rank = None, None, 0
     if boundary is not None:
-        synthesizer, ended = boundary.synthesizer, _contiguous(boundary.ended)
+        synthesizer, ended = boundary.synthesizer, contiguous(boundary.ended)
         if synthesizer.down is not None:
             rank = synthesizer.down.shape[0]
             reduced = x.new_empty(batch, rank, dtype=dtype)
@@ -339,14 +285,5 @@ def _backward(
     return LSTMGradients(delta.to(x.dtype), d_h, d_c, dx, tuple(made))
 
 
-def _described_layers(layers: tuple[LSTMLayer, ...]) -> _Layers:
+def _described_layers(layers: Layers) -> _Layers:
     return tuple([tuple(map(described, layer)) for layer in layers])
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous and of this dtype."""
-    return tensor.to(dtype).contiguous()

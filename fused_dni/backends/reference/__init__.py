@@ -35,11 +35,11 @@ class ReferenceBackend:
     name = "reference"
 
     def available(self) -> str | None:
-        """None: it runs wherever torch does."""
+        """Return None: it runs wherever torch does."""
         return None
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
-        """None, or why these tensors cannot be served.
+        """Say why these tensors cannot be served; None if they can.
 
         Served: floating x and weight of one dtype, or a bfloat16 or float16 x with a float32 or
         float64 weight, on one device.

@@ -21,13 +21,13 @@ _GELU_CUBIC = 0.044715
 
 
 def _log1p_exp(y: Tensor) -> Tensor:
-    """``log(1 + exp(y))`` without overflow and, unlike ``torch.nn.Softplus``, without a threshold
-    beyond which it is replaced by y (the two differ by less than 2.1e-9)."""
+    """Return ``log(1 + exp(y))`` without overflow and, unlike ``torch.nn.Softplus``, without a
+    threshold beyond which it is replaced by y (the two differ by less than 2.1e-9)."""
     return y.clamp(min=0) + torch.log1p(torch.exp(-y.abs()))
 
 
 def activate(y: Tensor, name: str) -> Tensor:
-    """``phi(y)``.
+    """Return ``phi(y)``.
 
     Raises:
         ValueError: ``name`` is not one of :data:`fused_dni.ops.types.ACTIVATIONS`.
@@ -54,7 +54,7 @@ def activate(y: Tensor, name: str) -> Tensor:
 
 
 def derivative_from_output(h: Tensor, name: str) -> Tensor:
-    """``phi'`` as a function of h, for the names in ``FROM_OUTPUT``."""
+    """Return ``phi'`` as a function of h, for the names in ``FROM_OUTPUT``."""
     if name == "identity":
         return torch.ones_like(h)
     if name == "relu":
@@ -67,7 +67,7 @@ def derivative_from_output(h: Tensor, name: str) -> Tensor:
 
 
 def derivative_from_input(y: Tensor, name: str) -> Tensor:
-    """``phi'(y)``, for the names that are not in ``FROM_OUTPUT``."""
+    """Return ``phi'(y)``, for the names that are not in ``FROM_OUTPUT``."""
     if name == "gelu":  # Phi(y) + y p(y)
         density = _INV_SQRT2PI * torch.exp(-0.5 * y * y)
         return 0.5 * (1 + torch.erf(y * _INV_SQRT2)) + y * density

@@ -71,14 +71,14 @@ class _Forward(NamedTuple):
 
 
 def uses_batch_statistics(layer: LinearTensors, config: LinearConfig, training: bool) -> bool:
-    """Whether batch normalisation is at work on this batch's own mean and variance."""
+    """Say whether batch normalisation is at work on this batch's own mean and variance."""
     return config.normalization == "batch" and (training or layer.running_mean is None)
 
 
 def normalize(
     z: Tensor, layer: LinearTensors, config: LinearConfig, training: bool
 ) -> tuple[Tensor, Tensor | None, _Moments | None]:
-    """n [N, O], rstd ([O], [N] or None) and, where they were taken, a batch's moments."""
+    """Return n [N, O], rstd ([O], [N] or None) and, where they were taken, a batch's moments."""
     if config.normalization is None:
         return z, None, None
     if config.normalization == "layer":
@@ -102,7 +102,7 @@ def normalize(
 
 
 def scale_and_shift(n: Tensor, layer: LinearTensors) -> Tensor:
-    """``y = gamma n + beta`` [N, O]; either may be absent."""
+    """Return ``y = gamma n + beta`` [N, O]; either may be absent."""
     y = n if layer.norm_weight is None else n * layer.norm_weight.to(n.dtype)
     return y if layer.norm_bias is None else y + layer.norm_bias.to(n.dtype)
 
@@ -117,7 +117,7 @@ def move_running_(layer: LinearTensors, config: LinearConfig, moments: _Moments 
 
 
 def _forward(x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool) -> _Forward:
-    """The forward formulas; mutates nothing."""
+    """Apply the forward formulas; mutates nothing."""
     dtype = accumulator(layer.weight)
     z = product(x, layer.weight.t(), x.dtype, dtype)  # [N, I] @ [I, O] -> [N, O]
     if layer.bias is not None:
@@ -133,7 +133,7 @@ def _forward(x: Tensor, layer: LinearTensors, config: LinearConfig, training: bo
 def linear_forward(
     x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
 ) -> tuple[Tensor, Saved]:
-    """h [N, O] in x's dtype and what a backward needs (in the accumulator's dtype).
+    """Return h [N, O] in x's dtype and what a backward needs (in the accumulator's dtype).
 
     Mutates the running statistics, if batch normalisation is in training.
 
@@ -158,7 +158,7 @@ def linear_backward(
     need_dx: bool,
     need_weight: bool,
 ) -> LinearGradients:
-    """Gradients at z (accumulator's dtype), x (x's dtype) and the parameters (theirs).
+    """Return gradients at z (accumulator's dtype), x (x's dtype) and the parameters (theirs).
 
     Mutates nothing.
     """
@@ -206,14 +206,14 @@ def linear_backward(
 
 
 def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
-    """``delta^T x`` [O, I] in delta's dtype, the product in x's."""
+    """Return ``delta^T x`` [O, I] in delta's dtype, the product in x's."""
     return product(delta.t(), x, x.dtype, delta.dtype)  # [O, N] @ [N, I] -> [O, I]
 
 
 def preactivation_gradients(
     delta: Tensor, x: Tensor, layer: LinearTensors, config: LinearConfig, need_dx: bool
 ) -> LinearGradients:
-    """From a gradient at z alone: dx on demand, and the bias's (zero in front of a batch
+    """Go back from a gradient at z alone: dx on demand, and the bias's (zero in front of a batch
     normalisation in training, which removes what a bias does). No other is known."""
     bare = LinearTensors(layer.weight, layer.bias)
     made = linear_backward(
@@ -229,7 +229,7 @@ def _slots(layer: LinearTensors) -> tuple[Tensor | None, ...]:
 
 
 def _slot_gradients(x: Tensor, gradients: LinearGradients) -> tuple[Tensor | None, ...]:
-    """By slot; the weight's is formed here."""
+    """List gradients by slot; the weight's is formed here."""
     return (
         weight_gradient(gradients.delta, x),
         gradients.bias,
@@ -270,7 +270,8 @@ def linear_step_(
     need_dx: bool,
     need_prediction: bool,
 ) -> Step:
-    """Forward, synthetic gradient, update: h [N, O], the prediction and dx [N, I] on demand.
+    """Take a step: forward, synthetic gradient, update. h [N, O]; prediction and dx [N, I] on
+    demand.
 
     Mutates the running statistics (batch normalisation), the trainable parameters, the rule's
     buffers and counters; if the gradient at z or of a trainable slot is not finite,

@@ -31,7 +31,7 @@ def linear_cross_entropy(
     ignore_index: int,
     need_delta: bool,
 ) -> CrossEntropy:
-    """The loss [] in the weight's dtype; delta [N, C], in the accumulator's, on demand.
+    """Return the loss [] in the weight's dtype; delta [N, C], in the accumulator's, on demand.
 
     Mutates nothing.
 

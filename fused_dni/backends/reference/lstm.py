@@ -49,7 +49,7 @@ from fused_dni.ops.types import (
 
 
 def preactivation(x: Tensor, h: Tensor, layer: LSTMLayer) -> Tensor:
-    """``z`` [B, 4H] in the accumulator's dtype."""
+    """Return ``z`` [B, 4H] in the accumulator's dtype."""
     dtype = accumulator(layer.weight_ih)
     z = product(x, layer.weight_ih.t(), x.dtype, dtype)  # [B, I] @ [I, 4H] -> [B, 4H]
     z = z + product(h, layer.weight_hh.t(), x.dtype, dtype)  # [B, H] @ [H, 4H] -> [B, 4H]
@@ -60,31 +60,32 @@ def preactivation(x: Tensor, h: Tensor, layer: LSTMLayer) -> Tensor:
 
 
 def squash(z: Tensor) -> Tensor:
-    """The gates i f g o behind their non-linearities, [B, 4H]."""
+    """Return the gates i f g o behind their non-linearities, [B, 4H]."""
     i, f, g, o = z.chunk(4, 1)
     return torch.cat((i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()), 1)
 
 
 def next_cell(gates: Tensor, c: Tensor) -> Tensor:
-    """``c' = f * c + i * g`` [B, H]."""
+    """Return ``c' = f * c + i * g`` [B, H]."""
     i, f, g, _ = gates.chunk(4, 1)
     return f * c + i * g
 
 
 def shown(c: Tensor) -> Tensor:
-    """``tanh(c')`` [B, H], of which the output gate lets a part through."""
+    """Return ``tanh(c')`` [B, H], of which the output gate lets a part through."""
     return c.tanh()
 
 
 def next_hidden(gates: Tensor, c: Tensor) -> Tensor:
-    """``h' = o * tanh(c')`` [B, H], of the cell state after the step."""
+    """Return ``h' = o * tanh(c')`` [B, H], of the cell state after the step."""
     return gates.chunk(4, 1)[3] * shown(c)
 
 
 def step_backward(
     grad_h: Tensor, grad_c: Tensor, gates: Tensor, before: Tensor, after: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``delta`` [B, 4H] and ``dc`` [B, H] of a step from cell state ``before`` to ``after``."""
+    """Return ``delta`` [B, 4H] and ``dc`` [B, H] of a step from cell state ``before`` to
+    ``after``."""
     i, f, g, o = gates.chunk(4, 1)
     tanh = shown(after)
     e = grad_c + grad_h * o * (1 - tanh * tanh)
@@ -94,7 +95,8 @@ def step_backward(
 
 
 def weight_gradients(rows: LSTMRows, layer: LSTMLayer) -> LSTMLayer:
-    """``delta^T input``, ``delta^T hidden``, delta's column sums; each of its parameter's dtype."""
+    """Return ``delta^T input``, ``delta^T hidden``, delta's column sums; each of its parameter's
+    dtype."""
     dtype, operands = accumulator(layer.weight_ih), rows.input.dtype
     delta = rows.delta.to(dtype)
     bias = None
@@ -118,7 +120,7 @@ def lstm_forward(
     dropout: tuple[Tensor, ...],
     save: bool,
 ) -> LSTMTrace:
-    """A window: x [T, B, I] from the state h, c [L, B, H]. Mutates nothing."""
+    """Run a window: x [T, B, I] from the state h, c [L, B, H]. Mutates nothing."""
     steps = x.shape[0]
     dtype = accumulator(layers[0].weight_ih)
     alive = alive_steps(steps, lengths, x)  # [T, B, 1]
@@ -160,7 +162,7 @@ def lstm_backward(
     need_dx: bool,
     need_weights: bool,
 ) -> LSTMGradients:
-    """Back through a window, from the top layer down. Mutates nothing."""
+    """Go back through a window, from the top layer down. Mutates nothing."""
     hidden, cells, gates = trace.hidden, trace.cells, trace.gates
     assert cells is not None and gates is not None
     steps = x.shape[0]
@@ -220,7 +222,7 @@ def lstm_update_(
 
 @torch.no_grad()
 def lstm_cell_forward(x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool) -> CellTrace:
-    """One step: x [B, I] from the state h, c [B, H]. Mutates nothing."""
+    """Run one step: x [B, I] from the state h, c [B, H]. Mutates nothing."""
     gates = squash(preactivation(x, h, layer))
     cell = next_cell(gates, c.to(gates.dtype))
     new_h = next_hidden(gates, cell).to(x.dtype)
@@ -239,7 +241,7 @@ def lstm_cell_backward(
     need_dx: bool,
     need_weights: bool,
 ) -> CellGradients:
-    """Back through one step; h and c are the state before it. Mutates nothing."""
+    """Go back through one step; h and c are the state before it. Mutates nothing."""
     assert trace.gates is not None
     dtype = accumulator(layer.weight_ih)
     grad_h = torch.zeros_like(trace.h) if grad_h is None else grad_h

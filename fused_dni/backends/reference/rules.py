@@ -46,7 +46,7 @@ def sgd(
     weight_decay: float,
     nesterov: bool,
 ) -> New:
-    """One step of SGD on one slot; ``m`` is None for plain SGD. Nothing is mutated."""
+    """Take a step of SGD on one slot; ``m`` is None for plain SGD. Nothing is mutated."""
     g = g + weight_decay * p if weight_decay else g
     if m is None:
         return New(p - lr * g)
@@ -68,7 +68,7 @@ def adam(
     decoupled: bool,
     step: float,
 ) -> New:
-    """One step of Adam (AdamW if ``decoupled``) on one slot. Nothing is mutated."""
+    """Take a step of Adam (AdamW if ``decoupled``) on one slot. Nothing is mutated."""
     if weight_decay:
         if decoupled:
             p = p * (1 - lr * weight_decay)
@@ -95,7 +95,7 @@ def random_bits(count: int, step: int, slot: int, device: torch.device) -> Tenso
 
 
 def rounded_at_random(value: Tensor, step: int, slot: int) -> Tensor:
-    """float32 values as bfloat16, each one of its two neighbours, right in the mean."""
+    """Round float32 to bfloat16, each to one of its two neighbours, right in the mean."""
     bits = value.contiguous().view(torch.int32).flatten()
     up = random_bits(value.numel(), step, slot, value.device).to(torch.int32)
     kept = (bits + up) & -0x10000
@@ -103,7 +103,8 @@ def rounded_at_random(value: Tensor, step: int, slot: int) -> Tensor:
 
 
 def finite(gradients: Sequence[Tensor | None], rule: RuleTensors) -> bool:
-    """Whether the gradients of all trainable slots are finite (synchronises with the device)."""
+    """Say whether the gradients of all trainable slots are finite (synchronises with the
+    device)."""
     return all(
         bool(torch.isfinite(g).all())
         for g, trainable in zip(gradients, rule.trainable, strict=True)

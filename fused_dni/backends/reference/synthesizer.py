@@ -45,7 +45,7 @@ def _gradients(
     synthesizer: SynthesizerTensors,
     context: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The formulas of the module's head; ``target`` is ``kappa g`` [N, O]."""
+    """Apply the formulas of the module's head; ``target`` is ``kappa g`` [N, O]."""
     dtype = accumulator(synthesizer.weight)
     e = (2.0 / h.shape[0]) * (prediction.scaled.to(dtype) - target)  # [N, O]
     return gradients_of_error(e, h, prediction, synthesizer, context)
@@ -59,7 +59,8 @@ def _target(
     context: Tensor | None,
     target_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``kappa g`` [N, O] in the accumulator's dtype, and what is to be added to the statistics."""
+    """Return ``kappa g`` [N, O] in the accumulator's dtype, and what is to be added to the
+    statistics."""
     check_context(synthesizer, context)
     target = target_scale * grad_h.to(accumulator(synthesizer.weight))
     s, g = prediction.scaled.double().reshape(-1, 1), target.double().reshape(-1, 1)  # [N * O, 1]
@@ -82,7 +83,8 @@ def synthesizer_gradients(
     target_scale: float,
     statistics: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``sum((M(h) - kappa grad_h)^2) / N`` by slot, each of its parameter's dtype.
+    """Return gradients of ``sum((M(h) - kappa grad_h)^2) / N`` by slot, each of its parameter's
+    dtype.
 
     Mutates ``statistics`` (adds to it), unless one of the sums is not finite.
 

@@ -23,16 +23,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton import knobs
 
+from fused_dni.backends.common.gpu import checked_context
 from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
-from fused_dni.backends.common.synthesizer import check_context
-from fused_dni.backends.common.tensors import (
-    empty_prediction,
-    empty_saved,
-    moved_statistics,
-    split_context,
-    updated,
-)
-from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
+from fused_dni.backends.common.tensors import moved_statistics, updated
 from fused_dni.backends.triton.launching import (
     architecture,
     meeting_on,
@@ -46,221 +39,18 @@ from fused_dni.backends.triton.lstm import TritonLSTM
 from fused_dni.kernels import linear, tuning
 from fused_dni.kernels import synthesizer as synthesizer_kernels
 from fused_dni.kernels.launch import Launch
+from fused_dni.ops import results
 from fused_dni.ops.types import (
-    BoundStep,
     LinearConfig,
     LinearGradients,
     LinearTensors,
     Prediction,
     RuleTensors,
     Saved,
+    SlotGradients,
     Step,
     SynthesizerTensors,
 )
-
-
-class TritonBackend(TritonLSTM):
-    """:class:`fused_dni.ops.types.Backend` in Triton."""
-
-    name = "triton"
-
-    # PyTorch's own product, and its softmax behind it.
-    linear_cross_entropy = staticmethod(linear_cross_entropy)
-
-    def __init__(self) -> None:
-        # Looked up here, once: torch.compile traces why_not and cannot look into the environment.
-        self.interpreted: bool = knobs.runtime.interpret
-        self.old: dict[torch.device, str] = {}
-        for index in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_capability(index) < (8, 0):
-                self.old[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
-
-    def available(self) -> str | None:
-        """None if kernels can run here at all, or why not."""
-        if not self.interpreted and not torch.cuda.is_available():
-            return (
-                "needs a CUDA device (torch.cuda.is_available() is false), or TRITON_INTERPRET=1 "
-                "in the environment to be interpreted on a CPU"
-            )
-        return None
-
-    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
-        """None, or why these tensors cannot be served."""
-        here = "cpu" if self.interpreted else "cuda"
-        if x.device != weight.device:
-            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
-        if x.device.type != here:
-            how = " while it is interpreted (TRITON_INTERPRET=1)" if here == "cpu" else ""
-            return f"serves tensors on {here}{how}, got x on {x.device}"
-        if x.device in self.old:
-            return f"needs compute capability 8.0 or newer, got {self.old[x.device]}"
-        if not (x.dtype == weight.dtype == torch.float32 or x.dtype in LOW_PRECISION) or (
-            x.dtype in LOW_PRECISION and weight.dtype not in (torch.float32, x.dtype)
-        ):
-            return (
-                "serves float32, or a bfloat16 or float16 x with parameters of its dtype or "
-                f"float32, got x {x.dtype} and weight {weight.dtype}"
-            )
-        return None
-
-    def linear_forward(
-        self, x: Tensor, layer: LinearTensors, config: LinearConfig, training: bool, save: bool
-    ) -> tuple[Tensor, Saved]:
-        """See :meth:`fused_dni.ops.types.Backend.linear_forward`."""
-        x = x.contiguous()
-        h = x.new_empty(x.shape[0], layer.weight.shape[0])
-        saved = empty_saved(h, config, torch.float32) if save else Saved()
-        t = linear.Tensors(x, *layer, h=h, normalized=saved.normalized, rstd=saved.rstd)
-        problem = _problem(config, layer, training)
-        tiles = _tiles("linear_forward", x, layer.weight, "none")
-        _launch(t, problem, tiles, linear.FORWARD_PHASES)
-        moved = moved_statistics(layer, config, training)
-        if moved:
-            increment_version(moved)
-        return h, saved
-
-    def linear_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor,
-        h: Tensor,
-        saved: Saved,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        need_dx: bool,
-        need_weight: bool,
-    ) -> LinearGradients:
-        """See :meth:`fused_dni.ops.types.Backend.linear_backward`."""
-        x, h, grad_h = x.contiguous(), h.contiguous(), grad_h.contiguous()
-        weight, bias, norm_weight, norm_bias = layer[:4]
-        made = LinearGradients(
-            x.new_empty(h.shape, dtype=torch.float32),
-            torch.empty_like(x) if need_dx else None,
-            torch.empty_like(weight) if need_weight else None,
-            *[None if v is None else torch.empty_like(v) for v in (bias, norm_weight, norm_bias)],
-        )
-        trainable = (need_weight, bias is not None, norm_weight is not None, norm_bias is not None)
-        problem = _problem(config, layer, training)._replace(source="given", trainable=trainable)
-        t = linear.Tensors(
-            x, *layer, grad_h=grad_h, h=h, normalized=saved.normalized, rstd=saved.rstd,
-            delta=made.delta, dx=made.x, grad_weight=made.weight, grad_bias=made.bias,
-            grad_norm_weight=made.norm_weight, grad_norm_bias=made.norm_bias,
-        )  # fmt: skip
-        tiles = _tiles("linear_backward", x, weight, "none")
-        _launch(t, problem, tiles, linear.BACKWARD_PHASES)
-        return made
-
-    def linear_update_(
-        self, x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
-    ) -> None:
-        """See :meth:`fused_dni.ops.types.Backend.linear_update_`."""
-        require_masters(layer[:4], rule.stochastic)
-        x, delta = x.contiguous(), gradients.delta.contiguous()
-        tiles = _tiles("linear_update", x, layer.weight, rule.kind)
-        t = linear.Tensors(
-            x, *layer[:4], delta=delta, grad_bias=gradients.bias,
-            grad_norm_weight=gradients.norm_weight, grad_norm_bias=gradients.norm_bias,
-            **_rule(rule),
-        )  # fmt: skip
-        problem = linear.Problem(
-            rule=rule.kind, nesterov=rule.nesterov, trainable=_four(rule.trainable),
-            precision=precision(),
-        )  # fmt: skip
-        _launch(t, problem, tiles, linear.UPDATE_PHASES)
-        increment_version(updated(layer[:4], rule))
-
-    def linear_step_(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        context: Tensor | None,
-        target_scale: float,
-        max_norm: float,
-        rule: RuleTensors,
-        need_dx: bool,
-        need_prediction: bool,
-    ) -> Step:
-        """See :meth:`fused_dni.ops.types.Backend.linear_step_`."""
-        step = self.bind_step(layer, config, synthesizer, max_norm, rule)
-        return step(x, context, target_scale, need_dx, need_prediction)
-
-    def bind_step(
-        self,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        max_norm: float,
-        rule: RuleTensors,
-    ) -> BoundStep:
-        """See :meth:`fused_dni.ops.types.Backend.bind_step`."""
-        return _Step(layer, config, synthesizer, max_norm, rule)
-
-    def synthesizer_predict(
-        self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
-    ) -> Prediction:
-        """See :meth:`fused_dni.ops.types.Backend.synthesizer_predict`."""
-        h = h.contiguous()
-        made = empty_prediction(h, synthesizer, torch.float32)
-        t = _synthesizer(h, made, synthesizer, context)
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, False, precision=precision(), ignored=synthesizer.ignore_index
-        )
-        _launch_synthesizer("synthesizer_predict", t, problem)
-        return made
-
-    def synthesizer_gradients(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        context: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """See :meth:`fused_dni.ops.types.Backend.synthesizer_gradients`."""
-        parameters = synthesizer.parameters()
-        made = tuple([None if p is None else torch.empty_like(p) for p in parameters])
-        t = _synthesizer(h.contiguous(), prediction, synthesizer, context)._replace(
-            grad_h=grad_h.contiguous(), statistics=statistics, grad_weight=made[0],
-            grad_down=made[1], grad_context=made[2], grad_bias=made[3],
-        )  # fmt: skip
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, True, target_scale, precision=precision(),
-            trainable=_four([p is not None for p in parameters]), ignored=synthesizer.ignore_index,
-        )  # fmt: skip
-        _launch_synthesizer("synthesizer_train", t, problem)
-        increment_version(statistics)
-        return made
-
-    def synthesizer_update_(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        context: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-        rule: RuleTensors,
-    ) -> None:
-        """See :meth:`fused_dni.ops.types.Backend.synthesizer_update_`."""
-        parameters = synthesizer.parameters()
-        require_masters(parameters, rule.stochastic)
-        t = _synthesizer(h.contiguous(), prediction, synthesizer, context)._replace(
-            grad_h=grad_h.contiguous(), statistics=statistics, hyper=rule.hyper,
-            **_moments(rule, ("weight", "down", "context", "bias")),
-        )  # fmt: skip
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, True, target_scale, rule.kind, rule.nesterov,
-            _four(rule.trainable), precision(), synthesizer.ignore_index,
-        )  # fmt: skip
-        _launch_synthesizer("synthesizer_train", t, problem)
-        increment_version([statistics, *updated(parameters, rule)])
-
 
 # Shapes of batches whose workspace a bound step keeps: a whole one, the last one of an epoch, and
 # some more.
@@ -287,7 +77,7 @@ class _Step:
         rule: RuleTensors,
     ) -> None:
         require_masters(layer[:4], rule.stochastic)
-        self.synthesizer, self.config = synthesizer, config
+        self.layer, self.synthesizer, self.config = layer, synthesizer, config
         # Otherwise nobody in the step reads what a backward would, and it is written on demand.
         self.goes_back = config.interface == "output"
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
@@ -317,26 +107,22 @@ class _Step:
         need_prediction: bool,
     ) -> Step:
         x = x.contiguous()
-        rows, weight = x.shape[0], self.fixed.weight
-        labels, vectors = _context(self.synthesizer, context)
-        tiles = _tiles("linear_step", x, weight, self.problem.rule)
+        labels, vectors = checked_context(self.synthesizer, context)
+        tiles = _tiles("linear_step", x, self.layer.weight, self.problem.rule)
         current, meeting = stream(x.device), None
         if tiles.launches == "one":
             meeting = meeting_on(x.device, current)
-        h = x.new_empty(rows, weight.shape[0])
-        dx = torch.empty_like(x) if need_dx else None
-        prediction = None
-        if need_prediction:
-            prediction = empty_prediction(h, self.synthesizer, torch.float32)
+        made = results.linear_step_(
+            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
+        )
+        h, prediction, dx, saved = made
         room = self._room(x, h, tiles, current)
         scaled, reduced = (None, None) if prediction is None else prediction
         t = room.tensors._replace(
             x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, meeting=meeting,
             reduced=room.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
-        saved = None
-        if need_prediction and not self.goes_back:
-            saved = empty_saved(h, self.config, torch.float32)
+        if saved is not None:
             t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
         problem = self.problem._replace(target_scale=target_scale, precision=precision())
         key = (need_dx, need_prediction, labels is None, precision(), x.data_ptr() % 16 == 0)
@@ -350,11 +136,11 @@ class _Step:
             planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
         increment_version(self.written)
-        return Step(h, prediction, dx, saved)
+        return made
 
     def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles, current: int | None) -> _Room:
-        """The workspace for a batch like x on a stream. What a CUDA graph captures (None) is its
-        own, from the graph's memory: replays run beside other calls."""
+        """Return the workspace for a batch like x on a stream. What a CUDA graph captures (None) is
+        its own, from the graph's memory: replays run beside other calls."""
         if current is None:
             return _Room(self._workspace(x, h, tiles), {})
         key = (x.shape[0], x.dtype, tiles, current)
@@ -366,10 +152,10 @@ class _Step:
         return room
 
     def _workspace(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
-        """The step's tensors with a workspace for a batch like x."""
+        """Return the step's tensors with a workspace for a batch like x."""
         t = self.fixed._replace(x=x, h=h)
         if self.goes_back:
-            normalized, rstd = empty_saved(h, self.config, torch.float32)
+            normalized, rstd = results.saved_of(h, self.config, torch.float32)
             t = t._replace(normalized=normalized, rstd=rstd)
         if t.down is not None:
             reduced = x.new_empty(x.shape[0], t.down.shape[0], dtype=torch.float32)
@@ -378,6 +164,155 @@ class _Step:
         t = t._replace(delta=x.new_empty(h.shape, dtype=low))
         t = linear.workspace(t, self.problem, tiles, linear.STEP_PHASES)
         return t._replace(x=None, h=None)
+
+
+class TritonBackend(TritonLSTM):
+    """:class:`fused_dni.ops.types.Backend` in Triton."""
+
+    name = "triton"
+
+    bind_step = _Step
+
+    def __init__(self) -> None:
+        # Looked up here, once: torch.compile traces why_not and cannot look into the environment.
+        self.interpreted: bool = knobs.runtime.interpret
+        self.old: dict[torch.device, str] = {}
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(index) < (8, 0):
+                self.old[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
+
+    def available(self) -> str | None:
+        """Say why kernels cannot run here at all; None if they can."""
+        if not self.interpreted and not torch.cuda.is_available():
+            return (
+                "needs a CUDA device (torch.cuda.is_available() is false), or TRITON_INTERPRET=1 "
+                "in the environment to be interpreted on a CPU"
+            )
+        return None
+
+    def why_not(self, x: Tensor, weight: Tensor) -> str | None:
+        """Say why these tensors cannot be served; None if they can."""
+        here = "cpu" if self.interpreted else "cuda"
+        if x.device != weight.device:
+            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
+        if x.device.type != here:
+            how = " while it is interpreted (TRITON_INTERPRET=1)" if here == "cpu" else ""
+            return f"serves tensors on {here}{how}, got x on {x.device}"
+        if x.device in self.old:
+            return f"needs compute capability 8.0 or newer, got {self.old[x.device]}"
+        if not (x.dtype == weight.dtype == torch.float32 or x.dtype in LOW_PRECISION) or (
+            x.dtype in LOW_PRECISION and weight.dtype not in (torch.float32, x.dtype)
+        ):
+            return (
+                "serves float32, or a bfloat16 or float16 x with parameters of its dtype or "
+                f"float32, got x {x.dtype} and weight {weight.dtype}"
+            )
+        return None
+
+    def launch_forward(
+        self,
+        x: Tensor,
+        layer: LinearTensors,
+        config: LinearConfig,
+        training: bool,
+        h: Tensor,
+        saved: Saved,
+    ) -> None:
+        """Launch the phases of ``linear_forward``."""
+        t = linear.Tensors(
+            x.contiguous(), *layer, h=h, normalized=saved.normalized, rstd=saved.rstd
+        )
+        tiles = _tiles("linear_forward", x, layer.weight, "none")
+        _launch(t, _problem(config, layer, training), tiles, linear.FORWARD_PHASES)
+
+    def launch_backward(
+        self,
+        grad_h: Tensor,
+        x: Tensor,
+        h: Tensor,
+        saved: Saved,
+        layer: LinearTensors,
+        config: LinearConfig,
+        training: bool,
+        made: LinearGradients,
+    ) -> None:
+        """Launch the phases of ``linear_backward``."""
+        trainable = _four([g is not None for g in made[2:]])
+        problem = _problem(config, layer, training)._replace(source="given", trainable=trainable)
+        t = linear.Tensors(
+            x.contiguous(), *layer, grad_h=grad_h, h=h, normalized=saved.normalized,
+            rstd=saved.rstd, delta=made.delta, dx=made.x, grad_weight=made.weight,
+            grad_bias=made.bias, grad_norm_weight=made.norm_weight, grad_norm_bias=made.norm_bias,
+        )  # fmt: skip
+        tiles = _tiles("linear_backward", x, layer.weight, "none")
+        _launch(t, problem, tiles, linear.BACKWARD_PHASES)
+
+    def launch_update(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        gradients: LinearGradients,
+        layer: LinearTensors,
+        rule: RuleTensors,
+    ) -> None:
+        """Launch the phases of ``linear_update_``."""
+        tiles = _tiles("linear_update", x, layer.weight, rule.kind)
+        t = linear.Tensors(
+            x.contiguous(), *layer[:4], delta=delta, grad_bias=gradients.bias,
+            grad_norm_weight=gradients.norm_weight, grad_norm_bias=gradients.norm_bias,
+            **_rule(rule),
+        )  # fmt: skip
+        problem = linear.Problem(
+            rule=rule.kind, nesterov=rule.nesterov, trainable=_four(rule.trainable),
+            precision=precision(),
+        )  # fmt: skip
+        _launch(t, problem, tiles, linear.UPDATE_PHASES)
+
+    def launch_predict(
+        self,
+        h: Tensor,
+        synthesizer: SynthesizerTensors,
+        labels: Tensor | None,
+        vectors: Tensor | None,
+        made: Prediction,
+    ) -> None:
+        """Launch ``synthesizer_predict``."""
+        t = _synthesizer(h, made, synthesizer, labels, vectors)
+        problem = synthesizer_kernels.Problem(
+            synthesizer.kind, False, precision=precision(), ignored=synthesizer.ignore_index
+        )
+        _launch_synthesizer("synthesizer_predict", t, problem)
+
+    def launch_train(
+        self,
+        h: Tensor,
+        prediction: Prediction,
+        grad_h: Tensor,
+        synthesizer: SynthesizerTensors,
+        labels: Tensor | None,
+        vectors: Tensor | None,
+        target_scale: float,
+        statistics: Tensor,
+        to: SlotGradients | RuleTensors,
+    ) -> None:
+        """Launch ``synthesizer_gradients`` or ``synthesizer_update_``."""
+        t = _synthesizer(h, prediction, synthesizer, labels, vectors)
+        t = t._replace(grad_h=grad_h, statistics=statistics)
+        problem = synthesizer_kernels.Problem(
+            synthesizer.kind, True, target_scale, precision=precision(),
+            ignored=synthesizer.ignore_index,
+        )  # fmt: skip
+        if isinstance(to, RuleTensors):
+            moments = _moments(to, ("weight", "down", "context", "bias"))
+            t = t._replace(hyper=to.hyper, **moments)
+            problem = problem._replace(
+                rule=to.kind, nesterov=to.nesterov, trainable=_four(to.trainable)
+            )
+        else:
+            weight, down, context, bias = to
+            t = t._replace(grad_weight=weight, grad_down=down, grad_context=context, grad_bias=bias)
+            problem = problem._replace(trainable=_four([g is not None for g in to]))
+        _launch_synthesizer("synthesizer_train", t, problem)
 
 
 def _problem(config: LinearConfig, layer: LinearTensors, training: bool) -> linear.Problem:
@@ -430,7 +365,7 @@ def _four(values: Any) -> tuple[bool, bool, bool, bool]:
 
 
 def _moments(rule: RuleTensors, slots: tuple[str, ...]) -> dict[str, Tensor | None]:
-    """Moments by the kernels' names for the slots."""
+    """Name moments as the kernels name the slots."""
     return {
         f"{order}_{slot}": moment
         for order, moments in (("first", rule.first), ("second", rule.second))
@@ -443,28 +378,21 @@ def _rule(rule: RuleTensors) -> dict[str, Tensor | None]:
     return {"hyper": rule.hyper, **_moments(rule, slots)}
 
 
-def _context(
-    synthesizer: SynthesizerTensors, context: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Labels and vectors; on a CPU, where looking costs no synchronisation, checked."""
-    if context is not None and context.device.type == "cpu":
-        check_context(synthesizer, context)
-    return split_context(synthesizer, context)
-
-
 def _synthesizer(
-    h: Tensor, prediction: Prediction, synthesizer: SynthesizerTensors, context: Tensor | None
+    h: Tensor,
+    prediction: Prediction,
+    synthesizer: SynthesizerTensors,
+    labels: Tensor | None,
+    vectors: Tensor | None,
 ) -> synthesizer_kernels.Tensors:
-    labels, vectors = _context(synthesizer, context)
-    reduced = prediction.reduced
     return synthesizer_kernels.Tensors(
         h,
         *synthesizer.parameters(),
         synthesizer.table,
         labels,
         vectors,
-        scaled=prediction.scaled.contiguous(),
-        reduced=None if reduced is None else reduced.contiguous(),
+        scaled=prediction.scaled,
+        reduced=prediction.reduced,
     )
 
 

@@ -46,8 +46,8 @@ def architecture(device: torch.device) -> int:
 
 
 def resident(device: torch.device) -> int:
-    """Programs that a cooperative launch may have: one a multiprocessor; in the interpreter, where
-    programs run one after another, one."""
+    """Return how many programs a cooperative launch may have: one a multiprocessor; in the
+    interpreter, where programs run one after another, one."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -71,7 +71,7 @@ def run(launches: list[Launch], device: torch.device) -> None:
 
 
 def precision() -> str:
-    """How float32 products are made."""
+    """Say how float32 products are made."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -80,7 +80,7 @@ def precision() -> str:
 
 
 def stream(device: torch.device) -> int | None:
-    """The device's current stream; None while it is captured in a CUDA graph."""
+    """Return the device's current stream; None while it is captured in a CUDA graph."""
     if device.type != "cuda":
         return 0
     if torch.cuda.is_current_stream_capturing():
@@ -90,7 +90,7 @@ def stream(device: torch.device) -> int | None:
 
 
 def meeting_on(device: torch.device, current: int | None, groups: int = 1) -> Meeting:
-    """Where the programs of a launch meet, in so many groups; ``current`` is :func:`stream`'s.
+    """Say where the programs of a launch meet, in so many groups; ``current`` is :func:`stream`'s.
 
     Raises:
         RuntimeError: in a capture, and there are no words that were zeroed before.
@@ -100,7 +100,7 @@ def meeting_on(device: torch.device, current: int | None, groups: int = 1) -> Me
 
 
 def shared_by(device: torch.device, current: int | None) -> _Shared:
-    """What launches on a device share, made when it is first asked for; ``current`` is
+    """Return what launches on a device share, made when it is first asked for; ``current`` is
     :func:`stream`'s.
 
     Raises:

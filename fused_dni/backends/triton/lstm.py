@@ -11,16 +11,13 @@ gradients are float32 inside and rounded when they are handed out. Nothing waits
 from __future__ import annotations
 
 import functools
-from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from triton.runtime import driver
 
-from fused_dni.backends.common.closing import close_window
-from fused_dni.backends.common.precision import product, require_masters
-from fused_dni.backends.common.tensors import updated
+from fused_dni.backends.common.gpu import Arriving, GpuBackend, contiguous, of_dtype
+from fused_dni.backends.common.precision import product
 from fused_dni.backends.common.windows import alive_steps, layer_input
 from fused_dni.backends.triton.launching import meeting_on, precision, run, shared_by, stream
 from fused_dni.kernels import lstm, tuning
@@ -28,8 +25,8 @@ from fused_dni.kernels.meeting import Meeting
 from fused_dni.ops.types import (
     CellGradients,
     CellTrace,
+    Layers,
     LSTMBoundary,
-    LSTMClosed,
     LSTMGradients,
     LSTMLayer,
     LSTMRows,
@@ -38,7 +35,7 @@ from fused_dni.ops.types import (
 )
 
 
-class TritonLSTM:
+class TritonLSTM(GpuBackend):
     """The LSTM's ops of :class:`fused_dni.ops.types.Backend`."""
 
     @torch.no_grad()
@@ -47,14 +44,14 @@ class TritonLSTM:
         x: Tensor,
         h: Tensor,
         c: Tensor,
-        layers: tuple[LSTMLayer, ...],
+        layers: Layers,
         lengths: Tensor | None,
         dropout: tuple[Tensor, ...],
         save: bool,
     ) -> LSTMTrace:
         """See :meth:`fused_dni.ops.types.Backend.lstm_forward`."""
         (steps, batch, _), (depth, _, size) = x.shape, h.shape
-        h, c, lengths = _as(h, x.dtype), _as(c, x.dtype), _contiguous(lengths)
+        h, c, lengths = of_dtype(h, x.dtype), of_dtype(c, x.dtype), contiguous(lengths)
         products = _forward_products(x.dtype)
         tiles = _window_tiles("lstm_forward", x, size, products)
         # Without save a layer's room is the next one's.
@@ -95,68 +92,84 @@ class TritonLSTM:
                 last_c[k] = carry
         return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
 
-    @torch.no_grad()
-    def lstm_backward(
+    def window_backward(
         self,
-        grad_output: Tensor | None,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
+        arriving: Arriving,
         x: Tensor,
-        layers: tuple[LSTMLayer, ...],
+        layers: Layers,
         lengths: Tensor | None,
         dropout: tuple[Tensor, ...],
         trace: LSTMTrace,
         need_dx: bool,
         need_weights: bool,
+        boundary: LSTMBoundary | None,
     ) -> LSTMGradients:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
-        return _backward(
-            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-            need_weights, None,
-        )  # fmt: skip
+        """Run the backward from the top layer down."""
+        hidden, last_h, last_c, cells, gates = trace
+        if cells is None or gates is None:
+            raise ValueError("this trace is of a forward without save")
+        depth, batch, size = last_h.shape
+        steps, dtype = x.shape[0], x.dtype
+        above, grad_h, grad_c = (contiguous(g) for g in arriving)
+        lengths = contiguous(lengths)
+        products = _backward_products(dtype)
+        tiles = _window_tiles("lstm_backward", x, size, products)
+        delta = torch.empty_like(gates, dtype=products.dtype)
+        d_h, d_c = torch.empty_like(last_h), torch.empty_like(last_c)
+        meeting = _meeting(x, tiles)
+        carry = x.new_empty(batch, size, dtype=torch.float32)
+        ends, start = None, None
+        if boundary is not None:
+            ends = _ends(boundary, last_h, last_c)
+            start = (torch.empty_like(carry), torch.empty_like(carry))
+        alive = None if lengths is None else alive_steps(steps, lengths, x)
+        made: list[LSTMLayer] = []
+        dx = None
+        for k in reversed(range(depth)):
+            layer = layers[k]
+            launches = lstm.plan_backward(
+                lstm.Layer(*layer),
+                (
+                    above,
+                    None if grad_h is None else grad_h[k],
+                    None if grad_c is None else grad_c[k],
+                ),
+                lstm.Trace(hidden[k], last_h[k], last_c[k], cells[k], gates[k]),
+                lengths,
+                lstm.Gradients(delta[k], d_h[k], d_c[k]),
+                ends,
+                "none" if boundary is None else boundary.synthesizer.kind,
+                k,
+                start,
+                carry,
+                meeting,
+                tiles,
+                products,
+            )
+            run(launches, x.device)
+            if not tiles.persistent:
+                d_h[k] = product(delta[k, 0], layer.weight_hh, dtype, dtype)  # [B, 4H] @ [4H, H]
+                d_c[k] = carry
+            of_rows = delta[k].flatten(0, 1)  # [T, B, 4H] -> [T * B, 4H]
+            if need_weights:
+                below = _layer_input(k, x, hidden, dropout, alive)
+                made.insert(
+                    0,
+                    _weight_gradients(
+                        below.flatten(0, 1), hidden[k, :-1].flatten(0, 1), of_rows, layer
+                    ),
+                )
+            if k > 0 or need_dx:
+                dx = product(of_rows, layer.weight_ih, dtype, dtype).view(steps, batch, -1)
+                if k > 0 and dropout:
+                    dx = dx * dropout[k - 1]
+                above = dx
+        return LSTMGradients(delta.to(dtype), d_h, d_c, dx if need_dx else None, tuple(made))
 
-    @torch.no_grad()
-    def lstm_close(
-        self,
-        grad_output: Tensor | None,
-        grad_h: Tensor | None,
-        grad_c: Tensor | None,
-        x: Tensor,
-        layers: tuple[LSTMLayer, ...],
-        lengths: Tensor | None,
-        dropout: tuple[Tensor, ...],
-        trace: LSTMTrace,
-        need_dx: bool,
-        need_weights: bool,
-        boundary: LSTMBoundary,
-        statistics: Tensor | None,
-    ) -> LSTMClosed:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_close`.
-
-        The synthetic gradient is predicted and added where the backward begins, in its kernel.
-        """
-
-        def backward(
-            grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
-        ) -> LSTMGradients:
-            return _backward(
-                (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-                need_weights, boundary,
-            )  # fmt: skip
-
-        return close_window(backward, grad_h, grad_c, trace, boundary, statistics)
-
-    @torch.no_grad()
-    def lstm_update_(
-        self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
+    def launch_lstm_update(
+        self, rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors
     ) -> None:
-        """See :meth:`fused_dni.ops.types.Backend.lstm_update_`.
-
-        Raises:
-            TypeError: bfloat16 or float16 parameters.
-        """
-        parameters = tuple(chain.from_iterable(layers))
-        require_masters(parameters, rule.stochastic)
+        """Launch ``lstm_update_``."""
         like = rows[0].hidden
         size, products = like.shape[1], _backward_products(like.dtype)
         tiles = tuning.choose(
@@ -167,7 +180,7 @@ class TritonLSTM:
             lambda: lstm.update_tiles(size, machine(like.device)),
         )
         launches = lstm.plan_update(
-            tuple([lstm.Rows(*[t.contiguous() for t in of]) for of in rows]),
+            tuple([lstm.Rows(*of) for of in rows]),
             tuple([lstm.Layer(*layer) for layer in layers]),
             lstm.Rule(*rule),
             lstm.UpdateWorkspace.allocate(len(layers), like),
@@ -176,14 +189,13 @@ class TritonLSTM:
             products,
         )
         run(launches, like.device)
-        increment_version(updated(parameters, rule))
 
     @torch.no_grad()
     def lstm_cell_forward(
         self, x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer, save: bool
     ) -> CellTrace:
         """See :meth:`fused_dni.ops.types.Backend.lstm_cell_forward`."""
-        x, h, c = x.contiguous(), _as(h, x.dtype), _as(c, x.dtype)
+        x, h, c = x.contiguous(), of_dtype(h, x.dtype), of_dtype(c, x.dtype)
         batch, size = h.shape
         products = _forward_products(x.dtype)
         gates = h.new_empty(batch, 4 * size) if save else None
@@ -210,12 +222,12 @@ class TritonLSTM:
         """See :meth:`fused_dni.ops.types.Backend.lstm_cell_backward`."""
         if trace.gates is None:
             raise ValueError("this trace is of a forward without save")
-        h, c = _as(h, x.dtype), _as(c, x.dtype)
+        h, c = of_dtype(h, x.dtype), of_dtype(c, x.dtype)
         products = _backward_products(x.dtype)
         delta = torch.empty_like(trace.gates, dtype=products.dtype)
         d_c = torch.empty_like(c)
         launches = lstm.plan_cell_backward(
-            _contiguous(grad_h), _contiguous(grad_c), c, trace.c, trace.gates, layer.weight_hh,
+            contiguous(grad_h), contiguous(grad_c), c, trace.c, trace.gates, layer.weight_hh,
             delta, d_c, _cell_tiles(h, products), products,
         )  # fmt: skip
         run(launches, x.device)
@@ -232,80 +244,10 @@ class TritonLSTM:
 # A window's backward
 
 
-def _backward(
-    arriving: tuple[Tensor | None, Tensor | None, Tensor | None],
-    x: Tensor,
-    layers: tuple[LSTMLayer, ...],
-    lengths: Tensor | None,
-    dropout: tuple[Tensor, ...],
-    trace: LSTMTrace,
-    need_dx: bool,
-    need_weights: bool,
-    boundary: LSTMBoundary | None,
-) -> LSTMGradients:
-    """From the top layer down; ``boundary`` is given if its synthetic gradient is to be added."""
-    hidden, last_h, last_c, cells, gates = trace
-    if cells is None or gates is None:
-        raise ValueError("this trace is of a forward without save")
-    depth, batch, size = last_h.shape
-    steps, dtype = x.shape[0], x.dtype
-    above, grad_h, grad_c = (_contiguous(g) for g in arriving)
-    lengths = _contiguous(lengths)
-    products = _backward_products(dtype)
-    tiles = _window_tiles("lstm_backward", x, size, products)
-    delta = torch.empty_like(gates, dtype=products.dtype)
-    d_h, d_c = torch.empty_like(last_h), torch.empty_like(last_c)
-    meeting = _meeting(x, tiles)
-    carry = x.new_empty(batch, size, dtype=torch.float32)
-    ends, start = None, None
-    if boundary is not None:
-        ends = _ends(boundary, last_h, last_c)
-        start = (torch.empty_like(carry), torch.empty_like(carry))
-    alive = None if lengths is None else alive_steps(steps, lengths, x)
-    made: list[LSTMLayer] = []
-    dx = None
-    for k in reversed(range(depth)):
-        layer = layers[k]
-        launches = lstm.plan_backward(
-            lstm.Layer(*layer),
-            (above, None if grad_h is None else grad_h[k], None if grad_c is None else grad_c[k]),
-            lstm.Trace(hidden[k], last_h[k], last_c[k], cells[k], gates[k]),
-            lengths,
-            lstm.Gradients(delta[k], d_h[k], d_c[k]),
-            ends,
-            "none" if boundary is None else boundary.synthesizer.kind,
-            k,
-            start,
-            carry,
-            meeting,
-            tiles,
-            products,
-        )
-        run(launches, x.device)
-        if not tiles.persistent:
-            d_h[k] = product(delta[k, 0], layer.weight_hh, dtype, dtype)  # [B, 4H] @ [4H, H]
-            d_c[k] = carry
-        of_rows = delta[k].flatten(0, 1)  # [T, B, 4H] -> [T * B, 4H]
-        if need_weights:
-            below = _layer_input(k, x, hidden, dropout, alive)
-            made.insert(
-                0,
-                _weight_gradients(
-                    below.flatten(0, 1), hidden[k, :-1].flatten(0, 1), of_rows, layer
-                ),
-            )
-        if k > 0 or need_dx:
-            dx = product(of_rows, layer.weight_ih, dtype, dtype).view(steps, batch, -1)
-            if k > 0 and dropout:
-                dx = dx * dropout[k - 1]
-            above = dx
-    return LSTMGradients(delta.to(dtype), d_h, d_c, dx if need_dx else None, tuple(made))
-
-
 def _layer_input(
     index: int, x: Tensor, hidden: Tensor, dropout: tuple[Tensor, ...], alive: Tensor | None
 ) -> Tensor:
-    """What layer ``index`` reads, [T, B, I or H]; without a copy where no row has ended."""
+    """Return what layer ``index`` reads, [T, B, I or H]; without a copy where no row has ended."""
     if alive is not None:
         return layer_input(index, x, hidden, dropout, alive)
     if index == 0:
@@ -315,7 +257,7 @@ def _layer_input(
 
 
 def _weight_gradients(x: Tensor, h: Tensor, delta: Tensor, layer: LSTMLayer) -> LSTMLayer:
-    """``delta^T x``, ``delta^T h``, delta's column sums; each of its parameter's dtype."""
+    """Return ``delta^T x``, ``delta^T h``, delta's column sums; each of its parameter's dtype."""
     bias = None
     if layer.bias_ih is not None:
         bias = delta.sum(0, dtype=torch.float32).to(layer.bias_ih.dtype)  # [N, 4H] -> [4H]
@@ -336,7 +278,7 @@ def _ends(boundary: LSTMBoundary, h: Tensor, c: Tensor) -> lstm.Ends:
         synthesizer.weight,
         down,
         synthesizer.bias,
-        _contiguous(ended),
+        contiguous(ended),
         boundary.strength / boundary.target_scale,
         0 if down is None else down.shape[0],
         h.shape[0],
@@ -347,17 +289,8 @@ def _ends(boundary: LSTMBoundary, h: Tensor, c: Tensor) -> lstm.Ends:
 # Dtypes, devices, tiles
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous and of this dtype."""
-    return tensor.to(dtype).contiguous()
-
-
 def _float32() -> str:
-    """How our kernels multiply float32 operands: see fused_dni.kernels.lstm."""
+    """Say how our kernels multiply float32 operands: see fused_dni.kernels.lstm."""
     return "tf32x3" if precision() == "ieee" else "tf32"
 
 
@@ -375,7 +308,7 @@ def _backward_products(dtype: torch.dtype) -> lstm.Products:
 
 @functools.cache
 def machine(device: torch.device) -> lstm.Machine | None:
-    """None for the interpreter."""
+    """Describe the device; None for the interpreter."""
     if device.type != "cuda":
         return None
     properties = driver.active.utils.get_device_properties(device.index)
@@ -383,7 +316,7 @@ def machine(device: torch.device) -> lstm.Machine | None:
 
 
 def _meeting(x: Tensor, tiles: lstm.WindowTiles) -> Meeting | None:
-    """Where programs of a window over x [T, B, I] meet, if it runs in one launch."""
+    """Say where programs of a window over x [T, B, I] meet, if it runs in one launch."""
     if not tiles.persistent:
         return None
     return meeting_on(x.device, stream(x.device), lstm.groups(tiles, x.shape[1]))

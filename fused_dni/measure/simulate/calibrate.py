@@ -164,7 +164,7 @@ def _backprop(
     lowest: bool,
     loss: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Candidate]:
-    """The parts of a step by backprop; ``loss`` of the topmost stage."""
+    """Return the parts of a step by backprop; ``loss`` of the topmost stage."""
     optimizer = stock_optimizer(stage, rule)
     asking = x if lowest else x.detach().requires_grad_()
     finish = loss or (lambda h: h)

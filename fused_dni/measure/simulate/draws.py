@@ -18,7 +18,7 @@ FORWARD, BACKWARD, CREDIT, GAP, SPELL = range(5)
 
 
 def _mixed(x: Keys) -> Keys:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Return the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Keys = x ^ (x >> np.uint64(31))
@@ -26,7 +26,7 @@ def _mixed(x: Keys) -> Keys:
 
 
 def keys(seed: int, purpose: int, who: npt.NDArray[np.int64]) -> Keys:
-    """A key for each of ``who``, for one purpose."""
+    """Return a key for each of ``who``, for one purpose."""
     start = _mixed(np.array([seed], np.uint64) + _GOLDEN * np.array([purpose + 1], np.uint64))
     return _mixed(start + _GOLDEN * (who.astype(np.uint64) + np.uint64(1)))
 

@@ -192,7 +192,7 @@ class _Queue:
         self.last = np.zeros(stages, np.int64)
 
     def place(self, to: Ints, number: Ints) -> Ints:
-        """Where message ``number`` of stage ``to`` lies."""
+        """Return where message ``number`` of stage ``to`` lies."""
         return to * self.size + (number & self.mask)
 
     def put(self, to: Ints, arrival: Ints) -> Ints:
@@ -497,7 +497,7 @@ class _Loop:
         self.oldest[s] = np.maximum(self.oldest[s], age)
 
     def _update(self, s: Ints, before: Ints) -> Ints:
-        """The optimizer's time, for the last microbatch of an update."""
+        """Spend the optimizer's time, for the last microbatch of an update."""
         return np.where((before + 1) % self.every[s] == 0, self.optimizer[s], 0)
 
     def _work(self, s: Ints, when: Ints, takes: Ints) -> Ints:
@@ -592,7 +592,7 @@ class _Loop:
         self.target_of[place] = self.nf[s] - 1
 
     def found(self) -> list[Ran]:
-        """What became of each chain."""
+        """Return what became of each chain."""
         made = []
         for a, b in zip(self.first_of, self.first_of[1:], strict=False):
             part = slice(a, b)

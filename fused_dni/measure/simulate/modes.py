@@ -216,14 +216,14 @@ def simulate(
 
 
 def _struck(case: Case, chain: Chain, ran: Ran) -> Chain:
-    """The same chain, whose middle stage fails in the middle of what is measured."""
+    """Return the same chain, whose middle stage fails in the middle of what is measured."""
     stage = case.stages // 2
     start = (ran.begins[stage] + ran.ends[stage]) / 2
     return replace(chain, outage=Outage(stage, start, case.settings.failures.restart))
 
 
 def _leaving(mode: Mode, stages: int) -> int:
-    """The stage at which a microbatch is over."""
+    """Return the stage at which a microbatch is over."""
     return stages - 1 if mode.name in ("dni", "local") else 0
 
 

@@ -84,7 +84,7 @@ def asked(mode: str, case: Case, seconds: float) -> Asked:
 
 
 def _as_run(mode: str, case: Case) -> Case:
-    """The case with the windows that a run has."""
+    """Return the case with the windows that a run has."""
     s = case.settings
     times = s.times.at(case.stages)
     pace = max(times["local" if mode == "local" else "forward"])
@@ -362,7 +362,7 @@ class _Spells:
         self._is_slow, self._until = False, 0.0
 
     def factor(self, now: float) -> float:
-        """How many times as long work takes that begins now."""
+        """Return how many times as long work takes that begins now."""
         slow = self._slow
         if not self._mine:
             return 1.0

@@ -21,8 +21,8 @@ def title(report: Result) -> str:
 def blocks(report: Result) -> list[Block]:
     """Say what :func:`fused_dni.experiments.interfaces.measure` came to."""
     settings = report.settings
-    networks = report["networks"]
-    deepest = max(row["depth"] for row in networks)
+    networks = [row for row in report["networks"] if row["runs"]]
+    deepest = max(row["depth"] for row in report["networks"])
     each = [row for row in networks if row["every"] == 1]
     spaced = [row for row in networks if row["every"] and row["depth"] == deepest]
     said: list[Block] = [
@@ -37,7 +37,7 @@ def blocks(report: Result) -> list[Block]:
             f"{text.count(len(settings['seeds']), 'seed')}."
         ),
         Heading("Error"),
-        _errors(report),
+        _errors(networks),
         Heading("Cosine with the true gradient, by layer"),
         _by_layer(networks, "true_cosine"),
         _figure("cosine-by-depth", each, "an interface behind every layer"),
@@ -55,6 +55,9 @@ def blocks(report: Result) -> list[Block]:
         ),
         _by_layer(networks, "arrived_cosine"),
     ]
+    if not report.get("finished", True):  # files of before it could be gone on with have no such
+        runs = sum(len(row["runs"]) for row in networks)
+        said.append(Text(f"Unfinished: {runs} runs so far."))
     return said
 
 
@@ -84,8 +87,7 @@ def values_of(row: dict[str, Any], layer: int, name: str) -> list[float]:
     ]
 
 
-def _errors(report: Result) -> Table:
-    networks = report["networks"]
+def _errors(networks: list[dict[str, Any]]) -> Table:
     exact = {row["depth"]: _errors_of(row) for row in networks if row["every"] == 0}
     lines = []
     for row in networks:

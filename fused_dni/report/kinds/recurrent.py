@@ -13,6 +13,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import Outcome as AnyOutcome
 from fused_dni.report.schema import Result
 
 #: Level of the curriculum whose episodes costs are measured on: 20 symbols of copy.
@@ -33,23 +34,18 @@ AXES = {
 
 
 @dataclass
-class Outcome:
-    """What a finished run has to report.
+class Outcome(AnyOutcome):
+    """What a finished recurrent run has to report.
 
-    ``settings`` are those of the experiment, or what a report keeps of them, by the same names.
-    ``runs`` holds, for each arm and seed, ``name``, ``method``, ``window``, ``seed``, ``history``
-    (a row an evaluation: seconds, updates and what the task's trainer evaluates, with ``probe``
-    also ``prediction``), ``fingerprint`` and, with ``probe``, ``future``: a row a window.
-    ``costs`` is what :func:`fused_dni.experiments.recurrent.costs` gives, ``memory_curve`` what
-    :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked for.
+    A run has ``method`` and ``window``, too; rows of its ``history`` have seconds, updates and what
+    the task's trainer evaluates, with ``probe`` also ``prediction``, and the run ``future``: a row
+    a window. ``costs`` is what :func:`fused_dni.experiments.recurrent.costs` gives,
+    ``memory_curve`` what :func:`fused_dni.measure.memory.memory_curve` gives, each if it was asked
+    for.
     """
 
-    settings: Any
-    data: dict[str, Any]
-    runs: list[dict[str, Any]]
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory_curve: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -60,14 +56,6 @@ class Outcome:
     def axis(self) -> str:
         """What training is counted in: a column of the histories."""
         return "characters" if self.settings.task == "charlm" else "steps"
-
-    def names(self) -> list[str]:
-        """List the arms in order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """Select the runs of an arm, one a seed."""
-        return [run for run in self.runs if run["name"] == name]
 
     def summary(self) -> list[dict[str, Any]]:
         """Sum up every arm in a row: final values, seconds of the training, costs if measured."""
@@ -296,9 +284,9 @@ def outcome_of(report: Result) -> Outcome:
         SimpleNamespace(**report.settings),
         report["data"],
         report["runs"],
+        report.notes,
         report["costs"],
         report["memory_curve"],
-        report.notes,
     )
 
 

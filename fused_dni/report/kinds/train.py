@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 from fused_dni.report.layout import blocks_of
+from fused_dni.report.outcome import Outcome as AnyOutcome
 from fused_dni.report.schema import Result, result_of
 
 #: Accuracy whose wall-clock is reported.
@@ -19,29 +20,15 @@ THRESHOLD = {"mnist": 0.98, "digits": 0.96}
 
 
 @dataclass
-class Outcome:
-    """What a finished run has to report.
+class Outcome(AnyOutcome):
+    """What a finished run of the paper's network has to report.
 
-    ``settings`` are those of the experiment, or what a report keeps of them, by the same names.
-    ``runs`` holds, for each method and seed, ``name``, ``seed``, ``history`` (a row an epoch:
-    epoch, steps, seconds since the start, error), ``fingerprint`` of the final parameters and, for
-    ``compiled``, ``compile_seconds``.
+    Rows of a run's ``history`` have epoch, steps, seconds since the start and error; ``compiled``
+    has ``compile_seconds``, too. ``split`` is where a step's time goes, if that was measured.
     """
 
-    settings: Any
-    dataset: str
-    runs: list[dict[str, Any]]
-    steps_per_epoch: int
+    steps_per_epoch: int = 0
     split: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def names(self) -> list[str]:
-        """List the methods in order."""
-        return list(dict.fromkeys(run["name"] for run in self.runs))
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        """Select the runs of a method, one a seed."""
-        return [run for run in self.runs if run["name"] == name]
 
     def summary(self, threshold: float | None = None) -> list[dict[str, Any]]:
         """Sum up every method in a row: errors, seconds per epoch, seconds to an accuracy.
@@ -131,7 +118,7 @@ def split(parts: dict[str, Any]) -> Table:
 def curves(outcome: Outcome) -> list[Figure]:
     """Draw the error against wall-clock and against steps."""
     settings = outcome.settings
-    title = f"{outcome.dataset}, {settings.depth} x {settings.hidden}, batch {settings.batch_size}"
+    title = f"{outcome.data}, {settings.depth} x {settings.hidden}, batch {settings.batch_size}"
     return [
         Figure(
             f"accuracy-vs-{name}",
@@ -162,8 +149,8 @@ def outcome_of(report: Result) -> Outcome:
         SimpleNamespace(**report.settings),
         report["dataset"],
         report["runs"],
-        report["steps_per_epoch"],
-        report["split"],
+        steps_per_epoch=report["steps_per_epoch"],
+        split=report["split"],
     )
 
 

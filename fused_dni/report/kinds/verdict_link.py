@@ -72,7 +72,7 @@ def _best(rows: dict[str, dict[str, Any]], names: tuple[str, ...]) -> tuple[str,
 
 
 def choices(report: Result) -> list[tuple[str, str]]:
-    """What to take, in order: the condition (empty for none), and the way."""
+    """Return what to take, in order: the condition (empty for none), and the way."""
     rows = {row["mode"]: row for row in report["rows"]}
     exact, carried = _best(rows, EXACT)
     _, most = _best(rows, tuple(rows))
@@ -112,7 +112,7 @@ _TAKE = {
 
 
 def sentence(report: Result) -> str:
-    """Which way to take, and what it carries beside exact training and one device alone."""
+    """Say which way to take, and what it carries beside exact training and one device alone."""
     rows = {row["mode"]: row for row in report["rows"]}
     exact, carried = _best(rows, EXACT)
     said = []
@@ -148,7 +148,7 @@ def _rate(value: float) -> str:
 
 
 def table(report: Result) -> Table:
-    """A row a way: rows a second over the link, measured and without the link, and what is sent."""
+    """Make a row a way: rows a second over the link, measured and without it, and what is sent."""
     lines = []
     for row in report["rows"]:
         run = row["run"]

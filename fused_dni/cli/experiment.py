@@ -1,0 +1,110 @@
+"""What the commands that run experiments share: data, checkpoints, unfinished results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fused_dni.cli.arguments import refuse_unwritable, set_threads
+from fused_dni.cli.command import Measuring, UsageError
+from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
+from fused_dni.measure.options import FOLDER, option, whole
+
+if TYPE_CHECKING:
+    from fused_dni.experiments.data import Dataset
+    from fused_dni.report import Result
+    from fused_dni.report.progress import Progress
+
+
+@dataclass(kw_only=True)
+class OnImages(Measuring):
+    """A command that trains on digits or MNIST; its settings are checked before anything runs."""
+
+    data: str | None = option(
+        None, FOLDER, "folder of the four MNIST files (IDX, .gz)", group="data"
+    )
+
+    @property
+    def dataset(self) -> str:
+        """The name that --dataset and --data ask for."""
+        return "mnist" if self.data is not None else self.given.get("dataset", "digits")
+
+    def chosen(self, **more: Any) -> Any:
+        """Make the settings."""
+        return self.settings.of(self.dataset, **self.given, **more)
+
+    def check(self) -> None:
+        super().check()
+        if self.data is not None and self.given.get("dataset") == "digits":
+            raise UsageError("--data is for the MNIST files; leave --dataset digits out")
+        self.chosen()
+
+    def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:
+        """Load the images, with a bar for what is fetched."""
+        from fused_dni.experiments import data
+
+        def fetching(file: str, done: int, total: int) -> None:
+            progress.update(f"fetching {file}", done / total if total > 0 else 0.0)
+
+        with progress:
+            return data.load(self.dataset, folder=self.data, held_out=held_out, progress=fetching)
+
+
+@dataclass(kw_only=True)
+class Checkpointed(Measuring):
+    """A command that trains, and may keep the state of the run."""
+
+    checkpoint: str | None = option(
+        None, FOLDER, "keep the state of the run in DIR", group="checkpoints"
+    )
+    checkpoint_every: int | None = option(
+        None, whole(1), "steps (every 15 seconds, and whenever a curve gets a point)"
+    )
+    resume: bool = option(False, help="continue from --checkpoint DIR")
+
+    def check(self) -> None:
+        super().check()
+        if self.resume and self.checkpoint is None:
+            raise UsageError("--resume needs --checkpoint DIR")
+
+    def refuse_folders(self, out: str) -> None:
+        """Refuse, before anything runs, folders that the run could not write to."""
+        refuse_unwritable(out)
+        if self.checkpoint is not None:
+            refuse_unwritable(self.checkpoint)
+
+
+@dataclass(kw_only=True)
+class Resumable(Measuring):
+    """A command whose --out is kept after every finished run, and gone on with.
+
+    Attributes:
+        kind: of its report.
+    """
+
+    kind: ClassVar[str]
+    resume: bool = option(False, help="go on with an unfinished --out", group="output")
+
+    def begin(self, progress: Progress) -> Callable[..., Result]:
+        """Return what measures: called with ``previous``, ``keep``, ``progress``, ``command``."""
+        raise NotImplementedError
+
+    def run(self, command: str) -> int:
+        from fused_dni.report.files import as_json
+        from fused_dni.report.progress import Progress
+
+        out = OutFile("--out", self.out, needed=True)
+        set_threads(self.threads)
+        previous = unfinished(str(self.out), self.kind) if self.resume else None
+        measure = self.begin(Progress(enabled=not self.quiet))
+        with resumable(out):
+            report = measure(
+                previous=previous,
+                keep=lambda report: out.write(as_json(report)),
+                progress=Progress(enabled=not self.quiet),
+                command=command,
+            )
+        say_report(report, self.json)
+        out.finish()
+        return 0

@@ -1,0 +1,36 @@
+"""What a training run ended with, whatever it trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Outcome:
+    """What a finished training run has to report.
+
+    Attributes:
+        settings: those of the experiment, or what a report keeps of them, by the same names.
+        data: the dataset's name, or what is said of a text.
+        runs: for each method and seed ``name``, ``seed``, ``history`` (a row a turn) and
+            ``fingerprint`` of the final parameters.
+        notes: what the reader should know, a paragraph each.
+    """
+
+    settings: Any
+    data: Any
+    runs: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """List the methods in order."""
+        return list(dict.fromkeys(run["name"] for run in self.runs))
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """Select the runs of a method, one a seed."""
+        return [run for run in self.runs if run["name"] == name]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Sum up every method in a row."""
+        raise NotImplementedError
