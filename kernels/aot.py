@@ -160,7 +160,7 @@ def _cuobjdump(what: str, cubin: bytes) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and static local memory of a thread."""
+    """Return registers, stack and static local memory of a thread."""
     report = _cuobjdump("--dump-resource-usage", cubin)
     found = _RESOURCES.search(report)
     if found is None:
@@ -170,7 +170,7 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 def grid_barriers(ptx: str) -> tuple[int, int]:
-    """How many waits of a grid barrier there are, and how many of them are sound.
+    """Count how many waits of a grid barrier there are, and how many of them are sound.
 
     One thread arrives and waits for its block. So on every path: the block's barrier, to collect
     what the other threads wrote; the arrival, which releases it; the acquiring load, with nothing
@@ -203,7 +203,7 @@ def grid_barriers(ptx: str) -> tuple[int, int]:
             back[j].append(i)
 
     def nearest(start: int, near: list[list[int]], through: tuple[str, ...]) -> set[int]:
-        """The first lines of other kinds than these on all paths from a line."""
+        """Find the first lines of other kinds than these on all paths from a line."""
         seen: set[int] = set()
         found: set[int] = set()
         todo = list(near[start])
@@ -234,9 +234,9 @@ def grid_barriers(ptx: str) -> tuple[int, int]:
 
 
 def in_flight(sass: str) -> int:
-    """How many loads from global memory are on their way when a grid barrier's fence begins: asked
-    for in front of it in the order of the text, and not looked at. Of several barriers the fewest.
-    """
+    """Count how many loads from global memory are on their way when a grid barrier's fence begins:
+    asked for in front of it in the order of the text, and not looked at. Of several barriers the
+    fewest."""
     waiting: dict[int, range] = {}  # by the first register of what was asked for: all of them
     counts = []
     for line in sass.splitlines():
@@ -262,7 +262,7 @@ def in_flight(sass: str) -> int:
 
 
 def broken_bounds(specimen: Specimen, code: MachineCode, architecture: int) -> list[str]:
-    """Which bounds a specimen's machine code does not keep to, in words; nothing is good."""
+    """Say which bounds a specimen's machine code does not keep to, in words; nothing is good."""
     found = []
     if code.stack > specimen.spills:
         found.append(f"spills {code.stack} bytes a thread, allowed are {specimen.spills}")
@@ -299,7 +299,7 @@ class Outcome(NamedTuple):
     broken: list[str]
 
     def row(self) -> list[str]:
-        """Cells of the table."""
+        """Return the cells of the table."""
         how = [f"{self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s"]
         if self.options.get("launch_cooperative_grid", False):
             how.append("cooperative")
@@ -326,7 +326,7 @@ HEADER = [
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each outcome, and below it what is broken."""
+    """Return a line for each outcome, and below it what is broken."""
     rows = [HEADER, *(outcome.row() for outcome in outcomes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -350,7 +350,8 @@ _specimens: list[Specimen] = []
 
 
 def _quiet() -> None:
-    """A compiler that fails prints whole programs; the exception's message is enough."""
+    """Silence stderr: a compiler that fails prints whole programs, of which its message is
+    enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -372,8 +373,8 @@ def _outcome(specimen: Specimen, code: MachineCode | None, broken: list[str]) ->
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line. Triton's errors quote the source down to the line that is
-    wrong, mark the place in it, and end with what is wrong."""
+    """Return the innermost cause in one line. Triton's errors quote the source down to the line
+    that is wrong, mark the place in it, and end with what is wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -409,7 +410,7 @@ def examine(specimens: list[Specimen], architecture: int, jobs: int) -> Iterator
 
 
 def _counted(outcomes: Iterator[Outcome], total: int, name: str) -> Iterator[Outcome]:
-    """The outcomes, and on stderr how many of them there are: a bar on a terminal, elsewhere a line
+    """Yield the outcomes, and count them on stderr: a bar on a terminal, elsewhere a line
     every ten seconds and one at the end."""
     terminal = sys.stderr.isatty()
     bars = Progress(
@@ -435,7 +436,7 @@ def _counted(outcomes: Iterator[Outcome], total: int, name: str) -> Iterator[Out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0; 1 a bound is broken; 2 bad input."""
+    """Run the command. Exit codes: 0; 1 a bound is broken; 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m fused_dni.kernels.aot",
         description="Compile the kernels' specimens for a GPU that need not be there, and check "

@@ -37,8 +37,8 @@ _GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 @triton.jit
 def dot(a, b, accumulated, PRECISION: tl.constexpr):
-    """``accumulated + a @ b`` in float32, of operands of one type; PRECISION ("ieee", "tf32") says
-    how float32 operands are multiplied."""
+    """Return ``accumulated + a @ b`` in float32, of operands of one type; PRECISION ("ieee",
+    "tf32") says how float32 operands are multiplied."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -92,8 +92,8 @@ def grid_barrier(state, programs, bound=0):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, accurate relative to itself: a series near zero, where the quotient of
-    exponentials cancels."""
+    """Return the hyperbolic tangent, accurate relative to itself: a series near zero, where the
+    quotient of exponentials cancels."""
     square = tl.minimum(x * x, 0.1)
     series = 1.0 + square * (
         -0.3333333333 + square * (0.1333333333 + square * (-0.0539682540 + square * (
@@ -106,14 +106,14 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))``, without overflow."""
+    """Return ``1 / (1 + exp(-x))``, without overflow."""
     decay = tl.exp(-tl.abs(x))
     return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
 
 
 @triton.jit
 def softplus(x):
-    """``log(1 + exp(x))``, without overflow and accurate relative to itself."""
+    """Return ``log(1 + exp(x))``, without overflow and accurate relative to itself."""
     decay = tl.exp(-tl.abs(x))
     one = 1.0 + decay
     # log1p by Kahan's correction of what rounding took away from the sum.
@@ -124,7 +124,7 @@ def softplus(x):
 
 @triton.jit
 def activate(y, NAME: tl.constexpr):
-    """``phi(y)``, float32."""
+    """Return ``phi(y)``, float32."""
     if NAME == "identity":
         h = y
     elif NAME == "relu":
@@ -149,7 +149,8 @@ def activate(y, NAME: tl.constexpr):
 
 @triton.jit
 def slope(y, h, NAME: tl.constexpr):
-    """``phi'``, float32; from h alone for identity, relu, tanh, sigmoid (y is not read then)."""
+    """Return ``phi'``, float32; from h alone for identity, relu, tanh, sigmoid (y is not read
+    then)."""
     if NAME == "identity":
         d = tl.full(h.shape, 1.0, tl.float32)
     elif NAME == "relu":
@@ -182,7 +183,7 @@ def slope(y, h, NAME: tl.constexpr):
 
 @triton.jit
 def rule_factors(hyper, step, KIND: tl.constexpr):
-    """What a rule multiplies by in step number ``step`` (this one included), float32.
+    """Return what a rule multiplies by in step number ``step`` (this one included), float32.
 
     Made in float64, where ``1 - beta`` and the corrections still have their digits::
 
@@ -215,7 +216,8 @@ def rule_factors(hyper, step, KIND: tl.constexpr):
 def apply_rule(
     p, g, m, v, factors, KIND: tl.constexpr, NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr
 ):
-    """New values (p, m, v) of a parameter with gradient g; ``factors`` of :func:`rule_factors`.
+    """Return new values (p, m, v) of a parameter with gradient g; ``factors`` of
+    :func:`rule_factors`.
 
     m is not read without MOMENTUM, v not by SGD; they come back as they are then.
     """

@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
 
 def constants(options: Options) -> Options:
-    """What a kernel is compiled for, its strings made compile-time constants: Triton 3.6 does so
+    """Make strings of what a kernel is compiled for compile-time constants: Triton 3.6 does so
     with numbers and types by itself, when a device function hands them on, but not with strings."""
     fields = options._asdict().items()
     strings = {name: tl.constexpr(value) for name, value in fields if isinstance(value, str)}

@@ -221,7 +221,7 @@ class Options(NamedTuple):
 def _operand(
     source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr
 ):
-    """A tile of a product's operand, by the copy engine where the source is a descriptor."""
+    """Load a tile of a product's operand, by the copy engine where the source is a descriptor."""
     if C.described:
         tile = source.load([row, column])
     else:
@@ -313,8 +313,8 @@ def _normalize(t, s, C: tl.constexpr, program, programs):
 
 @triton.jit
 def _finish(t, s, C: tl.constexpr, z, mean, var, row, o, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """What follows z in a tile: n, h, and its part of a low-rank synthesizer's first product. mean
-    and var are [OUTS] (batch) or [ROWS] (layer), and not read without a normalisation."""
+    """Make what follows z in a tile: n, h, and its part of a low-rank synthesizer's first product.
+    mean and var are [OUTS] (batch) or [ROWS] (layer), and not read without a normalisation."""
     out = o * OUTS
     inside = is_inside(row, out, s.rows, s.outputs, ROWS, OUTS)
     y = z
@@ -348,7 +348,7 @@ def _finish(t, s, C: tl.constexpr, z, mean, var, row, o, ROWS: tl.constexpr, OUT
 
 @triton.jit
 def _move_running(t, s, out, OUTS: tl.constexpr):
-    """Running statistics towards the batch's, of which this tile's columns are known."""
+    """Move running statistics towards the batch's, of which this tile's columns are known."""
     mean = load_vector(t.batch, out, s.outputs, OUTS, 0.0)
     var = load_vector(t.batch + s.outputs, out, s.outputs, OUTS, 0.0)
     old_mean = load_vector(t.running_mean, out, s.outputs, OUTS, 0.0)
@@ -394,8 +394,8 @@ def _gradient(t, s, C: tl.constexpr, program, programs):
 
 @triton.jit
 def _back(t, s, C: tl.constexpr, g, h, inside, r, o):
-    """A tile of the gradient at h through activation and scale, and through the normalisation or as
-    far as this tile knows; returns the largest magnitude of what it left."""
+    """Take a tile of the gradient at h through activation and scale, and through the normalisation
+    or as far as this tile knows; returns the largest magnitude of what it left."""
     row, out = r * C.rows, o * C.outs
     largest = 0.0
     n, y = h, h
@@ -490,7 +490,7 @@ def _count(t, C: tl.constexpr, program, largest, squares):
 
 @triton.jit
 def _columns(t, s, C: tl.constexpr, out):
-    """Sums over all rows of gy and of gy n, [outs]."""
+    """Return sums over all rows of gy and of gy n, [outs]."""
     tiles, width = tl.cdiv(s.rows, C.rows), 2 * s.outputs
     sums = sum_list(t.columns, tiles, width, out, s.outputs, C.outs)
     return sums, sum_list(t.columns + s.outputs, tiles, width, out, s.outputs, C.outs)
@@ -498,7 +498,7 @@ def _columns(t, s, C: tl.constexpr, out):
 
 @triton.jit
 def _measure(t, s, C: tl.constexpr, program, programs):
-    """What GRADIENT and DELTA find out on their way, of a gradient at z that is given."""
+    """Find what GRADIENT and DELTA find out on their way, of a gradient at z that is given."""
     down, across = tl.cdiv(s.rows, C.rows), tl.cdiv(s.outputs, C.outs)
     largest = 0.0
     for index in range(program, down * across, programs):
@@ -539,7 +539,7 @@ def _dx(t, delta, operand, s, C: tl.constexpr, program, programs):
 
 @triton.jit
 def _clipping(t, s, C: tl.constexpr):
-    """The factor that brings the synthetic gradient to its largest norm."""
+    """Return the factor that brings the synthetic gradient to its largest norm."""
     factor = 1.0
     if C.clip:
         i = tl.arange(0, FLAGS)
@@ -551,8 +551,8 @@ def _clipping(t, s, C: tl.constexpr):
 
 @triton.jit
 def _finite(t, s, C: tl.constexpr):
-    """Whether all that goes into an update is finite; and whether, by their bounds, so are the sums
-    that come out."""
+    """Say whether all that goes into an update is finite; and whether, by their bounds, so are the
+    sums that come out."""
     delta = largest_left(t.largest, 1, s.delta_programs)
     finite = delta < float("inf")
     largest = delta
@@ -565,7 +565,8 @@ def _finite(t, s, C: tl.constexpr):
 
 @triton.jit
 def _vector_gradients(t, s, C: tl.constexpr, out):
-    """Gradients of bias, scale and shift, [outs]: from partial sums, or as they were given."""
+    """Return gradients of bias, scale and shift, [outs]: from partial sums, or as they were
+    given."""
     bias = tl.full((C.outs,), 0.0, tl.float32)  # exactly zero in front of a batch's own statistics
     scale, shift = bias, bias
     if t.shifts is not None:
@@ -616,7 +617,7 @@ def _weight(t, x, delta, s, C: tl.constexpr, program, programs):
 def _slots(
     t, x, delta, s, C: tl.constexpr, program, programs, factors, factor, step, LOOK: tl.constexpr
 ):
-    """Every slot's gradient, times ``factor``: applied or stored, or only looked at (LOOK); an
+    """Apply or store every slot's gradient, times ``factor``, or only look at it (LOOK); an
     update moves the running statistics along. Returns the largest magnitude that was looked at."""
     largest = 0.0
     if C.train_weight:
@@ -685,7 +686,8 @@ def _meet(t, s, programs, PHASE: tl.constexpr):
 def linear_kernel(
     t, x, operand, delta, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
 ):
-    """The phases FIRST to LAST. x, operand and delta are those of ``t``, or descriptors of them."""
+    """Run the phases FIRST to LAST. x, operand and delta are those of ``t``, or descriptors of
+    them."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     met = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PREPARE:
@@ -803,7 +805,7 @@ def default_tiles(
     precision: str,
     architecture: int,
 ) -> Tiles:
-    """Tiles by rule of thumb, where nothing was tuned.
+    """Choose tiles by rule of thumb, where nothing was tuned.
 
     One launch while the layer is bounded by latency: all rows in a tile as long as they fit, and
     as few features as a product can take, so that there are tiles for many multiprocessors. Several
@@ -832,7 +834,7 @@ def default_tiles(
 
 
 def tile_candidates(tiles: Tiles) -> Iterator[Tiles]:
-    """What is tried around a rule of thumb."""
+    """Yield what is tried around a rule of thumb."""
     yield tiles
     if tiles.launches == "one":
         for outs in (16, 32):
@@ -855,7 +857,7 @@ def tile_candidates(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def is_whole(rows: int, outputs: int, problem: Problem, tiles: Tiles) -> bool:
-    """Whether a tile holds all that its normalisation's statistics are taken over."""
+    """Say whether a tile holds all that its normalisation's statistics are taken over."""
     if problem.norm == "batch" and problem.statistics:
         return rows <= min(tiles.product_rows, tiles.rows)
     if problem.norm == "layer":
@@ -864,7 +866,8 @@ def is_whole(rows: int, outputs: int, problem: Problem, tiles: Tiles) -> bool:
 
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int]) -> Tensors:
-    """``t`` with room for what phases leave to each other, on x's device; but for ``meeting``."""
+    """Return ``t`` with room for what phases leave to each other, on x's device; but for
+    ``meeting``."""
     like, (first, last) = t.x, phases
     rows, (outputs, inputs) = like.shape[0], t.weight.shape
 
@@ -917,7 +920,7 @@ def plan(
     sizes: tuple[int, int, int, int, int],
     resident: int,
 ) -> list[Launch]:
-    """The launches of an op.
+    """Plan the launches of an op.
 
     Args:
         t: inputs, room for the results, the workspace, and in one launch the meeting.
@@ -978,8 +981,8 @@ def plan(
 
 
 def bind(launches: list[Launch], t: Tensors, problem: Problem, tiles: Tiles) -> list[Launch]:
-    """The launches of :func:`plan` with these tensors for those they were planned for, which are to
-    be like them in shape, type and alignment, and with this problem's target scale."""
+    """Make launches of :func:`plan` with these tensors for those they were planned for, which are
+    to be like them in shape, type and alignment, and with this problem's target scale."""
     made = []
     for launch in launches:
         constant = launch.arguments
@@ -993,7 +996,7 @@ def bind(launches: list[Launch], t: Tensors, problem: Problem, tiles: Tiles) -> 
 
 
 def unbind(launches: list[Launch]) -> list[Launch]:
-    """What :func:`bind` takes, of launches whose tensors are not to be kept alive."""
+    """Return what :func:`bind` takes, of launches whose tensors are not to be kept alive."""
     return [
         launch._replace(arguments={k: launch.arguments[k] for k in ("s", "C", "FIRST", "LAST")})
         for launch in launches
@@ -1001,7 +1004,7 @@ def unbind(launches: list[Launch]) -> list[Launch]:
 
 
 def _sources(t: Tensors) -> dict[str, Any]:
-    """The operands of products."""
+    """Return the operands of products."""
     return {"x": t.x, "operand": t.weight if t.operand is None else t.operand, "delta": t.delta}
 
 
@@ -1013,8 +1016,8 @@ def _grids(
     sizes: tuple[int, int, int, int, int],
     whole: bool,
 ) -> dict[int, int]:
-    """The phases that have something to do, each with its number of programs: one a tile, as long
-    as a list of the workspace has an entry for each."""
+    """List the phases that have something to do, each with its number of programs: one a tile, as
+    long as a list of the workspace has an entry for each."""
     rows, inputs, outputs, rank, _ = sizes
     forward, gradient = t.h is not None, problem.source != "none"
     ruled = problem.rule != "none"
@@ -1078,8 +1081,8 @@ def _options(t: Tensors, problem: Problem, tiles: Tiles, rank: int, whole: bool)
 
 
 def _described(phase: int, t: Tensors, tiles: Tiles, options: Options) -> dict[str, Any] | None:
-    """The operands of products, the two of this phase as descriptors, by which Hopper's copy engine
-    brings their tiles to the tensor cores; None if the phase has no product, if it is made
+    """Return the operands of products, the two of this phase as descriptors, by which Hopper's copy
+    engine brings their tiles to the tensor cores; None if the phase has no product, if it is made
     elsewhere, or if an operand is not aligned as the engine wants it."""
     blocks = {
         PRODUCT.value: {

@@ -136,8 +136,8 @@ class Ends(NamedTuple):
 
 @triton.jit
 def _own(rows, C: tl.constexpr):
-    """A program's rows [rows, 1] (64-bit: offsets are made of them), units [1, units], and which
-    of their pairs exist."""
+    """Return a program's rows [rows, 1] (64-bit: offsets are made of them), units [1, units], and
+    which of their pairs exist."""
     row = (tl.program_id(1) * C.rows + tl.arange(0, C.rows)).to(tl.int64)[:, None]
     unit = (tl.program_id(0) * C.units + tl.arange(0, C.units))[None, :]
     return row, unit, (row < rows) & (unit < C.size)
@@ -153,7 +153,7 @@ def _meet(meeting, step, steps, rows, size, KERNEL: tl.constexpr):
 
 @triton.jit
 def _load_lengths(lengths, row, rows, steps):
-    """The rows' numbers of steps [rows, 1]."""
+    """Load the rows' numbers of steps [rows, 1]."""
     if lengths is None:
         length = tl.full(row.shape, steps, tl.int64)
     else:
@@ -163,7 +163,7 @@ def _load_lengths(lengths, row, rows, steps):
 
 @triton.jit
 def _load(source, at, mask):
-    """float32 elements; zero outside, or everywhere where there is no source."""
+    """Load float32 elements; zero outside, or everywhere where there is no source."""
     if source is None:
         v = tl.full(at.shape, 0.0, tl.float32)
     else:
@@ -173,7 +173,7 @@ def _load(source, at, mask):
 
 @triton.jit
 def _load_gates(gates, at, mask, C: tl.constexpr):
-    """i, f, g, o [rows, units], in their own type: a value that is waited for only when it is
+    """Load i, f, g, o [rows, units], in their own type: a value that is waited for only when it is
     used."""
     i = tl.load(gates + at, mask=mask, other=0.0)
     f = tl.load(gates + at + C.size, mask=mask, other=0.0)
@@ -197,14 +197,14 @@ def _store_gates(gates, at, i, f, g, o, mask, C: tl.constexpr):
 
 @triton.jit
 def _chunk(n: tl.constexpr, C: tl.constexpr):
-    """Indices [parts, depth] along a product's depth, of its chunk number n."""
+    """Return indices [parts, depth] along a product's depth, of its chunk number n."""
     part = n * C.parts + tl.arange(0, C.parts)
     return part[:, None] * C.depth + tl.arange(0, C.depth)[None, :]
 
 
 @triton.jit
 def _keep(weight, unit, unit_stride, depth_stride, depth, C: tl.constexpr):
-    """A program's columns of a weight: a tile [parts, depth, units] for each chunk."""
+    """Load a program's columns of a weight: a tile [parts, depth, units] for each chunk."""
     CHUNKS: tl.constexpr = C.chunks
     kept = ()
     for n in tl.static_range(CHUNKS):
@@ -218,9 +218,9 @@ def _keep(weight, unit, unit_stride, depth_stride, depth, C: tl.constexpr):
 
 @triton.jit
 def _read(state, row, rows, depth, FIRST: tl.constexpr, C: tl.constexpr):
-    """What the programs of these rows have written: a tile [parts, rows, depth] for each chunk of a
-    group. All are asked for before the first is used, and past the first-level cache, which other
-    programs do not write to."""
+    """Read what the programs of these rows have written: a tile [parts, rows, depth] for each chunk
+    of a group. All are asked for before the first is used, and past the first-level cache, which
+    other programs do not write to."""
     END: tl.constexpr = min(FIRST + C.group, C.chunks)
     tiles = ()
     for n in tl.static_range(FIRST, END):
@@ -235,7 +235,7 @@ def _read(state, row, rows, depth, FIRST: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _accumulate(sums, tiles, kept, FIRST: tl.constexpr, C: tl.constexpr):
-    """``sums`` [parts, rows, units] and a group's products."""
+    """Return ``sums`` [parts, rows, units] and a group's products."""
     COUNT: tl.constexpr = len(tiles)
     for n in tl.static_range(COUNT):
         sums = dot(tiles[n], kept[FIRST + n], sums, C.precision)
@@ -249,8 +249,8 @@ def _add(i, f, g, o, i2, f2, g2, o2):
 
 @triton.jit
 def _sum_parts(i, f, g, o):
-    """The sums of four products' parts, [parts, rows, units] to [rows, units]: of all four at once,
-    which is one exchange between the warps (and nothing to the interpreter)."""
+    """Return the sums of four products' parts, [parts, rows, units] to [rows, units]: of all four
+    at once, which is one exchange between the warps (and nothing to the interpreter)."""
     if INTERPRETED:
         i, f, g, o = tl.sum(i, 0), tl.sum(f, 0), tl.sum(g, 0), tl.sum(o, 0)
     else:
@@ -264,7 +264,8 @@ def _sum_parts(i, f, g, o):
 
 @triton.jit
 def _stream_gates(i, f, g, o, source, weight, row, rows, unit, there, depth, C: tl.constexpr):
-    """The four gates' sums [rows, units] and source [rows, depth] times weight [4H, depth]."""
+    """Return the four gates' sums [rows, units] and source [rows, depth] times weight [4H,
+    depth]."""
     for first in range(0, depth, C.depth):
         k = first + tl.arange(0, C.depth)
         a = tl.load(
@@ -286,7 +287,7 @@ def _stream_gates(i, f, g, o, source, weight, row, rows, unit, there, depth, C: 
 
 @triton.jit
 def _biases(layer, unit, C: tl.constexpr):
-    """b_ih + b_hh of each gate, [1, units]."""
+    """Return b_ih + b_hh of each gate, [1, units]."""
     at, there = unit, unit < C.size
     i = _load(layer.bias_ih, at, there) + _load(layer.bias_hh, at, there)
     at += C.size
@@ -300,7 +301,7 @@ def _biases(layer, unit, C: tl.constexpr):
 
 @triton.jit
 def _step(i, f, g, o, c):
-    """Gates behind their non-linearities, c' and h', of the gates before them and c."""
+    """Return gates behind their non-linearities, c' and h', of the gates before them and c."""
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
     c = f * c + i * g
     return i, f, g, o, c, o * tanh(c)
@@ -308,7 +309,7 @@ def _step(i, f, g, o, c):
 
 @triton.jit
 def _step_backward(dh, dc, i, f, g, o, before, after):
-    """delta of each gate, and dc, of a step from cell state ``before`` to ``after``."""
+    """Return delta of each gate, and dc, of a step from cell state ``before`` to ``after``."""
     shown = tanh(after)
     e = dc + dh * o * (1.0 - shown * shown)
     delta_i, delta_f = e * g * i * (1.0 - i), e * before * f * (1.0 - f)
@@ -336,7 +337,7 @@ def lstm_window_forward(
     SAVE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A window, in a cooperative launch over (blocks of units, blocks of rows)."""
+    """Run a window, in a cooperative launch over (blocks of units, blocks of rows)."""
     row, unit, there = _own(rows, C)
     state, gate = row * C.size + unit, row * (4 * C.size) + unit  # in [B, H] and [B, 4H]
     state_stride, gate_stride = wide(rows) * C.size, wide(rows) * (4 * C.size)
@@ -411,7 +412,7 @@ def lstm_step_forward(
     SAVE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Step number t, over (blocks of units, blocks of rows)."""
+    """Run step number t, over (blocks of units, blocks of rows)."""
     row, unit, there = _own(rows, C)
     state, gate = row * C.size + unit, row * (4 * C.size) + unit
     alive = t < _load_lengths(lengths, row, rows, steps)
@@ -452,7 +453,7 @@ def lstm_step_forward(
 @triton.jit
 def _synthesize(ends, layer, row, rows, unit, there, KIND: tl.constexpr, RANK: tl.constexpr,
                 C: tl.constexpr):  # fmt: skip
-    """The synthetic gradient at a layer's h and c [rows, units], times its factor; zero where the
+    """Predict the gradient at a layer's h and c [rows, units], times its factor; zero where the
     sequence ends."""
     DEPTH: tl.constexpr = 32
     features, state_stride = 2 * ends.layers * C.size, wide(rows) * C.size
@@ -512,8 +513,8 @@ def _synthesize(ends, layer, row, rows, unit, there, KIND: tl.constexpr, RANK: t
 @triton.jit
 def _arriving(grad_h, grad_c, ends, layer, row, rows, unit, there, KIND: tl.constexpr,
               RANK: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """The gradients at a layer's final h and c, [rows, units]: those given (None for zero) and the
-    synthetic ones, unless KIND is "none"."""
+    """Return the gradients at a layer's final h and c, [rows, units]: those given (None for zero)
+    and the synthetic ones, unless KIND is "none"."""
     own = row * C.size + unit
     dh, dc = _load(grad_h, own, there), _load(grad_c, own, there)
     if KIND != "none":
@@ -527,7 +528,7 @@ def lstm_inject(
     grad_h, grad_c, start_h, start_c, ends, layer, rows,
     KIND: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """What a window's backward starts from, [B, H] each, where it takes a launch a step."""
+    """Make what a window's backward starts from, [B, H] each, where it takes a launch a step."""
     row, unit, there = _own(rows, C)
     dh, dc = _arriving(grad_h, grad_c, ends, layer, row, rows, unit, there, KIND, RANK, C)
     own = row * C.size + unit
@@ -556,7 +557,7 @@ def lstm_window_backward(
     RANK: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A window backwards, in a cooperative launch over (blocks of units, blocks of rows)."""
+    """Run a window backwards, in a cooperative launch over (blocks of units, blocks of rows)."""
     row, unit, there = _own(rows, C)
     state, gate = row * C.size + unit, row * (4 * C.size) + unit
     state_stride, gate_stride = wide(rows) * C.size, wide(rows) * (4 * C.size)
@@ -632,7 +633,7 @@ def lstm_step_backward(
     LAST: tl.constexpr,  # no step comes behind
     C: tl.constexpr,
 ):
-    """Step number t backwards, over (blocks of units, blocks of rows)."""
+    """Run step number t backwards, over (blocks of units, blocks of rows)."""
     row, unit, there = _own(rows, C)
     state, gate = row * C.size + unit, row * (4 * C.size) + unit
     length = _load_lengths(lengths, row, rows, steps)
@@ -696,7 +697,7 @@ class UpdateOptions(NamedTuple):
 
 @triton.jit
 def _largest_of(matrix, rows, columns, program):
-    """The largest magnitude that a program sees of a matrix."""
+    """Return the largest magnitude that a program sees of a matrix."""
     ROWS: tl.constexpr = 16
     COLUMNS: tl.constexpr = 128
     across = tl.cdiv(columns, COLUMNS)
@@ -710,9 +711,9 @@ def _largest_of(matrix, rows, columns, program):
 
 @triton.jit
 def lstm_measure(of, largest, failed, record, step, hyper, count, features, size):
-    """Largest magnitudes of a layer's delta, input and hidden state (``of``: Rows), by program;
-    and what an update needs before any of its programs writes. A window whose programs did not
-    meet (``record``: see :class:`Meeting`) has left nothing to update by."""
+    """Leave the largest magnitudes of a layer's delta, input and hidden state (``of``: Rows), by
+    program; and what an update needs before any of its programs writes. A window whose programs did
+    not meet (``record``: see :class:`Meeting`) has left nothing to update by."""
     program = tl.program_id(0)
     tl.store(largest + program, _largest_of(of.delta, count, 4 * size, program))
     tl.store(largest + _PARTS + program, _largest_of(of.input, count, features, program))
@@ -724,7 +725,7 @@ def lstm_measure(of, largest, failed, record, step, hyper, count, features, size
 
 @triton.jit
 def _gradient(delta, of, row, column, count, rows, columns, C: tl.constexpr):
-    """A tile [rows, columns] of ``delta^T of``."""
+    """Return a tile [rows, columns] of ``delta^T of``."""
     g = tl.full((C.rows, C.columns), 0.0, tl.float32)
     for k in range(0, count, C.depth):
         d = load_tile(delta, k, row, count, rows, C.depth, C.rows)
@@ -735,7 +736,7 @@ def _gradient(delta, of, row, column, count, rows, columns, C: tl.constexpr):
 
 @triton.jit
 def _bias_gradient(delta, row, count, rows, C: tl.constexpr):
-    """``rows`` elements of delta's column sums."""
+    """Return ``rows`` elements of delta's column sums."""
     sums = tl.full((C.depth, C.rows), 0.0, tl.float32)
     for k in range(0, count, C.depth):
         sums += load_tile(delta, k, row, count, rows, C.depth, C.rows).to(tl.float32)
@@ -744,8 +745,8 @@ def _bias_gradient(delta, row, count, rows, C: tl.constexpr):
 
 @triton.jit
 def _is_bounded(largest, other, programs, count):
-    """Whether the largest magnitudes that so many programs saw of delta and the other operand show
-    a sum over ``count`` of their products to be finite."""
+    """Say whether the largest magnitudes that so many programs saw of delta and the other operand
+    show a sum over ``count`` of their products to be finite."""
     at = tl.arange(0, _PARTS)
     delta = tl.max(tl.load(largest + at, mask=at < programs, other=0.0))
     of = tl.max(tl.load(largest + other * _PARTS + at, mask=at < programs, other=0.0))
@@ -786,7 +787,7 @@ def lstm_update(
     SLOT: tl.constexpr,  # the number of the layer's first slot: see settle
     C: tl.constexpr,
 ):
-    """A layer's gradients, over (tiles of 4H rows, tiles of I columns, then of H, then one).
+    """Apply a layer's gradients, over (tiles of 4H rows, tiles of I columns, then of H, then one).
 
     With TRIAL they are only looked at, where the largest magnitudes do not show them to be finite.
     Otherwise they are applied, if all layers' are finite. The LAST of an update's launches counts.
@@ -903,7 +904,7 @@ class Products(NamedTuple):
 
 
 def _power(n: int, least: int = 16) -> int:
-    """The least power of two that is neither below n nor below ``least``."""
+    """Return the least power of two that is neither below n nor below ``least``."""
     return max(least, 1 << (n - 1).bit_length())
 
 
@@ -912,8 +913,9 @@ def _blocks(n: int, block: int) -> int:
 
 
 def shared_bytes(tiles: WindowTiles, depth: int, gates: int, width: int) -> int:
-    """Shared memory of a persistent program as Triton lays it out, at the most: its weights, and
-    the larger of a group of the state's tiles and a sum's parts on their way to be added up.
+    """Bound the shared memory of a persistent program as Triton lays it out, at the most: its
+    weights, and the larger of a group of the state's tiles and a sum's parts on their way to be
+    added up.
 
     Args:
         tiles: the program's.
@@ -931,7 +933,7 @@ def shared_bytes(tiles: WindowTiles, depth: int, gates: int, width: int) -> int:
 def window_candidates(
     batch: int, size: int, width: int, backward: bool, machine: Machine
 ) -> Iterator[WindowTiles]:
-    """What fits the machine, the best by rule of thumb first.
+    """Yield what fits the machine, the best by rule of thumb first.
 
     A window in one launch needs all programs resident at a time: one a multiprocessor, since the
     weights of one take most of its shared memory. Few rows and units a program make a short step.
@@ -957,7 +959,7 @@ def window_candidates(
 
 
 def step_candidates(batch: int, size: int, width: int, machine: Machine) -> Iterator[WindowTiles]:
-    """Tiles of a step a launch, and of the cell, the best by rule of thumb first."""
+    """Yield tiles of a step a launch, and of the cell, the best by rule of thumb first."""
     rows = min(64, _power(batch))
     crowded = _blocks(batch, rows) * _blocks(size, 32) >= machine.processors
     for units in (32, 16) if crowded else (16, 32):
@@ -967,8 +969,8 @@ def step_candidates(batch: int, size: int, width: int, machine: Machine) -> Iter
 def window_tiles(
     batch: int, size: int, width: int, backward: bool, machine: Machine | None
 ) -> WindowTiles:
-    """The rule of thumb. In the interpreter (no machine) programs run one after another, so that a
-    window in one launch is one program's."""
+    """Follow the rule of thumb. In the interpreter (no machine) programs run one after another, so
+    that a window in one launch is one program's."""
     if machine is not None:
         return next(window_candidates(batch, size, width, backward, machine))
     if batch <= 64 and size <= 64:
@@ -978,21 +980,22 @@ def window_tiles(
 
 
 def step_tiles(batch: int, size: int, width: int, machine: Machine | None) -> WindowTiles:
-    """The rule of thumb; without a machine that of the interpreter."""
+    """Follow the rule of thumb; without a machine that of the interpreter."""
     if machine is not None:
         return next(step_candidates(batch, size, width, machine))
     return WindowTiles(False, 64, 64, 64, 4)
 
 
 def update_candidates(size: int, machine: Machine) -> Iterator[UpdateTiles]:
-    """Tiles of an update, the best by rule of thumb first: large ones where there are enough."""
+    """Yield tiles of an update, the best by rule of thumb first: large ones where there are
+    enough."""
     tiles = [UpdateTiles(64, 128, 64, 32, 8, 3), UpdateTiles(64, 64, 64, 32, 4, 3)]
     few = _blocks(4 * size, 128) * _blocks(2 * size, 64) < machine.processors
     yield from reversed(tiles) if few else tiles
 
 
 def update_tiles(size: int, machine: Machine | None) -> UpdateTiles:
-    """The rule of thumb; without a machine that of the interpreter."""
+    """Follow the rule of thumb; without a machine that of the interpreter."""
     if machine is None:
         return UpdateTiles(1, 128, 128, 64, 4, 1)
     return next(update_candidates(size, machine))
@@ -1024,7 +1027,7 @@ def _launch_options(tiles: WindowTiles) -> dict[str, Any]:
 
 
 def groups(tiles: WindowTiles, batch: int) -> int:
-    """How many groups of programs meet, each by itself, in a persistent launch."""
+    """Count how many groups of programs meet, each by itself, in a persistent launch."""
     return _blocks(batch, tiles.rows)
 
 
@@ -1039,7 +1042,7 @@ def plan_forward(
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
-    """A layer's window behind its inputs' product.
+    """Plan a layer's window behind its inputs' product.
 
     Args:
         layer: float32, or of the trace's dtype.
@@ -1094,7 +1097,7 @@ def plan_backward(
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
-    """A layer's window backwards, in front of the products over all steps.
+    """Plan a layer's window backwards, in front of the products over all steps.
 
     Args:
         layer: as in :func:`plan_forward`.
@@ -1159,7 +1162,7 @@ def plan_cell_forward(
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
-    """One step, its two products and what follows them in one launch: x [B, I], h, c [B, H].
+    """Plan one step, its two products and what follows them in one launch: x [B, I], h, c [B, H].
     ``new_h``, ``new_c`` [B, H] and ``gates`` [B, 4H], if they are wanted, get the results."""
     batch, size = h.shape
     arguments = {
@@ -1184,8 +1187,8 @@ def plan_cell_backward(
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
-    """Back through one step from c to new_c [B, H], in front of its products: ``delta`` [B, 4H]
-    and ``d_c`` [B, H] get the results. ``weight`` is W_hh."""
+    """Plan the way back through one step from c to new_c [B, H], in front of its products:
+    ``delta`` [B, 4H] and ``d_c`` [B, H] get the results. ``weight`` is W_hh."""
     batch, size = c.shape
     arguments = {
         "above": None, "grad_h": grad_h, "dc": grad_c, "gates": gates, "before": c,
@@ -1218,7 +1221,7 @@ class UpdateWorkspace(NamedTuple):
 
     @staticmethod
     def allocate(layers: int, like: Tensor) -> UpdateWorkspace:
-        """On the device of ``like``."""
+        """Allocate it on the device of ``like``."""
         return UpdateWorkspace(
             like.new_empty(layers, 3 * _PARTS.value, dtype=torch.float32),
             like.new_empty(1, dtype=torch.int32),

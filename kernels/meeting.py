@@ -64,8 +64,8 @@ def meet(meeting, group, programs, phase, size0, size1, size2, KERNEL: tl.conste
 
 
 def spin_bound() -> int:
-    """How often a program looks at a barrier's word before it gives up: what FUSED_DNI_SPIN_BOUND
-    says, or about a second's worth.
+    """Return how often a program looks at a barrier's word before it gives up: what
+    FUSED_DNI_SPIN_BOUND says, or about a second's worth.
 
     Raises:
         ValueError: it says something else than an integer from 0 (for ever) to 2^31 - 1.
@@ -82,7 +82,7 @@ def spin_bound() -> int:
 
 
 def describe(record: Sequence[int], kernels: dict[int, Kernel], bound: int) -> str:
-    """What a record of one of these kernels says."""
+    """Say what a record of one of these kernels says."""
     number, phase, *sizes = record
     kernel = kernels[number]
     where = f"behind step {phase}"

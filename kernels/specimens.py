@@ -71,10 +71,11 @@ def _linear_step(
     if tiles.launches == "one":
         int32 = torch.int32
         t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
-    return linear.plan(
+    launches: list[Launch] = linear.plan(
         t, problem, tiles, linear.STEP_PHASES,
         (rows, inputs, outputs, rank if t.down is not None else 0, classes), 132,
     )  # fmt: skip
+    return launches
 
 
 def linear_specimens(architecture: int) -> Iterator[Specimen]:
@@ -283,7 +284,8 @@ def _synthesizer(
     if tiles.launches == "one":
         int32 = torch.int32
         t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
-    return synthesizer.plan(t, problem, tiles, (rows, outputs, rank, 10), 132)
+    launches: list[Launch] = synthesizer.plan(t, problem, tiles, (rows, outputs, rank, 10), 132)
+    return launches
 
 
 def synthesizer_specimens(architecture: int) -> Iterator[Specimen]:

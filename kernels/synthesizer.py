@@ -144,7 +144,7 @@ class Options(NamedTuple):
 
 @triton.jit
 def counted_rows(t, s):
-    """How many rows are in the loss, at least 1; all without a table."""
+    """Count how many rows are in the loss, at least 1; all without a table."""
     counted = s.rows
     if t.table is not None:
         found = tl.full((_LABELS,), 0, tl.int32)
@@ -158,8 +158,8 @@ def counted_rows(t, s):
 
 @triton.jit
 def _label_tile(t, s, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """The table's rows of a tile's labels, float32, and which rows are in the loss. A label that
-    there is not makes its row NaN."""
+    """Load the table's rows of a tile's labels, float32, and which rows are in the loss. A label
+    that there is not makes its row NaN."""
     i, j = row + tl.arange(0, ROWS), out + tl.arange(0, OUTS)
     label = tl.load(t.labels + i, mask=i < s.rows, other=s.ignored)
     counted = label != s.ignored
@@ -172,9 +172,9 @@ def _label_tile(t, s, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
 
 @triton.jit
 def predict_tile(t, s, C: tl.constexpr, h, row, out, counted):
-    """M(h) [rows, outs], float32; ``h`` is this tile of t.h, ``counted`` of :func:`counted_rows`. A
-    class index that there is not makes its row NaN, so that whatever is made of it is skipped and
-    counted."""
+    """Return M(h) [rows, outs], float32; ``h`` is this tile of t.h, ``counted`` of
+    :func:`counted_rows`. A class index that there is not makes its row NaN, so that whatever is
+    made of it is skipped and counted."""
     if C.source == "dense":
         m = tl.full((C.rows, C.outs), 0.0, tl.float32)
         for k in range(0, s.outputs, C.depth):
@@ -212,7 +212,8 @@ def predict_tile(t, s, C: tl.constexpr, h, row, out, counted):
 
 @triton.jit
 def reduce_tiles(partial, total, count, tiles, program, programs):
-    """The sum over ``tiles`` vectors of ``count`` elements; returns the largest magnitude seen."""
+    """Store the sum over ``tiles`` vectors of ``count`` elements; returns the largest magnitude
+    seen."""
     largest = 0.0
     for index in range(program, tl.cdiv(count, _REDUCED), programs):
         first = index * _REDUCED
@@ -224,7 +225,7 @@ def reduce_tiles(partial, total, count, tiles, program, programs):
 
 @triton.jit
 def down_tile(t, s, C: tl.constexpr, h, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """A tile's part of h U^T, stored; ``h`` is this tile of t.h, zero outside."""
+    """Store a tile's part of h U^T; ``h`` is this tile of t.h, zero outside."""
     u = load_tile(t.down, 0, out, s.rank, s.outputs, C.rank, OUTS)
     part = tl.full((ROWS, C.rank), 0.0, tl.float32)
     part = dot(h.to(C.operand), tl.trans(u.to(C.operand)), part, C.precision)
@@ -259,8 +260,8 @@ def _predict(t, s, C: tl.constexpr, program, programs):
 
 @triton.jit
 def _error(t, s, gain, row, out, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """e of a tile, and M(h) and the target kappa g that it is made of; ``gain`` is 2 over how many
-    rows are in the loss."""
+    """Return e of a tile, and M(h) and the target kappa g that it is made of; ``gain`` is 2 over
+    how many rows are in the loss."""
     m = load_tile(t.scaled, row, out, s.rows, s.outputs, ROWS, OUTS)
     g = load_tile(t.grad_h, row, out, s.rows, s.outputs, ROWS, OUTS).to(tl.float32)
     target = g * s.target_scale
@@ -326,7 +327,7 @@ def _parts(t, s, C: tl.constexpr, program, programs):
 
 @triton.jit
 def _context_magnitude(t, s, C: tl.constexpr, row):
-    """The largest magnitude in some rows' contexts; infinite if a class index is none."""
+    """Return the largest magnitude in some rows' contexts; infinite if a class index is none."""
     largest = 1.0
     if t.labels is not None:
         i = row + tl.arange(0, C.rows)
@@ -344,7 +345,7 @@ def _context_magnitude(t, s, C: tl.constexpr, row):
 
 @triton.jit
 def _total(t, s, C: tl.constexpr, which):
-    """One of the sums, over all programs."""
+    """Return one of the sums, over all programs."""
     i = tl.arange(0, FLAGS)
     at = t.sums + which * FLAGS + i
     return tl.sum(tl.load(at, mask=i < s.parts_programs, other=0.0))
@@ -352,8 +353,8 @@ def _total(t, s, C: tl.constexpr, which):
 
 @triton.jit
 def _finite(t, s, C: tl.constexpr):
-    """Whether all that goes into an update is finite; and whether, by their bounds, so are the sums
-    that come out."""
+    """Say whether all that goes into an update is finite; and whether, by their bounds, so are the
+    sums that come out."""
     operands = largest_left(t.largest, 0, s.parts_programs)
     errors = largest_left(t.largest, 1, s.parts_programs)
     if C.source == "lowrank":
@@ -367,7 +368,7 @@ def _finite(t, s, C: tl.constexpr):
 
 @triton.jit
 def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.constexpr):
-    """Every parameter's gradient: applied or stored, or only looked at (LOOK). Returns the largest
+    """Apply or store every parameter's gradient, or only look at it (LOOK). Returns the largest
     magnitude in the latter case."""
     largest = 0.0
     outs = tl.cdiv(s.outputs, C.weight_outs)
@@ -457,7 +458,7 @@ def _slots(t, s, C: tl.constexpr, program, programs, factors, step, LOOK: tl.con
 
 @triton.jit
 def _context_tile(t, s, C: tl.constexpr, row, column):
-    """Contexts as an operand, [depth, CLASSES]: vectors, or classes as ones and zeros."""
+    """Return contexts as an operand, [depth, CLASSES]: vectors, or classes as ones and zeros."""
     if t.labels is not None:
         i, j = row + tl.arange(0, C.depth), column + tl.arange(0, _CLASSES)
         label = tl.load(t.labels + i, mask=i < s.rows, other=-1)
@@ -576,7 +577,7 @@ def _meet(t, s, programs, PHASE: tl.constexpr):
 
 @triton.jit
 def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The phases FIRST to LAST of a prediction or of a step of training."""
+    """Run the phases FIRST to LAST of a prediction or of a step of training."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     met = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PARTS:
@@ -647,7 +648,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 def default_tiles(rows: int, outputs: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """Tiles by rule of thumb, where nothing was tuned; arguments as in kernels/linear.py."""
+    """Choose tiles by rule of thumb, where nothing was tuned; arguments as in kernels/linear.py."""
     if architecture == 0:
         return Tiles("one", 32, 64, 64, 64, 64, 4, 1)
     depth = 64 if dtype != torch.float32 else 32
@@ -658,7 +659,8 @@ def default_tiles(rows: int, outputs: int, dtype: torch.dtype, architecture: int
 
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:
-    """``t`` with room for what phases leave to each other, on h's device; but for ``meeting``."""
+    """Return ``t`` with room for what phases leave to each other, on h's device; but for
+    ``meeting``."""
     rows, outputs = t.h.shape
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -686,7 +688,7 @@ def plan(
     sizes: tuple[int, int, int, int],
     resident: int,
 ) -> list[Launch]:
-    """The launches of a prediction or of a step of training.
+    """Plan the launches of a prediction or of a step of training.
 
     Args:
         t: inputs, room for the results, the workspace, and in one launch the meeting.
@@ -725,7 +727,7 @@ def plan(
 
 
 def _grids(problem: Problem, tiles: Tiles, sizes: tuple[int, int, int, int]) -> dict[int, int]:
-    """The phases that have something to do, each with its number of programs."""
+    """List the phases that have something to do, each with its number of programs."""
     rows, outputs, rank, classes = sizes
     lowrank, training = problem.source == "lowrank", problem.training
     pointwise = triton.cdiv(rows, tiles.rows) * triton.cdiv(outputs, tiles.outs)

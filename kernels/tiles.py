@@ -17,21 +17,21 @@ _CHUNK: tl.constexpr = tl.constexpr(32)  # vectors of a list that are read at a 
 
 @triton.jit
 def wide(i):
-    """A size as it has to be in a product with others: 64-bit."""
+    """Return a size as it has to be in a product with others: 64-bit."""
     return i * tl.full((), 1, tl.int64)
 
 
 @triton.jit
 def tile_offsets(row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where a tile of a matrix with so many columns begins, and its elements behind that: 64-bit
-    once, 32-bit for each."""
+    """Return where a tile of a matrix with so many columns begins, and its elements behind that:
+    64-bit once, 32-bit for each."""
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     return wide(row) * columns + column, i[:, None] * columns + j[None, :]
 
 
 @triton.jit
 def load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; zero outside."""
+    """Load [ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; zero outside."""
     first, at = tile_offsets(row, column, columns, ROWS, COLUMNS)
     inside = is_inside(row, column, rows, columns, ROWS, COLUMNS)
     return tl.load(source + first + at, mask=inside, other=0.0)
@@ -47,15 +47,15 @@ def store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, COL
 
 @triton.jit
 def is_inside(row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile the matrix has."""
+    """Say which elements of a tile the matrix has."""
     i, j = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     return (i < rows)[:, None] & (j < columns)[None, :]
 
 
 @triton.jit
 def load_vector(source, first, size, COUNT: tl.constexpr, absent):
-    """float32 [COUNT] of a vector [size] from ``first`` on; ``absent`` outside, or everywhere where
-    there is no vector."""
+    """Load float32 [COUNT] of a vector [size] from ``first`` on; ``absent`` outside, or everywhere
+    where there is no vector."""
     if source is None:
         v = tl.full((COUNT,), absent, tl.float32)
     else:
@@ -73,7 +73,7 @@ def store_vector(target, v, first, size, COUNT: tl.constexpr):
 
 @triton.jit
 def _chunk(source, count, stride, first, size, LENGTH: tl.constexpr):
-    """[CHUNK, LENGTH]: the first of ``count`` vectors [size] that lie ``stride`` apart, from
+    """Load [CHUNK, LENGTH]: the first of ``count`` vectors [size] that lie ``stride`` apart, from
     ``first`` on; zero outside."""
     i, j = tl.arange(0, _CHUNK), first + tl.arange(0, LENGTH)
     at = i[:, None].to(tl.int64) * stride + j[None, :]
@@ -82,7 +82,7 @@ def _chunk(source, count, stride, first, size, LENGTH: tl.constexpr):
 
 @triton.jit
 def sum_list(source, count, stride, first, size, LENGTH: tl.constexpr):
-    """[LENGTH]: the sum of ``count`` vectors [size], ``stride`` apart, from ``first`` on."""
+    """Return [LENGTH]: the sum of ``count`` vectors [size], ``stride`` apart, from ``first`` on."""
     total = tl.full((LENGTH,), 0.0, tl.float32)
     for k in range(0, count, _CHUNK):
         part = _chunk(source + wide(k) * stride, count - k, stride, first, size, LENGTH)
@@ -92,7 +92,7 @@ def sum_list(source, count, stride, first, size, LENGTH: tl.constexpr):
 
 @triton.jit
 def combine_moments(source, count, part: tl.constexpr, first, size, LENGTH: tl.constexpr):
-    """Mean and biased variance [LENGTH] over ``count`` elements, of which ``source``
+    """Return mean and biased variance [LENGTH] over ``count`` elements, of which ``source``
     [cdiv(count, part), 2, size] has the mean and the squared deviations of each ``part``.
 
     Chan, Golub & LeVeque 1983 (The American Statistician 37): squared deviations from the common
@@ -116,7 +116,7 @@ def combine_moments(source, count, part: tl.constexpr, first, size, LENGTH: tl.c
 
 @triton.jit
 def place(index, down, across):
-    """Row and column, in tiles, of tile number ``index`` of ``down`` by ``across``.
+    """Return row and column, in tiles, of tile number ``index`` of ``down`` by ``across``.
 
     A group of rows of tiles is gone through column by column, so that programs that run side by
     side share operands in the cache.
@@ -130,21 +130,22 @@ def place(index, down, across):
 
 @triton.jit
 def magnitude(tile):
-    """The largest magnitude; infinite if an element is not finite."""
+    """Return the largest magnitude; infinite if an element is not finite."""
     size = tl.abs(tile)
     return tl.max(tl.where(size < float("inf"), size, float("inf")))
 
 
 @triton.jit
 def largest_left(lists, which, programs):
-    """The largest of what so many programs left in one of a workspace's lists, FLAGS long each."""
+    """Return the largest of what so many programs left in one of a workspace's lists, FLAGS long
+    each."""
     i = tl.arange(0, FLAGS)
     return tl.max(tl.load(lists + which * FLAGS + i, mask=i < programs, other=0.0))
 
 
 @triton.jit
 def _mixed(h):
-    """The finalizer of MurmurHash3 (A. Appleby, public domain), uint32."""
+    """Apply the finalizer of MurmurHash3 (A. Appleby, public domain), uint32."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)
@@ -152,8 +153,9 @@ def _mixed(h):
 
 @triton.jit
 def round_at_random(value, start, at, step, SLOT: tl.constexpr):
-    """float32 values of the elements ``start + at`` as bfloat16, each one of its two neighbours,
-    right in the mean; the same bits as fused_dni.backends.reference.rules.rounded_at_random."""
+    """Round float32 values of the elements ``start + at`` as bfloat16, each one of its two
+    neighbours, right in the mean; the same bits as
+    fused_dni.backends.reference.rules.rounded_at_random."""
     seed = ((step.to(tl.int64) * 1024 + SLOT) * 0x9E3779B1) & 0xFFFFFFFF
     element = (start + at).to(tl.uint32)
     up = _mixed(_mixed(element) ^ seed.to(tl.uint32)) & 0xFFFF

@@ -46,7 +46,7 @@ def choose(
     default: Callable[[], T],
     variant: str = "",
 ) -> T:
-    """The tiles for an op on tensors of this shape: what :func:`using` forces, else what was
+    """Choose tiles for an op on tensors of this shape: what :func:`using` forces, else what was
     measured, else ``default()``. Asking again costs a dictionary look-up.
 
     Args:
@@ -86,7 +86,8 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Choice, Any]]:
-    """All that is chosen inside, whether or not it was before; forced tiles are none of it."""
+    """Record all that is chosen inside, whether or not it was before; forced tiles are none of
+    it."""
     global _chosen
     before, _chosen = _chosen, {}
     found: dict[Choice, Any] = {}
@@ -112,7 +113,7 @@ def using(op: str, tiles: NamedTuple) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """``sm_90`` and the like; ``interpreter`` for a CPU."""
+    """Return ``sm_90`` and the like; ``interpreter`` for a CPU."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"
@@ -124,8 +125,8 @@ def architecture(device: torch.device) -> str:
 
 
 def folder() -> Path:
-    """Where measured choices are kept: ``$FUSED_DNI_CACHE``, or ``fused_dni`` under the user's
-    cache."""
+    """Return where measured choices are kept: ``$FUSED_DNI_CACHE``, or ``fused_dni`` under the
+    user's cache."""
     own = os.environ.get("FUSED_DNI_CACHE")
     if own:
         return Path(own)
@@ -160,7 +161,7 @@ def remember(choice: Choice, tiles: NamedTuple) -> Path:
 
 
 def _measured(choice: Choice, like: T) -> T | None:
-    """The entry for a choice, of the first table that has a usable one."""
+    """Return the entry for a choice, of the first table that has a usable one."""
     rounded = tuple([1 << max(size - 1, 0).bit_length() for size in choice.shape])
     for table in _read_tables():
         for wanted in (choice, choice._replace(shape=rounded)):
@@ -171,7 +172,7 @@ def _measured(choice: Choice, like: T) -> T | None:
 
 
 def _tiles(fields: Any, like: T) -> T | None:
-    """Fields of a table as the type of ``like``; None if they are others."""
+    """Read fields of a table as the type of ``like``; None if they are others."""
     usual = like._asdict()
     if not isinstance(fields, dict) or fields.keys() != usual.keys():
         return None
@@ -188,7 +189,7 @@ def _read_tables() -> list[_Table]:
 
 
 def _read(path: Path) -> _Table:
-    """A table's choices; none if it is missing, damaged or of another format."""
+    """Read a table's choices; none if it is missing, damaged or of another format."""
     try:
         held = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -223,109 +223,125 @@ FUSED_DNI_DEVICE void finish(const LinearArguments& a, const Place<typename C::T
   }
 }
 
+// A tile of z and its statistics: what `finish` takes, if the tile is whole; left for normalize to
+// read otherwise.
 template <class C>
-FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE void product(const LinearArguments& a, SharedArena arena,
+                              const Place<typename C::T>& at, typename C::T& z, typename C::T& mean,
+                              typename C::T& spread, float& v) {
   using T = typename C::T;
   using X = typename C::X;
   const Operand<X, Lies::kAlong> x{static_cast<const X*>(a.x.data), a.x.stride, a.rows};
   const Operand<float, Lies::kAlong> weight{a.weight.parameter, a.inputs, a.outputs};
   const bool whole = is_whole<T>(a), layer = a.normalization == kLayerNormalization;
   const bool batch = a.normalization == kBatchNormalization, running = batch && !a.statistics;
-  for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
-    const auto at = place<T>(index, a.rows, a.outputs);
-    T z, mean, spread;
-    multiply<typename C::Forward>(z, arena, x, at.row, weight, at.column, a.inputs);
-    const bool column = at.has_column();
-    const float bias = or_else(a.bias.parameter, at.c(), column, 0.0f);
+  multiply<typename C::Forward>(z, arena, x, at.row, weight, at.column, a.inputs);
+  const bool column = at.has_column();
+  const float bias = or_else(a.bias.parameter, at.c(), column, 0.0f);
 #pragma unroll
-    for (int i = 0; i < T::kEach; ++i) z.value[i] = at.inside(i) ? z.value[i] + bias : 0.0f;
-    // Mean and squared deviations of the tile, over rows or over features; of one that is whole, 1
-    // over the standard deviation.
-    const int left = layer ? a.outputs - at.column : a.rows - at.row;
-    const int size = layer ? T::N : T::M;
-    const float count = static_cast<float>(left < size ? left : size);
-    float m = 0.0f, v = 1.0f;  // of the column
-    if (running) {
-      m = or_else(a.running_mean, at.c(), column, 0.0f);
-      v = or_else(a.running_var, at.c(), column, 1.0f);
-    } else if (a.normalization != kNoNormalization) {
+  for (int i = 0; i < T::kEach; ++i) z.value[i] = at.inside(i) ? z.value[i] + bias : 0.0f;
+  // Mean and squared deviations of the tile, over rows or over features; of one that is whole, 1
+  // over the standard deviation.
+  const int left = layer ? a.outputs - at.column : a.rows - at.row;
+  const int size = layer ? T::N : T::M;
+  const float count = static_cast<float>(left < size ? left : size);
+  float m = 0.0f;  // like v of the column
+  if (running) {
+    m = or_else(a.running_mean, at.c(), column, 0.0f);
+    v = or_else(a.running_var, at.c(), column, 1.0f);
+  } else if (a.normalization != kNoNormalization) {
 #pragma unroll 1
-      for (int moment = 0; moment < 2; ++moment) {
-        const float divisor = moment == 0 || whole ? count : 1.0f;
-        T of;
-        float sum = 0.0f;
+    for (int moment = 0; moment < 2; ++moment) {
+      const float divisor = moment == 0 || whole ? count : 1.0f;
+      T of;
+      float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < T::kEach; ++i) {
-          const float off = at.inside(i) ? z.value[i] - (layer ? mean.value[i] : m) : 0.0f;
-          of.value[i] = moment == 0 ? off : off * off;
-          sum += of.value[i];
-        }
-        if (layer) {
-          row_sums(of, arena, [&](float all) {
-            all /= divisor;
-            return moment == 0 || !whole ? all : rstd_of(all, a.eps);
-          });
-          (moment == 0 ? mean : spread) = of;
-        } else {
-          sum = column_sum<T>(sum, arena) / divisor;
-          (moment == 0 ? m : v) = sum;
-        }
+      for (int i = 0; i < T::kEach; ++i) {
+        const float off = at.inside(i) ? z.value[i] - (layer ? mean.value[i] : m) : 0.0f;
+        of.value[i] = moment == 0 ? off : off * off;
+        sum += of.value[i];
+      }
+      if (layer) {
+        row_sums(of, arena, [&](float all) {
+          all /= divisor;
+          return moment == 0 || !whole ? all : rstd_of(all, a.eps);
+        });
+        (moment == 0 ? mean : spread) = of;
+      } else {
+        sum = column_sum<T>(sum, arena) / divisor;
+        (moment == 0 ? m : v) = sum;
       }
     }
-    if (batch) {
-      const float of = whole ? rstd_of(v, a.eps) : v;
+  }
+  if (batch) {
+    const float of = whole ? rstd_of(v, a.eps) : v;
 #pragma unroll
-      for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, spread.value[i] = of;
-    }
-    if (whole) {
-      finish<C>(a, at, z, mean, spread, v);
-      continue;
-    }
+    for (int i = 0; i < T::kEach; ++i) mean.value[i] = m, spread.value[i] = of;
+  }
+  if (whole) return;
 #pragma unroll
-    for (int i = 0; i < T::kEach; ++i) {
-      if (!at.inside(i)) continue;
-      a.z[at.at(i)] = z.value[i];
-      const bool first = layer ? T::column() == 0 : T::row(i) == 0;
-      if (!first) continue;
-      const int length = layer ? a.rows : a.outputs;
-      float* left_at = a.moments + (layer ? at.column / T::N : at.row / T::M) * 2LL * length +
-                       (layer ? at.r(i) : at.c());
-      left_at[0] = mean.value[i];
-      left_at[length] = spread.value[i];
-    }
+  for (int i = 0; i < T::kEach; ++i) {
+    if (!at.inside(i)) continue;
+    a.z[at.at(i)] = z.value[i];
+    const bool first = layer ? T::column() == 0 : T::row(i) == 0;
+    if (!first) continue;
+    const int length = layer ? a.rows : a.outputs;
+    float* left_at = a.moments + (layer ? at.column / T::N : at.row / T::M) * 2LL * length +
+                     (layer ? at.r(i) : at.c());
+    left_at[0] = mean.value[i];
+    left_at[length] = spread.value[i];
   }
 }
 
+// The tile as product left it, with the statistics of all of them.
 template <class C>
-FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena) {
+FUSED_DNI_DEVICE void normalize(const LinearArguments& a, SharedArena arena,
+                                const Place<typename C::T>& at, typename C::T& z,
+                                typename C::T& mean, typename C::T& rstd, float& variance) {
   using T = typename C::T;
   const bool layer = a.normalization == kLayerNormalization;
   const int lines = layer ? T::M : T::N;
   const Shared<float> means = arena.take<float>(lines), variances = arena.take<float>(lines);
   const Shared<float> rstds = arena.take<float>(lines);
-  for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
-    const auto at = place<T>(index, a.rows, a.outputs);
-    const int first = layer ? at.row : at.column, length = layer ? a.rows : a.outputs;
-    block_barrier();
-    for (int i = thread(); i < lines && first + i < length; i += kThreads) {
-      const Moments m = combine_moments(a.moments + first + i, layer ? a.outputs : a.rows,
-                                        layer ? T::N : T::M, length);
-      means.store(i, m.mean);
-      variances.store(i, m.variance);
-      rstds.store(i, rstd_of(m.variance, a.eps));
-    }
-    block_barrier();
-    T z, mean, rstd;
+  const int first = layer ? at.row : at.column, length = layer ? a.rows : a.outputs;
+  block_barrier();
+  for (int i = thread(); i < lines && first + i < length; i += kThreads) {
+    const Moments m = combine_moments(a.moments + first + i, layer ? a.outputs : a.rows,
+                                      layer ? T::N : T::M, length);
+    means.store(i, m.mean);
+    variances.store(i, m.variance);
+    rstds.store(i, rstd_of(m.variance, a.eps));
+  }
+  block_barrier();
 #pragma unroll
-    for (int i = 0; i < T::kEach; ++i) {
-      if (!at.inside(i)) continue;
-      const int line = layer ? T::row(i) : T::column();
-      z.value[i] = a.z[at.at(i)];
-      mean.value[i] = means.load(line);
-      rstd.value[i] = rstds.load(line);
+  for (int i = 0; i < T::kEach; ++i) {
+    if (!at.inside(i)) continue;
+    const int line = layer ? T::row(i) : T::column();
+    z.value[i] = a.z[at.at(i)];
+    mean.value[i] = means.load(line);
+    rstd.value[i] = rstds.load(line);
+  }
+  if (!layer && at.has_column()) variance = variances.load(T::column());
+}
+
+// product and, where tiles are not whole, normalize, with h behind the one or the other.
+template <class C>
+FUSED_DNI_DEVICE void forward(const LinearArguments& a, SharedArena arena) {
+  using T = typename C::T;
+  const bool whole = is_whole<T>(a);
+#pragma unroll 1
+  for (int pass = 0; pass < (whole ? 1 : 2); ++pass) {
+    if (pass == 1) grid_barrier(a.barrier, Phase::kNormalize);
+    for (int index = block(); index < tiles_of<T>(a.rows, a.outputs); index += blocks()) {
+      const auto at = place<T>(index, a.rows, a.outputs);
+      T z, mean, rstd;
+      float variance = 1.0f;
+      if (pass == 1)
+        normalize<C>(a, arena, at, z, mean, rstd, variance);
+      else
+        product<C>(a, arena, at, z, mean, rstd, variance);
+      if (whole || pass == 1) finish<C>(a, at, z, mean, rstd, variance);
     }
-    const bool column = !layer && at.has_column();
-    finish<C>(a, at, z, mean, rstd, column ? variances.load(T::column()) : 1.0f);
   }
 }
 
@@ -658,13 +674,7 @@ linear_kernel(FUSED_DNI_ARGUMENT LinearArguments a) {
       largest[0] = look_at(static_cast<const X*>(a.x.data), a.x.stride, a.rows, a.inputs);
     if (block() == 0 && thread() == 0) *a.step = a.hyper[kStep];
   }
-  if (a.forward) {
-    product<C>(a, arena);
-    if (!whole) {
-      grid_barrier(a.barrier, Phase::kNormalize);
-      normalize<C>(a, arena);
-    }
-  }
+  if (a.forward) forward<C>(a, arena);
   if (a.synthesizer.source == kLowRank) {
     grid_barrier(a.barrier, Phase::kReduce);
     reduce(a.synthesizer, static_cast<const X*>(a.h), a.rows, a.outputs);

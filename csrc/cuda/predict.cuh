@@ -74,21 +74,26 @@ FUSED_DNI_DEVICE void predict_tile(TileOf<P>& m, SharedArena arena, const Synthe
   using Wide = Operand<float, Lies::kAlong>;
   const int rows = at.rows, outputs = at.columns;
   const bool column = at.has_column();
+  bool first = s.source == kLowRank;  // whether there is a product before the context's
+  const float* left = s.reduced;
+  int depth = s.rank;
   if (s.source == kDense) {
-    multiply<P>(m, arena, Operand<X, Lies::kAlong>{h, outputs, rows}, at.row,
-                Wide{s.weight, outputs, outputs}, at.column, outputs);
+    if constexpr (kSame<X, float>) {
+      first = true, left = h, depth = outputs;
+    } else {
+      multiply<P>(m, arena, Operand<X, Lies::kAlong>{h, outputs, rows}, at.row,
+                  Wide{s.weight, outputs, outputs}, at.column, outputs);
+    }
   } else if (s.source == kDiagonal) {
     const float a = column ? s.weight[at.c()] : 0.0f;
 #pragma unroll
     for (int i = 0; i < T::kEach; ++i) m.value[i] = at.inside(i) ? to_float(h[at.at(i)]) * a : 0.0f;
   }
-  // Of a low rank's second product and the context's, which are one piece of code, those there are.
-  const bool low = s.source == kLowRank;
+  // Products of float32 are one piece of code.
 #pragma unroll 1
-  for (int part = low ? 0 : 1; part < (s.vectors != nullptr ? 2 : 1); ++part) {
-    const float* left = part == 0 ? s.reduced : s.vectors;
+  for (int part = first ? 0 : 1; part < (s.vectors != nullptr ? 2 : 1); ++part) {
+    if (part == 1) left = s.vectors, depth = s.classes;
     const float* right = part == 0 ? s.weight : s.context_weight;
-    const int depth = part == 0 ? s.rank : s.classes;
     T made;
     multiply<P>(made, arena, Wide{left, depth, rows}, at.row, Wide{right, depth, outputs},
                 at.column, depth);

@@ -328,7 +328,7 @@ struct Product {
     const int part = kWarpsK > 1 ? warp() / (kWarpsM * kWarpsN) * kPart : 0;
     if constexpr (kSame<Op, Fp32>) {
       const int row = warp_row() + lane() / 4, col = warp_col() + lane() % 4 * 2;
-#pragma unroll
+#pragma unroll 8
       for (int k = part; k < part + kPart; ++k) {
         float rows[kRows][2], cols[2 * kColumns][2];
 #pragma unroll

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-LIBRARY = Path(__file__).parents[2] / "fused_dni"
-FILES = sorted(path for path in LIBRARY.rglob("*.py"))
+ROOT = Path(__file__).parents[2]
+FILES = sorted(
+    path for part in (ROOT / "fused_dni", ROOT / "kernels") for path in part.rglob("*.py")
+)
 # That a description begins with, where there should be a verb.
 NO_VERBS = {
     *("What", "Whether", "How", "Why", "Which", "Where", "Who", "Whose", "That", "Those"),
@@ -26,7 +28,7 @@ def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
     ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIBRARY)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_begin_with_a_verb(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     wrong = [
