@@ -180,11 +180,11 @@ class DecoupledPipelineStage(PipelineStage):
             self._learn(chunk)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """None: gradients come beside the schedule."""
+        """Receive nothing: gradients come beside the schedule."""
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """None, likewise."""
+        """Send nothing, likewise."""
         return []
 
     # -- gradients -------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class DecoupledPipelineStage(PipelineStage):
 
 
 def _why_not(kind: type) -> str:
-    """What of torch's class is not as it is needed; empty if all is."""
+    """Return what of torch's class is not as it is needed; empty if all is."""
     for name, wanted in _NEEDED.items():
         method = getattr(kind, name, None)
         if method is None:
