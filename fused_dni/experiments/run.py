@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -88,11 +88,13 @@ def read_checkpoint(folder: Path, settings: Any) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a checkpoint of this version ({VERSION})")
-    saved, wanted = state["settings"], plain(asdict(settings))
+    # What a file does not name is younger than the file, and was as it is by default.
+    saved = {**plain({f.name: f.default for f in fields(settings)}), **state["settings"]}
+    wanted = plain(asdict(settings))
     differing = [
-        f"{name} {saved.get(name)!r} there, {wanted[name]!r} now"
+        f"{name} {saved[name]!r} there, {wanted[name]!r} now"
         for name in wanted
-        if saved.get(name) != wanted[name]
+        if saved[name] != wanted[name]
     ]
     if differing:
         raise CheckpointError(f"{path} is of another run: {'; '.join(differing)}")

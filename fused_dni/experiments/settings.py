@@ -122,6 +122,9 @@ class Training(OnImages):
         whole(0),
         "steps on true gradients while synthesizers learn: an epoch of mnist, two of digits",
     )
+    mix: float = option(
+        0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
+    )
     rank: int = option(16, whole(0), "of the synthesizers; 0: dense")
     interface: str = option(
         "output",

@@ -115,6 +115,7 @@ class FusedTrainer(Trainer):
         steps: int,
         warmup_steps: int = 0,
         target_every: int | None = 1,
+        mix: float = 0.0,
     ) -> None:
         super().__init__(name, seed)
         self.model = network.train()
@@ -123,7 +124,7 @@ class FusedTrainer(Trainer):
         )
         self.optimizer = fd.FusedOptimizer(network)
         self.scheduler = _cosine(self.optimizer, steps)
-        self.schedule = fd.Schedule(network, warmup_steps=warmup_steps, target_every=target_every)
+        self.schedule = fd.Schedule(network, warmup_steps, target_every, mix)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         with fd.condition_on(y):
@@ -165,7 +166,7 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
     if method == "fused":
         return FusedTrainer(name, seed, ours, total)
     target_every = None if every == "never" else int(every)
-    return FusedTrainer(name, seed, ours, total, settings.warmup_steps, target_every)
+    return FusedTrainer(name, seed, ours, total, settings.warmup_steps, target_every, settings.mix)
 
 
 def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:

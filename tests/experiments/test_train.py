@@ -305,6 +305,23 @@ def test_a_finished_run_resumes_to_its_own_result(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name != CHECKPOINT]
 
 
+def test_true_gradients_alone_on_steps_with_targets():
+    dataset = clusters(160, 50, 12)
+    settings = replace(TINY, update="sgd", lr=0.1, sg_lr=0.1, warmup_steps=0)
+
+    def heads(mix):
+        at = replace(settings, mix=mix)
+        made = [train.build(name, 0, at, dataset) for name in ("fused", "cdni k=1")]
+        for x, y in zip(*(part.split(16) for part in dataset.train), strict=True):
+            for trainer in made:
+                trainer.step(x, y)
+        return [dict(trainer.model[-1].named_parameters())["weight"] for trainer in made]
+
+    torch.testing.assert_close(*heads(1.0), rtol=1e-3, atol=1e-4)
+    exact, predicted = heads(0.0)
+    assert (exact - predicted).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_checkpoint_of_0_1_0_is_gone_on_with(tmp_path, monkeypatch, epoch):
     """It kept where it was in numbers: seed, epoch, turn, step; between two seeds (epoch 0) beside
@@ -319,6 +336,7 @@ def test_a_checkpoint_of_0_1_0_is_gone_on_with(tmp_path, monkeypatch, epoch):
         trainers.update(state["trainers"])
         position = [seed, epoch, 0, 4] if epoch else [seed, 0, 0, 0]
         old = {name: state[name] for name in ("version", "settings", "finished")}
+        old["settings"] = {k: v for k, v in old["settings"].items() if k != "mix"}
         write(folder, {**old, "position": position, "trainers": trainers})
         histories = [len(kept["history"]) for kept in state["trainers"].values()]
         if (seed == 1) if epoch == 0 else (histories == [1] * len(histories)):

@@ -164,11 +164,13 @@ def blocks(report: Result) -> list[Block]:
     """Show settings, accuracy and time, where a step's time goes, the verdict, the race."""
     outcome = outcome_of(report)
     s = outcome.settings
+    mix = getattr(s, "mix", 0.0)  # absent from older files, in which it was 0
     said: list[Block] = [
         Text(
             f"Batch {s.batch_size}, {s.epochs} epochs of {outcome.steps_per_epoch} "
             f"steps, {s.update} at {s.lr:g} (synthesizers {s.sg_lr:g}), "
             f"cosine to zero, {s.warmup_steps} warm-up steps on true gradients, "
+            f"{f'steps with targets by {mix:g} of the true gradient, ' if mix else ''}"
             f"synthesizers of {f'rank {s.rank}' if s.rank else 'full rank'} at the {s.interface}, "
             f"{text.count(len(s.seeds), 'seed')}. Errors are of the last epoch on the "
             f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
