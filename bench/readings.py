@@ -102,15 +102,17 @@ def tops(reports: dict[str, Report]) -> Answer:
         f"{ahead} of {of}."
     )
     bullet = (
-        "Below an expensive top that is run on every k-th step alone, backprop's final loss was "
-        f"reached in **{number}** ({len(ours)} of {of} races). What people make by hand or by "
-        f"sampling instead needs {text.span(others) if others else '-'}, and is sooner in "
-        f"{ahead} of {of}"
+        "Below an expensive top (a softmax over all words, a frozen encoder) that is run on every "
+        f"k-th step alone, backprop's final loss was reached in **{number}** (medians of "
+        f"{len(ours)} of {of} races). A cheap stand-in for the top, sampled or written by hand, "
+        f"needed {text.span(others) if others else '-'} and was sooner in {ahead} of {of}: "
+        "synthetic gradients are for tops for which nobody has one"
     )
     header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
     caption = (
-        "In what part of backprop's time others come to what it ends with: median over seeds, "
-        "range. Only arms that are sooner with every seed."
+        "The part of backprop's time in which others reach its final loss: median over seeds, "
+        "range; the soonest of the ways that are sooner with every seed. By hand: a stand-in for "
+        "the top that somebody wrote for this task."
     )
     return Answer(
         f"{often(len(ours), of)}; but other means are sooner in {ahead} of {of}",
@@ -372,8 +374,8 @@ def reach(reports: dict[str, Report]) -> Answer:
     bullet = ""
     if copied:
         bullet = (
-            "An LSTM with truncated windows that hear of their future copies sequences of "
-            f"**{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}"
+            "An LSTM whose truncated windows get a predicted gradient from beyond copies sequences "
+            f"of **{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}"
         )
         bullet += "".join(f". On a text: {r[3]} against {r[4]} {r[2]}" for r in texts[-1:])
     header = ["task", "T", "in", "DNI", "truncated backprop", "training, DNI / truncated"]
@@ -515,9 +517,10 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"Error at equal wall-clock, from the best: {listed}.",
         shown,
         figures[0] if figures else None,
-        f"At equal wall-clock on MNIST the best DNI ends with **{100 * means[best]:.2f} %** error, "
-        f"backprop with {100 * means['fused']:.2f} %. Of {of} cheaper ways not to wait "
-        f"({', '.join(theirs)}) {ahead} end below DNI and {beyond} below backprop",
+        f"At equal and short wall-clock on MNIST the best DNI ends with "
+        f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
+        f"simpler ways not to wait ({', '.join(theirs)}; [what they are](docs/rivals.md)) {ahead} "
+        f"end with less error than DNI and {beyond} with less than backprop",
     )
 
 
