@@ -519,7 +519,7 @@ def rivals(reports: dict[str, Report]) -> Answer:
         figures[0] if figures else None,
         f"At equal and short wall-clock on MNIST the best DNI ends with "
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
-        f"simpler ways not to wait ({', '.join(theirs)}; [what they are](docs/rivals.md)) {ahead} "
+        f"simpler ways not to wait ({', '.join(theirs)}) {ahead} "
         f"end with less error than DNI and {beyond} with less than backprop",
     )
 

@@ -388,6 +388,7 @@ def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
     ``torch.cuda.max_memory_allocated``.
     """
     step()
+    gc.collect()  # what somebody left behind is not to be freed, and counted, in between
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

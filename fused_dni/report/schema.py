@@ -58,7 +58,7 @@ class Result(Mapping[str, Any]):
     """A measurement's result; a mapping of its parts, the body's among them, by their names.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of ``KINDS``.
         title: what was measured.
         sentence: what it comes to.
         facts: device, versions, commit, date, command.

@@ -27,7 +27,7 @@ def _bounds(low: float, high: float) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one candidate; made by :meth:`of` or :meth:`from_json`.
+    """Seconds per call of one candidate; made by ``of``, or of a file's numbers.
 
     Attributes:
         name: the candidate's name in ``compare``; not written to files, whose keys say it.
@@ -37,7 +37,7 @@ class Timing:
         interval: 95 % confidence interval of the median (order statistics over the rounds);
             infinite where there were too few rounds.
         n: number of samples.
-        rounds: the median sample of each round; what :func:`differs` pairs. Empty in files from
+        rounds: the median sample of each round; what comparisons pair. Empty in files from
             before they were kept.
         repeats: calls in one sample.
         waited: share of the time on the clock in which no core was free, not counted in the

@@ -15,9 +15,10 @@ import pytest
 
 #: Trains by torchrun's launcher, and writes down every step that a stage applies.
 PROGRAM = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 from fused_dni.experiments import staged
+from fused_dni.report.files import as_json
 
 folder = Path(sys.argv[1])
 
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     settings = staged.Settings(stages=2, modes=("decoupled",), hidden=32, depth=2, epochs=40,
                                checkpoint_every=20, target_every=2)
     report = staged.train(settings, str(folder), restarts=5)
-    (folder / "report").write_text(json.dumps(report))
+    (folder / "report").write_text(as_json(report))
 """
 
 

@@ -9,7 +9,6 @@ itself is in test_triton_linear.py and test_cuda_linear.py.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,6 +29,7 @@ from strategies import (
 )
 from torch import Tensor
 
+from fused_dni.backends.common import gpu
 from fused_dni.functional import linear_step_
 from fused_dni.ops.types import SKIPPED, STATISTICS_SIZE, STEP, BoundStep, LinearGradients
 
@@ -160,8 +160,7 @@ def test_on_a_gpu_a_label_that_there_is_not_is_skipped_and_counted(
     way: Way, label: int, interface: str, context: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing waits for the data there: its row is NaN, and the update does not happen."""
-    adapter = importlib.import_module(type(way.backend).__module__)
-    monkeypatch.setattr(adapter, "check_context", lambda *_: None)
+    monkeypatch.setattr(gpu, "check_context", lambda *_: None)
     options = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": context, "rule": "adam",
                "interface": interface}  # fmt: skip
     case = make_case((37, 35, 41, 5, 7), options, 7, *FULL).on(way.device)

@@ -54,7 +54,7 @@ if registry_reason is not None:
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from fused_dni.kernels import common, linear  # noqa: E402
+from fused_dni.kernels import common, linear, specimens  # noqa: E402
 from fused_dni.kernels.tiles import round_at_random, tile_offsets  # noqa: E402
 
 BACKEND = registry.get("triton")
@@ -286,7 +286,7 @@ def test_default_tiles(architecture: int, dtype: torch.dtype, rows: int, feature
             assert size >= 16 and size & (size - 1) == 0
         problem = linear.Problem("batch", True, source="diagonal", rule=rule,
                                  trainable=(True,) * 4)  # fmt: skip
-        launches = linear._specimen_step(rows, 64, features, dtype, problem, tiles, True)
+        launches = specimens._linear_step(rows, 64, features, dtype, problem, tiles, True, False)
         assert all(1 <= launch.grid[0] <= linear.FLAGS.value for launch in launches)
         if tiles.launches == "one":
             assert len(launches) == 1 and launches[0].options["launch_cooperative_grid"]

@@ -362,9 +362,8 @@ def steps_apart(inner: fd.SGD | None, outer: fd.SGD | None, mix: float, kind: st
     bottom = fd.Decoupled(lstm, twins.perfect(H), update=outer, target_scale=1.0)
     head = nn.Linear(H, CLASSES, dtype=torch.float64).requires_grad_(False)
     schedules = [fd.Schedule(m, warmup_steps=3, target_every=3, mix=mix) for m in (bottom, twin)]
-    mine = [*bottom.parameters()] if outer is None else [*fd.ordinary_parameters(bottom)]
-    mine = [p for p in mine if p.requires_grad]
-    optimizers = [torch.optim.SGD(p, rate) for p in (mine, [*twin.parameters()]) if p]
+    ordinary = [[p for p in fd.ordinary_parameters(m) if p.requires_grad] for m in (bottom, twin)]
+    optimizers = [torch.optim.SGD(p, rate) for p in ordinary if p]
     states: list[Any] = [None, None]
     apart = []
     for _ in range(12):

@@ -58,7 +58,20 @@ def blocks(report: Result) -> list[Block]:
         )
         if at < DRAWN and len(rows) > 1:
             made.append(_figure(f"group-{at + 1}", rows))
-    return made
+    return [*made, *_trained(report.get("stragglers", []))]
+
+
+def _trained(rows: list[dict[str, Any]]) -> list[Block]:
+    """Show what bench/stragglers.py trained."""
+    if not rows:
+        return []
+    cells = []
+    for row in rows:
+        speed = f"{row['steps_per_second']:.1f}"
+        error = text.percent(row["error"], ".2f")
+        cells.append([row["name"], f"{row['factor']:g}", str(row["seed"]), speed, error])
+    header = ["way", "slower by", "seed", "steps a second", "error"]
+    return [Table(header, cells, "A stage is slowed for a part of the time.")]
 
 
 def _short(name: str) -> str:
