@@ -63,7 +63,8 @@ class Scratch {
 // Ops that follow each other in a region overlap: a thread that is through with one begins the next
 // while others are still behind the last barrier of that one. So what an op writes in front of its
 // first barrier must be its own, and what is read after it must be there before its last barrier,
-// unless `open`.
+// unless `open`. An op that is not has a barrier on every path: the scratch of the one before it is
+// the next one's.
 class Op {
  public:
   virtual ~Op();

@@ -501,6 +501,9 @@ def stacked(
         return known, apart  # what was in its way was of that step alone
     if len({id(layer) for layer in layers}) < len(layers):
         return None, "a layer stands in it twice and is updated once"
+    held = [p.data_ptr() for one in layers for p in one._parameters.values() if p is not None]
+    if len(set(held)) < len(held):  # one's update runs beside the next one's forward
+        return None, "parameters of two layers share their memory"
     if len({layer._modules["synthesizer"] is None for layer in layers}) > 1:
         return None, "some layers have a synthesizer and some have none"
     if any(step is None for step in steps):

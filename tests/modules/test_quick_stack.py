@@ -187,6 +187,11 @@ def frozen_first(trained: Trained) -> None:
     trained.model[0].requires_grad_(False)
 
 
+def memory_shared(trained: Trained) -> None:
+    """Two parameters, each with moments of its own, over one memory."""
+    trained.model[2].weight.data = trained.model[1].weight.data
+
+
 def used_twice(trained: Trained) -> None:
     trained.behind(trained.model[0])
 
@@ -725,6 +730,7 @@ def test_the_way_is_said() -> None:
     [
         (used_twice, "prediction", "layer by layer (a layer stands in it twice and is"),
         (used_twice, "true gradient, loss", "layer by layer (a layer stands in it twice and is"),
+        (memory_shared, "prediction", "layer by layer (parameters of two layers share their"),
         (frozen, "true gradient", "layer by layer (a layer is frozen and has no node)"),
         (ordinary_between, "prediction, loss", "layer by layer (it holds a Tanh)"),
         (head_frozen, "prediction, loss", "one call, then the head (the head is frozen and"),
