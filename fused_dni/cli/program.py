@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fused_dni.cli.advise import Advise
+from fused_dni.cli.arguments import set_threads
 from fused_dni.cli.command import PROGRAM, Command, Parser, UsageError, add, read
 from fused_dni.cli.compare import Compare
 from fused_dni.cli.map import Map
@@ -200,5 +201,6 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[], None] | None =
             command.check()
             if load is not None and command.needs_library:
                 load()
+            set_threads(getattr(command, "threads", None))
             status[0] = command.run(_command(given))
     return status[0]

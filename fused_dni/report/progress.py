@@ -47,9 +47,10 @@ class Progress:
                 auto_refresh=False,
             )
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Progress:  # noqa: PYI034 - Self is in typing from 3.11 on
         if self._bars is not None:
             self._bars.start()
+        return self
 
     def __exit__(
         self,
