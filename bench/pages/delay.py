@@ -7,8 +7,7 @@ from typing import Any
 
 from fused_dni.experiments.delay_settings import TASKS, Settings
 from fused_dni.report.kinds import delay
-from pages.cells import table
-from stored import named
+from pages.cells import table, where
 
 #: Of :data:`fused_dni.experiments.delay_arms.TASKS`.
 TITLES = {
@@ -53,16 +52,9 @@ def _group(results: list[dict[str, Any]]) -> str:
         f"{s['batch_size']}, {s['epochs']} epochs"
     )
     header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]
-    facts = sorted({_where(report["facts"]) for report in results})
+    facts = sorted({where(report["facts"]) for report in results})
     commands = [f"`{report['facts']['command']}`" for report in results]
     return f"{head}. {'; '.join(facts)}.\n\n{table(header, rows)}\n\nBy {', '.join(commands)}."
-
-
-def _where(facts: dict[str, Any]) -> str:
-    return (
-        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}"
-    )
 
 
 def _label(name: str, settings: dict[str, Any]) -> str:
