@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
+
+Tell = Callable[[str, float], None]  # what is done, and which part of it
+
+
+def teller(progress: Tell | bool) -> Tell:
+    """Return what is called with progress: what was given, bars for True, nothing for False."""
+    if progress is True:
+        return Progress().update
+    return progress or (lambda what, fraction: None)
 
 
 class Progress:
