@@ -48,6 +48,13 @@ def ratio_of(group: Mapping[str, Any], label: str) -> str:
     return "–" if ratio is None else interval(ratio)
 
 
+def grid_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return what launches and barriers of a GPU take with a program a multiprocessor, seconds."""
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    found: dict[str, float] = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
+    return found
+
+
 def timed_rows(group: Mapping[str, Any]) -> list[list[str]]:
     """Return a group's candidates: name, microseconds, over the floor."""
     named_rows = ((name, group["rows"][name]) for name in group["order"])

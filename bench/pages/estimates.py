@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from pages.cells import table
-from pages.gpu import grid_of
+from pages.cells import grid_of, table
 from stored import named
 
 #: Of the chip (its datasheet): bytes a second of its memory, FLOP a second of bf16 products,

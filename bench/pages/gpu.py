@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from pages.cells import over_floor, ratio_of, table, time_of, timed_rows, where, without_figure
+from pages.cells import (
+    grid_of,
+    over_floor,
+    ratio_of,
+    table,
+    time_of,
+    timed_rows,
+    where,
+    without_figure,
+)
 
 
 def _microseconds(group: dict[str, Any], name: str, steps: int = 1) -> str:
     return time_of(group["rows"].get(name, {}), 1e6 / steps)
-
-
-def grid_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return what launches and barriers take with a program a multiprocessor, in seconds."""
-    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    found: dict[str, float] = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
-    return found
 
 
 def render_gpu(results: dict[str, Any], groups: dict[str, Any]) -> str:
