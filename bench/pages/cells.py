@@ -25,16 +25,15 @@ def threads_of(facts: Iterable[Mapping[str, Any]]) -> str:
 
 
 def where(facts: Mapping[str, Any], groups: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Say what figures hold for: machine, threads, versions, when and at which commits, of groups
-    that keep theirs or of these facts."""
+    """Say what figures hold for: machine, threads of a processor, versions, when and at which
+    commits, of groups that keep theirs or of these facts."""
     of = list(groups) or [facts]
+    threads = [] if facts.get("gpu") else [threads_of(of)]
     dates, commits = (sorted({str(found[name]) for found in of}) for name in ("date", "commit"))
     versions = [f"torch {facts['torch']}"]
     versions += [f"Triton {facts['triton']}"] if "triton" in facts else []
     span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    return ", ".join(
-        [named(facts), threads_of(of), *versions, span, f"commit {', '.join(commits)}"]
-    )
+    return ", ".join([named(facts), *threads, *versions, span, f"commit {', '.join(commits)}"])
 
 
 def time_of(row: Mapping[str, Any], scale: float = 1e6) -> str:
