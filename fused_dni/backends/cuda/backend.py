@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_dni.backends.common.gpu import checked_context, rows
+from fused_dni.backends.common.gpu import (
+    Backward,
+    Forward,
+    Predict,
+    Train,
+    Update,
+    checked_context,
+    rows,
+)
 from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
 from fused_dni.backends.common.tensors import moved_statistics, updated
 from fused_dni.backends.cuda.calls import (
@@ -45,12 +53,10 @@ from fused_dni.ops.types import (
     RULES,
     SYNTHESIZERS,
     LinearConfig,
-    LinearGradients,
     LinearTensors,
     Prediction,
     RuleTensors,
     Saved,
-    SlotGradients,
     Step,
     SynthesizerTensors,
 )
@@ -180,88 +186,45 @@ class CudaBackend(CudaLSTM):
             )
         return None
 
-    def launch_forward(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        h: Tensor,
-        saved: Saved,
-    ) -> None:
+    def launch_forward(self, of: Forward) -> None:
         """Launch ``linear_forward``."""
+        x, layer, config, training, h, saved = of
         items = (
             _sizes(x, layer.weight), _config(layer, config, training), _all(layer), described(x),
             described(h), *_all(saved),
         )  # fmt: skip
         _run(extension().linear_forward, items, x)
 
-    def launch_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor,
-        h: Tensor,
-        saved: Saved,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        made: LinearGradients,
-    ) -> None:
+    def launch_backward(self, of: Backward) -> None:
         """Launch ``linear_backward``."""
+        grad_h, x, h, saved, layer, config, training, made = of
         items = (
             _sizes(x, layer.weight), _config(layer, config, training), _all(layer), described(x),
             described(grad_h), described(h), *_all(saved), *_all(made),
         )  # fmt: skip
         _run(extension().linear_backward, items, x)
 
-    def launch_update(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        gradients: LinearGradients,
-        layer: LinearTensors,
-        rule: RuleTensors,
-    ) -> None:
+    def launch_update(self, of: Update) -> None:
         """Launch ``linear_update_``."""
+        x, gradients, layer, rule = of
         items = (
             _sizes(x, layer.weight), (*_all(layer[:4]), None, None), described(x),
-            described(delta), *_all(gradients[3:]), _rule(rule),
+            described(gradients.delta), *_all(gradients[3:]), _rule(rule),
         )  # fmt: skip
         _run(extension().linear_update, items, x)
 
-    def launch_predict(
-        self,
-        h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        made: Prediction,
-    ) -> None:
+    def launch_predict(self, of: Predict) -> None:
         """Launch ``synthesizer_predict``."""
-        items = _prediction(h, made, synthesizer, labels, vectors)
-        _run(extension().synthesizer_predict, items, h)
+        _run(extension().synthesizer_predict, _prediction(of), of.h)
 
-    def launch_train(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-        to: SlotGradients | RuleTensors,
-    ) -> None:
+    def launch_train(self, of: Train) -> None:
         """Launch ``synthesizer_gradients`` or ``synthesizer_update_``."""
-        items = (
-            *_prediction(h, prediction, synthesizer, labels, vectors), described(grad_h),
-            target_scale, described(statistics),
-        )  # fmt: skip
-        if isinstance(to, RuleTensors):
-            _run(extension().synthesizer_update, (*items, _rule(to)), h)
+        scaled = (described(of.grad_h), of.target_scale, described(of.statistics))
+        items, h = (*_prediction(of.predicted), *scaled), of.predicted.h
+        if isinstance(of.to, RuleTensors):
+            _run(extension().synthesizer_update, (*items, _rule(of.to)), h)
         else:
-            _run(extension().synthesizer_gradients, (*items, *_all(to)), h)
+            _run(extension().synthesizer_gradients, (*items, *_all(of.to)), h)
 
 
 def _run(op: Any, items: tuple[Any, ...], like: Tensor) -> None:
@@ -306,14 +269,8 @@ def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[Any, ...]:
     )
 
 
-def _prediction(
-    h: Tensor,
-    prediction: Prediction,
-    synthesizer: SynthesizerTensors,
-    labels: Tensor | None,
-    vectors: Tensor | None,
-) -> tuple[Any, ...]:
+def _prediction(of: Predict) -> tuple[Any, ...]:
     return (
-        (*h.shape, TYPES[h.dtype], ieee()), _synthesizer(synthesizer), described(h),
-        described(labels), described(vectors), *_all(prediction),
+        (*of.h.shape, TYPES[of.h.dtype], ieee()), _synthesizer(of.synthesizer), described(of.h),
+        described(of.labels), described(of.vectors), *_all(of.made),
     )  # fmt: skip

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton import knobs
 
-from fused_dni.backends.common.gpu import checked_context
+from fused_dni.backends.common.gpu import (
+    Backward,
+    Forward,
+    Predict,
+    Train,
+    Update,
+    checked_context,
+)
 from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
 from fused_dni.backends.common.tensors import moved_statistics, updated
 from fused_dni.backends.triton.launching import (
@@ -42,12 +49,8 @@ from fused_dni.kernels.launch import Launch
 from fused_dni.ops import results
 from fused_dni.ops.types import (
     LinearConfig,
-    LinearGradients,
     LinearTensors,
-    Prediction,
     RuleTensors,
-    Saved,
-    SlotGradients,
     Step,
     SynthesizerTensors,
 )
@@ -209,34 +212,18 @@ class TritonBackend(TritonLSTM):
             )
         return None
 
-    def launch_forward(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        h: Tensor,
-        saved: Saved,
-    ) -> None:
+    def launch_forward(self, of: Forward) -> None:
         """Launch the phases of ``linear_forward``."""
+        x, layer, config, training, h, saved = of
         t = linear.Tensors(
             x.contiguous(), *layer, h=h, normalized=saved.normalized, rstd=saved.rstd
         )
         tiles = _tiles("linear_forward", x, layer.weight, "none")
         _launch(t, _problem(config, layer, training), tiles, linear.FORWARD_PHASES)
 
-    def launch_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor,
-        h: Tensor,
-        saved: Saved,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        made: LinearGradients,
-    ) -> None:
+    def launch_backward(self, of: Backward) -> None:
         """Launch the phases of ``linear_backward``."""
+        grad_h, x, h, saved, layer, config, training, made = of
         trainable = _four([g is not None for g in made[2:]])
         problem = _problem(config, layer, training)._replace(source="given", trainable=trainable)
         t = linear.Tensors(
@@ -247,18 +234,12 @@ class TritonBackend(TritonLSTM):
         tiles = _tiles("linear_backward", x, layer.weight, "none")
         _launch(t, problem, tiles, linear.BACKWARD_PHASES)
 
-    def launch_update(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        gradients: LinearGradients,
-        layer: LinearTensors,
-        rule: RuleTensors,
-    ) -> None:
+    def launch_update(self, of: Update) -> None:
         """Launch the phases of ``linear_update_``."""
+        x, gradients, layer, rule = of
         tiles = _tiles("linear_update", x, layer.weight, rule.kind)
         t = linear.Tensors(
-            x.contiguous(), *layer[:4], delta=delta, grad_bias=gradients.bias,
+            x.contiguous(), *layer[:4], delta=gradients.delta, grad_bias=gradients.bias,
             grad_norm_weight=gradients.norm_weight, grad_norm_bias=gradients.norm_bias,
             **_rule(rule),
         )  # fmt: skip
@@ -268,40 +249,14 @@ class TritonBackend(TritonLSTM):
         )  # fmt: skip
         _launch(t, problem, tiles, linear.UPDATE_PHASES)
 
-    def launch_predict(
-        self,
-        h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        made: Prediction,
-    ) -> None:
+    def launch_predict(self, of: Predict) -> None:
         """Launch ``synthesizer_predict``."""
-        t = _synthesizer(h, made, synthesizer, labels, vectors)
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, False, precision=precision(), ignored=synthesizer.ignore_index
-        )
-        _launch_synthesizer("synthesizer_predict", t, problem)
+        _launch_synthesizer("synthesizer_predict", _synthesizer(of), _learning(of, False))
 
-    def launch_train(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-        to: SlotGradients | RuleTensors,
-    ) -> None:
+    def launch_train(self, of: Train) -> None:
         """Launch ``synthesizer_gradients`` or ``synthesizer_update_``."""
-        t = _synthesizer(h, prediction, synthesizer, labels, vectors)
-        t = t._replace(grad_h=grad_h, statistics=statistics)
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, True, target_scale, precision=precision(),
-            ignored=synthesizer.ignore_index,
-        )  # fmt: skip
+        t = _synthesizer(of.predicted)._replace(grad_h=of.grad_h, statistics=of.statistics)
+        problem, to = _learning(of.predicted, True, of.target_scale), of.to
         if isinstance(to, RuleTensors):
             moments = _moments(to, ("weight", "down", "context", "bias"))
             t = t._replace(hyper=to.hyper, **moments)
@@ -378,21 +333,16 @@ def _rule(rule: RuleTensors) -> dict[str, Tensor | None]:
     return {"hyper": rule.hyper, **_moments(rule, slots)}
 
 
-def _synthesizer(
-    h: Tensor,
-    prediction: Prediction,
-    synthesizer: SynthesizerTensors,
-    labels: Tensor | None,
-    vectors: Tensor | None,
-) -> synthesizer_kernels.Tensors:
+def _learning(of: Predict, trains: bool, scale: float = 1.0) -> synthesizer_kernels.Problem:
+    kind, ignored = of.synthesizer.kind, of.synthesizer.ignore_index
+    return synthesizer_kernels.Problem(kind, trains, scale, precision=precision(), ignored=ignored)
+
+
+def _synthesizer(of: Predict) -> synthesizer_kernels.Tensors:
+    slots, table = of.synthesizer.parameters(), of.synthesizer.table
+    scaled, reduced = of.made
     return synthesizer_kernels.Tensors(
-        h,
-        *synthesizer.parameters(),
-        synthesizer.table,
-        labels,
-        vectors,
-        scaled=prediction.scaled,
-        reduced=prediction.reduced,
+        of.h, *slots, table, of.labels, of.vectors, scaled=scaled, reduced=reduced
     )
 
 
