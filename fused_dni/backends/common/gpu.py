@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from fused_dni.ops.types import (
     RuleTensors,
     Saved,
     SlotGradients,
+    Step,
     SynthesizerTensors,
 )
 
@@ -88,6 +89,64 @@ class Train(NamedTuple):
     target_scale: float
     statistics: Tensor
     to: SlotGradients | RuleTensors
+
+
+class GpuStep:
+    """A decoupled step over tensors that stay where they are; keeps its workspace."""
+
+    #: Streams and shapes of batches whose workspace is kept: a whole one, the last one of an epoch,
+    #: and some more.
+    most = 4
+    # x, labels, vectors, target_scale; the results are filled
+    launch: Callable[[Tensor, Tensor | None, Tensor | None, float, Step], None]
+
+    def __init__(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> None:
+        require_masters(layer[:4], rule.stochastic)
+        self.layer, self.config, self.synthesizer = layer, config, synthesizer
+        self.max_norm = max_norm
+        self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
+        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
+        self.rooms: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        target_scale: float,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        x = rows(x)
+        labels, vectors = checked_context(self.synthesizer, context)
+        made = results.linear_step_(
+            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
+        )
+        self.launch(x, labels, vectors, target_scale, made)
+        increment_version(self.written)
+        return made
+
+    def room(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the workspace for a key, of which the last few are kept; of None, a call that a
+        graph captures, it is the graph's own, in its memory.
+
+        One is made and used on its stream alone: forgotten, it is free for that stream, behind
+        what still uses it.
+        """
+        if key is None:
+            return make()
+        room = self.rooms.get(key)
+        if room is None:
+            room = self.rooms[key] = make()
+            if len(self.rooms) > self.most:
+                del self.rooms[next(iter(self.rooms))]
+        return room
 
 
 class GpuBackend(Unbound):
@@ -196,6 +255,15 @@ class GpuBackend(Unbound):
         predicted = _predicted(h, prediction, synthesizer, context)
         self.launch_train(Train(predicted, grad_h.contiguous(), target_scale, statistics, rule))
         increment_version([statistics, *updated(parameters, rule)])
+
+    def elsewhere(self, x: Tensor, weight: Tensor, here: str, how: str) -> str | None:
+        """Say why tensors that lie elsewhere cannot be served; None if they lie ``here``, which is
+        the CPU because of ``how``."""
+        if x.device != weight.device:
+            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
+        if x.device.type == here:
+            return None
+        return f"serves tensors on {here}{how if here == 'cpu' else ''}, got x on {x.device}"
 
     @torch.no_grad()
     def lstm_backward(

@@ -19,19 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fused_dni.backends.common.gpu import (
     Backward,
     Forward,
+    GpuStep,
     Predict,
     Train,
     Update,
-    checked_context,
-    rows,
 )
-from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
-from fused_dni.backends.common.tensors import moved_statistics, updated
+from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.cuda.calls import (
     TYPES,
     capturing,
@@ -45,7 +42,6 @@ from fused_dni.backends.cuda.calls import (
     workspace,
 )
 from fused_dni.backends.cuda.lstm import CudaLSTM
-from fused_dni.ops import results
 from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
@@ -68,72 +64,29 @@ _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
 
 
-# Streams and shapes of batches whose workspace a bound step keeps: a whole one, the last one of an
-# epoch, and some more.
-_ROOMS = 4
+class _Step(GpuStep):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        device, config = self.layer.weight.device, _config(self.layer, self.config, True)
+        self.fixed = (config, _all(self.layer), _rule(self.rule), _synthesizer(self.synthesizer))
+        words(device).prepare()
 
-
-class _Step:
-    """A decoupled step over tensors that stay where they are; keeps its workspace."""
-
-    def __init__(
-        self,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        max_norm: float,
-        rule: RuleTensors,
+    def launch(
+        self, x: Tensor, labels: Tensor | None, vectors: Tensor | None, scale: float, made: Step
     ) -> None:
-        require_masters(layer[:4], rule.stochastic)
-        self.layer, self.synthesizer, self.max_norm = layer, synthesizer, max_norm
-        self.config = config
-        self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
-        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
-        self.fixed = (
-            _config(layer, config, True), _all(layer), _rule(rule), _synthesizer(synthesizer),
-        )  # fmt: skip
-        # The last few that came. One is made and used on its stream alone, to which it also goes
-        # back. A graph has its own, in its own memory.
-        self.rooms: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        words(layer.weight.device).prepare()
-
-    def __call__(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        target_scale: float,
-        need_dx: bool,
-        need_prediction: bool,
-    ) -> Step:
-        x = rows(x)
-        labels, vectors = checked_context(self.synthesizer, context)
-        made = results.linear_step_(
-            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
-        )
-        h, prediction, dx, saved = made
-
         def items(prediction: Prediction | None, saved: Saved | None) -> tuple[Any, ...]:
             scaled, reduced = _all(prediction or (None, None))
             return (
                 _sizes(x, self.layer.weight), *self.fixed, described(x), described(labels),
-                described(vectors), target_scale, self.max_norm, _INTERFACE[self.config.interface],
-                described(h), scaled, reduced, described(dx), *_all(saved or Saved()),
+                described(vectors), scale, self.max_norm, _INTERFACE[self.config.interface],
+                described(made.h), scaled, reduced, described(made.dx), *_all(saved or Saved()),
             )  # fmt: skip
 
         op = extension().linear_step
-        captured = capturing(x.device)
-        key = (current(x.device), x.shape[0], x.dtype)
-        room = None if captured else self.rooms.get(key)
-        if room is None:
-            # With room for what the caller does not want to have.
-            room = workspace(op, items(None, None), x)
-            if not captured:
-                self.rooms[key] = room
-            if len(self.rooms) > _ROOMS:
-                del self.rooms[next(iter(self.rooms))]
-        launch(op, items(prediction, saved), room)
-        increment_version(self.written)
-        return made
+        key = None if capturing(x.device) else (current(x.device), x.shape[0], x.dtype)
+        # With room for what the caller does not want to have.
+        room = self.room(key, lambda: workspace(op, items(None, None), x))
+        launch(op, items(made.prediction, made.saved), room)
 
 
 class CudaBackend(CudaLSTM):
@@ -170,11 +123,9 @@ class CudaBackend(CudaLSTM):
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
         """Say why these tensors cannot be served; None if they can."""
         here = "cpu" if self.emulated else "cuda"
-        if x.device != weight.device:
-            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
-        if x.device.type != here:
-            how = " while it is emulated (FUSED_DNI_CUDA_EMULATION)" if here == "cpu" else ""
-            return f"serves tensors on {here}{how}, got x on {x.device}"
+        how = " while it is emulated (FUSED_DNI_CUDA_EMULATION)"
+        if why := self.elsewhere(x, weight, here, how):
+            return why
         if x.device in self.unbuilt:
             return self.unbuilt[x.device]
         if weight.dtype != torch.float32 or not (
