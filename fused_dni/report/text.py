@@ -38,6 +38,11 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def rate(value: float) -> str:
+    """Write how many a second: ``12,345``, ``9.87``."""
+    return f"{value:,.0f}" if value >= 100 else significant(value)
+
+
 def ratio(found: Ratio, *, marked: bool = True, to: str = "") -> str:
     """Write a ratio of times: ``0.83``, ``~0.99``, ``0.83 (0.81 to 0.85)``.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import tuning
 from fused_dni.report.schema import Result
 
 
@@ -35,7 +36,8 @@ def blocks(report: Result) -> list[Block]:
     arms = report["arms"]
     said += [Heading("The arms"), Table(["arm", "what it is"], [[n, arms[n]] for n in arms])]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report)]
+        caption = "Error on the held-out part, %, one seed."
+        said += [Heading("Rates"), tuning(report["tuning"], caption, lags=True)]
     if any(run["cosines"] for run in report["runs"]):
         said += [Heading("Cosine of predictions with what came for them, by cut"), _cosines(report)]
     if not report["finished"]:
@@ -120,33 +122,6 @@ def sentence(report: Result) -> str:
     return (
         f"At a lag of {lag}, {ours} by the ranges of {text.count(len(mine), 'seed')}: "
         f"{said or 'alone'}."
-    )
-
-
-def _lag(lag: int | None) -> str:
-    return "any" if lag is None else str(lag)
-
-
-def _tuning(report: Result) -> Table:
-    rates = report.settings["rates"]
-    rows = {(t["name"], _lag(t["lag"]), t["rate"]): t for t in report["tuning"]}
-    lines = []
-    for name, lag in dict.fromkeys((name, lag) for name, lag, _ in rows):
-        cells = [rows.get((name, lag, rate)) for rate in rates]
-        lines.append(
-            [
-                name,
-                lag,
-                *(
-                    "-" if c is None else "diverged" if c["diverged"] else f"{100 * c['error']:.2f}"
-                    for c in cells
-                ),
-            ]
-        )
-    return Table(
-        ["arm", "lag", *(f"{rate:g}" for rate in rates)],
-        lines,
-        "Error on the held-out part, %, one seed.",
     )
 
 
