@@ -283,15 +283,20 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def learners(model: nn.Module) -> list[tuple[DecoupledModule, nn.Module]]:
+    """Return the decoupled modules that have a synthesizer, with it."""
+    modules = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+    return [(m, m.synthesizer) for m in modules if m.synthesizer is not None]
+
+
 def spread(module: nn.Module) -> None:
     """Give synthesizers, which start at zero, small numbers, so that what is timed is ordinary."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, DecoupledModule) and part.synthesizer is not None:
-                for p in part.synthesizer.parameters():
-                    noise = torch.randn(p.shape, generator=generator) * 0.01
-                    p.add_(noise.to(device=p.device, dtype=p.dtype))
+        for _, synthesizer in learners(module):
+            for p in synthesizer.parameters():
+                noise = torch.randn(p.shape, generator=generator) * 0.01
+                p.add_(noise.to(device=p.device, dtype=p.dtype))
 
 
 def linear_shapes(module: nn.Module, sample: Tensor) -> list[tuple[int, int, int]]:
