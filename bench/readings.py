@@ -472,6 +472,7 @@ def accuracy(reports: dict[str, Report]) -> Answer:
                 between = f"{mean:.2%} ({row['error_min']:.2%} to {row['error_max']:.2%})"
                 how = [settings["interface"], rank] if ours else ["-", "-"]
                 rows.append([row["name"], *how, between, text.seconds(row["seconds_per_step"])])
+    steps = settings["epochs"] * report["steps_per_epoch"]
     dearer = sum(mean > exact for mean in (*best.values(), *worst.values()))
     listed = ", ".join(f"{k} {best[k]:.2%} to {worst[k]:.2%}" for k in best)
     header = ["method", "interface", "synthesizer", "error, mean and range", "step"]
@@ -485,7 +486,7 @@ def accuracy(reports: dict[str, Report]) -> Answer:
         found[0],
         f"Accuracy: the paper's network ends on MNIST with **{exact:.2%}** error by backprop, with "
         + " and ".join(f"{best[k]:.2%} ({k})" for k in best)
-        + " by the best of the synthetic gradients, after the same number of steps",
+        + f" by the best of the synthetic gradients, after the same {steps:,} steps",
     )
 
 
@@ -498,6 +499,7 @@ def rivals(reports: dict[str, Report]) -> Answer:
     (report,) = reports.values()
     shown = [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
     errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
+    steps = {row["name"]: row["steps"] for row in report["arms"]}
     means = {name: statistics.fmean(found) for name, found in errors.items() if found}
     order = sorted(means, key=lambda name: means[name])
     listed = ", ".join(f"{name} {100 * means[name]:.2f} %" for name in order)
@@ -517,7 +519,8 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"Error at equal wall-clock, from the best: {listed}.",
         shown,
         figures[0] if figures else None,
-        f"At equal and short wall-clock on MNIST the best DNI ends with "
+        f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
+        f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
         f"simpler ways not to wait ({', '.join(theirs)}) {ahead} "
         f"end with less error than DNI and {beyond} with less than backprop",
