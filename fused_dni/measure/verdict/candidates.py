@@ -26,6 +26,8 @@ from fused_dni.rules import Rule
 #: Rate at which candidates are timed: they must stay where they are, and speed does not depend on
 #: it. Not zero, which a kernel could take as an excuse.
 TIMING_RATE = 1e-6
+#: What a user's modules and functions may raise when they are tried.
+RAISED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError)
 
 
 Loss = Callable[[Tensor], Tensor]
@@ -73,13 +75,9 @@ def pose(
     if not any(p.requires_grad for p in module.parameters()):
         raise VerdictError("the module has no trainable parameters")
     module = copy.deepcopy(module).train()
-    try:
-        with torch.no_grad():
-            output = copy.deepcopy(module)(sample)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise VerdictError(
-            f"the module does not take a sample of shape {list(sample.shape)}: {first_line(error)}"
-        ) from error
+    what = f"the module does not take a sample of shape {list(sample.shape)}"
+    with trying(VerdictError, what), torch.no_grad():
+        output = copy.deepcopy(module)(sample)
     if not isinstance(output, Tensor):
         hint = ""
         if isinstance(module, (nn.LSTM, Recurrent)):
@@ -316,6 +314,15 @@ def linear_shapes(module: nn.Module, sample: Tensor) -> list[tuple[int, int, int
     with torch.no_grad():
         module(sample)
     return found
+
+
+@contextmanager
+def trying(kind: type[Exception], what: str) -> Iterator[None]:
+    """Say ``what`` of a user's module or function does not run, and why, by an error of a kind."""
+    try:
+        yield
+    except RAISED as error:
+        raise kind(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
