@@ -44,6 +44,7 @@ KINDS: dict[str, Kind] = {
     "delay": Kind("delay"),
     "race": Kind("race"),
     "interfaces": Kind("interfaces"),
+    "literature": Kind("literature"),
     "simulation": Kind("simulation"),
     "profile": Kind("profile"),
     "comparison": Kind("comparison"),
