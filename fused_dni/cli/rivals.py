@@ -1,5 +1,5 @@
-"""``rivals``, ``interfaces``, ``delay`` and ``literature``: synthetic gradients beside what else there
-is, and beside what was published of them."""
+"""Synthetic gradients beside what else there is, and beside what was published: ``rivals``,
+``interfaces``, ``delay``, ``literature``."""
 
 from __future__ import annotations
 

@@ -100,10 +100,17 @@ class SyntheticInput(nn.Module):
         trains = self.training and torch.is_grad_enabled()
         if not trains or (layer is not None and layer.phase.probe is not None):
             return self.module(input, *inputs, **named)
-        run = untraced(self._stand) if torch.compiler.is_compiling() else self._stand
-        return self.module(run(input, source, layer), *inputs, **named)
+        run = untraced(self._train) if torch.compiler.is_compiling() else self._train
+        return run(input, source, layer, inputs, named)
 
-    def _stand(self, input: Tensor, source: Tensor | None, layer: DecoupledModule | None) -> Tensor:
+    def _train(
+        self,
+        input: Tensor,
+        source: Tensor | None,
+        layer: DecoupledModule | None,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Any:
         if not isinstance(source, Tensor):
             raise TypeError(
                 "source must be the tensor that the input is predicted from, in training, got "
@@ -127,4 +134,4 @@ class SyntheticInput(nn.Module):
         )
         if getattr(input, NO_TARGET, None) == input._version:  # nobody below is owed a gradient
             setattr(stand, NO_TARGET, stand._version)
-        return stand
+        return self.module(stand, *inputs, **named)
