@@ -167,8 +167,8 @@ class Schedule:
         ]
         if lessons > 1 and not any(m.synthesizer_update is not None for m in self._learners):
             raise ValueError(
-                f"lessons={lessons} needs a layer whose synthesizer has a rule (update=...) and is no "
-                "recurrent one: model has none, and an optimizer takes one step"
+                f"lessons={lessons} needs a layer whose synthesizer has a rule (update=...), and "
+                "is no recurrent one: model has none, and an optimizer takes one step"
             )
         self.warmup_steps = warmup_steps
         self.target_every = target_every

@@ -7,7 +7,7 @@ our layers. The linear maps have no bias: batch normalisation would subtract it 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def fused(
     rank: int | None = 16,
     context_features: int = 0,
     interface: str = "output",
-    synthesizer: str = "linear",
+    synthesizer: Callable[[int], nn.Module] | None = None,
     backend: str | None = None,
     seed: int = 0,
     loss: bool = False,
@@ -49,10 +49,10 @@ def fused(
     """Take a network to fused layers, which update themselves by ``update`` (None: an optimizer
     updates them).
 
-    With ``synthetic`` each hidden layer gets a ``synthesizer`` ("linear", of the given rank, None
-    for dense; "cross-entropy"), or those do whose numbers (from 0) are given; of the others, and of
-    the head in any case, the gradient is exact and applied in the backward. ``interface`` is where it is predicted: at the
-    "output" or at the "preactivation".
+    With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense),
+    or what ``synthesizer`` makes for its width, or those do whose numbers (from 0) are given; of
+    the others, and of the head in any case, the gradient is exact and applied in the backward.
+    ``interface`` is where it is predicted: at the "output" or at the "preactivation".
 
     With ``loss`` the head has the cross-entropy in it, and the network is called with the targets:
     ``network(x, target=y)``. Not where ``synthetic`` names layers.
@@ -73,9 +73,9 @@ def fused(
             if decoupled:
                 low = None if rank is None else min(rank, size)
                 made = (
-                    fd.CrossEntropySynthesizer(size, context_features)
-                    if synthesizer == "cross-entropy"
-                    else fd.LinearSynthesizer(size, low, context_features)
+                    fd.LinearSynthesizer(size, low, context_features)
+                    if synthesizer is None
+                    else synthesizer(size)
                 )
             layers.append(
                 fd.FusedDNILinear.from_linear(

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +161,11 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
         rank=settings.rank or None,
         context_features=dataset.classes if method == "cdni" else 0,
         interface=settings.interface,
-        synthesizer=settings.synthesizer,
+        synthesizer=(
+            partial(fd.CrossEntropySynthesizer, context_features=dataset.classes)
+            if settings.synthesizer == "cross-entropy"
+            else None
+        ),
         backend=settings.backend,
         seed=seed,
         loss=True,
