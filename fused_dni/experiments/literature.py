@@ -111,11 +111,12 @@ def _run(run: Run, settings: Settings, dataset: data.Dataset, say: Say) -> dict[
     elif run.name == "dni":  # dense: nothing but h to predict from
         trainer = build("dni k=1", settings=replace(training, warmup_steps=warmup, rank=0))
     else:
-        k, mix = 1, 0.0
-        if run.table == "depth" and run.name != "cdni":
-            k, mix = every(float(run.name.split()[1]), warmup, steps), settings.mix
+        k, recipe = 1, {}
+        if run.name.startswith("recipe"):
+            k = every(float(run.name.split()[1]), warmup, steps)
             counted = {"every": k, "exact": exact_steps(k, warmup, steps) / steps}
-        trainer = build(f"cdni k={k}", settings=replace(training, warmup_steps=warmup, mix=mix))
+            recipe = {part: getattr(settings, part) for part in ("synthesizer", "lessons", "mix")}
+        trainer = build(f"cdni k={k}", settings=replace(training, warmup_steps=warmup, **recipe))
         if run.name == "sparse":
             trainer = _Sparse(trainer, settings.probability)
         elif run.name == "unlocked":

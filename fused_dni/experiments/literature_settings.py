@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from fused_dni.experiments.settings import WARMUP, OnImages
+from fused_dni.experiments.settings import FORMS, WARMUP, OnImages
 from fused_dni.measure.options import RATE, SEED, above_zero, number, one_of, option, whole
 
 TABLES = ("depth", "sparse", "unlock", "clocks")
@@ -79,8 +79,10 @@ class Settings(OnImages):
         above_zero(1.0),
         "depth: the recipe's share of exact steps at most, warm-up among them",
     )
+    synthesizer: str = option("cross-entropy", one_of(FORMS), "the recipe's synthesizers")
+    lessons: int = option(1, whole(1), "the recipe's regression steps on an exact step")
     mix: float = option(
-        0.5, number(0.0, 1.0), "the recipe's weight of the true gradient on its exact steps"
+        1.0, number(0.0, 1.0), "the recipe's weight of the true gradient on its exact steps"
     )
     probability: float = option(
         0.2, above_zero(1.0), "sparse: with which a layer is updated in a step, and sends a target"
@@ -93,6 +95,9 @@ class Settings(OnImages):
     seeds: tuple[int, ...] = option((1, 2, 3), SEED, "one run of everything each")
     more_seeds: tuple[int, ...] = option(
         (4, 5), SEED, "depth: more of them, for backprop and the recipe alone", several="*"
+    )
+    held_out: bool = option(
+        False, help="evaluate on the last sixth of the training set, kept out of training"
     )
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "map": Kind("map"),
     "rivals": Kind("rivals"),
     "delay": Kind("delay"),
+    "recipes": Kind("recipes"),
     "race": Kind("race"),
     "interfaces": Kind("interfaces"),
     "literature": Kind("literature"),

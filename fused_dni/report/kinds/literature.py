@@ -133,9 +133,10 @@ def _named(report: Result, name: str) -> str:
     if not name.startswith("recipe"):
         return WHAT[name]
     run = next(run for run in report["runs"] if run["name"] == name)
+    lessons = f", {s['lessons']} lessons" if s["lessons"] > 1 else ""
     return (
-        f"cDNI, k = {run['every']}, mix {s['mix']:g}: {text.percent(run['exact'], '.1f')} of the "
-        "steps exact"
+        f"cDNI, {s['synthesizer']} synthesizers, k = {run['every']}, mix {s['mix']:g}{lessons}: "
+        f"{text.percent(run['exact'], '.1f')} of the steps exact"
     )
 
 
