@@ -18,11 +18,11 @@ CLOCKS = ("waits", "dni", "cdni", "alone")
 QUICK: dict[str, Any] = {
     "hidden": 32,
     "depths": (3, 4),
-    "epochs": 4,
+    "epochs": 2,
     "windows": (2,),
     "digits": 320,
-    "seeds": (1, 2),
-    "more_seeds": (),
+    "seeds": (1,),
+    "more_seeds": (2,),
 }
 
 
