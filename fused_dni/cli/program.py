@@ -27,7 +27,14 @@ from fused_dni.cli.race import Race
 from fused_dni.cli.report import Report
 from fused_dni.cli.rivals import Delay, Interfaces, Literature, Recipes, Rivals
 from fused_dni.cli.simulate import Simulate
-from fused_dni.cli.training import Demo, Train, TrainCharacters, TrainCopy, TrainRepeatCopy
+from fused_dni.cli.training import (
+    Demo,
+    Train,
+    TrainCharacters,
+    TrainCopy,
+    TrainRepeatCopy,
+    TrainRows,
+)
 from fused_dni.cli.tune import Tune
 from fused_dni.cli.verdict import Verdict, VerdictLSTM
 from fused_dni.cli.verdict_link import VerdictLink
@@ -62,7 +69,7 @@ class Env(Command):
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
-    *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainPipeline),
+    *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainRows, TrainPipeline),
     *(Tune, Map, Compare, Rivals, Interfaces, Delay, Recipes, Literature),
     *(Race, Simulate, Profile, Report, Env),
 )

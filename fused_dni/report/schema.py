@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "train charlm": Kind("recurrent"),
     "train copy": Kind("recurrent"),
     "train repeat-copy": Kind("recurrent"),
+    "train rows": Kind("recurrent"),
     "train pipeline": Kind("pipeline"),
     "advice": Kind("advice"),
     "map": Kind("map"),
