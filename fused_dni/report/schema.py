@@ -41,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "advice": Kind("advice"),
     "map": Kind("map"),
     "rivals": Kind("rivals"),
+    "rivals grid": Kind("rival_grid"),
     "delay": Kind("delay"),
     "race": Kind("race"),
     "interfaces": Kind("interfaces"),
