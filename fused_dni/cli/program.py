@@ -25,7 +25,7 @@ from fused_dni.cli.pipeline import TrainPipeline
 from fused_dni.cli.profile import Profile
 from fused_dni.cli.race import Race
 from fused_dni.cli.report import Report
-from fused_dni.cli.rivals import Delay, Interfaces, Literature, Recipes, Rivals
+from fused_dni.cli.rivals import Delay, Interfaces, Literature, Recipes, RivalGrid, Rivals
 from fused_dni.cli.simulate import Simulate
 from fused_dni.cli.training import (
     Demo,
@@ -70,7 +70,7 @@ class Env(Command):
 COMMANDS: tuple[type[Command], ...] = (
     *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
     *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainRows, TrainPipeline),
-    *(Tune, Map, Compare, Rivals, Interfaces, Delay, Recipes, Literature),
+    *(Tune, Map, Compare, Rivals, RivalGrid, Interfaces, Delay, Recipes, Literature),
     *(Race, Simulate, Profile, Report, Env),
 )
 #: Commands of two words.

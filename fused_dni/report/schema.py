@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "advice": Kind("advice"),
     "map": Kind("map"),
     "rivals": Kind("rivals"),
+    "rivals grid": Kind("rival_grid"),
     "delay": Kind("delay"),
     "recipes": Kind("recipes"),
     "race": Kind("race"),
