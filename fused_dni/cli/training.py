@@ -1,4 +1,4 @@
-"""``train``, ``train charlm``, ``train copy``, ``train repeat-copy`` and ``demo``."""
+"""``train``, ``train charlm``, ``copy``, ``repeat-copy``, ``rows`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fused_dni.measure.verdict import Verdict
     from fused_dni.report.blocks import Block
     from fused_dni.report.kinds.train import Outcome
+    from fused_dni.report.progress import Progress
     from fused_dni.report.schema import Result
 
 
@@ -166,6 +167,10 @@ class Demo(_OfThePaper):
         return 0
 
 
+#: Settings of ``train rows`` that other commands do not have.
+ROWS_ALONE = ("condition", "sg_lambda", "full", "held_out")
+
+
 @dataclass(kw_only=True)
 class _OnSequences(Checkpointed):
     """Train an LSTM in windows: what the recurrent commands share."""
@@ -182,8 +187,8 @@ class _OnSequences(Checkpointed):
         super().check()
         self.settings.of(self.subject, **self.given)
 
-    def text(self, validation: float) -> Characters | None:
-        """Read the text, if there is one to read; ``validation`` is a share of it."""
+    def source(self, settings: Recurrent, progress: Progress) -> Characters | Dataset | None:
+        """Read what the net is trained on, if there is anything to read, and say what it is."""
         return None
 
     def run(self, command: str) -> int:
@@ -194,16 +199,11 @@ class _OnSequences(Checkpointed):
 
         settings: Recurrent = self.settings.of(self.subject, **self.given)
         out = self.out or f"runs/{self.subject}"
-        source = self.text(settings.validation)
+        progress = self.progress()
+        source = self.source(settings, progress)
         for arm in settings.arms():  # what does not fit shows before anything runs
             recurrent.build(arm, settings.seeds[0], settings, source)
         self.refuse_folders(out)
-        progress = self.progress()
-        if source is not None:
-            progress.line(
-                f"{source.name}: {len(source.train)} characters to train on, "
-                f"{len(source.validation)} to validate on, {len(source.symbols)} symbols"
-            )
         outcome = recurrent.train(
             settings,
             source,
@@ -249,7 +249,7 @@ class TrainCharacters(_OnSequences):
     name = "train charlm"
     summary = "an LSTM on the characters of a text: truncated backprop and DNI"
     subject = "charlm"
-    without = ("task", "width", "threshold", "smoothing")
+    without = ("task", "width", "threshold", "smoothing", *ROWS_ALONE)
     renamed: ClassVar = {"amount": "characters"}
 
     data: str | None = option(
@@ -259,12 +259,17 @@ class TrainCharacters(_OnSequences):
         group="data",
     )
 
-    def text(self, validation: float) -> Characters | None:
+    def source(self, settings: Recurrent, progress: Progress) -> Characters:
         from fused_dni.experiments import characters
 
         if self.data is None:
             raise UsageError(f"charlm needs a text, --data PATH: {characters.HOW_TO_GET}")
-        return characters.load(self.data, validation)
+        text = characters.load(self.data, settings.validation)
+        progress.line(
+            f"{text.name}: {len(text.train)} characters to train on, "
+            f"{len(text.validation)} to validate on, {len(text.symbols)} symbols"
+        )
+        return text
 
 
 @dataclass(kw_only=True)
@@ -276,7 +281,15 @@ class TrainCopy(_OnSequences):
     name = "train copy"
     summary = "an LSTM on the copy task: truncated backprop and DNI"
     subject = "copy"
-    without = ("task", "validation", "update_every", "warmup", "embedding", "smoothing")
+    without = (
+        "task",
+        "validation",
+        "update_every",
+        "warmup",
+        "embedding",
+        "smoothing",
+        *ROWS_ALONE,
+    )
     renamed: ClassVar = {"amount": "steps"}
 
 
@@ -287,6 +300,32 @@ class TrainRepeatCopy(TrainCopy):
     name = "train repeat-copy"
     summary = "likewise, on repeat-copy"
     subject = "repeat-copy"
+
+
+@dataclass(kw_only=True)
+class TrainRows(_OnSequences):
+    """Train an LSTM that reads MNIST's images row by row, or pixel by pixel, with a loss at the end
+    alone, in windows of T steps: by truncated backprop, by DNI, by what needs no future, and by
+    full backprop, in turn and on the same data; and write a report: error against steps and
+    wall-clock, and how much DNI recovers of what truncation loses, at what memory."""
+
+    name = "train rows"
+    summary = "an LSTM on MNIST row by row: truncated backprop, DNI, full backprop"
+    subject = "rows"
+    without = (
+        *("task", "validation", "update_every", "warmup", "embedding"),
+        *("width", "threshold", "smoothing"),
+    )
+    renamed: ClassVar = {"amount": "steps"}
+
+    data: str | None = option(
+        None, FOLDER, "folder of the four MNIST files (fetched once without)", group="data"
+    )
+
+    def source(self, settings: Recurrent, progress: Progress) -> Dataset:
+        from fused_dni.experiments import data
+
+        return data.load("mnist", folder=self.data, held_out=settings.held_out)
 
 
 def _finish(asked: Measuring, out: str, report: Result, said: list[Block]) -> None:
