@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fused_dni.report.blocks import Table
+from fused_dni.report.blocks import Block, Table, Text
+
+
+def unfinished(report: Mapping[str, Any]) -> list[Block]:
+    """Say how far an experiment is that is not through."""
+    so_far = f"Unfinished: {len(report['runs'])} runs so far."
+    return [] if report["finished"] else [Text(so_far)]
 
 
 def tuning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 from fused_dni.report.timings import Ratio
@@ -68,6 +69,14 @@ def span(values: Iterable[float], form: str = ".2f", to: str = " to ") -> str:
     """Write the least and the most of some values: ``0.65 to 0.72``."""
     found = list(values)
     return f"{min(found):{form}}{to}{max(found):{form}}"
+
+
+def mean(values: Sequence[float]) -> str:
+    """Write a mean and, of several values, their range: ``2.31 (2.20-2.41)``; ``-`` for none."""
+    if not values:
+        return "-"
+    between = f" ({span(values, to='-')})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{between}"
 
 
 def count(number: int, what: str) -> str:

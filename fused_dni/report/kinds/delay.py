@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
-from fused_dni.report.outcome import tuning
+from fused_dni.report.outcome import tuning, unfinished
 from fused_dni.report.schema import Result
 
 
@@ -40,9 +40,7 @@ def blocks(report: Result) -> list[Block]:
         said += [Heading("Rates"), tuning(report["tuning"], caption, lags=True)]
     if any(run["cosines"] for run in report["runs"]):
         said += [Heading("Cosine of predictions with what came for them, by cut"), _cosines(report)]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+    return said + unfinished(report)
 
 
 def protocol(report: Result) -> str:
@@ -80,16 +78,12 @@ def errors(report: Result, name: str, lag: int | None) -> list[float]:
 
 
 def _cell(report: Result, name: str, lag: int) -> str:
-    found = errors(report, name, lag)
-    if not found:
-        return "-"
-    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
     diverged = sum(
         run["diverged"]
         for run in report["runs"]
         if run["name"] == name and run["lag"] in (lag, None)
     )
-    return f"{statistics.fmean(found):.2f}{between}" + f", {diverged} diverged" * bool(diverged)
+    return text.mean(errors(report, name, lag)) + f", {diverged} diverged" * bool(diverged)
 
 
 def table(report: Result) -> Table:
@@ -146,10 +140,5 @@ def _cosines(report: Result) -> Table:
 def _draw(report: Result, canvas: Any) -> None:
     axes = canvas.add_subplot()
     lags = sorted(report.settings["lags"])
-    methods = plots.Methods()
-    for name in report["arms"]:
-        colour, style = methods.style(name)
-        found = {lag: values for lag in lags if (values := errors(report, name, lag))}
-        if found:
-            plots.ranges(axes, found, name, colour, style)
+    plots.arms(axes, report["arms"], lags, functools.partial(errors, report))
     plots.finish(axes, "lag, steps", "error, %", log=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Heading, Table, Text
+from fused_dni.report.outcome import tuning, unfinished
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import Timing, ratio
 
@@ -214,10 +215,8 @@ def blocks(report: Result) -> list[Block]:
             _steps(report),
         ]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report)]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+        said += [Heading("Rates"), tuning(report["tuning"], _TRIED, " %")]
+    return said + unfinished(report)
 
 
 def _differences(
@@ -284,22 +283,7 @@ def _steps(report: Result) -> Table:
     return Table(["network", "arm", "step", "vs fastest backprop", "memory"], lines)
 
 
-def _tuning(report: Result) -> Table:
-    rates = report.settings["rates"]
-    rows = {(row["name"], row["rate"]): row for row in report["tuning"]}
-
-    def line(name: str) -> Iterator[str]:
-        for rate in rates:
-            row = rows.get((name, rate))
-            yield (
-                "-"
-                if row is None
-                else ("diverged" if row["diverged"] else text.percent(row["error"], ".2f"))
-            )
-
-    return Table(
-        ["arm", *(f"{rate:g}" for rate in rates)],
-        [[name, *line(name)] for name in dict.fromkeys(name for name, _ in rows)],
-        "Error on the held-out part, with the smallest network and budget; the least is taken in "
-        "all.",
-    )
+#: Under the table of rates.
+_TRIED = (
+    "Error on the held-out part, with the smallest network and budget; the least is taken in all."
+)
