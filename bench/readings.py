@@ -65,11 +65,6 @@ def faster(found: Sequence[Ratio]) -> int:
     return sum(one.verdict() == "faster" for one in found)
 
 
-def in_parts(times: list[float]) -> str:
-    """``0.56 (0.49 to 0.56)``: the median over seeds and the range."""
-    return f"{statistics.median(times):.2f} ({text.span(times)})"
-
-
 # --------------------------------------------------------------------------------------- answers
 
 
@@ -87,7 +82,7 @@ def tops(reports: dict[str, Report]) -> Answer:
         row, medians = [name], []
         for by_dni, kept in ((True, ours), (False, others)):
             found = races.soonest(report, by_dni)
-            row += ["none", "-"] if found is None else [found[0], in_parts(found[1])]
+            row += ["none", "-"] if found is None else [found[0], text.parts(found[1])]
             medians.append(float("inf") if found is None else statistics.median(found[1]))
             if found is not None:
                 kept.append(medians[-1])

@@ -79,6 +79,16 @@ def mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{between}"
 
 
+def parts(found: Sequence[float | None]) -> str:
+    """Write in what part of a time something was reached, by seed, None where it was not: median,
+    range, and how many seeds if not all."""
+    known = [part for part in found if part is not None]
+    if not known:
+        return "never"
+    said = f"{statistics.median(known):.2f} ({span(known)})"
+    return said if len(known) == len(found) else f"{said}, {len(known)} of {len(found)} seeds"
+
+
 def count(number: int, what: str) -> str:
     """Write a number of things: ``1 seed``, ``3 seeds``."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -249,11 +249,7 @@ def _parts(report: Result) -> Table:
         line = [str(cell), fastest(report, cell) or "-"]
         for name in others(report):
             found = parts(report, cell, name)
-            known = [part for part in found if part is not None]
-            shown = f"{statistics.median(known):.2f} ({text.span(known)})" if known else "never"
-            if known and len(known) < len(found):
-                shown += f", {len(known)} of {len(found)} seeds"
-            line.append(shown if found else "-")
+            line.append(text.parts(found) if found else "-")
         lines.append(line)
     return Table(
         ["network, budget", "fastest backprop", *others(report)],
