@@ -213,6 +213,7 @@ class Interfaces(OnImages):
 
 
 MODES = ("exact", "stale", "local", "decoupled")
+TARGETS = ("bootstrapped", "true")
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,9 @@ class Staged(OnImages):
     rank: int = option(16, whole(1), "of the synthesizers")
     target_every: int = option(
         1, whole(1), "a gradient comes back on every so many steps of the decoupled run"
+    )
+    targets: str = option(
+        TARGETS[0], one_of(TARGETS), "what a decoupled stage sends down, at once or later"
     )
     warmup_steps: int = option(
         44, whole(0), "on which its stages wait for the true gradient, at the start"
