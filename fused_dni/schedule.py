@@ -71,8 +71,8 @@ class Schedule:
             not matter): then k depends on the clock, and a run repeated need not have the same
             bits; with a number it has.
         lessons: regression steps that a synthesizer takes on what arrives in a step with a target,
-            each from its prediction as it is then: fewer targets, more lessons of each. One in
-            warm-up. Of layers whose synthesizer has a rule; recurrent ones take one.
+            warm-up included, each from its prediction as it is then: fewer targets, more lessons of
+            each. Of layers whose synthesizer has a rule; recurrent ones take one.
 
     ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
     explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
@@ -378,7 +378,7 @@ class Schedule:
             warmup=past < 0,
             target=target,
             mix=self.mix,
-            lessons=1 if past < 0 else self.lessons,
+            lessons=self.lessons,
             loss_scale=scale,
         )
 

@@ -127,9 +127,7 @@ class Training(OnImages):
     mix: float = option(
         0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
     )
-    lessons: int = option(
-        1, whole(1), "regression steps of a synthesizer on a step with targets, behind the warm-up"
-    )
+    lessons: int = option(1, whole(1), "regression steps of a synthesizer on a step with targets")
     synthesizer: str = option(
         "linear", one_of(FORMS), "cross-entropy: of the form that a classifier's gradient has"
     )
