@@ -118,7 +118,7 @@ class Training(OnImages):
     update: str = option("adam", UPDATE, "update rule of the network")
     lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
     weight_decay: float = option(0.0, RATE, "of the network")
-    sg_lr: float = option(1.5e-3, RATE, "the synthesizers' rate, likewise")
+    sg_lr: float = option(1e-3, RATE, "the synthesizers' rate, likewise")
     warmup_steps: int = option(
         234,
         whole(0),
