@@ -97,7 +97,7 @@ def recipe(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or two that change the same part.
     """
-    made, by = dict(PLAIN), {}
+    made, by = dict(PLAIN), dict[str, str]()
     for each in name.split("+"):
         if each not in RECIPES:
             raise ValueError(text.unknown("recipe", each, RECIPES) + ", and several joined by +")
