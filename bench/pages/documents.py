@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, training, verdict
+from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, recipes, training, verdict
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -58,6 +58,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "gpu-details": ("*-gpu", each(gpu.render_gpu_details, NO_GPU)),
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
+    "recipes": ("*-recipes*", recipes.render_recipes),
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
     "simulated": ("*-simulated", each(pipelines.render_simulated)),

@@ -117,9 +117,10 @@ def sentence(report: Result) -> str:
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:
-            apart = against(report, best, base, k)
             said += f"; {base} {statistics.fmean(found):.2f} %"
-            said += f", the range {apart} it" if apart else ", ranges overlap"
+            if len(found) > 1:
+                apart = against(report, best, base, k)
+                said += ", ranges apart" if apart else ", ranges overlap"
     return f"{said}."
 
 
