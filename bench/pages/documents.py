@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, training, verdict
+from pages import cpu, delay, estimates, gpu, literature, lstm, pipelines, races, training, verdict
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -55,6 +55,10 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
     "simulated": ("*-simulated", each(pipelines.render_simulated)),
+    **{
+        f"literature-{name}": ("*-literature*", literature.renderer(name))
+        for name in ("depth", "sparse", "unlock", "clocks")
+    },
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
