@@ -6,7 +6,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, literature, lstm, pipelines, races, training, verdict
+from pages import (
+    cpu,
+    delay,
+    estimates,
+    gpu,
+    lengths,
+    literature,
+    lstm,
+    pipelines,
+    races,
+    training,
+    verdict,
+)
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -63,6 +75,7 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
     "copy": ("*-copy", each(training.render_recurrent)),
+    "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
