@@ -132,7 +132,7 @@ def _named(report: Result, name: str) -> str:
         return f"each layer in {text.percent(s['probability'])} of the steps, at random"
     if not name.startswith("recipe"):
         return WHAT[name]
-    run = next(run for run in report["runs"] if run["name"] == name)
+    run = [run for run in report["runs"] if run["name"] == name][0]  # noqa: RUF015
     lessons = f", {s['lessons']} lessons" if s["lessons"] > 1 else ""
     return (
         f"cDNI, {s['synthesizer']} synthesizers, k = {run['every']}, mix {s['mix']:g}{lessons}: "
