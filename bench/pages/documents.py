@@ -6,7 +6,20 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, recipes, training, verdict
+from pages import (
+    cpu,
+    delay,
+    estimates,
+    gpu,
+    lengths,
+    literature,
+    lstm,
+    pipelines,
+    races,
+    recipes,
+    training,
+    verdict,
+)
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -62,10 +75,15 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
     "simulated": ("*-simulated", each(pipelines.render_simulated)),
+    **{
+        f"literature-{name}": ("*-literature*", literature.renderer(name))
+        for name in ("depth", "sparse", "unlock", "clocks")
+    },
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
     "copy": ("*-copy", each(training.render_recurrent)),
+    "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),

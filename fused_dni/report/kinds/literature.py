@@ -31,7 +31,8 @@ WHAT = {
     "none": "no backprop: the head alone learns",
     "backprop": "backprop",
     "dni": "DNI, unconditional (dense), targets on every step",
-    "cdni": "cDNI, targets on every step",
+    "cdni": "cDNI, linear, targets on every step",
+    "cdni-cross-entropy": "cDNI, cross-entropy form, targets on every step",
     "full": "every layer in every step",
     "locked forward": "synthetic gradients, true inputs",
     "unlocked": "synthetic gradients and inputs",
@@ -72,7 +73,7 @@ def sentence(report: Result) -> str:
     """By how much arms differ from what they are held against, paired by seed."""
     parts = []
     for table, base, names in (
-        ("depth", "backprop", ["cdni", *_recipes(report)]),
+        ("depth", "backprop", ["cdni", "cdni-cross-entropy", *_recipes(report)]),
         ("sparse", "full", ["sparse"]),
         ("unlock", "locked forward", ["unlocked"]),
     ):
@@ -131,10 +132,10 @@ def _named(report: Result, name: str) -> str:
         return f"each layer in {text.percent(s['probability'])} of the steps, at random"
     if not name.startswith("recipe"):
         return WHAT[name]
-    run = next(run for run in report["runs"] if run["name"] == name)
+    run = [run for run in report["runs"] if run["name"] == name][0]  # noqa: RUF015
     lessons = f", {s['lessons']} lessons" if s["lessons"] > 1 else ""
     return (
-        f"cDNI, {s['synthesizer']} synthesizers, k = {run['every']}, mix {s['mix']:g}{lessons}: "
+        f"cDNI, {s['synthesizer']} form, k = {run['every']}, mix {s['mix']:g}{lessons}: "
         f"{text.percent(run['exact'], '.1f')} of the steps exact"
     )
 
