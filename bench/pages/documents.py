@@ -60,6 +60,8 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "races": ("verdict/*-race-*", races.render_races),
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-future": ("*-copy", each(training.render_future)),
+    "rows": ("*-rows", each(training.render_recurrent)),
+    "ablation": ("*-ablation", each(training.render_recurrent)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }

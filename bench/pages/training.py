@@ -47,7 +47,7 @@ def render_training(report: dict[str, Any]) -> str:
 
 
 def render_recurrent(report: dict[str, Any]) -> str:
-    """Say what one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    """Say what one recurrent run of ``fused-dni train`` came to."""
     outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
     said = (
