@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fused_dni.cli.arguments import set_threads
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.experiment import Checkpointed, OnImages
 from fused_dni.cli.output import say
@@ -37,12 +36,10 @@ class _OfThePaper(OnImages, Checkpointed):
     def train(self, split_seconds: float | None) -> tuple[Outcome, Training, Dataset]:
         """Train, after a look at all that may be wrong, and measure the parts of a step."""
         from fused_dni.experiments import train
-        from fused_dni.report.progress import Progress
 
         settings: Training = self.chosen()
         self.refuse_folders(self.folder)
-        set_threads(self.threads)
-        progress = Progress(enabled=not self.quiet)
+        progress = self.progress()
         dataset = self.load(progress, held_out=settings.held_out)
         progress.line(
             f"{dataset.name}: {len(dataset.train.labels)} images to train on, "
@@ -54,11 +51,10 @@ class _OfThePaper(OnImages, Checkpointed):
             checkpoint=self.checkpoint,
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
-            progress=Progress(enabled=not self.quiet),
+            progress=self.progress(),
         )
         if split_seconds is not None:
-            progress = Progress(enabled=not self.quiet)
-            with progress:
+            with self.progress() as progress:
                 outcome.split = train.split_time(
                     settings,
                     dataset,
@@ -138,14 +134,12 @@ class Demo(_OfThePaper):
         from fused_dni.experiments import data, nets, perceptual
         from fused_dni.measure.race import race
         from fused_dni.measure.verdict import verdict
-        from fused_dni.report.progress import Progress
 
         outcome, settings, dataset = self.train(3.0)
         rows = data.permutation(len(dataset.train.labels), 0, 0)[: settings.batch_size]
         images, labels = data.pick(dataset.train, rows)
         network = nets.plain(dataset.features, settings.hidden, settings.depth, dataset.classes)
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = verdict(
                 network,
                 images,
@@ -166,7 +160,7 @@ class Demo(_OfThePaper):
             perceptual.arms(perceptual.Images(dataset)),
             seconds=self.race,
             seeds=settings.seeds[:2],
-            progress=Progress(enabled=not self.quiet),
+            progress=self.progress(),
             command=command,
         )
         self.finish(outcome, command, found, raced)
@@ -202,16 +196,14 @@ class _OnSequences(Checkpointed):
         from fused_dni.measure import memory
         from fused_dni.report.blocks import Text
         from fused_dni.report.kinds import recurrent as kind
-        from fused_dni.report.progress import Progress
 
         settings: Recurrent = self.settings.of(self.subject, **self.given)
         out = self.out or f"runs/{self.subject}"
-        progress = Progress(enabled=not self.quiet)
+        progress = self.progress()
         source = self.source(settings, progress)
         for arm in settings.arms():  # what does not fit shows before anything runs
             recurrent.build(arm, settings.seeds[0], settings, source)
         self.refuse_folders(out)
-        set_threads(self.threads)
         outcome = recurrent.train(
             settings,
             source,
@@ -220,8 +212,7 @@ class _OnSequences(Checkpointed):
             checkpoint_every=self.checkpoint_every,
             progress=progress,
         )
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             outcome.costs = recurrent.costs(
                 settings,
                 source,
