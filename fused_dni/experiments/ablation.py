@@ -72,5 +72,6 @@ class Altered(nn.Module):
 
 def _sized(direction: Tensor, like: Tensor) -> Tensor:
     """Give each row of ``direction`` the norm of that of ``like``; rows of zeros stay."""
-    size = direction.norm(dim=1, keepdim=True)
-    return direction * (like.norm(dim=1, keepdim=True) / size.masked_fill(size == 0, 1.0))
+    size: Tensor = direction.norm(dim=1, keepdim=True)
+    wanted: Tensor = like.norm(dim=1, keepdim=True)
+    return direction * (wanted / size.masked_fill(size == 0, 1.0))

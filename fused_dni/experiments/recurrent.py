@@ -203,7 +203,8 @@ class CopyTrainer(Trainer):
         cuts = [0, *range(first, length, self.arm.window), length]
         total = torch.zeros(())
         state: State | None = None
-        told, truth = self.synthesizer(self.arm.window), []
+        told = self.synthesizer(self.arm.window)
+        truth: list[State] = []
         if isinstance(told, Altered) and told.change == "true":
             losses = self.losses(episodes)
             _, _, truth = future.full_backprop(self.model.twin(), inputs, losses, cuts)
