@@ -67,7 +67,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-future": ("*-copy", each(training.render_future)),
     "rows": ("*-rows", each(training.render_recurrent)),
-    "ablation": ("*-ablation", each(training.render_recurrent)),
+    "ablation": ("*-ablation", each(training.render_ablation)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }
