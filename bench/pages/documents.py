@@ -85,6 +85,8 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
+    "rows": ("*-rows", each(training.render_recurrent)),
+    "ablation": ("*-ablation", each(training.render_ablation)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }

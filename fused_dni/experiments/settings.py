@@ -261,6 +261,7 @@ SYNTHESIZERS = ("default", "linear", "mlp")
 LSTM_METHODS = ("backprop", "fused", "dni", "dni+aux")
 ROWS_METHODS = ("dni+lambda", "local", "immediate", "immediate+local")
 CONDITIONS = ("none", "label", "step", "both")
+ABLATIONS = ("zero", "negated", "shuffled", "mean", "noise", "true")
 _COPY: dict[str, Any] = {
     "windows": (4,),
     "long": (),
@@ -282,10 +283,10 @@ _ROWS: dict[str, Any] = {
     "methods": ("fused", "dni"),
     "windows": (1, 4, 7, 14),
     "long": (28,),
-    "hidden": 128,
+    "hidden": 64,
     "batch_size": 128,
     "lr": 2e-3,
-    "sg_lr": 1e-3,
+    "sg_lr": 3e-4,
     "sg_scale": 1.0,
     "synthesizer": "linear",
     "condition": "both",
@@ -339,6 +340,13 @@ class Recurrent(Settings):
         (40,), whole(1), "windows of truncated backprop alone", several="*"
     )
     seeds: tuple[int, ...] = option((0,), SEED, "one run of every arm each")
+    ablate: tuple[str, ...] = option(
+        (),
+        one_of(ABLATIONS),
+        "further arms of dni in which something else is injected: zero, negated, shuffled (over "
+        "rows), mean (of rows), noise, true (the true gradient), the last two of its norm",
+        several="*",
+    )
     hidden: int = option(256, whole(1), "units of the LSTM", group="training")
     layers: int = option(1, whole(1), "of the LSTM")
     batch_size: int = option(32, whole(1), "streams, episodes or images")
@@ -405,6 +413,8 @@ class Recurrent(Settings):
         super().__post_init__()
         if self.warmup and self.task != "charlm":
             raise ValueError(f"warmup must be 0 for {self.task}, got {self.warmup}")
+        if self.ablate and self.task not in ("copy", "repeat-copy"):
+            raise ValueError(f"ablate is for the copy tasks, not for {self.task}")
         if self.task != "rows":
             for method in self.methods:
                 if method in ROWS_METHODS:
@@ -423,6 +433,7 @@ class Recurrent(Settings):
             for window in self.windows
             for method in self.methods
         ]
+        made += [Arm(f"dni/{change}", w) for w in self.windows for change in self.ablate]
         exact = [m for m in self.methods if m in ("backprop", "fused")] or ["fused"]
         made += [Arm(method, window) for window in self.long for method in exact]
         return list(dict.fromkeys(made))
