@@ -31,6 +31,7 @@ from fused_dni.rules import SGD, Adam, AdamW
 from fused_dni.schedule import Schedule
 from fused_dni.synthesizers import (
     ConvSynthesizer,
+    CrossEntropySynthesizer,
     DiagonalSynthesizer,
     DifferenceSynthesizer,
     LinearSynthesizer,
@@ -57,6 +58,7 @@ __all__ = [
     "AdamW",
     "Advice",
     "ConvSynthesizer",
+    "CrossEntropySynthesizer",
     "Decoupled",
     "DecoupledSequential",
     "DiagonalSynthesizer",

@@ -24,7 +24,7 @@ from fused_dni.cli.pipeline import TrainPipeline
 from fused_dni.cli.profile import Profile
 from fused_dni.cli.race import Race
 from fused_dni.cli.report import Report
-from fused_dni.cli.rivals import Delay, Interfaces, RivalGrid, Rivals
+from fused_dni.cli.rivals import Delay, Interfaces, Recipes, RivalGrid, Rivals
 from fused_dni.cli.simulate import Simulate
 from fused_dni.cli.training import Demo, Train, TrainCharacters, TrainCopy, TrainRepeatCopy
 from fused_dni.cli.tune import Tune
@@ -62,20 +62,8 @@ class Env(Command):
 COMMANDS: tuple[type[Command], ...] = (
     *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
     *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainPipeline),
-    *(
-        Tune,
-        Map,
-        Compare,
-        Rivals,
-        RivalGrid,
-        Interfaces,
-        Delay,
-        Race,
-        Simulate,
-        Profile,
-        Report,
-        Env,
-    ),
+    *(Tune, Map, Compare, Rivals, RivalGrid, Interfaces, Delay, Recipes, Race, Simulate),
+    *(Profile, Report, Env),
 )
 #: Commands of two words.
 TWO_WORDS = tuple(made.name for made in COMMANDS if " " in made.name)

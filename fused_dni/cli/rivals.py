@@ -1,5 +1,5 @@
-"""``rivals``, ``rivals grid``, ``interfaces``, ``delay``: synthetic gradients and what else there
-is."""
+"""``rivals``, ``rivals grid``, ``interfaces``, ``delay``, ``recipes``: synthetic gradients beside
+what else there is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fused_dni.cli.arguments import device_named
 from fused_dni.cli.command import UsageError
 from fused_dni.cli.experiment import OnImages, Resumable
-from fused_dni.experiments import delay_settings, rival_arms
+from fused_dni.experiments import delay_settings, recipe_settings, rival_arms
 from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
 
@@ -136,3 +136,33 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
         from fused_dni.experiments import delay
 
         return partial(delay.compare, self.chosen(), self.load(progress))
+
+
+@dataclass(kw_only=True)
+class Recipes(OnImages, Resumable):
+    """Train a network by recipes of synthetic gradients, which differ in how synthesizers are
+    taught and used, with a target on every k-th step; beside backprop and a gradient that is held
+    for k steps, at equal steps. Nothing is timed."""
+
+    name = kind = "recipes"
+    summary = "which recipe of synthetic gradients costs the least accuracy, by k"
+    settings = recipe_settings.Settings
+    epilog = """examples:
+  {program} recipes --quick
+  {program} recipes --data DIR --recipes cross-entropy+exact half+lessons --target-every 8 16
+  {program} recipes --data DIR --held-out --recipes exact exact+faster exact+slower
+
+Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
+
+    quick: bool = option(False, help="a look, in seconds")
+    out: str | None = option("recipes.json", FILE, "the report", group="output")
+
+    def chosen(self, **more: Any) -> Any:
+        return super().chosen(quick=self.quick, **more)
+
+    def begin(self, progress: Progress) -> Callable[..., Result]:
+        from fused_dni.experiments import recipes
+
+        settings = self.chosen()
+        dataset = self.load(progress, held_out=settings.held_out)
+        return partial(recipes.compare, settings, dataset)

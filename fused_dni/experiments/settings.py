@@ -89,6 +89,8 @@ def rule_of(update: str, lr: float, weight_decay: float | None = None) -> Rule:
 
 
 METHODS = ("backprop", "compiled", "fused", "cdni", "dni")
+#: Of synthesizers: ``fd.LinearSynthesizer`` and ``fd.CrossEntropySynthesizer``.
+FORMS = ("linear", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,13 @@ class Training(OnImages):
     mix: float = option(
         0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
     )
-    rank: int = option(16, whole(0), "of the synthesizers; 0: dense")
+    lessons: int = option(
+        1, whole(1), "regression steps of a synthesizer on a step with targets, behind the warm-up"
+    )
+    synthesizer: str = option(
+        "linear", one_of(FORMS), "cross-entropy: of the form that a classifier's gradient has"
+    )
+    rank: int = option(16, whole(0), "of linear synthesizers; 0: dense")
     interface: str = option(
         "output",
         one_of(INTERFACES),
@@ -137,6 +145,13 @@ class Training(OnImages):
         False, help="evaluate on the last sixth of the training set, kept out of training"
     )
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.synthesizer == "cross-entropy" and "dni" in self.methods:
+            raise ValueError(
+                "synthesizer='cross-entropy' is told the label: leave the method 'dni' out"
+            )
 
     def rule(self, lr: float, weight_decay: float = 0.0) -> Rule:
         """Make the update rule at a rate."""

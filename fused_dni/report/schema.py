@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "rivals": Kind("rivals"),
     "rivals grid": Kind("rival_grid"),
     "delay": Kind("delay"),
+    "recipes": Kind("recipes"),
     "race": Kind("race"),
     "interfaces": Kind("interfaces"),
     "simulation": Kind("simulation"),

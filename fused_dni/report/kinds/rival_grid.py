@@ -191,7 +191,8 @@ def blocks(report: Result) -> list[Block]:
             f"cosine to zero over each run; budget 1x: {s['steps']} steps, an arm that repeats a "
             "gradient so many batches. Of the arms by backprop one is trained "
             f"({report['trained']}), and its errors count at the time of the fastest. cDNI: mix "
-            f"{s['mix']:g}, synthesizers of rank {s['rank']} at {s['share']:.2g} of the rate, "
+            f"{s['mix']:g}, synthesizers at {s['share']:.2g} of the rate, linear ones of rank "
+            f"{s['rank']}, {text.count(s['lessons'], 'lesson')} a target, "
             f"{text.percent(s['warmup'])} of the steps for warm-up. "
             f"{text.count(len(s['seeds']), 'seed')}, paired: the same weights and batches."
         ),
