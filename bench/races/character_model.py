@@ -31,7 +31,7 @@ WIDTH, HIDDEN, DEPTH = 128, 1024, 3
 #: Rate of the layers above, of synthesizer and local classifier, and of the table a multiple of the
 #: second.
 RATE, TABLE_RATE = 1e-3, 2e-3
-MULTIPLES = (1, 3, 10)
+MULTIPLES = (1, 3, 10, 30)
 #: Places of the text at which the error is measured.
 APART = 10_000
 
