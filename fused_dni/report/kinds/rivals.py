@@ -29,9 +29,9 @@ def blocks(report: Result) -> list[Block]:
             f"Linear, BatchNorm, ReLU; batch {settings['batch_size']}, {settings['update']}, each "
             f"arm at its own rate with cosine to zero, synthesizers of "
             f"{f'rank {rank}' if rank else 'full rank'} with {text.percent(settings['warmup'])} of "
-            f"the steps for warm-up{_recipe(settings)}. Every run has as many steps as fit into the same wall-clock "
-            "at the time a step that was measured for all arms together; 'took' is what they "
-            "really took. Errors are on the test set at the end of a run."
+            f"the steps for warm-up{_recipe(settings)}. Every run has as many steps as fit into "
+            "the same wall-clock at the time a step that was measured for all arms together; "
+            "'took' is what they really took. Errors are on the test set at the end of a run."
         ),
         _table(report),
     ]
