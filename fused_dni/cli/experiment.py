@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fused_dni.cli.arguments import refuse_unwritable, set_threads
+from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
 from fused_dni.measure.options import FOLDER, option, whole
@@ -103,19 +103,16 @@ class Resumable(Measuring):
 
     def run(self, command: str) -> int:
         from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out, needed=True)
-        set_threads(self.threads)
         previous = unfinished(str(self.out), self.kind) if self.resume else None
-        measure = self.begin(Progress(enabled=not self.quiet))
+        measure = self.begin(self.progress())
         with resumable(out):
             report = measure(
                 previous=previous,
                 keep=lambda report: out.write(as_json(report)),
-                progress=Progress(enabled=not self.quiet),
+                progress=self.progress(),
                 command=command,
             )
-        say_report(report, self.json)
-        out.finish()
+        say_report(report, self.json, out)
         return 0

@@ -1,5 +1,5 @@
-"""``rivals``, ``rivals grid``, ``interfaces``, ``delay``, ``recipes``: synthetic gradients beside
-what else there is."""
+"""Synthetic gradients beside what else there is, and beside what was published: ``rivals``,
+``rivals grid``, ``interfaces``, ``delay``, ``recipes``, ``literature``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fused_dni.cli.arguments import device_named
 from fused_dni.cli.command import UsageError
 from fused_dni.cli.experiment import OnImages, Resumable
-from fused_dni.experiments import delay_settings, recipe_settings, rival_arms
+from fused_dni.experiments import delay_settings, literature_settings, recipe_settings, rival_arms
 from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
 
@@ -166,3 +166,34 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
         settings = self.chosen()
         dataset = self.load(progress, held_out=settings.held_out)
         return partial(recipes.compare, settings, dataset)
+
+
+@dataclass(kw_only=True)
+class Literature(OnImages, Resumable):
+    """Train the networks behind the tables of Jaderberg et al. 2016: backprop, DNI and cDNI by
+    depth, and cDNI with few exact steps; layers that are updated at random; synthetic inputs too;
+    two networks at two clocks. The report has the published figures beside ours. Nothing is
+    timed."""
+
+    name = kind = "literature"
+    summary = "the tables of the paper, reproduced beside the published figures"
+    settings = literature_settings.Settings
+    epilog = """examples:
+  {program} literature --quick
+  {program} literature --data DIR
+  {program} literature --data DIR --tables depth --depths 3 6 --exact 0.25
+
+Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
+
+    quick: bool = option(False, help="a look, in seconds")
+    out: str | None = option("literature.json", FILE, "the report", group="output")
+
+    def chosen(self, **more: Any) -> Any:
+        return super().chosen(quick=self.quick, **more)
+
+    def begin(self, progress: Progress) -> Callable[..., Result]:
+        from fused_dni.experiments import literature
+
+        settings = self.chosen()
+        dataset = self.load(progress, held_out=settings.held_out)
+        return partial(literature.reproduce, settings, dataset)

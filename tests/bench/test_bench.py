@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import groups
 import instructions
 import measuring
 import stored
+from fused_dni.backends import _cpu
 from fused_dni.ops import measured, registry
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import Ratio, Timing
@@ -909,3 +912,35 @@ def test_the_table_of_delays_joins_reports_and_says_what_is_missing():
     assert "| stale | 8.00 (7.00–9.00) |" in found
     assert "By `delay 2`, `delay 2`." in found and "By `delay 8`." in found
     assert documents.RENDERERS["delay"][1]([]) == "Not measured yet."
+
+
+def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
+    """PyTorch reads its environment when it loads, so the command is started anew for that; what
+    is measured lies apart from the native figures."""
+    widest = _cpu.isas()[-1]
+    if "avx2" not in _cpu.isas():
+        pytest.skip("no kernels for AVX2")
+    started = []
+    for name in groups.AVX2:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "execve", lambda *command: started.append(command))
+    monkeypatch.setattr(_cpu, "set_isa", lambda name: None)
+    groups.keep_to_avx2()
+    ((program, arguments, environment),) = started
+    assert (program, arguments) == (sys.executable, [sys.executable, *sys.argv])
+    assert environment == os.environ | groups.AVX2
+    for name, value in groups.AVX2.items():
+        monkeypatch.setenv(name, value)
+    groups.keep_to_avx2()
+    assert len(started) == 1
+    monkeypatch.undo()
+    try:
+        _cpu.set_isa("portable")
+        facts = groups.device_facts()
+        assert facts["isa"] == f"{widest}, kept to portable"
+        assert stored.result_path(facts, "step").name.endswith(
+            f"{widest}-kept-to-portable-cpu.json"
+        )
+    finally:
+        _cpu.set_isa(widest)
+    assert groups.device_facts()["isa"] == widest
