@@ -16,6 +16,7 @@ from fused_dni.report import Block, Figure, Heading, Result, Table, Text, blocks
 from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.kinds import interfaces as interfaces_report
 from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.kinds import rival_grid as grid_report
 from fused_dni.report.kinds import rivals as rivals_report
 from fused_dni.report.kinds import verdict as verdict_report
 from fused_dni.report.timings import Ratio
@@ -519,6 +520,29 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
         f"simpler ways not to wait ({', '.join(theirs)}) {ahead} "
         f"end with less error than DNI and {beyond} with less than backprop",
+    )
+
+
+def grid(reports: dict[str, Report]) -> Answer:
+    """Tell of the rivals in other networks, for longer, and on another task."""
+    sentences, blocks, numbers, won, places = [], [], [], 0, 0
+    for report in reports.values():
+        ours = [name for name in grid_report.others(report) if name.startswith("cdni")]
+        counts = {name: grid_report.ahead(report, name, grid_report.by_time) for name in ours}
+        less, of = max(less for less, _, _ in counts.values()), len(grid_report.cells(report))
+        won, places = won + less, places + of
+        said = ", ".join(
+            f"{name} {n} and more in {m} of {all_}" for name, (n, m, all_) in counts.items()
+        )
+        sentences.append(f"On {report['dataset']} in as much time less error in: {said}")
+        numbers.append(f"less error in as much time in {less} of {of} ({report['dataset']})")
+        blocks += [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
+    return Answer(
+        often(places - won, places),
+        "; ".join(numbers),
+        "Networks and budgets in which synthetic gradients are apart from the fastest backprop, by "
+        "the 95 % interval of paired seeds. " + ". ".join(sentences) + ".",
+        blocks,
     )
 
 

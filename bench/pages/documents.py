@@ -82,6 +82,8 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
+    "race-hidden": ("verdict/*-race-hidden", each(races.render_race)),
+    "rivals-grid": ("verdict/*-rivals-grid-*", each(races.render_grid)),
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),

@@ -154,26 +154,35 @@ def _apart(values: Sequence[float]) -> int:
     return (low > 0.0) - (high < 0.0)
 
 
-def _counts(report: Result, name: str, found: Callable[..., list[float]]) -> str:
+def ahead(
+    report: Result, name: str, found: Callable[[Result, Cell, str], list[float]]
+) -> tuple[int, int, int]:
+    """Count where an arm has less error than backprop, where more, and of how many."""
     places = [_apart(values) for cell in cells(report) if (values := found(report, cell, name))]
-    less, more = places.count(-1), places.count(1)
-    return f"{less} with less error, {more} with more, of {len(places)}"
+    return places.count(-1), places.count(1), len(places)
+
+
+def sooner(report: Result, name: str) -> list[float]:
+    """List the parts of backprop's time (the longest of all seeds) of networks and budgets in which
+    an arm is there sooner with every seed."""
+    return [part for cell in cells(report) if (part := _won(parts(report, cell, name)))]
 
 
 def sentence(report: Result) -> str:
     """Count, by arm, where it is ahead of backprop."""
     said = []
     for name in others(report):
-        line = f"{name} after as many batches {_counts(report, name, by_batches)}"
+        less, more, of = ahead(report, name, by_batches)
+        line = f"{name} {less}/{more} of {of} after as many batches"
         if report["networks"]:
-            line += f", in as much time {_counts(report, name, by_time)}"
-            won = [part for cell in cells(report) if (part := _won(parts(report, cell, name)))]
-            line += f"; sooner with every seed at what backprop ends with in {len(won)}"
-            line += f" (in {min(won):.2f} of its time at best)" if won else ""
+            less, more, of = ahead(report, name, by_time)
+            line += f", {less}/{more} of {of} in as much time"
+            line += f", sooner in {len(sooner(report, name))}"
         said.append(line)
     return (
-        "Against backprop, networks and budgets whose 95 % interval of paired seeds leaves zero "
-        f"out: {'. '.join(said)}."
+        "Networks and budgets with less/more error than backprop, beyond the 95 % interval of "
+        "paired seeds, and where every seed is sooner at what backprop ends with: "
+        f"{'; '.join(said)}."
     )
 
 
@@ -192,7 +201,8 @@ def blocks(report: Result) -> list[Block]:
             f"cosine to zero over each run; budget 1x: {s['steps']} steps, an arm that repeats a "
             "gradient so many batches. Of the arms by backprop one is trained "
             f"({report['trained']}), and its errors count at the time of the fastest. cDNI: mix "
-            f"{s['mix']:g}, synthesizers of rank {s['rank']} at {s['share']:.2g} of the rate, "
+            f"{s['mix']:g}, synthesizers at {s['share']:.2g} of the rate, linear ones of rank "
+            f"{s['rank']}, {text.count(s['lessons'], 'lesson')} a target, "
             f"{text.percent(s['warmup'])} of the steps for warm-up. "
             f"{text.count(len(s['seeds']), 'seed')}, paired: the same weights and batches."
         ),

@@ -30,9 +30,9 @@ def blocks(report: Result) -> list[Block]:
             f"Linear, BatchNorm, ReLU; batch {settings['batch_size']}, {settings['update']}, each "
             f"arm at its own rate with cosine to zero, synthesizers of "
             f"{f'rank {rank}' if rank else 'full rank'} with {text.percent(settings['warmup'])} of "
-            "the steps for warm-up. Every run has as many steps as fit into the same wall-clock "
-            "at the time a step that was measured for all arms together; 'took' is what they "
-            "really took. Errors are on the test set at the end of a run."
+            f"the steps for warm-up{_recipe(settings)}. Every run has as many steps as fit into "
+            "the same wall-clock at the time a step that was measured for all arms together; "
+            "'took' is what they really took. Errors are on the test set at the end of a run."
         ),
         _table(report),
     ]
@@ -61,6 +61,14 @@ def blocks(report: Result) -> list[Block]:
         wanted = len(report["arms"]) * len(settings["seeds"])
         said.append(Text(f"Unfinished: {len(report['runs'])} of {wanted} runs."))
     return said
+
+
+def _recipe(settings: dict[str, Any]) -> str:
+    """Say what files before these options do not name."""
+    if "mix" not in settings:
+        return ""
+    lessons = text.count(settings["lessons"], "lesson")
+    return f", mix {settings['mix']:g}, {lessons} a target at {settings['share']:.2g} of the rate"
 
 
 def errors(report: Result, name: str) -> list[float]:
