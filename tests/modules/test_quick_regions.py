@@ -4,11 +4,13 @@ layer after the other, by however many threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dni as fd
 from fused_dni.modules.base import DecoupledModule
@@ -155,3 +157,29 @@ def test_autocast(by: str, options: dict[str, Any], given: torch.dtype, threads:
     assert by_layers or regions[-1] == regions[-2]
     assert len(mine) == len(theirs)
     assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.skipif(not _cpu.bf16(), reason="the instruction set in use has no bfloat16 products")
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_whose_backward_goes_the_usual_way(given: torch.dtype) -> None:
+    """What a forward in one call left serves a backward that somebody looks at."""
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for looked_at in (False, True):
+        model = network(False, "exact", WIDTHS)
+        trained(model, 40, 3, True)  # bound
+        torch.manual_seed(1)
+        x, y = torch.randn(40, WIDTHS[0]).to(given), torch.randint(0, CLASSES, (40,))
+        before = _cpu.met()[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, target=y)
+        assert _cpu.met()[0] == before + 1
+        with Look() if looked_at else nullcontext():
+            loss.backward()
+        found.append([loss.detach(), *model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
