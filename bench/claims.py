@@ -66,7 +66,8 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
     for race in races.TITLES:
         words = ["race", f"bench.races:{race}", "--seconds", races.SECONDS[race], "--threads", "2"]
         arms = ["--arms", *races.ARMS[race]] if race in races.ARMS else []
-        yield f"race-{race}", [*words, *arms, *out]
+        seeds = ["--seeds", *races.SEEDS[race]] if race in races.SEEDS else []
+        yield f"race-{race}", [*words, *arms, *seeds, *out]
     planted = ["bench/planted.py", "--out", "OUT"]
     yield "planted", [*planted, "--busy", "2", "--only", "differences", "segments", "sums"]
     yield "planted-tops", [*planted, "--threads", "2", "--seconds", "1", "--only", "tops"]

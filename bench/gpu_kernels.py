@@ -49,11 +49,12 @@ from fused_dni.backends.cuda import calls as cuda_calls
 from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
+from fused_dni.report import text
 from fused_dni.report.kinds import profile as profile_report
 from fused_dni.report.schema import Result
 from gpu_baselines import NoTimeLeftError, driver, graphed
 from groups import compared, device_facts, gather
-from pages.cells import interval
+from pages.cells import grid_of, interval
 from workloads import gpu as w
 from workloads import within
 
@@ -816,19 +817,10 @@ def ncu_table(written: str) -> str:
     kernels = ncu.read(written)
     if not kernels:
         return "ncu reported no kernel"
-    return columns([list(profile_report.HEADER), *profile_report.rows(kernels)])
+    return text.table(profile_report.HEADER, profile_report.rows(kernels))
 
 
 # ------------------------------------------------------------------------------------- summary
-
-
-def columns(rows: list[list[str]]) -> str:
-    """Rows as aligned text."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def median(rows: dict[str, Any], name: str) -> float | None:
@@ -856,14 +848,9 @@ def summary(results: Mapping[str, Any]) -> str:
                     rows.append([name, row["failed"], ""])
                     continue
                 ratio = row.get("per_floor")
-                rows.append(
-                    [
-                        name,
-                        f"{row['timing'].median * 1e6:.4g} us",
-                        f"{ratio.median:.2f} x floor" if ratio else "",
-                    ]
-                )
-            lines.append(columns(rows))
+                taken = f"{row['timing'].median * 1e6:.4g}"
+                rows.append([name, taken, f"{ratio.median:.2f}" if ratio else ""])
+            lines.append(text.table(["candidate", "us", "x floor"], rows))
             for label, ratio in group["ratios"].items():
                 lines.append(f"{label}: {interval(ratio)}")
     if results.get("gpu-smoke"):
@@ -945,9 +932,7 @@ def backend_table(results: Mapping[str, Any]) -> measured.Table:
 
 def cuda_floors(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
-    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    found = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
-    launch, barrier = FLOORS["CUDA"]
+    found, (launch, barrier) = grid_of(results), FLOORS["CUDA"]
     return found.get(launch), found.get(barrier)
 
 

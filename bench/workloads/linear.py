@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
-from workloads import CLASSES, RANK, Disagreement
+from workloads import CLASSES, RANK, agree
 
 
 class Shape(NamedTuple):
@@ -121,16 +121,9 @@ def check_layer(shape: Shape, kind: str, dx: bool, backend: str | None = None) -
     for layer in (candidate, twin):
         before = {name: _of(p) for name, p in _plain(layer.layer).items()}
         layer.step()
-        movements.append({n: _of(p) - before[n] for n, p in _plain(layer.layer).items()})
-    for name, got in movements[0].items():
-        want = movements[1][name]
-        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        if not error <= 1e-3:
-            raise Disagreement(f"{kind} {backend or ''} {shape}: {name} is off by {error:.2e}")
-    if dx:
-        error = float((candidate.x.grad.double() - twin.x.grad).norm() / twin.x.grad.norm())
-        if not error <= 1e-3:
-            raise Disagreement(f"{kind} {backend or ''} {shape}: dx is off by {error:.2e}")
+        moved = {n: _of(p) - before[n] for n, p in _plain(layer.layer).items()}
+        movements.append(moved | ({"dx": layer.x.grad} if dx else {}))
+    agree(f"{kind} {backend or ''} {shape}", *movements, 1e-3)
 
 
 def _of(p: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.measure import timing
-from workloads import RATE, Disagreement, within
+from workloads import RATE, Disagreement, agree, within
 
 #: Windows in the check of a training step.
 CHECKED = 3
@@ -278,19 +278,6 @@ class Training:
 # ------------------------------------------------------------------------------------------ gates
 
 
-def _off(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
-
-
-def _agree(what: str, got: dict[str, Tensor], want: dict[str, Tensor], bound: float) -> None:
-    if got.keys() != want.keys():
-        raise Disagreement(f"{what}: has {sorted(got)}, float64 has {sorted(want)}")
-    for name in got:
-        error = _off(got[name], want[name])
-        if not error <= bound:
-            raise Disagreement(f"{what}: {name} is off by {error:.2e}, allowed {bound:.1e}")
-
-
 def rounding(shape: Shape) -> float:
     """Say what float32 may differ by, in norm: sums are at most as long as the rows of the window
     or the inputs of a gate, and every step and layer adds its own error to the state it hands
@@ -345,7 +332,7 @@ def check_window(
     window = Window(shape, method, backend=backend)
     with within(COMPILE_LIMIT if method.compiled else None):
         found = _results(window, backward)
-    _agree(what, found, _exact_results(shape, method.synthesizer, backward), rounding(shape))
+    agree(what, found, _exact_results(shape, method.synthesizer, backward), rounding(shape))
     return window
 
 
@@ -378,7 +365,7 @@ def check_training(shape: Shape, method: Method, backend: str | None = None) -> 
     found = _moved(Training(shape, method, backend=backend, lr=1e-3))
     what = f"{method.name} {shape}"
     bound = 2.0 * rounding(shape) ** 0.5
-    _agree(what, found, _exact_movement(shape, method.synthesizer), bound)
+    agree(what, found, _exact_movement(shape, method.synthesizer), bound)
     return Training(shape, method, backend=backend)
 
 
@@ -438,7 +425,7 @@ def check_cell(shape: Shape, ours: bool, *, backward: bool, backend: str | None 
                 str(i): leaf.grad for i, leaf in enumerate(cell.leaves) if leaf.grad is not None
             }
         found.append(results)
-    _agree(f"cell {shape}", *found, rounding(shape))
+    agree(f"cell {shape}", *found, rounding(shape))
     return made
 
 

@@ -196,9 +196,7 @@ def compare(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if seconds is None:
         seconds = 2.0
-    for name, value in (("seconds", seconds), ("precision", precision)):
-        if value is not None and not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    require_positive(seconds=seconds, precision=precision)
     with contextlib.closing(Stopwatch()) as watch:
         cuda = torch.device(device).type == "cuda"
         clock = _cuda_clock if cuda else _host_clock(watch)
@@ -223,6 +221,17 @@ def compare(
                 progress(1.0 if over else min(fraction, 0.99))  # more rounds, for precision
             if over:
                 return run.timings()
+
+
+def require_positive(**given: float | None) -> None:
+    """Refuse numbers, by their arguments' names, that are not positive and finite.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    for name, value in given.items():
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def _repeats(
@@ -376,6 +385,11 @@ PEAK_MEMORY_CPU = (
 PEAK_MEMORY_CUDA = (
     "peak bytes held from torch's CUDA allocator during a step, above what was held before it"
 )
+
+
+def memory_is(device: torch.device) -> str:
+    """Say what :func:`peak_memory` measures on a device."""
+    return PEAK_MEMORY_CUDA if device.type == "cuda" else PEAK_MEMORY_CPU
 
 
 def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import rates
 from fused_dni.experiments import perceptual, tops
 from fused_dni.experiments.data import Dataset, Split
 from fused_dni.experiments.tops import Racer
-from races import autoencoder, compression, corpus, encoder, word_model
+from races import autoencoder, character_model, chosen, compression, corpus, encoder, word_model
 from races.word_model import RATE, Setting, Words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +35,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     file.write_text("\n".join(lines[i % 2 if i % 3 else 0] for i in range(1200)))
     monkeypatch.setenv("CORPUS", str(file))
     monkeypatch.setattr(word_model, "compiled_loss", lambda: word_model.dense_loss)
-    caches = (corpus.text, word_model.corpus, compression.prepared)
+    caches = (corpus.text, word_model.corpus, character_model.corpus, compression.prepared)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -275,16 +276,16 @@ def test_without_a_compiler_its_arm_is_left_out(
 def test_rates_are_those_that_were_best(
     text: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(word_model, "RATES", tmp_path / "rates.json")
-    monkeypatch.setattr(word_model, "SETTINGS", {"tiny": TINY})
-    assert word_model.multiple("tiny", "backprop") == word_model.ARMS["backprop"][1]
+    monkeypatch.setattr(chosen, "RATES", tmp_path / "rates.json")
+    monkeypatch.setattr(rates, "GRIDS", {"tiny": lambda: word_model.grid(TINY)})
+    assert chosen.multiple("tiny", "backprop", 8) == 8
     asked = ["tiny", "--seconds", "0.02", "--arms", "backprop", "DNI k=4"]
     assert rates.main(asked) == 0 and rates.main([*asked[:-1], "--arms", "backprop"]) == 0
-    found = word_model.json.loads(word_model.RATES.read_text())["tiny"]
+    found = json.loads(chosen.RATES.read_text())["tiny"]
     assert set(found) == {"backprop", "DNI k=4"}
     assert set(found["backprop"]) == {"1", "2", "4", "8"}
     best = min(found["backprop"], key=found["backprop"].get)
-    assert word_model.multiple("tiny", "backprop") == int(best)
+    assert chosen.multiple("tiny", "backprop", 0) == int(best)
 
 
 # ---------------------------------------------------------------------------------- other races
@@ -321,6 +322,47 @@ def test_compressions_learn(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(30):
             racer.step()
         assert racer.loss() < 0.9 * before, name
+
+
+def test_hidden_layers_are_run_and_trained_on_full_steps_alone(
+    text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tops, "WARMUP", 4)
+    small = {"ORDER": 2, "BUCKETS": 64, "BATCH": 8, "WIDTH": 6, "HIDDEN": 10, "APART": 50}
+    for name, value in small.items():
+        monkeypatch.setattr(character_model, name, value)
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+    assert set(races.hidden()) == set(character_model.ARMS)
+    for name, make in races.hidden().items():
+        racer = make(1)
+        looks: list[int] = []
+
+        def look(*_: object, racer: Racer = racer, looks: list[int] = looks) -> None:
+            looks.append(racer.steps)
+
+        racer.upper_layers.register_forward_hook(look)
+        weight = next(racer.upper_layers.parameters())
+        before, moved = racer.inner.weight.detach().clone(), []
+        for _ in range(21):
+            upper, table = weight.detach().clone(), racer.inner.weight.detach().clone()
+            racer.step()
+            assert torch.equal(weight, upper) == (racer.steps - 1 not in looks), name
+            moved.append(not torch.equal(racer.inner.weight, table))
+        every = racer.every or 1
+        assert looks == [n for n in range(21) if n < 4 or (n - 4) % every == 0]
+        waits = name.startswith("full steps only")
+        assert moved == [n in looks or not waits for n in range(21)], name
+        touched = (racer.inner.weight != before).any(1).sum()
+        assert 0 < int(touched) < len(before) and 0.0 < racer.loss() <= 1.0
+
+
+def test_rows_of_the_table_are_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = torch.tensor([3, 1, 2, 9, 1, 2, 5])
+    monkeypatch.setattr(character_model, "ORDER", 3)
+    one, other = character_model.rows(symbols, torch.tensor([3, 6])).tolist()
+    # "1 2" is in front of both places, and what is before that differs.
+    assert one[:2] == other[:2] and one[2] != other[2]
+    assert [row // character_model.BUCKETS for row in one] == [0, 1, 2]
 
 
 def test_the_encoder_is_the_published_one() -> None:

@@ -20,7 +20,6 @@ between them, and predictions are multiplied by it.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +50,7 @@ from fused_dni.report.blocks import as_text
 from fused_dni.report.files import as_json
 from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, sentence
 from fused_dni.report.layout import blocks_of
+from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Rule
 
@@ -123,15 +123,10 @@ def advise(
             already, or nothing in it can be converted.
         ValueError: an argument out of range.
     """
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    timing.require_positive(seconds=seconds)
     if classes < 0:
         raise ValueError(f"classes must be at least 0, got {classes}")
-    if progress is True:
-        from fused_dni.report.progress import Progress
-
-        progress = Progress().update
-    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    say = teller(progress)
     update = update or SGD()
     say("finding blocks", 0.0)
     with torch.random.fork_rng(devices=[]):
@@ -172,7 +167,6 @@ def advise(
         "gate": gate,
         "assumptions": list(ASSUMPTIONS),
     }
-    on_gpu = sample.device.type == "cuda"
     return Advice(Result(
         "advice",
         title=title or f"{type(model).__name__} on {'x'.join(map(str, sample.shape))}",
@@ -182,7 +176,7 @@ def advise(
             "classes": classes,
             "backend": backend,
         },
-        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        memory_is=timing.memory_is(sample.device),
         body=body,
     ))  # fmt: skip
 

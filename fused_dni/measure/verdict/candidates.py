@@ -48,6 +48,17 @@ def at_rate(rule: Rule, lr: float) -> Rule:
     return type(rule)(**{**rule.defaults(), "lr": lr})
 
 
+def check_sample(sample: Any) -> None:
+    """Refuse what is no tensor of floating-point numbers.
+
+    Raises:
+        VerdictError: it is none.
+    """
+    if not isinstance(sample, Tensor) or not sample.is_floating_point():
+        got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+        raise VerdictError(f"sample must be a floating-point tensor, got {got}")
+
+
 def pose(
     module: nn.Module,
     sample: Tensor,
@@ -58,9 +69,7 @@ def pose(
     """Check the arguments by a trial forward and make what all candidates are given."""
     if not isinstance(module, nn.Module):
         raise VerdictError(f"module must be an nn.Module, got {type(module).__name__}")
-    if not isinstance(sample, Tensor) or not sample.is_floating_point():
-        got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
-        raise VerdictError(f"sample must be a floating-point tensor, got {got}")
+    check_sample(sample)
     if not any(p.requires_grad for p in module.parameters()):
         raise VerdictError("the module has no trainable parameters")
     module = copy.deepcopy(module).train()

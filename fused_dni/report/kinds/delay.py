@@ -55,13 +55,14 @@ def protocol(report: Result) -> str:
         else rates
     )
     clip = "" if s["max_norm"] is None else f", max_norm {s['max_norm']:g}"
+    cuts = "; what passes several cuts is as many times as late" * s.get("each_cut", False)
     through = {
         "reconstruction": f" through {s['code']} units",
         "frozen-top": "; the last stage stays as it was drawn",
     }.get(s["task"], "")
     return (
         f"Linear, BatchNorm, ReLU{through}; batch {s['batch_size']}, {s['epochs']} epochs, "
-        f"{text.count(len(s['seeds']), 'seed')}; rate at the start {chosen}, cosine "
+        f"{text.count(len(s['seeds']), 'seed')}{cuts}; rate at the start {chosen}, cosine "
         f"to zero. cDNI: synthesizers at {s['share']:g} of the rate, in the first "
         f"{text.percent(s['warmup'], 'g')} of the steps stages wait for their gradient{clip}."
     )

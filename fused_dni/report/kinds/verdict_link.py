@@ -90,7 +90,8 @@ def choices(report: Result) -> list[tuple[str, str]]:
     if carried >= (1.0 - AHEAD) * best:
         return [*found, ("otherwise" if found else "", exact)]
     condition = "if labels may go to every stage and say what the top needs"
-    if rows["local"]["rows"] >= (1.0 - AHEAD) * best:
+    # Of a top that stays as it is no label says what it needs.
+    if rows["local"]["rows"] >= (1.0 - AHEAD) * best and not report["measured"]["frozen_top"]:
         found.append((condition, "local"))
     late = rows["stale"]["age"]
     way = "stale" if late is not None and late <= LATE else "decoupled"
@@ -123,6 +124,8 @@ def sentence(report: Result) -> str:
     words = words[0].upper() + words[1:]
     late = rows["stale"]["age"]
     parts = [f"{words}."]
+    if report["measured"]["frozen_top"] and choices(report)[-1][1] not in EXACT:
+        parts.append("The top is frozen: a local loss does not learn what it needs.")
     if choices(report)[-1][1] not in EXACT:
         lost = 1.0 - carried / rows[exact]["near"]
         parts.append(
