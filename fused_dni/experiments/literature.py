@@ -7,7 +7,7 @@ of a seed. Nothing is timed; what an arm needs is counted in steps and updates.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 import fused_dni as fd
 from fused_dni.experiments import data, literature_clocks, train
 from fused_dni.experiments.literature_settings import Run, Settings, every, exact_steps
-from fused_dni.experiments.run import Job, Keep, Say, diverged, do_jobs, plain
+from fused_dni.experiments.run import Job, Keep, Say, begun, diverged, do_jobs
 from fused_dni.experiments.settings import Training
-from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 
 def reproduce(
@@ -55,14 +54,9 @@ def reproduce(
     """
     progress = progress or Progress(enabled=False)
     train.steps_per_epoch(_training(settings, settings.depth), dataset)  # refuses a batch too large
-    body = {
-        "dataset": dataset.name,
-        "evaluated_on": "held-out part" if dataset.held_out else "test set",
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result("literature", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    where = "held-out part" if dataset.held_out else "test set"
+    given = (settings, previous, command)
+    report = begun("literature", *given, dataset=dataset.name, evaluated_on=where, runs=[])
     done = {tuple(run[name] for name in Run._fields) for run in report["runs"]}
     all_runs = settings.runs()
     jobs = [

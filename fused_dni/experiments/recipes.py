@@ -7,7 +7,6 @@ kernels and a gradient that is held between two exact ones. Nothing is timed.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,11 @@ import fused_dni as fd
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.recipe_settings import BASES, PLAIN, Settings, recipe, what
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance
-from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, refuse_divergence
 from fused_dni.experiments.settings import rule_of
 from fused_dni.experiments.train import FusedTrainer, Trainer, _cosine
-from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 #: How often a run says how far it is.
 REPORTS = 20
@@ -221,15 +219,13 @@ def compare(
             f"({len(dataset.train.labels)} images)"
         )
     names = (*BASES, *settings.recipes)
-    body: dict[str, Any] = {
-        "dataset": dataset.name,
-        "evaluated_on": "held-out part" if settings.held_out else "test set",
-        "rows": {name: what(name) for name in names},
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result("recipes", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    report = begun(
+        *("recipes", settings, previous, command),
+        dataset=dataset.name,
+        evaluated_on="held-out part" if settings.held_out else "test set",
+        rows={name: what(name) for name in names},
+        runs=[],
+    )
     runs: list[tuple[int, int | None, str]] = [
         (seed, None if name == "backprop" else k, name)
         for seed in settings.seeds
