@@ -74,7 +74,7 @@ def when(curve: Points, error: float) -> float | None:
         return float(curve[0][0])
     for (n, before), (m, after) in itertools.pairwise(curve):
         if after <= error:
-            return n * (m / n) ** ((before - error) / (before - after))
+            return float(n * (m / n) ** ((before - error) / (before - after)))
     return None
 
 
