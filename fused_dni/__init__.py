@@ -20,6 +20,7 @@ from fused_dni.modules import (
     FusedDNILSTM,
     FusedDNILSTMCell,
     LocalOutput,
+    SyntheticInput,
     Ticket,
     backward_boundary,
     backward_local,
@@ -31,6 +32,7 @@ from fused_dni.rules import SGD, Adam, AdamW
 from fused_dni.schedule import Schedule
 from fused_dni.synthesizers import (
     ConvSynthesizer,
+    CrossEntropySynthesizer,
     DiagonalSynthesizer,
     DifferenceSynthesizer,
     LinearSynthesizer,
@@ -57,6 +59,7 @@ __all__ = [
     "AdamW",
     "Advice",
     "ConvSynthesizer",
+    "CrossEntropySynthesizer",
     "Decoupled",
     "DecoupledSequential",
     "DiagonalSynthesizer",
@@ -74,6 +77,7 @@ __all__ = [
     "SoftmaxSynthesizer",
     "SurrogateSynthesizer",
     "Synthesizer",
+    "SyntheticInput",
     "Ticket",
     "TopVerdict",
     "Verdict",

@@ -70,6 +70,9 @@ class Schedule:
             between calls of :meth:`step` (medians, so that now and then a pause between two does
             not matter): then k depends on the clock, and a run repeated need not have the same
             bits; with a number it has.
+        lessons: regression steps that a synthesizer takes on what arrives in a step with a target,
+            warm-up included, each from its prediction as it is then: fewer targets, more lessons of
+            each. Of layers whose synthesizer has a rule; recurrent ones take one.
 
     ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
     explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
@@ -125,14 +128,12 @@ class Schedule:
         loss_scale: float | LossScaler | None = None,
         bounds: tuple[int, int] = BOUNDS,
         cost_ratio: float | None = None,
+        lessons: int = 1,
     ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         auto = target_every == "auto"
-        given: Any = target_every
-        whole = isinstance(given, Integral) and not isinstance(given, bool)
-        number = given is None or (whole and int(given) >= 1)
-        if not auto and not number:
+        if not auto and target_every is not None and not _is_whole(target_every):
             raise ValueError(
                 'target_every must be a whole number of at least 1, "auto" or None, got '
                 f"{target_every!r}"
@@ -150,21 +151,29 @@ class Schedule:
             )
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"mix must be in [0, 1], got {mix}")
+        if not _is_whole(lessons):
+            raise ValueError(f"lessons must be a whole number of at least 1, got {lessons!r}")
         if isinstance(loss_scale, (int, float)) and not 0.0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
         self._layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
         if not self._layers:
             raise ValueError("model has no decoupled layers (see fused_dni.convert)")
-        self.warmup_steps = warmup_steps
-        self.target_every = target_every
-        self.mix = mix
-        self.loss_scale = loss_scale
-        self.steps = 0
-        self._told: Phase | None = None
         # An LSTM learns from the window that comes next, and says itself if there is none.
         self._learners = [
             m for m in self._layers if m.synthesizer is not None and not isinstance(m, Recurrent)
         ]
+        if lessons > 1 and not any(m.synthesizer_update is not None for m in self._learners):
+            raise ValueError(
+                f"lessons={lessons} needs a layer whose synthesizer has a rule (update=...), and "
+                "is no recurrent one: model has none, and an optimizer takes one step"
+            )
+        self.warmup_steps = warmup_steps
+        self.target_every = target_every
+        self.mix = mix
+        self.lessons = int(lessons)
+        self.loss_scale = loss_scale
+        self.steps = 0
+        self._told: Phase | None = None
         self._heard = self._lessons()
         self._missed = 0  # steps with targets that brought none, one after another
         self._warned = False
@@ -366,6 +375,7 @@ class Schedule:
             warmup=past < 0,
             target=target,
             mix=self.mix,
+            lessons=self.lessons,
             loss_scale=scale,
         )
 
@@ -432,6 +442,11 @@ class Schedule:
         self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()
+
+
+def _is_whole(given: Any) -> bool:
+    """Say whether it is a whole number of at least 1."""
+    return isinstance(given, Integral) and given is not True and int(given) >= 1
 
 
 def _are_bounds(given: Any) -> bool:

@@ -569,6 +569,78 @@ class SoftmaxSynthesizer(Synthesizer):
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
+class CrossEntropySynthesizer(Synthesizer):
+    """Predict as a classifier's gradient: ``M(h, y) = (softmax(h U.T + u) - y) V.T + B A h + c``.
+
+    Of a cross entropy behind a linear head the gradient at h has this form, with U and V.T the head
+    and y one-hot; below that a synthesizer of this form learns what of h says how sure the network
+    is, so that rows that are classified well get a small gradient, which no linear synthesizer can
+    give them (Czarnecki et al. 2017, arXiv 1703.00522, on the sigmoid in the gradient of a
+    log loss). All of it is learned by regression on what arrives, U and u too. Runs under autograd,
+    not inside the fused kernels.
+
+    Args:
+        features: O.
+        context_features: K, the number of classes; the context is labels, int64 [N], or their
+            probabilities [N, K].
+        rank: R of a linear part; 0 for none.
+        device, dtype: of the parameters.
+
+    Attributes:
+        logits: U [K, O] and u [K], an ``nn.Linear``, which draws them.
+        weight: V, [O, K]; bias: c, [O]; up: B, [O, R] or None; down: A, [R, O] or None. All start
+            at zero but ``down``.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside [0, features].
+    """
+
+    takes_rows = True
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        rank: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        _positive("context_features", context_features)
+        if not 0 <= rank <= features:
+            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
+        self.rank = rank
+        factory: Any = {"device": device, "dtype": dtype}
+        self.logits = nn.Linear(features, context_features, **factory)
+        self.weight = nn.Parameter(torch.empty(features, context_features, **factory))
+        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
+        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
+        self.bias = nn.Parameter(torch.empty(features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero what forms the output; draw what reduces the input (``logits`` draws by itself)."""
+        _start(self.down, (self.weight, self.up, self.bias))
+
+    def last_layer(self) -> tuple[Tensor, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.up, self.bias))
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
+        int64 [N], or probabilities [N, K]."""
+        wrong = self.logits(h).softmax(1) - _one_hot(context, self.context_features, h)  # [N, K]
+        out = F.linear(wrong, self.weight, self.bias)
+        if self.up is not None and self.down is not None:
+            out = out + F.linear(F.linear(h, self.down), self.up)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
 class DifferenceSynthesizer(Synthesizer):
     """Predict from how far h is from where it should be: ``a * (h - t) + V U (h - t) + c``.
 

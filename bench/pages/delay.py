@@ -7,8 +7,7 @@ from typing import Any
 
 from fused_dni.experiments.delay_settings import TASKS, Settings
 from fused_dni.report.kinds import delay
-from pages.cells import table
-from stored import named
+from pages.cells import table, where
 
 #: Of :data:`fused_dni.experiments.delay_arms.TASKS`.
 TITLES = {
@@ -52,7 +51,7 @@ def _group(results: list[dict[str, Any]]) -> str:
     )
     header = ["arm"]
     header += [f"{n} stages, lag {lag}{' a cut' * each}" for n, lag, each in columns]
-    facts = sorted({_where(report["facts"]) for report in results})
+    facts = sorted({where(report["facts"]) for report in results})
     commands = [f"`{report['facts']['command']}`" for report in results]
     return f"{head}. {'; '.join(facts)}.\n\n{table(header, rows)}\n\nBy {', '.join(commands)}."
 
@@ -61,13 +60,6 @@ def _columns(settings: dict[str, Any]) -> list[tuple[Any, ...]]:
     """Stages, lag, and whether what passes several cuts is as many times as late; of older reports
     it was not."""
     return [(settings["stages"], lag, settings.get("each_cut", False)) for lag in settings["lags"]]
-
-
-def _where(facts: dict[str, Any]) -> str:
-    return (
-        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}"
-    )
 
 
 def _label(name: str, settings: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ our layers. The linear maps have no bias: batch normalisation would subtract it 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def fused(
     rank: int | None = 16,
     context_features: int = 0,
     interface: str = "output",
+    synthesizer: Callable[[int], nn.Module] | None = None,
     backend: str | None = None,
     seed: int = 0,
     loss: bool = False,
@@ -49,9 +50,9 @@ def fused(
     updates them).
 
     With ``synthetic`` each hidden layer gets a linear synthesizer of the given rank (None: dense),
-    or those do whose numbers (from 0) are given; of the others, and of the head in any case, the
-    gradient is exact and applied in the backward. ``interface`` is where it is predicted: at the
-    "output" or at the "preactivation".
+    or what ``synthesizer`` makes for its width, or those do whose numbers (from 0) are given; of
+    the others, and of the head in any case, the gradient is exact and applied in the backward.
+    ``interface`` is where it is predicted: at the "output" or at the "preactivation".
 
     With ``loss`` the head has the cross-entropy in it, and the network is called with the targets:
     ``network(x, target=y)``. Not where ``synthetic`` names layers.
@@ -67,17 +68,21 @@ def fused(
             linear, norm = children[i], children[i + 1]
             assert isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
             size = linear.out_features
-            synthesizer = None
+            made = None
             decoupled = synthetic if isinstance(synthetic, bool) else i // 3 in synthetic
             if decoupled:
                 low = None if rank is None else min(rank, size)
-                synthesizer = fd.LinearSynthesizer(size, low, context_features)
+                made = (
+                    fd.LinearSynthesizer(size, low, context_features)
+                    if synthesizer is None
+                    else synthesizer(size)
+                )
             layers.append(
                 fd.FusedDNILinear.from_linear(
                     linear,
                     norm,
                     "relu",
-                    synthesizer=synthesizer,
+                    synthesizer=made,
                     update=update,
                     synthesizer_update=synthesizer_update if decoupled else None,
                     interface=interface if decoupled else "output",

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class FusedTrainer(Trainer):
         warmup_steps: int = 0,
         target_every: int | None = 1,
         mix: float = 0.0,
+        lessons: int = 1,
     ) -> None:
         super().__init__(name, seed)
         self.model = network.train()
@@ -124,7 +126,7 @@ class FusedTrainer(Trainer):
         )
         self.optimizer = fd.FusedOptimizer(network)
         self.scheduler = _cosine(self.optimizer, steps)
-        self.schedule = fd.Schedule(network, warmup_steps, target_every, mix)
+        self.schedule = fd.Schedule(network, warmup_steps, target_every, mix, lessons=lessons)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         with fd.condition_on(y):
@@ -159,6 +161,11 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
         rank=settings.rank or None,
         context_features=dataset.classes if method == "cdni" else 0,
         interface=settings.interface,
+        synthesizer=(
+            partial(fd.CrossEntropySynthesizer, context_features=dataset.classes)
+            if settings.synthesizer == "cross-entropy"
+            else None
+        ),
         backend=settings.backend,
         seed=seed,
         loss=True,
@@ -166,7 +173,8 @@ def build(name: str, seed: int, settings: Settings, dataset: data.Dataset) -> Tr
     if method == "fused":
         return FusedTrainer(name, seed, ours, total)
     target_every = None if every == "never" else int(every)
-    return FusedTrainer(name, seed, ours, total, settings.warmup_steps, target_every, settings.mix)
+    more = (settings.warmup_steps, target_every, settings.mix, settings.lessons)
+    return FusedTrainer(name, seed, ours, total, *more)
 
 
 def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:

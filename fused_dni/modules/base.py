@@ -57,6 +57,7 @@ class Phase:
         warmup: update from the true gradient while the synthesizer learns from it.
         target: the synthesizer is trained on what arrives.
         mix: share of the true gradient on steps with targets.
+        lessons: regression steps of a synthesizer on what arrives in a step with a target.
         loss_scale: factor on the loss; None if there is none.
         probe: called as ``probe(at, predicted, kappa)`` in a forward that is run with exact
             gradients and without updates, to compare the gradient at the tensor ``at`` with its
@@ -66,6 +67,7 @@ class Phase:
     warmup: bool = False
     target: bool = True
     mix: float = 0.0
+    lessons: int = 1
     loss_scale: float | None = None
     probe: Callable[[Tensor, Predicted | None, float], None] | None = None
 
@@ -394,17 +396,20 @@ class DecoupledModule(nn.Module):
     def regression_gradients(self, regression: Regression) -> tuple[Tensor | None, ...]:
         """Gradients of the regression loss, in the order of :meth:`synthesizer_parameters`."""
         if torch.compiler.is_compiling():
-            return self._gradients_of(regression, self.unit)
+            return self._gradients_of(
+                regression, self.unit, self.statistics_on(regression.h.device)
+            )
         regressions = [regression]
         unit = self.follow(regressions)
-        return self._gradients_of(regressions[0], unit)
+        return self._gradients_of(regressions[0], unit, self.statistics_on(regression.h.device))
 
-    def _gradients_of(self, regression: Regression, unit: float) -> tuple[Tensor | None, ...]:
+    def _gradients_of(
+        self, regression: Regression, unit: float, statistics: Tensor
+    ) -> tuple[Tensor | None, ...]:
         h, predicted, context, arrived, kappa, _ = regression
         if predicted.unit != unit:
             predicted = predicted.within(unit)
         scale = kappa / unit
-        statistics = self.statistics_on(h.device)
         if predicted.prediction is not None:
             fused = self.fused_synthesizer(h)
             assert fused is not None
@@ -437,10 +442,33 @@ class DecoupledModule(nn.Module):
 
     def learn(self, regressions: list[Regression]) -> None:
         """Train the synthesizer by its rule on the sum of lessons, and what learns with it."""
+        unit = self.follow(regressions)
+        self._regress(regressions, unit, self.statistics_on(regressions[0].h.device))
+
+    def learn_again(self, regressions: list[Regression]) -> None:
+        """Take the rest of the phase's ``lessons`` on what was just learned from, each from the
+        prediction as it is then. The statistics tell of the first one alone."""
+        for _ in range(self.phase.lessons - 1):
+            again = [
+                each._replace(predicted=self.predict_again(each.h, each.context))
+                for each in regressions
+            ]
+            self._regress(again, self.unit, torch.zeros_like(self.statistics))
+
+    def predict_again(self, h: Tensor, context: Tensor | None) -> Predicted:
+        """Predict as a step did, to learn; a synthesizer's running statistics moved then, and do
+        not now."""
+        assert self.synthesizer is not None
+        buffers = [(b, b.clone()) for b in self.synthesizer.buffers()]
+        predicted = self.predict(h, context, True)
+        for b, before in buffers:
+            b.data.copy_(before)  # the graph, which holds them, does not read them
+        return predicted
+
+    def _regress(self, regressions: list[Regression], unit: float, statistics: Tensor) -> None:
         assert self.synthesizer_update is not None
         fused = self.fused_synthesizer(regressions[0].h)
         rule = self.synthesizer_update.tensors(self.synthesizer_parameters())
-        unit = self.follow(regressions)
         first = regressions[0]
         predicted = first.predicted
         if predicted.unit != unit:
@@ -454,11 +482,11 @@ class DecoupledModule(nn.Module):
                 fused,
                 first.context,
                 first.target_scale / unit,
-                self.statistics_on(first.h.device),
+                statistics,
                 rule,
             )
             return
-        made = [self._gradients_of(regression, unit) for regression in regressions]
+        made = [self._gradients_of(each, unit, statistics) for each in regressions]
         apply_given(self.synthesizer_parameters(), sum_slots(made), rule)
 
     # -- what a forward asks first -------------------------------------------------------------

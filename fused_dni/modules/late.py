@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fused_dni.functional.linear import LinearUse
 from fused_dni.functional.node import Node
-from fused_dni.modules.base import Predicted
 from fused_dni.modules.nodes import Delivery
 from fused_dni.modules.steps import LinearSteps, Slots, Steps
 from fused_dni.ops.types import Saved
@@ -255,7 +254,7 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
     counted = decoupled.late_sums is not None and ticket._due is not None
     before, unit = (decoupled.statistics.clone() if counted else None), decoupled.unit
     with torch.no_grad():
-        predicted = _predict_again(decoupled, h, context)
+        predicted = decoupled.predict_again(h, context)
         regression = decoupled.regression(
             h, predicted, context, gradient.reshape(h.shape), _trace(decoupled, held)
         )
@@ -270,17 +269,6 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
         after = decoupled.statistics.clone()
         decoupled.late_sums.append(LateSums(ticket._due, before, unit, after, decoupled.unit))
     ticket._tensors = {}
-
-
-def _predict_again(module: Steps, h: Tensor, context: Tensor | None) -> Predicted:
-    """Predict as the step did; a synthesizer's running statistics moved then, and do not now."""
-    synthesizer = module.synthesizer
-    assert synthesizer is not None
-    buffers = [(b, b.clone()) for b in synthesizer.buffers()]
-    predicted = module.predict(h, context, True)
-    for b, before in buffers:
-        b.data.copy_(before)  # the graph, which holds them, does not read them
-    return predicted
 
 
 def _trace(module: Steps, held: dict[str, Tensor]) -> LinearUse | None:

@@ -104,8 +104,8 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
 def _phase(layer: LinearSteps, target: bool) -> list[Check]:
     """Check for a step that the layer takes by its prediction alone."""
     values: list[tuple[str, Any]] = [("warmup", False), ("target", target)]
-    if target:  # the number that was given, or the default
-        values.append(("mix", layer.phase.mix))
+    if target:  # the numbers that were given, or the defaults
+        values += [("mix", layer.phase.mix), ("lessons", layer.phase.lessons)]
     return [("items value", layer.__dict__, "phase", name, value) for name, value in values]
 
 
@@ -180,7 +180,8 @@ def _bind(
         *items(synthesizer.__dict__, "unit"),
         *addresses(slots),
     ]
-    teaches = layer.phase.mix == 0.0 and teacher._tensors is not None
+    phase = layer.phase
+    teaches = phase.mix == 0.0 and phase.lessons == 1 and teacher._tensors is not None
     taught = QuickSynthesizer(
         untaught=_phase(layer, False),
         taught=_phase(layer, True) if teaches else None,
@@ -532,7 +533,6 @@ def stacked(
         name = "exact" if exact or layer is head else "quick"
         checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
-    surroundings = SURROUNDINGS if exact else ANYWHERE
-    quick = bind(container, surroundings, checks, steps[: len(layers)], exact, last)
+    quick = bind(container, ANYWHERE, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*surroundings, *checks), container, layers, head, steps, covered), apart
+    return kind(quick, (*ANYWHERE, *checks), container, layers, head, steps, covered), apart

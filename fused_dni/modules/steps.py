@@ -78,6 +78,10 @@ class Steps(DecoupledModule):
         """Apply ``update`` to the sum of contributions."""
         raise NotImplementedError
 
+    def learn(self, regressions: list[Regression]) -> None:
+        super().learn(regressions)
+        self.learn_again(regressions)
+
     def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
         """Name what :meth:`close` reads and no graph watches: a change in place is to be an
         error."""
@@ -338,6 +342,7 @@ class LinearSteps(Steps):
             if p is not None and quick.learn(
                 h, p.scaled, p.reduced, context, predicted.unit, arrived
             ):
+                self.learn_again(regressions)
                 return
         super().learn(regressions)
         if self.norm_update is not None:

@@ -155,3 +155,85 @@ def test_difference_synthesizer_refuses_another_shape(context):
         fd.DifferenceSynthesizer(5, dtype=torch.float64)(double(6, 5), context)
     with pytest.raises(ValueError, match="rank must be in"):
         fd.DifferenceSynthesizer(5, 6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Of the form that a classifier's gradient has
+
+
+def of_head(head, rank=0):
+    """Its synthesizer with the head's own weights: what it predicts is known."""
+    m = fd.CrossEntropySynthesizer(5, 3, rank, dtype=torch.float64)
+    with torch.no_grad():
+        m.logits.weight.copy_(head.weight)
+        m.logits.bias.copy_(head.bias)
+        m.weight.copy_(head.weight.t())
+    return m
+
+
+@pytest.mark.parametrize("kind", ["labels", "vector"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_with_the_heads_weights_it_is_the_gradient_of_the_loss(kind, rank):
+    head, h = nn.Linear(5, 3, dtype=torch.float64), double(6, 5, grad=True)
+    y = torch.randint(3, (6,)) if kind == "labels" else double(6, 3).softmax(1)
+    (true,) = torch.autograd.grad(nn.functional.cross_entropy(head(h), y), h)
+    close(of_head(head, rank)(h.detach(), y) / 6, true)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_cross_entropy_synthesizer_is_its_formula(rank):
+    m = fd.CrossEntropySynthesizer(5, 3, rank, dtype=torch.float64)
+    h, y = double(6, 5), torch.randint(3, (6,))
+    assert not m(h, y).any()  # untaught
+    twins.disturb(m)
+    wrong = (h @ m.logits.weight.t() + m.logits.bias).softmax(1) - nn.functional.one_hot(y, 3)
+    expected = wrong @ m.weight.t() + m.bias
+    if rank:
+        expected = expected + h @ m.down.t() @ m.up.t()
+    close(m(h, y), expected)
+    before = m(h, y).detach()
+    with torch.no_grad():
+        for p in m.last_layer():
+            p.mul_(4.0)
+    assert torch.equal(m(h, y), 4.0 * before)
+    assert m.fused() is None
+
+
+def test_a_classifiers_gradient_is_learned_from_targets_alone():
+    """To a tenth of the squared error that the best linear synthesizer leaves."""
+    torch.manual_seed(0)
+    head, h = nn.Linear(5, 3, dtype=torch.float64), double(400, 5, grad=True)
+    with torch.no_grad():
+        head.weight.mul_(4.0)
+    y = torch.randint(3, (400,))
+    loss = nn.functional.cross_entropy(head(h), y, reduction="sum")
+    (true,) = torch.autograd.grad(loss, h)
+    rows = torch.cat([h.detach(), nn.functional.one_hot(y, 3).double()], dim=1)
+    least = (rows @ torch.linalg.lstsq(rows, true).solution - true).square().sum()
+    m = fd.CrossEntropySynthesizer(5, 3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(m.parameters(), 0.05)
+    for _ in range(500):
+        optimizer.zero_grad()
+        error = (m(h.detach(), y) - true).square().sum()
+        error.backward()
+        optimizer.step()
+    assert error < 0.1 * least
+
+
+def test_bad_arguments_of_a_cross_entropy_synthesizer():
+    for sizes, message in (
+        ((0, 3), "features must be at least 1, got 0"),
+        ((5, 0), "context_features must be at least 1, got 0"),
+        ((5, -1), "context_features must be at least 0, got -1"),
+        ((5, 3, 6), r"rank must be in \[0, features=5\], got 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fd.CrossEntropySynthesizer(*sizes)
+    m = fd.CrossEntropySynthesizer(5, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="context is missing"):
+        m(double(6, 5))
+    layer = fd.FusedDNILinear(4, 5, synthesizer=m, update=fd.SGD(0.1), dtype=torch.float64)
+    before = [p.clone() for p in layer.parameters()]
+    with pytest.raises(IndexError):
+        layer(double(3, 4), context=torch.tensor([0, 1, 3]))
+    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
