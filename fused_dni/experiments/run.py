@@ -47,9 +47,21 @@ def fingerprint(model: nn.Module) -> str:
 
 def refuse_divergence(model: nn.Module, what: str) -> None:
     """Raise RuntimeError, ``what`` first, if a parameter or buffer is not finite."""
+    if name := _not_finite(model):
+        raise RuntimeError(f"{what} ({name} is not finite): use a smaller --lr or --sg-lr")
+
+
+def diverged(model: nn.Module) -> bool:
+    """Say whether a parameter or buffer is not finite."""
+    return bool(_not_finite(model))
+
+
+def _not_finite(model: nn.Module) -> str:
+    """Return the name of the first parameter or buffer that is not finite, or none."""
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise RuntimeError(f"{what} ({name} is not finite): use a smaller --lr or --sg-lr")
+            return name
+    return ""
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
@@ -148,8 +160,8 @@ def do_jobs(
                     raise Interrupted(f"{done} of {total} runs were finished")
 
             run = job.work(say)
-            error = run["error"] if "error" in run else run["history"][-1]["error"]
-            progress.update(job.label, 1.0, f"error {100 * error:.2f} %")
+            error = run["history"][-1]["error"] if "history" in run else run.get("error")
+            progress.update(job.label, 1.0, "" if error is None else f"error {100 * error:.2f} %")
             job.into.append(run)
             done += 1
             report.body["finished"] = done == total

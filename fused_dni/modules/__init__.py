@@ -9,6 +9,7 @@ from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.modules.lstm_cell import FusedDNILSTMCell
 from fused_dni.modules.recurrent import backward_boundary
 from fused_dni.modules.sequential import DecoupledSequential
+from fused_dni.modules.synthetic_input import SyntheticInput
 
 __all__ = [
     "Decoupled",
@@ -18,6 +19,7 @@ __all__ = [
     "FusedDNILinear",
     "FusedDNILinearCrossEntropyLoss",
     "LocalOutput",
+    "SyntheticInput",
     "Ticket",
     "backward_boundary",
     "backward_local",
