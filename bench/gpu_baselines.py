@@ -3,8 +3,8 @@
     python bench/gpu_baselines.py OUT/kernels.json [--part gemm ...] [--seconds 280]
 
 Baselines of single layers and of the LSTM are measured beside our kernels (gpu_kernels.py), whose
-file this adds its own to, under "baselines". Imports nothing of fused_dni, so that it runs where
-our build failed. Every part is on its own: one that raises, or for which no time is left, is
+file this adds its own to, under "baselines". Uses no kernel of ours, so that it runs where our
+build failed. Every part is on its own: one that raises, or for which no time is left, is
 recorded with its reason and the rest go on; the file, and a text with the same name beside it, are
 rewritten after every figure. ``--device cpu --tiny`` runs the same code on sizes that only show
 that it runs.
@@ -17,8 +17,6 @@ import ctypes
 import datetime
 import itertools
 import platform
-import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -33,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stored
+from fused_dni.measure.environment import output_of
+from fused_dni.measure.timing import compare
 
 
 class Where(NamedTuple):
@@ -54,44 +54,20 @@ class Where(NamedTuple):
         return time.monotonic() > self.deadline
 
 
+#: For the calls of one figure.
+SECONDS = 0.2
+
+
 class NoTimeLeftError(RuntimeError):
     """The budget is spent; what was measured so far is kept."""
 
 
-def seconds_a_call(call: Callable[[], object], where: Where, budget: float = 0.2) -> float:
-    """Median over blocks of calls, after a warm-up; by CUDA events on a GPU."""
+def seconds_a_call(call: Callable[[], object], where: Where) -> float:
+    """Median over rounds of calls, after a warm-up; by CUDA events on a GPU."""
     if where.late():
         raise NoTimeLeftError("no time left")
-    for _ in range(3):
-        call()
-    synchronize(where)
-    start = time.perf_counter()
-    call()
-    synchronize(where)
-    once = max(time.perf_counter() - start, 1e-7)
-    blocks = 11
-    repeats = max(1, min(2000, int((0.01 if where.tiny else budget) / once / blocks)))
-    taken = []
-    for _ in range(blocks):
-        if where.cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            taken.append(begin.elapsed_time(end) / 1e3 / repeats)
-        else:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            taken.append((time.perf_counter() - start) / repeats)
-    return statistics.median(taken)
-
-
-def synchronize(where: Where) -> None:
-    if where.cuda:
-        torch.cuda.synchronize()
+    limits: dict[str, Any] = {"rounds": 1} if where.tiny else {"seconds": SECONDS}
+    return compare({"": call}, device=where.device, **limits)[""].median
 
 
 def graphed(step: Callable[[], object]) -> Callable[[], None]:
@@ -113,14 +89,13 @@ def graphed(step: Callable[[], object]) -> Callable[[], None]:
 
 def driver() -> str | None:
     """Return the NVIDIA driver's version; None where nvidia-smi does not say."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(
-            query, capture_output=True, encoding="utf-8", timeout=20, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.split("\n", 1)[0].strip() or None
+    said = nvidia_smi("driver_version")
+    return None if said is None else said.split("\n", 1)[0].strip() or None
+
+
+def nvidia_smi(query: str) -> str | None:
+    """Return a line a GPU; None where there is no such tool."""
+    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
 def driver_cuda() -> str | None:
@@ -159,16 +134,8 @@ def device(where: Where, facts: dict[str, Any]) -> None:
             "cudnn": torch.backends.cudnn.version(),
             "driver": driver(),
             "driver_cuda": driver_cuda(),
+            "nvidia-smi": nvidia_smi("driver_version,clocks.max.sm,clocks.max.mem,power.limit"),
         }
-        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, encoding="utf-8", timeout=20, check=True
-            )
-            facts["nvidia-smi"] = done.stdout.strip()
-        except (OSError, subprocess.SubprocessError) as error:
-            facts["nvidia-smi"] = f"not available: {error}"
     else:
         facts["name"] = platform.machine()
 

@@ -49,11 +49,12 @@ from fused_dni.backends.cuda import calls as cuda_calls
 from fused_dni.backends.triton import lstm as triton_lstm
 from fused_dni.measure.profile import ncu
 from fused_dni.ops import measured, registry
+from fused_dni.report import text
 from fused_dni.report.kinds import profile as profile_report
 from fused_dni.report.schema import Result
 from gpu_baselines import NoTimeLeftError, driver, graphed
 from groups import compared, device_facts, gather
-from pages.cells import interval
+from pages.cells import grid_of, interval
 from workloads import gpu as w
 from workloads import within
 
@@ -421,14 +422,9 @@ def layer_group(run: Run, key: str, case: w.Case, cold: bool) -> None:
     if "autotuned" in run.rows and main and (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
         makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
         makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
-    pairs = {
-        f"{other} / {DNI}": f"{other} / {DNI}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL, INSIDE)
-    }
-    pairs |= {
-        f"{other} / {DNI_CUDA}": f"{other} / {DNI_CUDA}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP_CUDA, DNI, INSIDE_CUDA)
-    }
+    theirs = (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER)
+    pairs = over(DNI, *theirs, BACKPROP, ONE, SEVERAL, INSIDE)
+    pairs |= over(DNI_CUDA, *theirs, BACKPROP_CUDA, DNI, INSIDE_CUDA)
     pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
         timed(
@@ -437,6 +433,11 @@ def layer_group(run: Run, key: str, case: w.Case, cold: bool) -> None:
             steps=count,
             about=lambda: {"bytes": case.bytes(), "tiles": c.record()},
         )
+
+
+def over(base: str, *others: str) -> dict[str, str]:
+    """Return the ratios of others to a base, under names of their own."""
+    return {ratio: ratio for ratio in (f"{other} / {base}" for other in others)}
 
 
 def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
@@ -576,14 +577,10 @@ def window_group(run: Run, case: w.WindowCase) -> None:
             makers[STEPWISE] = c.forced(
                 ("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours)
             )
-    pairs = {
-        f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
-        f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
+    pairs = over(OURS, CUDNN, STEPWISE) | over(OURS_EAGER, CUDNN_EAGER)
+    pairs |= over(OURS_CUDA, CUDNN, CUDNN_FP16, OURS)
+    pairs |= {
         "forward": f"{CUDNN}, forward / {OURS}, forward",
-        f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
-        f"{CUDNN} / {OURS_CUDA}": f"{CUDNN} / {OURS_CUDA}",
-        f"{CUDNN_FP16} / {OURS_CUDA}": f"{CUDNN_FP16} / {OURS_CUDA}",
-        f"{OURS} / {OURS_CUDA}": f"{OURS} / {OURS_CUDA}",
         "forward, CUDA": f"{CUDNN}, forward / {OURS_CUDA}, forward",
         "forward, fp16, CUDA": f"{CUDNN_FP16}, forward / {OURS_CUDA}, forward",
     }
@@ -816,19 +813,10 @@ def ncu_table(written: str) -> str:
     kernels = ncu.read(written)
     if not kernels:
         return "ncu reported no kernel"
-    return columns([list(profile_report.HEADER), *profile_report.rows(kernels)])
+    return text.table(profile_report.HEADER, profile_report.rows(kernels))
 
 
 # ------------------------------------------------------------------------------------- summary
-
-
-def columns(rows: list[list[str]]) -> str:
-    """Rows as aligned text."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def median(rows: dict[str, Any], name: str) -> float | None:
@@ -856,14 +844,9 @@ def summary(results: Mapping[str, Any]) -> str:
                     rows.append([name, row["failed"], ""])
                     continue
                 ratio = row.get("per_floor")
-                rows.append(
-                    [
-                        name,
-                        f"{row['timing'].median * 1e6:.4g} us",
-                        f"{ratio.median:.2f} x floor" if ratio else "",
-                    ]
-                )
-            lines.append(columns(rows))
+                taken = f"{row['timing'].median * 1e6:.4g}"
+                rows.append([name, taken, f"{ratio.median:.2f}" if ratio else ""])
+            lines.append(text.table(["candidate", "us", "x floor"], rows))
             for label, ratio in group["ratios"].items():
                 lines.append(f"{label}: {interval(ratio)}")
     if results.get("gpu-smoke"):
@@ -945,9 +928,7 @@ def backend_table(results: Mapping[str, Any]) -> measured.Table:
 
 def cuda_floors(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Seconds of a bare CUDA launch and of a barrier, with a block a multiprocessor."""
-    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    found = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
-    launch, barrier = FLOORS["CUDA"]
+    found, (launch, barrier) = grid_of(results), FLOORS["CUDA"]
     return found.get(launch), found.get(barrier)
 
 

@@ -184,12 +184,7 @@ class Run:
         file, log = self.work / "facts.json", self.work / "probe.log"
         command = [self.python, self.script("gpu_baselines"), str(file), "--part", "device"]
         ended = self.machine.run(command, self.environment, log, 90.0)
-        lines = (
-            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if log.exists()
-            else []
-        )
-        last = lines[-1] if lines else "it says nothing"
+        last = (said_in(log).strip().splitlines() or ["it says nothing"])[-1]
         if ended.status == 0:
             self.facts = json.loads(file.read_text(encoding="utf-8"))["baselines"]["device"]
             return 0, ""
@@ -223,10 +218,7 @@ class Run:
             return
         log = self.work / "nvcc.log"
         self.machine.run([nvcc, "--version"], self.environment, log, 20.0)
-        release = re.search(
-            r"release (\d+)\.(\d+)",
-            log.read_text(encoding="utf-8", errors="replace") if log.exists() else "",
-        )
+        release = re.search(r"release (\d+)\.(\d+)", said_in(log))
         driver = str(self.facts.get("driver_cuda") or "")
         if release and driver and int(release[1]) > int(driver.partition(".")[0]):
             self.note(
@@ -249,16 +241,12 @@ class Run:
     def settle(self, out: Path, calls: list[str]) -> None:
         """Take a folder for the results: OUT, if it is empty or holds this commit's figures of this
         device, else a new one in it, and a temporary one where nothing can be written."""
-        self.out = out
+        self.out, before = out, {}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            before = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        except FileNotFoundError:
-            before = {}
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                before = json.loads((out / "run.json").read_text(encoding="utf-8"))
         except OSError as error:
-            before = {}
             self.move(error)
         known = {key: before.get("environment", {}).get(key) for key in ("name", "driver")}
         ours = {key: self.facts.get(key) for key in ("name", "driver")}
@@ -455,6 +443,11 @@ def serves(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
+def said_in(log: Path) -> str:
+    """Read what a process has printed; "" where it never began."""
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
 def write(path: Path, text: str) -> None:
     """Written whole and moved into place: a kill leaves the old one."""
     partial = path.with_suffix(".partial")
@@ -485,31 +478,29 @@ def build_cpu(run: Run, limit: float) -> list[str]:
     return [run.python, "setup.py", "-q", "build_ext", "--inplace", "--only", "_cpu"]
 
 
-def kernels(*given: str, only: tuple[str, ...] = ()) -> Callable[[Run, float], list[str]]:
-    """gpu_kernels.py, which begins nothing new shortly before its limit. Rows that are built by
-    nothing slow are Triton's where there is no CUDA part."""
+def figures(script: str, *given: str) -> Callable[[Run, float], list[str]]:
+    """Return a script whose figures go into kernels.json, and which begins nothing new shortly
+    before its limit. Rows that are built by nothing slow are Triton's where there is no CUDA
+    part."""
 
     def command(run: Run, limit: float) -> list[str]:
         fast = "cuda" if run.built() else "triton"
-        made = [run.python, run.script("gpu_kernels"), str(run.out / "kernels.json")]
-        made += ["--text", str(run.work / "kernels.txt")]
+        made = [run.python, run.script(f"gpu_{script}"), str(run.out / "kernels.json")]
+        made += ["--text", str(run.work / f"{script}.txt")]
         made += ["--seconds", f"{max(1.0, 0.85 * limit - 3.0):.0f}"]
-        made += [fast if word == "FAST" else word for word in given]
-        return made + [word for key in only for word in ("--only", key)]
+        return made + [fast if word == "FAST" else word for word in given]
 
     return command
+
+
+def kernels(*given: str, only: tuple[str, ...] = ()) -> Callable[[Run, float], list[str]]:
+    """gpu_kernels.py."""
+    return figures("kernels", *given, *(word for key in only for word in ("--only", key)))
 
 
 def baselines(*parts: str) -> Callable[[Run, float], list[str]]:
     """gpu_baselines.py."""
-
-    def command(run: Run, limit: float) -> list[str]:
-        made = [run.python, run.script("gpu_baselines"), str(run.out / "kernels.json")]
-        made += ["--text", str(run.work / "baselines.txt")]
-        made += ["--seconds", f"{max(1.0, 0.85 * limit - 3.0):.0f}"]
-        return made + [word for part in parts for word in ("--part", part)]
-
-    return command
+    return figures("baselines", *(word for part in parts for word in ("--part", part)))
 
 
 def sanitizer(tool: str, backend: str, share: float) -> Part:

@@ -6,11 +6,32 @@ with that reason and no figure.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from fused_dni.backends import _cpu
 from fused_dni.measure import baseline, environment, timing
+
+#: What keeps PyTorch, its compiler and the libraries that it calls to AVX2; read when they load.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def keep_to_avx2() -> None:
+    """Keep our kernels and PyTorch's to AVX2; starts the command anew where the latter have to be
+    told first.
+
+    Raises:
+        ValueError: our kernels were not built for AVX2, or the processor has none.
+    """
+    if any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
+    _cpu.set_isa("avx2")
 
 
 def device_facts() -> dict[str, Any]:
@@ -18,6 +39,8 @@ def device_facts() -> dict[str, Any]:
     report = environment.report()
     facts = baseline.facts()
     del facts["gpu"]  # one that is there, but not measured here
+    if _cpu.isa() != _cpu.isas()[-1]:
+        facts["isa"] = f"{_cpu.isas()[-1]}, kept to {_cpu.isa()}"
     return facts | {
         "flags": report["processor"]["flags"],
         "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),

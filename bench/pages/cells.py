@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fused_dni.report import text
@@ -18,17 +18,52 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
-    """One line: machine, threads, versions, when and at which commit."""
-    facts = results["facts"]
-    dates = sorted({group["date"] for group in groups.values()})
-    commits = sorted({str(group["commit"]) for group in groups.values()})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    threads = sorted({group["threads"] for group in groups.values()})
-    return (
-        f"{named(facts)}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}, "
-        f"{span}, commit {', '.join(commits)}."
-    )
+def threads_of(facts: Iterable[Mapping[str, Any]]) -> str:
+    """Write how many threads there were: ``1 thread``, ``1 or 2 threads``."""
+    found = sorted({of["threads"] for of in facts})
+    return f"{' or '.join(map(str, found))} thread{'' if found == [1] else 's'}"
+
+
+def where(facts: Mapping[str, Any], groups: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Say what figures hold for: machine, threads of a processor, versions, when and at which
+    commits, of groups that keep theirs or of these facts."""
+    of = list(groups) or [facts]
+    threads = [] if facts.get("gpu") else [threads_of(of)]
+    dates, commits = (sorted({str(found[name]) for found in of}) for name in ("date", "commit"))
+    versions = [f"torch {facts['torch']}"]
+    versions += [f"Triton {facts['triton']}"] if "triton" in facts else []
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return ", ".join([named(facts), *threads, *versions, span, f"commit {', '.join(commits)}"])
+
+
+def time_of(row: Mapping[str, Any], scale: float = 1e6) -> str:
+    """Write a row's median, in microseconds unless it says otherwise, or a dash."""
+    return f"{row['timing'].median * scale:.3g}" if "timing" in row else "–"
+
+
+def ratio_of(group: Mapping[str, Any], label: str) -> str:
+    """Write a ratio of a group with its interval, or a dash."""
+    ratio = group.get("ratios", {}).get(label)
+    return "–" if ratio is None else interval(ratio)
+
+
+def grid_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return what launches and barriers of a GPU take with a program a multiprocessor, seconds."""
+    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
+    found: dict[str, float] = grids.get(str(results.get("facts", {}).get("multiprocessors")), {})
+    return found
+
+
+def timed_rows(group: Mapping[str, Any]) -> list[list[str]]:
+    """Return a group's candidates: name, microseconds, over the floor."""
+    named_rows = ((name, group["rows"][name]) for name in group["order"])
+    return [[name, time_of(row), over_floor(row)] for name, row in named_rows]
+
+
+def without_figure(rows: Mapping[str, Any]) -> list[str]:
+    """Return a paragraph that says which candidates failed, and why, if any did."""
+    failed = [f"{name}: {row['failed']}" for name, row in rows.items() if "failed" in row]
+    return [f"No figure: {'; '.join(failed)}."] if failed else []
 
 
 def milliseconds(timed: Timing) -> str:

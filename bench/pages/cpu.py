@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.cells import interval, milliseconds, ordered, over_floor, provenance, table
+from pages.cells import (
+    milliseconds,
+    ordered,
+    over_floor,
+    ratio_of,
+    table,
+    timed_rows,
+    where,
+    without_figure,
+)
 from stored import named
 
 
@@ -19,27 +28,25 @@ def error_of(results: dict[str, Any], key: str, name: str) -> str:
     return f"{entry['mean']:.2f}" if "mean" in entry else "failed"
 
 
-def render_step(results: dict[str, Any]) -> str:
+def render_step(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Render the step table: a table a rule and size, errors beside the speeds, then the ratios."""
-    groups = results.get("step", {})
-    if not groups:
-        return "Not measured yet."
     found = results.get("errors", {})
-    parts = [provenance(results, groups)]
+    said = f"{where(results['facts'], groups.values())}."
     if found:
         seeds = max(
             (len(e.get("errors", ())) for rows in found["rows"].values() for e in rows.values()),
             default=0,
         )
-        parts[0] += (
+        said += (
             f" Test error: {found['data']}, {found['epochs']} epochs, "
             f"{seeds} seed{'s' if seeds != 1 else ''}, images resampled to the network's width."
         )
-    parts.append(
+    parts = [
+        said,
         "Milliseconds a step: median of interleaved rounds (95 % interval). "
         "The floor is the forward and the weight-gradient product of the four hidden layers, "
-        "`torch.mm(out=)`, measured in the same run."
-    )
+        "`torch.mm(out=)`, measured in the same run.",
+    ]
     for key in ordered(groups):
         group = groups[key]
         case, _, rule = key.partition(" ")
@@ -51,11 +58,7 @@ def render_step(results: dict[str, Any]) -> str:
             rows.append([name, time, over_floor(row), error_of(results, key, name)])
         title = f"**B={batch}, H={hidden}, {rule.upper() if rule == 'sgd' else rule.title()}**"
         parts.append(title + "\n\n" + table(["step", "ms", "× floor", "test error %"], rows))
-        failed = [
-            f"{name}: {row['failed']}" for name, row in group["rows"].items() if "failed" in row
-        ]
-        if failed:
-            parts.append("No figure: " + "; ".join(failed) + ".")
+        parts += without_figure(group["rows"])
     parts.append(render_ratios(groups))
     return "\n\n".join(parts)
 
@@ -74,12 +77,9 @@ SUMMARY = {
 }
 
 
-def render_summary(results: dict[str, Any]) -> str:
+def render_summary(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Render the step table in one: time over the floor and, where any was measured, test error, a
     row a size and rule."""
-    groups = results.get("step", {})
-    if not groups:
-        return "Not measured yet."
     shown = [n for n in SUMMARY if any(n in group["rows"] for group in groups.values())]
     errors = bool(results.get("errors"))
     rows = []
@@ -94,13 +94,8 @@ def render_summary(results: dict[str, Any]) -> str:
         rows.append(cells)
     header = ["B/H, rule", "floor, ms", *[SUMMARY[name] for name in shown]]
     what = f"Each cell: time of a step over the floor{' · test error' if errors else ''}."
-    return "\n\n".join(
-        [
-            f"{provenance(results, groups)} {what}",
-            table(header, rows),
-            render_ratios(groups),
-        ]
-    )
+    said = f"{where(results['facts'], groups.values())}. {what}"
+    return "\n\n".join([said, table(header, rows), render_ratios(groups)])
 
 
 def render_instructions(results: dict[str, Any]) -> str:
@@ -108,7 +103,7 @@ def render_instructions(results: dict[str, Any]) -> str:
     groups = results.get("instructions", {})
     if not groups:
         return f"{named(results['facts'])}: not counted."
-    parts = [provenance(results, groups)]
+    parts = [f"{where(results['facts'], groups.values())}."]
     for key in ordered(groups):
         counts, order = groups[key]["rows"], groups[key]["order"]
         rows = [
@@ -122,39 +117,22 @@ def render_ratios(groups: dict[str, Any]) -> str:
     """Paired ratios of times, one column a ratio."""
     keys = ordered(groups)
     labels = list(dict.fromkeys(label for key in keys for label in groups[key]["ratios"]))
-    rows = []
-    for key in keys:
-        cells = [key]
-        for label in labels:
-            ratio = groups[key]["ratios"].get(label)
-            cells.append("–" if ratio is None else interval(ratio))
-        rows.append(cells)
+    rows = [[key, *(ratio_of(groups[key], label) for label in labels)] for key in keys]
     return "Ratios of times (99 % interval), below one is faster:\n\n" + table(
         ["B/H, rule", *labels], rows
     )
 
 
-def render_groups(results: dict[str, Any], suite: str) -> str:
+def render_groups(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Groups of one suite as tables of time and ratio to the floor."""
-    groups = results.get(suite, {})
-    if not groups:
-        return "Not measured yet."
-    parts = [provenance(results, groups)]
+    parts = [f"{where(results['facts'], groups.values())}."]
     for key in ordered(groups):
-        rows = []
-        for name in groups[key]["order"]:
-            row = groups[key]["rows"][name]
-            time = f"{row['timing'].median * 1e6:.3g}" if "timing" in row else "–"
-            rows.append([name, time, over_floor(row)])
-        parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
+        parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], timed_rows(groups[key])))
     return "\n\n".join(parts)
 
 
-def render_memory(results: dict[str, Any]) -> str:
+def render_memory(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Render the curve of peak memory over depth."""
-    groups = results.get("peak-memory", {})
-    if not groups:
-        return "Not measured yet."
     curve = groups["curve"]
     names = {
         "stock": "stock backprop",
@@ -170,14 +148,12 @@ def render_memory(results: dict[str, Any]) -> str:
         f"{curve['batch']}, by depth. Measured: {curve['what']}."
     )
     header = ["depth", *map(str, curve["depths"])]
-    return "\n\n".join([provenance(results, groups), text, table(header, rows)])
+    said = f"{where(results['facts'], groups.values())}."
+    return "\n\n".join([said, text, table(header, rows)])
 
 
-def render_gemm(results: dict[str, Any]) -> str:
+def render_gemm(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Products: torch's rate, ours, and their ratio, by shape."""
-    groups = results.get("gemm", {})
-    if not groups:
-        return "Not measured yet."
     measured = groups["crossover"]["gflops"]
     rows, slower = [], []
     for count, features, rates in measured:
@@ -190,4 +166,5 @@ def render_gemm(results: dict[str, Any]) -> str:
     text = "GFLOP/s: torch / ours (ratio), float32, one call from Python each."
     last = "torch is the faster one at: " + (", ".join(slower) or "none of these") + "."
     header = ["rows × features", *measured[0][2]]
-    return "\n\n".join([provenance(results, groups), text, table(header, rows), last])
+    said = f"{where(results['facts'], groups.values())}."
+    return "\n\n".join([said, text, table(header, rows), last])

@@ -7,8 +7,7 @@ from typing import Any
 
 from fused_dni.experiments.delay_settings import TASKS, Settings
 from fused_dni.report.kinds import delay
-from pages.cells import table
-from stored import named
+from pages.cells import table, where
 
 #: Of :data:`fused_dni.experiments.delay_arms.TASKS`.
 TITLES = {
@@ -31,16 +30,14 @@ def render_delay(results: list[dict[str, Any]]) -> str:
 
 
 def _group(results: list[dict[str, Any]]) -> str:
-    columns = sorted(
-        {(r["settings"]["stages"], lag) for r in results for lag in r["settings"]["lags"]}
-    )
-    cells: dict[str, dict[tuple[int, int], list[float]]] = {}
+    columns = sorted({column for r in results for column in _columns(r["settings"])})
+    cells: dict[str, dict[tuple[Any, ...], list[float]]] = {}
     for report in results:
         s = report["settings"]
         for name in report["arms"]:
             row = cells.setdefault(_label(name, s), {})
-            for lag in s["lags"]:
-                row.setdefault((s["stages"], lag), []).extend(delay.errors(report, name, lag))
+            for column in _columns(s):
+                row.setdefault(column, []).extend(delay.errors(report, name, column[1]))
     families = ("backprop", "stale", "nesterov", "feedback", "local", "cdni")
     labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
     s = results[0]["settings"]
@@ -52,17 +49,17 @@ def _group(results: list[dict[str, Any]]) -> str:
         f"{TITLES[s['task']]}, {s['depth']} hidden layers of {s['hidden']}, batch "
         f"{s['batch_size']}, {s['epochs']} epochs"
     )
-    header = ["arm", *(f"{stages} stages, lag {lag}" for stages, lag in columns)]
-    facts = sorted({_where(report["facts"]) for report in results})
+    header = ["arm"]
+    header += [f"{n} stages, lag {lag}{' a cut' * each}" for n, lag, each in columns]
+    facts = sorted({where(report["facts"]) for report in results})
     commands = [f"`{report['facts']['command']}`" for report in results]
     return f"{head}. {'; '.join(facts)}.\n\n{table(header, rows)}\n\nBy {', '.join(commands)}."
 
 
-def _where(facts: dict[str, Any]) -> str:
-    return (
-        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}"
-    )
+def _columns(settings: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Stages, lag, and whether what passes several cuts is as many times as late; of older reports
+    it was not."""
+    return [(settings["stages"], lag, settings.get("each_cut", False)) for lag in settings["lags"]]
 
 
 def _label(name: str, settings: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pages import (
     lstm,
     pipelines,
     races,
+    recipes,
     training,
     verdict,
 )
@@ -28,42 +29,49 @@ DOCUMENTS = (
 )
 
 
-def each(
-    renderer: Callable[[dict[str, Any]], str],
-) -> Callable[[list[dict[str, Any]]], str]:
-    """Return a renderer of several results: one part a device."""
-    return lambda results: "\n\n".join(map(renderer, results)) or "Not measured yet."
+Renderer = Callable[[list[dict[str, Any]]], str]
+UNMEASURED = "Not measured yet."
+NO_GPU = "No GPU figure has been measured yet."
 
 
-def on_gpus(
-    renderer: Callable[[dict[str, Any]], str],
-) -> Callable[[list[dict[str, Any]]], str]:
-    """Do as :func:`each`, and say so where no GPU was measured."""
-    return lambda results: (
-        "\n\n".join(map(renderer, results)) or "No GPU figure has been measured yet."
-    )
+def each(renderer: Callable[[dict[str, Any]], str], none: str = UNMEASURED) -> Renderer:
+    """Return a renderer of several results: one part a device; ``none`` where there are none."""
+    return lambda results: "\n\n".join(map(renderer, results)) or none
+
+
+def suite(
+    name: str, renderer: Callable[[dict[str, Any], dict[str, Any]], str], none: str = UNMEASURED
+) -> Renderer:
+    """Do as :func:`each` with a renderer of results and their groups of one suite."""
+
+    def one(results: dict[str, Any]) -> str:
+        groups = results.get(name)
+        return renderer(results, groups) if groups else UNMEASURED
+
+    return each(one, none)
 
 
 # By name of the table: which results it is made from, and how.
-RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+RENDERERS: dict[str, tuple[str, Renderer]] = {
     # These read their own.
     "answers": ("", lambda _: verdict.short("docs/")),
     "answers-here": ("", lambda _: verdict.short("")),
-    "summary": ("*-cpu", each(cpu.render_summary)),
-    "step": ("*-cpu", each(cpu.render_step)),
+    "summary": ("*-cpu", suite("step", cpu.render_summary)),
+    "step": ("*-cpu", suite("step", cpu.render_step)),
     "instructions": ("*-cpu", each(cpu.render_instructions)),
-    "linear": ("*-cpu", each(lambda results: cpu.render_groups(results, "linear"))),
-    "synthesizer": ("*-cpu", each(lambda results: cpu.render_groups(results, "synthesizer"))),
-    "memory": ("*-cpu", each(cpu.render_memory)),
-    "gemm": ("*-cpu", each(cpu.render_gemm)),
-    "lstm": ("*-lstm", each(lstm.render_lstm)),
-    "lstm-details": ("*-lstm", each(lstm.render_lstm_details)),
-    "lstm-memory": ("*-lstm", each(lstm.render_lstm_memory)),
-    "gpu": ("*-gpu", on_gpus(gpu.render_gpu)),
-    "gpu-lstm": ("*-gpu", on_gpus(gpu.render_gpu_lstm)),
-    "gpu-details": ("*-gpu", on_gpus(gpu.render_gpu_details)),
+    "linear": ("*-cpu", suite("linear", cpu.render_groups)),
+    "synthesizer": ("*-cpu", suite("synthesizer", cpu.render_groups)),
+    "memory": ("*-cpu", suite("peak-memory", cpu.render_memory)),
+    "gemm": ("*-cpu", suite("gemm", cpu.render_gemm)),
+    "lstm": ("*-lstm", suite("lstm", lstm.render_lstm)),
+    "lstm-details": ("*-lstm", suite("lstm", lstm.render_lstm_details)),
+    "lstm-memory": ("*-lstm", suite("lstm", lstm.render_lstm_memory)),
+    "gpu": ("*-gpu", suite("gpu-layer", gpu.render_gpu, NO_GPU)),
+    "gpu-lstm": ("*-gpu", suite("gpu-lstm", gpu.render_gpu_lstm, NO_GPU)),
+    "gpu-details": ("*-gpu", each(gpu.render_gpu_details, NO_GPU)),
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
+    "recipes": ("*-recipes*", recipes.render_recipes),
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
     "simulated": ("*-simulated", each(pipelines.render_simulated)),
@@ -74,9 +82,13 @@ RENDERERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
+    "race-hidden": ("verdict/*-race-hidden", each(races.render_race)),
+    "rivals-grid": ("verdict/*-rivals-grid-*", each(races.render_grid)),
     "copy": ("*-copy", each(training.render_recurrent)),
     "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
+    "rows": ("*-rows", each(training.render_recurrent)),
+    "ablation": ("*-ablation", each(training.render_ablation)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }

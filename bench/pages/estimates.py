@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from pages.cells import table
+from pages.cells import grid_of, table
 from stored import named
 
 #: Of the chip (its datasheet): bytes a second of its memory, FLOP a second of bf16 products,
@@ -151,12 +151,9 @@ def measured(results: dict[str, Any], estimate: Estimate) -> float | None:
     part, key, row = estimate.found
     group = results.get(part, {}).get(key, {})
     if part == "gpu-floors":
-        grid = group.get("grids", {}).get(str(results["facts"].get("multiprocessors")), {})
-        taken: float | None = grid.get(row)
-    else:
-        found = group.get("rows", {}).get(row, {})
-        taken = found["timing"].median if "timing" in found else None
-    return taken
+        return grid_of(results).get(row)
+    found = group.get("rows", {}).get(row, {})
+    return float(found["timing"].median) if "timing" in found else None
 
 
 def render_estimates(found: list[dict[str, Any]]) -> str:
@@ -184,10 +181,6 @@ def render_estimates(found: list[dict[str, Any]]) -> str:
             ]
         )
     header = ["kernel", "MB", "GFLOP", "launches", "barriers", "bound, µs", "estimate, µs"]
-    header += [f"measured, µs, {provenance(results)}" for results in found] or ["measured, µs"]
+    devices = [f"{named(r['facts'])}, {r['facts'].get('commit')}" for r in found]
+    header += [f"measured, µs, {device}" for device in devices] or ["measured, µs"]
     return "\n\n".join([TEXT, table(header, rows)])
-
-
-def provenance(results: dict[str, Any]) -> str:
-    """Return the device and the commit."""
-    return f"{named(results['facts'])}, {results['facts'].get('commit')}"

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.cells import interval, over_floor, table
-from stored import named
-
-
-def _gpu_provenance(results: dict[str, Any], groups: dict[str, Any]) -> str:
-    """One line: GPU, versions, when and at which commits."""
-    facts = results["facts"]
-    dates = sorted({group["date"] for group in groups.values()})
-    commits = sorted({str(group["commit"]) for group in groups.values()})
-    return (
-        f"{named(facts)}, torch {facts['torch']}, Triton {facts['triton']}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}."
-    )
+from pages.cells import (
+    grid_of,
+    over_floor,
+    ratio_of,
+    table,
+    time_of,
+    timed_rows,
+    where,
+    without_figure,
+)
 
 
 def _microseconds(group: dict[str, Any], name: str, steps: int = 1) -> str:
-    row = group["rows"].get(name, {})
-    return f"{row['timing'].median / steps * 1e6:.3g}" if "timing" in row else "–"
+    return time_of(group["rows"].get(name, {}), 1e6 / steps)
 
 
-def _ratio(group: dict[str, Any], label: str) -> str:
-    ratio = group["ratios"].get(label)
-    return "–" if ratio is None else interval(ratio)
-
-
-def render_gpu(results: dict[str, Any]) -> str:
+def render_gpu(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Render the decoupled step of one layer: launches, floor, and what it is compared with."""
-    groups = results.get("gpu-layer", {})
-    if not groups:
-        return "Not measured yet."
     others = {
         "stock": "stock",
         "stock, compiled": "compiled",
@@ -57,9 +45,9 @@ def render_gpu(results: dict[str, Any]) -> str:
             for name in ("DNI", "DNI, one launch", "DNI, several launches")
         ]
         cells.append(over_floor(group["rows"].get("DNI", {})))
-        cells += [_ratio(group, f"{name} / DNI") for name in others]
+        cells += [ratio_of(group, f"{name} / DNI") for name in others]
         cells.append(_microseconds(group, "DNI, CUDA"))
-        cells += [_ratio(group, f"{name} / DNI, CUDA") for name in rivals]
+        cells += [ratio_of(group, f"{name} / DNI, CUDA") for name in rivals]
         rows.append(cells)
     header = ["B/H, products, rule", "floor, µs", "bytes, µs", "DNI, µs", "one launch", "several"]
     header += ["DNI × floor", *(f"{name} / DNI" for name in others.values())]
@@ -74,14 +62,12 @@ def render_gpu(results: dict[str, Any]) -> str:
         "fused optimizer, the same compiled, and backprop on our own kernels. Triton's kernels but "
         "for the last columns, which are those in CUDA C++."
     )
-    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+    said = f"{where(results['facts'], groups.values())}. {text}"
+    return f"{said}\n\n{table(header, rows)}"
 
 
-def render_gpu_lstm(results: dict[str, Any]) -> str:
+def render_gpu_lstm(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Windows of an LSTM against cuDNN's, whichever way it falls."""
-    groups = results.get("gpu-lstm", {})
-    if not groups:
-        return "Not measured yet."
     times = ("nn.LSTM", "nn.LSTM, fp16", "ours", "ours, a launch a step", "ours, CUDA")
     ratios = {
         "nn.LSTM / ours": "nn.LSTM / ours",
@@ -98,7 +84,7 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
             _microseconds(group, group["floor"]),
             *(_microseconds(group, name) for name in times),
             _microseconds(group, "ours, CUDA", group["steps"]),
-            *(_ratio(group, label) for label in ratios),
+            *(ratio_of(group, label) for label in ratios),
         ]
         for key, group in groups.items()
     ]
@@ -113,30 +99,22 @@ def render_gpu_lstm(results: dict[str, Any]) -> str:
         "float32. Beside bf16 stands `nn.LSTM` in fp16: PyTorch takes cuDNN's persistent kernels "
         "for fp16 alone."
     )
-    grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
-    bare = grids.get(str(results["facts"].get("multiprocessors")), {}).get("CUDA barrier")
-    if bare is not None:
+    if (bare := grid_of(results).get("CUDA barrier")) is not None:
         text += (
             " A time step has two barriers of the grid, forward and backward, which bare take "
             f"{2 * bare * 1e6:.3g} µs."
         )
-    return "\n\n".join([f"{_gpu_provenance(results, groups)} {text}", table(header, rows)])
+    said = f"{where(results['facts'], groups.values())}. {text}"
+    return f"{said}\n\n{table(header, rows)}"
 
 
 def render_gpu_details(results: dict[str, Any]) -> str:
     """All candidates of all groups, and what a launch and a grid barrier cost."""
     parts = []
     for suite in ("gpu-layer", "gpu-lstm"):
-        groups = results.get(suite, {})
-        for key, group in groups.items():
-            rows = [
-                [name, _microseconds(group, name), over_floor(group["rows"][name])]
-                for name in group["order"]
-            ]
-            parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], rows))
-            failed = [f"{n}: {r['failed']}" for n, r in group["rows"].items() if "failed" in r]
-            if failed:
-                parts.append("No figure: " + "; ".join(failed) + ".")
+        for key, group in results.get(suite, {}).items():
+            parts.append(f"**{key}**\n\n" + table(["", "µs", "× floor"], timed_rows(group)))
+            parts += without_figure(group["rows"])
     grids = results.get("gpu-floors", {}).get("barrier", {}).get("grids", {})
     if grids:
         names = ("launch", "barrier", "CUDA launch", "CUDA barrier")
@@ -154,4 +132,4 @@ def render_gpu_details(results: dict[str, Any]) -> str:
     }
     if not measured:
         return "Not measured yet."
-    return "\n\n".join([_gpu_provenance(results, measured), *parts])
+    return "\n\n".join([f"{where(results['facts'], measured.values())}.", *parts])

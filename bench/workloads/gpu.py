@@ -33,7 +33,7 @@ from fused_dni.ops.types import (
     SynthesizerTensors,
 )
 from fused_dni.rules import RuleState
-from workloads import CLASSES, RANK, RATE, Disagreement
+from workloads import CLASSES, RANK, RATE, Disagreement, agree
 from workloads.lstm import Shape, rounding
 
 PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
@@ -310,26 +310,12 @@ def check_layer(make: Callable[..., Layer], case: Case, device: torch.device) ->
     layer = make(case, device, lr=lr)
     kind = type(layer) if isinstance(layer, (Decoupled, SynthesizerUpdate)) else Backprop
     found, expected = moved(layer), _exact(kind, case, device, lr)
-    bound = BOUNDS[case.precision]
-    _compare(str(case), found, expected, lambda name: bound, adam or kind is SynthesizerUpdate)
+    bound, signs = BOUNDS[case.precision], adam or kind is SynthesizerUpdate
 
+    def allowed(name: str) -> float:
+        return 2.0 * bound**0.5 if signs and name not in ("h", "dx") else bound
 
-def _compare(
-    what: str,
-    found: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    allowed: Callable[[str], float],
-    signs: bool = False,
-) -> None:
-    if found.keys() != expected.keys():
-        raise Disagreement(f"{what}: has {sorted(found)}, float64 has {sorted(expected)}")
-    for name, want in expected.items():
-        error = float((found[name] - want).norm() / want.norm())
-        bound = allowed(name)
-        if signs and name not in ("h", "dx"):
-            bound = 2.0 * bound**0.5
-        if not error <= bound:
-            raise Disagreement(f"{what}: {name} is off by {error:.2e}, allowed {bound:.1e}")
+    agree(str(case), found, expected, allowed)
 
 
 def products(case: Case, device: torch.device, seed: int = 0) -> Callable[[], None]:
@@ -482,11 +468,10 @@ def check_window(make: Callable[..., Window], case: WindowCase, device: torch.de
     """
     found, expected = _doubles(make(case, device).step()), _exact_window(case, device)
     if case.precision == "fp32":
-        exactly = rounding(Shape(*case[:3]))
-        _compare(str(case), found, expected, lambda name: exactly)
+        agree(str(case), found, expected, rounding(Shape(*case[:3])))
         return
     stock, rest = _stock_errors(case, device), BOUNDS[case.precision] / 2
-    _compare(str(case), found, expected, lambda name: 2 * stock[name] + rest)
+    agree(str(case), found, expected, lambda name: 2 * stock[name] + rest)
 
 
 def window_floor(case: WindowCase, device: torch.device) -> timing.Candidate:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
-from workloads import CLASSES, RANK, Disagreement
+from fused_dni.measure import timing
+from workloads import CLASSES, RANK, agree
 
 
 class Shape(NamedTuple):
@@ -121,16 +122,9 @@ def check_layer(shape: Shape, kind: str, dx: bool, backend: str | None = None) -
     for layer in (candidate, twin):
         before = {name: _of(p) for name, p in _plain(layer.layer).items()}
         layer.step()
-        movements.append({n: _of(p) - before[n] for n, p in _plain(layer.layer).items()})
-    for name, got in movements[0].items():
-        want = movements[1][name]
-        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        if not error <= 1e-3:
-            raise Disagreement(f"{kind} {backend or ''} {shape}: {name} is off by {error:.2e}")
-    if dx:
-        error = float((candidate.x.grad.double() - twin.x.grad).norm() / twin.x.grad.norm())
-        if not error <= 1e-3:
-            raise Disagreement(f"{kind} {backend or ''} {shape}: dx is off by {error:.2e}")
+        moved = {n: _of(p) - before[n] for n, p in _plain(layer.layer).items()}
+        movements.append(moved | ({"dx": layer.x.grad} if dx else {}))
+    agree(f"{kind} {backend or ''} {shape}", *movements, 1e-3)
 
 
 def _of(p: Tensor) -> Tensor:
@@ -143,18 +137,8 @@ def _plain(layer: nn.Module) -> dict[str, Tensor]:
     return {"weight": layer.weight, "scale": layer.norm.weight, "shift": layer.norm.bias}
 
 
-def products(shape: Shape, dx: bool, forward_only: bool = False) -> Callable[[], None]:
+def products(shape: Shape, dx: bool, forward_only: bool = False) -> timing.Candidate:
     """Return the products that cannot be avoided: forward, weight gradient, and dx if asked for."""
     n, i, o = shape
-    x, wt, h = torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)
-    d, dt, dw = torch.randn(n, o), torch.randn(o, n), torch.empty(o, i)
-    weight, gx = torch.randn(o, i), torch.empty(n, i)
-
-    def floor() -> None:
-        torch.mm(x, wt, out=h)
-        if not forward_only:
-            torch.mm(dt, x, out=dw)
-            if dx:
-                torch.mm(d, weight, out=gx)
-
-    return floor
+    backward = [] if forward_only else [(o, n, i, 1), *[(n, o, i, 1)] * dx]
+    return timing.products([(n, i, o, 1), *backward])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.measure import timing
-from workloads import RATE, Disagreement, within
+from workloads import RATE, Disagreement, agree, within
 
 #: Windows in the check of a training step.
 CHECKED = 3
@@ -205,8 +205,8 @@ def unrolled(
     return x, (torch.stack(hs), torch.stack(cs))
 
 
-class Window:
-    """One window from a given state: forward only, or also backward to weights and input."""
+class _Placed:
+    """An LSTM by a method, and what its first window is given."""
 
     def __init__(
         self,
@@ -214,10 +214,18 @@ class Window:
         method: Method,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
+        lr: float = RATE,
     ) -> None:
         x, h, c, self.grad = data(shape, dtype)
         self.x, self.state = x.clone().requires_grad_(), (h, c)
-        self.lstm = make(shape, method, dtype, backend)
+        self.lstm = make(shape, method, dtype, backend, lr)
+
+
+class Window(_Placed):
+    """One window from a given state: forward only, or also backward to weights and input."""
+
+    def __init__(self, shape: Shape, method: Method, *given: Any, **options: Any) -> None:
+        super().__init__(shape, method, *given, **options)
         if method.synthesizer:
             self.lstm.remember(self.state)  # so that each window teaches
         self.parameters = list(self.lstm.parameters())
@@ -243,20 +251,13 @@ class Window:
         return output, state
 
 
-class Training:
+class Training(_Placed):
     """An LSTM trained window by window, its state going on from one to the next."""
 
     def __init__(
-        self,
-        shape: Shape,
-        method: Method,
-        dtype: torch.dtype = torch.float32,
-        backend: str | None = None,
-        lr: float = RATE,
+        self, shape: Shape, method: Method, *given: Any, lr: float = RATE, **options: Any
     ) -> None:
-        x, h, c, self.grad = data(shape, dtype)
-        self.x, self.state = x.clone().requires_grad_(), (h, c)
-        self.lstm = make(shape, method, dtype, backend, lr)
+        super().__init__(shape, method, *given, lr=lr, **options)
         self.optimizer: torch.optim.Optimizer
         if method.rule:
             self.optimizer = fd.FusedOptimizer(self.lstm)
@@ -276,19 +277,6 @@ class Training:
 
 
 # ------------------------------------------------------------------------------------------ gates
-
-
-def _off(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
-
-
-def _agree(what: str, got: dict[str, Tensor], want: dict[str, Tensor], bound: float) -> None:
-    if got.keys() != want.keys():
-        raise Disagreement(f"{what}: has {sorted(got)}, float64 has {sorted(want)}")
-    for name in got:
-        error = _off(got[name], want[name])
-        if not error <= bound:
-            raise Disagreement(f"{what}: {name} is off by {error:.2e}, allowed {bound:.1e}")
 
 
 def rounding(shape: Shape) -> float:
@@ -345,7 +333,7 @@ def check_window(
     window = Window(shape, method, backend=backend)
     with within(COMPILE_LIMIT if method.compiled else None):
         found = _results(window, backward)
-    _agree(what, found, _exact_results(shape, method.synthesizer, backward), rounding(shape))
+    agree(what, found, _exact_results(shape, method.synthesizer, backward), rounding(shape))
     return window
 
 
@@ -378,7 +366,7 @@ def check_training(shape: Shape, method: Method, backend: str | None = None) -> 
     found = _moved(Training(shape, method, backend=backend, lr=1e-3))
     what = f"{method.name} {shape}"
     bound = 2.0 * rounding(shape) ** 0.5
-    _agree(what, found, _exact_movement(shape, method.synthesizer), bound)
+    agree(what, found, _exact_movement(shape, method.synthesizer), bound)
     return Training(shape, method, backend=backend)
 
 
@@ -438,7 +426,7 @@ def check_cell(shape: Shape, ours: bool, *, backward: bool, backend: str | None 
                 str(i): leaf.grad for i, leaf in enumerate(cell.leaves) if leaf.grad is not None
             }
         found.append(results)
-    _agree(f"cell {shape}", *found, rounding(shape))
+    agree(f"cell {shape}", *found, rounding(shape))
     return made
 
 

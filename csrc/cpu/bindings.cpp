@@ -400,10 +400,10 @@ PYBIND11_MODULE(_cpu, m) {
       "met",
       [] {
         const Met seen = met();
-        return std::pair(seen.regions, seen.barriers);
+        return std::tuple(seen.regions, seen.barriers, seen.taken, seen.alone);
       },
-      "Parallel regions that kernels have begun so far, and barriers that their threads have met "
-      "at.");
+      "Parallel regions that kernels have begun so far, barriers that their threads have met at, "
+      "shares that another thread took over, and regions of several that the caller ran alone.");
   m.def(
       "bf16", [] { return kernels().linear_step[2] != nullptr; },
       "Whether the linear layer's kernels multiply bfloat16 operands.");

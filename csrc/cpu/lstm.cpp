@@ -12,8 +12,6 @@
 //   behind the steps, over the whole window:
 //             dx = delta W_ih                               panels of its columns
 //             dW_ih = delta^T x, dW_hh = delta^T h          blocks of x and h, as they come
-#include <sched.h>
-
 #include "lstm.hpp"
 
 namespace fused_dni::FUSED_DNI_ISA {
@@ -37,11 +35,9 @@ class Steps {
     __atomic_store_n(&done_[team.rank].count, count, __ATOMIC_RELEASE);
   }
 
-  // Returns when all threads have done `count` steps. Spins, then yields.
+  // Returns when all threads have done `count` steps.
   void wait(const Team& team, int count) const {
-    for (int i = 0; i < team.size; ++i)
-      for (int spins = 0; __atomic_load_n(&done_[i].count, __ATOMIC_ACQUIRE) < count; ++spins)
-        spins < 2000 ? relax() : static_cast<void>(sched_yield());
+    for (int i = 0; i < team.size; ++i) team.wait(done_[i].count, count);
   }
 
  private:

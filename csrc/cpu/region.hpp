@@ -1,40 +1,34 @@
-// Parallel regions: teams of threads with barriers, scratch memory, and ops one behind the other in
-// one region. The same for every instruction set: what is not always inlined is in region.cpp.
+// Parallel regions: teams of logical threads with barriers, scratch memory, and ops one behind the
+// other in one region. The same for every instruction set: what is not always inlined is in region.cpp.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "ops.hpp"
 
 namespace fused_dni {
 
-[[gnu::always_inline]] inline void relax() {
-#if defined(__SSE2__)
-  _mm_pause();
-#endif
-}
+struct Share;
 
-struct Barrier {
-  alignas(kCacheLine) int arrived = 0;
-  alignas(kCacheLine) int generation = 0;
-  int sleepers = 0;
-};
+// Ends what `share` does in this phase; returns when it has its turn in the next one.
+void meet(Share& share);
 
-// Returns when `size` threads have called it. Spins for some microseconds, then sleeps: a thread that
-// others keep from its core gets there sooner if the core of one that waits for it is free.
-void meet(Barrier& barrier, int size);
+// Returns when the word is at least so much, by another share of this phase; see Team::wait.
+void wait(Share& share, const int& word, int least);
 
+// A logical thread of a region. What one does from one sync() to the next is its share of a phase,
+// done by whichever thread of the system is free: results depend on rank and size alone.
 struct Team {
   int rank, size;
-  Barrier* barrier;
+  Share* share;
 
   [[gnu::always_inline]] void sync() const {
-    if (size > 1) meet(*barrier, size);
+    if (size > 1) meet(*share);
+  }
+  // For a word that another logical thread stores to (release) in this phase.
+  [[gnu::always_inline]] void wait(const int& word, int least) const {
+    if (__atomic_load_n(&word, __ATOMIC_ACQUIRE) < least) fused_dni::wait(*share, word, least);
   }
 };
 
@@ -81,7 +75,7 @@ class Op {
   Op* next = nullptr;  // in a region
 };
 
-// Calls body(of, team) by `threads` threads.
+// Calls body(of, team) by a team of `threads`, and returns when all of it is done.
 void region(int threads, void (*body)(const void* of, const Team& team), const void* of);
 
 // Ops of one region.
@@ -100,9 +94,10 @@ class Ops {
   Op *first_ = nullptr, *last_ = nullptr;
 };
 
-// Regions and barriers of this process so far.
+// Of this process so far: regions; barriers in them; shares that another thread of the system than
+// usual had time for; regions of several logical threads that their caller ran alone.
 struct Met {
-  std::int64_t regions, barriers;
+  std::int64_t regions, barriers, taken, alone;
 };
 Met met();
 

@@ -8,11 +8,7 @@
 
 #include "machine.hpp"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #if defined(__has_feature)
@@ -25,76 +21,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// fused_dni_switch(from, to): keeps the stack pointer at `*from` and goes on from `to`, with the
-// registers that a called function preserves on the stacks. (swapcontext makes a system call.)
-#if defined(__linux__) && defined(__x86_64__) && !defined(FUSED_DNI_EMULATED_UCONTEXT)
-asm(R"(
-.text
-.globl fused_dni_switch
-.hidden fused_dni_switch
-.type fused_dni_switch, @function
-fused_dni_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size fused_dni_switch, .-fused_dni_switch
-)");
-#define FUSED_DNI_FRAME 8   // words: six registers, where to return, and who called there: nobody
-#define FUSED_DNI_RETURN 6  // the word where to return
-#elif defined(__linux__) && defined(__aarch64__) && !defined(FUSED_DNI_EMULATED_UCONTEXT)
-asm(R"(
-.text
-.globl fused_dni_switch
-.hidden fused_dni_switch
-.type fused_dni_switch, %function
-fused_dni_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x2, sp
-  str x2, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size fused_dni_switch, .-fused_dni_switch
-)");
-#define FUSED_DNI_FRAME 20
-#define FUSED_DNI_RETURN 11  // x30
-#else
+#include "../fibers.hpp"
+#if !defined(FUSED_DNI_FRAME)
 #include <ucontext.h>
-#endif
-#if defined(FUSED_DNI_FRAME)
-extern "C" void fused_dni_switch(void** from, void* to);
 #endif
 
 namespace fused_dni::emulation {
@@ -108,25 +37,7 @@ constexpr std::size_t kStack = 64 * 1024;
 #endif
 constexpr int kIdleRounds = 1000;  // of fibers that only pause, until we say that they spin
 
-// Stacks are kept for later launches. Under each lies a page that nothing may touch.
-class Stacks {
- public:
-  unsigned char* operator[](std::size_t index) {
-    const std::size_t page = sysconf(_SC_PAGESIZE);
-    while (stacks_.size() <= index) {
-      void* at = mmap(nullptr, page + kStack, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (at == MAP_FAILED || mprotect(at, page, PROT_NONE) != 0) std::abort();
-      stacks_.push_back(static_cast<unsigned char*>(at) + page);
-    }
-    return stacks_[index];
-  }
-
- private:
-  std::vector<unsigned char*> stacks_;
-};
-
-Stacks stacks;
+Stacks<kStack> stacks;  // kept for later launches
 std::vector<Thread*> ready, paused;
 Thread outside;  // the caller of run_threads
 std::uint64_t random_state;
@@ -168,10 +79,7 @@ void start_fiber();
 
 #if defined(FUSED_DNI_FRAME)
 void prepare(Thread& thread, unsigned char* top) {
-  auto* frame = reinterpret_cast<void**>(top) - FUSED_DNI_FRAME;
-  std::memset(frame, 0, FUSED_DNI_FRAME * sizeof(void*));
-  frame[FUSED_DNI_RETURN] = reinterpret_cast<void*>(start_fiber);
-  thread.stack_pointer = frame;
+  thread.stack_pointer = first_frame(top, start_fiber);
 }
 void switch_context(Thread& from, Thread& to) {
   fused_dni_switch(&from.stack_pointer, to.stack_pointer);
@@ -245,12 +153,10 @@ void run_threads() {
   ready.clear();
   paused.clear();
   for (std::size_t i = machine.thread.size(); i-- > 0;) {
-    unsigned char* stack = stacks[i];
 #if defined(__SANITIZE_ADDRESS__)
-    if (abandoned) __asan_unpoison_memory_region(stack, kStack);
+    if (abandoned) __asan_unpoison_memory_region(stacks[i], kStack);
 #endif
-    // Tops at different places in the page: at the same place they share few lines of the cache.
-    prepare(machine.thread[i], stack + kStack - i * 320 % 4096);
+    prepare(machine.thread[i], stacks.top(i));
     ready.push_back(&machine.thread[i]);
   }
   abandoned = false;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from fused_dni.cli.arguments import factory, rule, set_threads
+from fused_dni.cli.arguments import factory, rule
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say
 from fused_dni.measure.options import FACTORY, SECONDS, SHAPE, UPDATE, option, whole
@@ -42,16 +42,13 @@ and closes over its targets; without one a fixed gradient arrives at the output.
 
     def run(self, command: str) -> int:
         from fused_dni.measure.advise import advise
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out)
-        set_threads(self.threads)
         module, sample, rest = factory(self.what, self.sample, "loss")
         loss = rest[0] if rest else None
         if loss is not None and not callable(loss):
             raise UsageError(f"the loss of {self.what} must be callable, got {type(loss).__name__}")
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = advise(
                 module,
                 sample,

@@ -13,10 +13,13 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from fused_dni.measure.options import FILE, Option, option, whole
 from fused_dni.report import text
+
+if TYPE_CHECKING:
+    from fused_dni.report.progress import Progress
 
 PROGRAM = "fused-dni"
 #: Headings that stand at the beginning and at the end of help.
@@ -74,10 +77,16 @@ class Printing(Command):
     out: str | None = option(None, FILE, "write the JSON into a file", group="output")
     quiet: bool = option(False, help="no progress", group="output")
 
+    def progress(self) -> Progress:
+        """Make the bars, or lines, that tell how far it is; nothing if --quiet."""
+        from fused_dni.report.progress import Progress
+
+        return Progress(enabled=not self.quiet)
+
 
 @dataclass(kw_only=True)
 class Measuring(Printing):
-    """A command that computes."""
+    """A command that computes, on so many threads."""
 
     threads: int | None = option(
         None, whole(1), "CPU threads (torch's default otherwise)", group="output"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fused_dni.cli.arguments import refuse_unwritable, set_threads
+from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
 from fused_dni.measure.options import FOLDER, option, whole
@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OnImages(Measuring):
-    """A command that trains on digits or MNIST; its settings are checked before anything runs."""
+    """A command that trains on digits or MNIST, some on a text too; its settings are checked before
+    anything runs."""
 
     data: str | None = option(
-        None, FOLDER, "folder of the four MNIST files (IDX, .gz)", group="data"
+        None,
+        FOLDER,
+        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text",
+        group="data",
     )
 
     @property
     def dataset(self) -> str:
         """The name that --dataset and --data ask for."""
-        return "mnist" if self.data is not None else self.given.get("dataset", "digits")
+        known: str = self.given.get("dataset", "digits" if self.data is None else "mnist")
+        return known
 
     def chosen(self, **more: Any) -> Any:
         """Make the settings."""
@@ -38,11 +43,17 @@ class OnImages(Measuring):
         super().check()
         if self.data is not None and self.given.get("dataset") == "digits":
             raise UsageError("--data is for the MNIST files; leave --dataset digits out")
+        if self.data is None and self.given.get("dataset") == "characters":
+            raise UsageError("--dataset characters needs --data FILE, a text")
         self.chosen()
 
     def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:
         """Load the images, with a bar for what is fetched."""
-        from fused_dni.experiments import data
+        from fused_dni.experiments import characters, data
+
+        if self.dataset == "characters":
+            assert self.data is not None
+            return characters.windows(self.data)
 
         def fetching(file: str, done: int, total: int) -> None:
             progress.update(f"fetching {file}", done / total if total > 0 else 0.0)
@@ -92,19 +103,16 @@ class Resumable(Measuring):
 
     def run(self, command: str) -> int:
         from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out, needed=True)
-        set_threads(self.threads)
         previous = unfinished(str(self.out), self.kind) if self.resume else None
-        measure = self.begin(Progress(enabled=not self.quiet))
+        measure = self.begin(self.progress())
         with resumable(out):
             report = measure(
                 previous=previous,
                 keep=lambda report: out.write(as_json(report)),
-                progress=Progress(enabled=not self.quiet),
+                progress=self.progress(),
                 command=command,
             )
-        say_report(report, self.json)
-        out.finish()
+        say_report(report, self.json, out)
         return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fused_dni.cli.arguments import device_named, refuse_unwritable, rule, set_threads
+from fused_dni.cli.arguments import device_named, refuse_unwritable, rule
 from fused_dni.cli.command import PROGRAM, Measuring
 from fused_dni.cli.output import OutFile, say, warn
 from fused_dni.measure.options import (
@@ -68,7 +68,6 @@ class Map(Measuring):
         from fused_dni.report import as_text, blocks_of, load
         from fused_dni.report.files import as_json
 
-        set_threads(self.threads)
         out = OutFile("--out", self.out, needed=True)
         if self.figures is not None:
             refuse_unwritable(self.figures)
@@ -90,7 +89,6 @@ class Map(Measuring):
         from fused_dni.measure.map.sweep import sweep
         from fused_dni.ops import registry
         from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         points = make_grid(self.batches, self.widths, self.synthesizers, self.interfaces)
         if self.backend is not None:
@@ -103,8 +101,7 @@ class Map(Measuring):
             backend=self.backend,
             seconds=self.seconds,
         )
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             return sweep(
                 points,
                 settings,

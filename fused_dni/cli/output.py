@@ -194,11 +194,17 @@ def say_verdict(
         file.finish()
 
 
-def say_report(report: Result, as_json: bool) -> None:
-    """Print a report, for a reader or for a machine."""
+def say_report(report: Result, as_json: bool, out: OutFile | None = None) -> None:
+    """Print a report, for a reader or for a machine, and write its JSON.
+
+    Raises:
+        WriteError: it was printed, and could not be written.
+    """
     from fused_dni.report import as_text, blocks_of, files
 
-    if as_json:
-        say(files.as_json(report), end="")
-    else:
-        say(as_text(blocks_of(report)))
+    made = files.as_json(report)
+    if out is not None:
+        out.write(made)
+    say(made.rstrip() if as_json else as_text(blocks_of(report)))
+    if out is not None:
+        out.finish()

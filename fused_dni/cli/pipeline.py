@@ -45,8 +45,6 @@ fused_dni.distributed (docs/distributed.md)."""
         import tempfile
 
         from fused_dni.experiments.staged import train
-        from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out, needed=True)
         settings = self.chosen(folder=self.data)
@@ -57,10 +55,8 @@ fused_dni.distributed (docs/distributed.md)."""
                 settings,
                 str(Path(self.checkpoint or temporary).absolute()),
                 restarts=self.restarts,
-                progress=Progress(enabled=not self.quiet),
+                progress=self.progress(),
                 command=command,
             )
-        out.write(as_json(report))
-        say_report(report, self.json)
-        out.finish()
+        say_report(report, self.json, out)
         return 0

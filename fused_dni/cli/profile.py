@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_dni.cli.arguments import refuse_unwritable, set_threads
+from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.output import OutFile, say, warn
 from fused_dni.measure.options import FOLDER, SECONDS, TEXT, one_of, option, whole
@@ -97,7 +97,6 @@ class Profile(Measuring):
 
         profiled = InProcess(self.behind)
         refuse_unwritable(self.out)
-        set_threads(self.threads)
         aside = contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
         file = folder / "trace.json.gz"
         with aside:

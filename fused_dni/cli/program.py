@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fused_dni.cli.advise import Advise
+from fused_dni.cli.arguments import set_threads
 from fused_dni.cli.command import PROGRAM, Command, Parser, UsageError, add, read
 from fused_dni.cli.compare import Compare
 from fused_dni.cli.map import Map
@@ -24,9 +25,16 @@ from fused_dni.cli.pipeline import TrainPipeline
 from fused_dni.cli.profile import Profile
 from fused_dni.cli.race import Race
 from fused_dni.cli.report import Report
-from fused_dni.cli.rivals import Delay, Interfaces, Literature, Recipes, Rivals
+from fused_dni.cli.rivals import Delay, Interfaces, Literature, Recipes, RivalGrid, Rivals
 from fused_dni.cli.simulate import Simulate
-from fused_dni.cli.training import Demo, Train, TrainCharacters, TrainCopy, TrainRepeatCopy
+from fused_dni.cli.training import (
+    Demo,
+    Train,
+    TrainCharacters,
+    TrainCopy,
+    TrainRepeatCopy,
+    TrainRows,
+)
 from fused_dni.cli.tune import Tune
 from fused_dni.cli.verdict import Verdict, VerdictLSTM
 from fused_dni.cli.verdict_link import VerdictLink
@@ -61,8 +69,8 @@ class Env(Command):
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Demo, Verdict, VerdictLSTM, VerdictTop, VerdictLink, Advise),
-    *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainPipeline),
-    *(Tune, Map, Compare, Rivals, Interfaces, Delay, Recipes, Literature),
+    *(Train, TrainCharacters, TrainCopy, TrainRepeatCopy, TrainRows, TrainPipeline),
+    *(Tune, Map, Compare, Rivals, RivalGrid, Interfaces, Delay, Recipes, Literature),
     *(Race, Simulate, Profile, Report, Env),
 )
 #: Commands of two words.
@@ -201,5 +209,6 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[], None] | None =
             command.check()
             if load is not None and command.needs_library:
                 load()
+            set_threads(getattr(command, "threads", None))
             status[0] = command.run(_command(given))
     return status[0]

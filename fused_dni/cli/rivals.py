@@ -1,5 +1,5 @@
 """Synthetic gradients beside what else there is, and beside what was published: ``rivals``,
-``interfaces``, ``delay``, ``recipes``, ``literature``."""
+``rivals grid``, ``interfaces``, ``delay``, ``recipes``, ``literature``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import device_named
+from fused_dni.cli.command import UsageError
 from fused_dni.cli.experiment import OnImages, Resumable
 from fused_dni.experiments import delay_settings, literature_settings, recipe_settings, rival_arms
 from fused_dni.experiments.settings import Interfaces as InterfacesSettings
@@ -49,6 +50,44 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
         device_named(settings.device)
         dataset = self.load(progress)
         return partial(rivals.compare, settings, dataset, seconds=self.seconds, tuned=self.tune)
+
+
+@dataclass(kw_only=True)
+class RivalGrid(OnImages, Resumable):
+    """Train backprop, label-conditioned DNI and rivals in networks of several widths and depths,
+    for several numbers of steps, then time their steps: who is ahead at equal steps, who at equal
+    wall-clock, and how long each takes to what backprop ends with."""
+
+    name = kind = "rivals grid"
+    summary = "rivals by width, depth and budget: error at equal steps and at equal time"
+    settings = rival_arms.Grid
+    epilog = """examples:
+  {program} rivals grid --quick
+  {program} rivals grid --data DIR --widths 256 --depths 3 8 --budgets 1 2 4
+  {program} rivals grid --dataset characters --data FILE
+
+Ctrl-C keeps the finished runs in --out; --resume goes on from there. Steps are timed at the
+end, so that only then the machine need be idle."""
+
+    quick: bool = option(False, help="a look, in seconds")
+    full: bool = option(False, help="the width 1024 too: hours")
+    seconds: float = option(5.0, SECONDS, "for timing the steps of a network", group="budget")
+    out: str | None = option("rivals-grid.json", FILE, "the report", group="output")
+
+    def chosen(self, **more: Any) -> Any:
+        return super().chosen(quick=self.quick, full=self.full, **more)
+
+    def check(self) -> None:
+        super().check()
+        if self.quick and self.full:
+            raise UsageError("--quick and --full ask for different grids: give one of them")
+
+    def begin(self, progress: Progress) -> Callable[..., Result]:
+        from fused_dni.experiments import rival_grid
+
+        settings = self.chosen()
+        device_named(settings.device)
+        return partial(rival_grid.compare, settings, self.load(progress), seconds=self.seconds)
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fused_dni.cli.arguments import built, set_threads
+from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say_report
 from fused_dni.measure.options import (
@@ -160,16 +160,12 @@ examples:
     def run(self, command: str) -> int:
         from fused_dni.measure.simulate import MODES, check, sweep
         from fused_dni.measure.simulate.sweep import LATENCIES, STAGES
-        from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         if self.target_every == 0:
             raise UsageError("--target-every never is --modes local: DNI learns from targets")
         out = OutFile("--out", self.out)
         measured_rows = None if self.check_against is None else check.read(self.check_against)
-        set_threads(self.threads)
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             times, measured = self._times(progress)
             settings = self._settings(times, measured)
             checked = None if measured_rows is None else check.compare(measured_rows, settings)
@@ -186,9 +182,7 @@ examples:
             if self.paced is not None:
                 checked = [*(checked or []), *self._run(self.paced, settings, progress)]
         report.body["checked"] = checked
-        out.write(as_json(report))
-        say_report(report, self.json)
-        out.finish()
+        say_report(report, self.json, out)
         return 0
 
     def _run(self, seconds: float, settings: Settings, progress: Any) -> list[dict[str, Any]]:

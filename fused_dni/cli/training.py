@@ -1,4 +1,4 @@
-"""``train``, ``train charlm``, ``train copy``, ``train repeat-copy`` and ``demo``."""
+"""``train``, ``train charlm``, ``copy``, ``repeat-copy``, ``rows`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fused_dni.cli.arguments import set_threads
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.experiment import Checkpointed, OnImages
 from fused_dni.cli.output import say
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from fused_dni.measure.verdict import Verdict
     from fused_dni.report.blocks import Block
     from fused_dni.report.kinds.train import Outcome
+    from fused_dni.report.progress import Progress
     from fused_dni.report.schema import Result
 
 
@@ -36,12 +36,10 @@ class _OfThePaper(OnImages, Checkpointed):
     def train(self, split_seconds: float | None) -> tuple[Outcome, Training, Dataset]:
         """Train, after a look at all that may be wrong, and measure the parts of a step."""
         from fused_dni.experiments import train
-        from fused_dni.report.progress import Progress
 
         settings: Training = self.chosen()
         self.refuse_folders(self.folder)
-        set_threads(self.threads)
-        progress = Progress(enabled=not self.quiet)
+        progress = self.progress()
         dataset = self.load(progress, held_out=settings.held_out)
         progress.line(
             f"{dataset.name}: {len(dataset.train.labels)} images to train on, "
@@ -53,11 +51,10 @@ class _OfThePaper(OnImages, Checkpointed):
             checkpoint=self.checkpoint,
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
-            progress=Progress(enabled=not self.quiet),
+            progress=self.progress(),
         )
         if split_seconds is not None:
-            progress = Progress(enabled=not self.quiet)
-            with progress:
+            with self.progress() as progress:
                 outcome.split = train.split_time(
                     settings,
                     dataset,
@@ -137,14 +134,12 @@ class Demo(_OfThePaper):
         from fused_dni.experiments import data, nets, perceptual
         from fused_dni.measure.race import race
         from fused_dni.measure.verdict import verdict
-        from fused_dni.report.progress import Progress
 
         outcome, settings, dataset = self.train(3.0)
         rows = data.permutation(len(dataset.train.labels), 0, 0)[: settings.batch_size]
         images, labels = data.pick(dataset.train, rows)
         network = nets.plain(dataset.features, settings.hidden, settings.depth, dataset.classes)
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = verdict(
                 network,
                 images,
@@ -165,11 +160,15 @@ class Demo(_OfThePaper):
             perceptual.arms(perceptual.Images(dataset)),
             seconds=self.race,
             seeds=settings.seeds[:2],
-            progress=Progress(enabled=not self.quiet),
+            progress=self.progress(),
             command=command,
         )
         self.finish(outcome, command, found, raced)
         return 0
+
+
+#: Settings of ``train rows`` that other commands do not have.
+ROWS_ALONE = ("condition", "sg_lambda", "full", "held_out")
 
 
 @dataclass(kw_only=True)
@@ -188,8 +187,8 @@ class _OnSequences(Checkpointed):
         super().check()
         self.settings.of(self.subject, **self.given)
 
-    def text(self, validation: float) -> Characters | None:
-        """Read the text, if there is one to read; ``validation`` is a share of it."""
+    def source(self, settings: Recurrent, progress: Progress) -> Characters | Dataset | None:
+        """Read what the net is trained on, if there is anything to read, and say what it is."""
         return None
 
     def run(self, command: str) -> int:
@@ -197,21 +196,14 @@ class _OnSequences(Checkpointed):
         from fused_dni.measure import memory
         from fused_dni.report.blocks import Text
         from fused_dni.report.kinds import recurrent as kind
-        from fused_dni.report.progress import Progress
 
         settings: Recurrent = self.settings.of(self.subject, **self.given)
         out = self.out or f"runs/{self.subject}"
-        source = self.text(settings.validation)
+        progress = self.progress()
+        source = self.source(settings, progress)
         for arm in settings.arms():  # what does not fit shows before anything runs
             recurrent.build(arm, settings.seeds[0], settings, source)
         self.refuse_folders(out)
-        set_threads(self.threads)
-        progress = Progress(enabled=not self.quiet)
-        if source is not None:
-            progress.line(
-                f"{source.name}: {len(source.train)} characters to train on, "
-                f"{len(source.validation)} to validate on, {len(source.symbols)} symbols"
-            )
         outcome = recurrent.train(
             settings,
             source,
@@ -220,8 +212,7 @@ class _OnSequences(Checkpointed):
             checkpoint_every=self.checkpoint_every,
             progress=progress,
         )
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             outcome.costs = recurrent.costs(
                 settings,
                 source,
@@ -258,7 +249,7 @@ class TrainCharacters(_OnSequences):
     name = "train charlm"
     summary = "an LSTM on the characters of a text: truncated backprop and DNI"
     subject = "charlm"
-    without = ("task", "width", "threshold", "smoothing")
+    without = ("task", "width", "threshold", "smoothing", "ablate", *ROWS_ALONE)
     renamed: ClassVar = {"amount": "characters"}
 
     data: str | None = option(
@@ -268,12 +259,17 @@ class TrainCharacters(_OnSequences):
         group="data",
     )
 
-    def text(self, validation: float) -> Characters | None:
+    def source(self, settings: Recurrent, progress: Progress) -> Characters:
         from fused_dni.experiments import characters
 
         if self.data is None:
             raise UsageError(f"charlm needs a text, --data PATH: {characters.HOW_TO_GET}")
-        return characters.load(self.data, validation)
+        text = characters.load(self.data, settings.validation)
+        progress.line(
+            f"{text.name}: {len(text.train)} characters to train on, "
+            f"{len(text.validation)} to validate on, {len(text.symbols)} symbols"
+        )
+        return text
 
 
 @dataclass(kw_only=True)
@@ -285,7 +281,15 @@ class TrainCopy(_OnSequences):
     name = "train copy"
     summary = "an LSTM on the copy task: truncated backprop and DNI"
     subject = "copy"
-    without = ("task", "validation", "update_every", "warmup", "embedding", "smoothing")
+    without = (
+        "task",
+        "validation",
+        "update_every",
+        "warmup",
+        "embedding",
+        "smoothing",
+        *ROWS_ALONE,
+    )
     renamed: ClassVar = {"amount": "steps"}
 
 
@@ -296,6 +300,32 @@ class TrainRepeatCopy(TrainCopy):
     name = "train repeat-copy"
     summary = "likewise, on repeat-copy"
     subject = "repeat-copy"
+
+
+@dataclass(kw_only=True)
+class TrainRows(_OnSequences):
+    """Train an LSTM that reads MNIST's images row by row, or pixel by pixel, with a loss at the end
+    alone, in windows of T steps: by truncated backprop, by DNI, by what needs no future, and by
+    full backprop, in turn and on the same data; and write a report: error against steps and
+    wall-clock, and how much DNI recovers of what truncation loses, at what memory."""
+
+    name = "train rows"
+    summary = "an LSTM on MNIST row by row: truncated backprop, DNI, full backprop"
+    subject = "rows"
+    without = (
+        *("task", "validation", "update_every", "warmup", "embedding"),
+        *("width", "threshold", "smoothing", "ablate"),
+    )
+    renamed: ClassVar = {"amount": "steps"}
+
+    data: str | None = option(
+        None, FOLDER, "folder of the four MNIST files (fetched once without)", group="data"
+    )
+
+    def source(self, settings: Recurrent, progress: Progress) -> Dataset:
+        from fused_dni.experiments import data
+
+        return data.load("mnist", folder=self.data, held_out=settings.held_out)
 
 
 def _finish(asked: Measuring, out: str, report: Result, said: list[Block]) -> None:

@@ -67,7 +67,6 @@ class Tune(Printing):
         from fused_dni.measure import tune
         from fused_dni.ops import registry
         from fused_dni.ops.types import LinearConfig
-        from fused_dni.report.progress import Progress
 
         others = ("window",) if self.what == "linear" else ("normalization", "activation", "rank")
         refuse(self.what, {name: getattr(self, name) for name in others})
@@ -98,7 +97,7 @@ class Tune(Printing):
             sizes = (self.batch, self.inputs, outputs)
             return tune.LinearScratch(backend, sizes, dtype, device, config, update, rank, classes)
 
-        progress = Progress(enabled=not self.quiet)
+        progress = self.progress()
         limits: dict[str, Any] = {"seconds": self.seconds, "progress": progress.update}
         found: list[tune.Tuned] = []
         ranked: tune.Ranked | None = None

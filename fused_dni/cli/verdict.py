@@ -14,7 +14,6 @@ from fused_dni.cli.arguments import (
     refuse_format,
     refuse_number,
     rule,
-    set_threads,
 )
 from fused_dni.cli.command import Measuring, UsageError, flags
 from fused_dni.cli.output import OutFile, say_verdict
@@ -119,11 +118,9 @@ A factory is called without arguments and returns a module, or (module, sample).
 
         from fused_dni.measure.verdict import verdict
         from fused_dni.report.kinds import verdict as reports
-        from fused_dni.report.progress import Progress
 
         out, plot = OutFile("--out", self.out), OutFile("--plot", self.plot)
         refuse_format(plot.path)
-        set_threads(self.threads)
         dtype = getattr(torch, self.dtype)
         device = device_named(self.device)
         segment = self._segment()
@@ -135,8 +132,7 @@ A factory is called without arguments and returns a module, or (module, sample).
             ) from None
         target = None if segment.target is None else segment.target.to(device)
         synthesizers = "default" if self.rank is not None else self.synthesizers or "all"
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = verdict(
                 module,
                 segment.sample.to(device=device, dtype=dtype),
@@ -201,10 +197,8 @@ class VerdictLSTM(Measuring):
         import torch
 
         import fused_dni as fd
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out)
-        set_threads(self.threads)
         device = device_named(self.device)
         factory = {"device": device, "dtype": getattr(torch, self.dtype)}
         inputs = self.input or self.hidden
@@ -225,8 +219,7 @@ class VerdictLSTM(Measuring):
         sample = torch.randn(
             self.window, self.batch, inputs, generator=torch.Generator().manual_seed(0)
         ).to(**factory)
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = fd.verdict_lstm(
                 lstm,
                 sample,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, dataclass
 
-from fused_dni.cli.arguments import built, set_threads
+from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say_report
 from fused_dni.measure.options import EVERY, FACTORY, SECONDS, SPEED, TIME, option, whole
@@ -65,14 +65,10 @@ with this in mine.py:
     def run(self, command: str) -> int:
         from fused_dni.measure.simulate import Link
         from fused_dni.measure.verdict.link import verdict_link
-        from fused_dni.report.files import as_json
-        from fused_dni.report.progress import Progress
 
         out = OutFile("--out", self.out)
-        set_threads(self.threads)
-        progress = Progress(enabled=not self.quiet)
         wide = math.inf if self.bandwidth is None else self.bandwidth
-        with progress:
+        with self.progress() as progress:
             report = verdict_link(
                 built(self.what),
                 self.what,
@@ -87,7 +83,5 @@ with this in mine.py:
                 progress=progress.update,
                 command=command,
             )
-        out.write(as_json(report))
-        say_report(report, self.json)
-        out.finish()
+        say_report(report, self.json, out)
         return 0

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fused_dni.cli.arguments import built, refuse_format, rule, set_threads
+from fused_dni.cli.arguments import built, refuse_format, rule
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say_verdict
 from fused_dni.measure.options import (
@@ -88,11 +88,9 @@ arm and seed, behind torch.manual_seed(seed).
         from fused_dni.measure.verdict.top_race import RACE_KS, top_arms
         from fused_dni.measure.verdict.top_steps import drawn, given
         from fused_dni.report.kinds import verdict_top as reports
-        from fused_dni.report.progress import Progress
 
         out, plot = OutFile("--out", self.out), OutFile("--plot", self.plot)
         refuse_format(plot.path)
-        set_threads(self.threads)
         made = given(built(self.what), self.what)
         if made.synthesizer is not None and self.synthesizers is not None:
             raise UsageError(f"{self.what} brings its own synthesizer: leave --synthesizers out")
@@ -100,8 +98,7 @@ arm and seed, behind torch.manual_seed(seed).
         update = at_rate(rule(self.update), self.lr)
         if self.race is not None:
             drawn(made.batch, -1)  # what fails is said before anything is measured
-        progress = Progress(enabled=not self.quiet)
-        with progress:
+        with self.progress() as progress:
             found = verdict_top(
                 made.bottom,
                 made.top,
@@ -133,7 +130,6 @@ arm and seed, behind torch.manual_seed(seed).
         """Add a race; Ctrl-C keeps the seeds that were finished in the file."""
         from fused_dni.measure.errors import Interrupted
         from fused_dni.measure.race import race
-        from fused_dni.report.progress import Progress
 
         def keep(report: Result) -> None:
             found.race = report
@@ -146,7 +142,7 @@ arm and seed, behind torch.manual_seed(seed).
                 seeds=self.seeds,
                 device=found.facts["where"],
                 keep=keep,
-                progress=Progress(enabled=not self.quiet),
+                progress=self.progress(),
                 command=command,
             )
         except Interrupted as stopped:

@@ -53,7 +53,8 @@ class Pipeline:
     (warm-up, mixing). The forward direction waits when the next stage is ``window`` messages
     behind.
 
-    On every rank, after ``torch.distributed.init_process_group("gloo")``::
+    On every rank, after ``torch.distributed.init_process_group("gloo")`` (or of another backend:
+    links are gloo's in any case, and copy what is on a GPU over the host)::
 
         stage = Stage(modules[rank], rank, world, synthesizer=...)
         optimizer = torch.optim.Adam(stage.parameters())
@@ -72,6 +73,12 @@ class Pipeline:
         mode: "decoupled"; "stale": no prediction, each gradient used when it comes, through the
             weights as they are then; "local": each stage by its ``local_loss``, nothing comes back;
             "exact": each stage waits for its gradient (a pipeline of one microbatch).
+        targets: of the mode "decoupled", what a stage sends down for the synthesizer below.
+            "bootstrapped": the gradient at its input that its prediction makes, in the same step.
+            "true": what the true gradient makes, once that has come: the stage runs forward again
+            then, on the input kept, and back to it, through the weights as they are. Later by the
+            links above, and more work on steps with targets, but no sum of predictions' errors:
+            for chains of many stages.
         window: messages that may be on their way over a link in each direction, 1 or more. A link
             of one-way time t needs ``1 + 2 * t / step``; more than that lets targets grow old
             behind a slow stage.
@@ -97,6 +104,7 @@ class Pipeline:
         *,
         loss: Loss | None = None,
         mode: str = "decoupled",
+        targets: str = "bootstrapped",
         window: int = 4,
         max_age: int | None = None,
         lag: int | None = None,
@@ -110,7 +118,7 @@ class Pipeline:
             )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.stage, self.mode, self.window, self.lag = stage, mode, window, lag
-        self.timeout = timeout
+        self.targets, self.timeout = targets, timeout
         problem = self._why_not(loss, capacity, max_age)
         self.max_age = max_age
         self._agree(problem)
@@ -120,7 +128,7 @@ class Pipeline:
         # Of their own, apart from users' collectives: a pair that breaks is broken for good.
         pairs = self._groups([[below, below + 1] for below in range(self.world - 1)])
         self._pairs = [pairs[i] for i in (self.rank - 1, self.rank) if 0 <= i < len(pairs)]
-        self.worker = Worker(stage, loss, mode, self.max_age, lag)
+        self.worker = Worker(stage, loss, mode, self.max_age, lag, targets)
         self.steps = 0
         self._over = self._closed = False
         self._must = False  # the stage below waits for the gradient of the step at work
@@ -158,12 +166,7 @@ class Pipeline:
         stage: Any = self.stage
         if not isinstance(stage, Stage):
             return TypeError(f"stage must be a Stage, got {type(stage).__name__}")
-        if dist.get_backend() != "gloo":
-            return ValueError(
-                f"the process group must be of the backend gloo, got {dist.get_backend()}: tensors "
-                "on devices are copied over the host"
-            )
-        why = why_not(stage, self.rank, self.world, self.mode, loss)
+        why = why_not(stage, self.rank, self.world, self.mode, loss, self.targets)
         if why:
             return ValueError(why)
         for name, value, least in (
@@ -192,6 +195,7 @@ class Pipeline:
             "fused_dni": _version(),
             "torch": torch.__version__,
             "mode": self.mode,
+            "targets": self.targets,
             "window": self.window,
             "max_age": self.max_age,
             "lag": self.lag,
@@ -217,10 +221,11 @@ class Pipeline:
                     )
 
     def _groups(self, ranks: list[list[int]]) -> list[Any]:
-        """Process groups, which all ranks must make together."""
+        """Process groups, which all ranks must make together; of gloo, whatever the default group
+        is of: messages lie in the host's memory."""
         seconds = timedelta(seconds=self.timeout)
         try:
-            return [dist.new_group(some, timeout=seconds) for some in ranks]
+            return [dist.new_group(some, timeout=seconds, backend="gloo") for some in ranks]
         except RuntimeError as problem:
             raise PipelineError(
                 f"not every rank came to make its Pipeline within {self.timeout:g} s (timeout)"

@@ -21,6 +21,9 @@ from fused_dni.rules import Rule
 
 #: How a stage comes by its gradient.
 MODES = ("decoupled", "stale", "local", "exact")
+#: What a decoupled stage sends down: the gradient that its own prediction makes, in its step; or
+#: the one that the true gradient makes, when that has come.
+TARGETS = ("bootstrapped", "true")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -123,10 +126,21 @@ class Stage(nn.Module):
         return f"{self.stage_index} of {self.num_stages}"
 
 
-def why_not(stage: Stage, index: int, world: int, mode: str, loss: Loss | None) -> str:
+def why_not(
+    stage: Stage,
+    index: int,
+    world: int,
+    mode: str,
+    loss: Loss | None,
+    targets: str = TARGETS[0],
+) -> str:
     """Return what is wrong with a stage in this place of a pipeline; empty if nothing is."""
     if mode not in MODES:
         return f"mode must be one of {list(MODES)}, got {mode!r}"
+    if targets not in TARGETS:
+        return f"targets must be one of {list(TARGETS)}, got {targets!r}"
+    if targets == "true" and mode != "decoupled":
+        return f'targets="true" is of mode="decoupled", got mode={mode!r}'
     if stage.num_stages != world:
         return (
             f"the world has {world} ranks, the model num_stages={stage.num_stages} stages: one "
@@ -146,7 +160,24 @@ def why_not(stage: Stage, index: int, world: int, mode: str, loss: Loss | None) 
         return f'mode="{mode}" uses no synthesizer: give the stage the plain submodule'
     if mode == "local" and stage.local_loss is None:
         return 'mode="local" needs Stage(..., local_loss=...)'
+    if targets == "true" and not stage.is_first:
+        return _why_not_back(stage.submodule)
     return ""
+
+
+def _why_not_back(module: nn.Module) -> str:
+    """Return why no true gradient goes back through a stage's submodule apart from a step."""
+    within = list(module.modules())[1:]
+    if isinstance(module, Decoupled) and not any(
+        isinstance(m, DecoupledModule) and (m.synthesizer is not None or m.update is not None)
+        for m in within
+    ):
+        return ""
+    return (
+        'targets="true" takes the true gradient back through a plain submodule, behind which '
+        "Stage(..., synthesizer=...) puts the synthesizer: this one is a decoupled layer itself, "
+        "or holds one with a synthesizer or a rule"
+    )
 
 
 class Arrived(NamedTuple):
@@ -194,15 +225,24 @@ class Worker:
         mode: of :data:`MODES`.
         max_age: see :class:`~.pipeline.Pipeline`.
         lag: exactly how many steps later a gradient is used; None: when it is there.
+        targets: of :data:`TARGETS`.
     """
 
     def __init__(
-        self, stage: Stage, loss: Loss | None, mode: str, max_age: int, lag: int | None
+        self,
+        stage: Stage,
+        loss: Loss | None,
+        mode: str,
+        max_age: int,
+        lag: int | None,
+        targets: str = TARGETS[0],
     ) -> None:
         self.stage, self.loss, self.mode = stage, loss, mode
-        self.max_age, self.lag = max_age, lag
+        self.max_age, self.lag, self.relays = max_age, lag, targets == "true"
         decoupled = stage.decoupled if mode == "decoupled" else None
         self.mailbox = None if decoupled is None else Mailbox(decoupled, max_age)
+        # Of steps whose true gradient the stage below wants, what goes back again.
+        self._inputs: dict[int, Tensor] = {}
         self.ages = Ages() if self.mailbox is None else self.mailbox.ages
         self._flights: dict[int, _Flight] = {}
         # Steps whose gradient was asked for and has not come, in order.
@@ -275,13 +315,18 @@ class Worker:
         return Begun(h.detach(), False, False, None, loss.detach())
 
     def _predicted(self, step: int, given: Arrived) -> Begun:
-        module, asks = self.stage.decoupled, self._asks()
+        module, relays = self.stage.decoupled, self.relays and given.wanted
+        asks = self._asks() or relays
         assert module is not None and self.mailbox is not None
-        x = given.x.detach().requires_grad_(given.wanted)
+        x = given.x.detach().requires_grad_(given.wanted and not relays)
         h, (dx, *_), ticket = step_local(module, x)  # the context is around
         if asks:
             self.mailbox.put(step, ticket)
-            self._asked = [s for s in self._asked if s >= step - self.max_age] + [step]
+            oldest = step - self.max_age
+            self._asked = [s for s in self._asked if s >= oldest] + [step]
+            self._inputs = {s: t for s, t in self._inputs.items() if s >= oldest}
+            if relays:
+                self._inputs[step] = x
         return Begun(h, asks, self.lag is not None, dx, None)
 
     def _open(self, step: int, given: Arrived) -> Begun:
@@ -354,14 +399,31 @@ class Worker:
                         made.append((of, _wanted(flight.x)))
                 elif self.mailbox is not None:
                     self.mailbox.learn(of, step, gradient)
+                    x = self._inputs.pop(of, None)
+                    if x is not None:
+                        made.append((of, self._back(x, gradient)))
                 else:
                     self.too_old += 1
         return made
 
+    def _back(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at the input that one at the output makes, through the weights as
+        they are now. Nothing else is changed: what a buffer counts, the step has counted."""
+        assert isinstance(self.stage.submodule, Decoupled)
+        module = self.stage.submodule.module
+        buffers = [(b, b.clone()) for b in module.buffers()]
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            h = module(x)
+        for b, before in buffers:
+            b.data.copy_(before)  # past the graph, which does not read them
+        torch.autograd.backward(h, gradient, inputs=[x])
+        return _wanted(x)
+
     def let_go(self) -> int:
         """Forget what waits for gradients that will not come; how many there were."""
         left = len(self._asked)
-        self._asked, self._flights, self._come = [], {}, []
+        self._asked, self._flights, self._come, self._inputs = [], {}, [], {}
         return left
 
     @contextmanager

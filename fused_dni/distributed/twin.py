@@ -26,22 +26,36 @@ class Twin:
     Args:
         stages: all of them, in order; as :class:`Pipeline` takes them one by one.
         loss, mode: as in :class:`Pipeline`.
-        lag: steps, 0 or more.
+        targets: as in :class:`Pipeline`.
+        lag: steps, 0 or more; or by stage, where what passes several cuts is later.
 
     Raises:
         TypeError, ValueError: as :class:`Pipeline`.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], *, loss: Loss, mode: str = "decoupled", lag: int = 0
+        self,
+        stages: Sequence[Stage],
+        *,
+        loss: Loss,
+        mode: str = "decoupled",
+        lag: int | Sequence[int] = 0,
+        targets: str = "bootstrapped",
     ) -> None:
-        if type(lag) is not int or lag < 0:
-            raise ValueError(f"lag must be an integer of at least 0, got {lag!r}")
+        lags = list(lag) if isinstance(lag, Sequence) else [lag] * len(stages)
+        if len(lags) != len(stages) or any(type(late) is not int or late < 0 for late in lags):
+            raise ValueError(
+                f"lag must be an integer of at least 0, or {len(stages)} of them, one a stage, got "
+                f"{lag!r}"
+            )
         for i, stage in enumerate(stages):
-            why = why_not(stage, i, len(stages), mode, loss)
+            why = why_not(stage, i, len(stages), mode, loss, targets)
             if why:
                 raise ValueError(f"stage {i}: {why}")
-        self.workers = [Worker(stage, loss, mode, lag, lag) for stage in stages]
+        self.workers = [
+            Worker(stage, loss, mode, late, late, targets)
+            for stage, late in zip(stages, lags, strict=True)
+        ]
         self.steps = 0
 
     def step(self, x: Tensor, target: Tensor, context: Tensor | None = None) -> StepOutput:

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_dni.experiments.data import DataError
+from fused_dni.experiments.data import DataError, Dataset, Split
 from fused_dni.report.loaded import printable
 
 ENDINGS = (".txt", ".txt.gz")
 #: Unicode scalar values: what an unknown character is one of.
 UNICODE = 0x110000 - 0x800
+#: Of :func:`windows`: characters that the next one is told from, and rows to train and to test on.
+WINDOW = 8
+ROWS = 60_000, 10_000
 #: For whoever has no text at hand.
 HOW_TO_GET = (
     "any UTF-8 text of some megabytes will do, for example the complete works of Shakespeare: "
@@ -140,3 +143,31 @@ def streams(symbols: Tensor, count: int) -> Tensor:
     """
     length = len(symbols) // count
     return symbols[: length * count].view(count, length).t().contiguous()
+
+
+def windows(path: str | os.PathLike[str]) -> Dataset:
+    """Make a text a task of classification: the next character after :data:`WINDOW` others.
+
+    Rows are drawn from the first nine tenths of the text to train on, from the last to test on,
+    always the same ones: each character one-hot, [N, WINDOW * symbols] together, normalised.
+
+    Args:
+        path: see :func:`load`.
+
+    Raises:
+        DataError: as :func:`load`, and a text that is too short.
+    """
+    text = load(path, 0.1)
+    symbols, splits = text.classes, []
+    generator = torch.Generator().manual_seed(0)
+    mean = 1.0 / symbols
+    high, low = (x / math.sqrt(mean * (1.0 - mean)) for x in (1.0 - mean, -mean))
+    for part, count in zip((text.train, text.validation), ROWS, strict=True):
+        if len(part) <= WINDOW:
+            raise DataError(f"{path} is too short: {len(part)} characters in one of its parts")
+        rows = part.unfold(0, WINDOW + 1, 1)
+        rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
+        given = rows[:, :-1] + symbols * torch.arange(WINDOW)
+        encoded = torch.full((len(rows), WINDOW * symbols), low).scatter_(1, given, high)
+        splits.append(Split(encoded, rows[:, -1].contiguous()))
+    return Dataset("characters", splits[0], splits[1], symbols)

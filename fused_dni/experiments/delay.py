@@ -105,6 +105,8 @@ def _what(which: Arm) -> str:
     if which.family != "cdni":
         return KINDS[which.name]
     said = KINDS["cdni-R" if which.conditioned else "cdni-R-unconditioned"]
+    if which.targets == "true":
+        said = said.replace("; Adam", f", {KINDS['cdni-R-true']}")
     every = (
         "" if which.every == 1 else f", synthesizers trained on every {ordinal(which.every)} step"
     )
@@ -173,7 +175,10 @@ def train(
     """
     stages = build(which, settings, dataset, seed)
     loss = loss_of(settings)
-    twin = Twin(stages, loss=loss, mode=which.mode, lag=lag or 0)
+    cuts = reversed(range(settings.stages))  # above each
+    lags = [(lag or 0) * (n if settings.each_cut and which.relayed else 1) for n in cuts]
+    options = {"targets": which.targets} if which.mode == "decoupled" else {}
+    twin = Twin(stages, loss=loss, mode=which.mode, lag=lags, **options)
     optimizer = optimizer_of(which, stages, rate, settings.share)
     count = len(dataset.train.labels)
     steps = max(1, round(share * settings.epochs * (count // settings.batch_size)))

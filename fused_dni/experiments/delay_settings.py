@@ -24,6 +24,8 @@ KINDS: dict[str, str] = {
     "cdni-R": "synthetic gradients conditioned on what the loss is given; Adam",
     "cdni-R-every-K": "the same, synthesizers trained on every K-th step",
     "cdni-R-unconditioned": "synthetic gradients conditioned on the stage's output alone; Adam",
+    "cdni-R-true": "synthesizers trained on true gradients, which come through all stages above; "
+    "Adam",
 }
 #: What the stage's gradient is made of, as ``fused_dni.distributed`` names it.
 MODES = {"backprop": "exact", "local": "local", "cdni": "decoupled"}
@@ -42,6 +44,7 @@ class Arm(NamedTuple):
         synthesizer: a rank, "dense", "mlp" or, of arms without one, empty.
         every: synthesizers are trained on every so many steps.
         conditioned: whether they are given the target.
+        targets: of :class:`fused_dni.distributed.Twin`.
     """
 
     name: str
@@ -49,11 +52,17 @@ class Arm(NamedTuple):
     synthesizer: str = ""
     every: int = 1
     conditioned: bool = True
+    targets: str = "bootstrapped"
 
     @property
     def mode(self) -> str:
         """Of :class:`fused_dni.distributed.Twin`."""
         return MODES.get(self.family, "stale")
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a stage's gradient comes through all the cuts above it."""
+        return self.mode == "stale" or self.targets == "true"
 
     @property
     def late(self) -> bool:
@@ -67,9 +76,11 @@ def arm(name: str) -> Arm:
     Raises:
         ValueError: there is none.
     """
-    found = re.fullmatch(r"cdni-([1-9]\d*|dense|mlp)(?:-every-([1-9]\d*))?(-unconditioned)?", name)
+    form = r"cdni-([1-9]\d*|dense|mlp)(?:-every-([1-9]\d*))?(-unconditioned)?(-true)?"
+    found = re.fullmatch(form, name)
     if found:
-        return Arm(name, "cdni", found[1], int(found[2] or 1), found[3] is None)
+        targets = "true" if found[4] else "bootstrapped"
+        return Arm(name, "cdni", found[1], int(found[2] or 1), found[3] is None, targets)
     if name in KINDS and not name.startswith("cdni"):
         return Arm(name, name)
     raise ValueError(
@@ -108,9 +119,15 @@ class Settings(OnImages):
         DEFAULT_ARMS,
         known_to(arm, "ARM"),
         "of backprop, stale, stale-warm, nesterov, feedback, local, cdni-R, cdni-R-every-K, "
-        "cdni-R-unconditioned (R: a rank, dense or mlp; default: " + ", ".join(DEFAULT_ARMS) + ")",
+        "cdni-R-unconditioned, cdni-R-true (R: a rank, dense or mlp; default: "
+        + ", ".join(DEFAULT_ARMS)
+        + ")",
     )
-    lags: tuple[int, ...] = option((1, 5, 20), whole(0), "steps that gradients are late by, a cut")
+    lags: tuple[int, ...] = option((1, 5, 20), whole(0), "steps that gradients are late by")
+    each_cut: bool = option(
+        False, help="gradients that pass several cuts (all but bootstrapped targets) are as many "
+        "times as late"
+    )  # fmt: skip
     stages: int = option(2, whole(2), "of as many hidden layers each (the first ones one more)")
     depth: int = option(4, whole(2), "hidden layers in all stages")
     code: int = option(16, whole(1), "units of the layer that a reconstruction goes through")

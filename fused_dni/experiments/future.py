@@ -7,12 +7,16 @@ plain ``nn.LSTM`` that holds the weights of the net in question.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from fused_dni.backends.common.windows import rows_state, state_rows
 
 State = tuple[Tensor, Tensor]
 
@@ -23,7 +27,7 @@ CARRIED, REGION, HORIZON = 64, 64, 128
 
 
 class Net(Protocol):
-    """Encoding, ``nn.LSTM`` and head; :class:`fused_dni.experiments.recurrent.SequenceNet`."""
+    """Encoding, ``nn.LSTM`` and head; :class:`fused_dni.experiments.windowed.SequenceNet`."""
 
     encode: nn.Module
     lstm: nn.Module
@@ -40,6 +44,7 @@ def future_gradient(
     horizon: int = 0,
     synthesizer: nn.Module | None = None,
     target_scale: float = 1.0,
+    context: Callable[[int], Tensor | None] = lambda _: None,
 ) -> dict[str, Any]:
     """Compute gradients at the boundaries of consecutive windows of T steps, from full backprop.
 
@@ -57,8 +62,10 @@ def future_gradient(
       dL_own/dw + (dL_future/ds)(ds/dw).
     - with a synthesizer M: ``prediction_cosine`` and ``prediction_norm_ratio`` = |M/k| / |g|
       compare its prediction M(s) / k (before ``sg_scale``) with g = dL_future/ds.
+      ``prediction_row_cosine`` is the mean of the cosines of rows, each counting as one, over all
+      rows and boundaries where neither is zero.
 
-    Every norm and inner product is taken over all boundaries together (the root of the sum of
+    Every other norm and inner product is taken over all boundaries together (the root of the sum of
     squares), so that windows without a loss of their own count with a zero.
 
     Args:
@@ -70,6 +77,7 @@ def future_gradient(
         horizon: boundaries with fewer steps behind them are left out, their future being cut off.
         synthesizer: M, called with [h_0, c_0, h_1, c_1, ...], [B, 2 L H].
         target_scale: k: M predicts k times the gradient of the summed loss.
+        context: gives M's context at the end of a window, counted from 0.
 
     Returns:
         ``window``, ``boundaries``, ``horizon``, the norms ``state_future``, ``state_own``,
@@ -86,8 +94,10 @@ def future_gradient(
             f"no boundary of windows of {window} in {length} steps has {max(horizon, 1)} behind it"
         )
     parameters = [p for p in net.lstm.parameters() if p.requires_grad]
-    entrances, boundaries, truth = _full_backprop(net, inputs, losses, window, starts, state)
+    cuts = [*range(0, length, window), length]
+    entrances, boundaries, truth = full_backprop(net, inputs, losses, cuts, state, len(starts))
     sums = dict.fromkeys(("ss", "so", "ps", "po", "pp", "mm", "mg"), 0.0)
+    by_row: list[Tensor] = []
     for k, start in enumerate(starts):
         g = truth[k]
         with torch.enable_grad():
@@ -102,7 +112,10 @@ def future_gradient(
         sums["po"] += _dot(own, own)
         sums["pp"] += _dot(own, later)
         if synthesizer is not None:
-            predicted = _predict(synthesizer, boundaries[k], target_scale)
+            predicted = _predict(synthesizer, boundaries[k], context(start // window), target_scale)
+            pairs = (state_rows(*predicted).double(), state_rows(*g).double())
+            some = pairs[0].any(1) & pairs[1].any(1)
+            by_row.append(cosine_similarity(pairs[0][some], pairs[1][some], eps=0.0))
             sums["mm"] += _dot(predicted, predicted)
             sums["mg"] += _dot(predicted, g)
     whole = sums["po"] + 2.0 * sums["pp"] + sums["ps"]
@@ -120,36 +133,49 @@ def future_gradient(
     }
     if synthesizer is not None:
         found["prediction_cosine"] = _cosine(sums["mg"], sums["mm"], sums["ss"])
+        rows = torch.cat(by_row)
+        found["prediction_row_cosine"] = float(rows.mean()) if len(rows) else math.nan
         found["prediction_norm_ratio"] = _quotient(sums["mm"], sums["ss"])
     return found
 
 
-def _full_backprop(
+def full_backprop(
     net: Net,
     inputs: Tensor,
     losses: Callable[[Tensor, int], Tensor],
-    window: int,
-    starts: Sequence[int],
-    state: State | None,
+    cuts: Sequence[int],
+    state: State | None = None,
+    boundaries: int | None = None,
 ) -> tuple[list[State | None], list[State], list[State]]:
-    """Run all of ``inputs`` undetached. For each window at ``starts``: the state that it starts
-    from and that it ends in (both detached), and the gradient that the future sends to the latter.
+    """Run all of ``inputs`` undetached, and return what there is at the boundaries of its windows.
+
+    Args:
+        net, inputs, losses, state: as of :func:`future_gradient`.
+        cuts: where windows begin, from 0 on, and the end.
+        boundaries: of so many windows, the first; None for all but the last.
+
+    Returns:
+        For each of these windows the state that it starts from and that it ends in (both detached),
+        and the gradient that the future sends to the latter.
     """
     entrances: list[State | None] = []
     passed: list[State] = []
+    count = len(cuts) - 2 if boundaries is None else boundaries
     total = torch.zeros(())
     with torch.enable_grad():
         current = state
-        for start in range(0, len(inputs), window):
-            if start in starts:
+        for start, stop in itertools.pairwise(cuts):
+            if len(passed) < count:
                 detached = None if current is None else (current[0].detach(), current[1].detach())
                 entrances.append(detached)
-            output, (h, c) = net.lstm(net.encode(inputs[start : start + window]), current)
+            output, (h, c) = net.lstm(net.encode(inputs[start:stop]), current)
             total = total + losses(net.head(output), start)
             # Copies: only what comes later goes through them.
             current = (h.clone(), c.clone())
-            if start in starts:
+            if len(passed) < count:
                 passed.append(current)
+        if not passed:
+            return [], [], []
         flat = torch.autograd.grad(total, [t for pair in passed for t in pair])
     truth = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
     return entrances, [(h.detach(), c.detach()) for h, c in passed], truth
@@ -163,16 +189,15 @@ def _gradients(loss: Tensor, of: Sequence[Tensor], *, retain: bool) -> list[Tens
     return [torch.zeros_like(t) if g is None else g for t, g in zip(of, made, strict=True)]
 
 
-def _predict(synthesizer: nn.Module, state: State, target_scale: float) -> State:
-    h, c = state
+def _predict(
+    synthesizer: nn.Module, state: State, context: Tensor | None, target_scale: float
+) -> State:
     training = synthesizer.training
     synthesizer.eval()
     with torch.no_grad():
-        rows = torch.stack((h, c), 1).permute(2, 0, 1, 3).flatten(1)  # [B, 2 L H]
-        scaled = synthesizer(rows, None) / target_scale
+        scaled = synthesizer(state_rows(*state), context) / target_scale
     synthesizer.train(training)
-    made_h, made_c = scaled.unflatten(1, (len(h), 2, -1)).permute(2, 1, 0, 3)
-    return made_h, made_c
+    return rows_state(scaled, len(state[0]))
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

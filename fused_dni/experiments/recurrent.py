@@ -1,10 +1,11 @@
-"""The recurrent runs behind ``fused-dni train charlm``, ``copy`` and ``repeat-copy``.
+"""The recurrent runs behind ``fused-dni train charlm``, ``copy``, ``repeat-copy`` and ``rows``.
 
 An LSTM between an encoding and a linear head, trained in windows of T steps by several arms side by
 side: ``backprop`` (``nn.LSTM``, truncated backprop), ``fused`` (the same on our kernels), ``dni``
-and ``dni+aux``. All arms of a seed start from the same weights, see the same data in the same order
-and the same amount of it. They take turns in one process, so that a machine that slows down slows
-all of them down; what is timed is the training alone.
+and ``dni+aux`` (of ``rows`` some more: :mod:`fused_dni.experiments.rows`). All arms of a seed start
+from the same weights, see the same data in the same order and the same amount of it. They take
+turns in one process, so that a machine that slows down slows all of them down; what is timed is the
+training alone.
 
 The loss of a window is the sum over its steps and rows, divided by B and by the steps between two
 updates: a step weighs the same whether its window is whole or, at the end of a text or an episode,
@@ -28,10 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
+from fused_dni.backends.common.windows import state_rows
 from fused_dni.experiments import future, run, sequences
+from fused_dni.experiments.ablation import Altered
 from fused_dni.experiments.characters import Text, streams
+from fused_dni.experiments.data import Dataset
+from fused_dni.experiments.rows import RowsTrainer
 from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
+from fused_dni.experiments.windowed import OneHot, State, Trainer, build_net
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
@@ -43,187 +49,8 @@ VALIDATION_STREAMS = 16
 #: Steps of the validation text that are read in one call.
 VALIDATION_WINDOW = 256
 
-
-State = tuple[Tensor, Tensor]
-
-
-# ---------------------------------------------------------------------------------------- networks
-
-
-class OneHot(nn.Module):
-    """Indices [...] to rows [..., classes]."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
-    def forward(self, index: Tensor) -> Tensor:
-        return F.one_hot(index, self.classes).float()
-
-
-class SequenceNet(nn.Module):
-    """Encoding, LSTM, linear head: [T, B, ...] and a state to [T, B, outputs] and the next one."""
-
-    def __init__(self, encode: nn.Module, lstm: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.encode = encode
-        self.lstm = lstm
-        self.head = head
-
-    def forward(
-        self, window: Tensor, state: State | None, ended: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        options = {} if ended is None else {"end_of_sequence": ended}
-        output, state = self.lstm(self.encode(window), state, **options)
-        return self.head(output), state
-
-    def twin(self) -> SequenceNet:
-        """Make the same on ``nn.LSTM``, sharing the parameters."""
-        lstm = self.lstm.to_lstm() if isinstance(self.lstm, fd.FusedDNILSTM) else self.lstm
-        return SequenceNet(self.encode, lstm, self.head)
-
-
-def plain_net(settings: Settings, classes: int, seed: int) -> SequenceNet:
-    """Make it on ``nn.LSTM``, initialised from ``seed``; the global random generator is left alone.
-
-    Args:
-        classes: number of symbols of the text; 0 for a copy task.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encode: nn.Module = nn.Identity()
-        if classes:
-            outputs, inputs = classes, settings.embedding or classes
-            encode = nn.Embedding(classes, inputs) if settings.embedding else OneHot(classes)
-        else:
-            inputs, outputs = sequences.channels(settings.task, settings.width)
-        lstm = nn.LSTM(inputs, settings.hidden, settings.layers)
-        return SequenceNet(encode, lstm, nn.Linear(settings.hidden, outputs))
-
-
-def build_net(arm: Arm, settings: Settings, classes: int, seed: int) -> SequenceNet:
-    """Make the network of an arm: the same weights for every arm of a seed."""
-    net = plain_net(settings, classes, seed)
-    if arm.method == "backprop":
-        return net
-    options: dict[str, Any] = {"synthesizer": None, "backend": settings.backend}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        if arm.synthetic:
-            options |= {
-                "synthesizer": _synthesizer(settings),
-                "sg_scale": settings.sg_scale,
-                "max_target_norm": settings.target_clip or None,
-                "auxiliary": arm.method == "dni+aux",
-                "target_scale": settings.target_scale * settings.divisor(arm),
-            }
-        assert isinstance(net.lstm, nn.LSTM)
-        return SequenceNet(net.encode, fd.FusedDNILSTM.from_lstm(net.lstm, **options), net.head)
-
-
-def _synthesizer(settings: Settings) -> nn.Module | str:
-    features = 2 * settings.layers * settings.hidden
-    if settings.synthesizer == "linear":
-        return fd.LinearSynthesizer(features)
-    if settings.synthesizer == "mlp":
-        return fd.MLPSynthesizer(features, settings.sg_hidden)
-    return "default"
-
-
-# ---------------------------------------------------------------------------------------- trainers
-
-
-class Trainer(run.Trainer):
-    """One network under one arm. ``position`` counts what ``settings.amount`` limits, by rows."""
-
-    KEPT = (
-        *("model", "optimizer", "schedule", "seconds"),
-        *("position", "updates", "history", "sums"),
-    )
-    model: SequenceNet
-
-    def __init__(self, arm: Arm, seed: int, settings: Settings, net: SequenceNet) -> None:
-        super().__init__(arm.name, seed)
-        self.arm, self.settings = arm, settings
-        self.model = net.train()
-        own = {id(p) for p in net.twin().parameters()}
-        self.trained = [p for p in net.parameters() if id(p) in own]
-        heads = [p for p in net.parameters() if id(p) not in own]
-        rate = settings.lr if arm.synthetic else settings.exact_lr or settings.lr
-        groups: list[dict[str, Any]] = [{"params": self.trained, "lr": rate}]
-        if heads:
-            groups.append({"params": heads, "lr": settings.sg_lr})
-        for group in groups:
-            group["initial_lr"] = group["lr"]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.schedule: fd.Schedule | None = None
-        if arm.synthetic:
-            windows = -(-self.total // arm.window)
-            self.schedule = fd.Schedule(net, warmup_steps=round(settings.warmup * windows))
-        self.position = 0
-        self.updates = 0
-        #: Training loss in bits, and what it was summed over, since the last evaluation.
-        self.sums = [0.0, 0.0]
-
-    @property
-    def total(self) -> int:
-        """Where ``position`` ends."""
-        raise NotImplementedError
-
-    def step(self) -> None:
-        """Train on the next piece: a window of a text, a batch of episodes."""
-        raise NotImplementedError
-
-    def evaluate(self) -> dict[str, float]:
-        """Return what a point of the curve shows, besides time."""
-        raise NotImplementedError
-
-    def probe(self, window: int) -> dict[str, Any] | None:
-        """Measure true gradients at boundaries of windows of ``window`` steps; None where there
-        is no boundary. With the prediction beside it if that is the arm's own window."""
-        raise NotImplementedError
-
-    def backward(self, loss: Tensor | None, state: State, update: bool = True) -> None:
-        """Go back through a window, from its loss and what is predicted at its end, and update."""
-        if loss is not None:
-            loss.backward()
-        elif self.arm.synthetic:
-            fd.backward_boundary(state)
-        else:
-            return  # nothing arrives: there is no gradient
-        if self.schedule is not None:
-            self.schedule.step()
-        if not update:
-            return
-        if self.settings.clip:
-            nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
-        if self.settings.cosine:
-            factor = 0.5 * (1.0 + math.cos(math.pi * self.position / self.total))
-            for group in self.optimizer.param_groups:
-                group["lr"] = factor * group["initial_lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.updates += 1
-
-    def note(self, nats: Tensor, count: int) -> None:
-        """Keep a training loss for the curve."""
-        self.sums[0] += float(nats.detach()) / math.log(2.0)
-        self.sums[1] += count
-
-    def train_bits(self) -> float:
-        """Return the mean training loss since the last call, bits."""
-        (bits, count), self.sums = self.sums, [0.0, 0.0]
-        return bits / count if count else math.nan
-
-    def synthesizer(self, window: int) -> nn.Module | None:
-        """Return what predicts at the boundaries of these windows, if anything."""
-        if not self.arm.synthetic or window != self.arm.window:
-            return None
-        assert isinstance(self.model.lstm, fd.FusedDNILSTM)
-        return self.model.lstm.synthesizer
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict({"model": state.get("net"), **state})  # in 0.1.0 "net"
+#: What a task is trained on, if anything is to be read for it.
+Source = Text | Dataset | None
 
 
 class CharacterTrainer(Trainer):
@@ -233,7 +60,13 @@ class CharacterTrainer(Trainer):
     """
 
     def __init__(self, arm: Arm, seed: int, settings: Settings, source: Text) -> None:
-        super().__init__(arm, seed, settings, build_net(arm, settings, source.classes, seed))
+        classes, size = source.classes, settings.embedding
+
+        def encode() -> nn.Module:
+            return nn.Embedding(classes, size) if size else OneHot(classes)
+
+        net = build_net(arm, settings, seed, encode, size or classes, classes)
+        super().__init__(arm, seed, settings, net)
         self.source = source
         self.stream = streams(source.train, settings.batch_size)  # [S + 1, B]
         self.validation = streams(
@@ -338,7 +171,8 @@ class CopyTrainer(Trainer):
     windows. Windows before the output phase have no loss: they are closed at their boundary."""
 
     def __init__(self, arm: Arm, seed: int, settings: Settings) -> None:
-        super().__init__(arm, seed, settings, build_net(arm, settings, 0, seed))
+        sizes = sequences.channels(settings.task, settings.width)
+        super().__init__(arm, seed, settings, build_net(arm, settings, seed, nn.Identity, *sizes))
         self.curriculum = sequences.Curriculum(
             settings.task, settings.threshold, settings.smoothing
         )
@@ -364,25 +198,26 @@ class CopyTrainer(Trainer):
     def train_on(self, episodes: sequences.Episodes, first: int) -> float:
         """Train on a batch of episodes, whose first window has ``first`` steps; return its mean
         error, bits per bit."""
-        inputs, targets, counted = episodes
+        inputs, _, counted = episodes
         length, batch = inputs.shape[:2]
         cuts = [0, *range(first, length, self.arm.window), length]
         total = torch.zeros(())
         state: State | None = None
-        for start, stop in itertools.pairwise(cuts):
+        told = self.synthesizer(self.arm.window)
+        truth: list[State] = []
+        if isinstance(told, Altered) and told.change == "true":
+            losses = self.losses(episodes)
+            _, _, truth = future.full_backprop(self.model.twin(), inputs, losses, cuts)
+        for k, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            if isinstance(told, Altered):
+                told.truth = state_rows(*truth[k]) if k < len(truth) else None
             ended = None
             if stop == length and self.arm.synthetic:
                 ended = torch.ones(batch, dtype=torch.bool)
             logits, state = self.model(inputs[start:stop], state, ended)
             loss = None
             if stop > counted:
-                begin = max(counted - start, 0)
-                loss = (
-                    F.binary_cross_entropy_with_logits(
-                        logits[begin:], targets[start + begin : stop], reduction="sum"
-                    )
-                    / targets.shape[2]
-                )
+                loss = self.losses(episodes)(logits, start)
                 total += loss.detach()
                 loss = loss / self.settings.divisor(self.arm)
             self.backward(loss, state)
@@ -390,6 +225,18 @@ class CopyTrainer(Trainer):
         count = (length - counted) * batch
         self.note(total, count)
         return float(total) / (count * math.log(2.0))
+
+    def losses(self, episodes: sequences.Episodes) -> Callable[[Tensor, int], Tensor]:
+        """Return what sums the losses, in nats a bit, of a window's outputs from a step on."""
+        _, targets, counted = episodes
+
+        def summed(logits: Tensor, start: int) -> Tensor:
+            begin = min(max(counted - start, 0), len(logits))
+            wanted = targets[start + begin : start + len(logits)]
+            nats = F.binary_cross_entropy_with_logits(logits[begin:], wanted, reduction="sum")
+            return nats / targets.shape[2]
+
+        return summed
 
     def evaluate(self) -> dict[str, float]:
         return {
@@ -402,20 +249,13 @@ class CopyTrainer(Trainer):
         }
 
     def probe(self, window: int) -> dict[str, Any] | None:
-        inputs, targets, counted = self.draw(-1 - self.seed)
-        if window >= len(inputs):
+        episodes = self.draw(-1 - self.seed)
+        if window >= len(episodes.inputs):
             return None
-
-        def losses(logits: Tensor, start: int) -> Tensor:
-            begin = min(max(counted - start, 0), len(logits))
-            return F.binary_cross_entropy_with_logits(
-                logits[begin:], targets[start + begin : start + len(logits)], reduction="sum"
-            ) / float(targets.shape[2])
-
         return future.future_gradient(
             self.model.twin(),
-            inputs,
-            losses,
+            episodes.inputs,
+            self.losses(episodes),
             window,
             synthesizer=self.synthesizer(window),
             target_scale=self.settings.target_scale,
@@ -433,15 +273,19 @@ class CopyTrainer(Trainer):
         self.curriculum.level, self.curriculum.error = state["level"], state["error"]
 
 
-def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Trainer:
-    """Make the trainer of an arm; ``source`` for charlm alone.
+def build(arm: Arm, seed: int, settings: Settings, source: Source) -> Trainer:
+    """Make the trainer of an arm; ``source`` is a text for charlm, images for rows.
 
     Raises:
-        ValueError: a text too short for the windows and the batch.
+        ValueError: a text too short for the windows and the batch, or images that are.
     """
+    if settings.task == "rows":
+        if not isinstance(source, Dataset):
+            raise ValueError("rows needs images")
+        return RowsTrainer(arm, seed, settings, source)
     if settings.task != "charlm":
         return CopyTrainer(arm, seed, settings)
-    if source is None:
+    if not isinstance(source, Text):
         raise ValueError("charlm needs a text")
     rows = len(source.train) // settings.batch_size
     if rows < arm.window + 1:
@@ -457,15 +301,15 @@ def build(arm: Arm, seed: int, settings: Settings, source: Text | None) -> Train
 
 def costs(
     settings: Settings,
-    source: Text | None = None,
+    source: Source = None,
     *,
     seconds: float = 4.0,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure peak memory and time of a piece of training, by arm, from untrained nets.
 
-    The piece is what lies between two updates, in a text; a batch of episodes at level
-    :data:`COST_LEVEL` of the curriculum, in a copy task. Times are interleaved (see
+    The piece is what lies between two updates, in a text and of images; a batch of episodes at
+    level :data:`COST_LEVEL` of the curriculum, in a copy task. Times are interleaved (see
     :func:`fused_dni.measure.timing.compare`), so that nothing that happened during the training is
     in them.
 
@@ -487,7 +331,7 @@ def costs(
     }
 
 
-def _piece(arm: Arm, settings: Settings, source: Text | None) -> timing.Candidate:
+def _piece(arm: Arm, settings: Settings, source: Source) -> timing.Candidate:
     trainer = build(arm, settings.seeds[0], settings, source)
     if isinstance(trainer, CopyTrainer):
         trainer.curriculum.level = COST_LEVEL
@@ -508,7 +352,7 @@ def _piece(arm: Arm, settings: Settings, source: Text | None) -> timing.Candidat
 class _Evaluations(run.Turns[Trainer]):
     """Turns from an evaluation to the next."""
 
-    def __init__(self, settings: Settings, source: Text | None) -> None:
+    def __init__(self, settings: Settings, source: Source) -> None:
         self.arms, self.source = settings.arms(), source
         names = [arm.name for arm in self.arms]
         super().__init__(settings, names, settings.evaluations, _described(source))
@@ -535,6 +379,8 @@ class _Evaluations(run.Turns[Trainer]):
         if self.settings.probe and trainer.arm.synthetic:
             row["prediction"] = trainer.probe(trainer.arm.window)
         trainer.history.append(row)
+        if "error" in row and "solved" not in row:
+            return f"error {row['error']:.2%}"
         return f"{row['bits']:.3f} bits" if "bits" in row else f"solved {row['solved']:.0f}"
 
     def finish(self, trainer: Trainer) -> dict[str, Any]:
@@ -548,14 +394,14 @@ class _Evaluations(run.Turns[Trainer]):
 
 def train(
     settings: Settings,
-    source: Text | None = None,
+    source: Source = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train every arm with every seed, ``source`` being the text of charlm; for the other arguments
+    """Train every arm with every seed, ``source`` as for :func:`build`; for the other arguments
     see :meth:`run.Turns.run`.
 
     Raises:
@@ -587,9 +433,16 @@ def result(outcome: Outcome, command: str | None = None) -> Result:
     )
 
 
-def _described(source: Text | None) -> dict[str, Any]:
+def _described(source: Source) -> dict[str, Any]:
     if source is None:
         return {}
+    if isinstance(source, Dataset):
+        return {
+            "name": source.name,
+            "train_images": len(source.train.labels),
+            "evaluated_on": "held-out part" if source.held_out else "test set",
+            "images": len(source.test.labels),
+        }
     return {
         "name": source.name,
         "train_characters": len(source.train),
@@ -599,15 +452,15 @@ def _described(source: Text | None) -> dict[str, Any]:
     }
 
 
-def _notes(settings: Settings, source: Text | None) -> list[str]:
+def _notes(settings: Settings, source: Source) -> list[str]:
     notes = []
-    if source is not None and source.unknown:
+    if isinstance(source, Text) and source.unknown:
         notes.append(
             f"{source.unknown} of {len(source.validation)} validation characters do not occur in "
             f"the training part: each costs the unknown symbol and {source.unknown_bits:.1f} bits "
             "that name it among the rest of Unicode"
         )
-    if settings.task != "charlm":
+    if settings.task in sequences.TASKS:
         notes.append(
             f"solved: the running error over batches fell below {settings.threshold:g} bits per "
             "bit to be written (guessing costs 1)"

@@ -72,7 +72,9 @@ def steps_to_check(trainer: Trainer) -> int:
     """Say how many steps show what is particular to this arm."""
     if isinstance(trainer, StaleTrainer):
         return min(2, trainer.every)
-    return 1 + trainer.delay if isinstance(trainer, DelayedTrainer) else 1
+    if isinstance(trainer, DelayedTrainer):
+        return 1 + trainer.delay + bool(trainer.c)  # the first update has none before it
+    return 1
 
 
 def values(trainer: Trainer) -> list[Tensor]:
@@ -101,14 +103,18 @@ def formula(
         network: the stock network in float64.
         batches: one a step.
     """
-    x, y = batches[0].images.double(), batches[0].labels
+    corrected = isinstance(trainer, DelayedTrainer) and trainer.c > 0.0
+    # With g of the first batch and g' of the second, both at the first weights: g, then
+    # g' + c (g' - g), which for c = 1 is 2 g' together.
+    first = batches[1 if corrected else 0]
+    x, y = first.images.double(), first.labels
     if isinstance(trainer, LocalTrainer):
         return _local(network, [_plain(module) for module in trainer.helpers.children()], x, y)
     if isinstance(trainer, FeedbackTrainer):
         return _feedback(network, [matrix.double() for matrix in trainer.feedback], x, y)
     gradients = torch.autograd.grad(F.cross_entropy(network(x), y), list(network.parameters()))
     # Stale: the first gradient in every step so far; delayed: in the last one alone.
-    times = len(batches) if isinstance(trainer, StaleTrainer) else 1
+    times = len(batches) if isinstance(trainer, StaleTrainer) else 1 + corrected
     return [times * g for g in gradients]
 
 

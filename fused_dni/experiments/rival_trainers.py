@@ -8,8 +8,10 @@ DNI do, so that what differs in time is the method.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
+from fused_dni.experiments.delay_arms import UpdateFeedback
 from fused_dni.experiments.rival_arms import SYNTHETIC, Arm, Settings
 from fused_dni.experiments.train import FusedTrainer, StockTrainer, Trainer, _cosine
 from fused_dni.measure.baseline import stock_optimizer
@@ -58,6 +61,52 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Any:
         optimizer.zero_grad()
 
     return step
+
+
+class CompiledStepTrainer(Trainer):
+    """Stock backprop of which ``torch.compile`` gets the whole step: forward, loss, backward and
+    optimizer. The rate is a tensor: a number that changes would be compiled in, anew each step."""
+
+    def __init__(
+        self, name: str, seed: int, network: nn.Module, rule: Rule, steps: int, sample: data.Split
+    ) -> None:
+        super().__init__(name, seed)
+        self.model = network.train()
+        options = rule.defaults()
+        self._rate = torch.tensor(options.pop("lr"), device=sample.images.device)
+        # Not fused: those are kernels of their own, which a compiler cannot look into.
+        kinds: dict[str, Any] = {
+            "sgd": torch.optim.SGD,
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+        }
+        inner = kinds[rule.kind](network.parameters(), lr=self._rate, **options)
+        self.optimizer = torch.optim.SGD([torch.zeros(())], lr=float(self._rate))
+        self.scheduler = _cosine(self.optimizer, steps)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            inner.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            inner.step()
+
+        self._step = torch.compile(step, dynamic=False)
+        # Compile now, outside of the clock; the trial leaves nothing behind.
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        start = time.perf_counter()
+        for _ in range(2):
+            self._step(*sample)
+        self.compile_seconds = time.perf_counter() - start
+        network.load_state_dict(before)
+        for state in inner.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self._rate.fill_(self.optimizer.param_groups[0]["lr"])
+        self._step(x, y)
+        self.optimizer.step()
+        self.scheduler.step()
 
 
 class GraphTrainer(Trainer):
@@ -160,12 +209,14 @@ class StaleTrainer(OurGradients):
 class DelayedTrainer(OurGradients):
     """The update of step t uses the gradient of step t - ``delay``, taken at the weights of then.
 
-    The first ``delay`` steps update nothing.
+    The first ``delay`` steps update nothing. With ``c`` updates are corrected for the delay, see
+    :class:`UpdateFeedback`.
     """
 
-    def __init__(self, *args: Any, delay: int = 1, **fused: Any) -> None:
+    def __init__(self, *args: Any, delay: int = 1, c: float = 0.0, **fused: Any) -> None:
         super().__init__(*args, **fused)
-        self.delay = delay
+        self.delay, self.c = delay, c
+        self._apply = UpdateFeedback(self.optimizer, c).step if c else self.optimizer.step
         self._waiting: deque[list[Tensor | None]] = deque()
         self._parameters = list(self.model.parameters())
 
@@ -176,7 +227,7 @@ class DelayedTrainer(OurGradients):
         if len(self._waiting) > self.delay:
             for p, gradient in zip(self._parameters, self._waiting.popleft(), strict=True):
                 p.grad = gradient
-            self.optimizer.step()
+            self._apply()
             self.scheduler.step()
 
 
@@ -224,10 +275,11 @@ class LocalTrainer(_Layerwise):
         rule: Rule,
         steps: int,
         backend: str | None = None,
+        bias: bool = True,
     ) -> None:
         helpers = nn.ModuleList(
             fd.FusedDNILinear.from_linear(linear, synthesizer=None, update=rule, backend=backend)
-            for linear in _like_head(network, len(network) // 3 - 1, seed)
+            for linear in _like_head(network, len(network) // 3 - 1, seed, bias)
         )
         super().__init__(name, seed, network, rule, steps, helpers=helpers, backend=backend)
         self._classifiers = [*helpers, self.head]
@@ -240,6 +292,33 @@ class LocalTrainer(_Layerwise):
             h = h.detach()
         self.optimizer.step()
         self.scheduler.step()
+
+
+class MonoForwardTrainer(LocalTrainer):
+    """Mono-Forward: local losses as above, of projections without a bias (an output is a layer's
+    "goodness" for a class); what is predicted is the class of most goodness in all layers."""
+
+    def __init__(self, *args: Any, **fused: Any) -> None:
+        super().__init__(*args, **fused, bias=False)
+        self.model = _Summed(self.model, self.hidden, self._classifiers)
+
+
+class _Summed(nn.Module):
+    """A network whose answer is the sum of what classifiers say behind each layer."""
+
+    def __init__(
+        self, network: nn.Module, hidden: list[nn.Module], classifiers: list[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._pairs = list(zip(hidden, classifiers, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = []
+        for layer, classifier in self._pairs:
+            x = layer(x)
+            scores.append(classifier(x))
+        return torch.stack(scores).sum(0)
 
 
 class FeedbackTrainer(_Layerwise):
@@ -280,14 +359,14 @@ class FeedbackTrainer(_Layerwise):
         self.scheduler.step()
 
 
-def _like_head(network: nn.Sequential, count: int, seed: int) -> list[nn.Linear]:
+def _like_head(network: nn.Sequential, count: int, seed: int, bias: bool = True) -> list[nn.Linear]:
     """Make linear layers of the head's shape, drawn from ``seed`` as PyTorch draws them."""
     head = network[-1]
     assert isinstance(head, nn.Linear)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         return [
-            nn.Linear(head.in_features, head.out_features).to(head.weight.device)
+            nn.Linear(head.in_features, head.out_features, bias).to(head.weight.device)
             for _ in range(count)
         ]
 
@@ -340,17 +419,18 @@ def build(
     network = network_of(settings, dataset, seed)
     name = which.name
     first = data.Split(*(part[: settings.batch_size] for part in dataset.train))
-    if which.kind in ("backprop", "compiled"):
-        if which.kind == "compiled":
+    if which.kind in ("backprop", "compiled", "compiled-step"):
+        if which.kind != "backprop":
             torch.compiler.reset()  # else the ninth network of one process would run uncompiled
+        kind = CompiledStepTrainer if which.kind == "compiled-step" else StockTrainer
         try:
-            return StockTrainer(name, seed, network, rule, steps, first)
+            return kind(name, seed, network, rule, steps, first)
         except Exception as error:  # whatever a compiler may raise
             if which.kind == "backprop":
                 raise
             raise ValueError(
                 f"torch.compile does not work here ({first_line(error)}): leave the arm "
-                "'compiled' out"
+                f"{name!r} out"
             ) from error
     if which.kind == "graph":
         return GraphTrainer(name, seed, network, rule, steps, first)
@@ -360,10 +440,12 @@ def build(
     if which.kind == "stale-K":
         every = {"compute": 1, "repeat": 1_000_000_000}.get(phase, which.every)
         return StaleTrainer(name, seed, network, rule, steps, every=every, backend=backend)
-    if which.kind == "delayed":
-        return DelayedTrainer(name, seed, network, rule, steps, backend=backend)
-    if which.kind == "local":
-        return LocalTrainer(name, seed, network, rule, steps, backend)
+    if which.kind.startswith("delayed"):
+        c = 1.0 if which.kind == "delayed-corrected" else 0.0
+        return DelayedTrainer(name, seed, network, rule, steps, c=c, backend=backend)
+    if which.kind in ("local", "mono-forward"):
+        local = LocalTrainer if which.kind == "local" else MonoForwardTrainer
+        return local(name, seed, network, rule, steps, backend=backend)
     if which.kind == "feedback":
         return FeedbackTrainer(name, seed, network, rule, steps, backend)
     synthetic = which.kind in SYNTHETIC
@@ -375,6 +457,11 @@ def build(
         rank=settings.rank or None,
         context_features=dataset.classes if synthetic else 0,
         interface="preactivation" if which.kind == "cdni-z-K" else "output",
+        synthesizer=(
+            partial(fd.CrossEntropySynthesizer, context_features=dataset.classes)
+            if which.kind == "cdni-ce-K"
+            else None
+        ),
         backend=backend,
         seed=seed,
     ).to(settings.device)
@@ -383,4 +470,5 @@ def build(
     if phase in ("warm-up", "target", "no target"):
         warmup_steps = steps if phase == "warm-up" else 0
         every_or_never = None if phase == "no target" else 1
-    return FusedTrainer(name, seed, ours, steps, warmup_steps, every_or_never)
+    more = (warmup_steps, every_or_never, settings.mix, settings.lessons if synthetic else 1)
+    return FusedTrainer(name, seed, ours, steps, *more)

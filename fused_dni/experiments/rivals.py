@@ -21,15 +21,14 @@ from torch import Tensor
 from fused_dni.experiments import data, rival_gate
 from fused_dni.experiments.rival_arms import (
     EXACT,
-    SYNTHESIZER_SHARE,
     SYNTHETIC,
     Arm,
     Settings,
     arm,
 )
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance, build, network_of
-from fused_dni.experiments.run import Job, Keep, do_jobs, plain, refuse_divergence
-from fused_dni.experiments.train import StockTrainer, Trainer
+from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.train import Trainer
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Timing
@@ -111,7 +110,7 @@ def compare(
                 f"{which.name:<12} seed {seed}",
                 report["runs"],
                 partial(
-                    _run,
+                    train,
                     which,
                     seed,
                     replace(settings, lr=rows[which.name]["rate"]),
@@ -137,8 +136,8 @@ def _measured(
     command: str | None,
 ) -> Result:
     """Make the report up to the runs."""
-    gate = _gate(settings, arms, dataset, progress)
-    rows = _costs(settings, arms, dataset, seconds, progress)
+    gate = checked(settings, arms, dataset, partial(progress.update, "checking"))
+    rows = costs(settings, arms, dataset, seconds, partial(progress.update, "timing"))
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
     for which, row in zip(arms, rows, strict=True):
         row["rate"] = _best(which, tuning) if tuned else settings.rate(which)
@@ -159,8 +158,11 @@ def _measured(
     )
 
 
-def _gate(
-    settings: Settings, arms: list[Arm], dataset: data.Dataset, progress: Progress
+def checked(
+    settings: Settings,
+    arms: list[Arm],
+    dataset: data.Dataset,
+    say: Say = lambda fraction: None,
 ) -> dict[str, float]:
     """Measure how far each arm is from its formula, in parts of the tolerance.
 
@@ -170,7 +172,7 @@ def _gate(
     network = network_of(settings, dataset, 0)
     found: dict[str, float] = {}
     for i, which in enumerate(arms):
-        progress.update("checking", i / len(arms), which.name)
+        say(i / len(arms))
         phase = "warm-up" if which.kind in SYNTHETIC else ""
         for attempt in range(GATE_TRIES):
             trainer = build(which, 0, settings, dataset, ENDLESS, rule, phase=phase)
@@ -182,7 +184,7 @@ def _gate(
             except GateError:
                 if attempt + 1 == GATE_TRIES:
                     raise
-    progress.update("checking", 1.0)
+    say(1.0)
     return found
 
 
@@ -198,8 +200,8 @@ def _rows(settings: Settings, dataset: data.Dataset, seed: int) -> Iterator[Tens
 # ------------------------------------------------------------------------------------------- cost
 
 
-def _costs(
-    settings: Settings, arms: list[Arm], dataset: data.Dataset, seconds: float, progress: Progress
+def costs(
+    settings: Settings, arms: list[Arm], dataset: data.Dataset, seconds: float, say: Say
 ) -> list[dict[str, Any]]:
     """Time a step and memory of every arm, measured together, and the steps that fit."""
     rows = next(_rows(settings, dataset, 0))
@@ -214,14 +216,14 @@ def _costs(
             spread(trainer.model)
             if isinstance(trainer, StaleTrainer) and phase == "repeat":
                 advance(trainer, dataset.train, rows)
-            if isinstance(trainer, StockTrainer) and trainer.compile_seconds:
-                compiling[which.name] = trainer.compile_seconds
+            if took := getattr(trainer, "compile_seconds", 0.0):
+                compiling[which.name] = took
             steps[which.kind, phase] = _candidate(trainer, dataset.train, rows)
     timings = timing.compare(
         {f"{kind} {phase}": step for (kind, phase), step in steps.items()},
         seconds=seconds,
         device=settings.device,
-        progress=lambda fraction: progress.update("timing", fraction),
+        progress=say,
     )
     memory = {key: timing.peak_memory(step, settings.device) for key, step in steps.items()}
     whole: dict[str, Timing] = {}
@@ -285,7 +287,7 @@ def tune(
     found = []
     for i, (which, rate) in enumerate(jobs):
         progress.update("tuning", i / len(jobs), f"{which.name} at {rate:g}")
-        run = _run(which, settings.seeds[0], replace(settings, lr=rate), apart, steps[which.name])
+        run = train(which, settings.seeds[0], replace(settings, lr=rate), apart, steps[which.name])
         end = run["history"][-1]
         found.append(
             {
@@ -313,18 +315,18 @@ def _best(which: Arm, tuning: list[dict[str, Any]]) -> float:
     return float(min(same, key=lambda row: (row["diverged"], row["error"]))["rate"])
 
 
-def _run(
+def train(
     which: Arm,
     seed: int,
     settings: Settings,
     dataset: data.Dataset,
     steps: int,
-    say: Callable[[float], None] = lambda fraction: None,
+    say: Say = lambda fraction: None,
 ) -> dict[str, Any]:
     """Do one run of ``steps`` steps; ``settings.lr`` is its rate."""
     assert settings.lr is not None
     rule = settings.rule(settings.lr)
-    learner = settings.rule(SYNTHESIZER_SHARE * settings.lr)
+    learner = settings.rule(settings.share * settings.lr)
     trainer = build(which, seed, settings, dataset, steps, rule, learner)
     batches = _rows(settings, dataset, seed)
     for until in sorted({steps - i * steps // EVALUATIONS for i in range(EVALUATIONS)}):

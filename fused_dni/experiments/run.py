@@ -160,8 +160,8 @@ def do_jobs(
                     raise Interrupted(f"{done} of {total} runs were finished")
 
             run = job.work(say)
-            error = run["error"] if "error" in run else run["history"][-1]["error"]
-            progress.update(job.label, 1.0, f"error {100 * error:.2f} %")
+            error = run["history"][-1]["error"] if "history" in run else run.get("error")
+            progress.update(job.label, 1.0, "" if error is None else f"error {100 * error:.2f} %")
             job.into.append(run)
             done += 1
             report.body["finished"] = done == total

@@ -118,7 +118,7 @@ class Training(OnImages):
     update: str = option("adam", UPDATE, "update rule of the network")
     lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
     weight_decay: float = option(0.0, RATE, "of the network")
-    sg_lr: float = option(1.5e-3, RATE, "the synthesizers' rate, likewise")
+    sg_lr: float = option(1e-3, RATE, "the synthesizers' rate, likewise")
     warmup_steps: int = option(
         234,
         whole(0),
@@ -127,9 +127,7 @@ class Training(OnImages):
     mix: float = option(
         0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
     )
-    lessons: int = option(
-        1, whole(1), "regression steps of a synthesizer on a step with targets, behind the warm-up"
-    )
+    lessons: int = option(1, whole(1), "regression steps of a synthesizer on a step with targets")
     synthesizer: str = option(
         "linear", one_of(FORMS), "cross-entropy: of the form that a classifier's gradient has"
     )
@@ -213,6 +211,7 @@ class Interfaces(OnImages):
 
 
 MODES = ("exact", "stale", "local", "decoupled")
+TARGETS = ("bootstrapped", "true")
 
 
 @dataclass(frozen=True)
@@ -237,6 +236,9 @@ class Staged(OnImages):
     target_every: int = option(
         1, whole(1), "a gradient comes back on every so many steps of the decoupled run"
     )
+    targets: str = option(
+        TARGETS[0], one_of(TARGETS), "what a decoupled stage sends down, at once or later"
+    )
     warmup_steps: int = option(
         44, whole(0), "on which its stages wait for the true gradient, at the start"
     )
@@ -254,9 +256,12 @@ class Staged(OnImages):
             )
 
 
-TASKS = ("charlm", "copy", "repeat-copy")
+TASKS = ("charlm", "copy", "repeat-copy", "rows")
 SYNTHESIZERS = ("default", "linear", "mlp")
 LSTM_METHODS = ("backprop", "fused", "dni", "dni+aux")
+ROWS_METHODS = ("dni+lambda", "local", "immediate", "immediate+local")
+CONDITIONS = ("none", "label", "step", "both")
+ABLATIONS = ("zero", "negated", "shuffled", "mean", "noise", "true")
 _COPY: dict[str, Any] = {
     "windows": (4,),
     "long": (),
@@ -273,6 +278,22 @@ _COPY: dict[str, Any] = {
     "width": 1,
     "evaluations": 100,
     "seeds": (0, 1, 2),
+}
+_ROWS: dict[str, Any] = {
+    "methods": ("fused", "dni"),
+    "windows": (1, 4, 7, 14),
+    "long": (28,),
+    "hidden": 64,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "sg_lr": 3e-4,
+    "sg_scale": 1.0,
+    "synthesizer": "linear",
+    "condition": "both",
+    "warmup": 0.0,
+    "amount": 1000,
+    "evaluations": 4,
+    "seeds": (0, 1, 2, 3, 4),
 }
 
 
@@ -296,10 +317,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Recurrent(Settings):
-    """What ``train charlm``, ``copy`` and ``repeat-copy`` are a function of, besides the text.
-    Defaults are charlm's."""
+    """What ``train charlm``, ``copy``, ``repeat-copy`` and ``rows`` are a function of, besides the
+    text or the images. Defaults are charlm's."""
 
-    PRESETS: ClassVar = {"charlm": {}, "copy": _COPY, "repeat-copy": _COPY}
+    PRESETS: ClassVar = {"charlm": {}, "copy": _COPY, "repeat-copy": _COPY, "rows": _ROWS}
     SUBJECT: ClassVar = "task"
 
     task: str = option("charlm", one_of(TASKS), group="data")
@@ -307,8 +328,10 @@ class Recurrent(Settings):
     validation: float = option(0.05, above_zero(), "share kept at the end, to validate on")
     methods: tuple[str, ...] = option(
         ("fused", "dni", "dni+aux"),
-        one_of(LSTM_METHODS),
-        "of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, dni+aux",
+        one_of((*LSTM_METHODS, *ROWS_METHODS)),
+        "of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, dni+aux; of "
+        "rows alone dni+lambda (targets by --sg-lambda), local (a loss at every window's end), "
+        "immediate (T = 1, RMSprop), immediate+local",
         group="arms",
     )
     windows: tuple[int, ...] = option((8,), whole(1), "of all methods")
@@ -317,16 +340,23 @@ class Recurrent(Settings):
         (40,), whole(1), "windows of truncated backprop alone", several="*"
     )
     seeds: tuple[int, ...] = option((0,), SEED, "one run of every arm each")
+    ablate: tuple[str, ...] = option(
+        (),
+        one_of(ABLATIONS),
+        "further arms of dni in which something else is injected: zero, negated, shuffled (over "
+        "rows), mean (of rows), noise, true (the true gradient), the last two of its norm",
+        several="*",
+    )
     hidden: int = option(256, whole(1), "units of the LSTM", group="training")
     layers: int = option(1, whole(1), "of the LSTM")
-    batch_size: int = option(32, whole(1), "streams or episodes")
-    amount: int = option(10_000_000, whole(1), "characters, or batches of episodes, of every arm")
+    batch_size: int = option(32, whole(1), "streams, episodes or images")
+    amount: int = option(10_000_000, whole(1), "characters, or batches, of every arm")
     #: charlm: gradients are summed over the windows in between. Without it a long window means few
     #: updates, and arms differ in more than their gradients.
     update_every: int = option(
         0, whole(0), "sum gradients over so many steps of a stream; 0: an update every window"
     )
-    #: Not for the copy tasks: windows without a loss would teach that nothing matters.
+    #: For charlm alone: windows without a loss would teach that nothing matters.
     warmup: float = option(
         0.3, number(0.0, 1.0), "share of the run in which synthesizers only learn"
     )
@@ -355,6 +385,21 @@ class Recurrent(Settings):
         "default", one_of(SYNTHESIZERS), "the module's, dense, or one hidden layer"
     )
     sg_hidden: int = option(256, whole(1), "hidden units of mlp")
+    condition: str = option(
+        "none",
+        one_of(CONDITIONS),
+        "what the synthesizer is told besides the state: none, label (the image's), step (which "
+        "boundary it is), both",
+    )
+    sg_lambda: float = option(
+        0.9, number(0.0, 1.0), "of dni+lambda's targets; 0: bootstrapped, 1: true gradients"
+    )
+    full: bool = option(
+        False, help="one pixel a step, in one random order (784 steps), instead of a row"
+    )
+    held_out: bool = option(
+        False, help="evaluate on the last sixth of the training set, kept out of training"
+    )
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
     evaluations: int = option(20, whole(1), "points of the curves", group="output")
     #: At every evaluation, and at the end what truncation leaves out: see ``experiments.future``.
@@ -367,15 +412,28 @@ class Recurrent(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup and self.task != "charlm":
-            raise ValueError(f"warmup must be 0 for copy tasks, got {self.warmup}")
+            raise ValueError(f"warmup must be 0 for {self.task}, got {self.warmup}")
+        if self.ablate and self.task not in ("copy", "repeat-copy"):
+            raise ValueError(f"ablate is for the copy tasks, not for {self.task}")
+        if self.task != "rows":
+            for method in self.methods:
+                if method in ROWS_METHODS:
+                    raise ValueError(f"methods: {method!r} is for rows, not for {self.task}")
 
     def divisor(self, arm: Arm) -> int:
         """Return what the loss of a window, summed over its steps and rows, is divided by."""
+        if self.task == "rows":  # one loss an image
+            return self.batch_size
         return max(arm.window, self.update_every) * self.batch_size
 
     def arms(self) -> list[Arm]:
         """List the arms of one seed, in the order of reports; the long windows last."""
-        made = [Arm(method, window) for window in self.windows for method in self.methods]
-        exact = [method for method in self.methods if not method.startswith("dni")] or ["fused"]
+        made = [
+            Arm(method, 1 if method.startswith("immediate") else window)
+            for window in self.windows
+            for method in self.methods
+        ]
+        made += [Arm(f"dni/{change}", w) for w in self.windows for change in self.ablate]
+        exact = [m for m in self.methods if m in ("backprop", "fused")] or ["fused"]
         made += [Arm(method, window) for window in self.long for method in exact]
         return list(dict.fromkeys(made))

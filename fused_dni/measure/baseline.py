@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_dni.measure import environment
 from fused_dni.rules import Rule
 
 
@@ -49,28 +48,20 @@ def facts(command: str | None = None, device: torch.device | str = "cpu") -> dic
         command: what was asked for.
         device: where it was measured; ``where`` among the facts.
     """
-    processor = platform.processor() or platform.machine()
-    try:
-        for row in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if row.startswith("model name"):
-                processor = row.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
     commit = _git("rev-parse", "--short=12", "HEAD")
     # Results and pages are what a measurement writes, not what it measures.
     if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs"):
         commit += "-dirty"
     commit = commit or os.environ.get("FUSED_DNI_COMMIT")  # of a copy of a checkout
     return {
-        "device": processor,
+        "device": environment.processor(),
         "where": torch.device(device).type,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "isa": _isa(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fused_dni": _version(),
+        "fused_dni": environment.version("fused-dni"),
         "commit": commit,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -90,27 +81,8 @@ def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that this file belongs to; None if it belongs to none (an
     installed package may lie inside somebody else's repository)."""
     here = Path(__file__).resolve().parents[2]
-
-    def run(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *command],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        if Path(run("rev-parse", "--show-toplevel")).resolve() != here:
-            return None
-        return run(*arguments) or None
-    except (OSError, subprocess.SubprocessError):
+    git = ("git", "-C", str(here))
+    top = environment.output_of(*git, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != here:
         return None
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("fused-dni")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return environment.output_of(*git, *arguments) or None

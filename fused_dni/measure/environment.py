@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def _scalar(value: Any) -> str:
     return "not found" if value is None else str(value)
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Return what is installed of a distribution, None if nothing is."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -129,11 +131,11 @@ def _version(distribution: str) -> str | None:
 
 def _package() -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "fused_dni": _version("fused_dni"),
+        "fused_dni": version("fused_dni"),
         "location": str(Path(__file__).parents[1]),
     }
     for name in ("torch", "triton", "numpy"):
-        facts[name] = _version(name)
+        facts[name] = version(name)
     try:
         import torch
 
@@ -212,20 +214,25 @@ def _system() -> dict[str, Any]:
     return facts
 
 
-def _processor() -> dict[str, Any]:
-    model: str | None = platform.processor() or platform.machine()
-    flags: set[str] = set()
+def _cpuinfo(name: str) -> str:
+    """Return what Linux says of the first core by this name; "" where it does not."""
     try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags |= set(value.split())
+        said = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
-        pass
+        return ""
+    found = re.search(rf"^{name}\s*:(.*)$", said, re.MULTILINE)
+    return "" if found is None else found[1].strip()
+
+
+def processor() -> str:
+    """Name the processor."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _processor() -> dict[str, Any]:
+    flags = {flag for name in ("flags", "Features") for flag in _cpuinfo(name).split()}
     facts: dict[str, Any] = {
-        "model": model,
+        "model": processor(),
         "flags": [flag for flag in FLAGS if flag in flags],
         "cores seen": os.cpu_count(),
     }
@@ -302,8 +309,8 @@ def _measured() -> dict[str, Any]:
     return facts
 
 
-def _run(*command: str) -> str | None:
-    """First lines of what a command prints, None if it is missing, fails or hangs."""
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, None if it is missing, fails or hangs."""
     path = shutil.which(command[0])
     if path is None:
         return None
@@ -324,12 +331,12 @@ def _run(*command: str) -> str | None:
 def _compilers() -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name in (os.environ.get("CXX", "").strip() or "c++", "g++", "clang++"):
-        printed = _run(*name.split(), "--version")
+        printed = output_of(*name.split(), "--version")
         facts[name] = printed.splitlines()[0] if printed else None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
     for nvcc in (*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"):
-        printed = _run(nvcc, "--version")
+        printed = output_of(nvcc, "--version")
         if printed:
             releases = [line for line in printed.splitlines() if "release" in line]
             facts["nvcc"] = f"{shutil.which(nvcc)}: {(releases or printed.splitlines())[-1]}"
@@ -342,7 +349,7 @@ def _compilers() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     facts: dict[str, Any] = {}
     query = "name,driver_version,memory.total,compute_cap"
-    printed = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    printed = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     facts["nvidia-smi"] = printed.splitlines() if printed else None
     try:
         import torch

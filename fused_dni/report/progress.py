@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
+
+Tell = Callable[[str, float], None]  # what is done, and which part of it
+
+
+def teller(progress: Tell | bool) -> Tell:
+    """Return what is called with progress: what was given, bars for True, nothing for False."""
+    if progress is True:
+        return Progress().update
+    return progress or (lambda what, fraction: None)
 
 
 class Progress:
@@ -47,9 +57,10 @@ class Progress:
                 auto_refresh=False,
             )
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Progress:  # noqa: PYI034 - Self is in typing from 3.11 on
         if self._bars is not None:
             self._bars.start()
+        return self
 
     def __exit__(
         self,

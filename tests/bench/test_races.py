@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from clusters import clusters
 from torch import Tensor
 
 import claims
 import fused_dni as fd
 import races
 import rates
-from fused_dni.experiments import perceptual, tops
+import readings
+from fused_dni.experiments import perceptual, rival_grid, tops
 from fused_dni.experiments.data import Dataset, Split
+from fused_dni.experiments.rival_arms import Grid
 from fused_dni.experiments.tops import Racer
-from races import autoencoder, compression, corpus, encoder, word_model
+from fused_dni.report.schema import Result
+from pages import documents
+from races import autoencoder, character_model, chosen, compression, corpus, encoder, word_model
 from races.word_model import RATE, Setting, Words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +40,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     file.write_text("\n".join(lines[i % 2 if i % 3 else 0] for i in range(1200)))
     monkeypatch.setenv("CORPUS", str(file))
     monkeypatch.setattr(word_model, "compiled_loss", lambda: word_model.dense_loss)
-    caches = (corpus.text, word_model.corpus, compression.prepared)
+    caches = (corpus.text, word_model.corpus, character_model.corpus, compression.prepared)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -275,16 +281,16 @@ def test_without_a_compiler_its_arm_is_left_out(
 def test_rates_are_those_that_were_best(
     text: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(word_model, "RATES", tmp_path / "rates.json")
-    monkeypatch.setattr(word_model, "SETTINGS", {"tiny": TINY})
-    assert word_model.multiple("tiny", "backprop") == word_model.ARMS["backprop"][1]
+    monkeypatch.setattr(chosen, "RATES", tmp_path / "rates.json")
+    monkeypatch.setattr(rates, "GRIDS", {"tiny": lambda: word_model.grid(TINY)})
+    assert chosen.multiple("tiny", "backprop", 8) == 8
     asked = ["tiny", "--seconds", "0.02", "--arms", "backprop", "DNI k=4"]
     assert rates.main(asked) == 0 and rates.main([*asked[:-1], "--arms", "backprop"]) == 0
-    found = word_model.json.loads(word_model.RATES.read_text())["tiny"]
+    found = json.loads(chosen.RATES.read_text())["tiny"]
     assert set(found) == {"backprop", "DNI k=4"}
     assert set(found["backprop"]) == {"1", "2", "4", "8"}
     best = min(found["backprop"], key=found["backprop"].get)
-    assert word_model.multiple("tiny", "backprop") == int(best)
+    assert chosen.multiple("tiny", "backprop", 0) == int(best)
 
 
 # ---------------------------------------------------------------------------------- other races
@@ -321,6 +327,47 @@ def test_compressions_learn(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(30):
             racer.step()
         assert racer.loss() < 0.9 * before, name
+
+
+def test_hidden_layers_are_run_and_trained_on_full_steps_alone(
+    text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tops, "WARMUP", 4)
+    small = {"ORDER": 2, "BUCKETS": 64, "BATCH": 8, "WIDTH": 6, "HIDDEN": 10, "APART": 50}
+    for name, value in small.items():
+        monkeypatch.setattr(character_model, name, value)
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+    assert set(races.hidden()) == set(character_model.ARMS)
+    for name, make in races.hidden().items():
+        racer = make(1)
+        looks: list[int] = []
+
+        def look(*_: object, racer: Racer = racer, looks: list[int] = looks) -> None:
+            looks.append(racer.steps)
+
+        racer.upper_layers.register_forward_hook(look)
+        weight = next(racer.upper_layers.parameters())
+        before, moved = racer.inner.weight.detach().clone(), []
+        for _ in range(21):
+            upper, table = weight.detach().clone(), racer.inner.weight.detach().clone()
+            racer.step()
+            assert torch.equal(weight, upper) == (racer.steps - 1 not in looks), name
+            moved.append(not torch.equal(racer.inner.weight, table))
+        every = racer.every or 1
+        assert looks == [n for n in range(21) if n < 4 or (n - 4) % every == 0]
+        waits = name.startswith("full steps only")
+        assert moved == [n in looks or not waits for n in range(21)], name
+        touched = (racer.inner.weight != before).any(1).sum()
+        assert 0 < int(touched) < len(before) and 0.0 < racer.loss() <= 1.0
+
+
+def test_rows_of_the_table_are_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = torch.tensor([3, 1, 2, 9, 1, 2, 5])
+    monkeypatch.setattr(character_model, "ORDER", 3)
+    one, other = character_model.rows(symbols, torch.tensor([3, 6])).tolist()
+    # "1 2" is in front of both places, and what is before that differs.
+    assert one[:2] == other[:2] and one[2] != other[2]
+    assert [row // character_model.BUCKETS for row in one] == [0, 1, 2]
 
 
 def test_the_encoder_is_the_published_one() -> None:
@@ -367,3 +414,35 @@ def test_every_race_is_a_factory_with_a_title() -> None:
     assert made == {f"race-{name}" for name in races.TITLES}
     report = {"facts": {"command": "fused-dni race bench.races:words_16k --seconds 40"}}
     assert races.title(report) == races.TITLES["words_16k"]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def test_a_race_becomes_a_table() -> None:
+    def history(*losses: float) -> list[dict[str, float]]:
+        return [{"seconds": float(i), "steps": i, "loss": loss} for i, loss in enumerate(losses)]
+
+    runs = [
+        {"name": name, "seed": 1, "history": history(*losses), "diverged": False}
+        for name, losses in {"backprop": (0.9, 0.8, 0.6), "DNI k=8": (0.9, 0.6, 0.5)}.items()
+    ]
+    facts = {"device": "CPU", "threads": 2, "torch": "2", "commit": "c", "command": "run"}
+    settings = {"arms": ["backprop", "DNI k=8"], "seconds": 2.0, "seeds": [1]}
+    report = Result("race", facts=facts, settings=settings, body={"runs": runs, "finished": True})
+    shown = documents.RENDERERS["race-hidden"][1]([report.described()])
+    assert "0.50 (0.50 to 0.50)" in shown and "CPU, 2 threads" in shown
+    assert documents.RENDERERS["race-hidden"][1]([]) == "Not measured yet."
+
+
+def test_a_grid_becomes_tables_and_an_answer() -> None:
+    settings = Grid(
+        dataset="digits", arms=("fused", "cdni-2"), widths=(6,), depths=(1,), budgets=(1, 2),
+        steps=2, rates=(1e-2,), batch_size=16, rank=2, seeds=(1, 2), backend="reference",
+    )  # fmt: skip
+    report = rival_grid.compare(settings, clusters(), seconds=0.02, command="run").described()
+    shown = documents.RENDERERS["rivals-grid"][1]([report])
+    assert shown.count("| 6 x 1, 2x ") == 3 and report.sentence in shown
+    answer = readings.grid({"rivals-grid-mnist": report})
+    assert "cdni-2" in answer.sentence and len(answer.sentence) < 600
+    assert "of 2 (digits)" in answer.number and answer.answer in ("yes", "in part", "no")

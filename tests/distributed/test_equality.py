@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import ranks
 from torch import Tensor, nn
@@ -88,12 +91,19 @@ def advance(optimizer: torch.optim.Optimizer | None, schedules: list[fd.Schedule
 
 
 def on_rank(
-    rank: int, world: int, mode: str, lag: int | None, rule: str, every: int, warmup: int
+    rank: int,
+    world: int,
+    mode: str,
+    lag: int | None,
+    rule: str,
+    every: int,
+    warmup: int,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     stage = split(world, mode, rule)[rank]
     optimizer, plan = optimizer_of([stage]), schedules([stage], every, warmup)
     losses = []
-    with Pipeline(stage, loss=F.cross_entropy, mode=mode, lag=lag) as pipeline:
+    with Pipeline(stage, loss=F.cross_entropy, mode=mode, lag=lag, **options) as pipeline:
         for out in pipeline.run(batches()):
             advance(optimizer, plan)
             losses += [] if out.loss is None else [out.loss]
@@ -101,12 +111,12 @@ def on_rank(
 
 
 def twin(
-    world: int, mode: str, lag: int, rule: str, every: int, warmup: int
+    world: int, mode: str, lag: Any, rule: str, every: int, warmup: int, **options: Any
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     stages = split(world, mode, rule)
     optimizers, plan = [optimizer_of([s]) for s in stages], schedules(stages, every, warmup)
     losses = []
-    alone = Twin(stages, loss=F.cross_entropy, mode=mode, lag=lag)
+    alone = Twin(stages, loss=F.cross_entropy, mode=mode, lag=lag, **options)
     for x, y in batches():
         losses.append(alone.step(x, y).loss)
         for optimizer in optimizers:
@@ -176,6 +186,99 @@ def test_lag_is_the_twin_to_the_bit(mode, world, lag):
     wanted, losses = twin(world, mode, lag, "none", every, warmup)
     assert differences([p for p, _ in found], wanted) == 0.0
     assert [float(x) for x in found[-1][1]] == [float(x) for x in losses]
+
+
+@pytest.mark.parametrize(("world", "lag"), [(2, 3), (3, 0), (3, 2)])
+def test_true_targets_are_the_twins_to_the_bit(world, lag):
+    run = partial(on_rank, mode="decoupled", lag=lag, rule="adam", every=2, warmup=2,
+                  targets="true")  # fmt: skip
+    found = [p for p, _ in ranks(run, world)]
+    wanted, _ = twin(world, "decoupled", lag, "adam", 2, 2, targets="true")
+    assert differences(found, wanted) == 0.0
+    bootstrapped, _ = twin(world, "decoupled", lag, "adam", 2, 2)
+    # Two stages have one cut, whose target is the true gradient anyway.
+    assert (differences(found, bootstrapped) > 1e-6) == (world > 2)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_true_targets_are_the_gradients_of_backprop(every, monkeypatch):
+    """Without a lag, each synthesizer learns what one graph over all stages gives at its output."""
+    stages = split(4, "decoupled", "none")
+    optimizer, plan = optimizer_of(list(stages)), schedules(stages, every, 0)
+    alone, taught = Twin(stages, loss=F.cross_entropy, targets="true"), {}
+    for i, worker in enumerate(alone.workers[:-1]):
+
+        def learn(step, now, gradient, i=i, learn=worker.mailbox.learn):
+            assert step == now
+            taught[i] = gradient
+            return learn(step, now, gradient)
+
+        monkeypatch.setattr(worker.mailbox, "learn", learn)
+    for step, (x, y) in enumerate(batches()):
+        plain = copy.deepcopy([s.submodule if s.is_last else s.submodule.module for s in stages])
+        outputs, h = [], x
+        for module in plain:
+            outputs.append(h := module(h))
+        wanted = torch.autograd.grad(F.cross_entropy(h, y), outputs[:-1])
+        alone.step(x, y)
+        for stage, module in zip(stages, plain, strict=True):
+            of = stage.submodule if stage.is_last else stage.submodule.module
+            for b, once in zip(of.buffers(), module.buffers(), strict=True):
+                assert torch.equal(b, once)  # a batch was counted once
+        assert set(taught) == (set(range(3)) if step % every == 0 else set())
+        for i, gradient in taught.items():
+            assert float((gradient - wanted[i]).abs().max()) < 1e-12
+        taught.clear()
+        advance(optimizer, plan)
+
+
+def under_another_backend(rank: int, world: int, store: str) -> tuple[dict[str, Tensor], Any]:
+    from torch.testing._internal.distributed import fake_pg
+
+    assert fake_pg  # its import makes that backend known
+    dist.barrier()  # until both are connected
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=dist.FileStore(store, world), rank=rank,
+                            world_size=world)  # fmt: skip
+    assert dist.get_backend() == "fake"  # whose messages never arrive
+    return on_rank(rank, world, "decoupled", 2, "adam", 1, 2)
+
+
+def test_links_are_gloos_whatever_the_default_group_is_of(tmp_path):
+    run = partial(under_another_backend, store=str(tmp_path / "store"))
+    found = [p for p, _ in ranks(run, 2)]
+    assert differences(found, twin(2, "decoupled", 2, "adam", 1, 2)[0]) == 0.0
+
+
+def test_a_lag_of_its_own_for_each_stage():
+    """What passes two cuts may be later than what passes one; the last entry says nothing."""
+    found = [twin(3, "stale", lag, "none", 1, 0)[0] for lag in (2, [2, 2, 9], [4, 2, 0])]
+    assert differences(found[0], found[1]) == 0.0 < differences(found[0], found[2])
+    ages = Twin(split(3, "stale", "none"), loss=F.cross_entropy, mode="stale", lag=[4, 2, 0])
+    for x, y in batches():
+        ages.step(x, y)
+    assert [w.ages.oldest for w in ages.workers] == [4, 2, 0]
+
+
+TRUE = {"targets": "true"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        (None, {"targets": "late"}, "targets must be one of"),
+        (None, {"mode": "stale", **TRUE}, 'targets="true" is of mode="decoupled", got'),
+        (fd.FusedDNILinear(WIDTH, WIDTH).double(), TRUE, "back through a plain submodule"),
+        (None, {"lag": [1, 2]}, "or 3 of them, one a stage, got"),
+        (None, {"lag": [1, 2, -1]}, "integer of at least 0"),
+    ],
+)
+def test_a_twin_refuses(changed, options, message):
+    stages = split(3, "stale" if "mode" in options else "decoupled", "none")
+    if changed is not None:
+        stages[1] = Stage(changed, 1, 3)
+    with pytest.raises(ValueError, match=message):
+        Twin(stages, loss=F.cross_entropy, **options)
 
 
 def test_a_lag_changes_what_is_learned():

@@ -113,6 +113,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown mode": ({"mode": "async"}, "mode must be one of"),
     "window": ({"window": 3}, "ranks differ: window is 4 on rank 0 and 3 on rank 1"),
     "lag": ({"lag": 2}, "ranks differ: lag is None on rank 0 and 2 on rank 1"),
+    "targets": (
+        {"targets": "true"},
+        "ranks differ: targets is 'bootstrapped' on rank 0 and 'true'",
+    ),
     "max_age": ({"max_age": 9}, "ranks differ: max_age"),
     "no number": ({"window": torch.tensor(2)}, "window must be an integer"),
     "zero": ({"window": 0}, "window must be an integer of at least 1, got 0"),

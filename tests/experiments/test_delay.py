@@ -9,6 +9,7 @@ from clusters import clusters
 from torch import nn
 
 from fused_dni.cli import main
+from fused_dni.distributed import Twin
 from fused_dni.experiments import delay, delay_arms
 from fused_dni.experiments.delay_arms import UpdateFeedback, build
 from fused_dni.experiments.delay_settings import TASKS, Settings, arm
@@ -18,7 +19,7 @@ from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.schema import save
 
 ARMS = ("backprop", "stale", "stale-warm", "nesterov", "feedback", "local", "cdni-2",
-        "cdni-dense-every-3", "cdni-mlp", "cdni-2-unconditioned")  # fmt: skip
+        "cdni-dense-every-3", "cdni-mlp", "cdni-2-unconditioned", "cdni-2-true")  # fmt: skip
 TINY = Settings(
     dataset="digits",
     arms=ARMS,
@@ -52,7 +53,12 @@ def test_names_of_arms_say_what_they_are():
     assert arm("stale").mode == arm("nesterov").mode == arm("feedback").mode == "stale"
     assert (arm("backprop").mode, arm("local").mode) == ("exact", "local")
     found = arm("cdni-dense-every-5-unconditioned")
-    assert found[1:] == ("cdni", "dense", 5, False) and found.mode == "decoupled"
+    assert found[1:] == ("cdni", "dense", 5, False, "bootstrapped") and found.mode == "decoupled"
+    assert arm("cdni-2-true")[2:] == ("2", 1, True, "true")
+    assert [arm(name).relayed for name in ("stale", "cdni-2-true", "cdni-2", "local")] == [
+        *(True, True),
+        *(False, False),
+    ]
     assert [arm(name).late for name in ("backprop", "local", "stale", "cdni-4")] == [
         *(False, False),
         *(True, True),
@@ -151,6 +157,19 @@ def test_every_arm_trains_and_repeats(name, task):
     untrained = delay.error(build(arm(name), settings, DATA, 0), settings, DATA.test)
     assert first["error"] != untrained
     assert len(first["cosines"]) == (1 if arm(name).mode == "decoupled" else 0)
+
+
+@pytest.mark.parametrize("name", ["stale", "cdni-2", "cdni-2-true"])
+def test_what_passes_several_cuts_is_as_many_times_as_late(name, monkeypatch):
+    made = []
+    monkeypatch.setattr(delay, "Twin", lambda *a, **k: made.append(Twin(*a, **k)) or made[-1])
+    settings = replace(TINY, stages=3, each_cut=True, warmup=0.0)
+    late = delay.train(arm(name), 2, 0, settings, DATA, 3e-3)["error"]
+    ages = [worker.ages.oldest for worker in made[0].workers[:-1]]
+    assert ages == ([2, 2] if name == "cdni-2" else [4, 2])
+    soon = delay.train(arm(name), 2, 0, replace(settings, each_cut=False), DATA, 3e-3)["error"]
+    assert [worker.ages.oldest for worker in made[1].workers[:-1]] == [2, 2]
+    assert (late == soon) == (name == "cdni-2")
 
 
 def test_a_warm_up_alone_is_backprop():

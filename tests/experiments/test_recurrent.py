@@ -13,8 +13,9 @@ from torch import nn
 
 import fused_dni as fd
 from fused_dni import cli
-from fused_dni.experiments import characters, future, recurrent, run
-from fused_dni.experiments.settings import SYNTHESIZERS
+from fused_dni.experiments import characters, data, future, recurrent, run, windowed
+from fused_dni.experiments.ablation import Altered
+from fused_dni.experiments.settings import ABLATIONS, SYNTHESIZERS
 from fused_dni.measure import memory, timing
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
@@ -51,6 +52,32 @@ COPY = recurrent.Settings.of(
     "copy", windows=(3,), hidden=12, batch_size=4, amount=30, evaluations=3, seeds=(0, 1), width=2
 )
 ALL = ("backprop", "fused", "dni", "dni+aux")
+EVERY = (*ALL, "dni+lambda", "local", "immediate", "immediate+local")
+
+
+def _images(count: int, side: int = 6) -> data.Dataset:
+    """Images of noise whose first row tells the class: only credit over all rows finds it."""
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.randint(3, (count,), generator=generator)
+    images = 0.3 * torch.randn(count, side, side, generator=generator)
+    images[torch.arange(count), 0, labels] += 3.0
+    split = data.Split(images.flatten(1), labels)
+    return data.Dataset("stripes", split, split, 3)
+
+
+IMAGES = _images(64)
+ROWS = recurrent.Settings.of(
+    "rows",
+    methods=EVERY,
+    windows=(2, 3),
+    long=(6,),
+    hidden=10,
+    batch_size=16,
+    amount=8,
+    evaluations=2,
+    seeds=(0, 1),
+)
+SOURCES = {"charlm": SOURCE, "rows": IMAGES}
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +233,52 @@ def test_the_error_of_an_episode_is_in_bits_per_bit():
     assert trainer.train_on(trainer.draw(0), 3) == pytest.approx(1.0, abs=1e-6)
 
 
+class _Twice(nn.Module):
+    def forward(self, rows, context=None):
+        return 2 * rows
+
+
+def test_what_is_injected_is_altered_and_what_is_learned_is_not():
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = {}
+    for change in ABLATIONS:
+        altered = Altered(_Twice(), change, 0)
+        altered.truth = rows.detach().flip(1)
+        assert torch.equal(altered(rows), 2 * rows)
+        with torch.no_grad():
+            found[change] = altered(rows)
+    made = 2 * rows.detach()
+    assert not found["zero"].any() and torch.equal(found["negated"], -made)
+    assert torch.equal(found["mean"], made.mean(0).expand(8, 4))
+    order = (found["shuffled"][:, None] == made).all(2).int().argmax(1)
+    assert sorted(order.tolist()) == list(range(8)) != order.tolist()
+    torch.testing.assert_close(found["true"], made.flip(1))
+    torch.testing.assert_close(found["noise"].norm(dim=1), made.norm(dim=1))
+    again = Altered(_Twice(), "noise", 0)
+    with torch.no_grad():
+        assert torch.equal(again(rows), found["noise"])
+        assert not torch.equal(again(rows), found["noise"])  # drawn anew
+
+
+def test_the_true_gradient_is_injected_at_each_boundary(monkeypatch):
+    trainer = recurrent.build(recurrent.Arm("dni/true", 3), 0, COPY, None)
+    trainer.curriculum.level = 3  # 9 steps, the last 4 of them written
+    monkeypatch.setattr(type(trainer), "update", lambda self: None)
+    told, episodes = trainer.synthesizer(3), trainer.draw(0)
+    heard = []
+    monkeypatch.setattr(Altered, "altered", lambda self, made: heard.append(self.truth) or made)
+    trainer.train_on(episodes, 2)
+    assert isinstance(told, Altered) and len(heard) == 4 and heard[-1] is None
+    twin = trainer.model.twin()
+    with torch.no_grad():
+        _, state = twin(episodes.inputs[:5], None)
+    h, c = (t.requires_grad_() for t in state)
+    logits, _ = twin(episodes.inputs[5:], (h, c))
+    nats = F.binary_cross_entropy_with_logits(logits, episodes.targets[5:], reduction="sum") / 2
+    wanted = torch.cat(torch.autograd.grad(nats, (h, c)), 2)[0]
+    torch.testing.assert_close(heard[1], wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_validation_bits_charge_for_what_cannot_be_predicted():
     source = characters.split("abab" * 50 + "aXba" * 12, 0.19)
     assert source.unknown > 0
@@ -227,6 +300,147 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
     assert trainer.validate() == pytest.approx(whole, rel=1e-5)
 
 
+# --------------------------------------------------------------------------------- rows of images
+
+
+def _rows(method: str, window: int, **changes) -> recurrent.Trainer:
+    settings = replace(ROWS, **changes)
+    return recurrent.build(recurrent.Arm(method, window), 0, settings, IMAGES)
+
+
+def _gradients(trainer, monkeypatch) -> list[torch.Tensor]:
+    """What a step finds for every parameter, in place of its update."""
+    monkeypatch.setattr(type(trainer), "update", lambda self: None)
+    trainer.step()
+    return [p.grad.clone() for p in trainer.trained]
+
+
+def _loss(trainer, first: int) -> torch.Tensor:
+    """The loss at the last row, in plain PyTorch, the state before row ``first`` held constant."""
+    inputs, labels = trainer.batch()
+    twin = trainer.model.twin()
+    with torch.no_grad():
+        state = twin(inputs[:first], None)[1] if first else None
+    return F.cross_entropy(twin(inputs[first:], state)[0][-1], labels)
+
+
+@pytest.mark.parametrize(
+    ("method", "window", "first"), [("fused", 6, 0), ("fused", 4, 4), ("immediate", 1, 5)]
+)
+def test_truncation_leaves_the_last_window_of_an_image(monkeypatch, method, window, first):
+    trainer = _rows(method, window)
+    expected = torch.autograd.grad(_loss(trainer, first), trainer.trained)
+    for found, wanted in zip(_gradients(trainer, monkeypatch), expected, strict=True):
+        # derived: float32, sums of some hundred products of numbers below 3
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_at_every_window_is_the_sum_of_them(monkeypatch):
+    trainer = _rows("local", 3)
+    inputs, labels = trainer.batch()
+    twin = trainer.model.twin()
+    first, state = twin(inputs[:3], None)
+    second, _ = twin(inputs[3:], (state[0].detach(), state[1].detach()))
+    both = F.cross_entropy(first[-1], labels) + F.cross_entropy(second[-1], labels)
+    expected = torch.autograd.grad(both, trainer.trained)
+    for found, wanted in zip(_gradients(trainer, monkeypatch), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert isinstance(_rows("immediate+local", 1).optimizer, torch.optim.RMSprop)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_lambda_zero_is_what_dni_learns(monkeypatch, clip):
+    """At lambda = 0 targets are bootstrapped, and the LSTM hears of M as in ``dni``."""
+    pair = [
+        _rows(method, 2, sg_lambda=0.0, target_clip=clip, sg_scale=0.7, target_scale=3.0)
+        for method in ("dni", "dni+lambda")
+    ]
+    learned = []
+    for trainer in pair:
+        synthesizer = trainer.synthesizer(2)
+        generator = torch.Generator().manual_seed(5)
+        for p in synthesizer.parameters():
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+        found = _gradients(trainer, monkeypatch)
+        by_boundary = synthesizer.context_weight.grad.split(3, dim=1)
+        learned.append([*found, *by_boundary[:2]])
+    # The last window of dni teaches that nothing comes, too, and takes the mean of both lessons.
+    learned[0][-1] *= 2
+    for a, b in zip(*learned, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("condition", ["none", "label", "step", "both"])
+def test_conditions_tell_what_they_say(condition):
+    trainer = _rows("dni", 2, condition=condition)
+    labels = torch.tensor([0, 2, 1])
+    expected = {"label": [0, 2, 1], "step": [1, 1, 1], "both": [3, 5, 4]}.get(condition)
+    context = trainer.context(labels, 1)
+    assert expected == (None if context is None else context.tolist())
+    assert trainer.synthesizer(2).context_features == {"label": 3, "step": 3, "both": 9}.get(
+        condition, 0
+    )
+    trainer.step()
+
+
+def test_lambda_one_learns_the_true_gradient():
+    trainer = _rows("dni+lambda", 2, sg_lambda=1.0, condition="none")
+    inputs, labels = trainer.batch()
+    twin, exits, state = trainer.model.twin(), [], None
+    for start in (0, 2, 4):
+        logits, (h, c) = twin(inputs[start : start + 2], state)
+        state = (h.clone(), c.clone())
+        exits.append(state)
+    loss = F.cross_entropy(logits[-1], labels)
+    found = torch.autograd.grad(loss, [t for pair in exits[:2] for t in pair])
+    exits = [(h.detach(), c.detach()) for h, c in exits]
+    trainer.teach(inputs, labels, exits)
+    # M is zero: the bias's gradient is minus twice the sum of targets, kappa = B times each, over B
+    wanted = -2 * sum(torch.cat((h[0], c[0]), 1).sum(0) for h, c in (found[:2], found[2:]))
+    torch.testing.assert_close(trainer.model.synthesizer.bias.grad, wanted, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None and p.requires_grad for p in trainer.trained)
+
+
+def test_credit_reaches_the_first_row_by_prediction_alone():
+    """The class stands in the first row: truncated backprop at T = 2 never hears of it, but for
+    what a random LSTM keeps; told of the label the synthesizer brings it there."""
+    settings = replace(
+        ROWS,
+        methods=("fused", "dni", "dni+lambda"),
+        windows=(2,),
+        amount=300,
+        lr=1e-2,
+        sg_lr=1e-2,
+        cosine=False,
+    )
+    outcome = recurrent.train(settings, IMAGES)
+    summed = {row["name"]: row for row in outcome.summary()}
+    assert summed["fused T=6"]["error_max"] == 0.0
+    assert summed["fused T=2"]["error_min"] > 0.0
+    for name in ("dni T=2", "dni+lambda T=2"):
+        assert summed[name]["error_mean"] < 0.5 * summed["fused T=2"]["error_mean"], name
+
+
+def test_pixels_come_one_by_one_in_an_order_of_their_own():
+    trainer = _rows("fused", 9, full=True)
+    sequences = trainer.read(IMAGES.test.images[:4])
+    assert sequences.shape == (36, 4, 1) and trainer.steps == 36
+    assert torch.equal(sequences[:, :, 0].t(), IMAGES.test.images[:4][:, trainer.pixels])
+    assert sorted(trainer.pixels.tolist()) == list(range(36)) != trainer.pixels.tolist()
+
+
+def test_images_that_do_not_fit_the_settings():
+    with pytest.raises(ValueError, match="windows must be at most 6, got 7"):
+        _rows("fused", 7)
+    with pytest.raises(ValueError, match="batch_size must be at most 64"):
+        _rows("fused", 2, batch_size=65)
+    odd = data.Dataset("odd", *[data.Split(torch.zeros(20, 7), torch.zeros(20, dtype=int))] * 2)
+    with pytest.raises(ValueError, match="images of odd are not square: 7 pixels"):
+        recurrent.build(recurrent.Arm("fused", 2), 0, ROWS, odd)
+    with pytest.raises(ValueError, match="rows needs images"):
+        recurrent.train(ROWS)
+
+
 # --------------------------------------------------------------------------------- bad settings
 
 
@@ -244,7 +458,13 @@ def test_the_state_is_carried_through_the_validation_part(monkeypatch):
         ({"target_scale": 0.0}, "target_scale must be a positive, finite number"),
         ({"threshold": 2.0}, "threshold must be above 0 and at most 1"),
         ({"warmup": 1.5}, "warmup must be a finite number from 0 to 1"),
-        ({"task": "copy", "warmup": 0.1}, "must be 0 for copy tasks"),
+        ({"task": "copy", "warmup": 0.1}, "must be 0 for copy"),
+        ({"task": "rows", "warmup": 0.1}, "must be 0 for rows"),
+        ({"methods": ("fused", "local")}, "methods: 'local' is for rows, not for charlm"),
+        ({"ablate": ("zero",)}, "ablate is for the copy tasks, not for charlm"),
+        ({"task": "copy", "ablate": ("zeros",)}, "did you mean 'zero'"),
+        ({"condition": "lable"}, "did you mean 'label'"),
+        ({"sg_lambda": 1.1}, "sg_lambda must be a finite number from 0 to 1"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
         ({"embedding": -1}, "embedding must be a whole number from 0 on"),
     ],
@@ -275,9 +495,12 @@ class _Cut(Exception):
     pass
 
 
-@pytest.mark.parametrize("task", ["charlm", "copy"])
+@pytest.mark.parametrize("task", ["charlm", "copy", "rows"])
 def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch, task):
-    settings, source = (replace(CHARLM, amount=1600), SOURCE) if task == "charlm" else (COPY, None)
+    rows = replace(ROWS, methods=("fused", "dni+lambda"))
+    copy = replace(COPY, methods=("fused", "dni", "dni+aux"), ablate=("noise", "true"))
+    settings = {"charlm": replace(CHARLM, amount=1600), "copy": copy, "rows": rows}[task]
+    source = SOURCES.get(task)
     monkeypatch.setattr(run, "CHUNK", 7)
     whole = _fingerprints(recurrent.train(settings, source))
     assert len(set(whole.values())) == len(whole)
@@ -354,7 +577,7 @@ class _Exact(nn.Module):
 
 
 def _small(layers: int = 2):
-    net = recurrent.SequenceNet(nn.Identity(), nn.LSTM(3, 5, layers), nn.Linear(5, 4)).double()
+    net = windowed.SequenceNet(nn.Identity(), nn.LSTM(3, 5, layers), nn.Linear(5, 4)).double()
     inputs = torch.randn(12, 2, 3, dtype=torch.float64)
     targets = torch.randint(4, (12, 2))
 
@@ -467,11 +690,12 @@ def test_bad_input_of_the_memory_curve(arguments, message):
 KEYS = {*NAMES, "data", "summary", "runs", "costs", "memory_curve"}
 
 
-@pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy"])
+@pytest.mark.parametrize("task", ["charlm", "copy", "repeat-copy", "rows"])
 def test_the_report_folder(tmp_path, monkeypatch, task):
     for name, value in (("CARRIED", 4), ("REGION", 16), ("HORIZON", 8), ("WINDOWS", (1, 2))):
         monkeypatch.setattr(future, name, value)
-    settings, source = (replace(CHARLM, amount=800), SOURCE) if task == "charlm" else (COPY, None)
+    settings = {"charlm": replace(CHARLM, amount=800), "rows": ROWS}.get(task, COPY)
+    source = SOURCES.get(task)
     # Every length counts as solved, so that episodes soon have boundaries behind a loss.
     settings = replace(settings, task=task, probe=True, windows=(2,), threshold=1.0)
     outcome = recurrent.train(settings, source)
@@ -479,6 +703,8 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
     outcome.memory_curve = memory.memory_curve(("dni",), (2,), (4, 8), batch=2, inputs=4, hidden=4)
     files = write_folder(recurrent.result(outcome, "fused-dni train"), tmp_path / "deep" / "er")
     names = {*recurrent_report.CURVES[task], *recurrent_report.PROBE_PLOTS}
+    if task == "rows":  # no window but the last has a loss of its own: no ratio to draw
+        names.remove("future-vs-window")
     plots = {f"{name}.png" for name in names}
     assert {f.name for f in files} == {"report.json", "report.md", *plots}
     for path in files[2:]:
@@ -592,9 +818,21 @@ def test_the_memory_curve_on_the_command_line(capsys, tmp_path):
     assert {row["sequence"] for row in rows} == set(memory.SEQUENCES)
 
 
+def test_train_rows_prints_what_the_prediction_recovers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_, **__: IMAGES)
+    argv = ["train", "rows", *SMALL, "--steps", "4", "--seeds", "0", "--windows", "2", "--long"]
+    assert cli.main([*argv, "6", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "gap closed" in said and "dni at T=2" in said and "truncated backprop at T=6" in said
+    assert json.loads((tmp_path / "report.json").read_text())["kind"] == "train rows"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["rows", "--data", "nowhere"], "nowhere"),
+        (["rows", "--full", "--sg-lambda", "2"], "sg-lambda must be a finite number from 0 to 1"),
+        (["copy", "--condition", "label"], "unknown option '--condition'"),
         (["charlm"], "charlm needs a text, --data PATH: any UTF-8 text"),
         (["charlm", "--data", "none.txt"], "none.txt does not exist"),
         (["charlm", "--data", "empty.txt"], "empty.txt is empty"),

@@ -32,7 +32,10 @@ from fused_dni.report.progress import Progress
 from fused_dni.report.schema import save
 from fused_dni.rules import SGD, Adam
 
-ARMS = ("backprop", "in-backward", "fused", "stale-2", "delayed", "local", "feedback", "cdni-2")
+ARMS = (
+    *("backprop", "in-backward", "fused", "stale-2", "delayed", "delayed-corrected"),
+    *("local", "mono-forward", "feedback", "cdni-2"),
+)
 TINY = Settings(
     dataset="digits",
     arms=ARMS,
@@ -67,7 +70,10 @@ def _new(name: str, phase: str = "", seed: int = 0):
 
 @pytest.mark.parametrize(
     ("name", "phase"),
-    [(name, "warm-up" if name.startswith("cdni") else "") for name in (*ARMS, "cdni-z-1")],
+    [
+        (name, "warm-up" if name.startswith("cdni") else "")
+        for name in (*ARMS, "cdni-z-1", "cdni-ce-1")
+    ],
 )
 def test_every_arm_follows_its_formula(name, phase):
     trainer = _new(name, phase)
@@ -97,6 +103,28 @@ def test_the_gate_notices_a_gradient_that_is_not_stale_or_not_late(monkeypatch):
     monkeypatch.setattr(StaleTrainer, "repeats", lambda self: False)
     with pytest.raises(GateError, match="stale-2 deviates"):
         _check(_new("stale-2"))
+
+
+def test_the_gate_notices_a_correction_that_is_not_made(monkeypatch):
+    trainer = _new("delayed-corrected")
+    trainer._apply = trainer.optimizer.step
+    with pytest.raises(GateError, match="delayed-corrected deviates"):
+        _check(trainer)
+
+
+def test_goodness_is_summed_over_layers():
+    trainer = _new("mono-forward")
+    for rows in ROWS:
+        advance(trainer, DATA.train, rows)
+    trainer.model.eval()
+    h, wanted = DATA.test.images, 0.0
+    with torch.no_grad():
+        for layer, classifier in zip(trainer.hidden, trainer._classifiers, strict=True):
+            h = layer(h)
+            wanted = wanted + classifier(h)
+        assert torch.equal(trainer.model(DATA.test.images), wanted)
+        assert not torch.equal(classifier(h), wanted)
+    assert all(classifier.bias is None for classifier in trainer.helpers)
 
 
 def test_the_gate_notices_other_feedback_and_other_weights():
@@ -147,6 +175,22 @@ def test_a_replayed_step_is_the_eager_one(monkeypatch, rule):
             advance(trainer, DATA.train, rows)
     for (name, a), b in zip(
         replayed.model.state_dict().items(), eager.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1, momentum=0.9), Adam(0.01)], ids=["sgd", "adam"])
+def test_a_compiled_step_is_the_eager_one(monkeypatch, rule):
+    """All but the compilation itself: trial steps that leave nothing, the rate as a tensor."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    compiled, eager = (
+        build(arm(name), 0, TINY, DATA, 6, rule) for name in ("compiled-step", "backprop")
+    )
+    for rows in ROWS:
+        for trainer in (compiled, eager):
+            advance(trainer, DATA.train, rows)
+    for (name, a), b in zip(
+        compiled.model.state_dict().items(), eager.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -349,7 +393,7 @@ def test_rates_are_chosen_on_the_held_out_part(monkeypatch):
         # The largest rates look best and are not: the parameters are no numbers any more.
         return {"history": [{"error": error}], "diverged": settings.lr > 3e-3}
 
-    monkeypatch.setattr(rivals, "_run", run)
+    monkeypatch.setattr(rivals, "train", run)
     arms = [arm(name) for name in ("backprop", "fused", "local")]
     rows = [{"name": which.name, "steps": 7} for which in arms]
     tried = rivals.tune(TINY, arms, DATA, rows, Progress(enabled=False))

@@ -23,7 +23,7 @@ SOURCES = [EMULATION / f"{name}.cpp" for name in ("planted", "machine", "fibers"
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-pthread"]
 SCHEDULERS = {
     "fibers": ["-O2"],
-    "ucontext": ["-O0", "-DFUSED_DNI_EMULATED_UCONTEXT"],
+    "ucontext": ["-O0", "-DFUSED_DNI_NO_SWITCH"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread", "-DFUSED_DNI_EMULATED_THREADS"],
 }

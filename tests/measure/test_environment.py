@@ -94,8 +94,8 @@ def test_tools_that_are_missing_or_fail_are_none(monkeypatch, tmp_path):
     failing.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert environment._run("c++") is None
-    assert environment._run("a-tool-that-nobody-has") is None
+    assert environment.output_of("c++") is None
+    assert environment.output_of("a-tool-that-nobody-has") is None
     facts = environment._compilers()
     assert facts["c++"] is None
     assert facts["g++"] is None

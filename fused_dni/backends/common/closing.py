@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fused_dni.ops.types import (
     S_DOT_G,
     S_DOT_S,
     SQUARED_ERROR,
+    Layers,
     LSTMBoundary,
     LSTMClosed,
     LSTMGradients,
@@ -24,19 +26,24 @@ from fused_dni.ops.types import (
 )
 
 
-class Backward(Protocol):
-    """A window's backward; with a boundary its synthetic gradient is predicted and added."""
+class Window(NamedTuple):
+    """What the backward of a window is given; the boundary if its synthetic gradient is to be
+    added."""
 
-    def __call__(
-        self, grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
-    ) -> LSTMGradients: ...
+    arriving: tuple[Tensor | None, Tensor | None, Tensor | None]  # at output, h and c
+    x: Tensor
+    layers: Layers
+    lengths: Tensor | None
+    dropout: tuple[Tensor, ...]
+    trace: LSTMTrace
+    need_dx: bool
+    need_weights: bool
+    boundary: LSTMBoundary | None = None
 
 
 def close_window(
-    backward: Backward,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    trace: LSTMTrace,
+    backward: Callable[[Window], LSTMGradients],
+    window: Window,
     boundary: LSTMBoundary,
     statistics: Tensor | None,
 ) -> LSTMClosed:
@@ -49,6 +56,7 @@ def close_window(
     gradients are zero where there is no row to learn from.
     """
     synthesizer, ended, kappa, strength, max_norm, max_target_norm, learns, entrance = boundary
+    (grad_output, grad_h, grad_c), trace = window.arriving, window.trace
     last = state_rows(trace.h, trace.c)  # [B, 2 L H]
     started: LSTMBoundary | None = boundary if strength else None
     if strength and max_norm > 0.0:
@@ -58,7 +66,7 @@ def close_window(
         layers = trace.h.shape[0]
         grad_h, grad_c = inject(scaled, grad_h, grad_c, layers, kappa, max_norm, strength)
         started = None
-    made = backward(grad_h, grad_c, started)
+    made = backward(window._replace(arriving=(grad_output, grad_h, grad_c), boundary=started))
     parts: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, their gradients, which count
     if learns and entrance:
         assert trace.cells is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fused_dni.backends.common.closing import Window as Window
 from fused_dni.backends.common.closing import close_window
 from fused_dni.backends.common.precision import require_masters
 from fused_dni.backends.common.synthesizer import check_context
@@ -30,45 +32,132 @@ from fused_dni.ops.types import (
     RuleTensors,
     Saved,
     SlotGradients,
+    Step,
     SynthesizerTensors,
 )
 
-Arriving = tuple[Tensor | None, Tensor | None, Tensor | None]  # at output, h and c
+
+class Forward(NamedTuple):
+    """What a launch of ``linear_forward`` is given; h and saved are filled."""
+
+    x: Tensor
+    layer: LinearTensors
+    config: LinearConfig
+    training: bool
+    h: Tensor
+    saved: Saved
+
+
+class Backward(NamedTuple):
+    """What one of ``linear_backward`` is given; the gradients are filled."""
+
+    grad_h: Tensor
+    x: Tensor
+    h: Tensor
+    saved: Saved
+    layer: LinearTensors
+    config: LinearConfig
+    training: bool
+    made: LinearGradients
+
+
+class Update(NamedTuple):
+    """What one of ``linear_update_`` is given: of the gradients delta and those of the vectors."""
+
+    x: Tensor
+    gradients: LinearGradients
+    layer: LinearTensors
+    rule: RuleTensors
+
+
+class Predict(NamedTuple):
+    """What one of ``synthesizer_predict`` is given; the prediction is filled."""
+
+    h: Tensor
+    made: Prediction
+    synthesizer: SynthesizerTensors
+    labels: Tensor | None
+    vectors: Tensor | None
+
+
+class Train(NamedTuple):
+    """What one of a synthesizer's training is given: either the gradients to fill, or the rule to
+    apply."""
+
+    predicted: Predict
+    grad_h: Tensor
+    target_scale: float
+    statistics: Tensor
+    to: SlotGradients | RuleTensors
+
+
+class GpuStep:
+    """A decoupled step over tensors that stay where they are; keeps its workspace."""
+
+    #: Streams and shapes of batches whose workspace is kept: a whole one, the last one of an epoch,
+    #: and some more.
+    most = 4
+    # x, labels, vectors, target_scale; the results are filled
+    launch: Callable[[Tensor, Tensor | None, Tensor | None, float, Step], None]
+
+    def __init__(
+        self,
+        layer: LinearTensors,
+        config: LinearConfig,
+        synthesizer: SynthesizerTensors,
+        max_norm: float,
+        rule: RuleTensors,
+    ) -> None:
+        require_masters(layer[:4], rule.stochastic)
+        self.layer, self.config, self.synthesizer = layer, config, synthesizer
+        self.max_norm = max_norm
+        self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
+        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
+        self.rooms: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        target_scale: float,
+        need_dx: bool,
+        need_prediction: bool,
+    ) -> Step:
+        x = rows(x)
+        labels, vectors = checked_context(self.synthesizer, context)
+        made = results.linear_step_(
+            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
+        )
+        self.launch(x, labels, vectors, target_scale, made)
+        increment_version(self.written)
+        return made
+
+    def room(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the workspace for a key, of which the last few are kept; of None, a call that a
+        graph captures, it is the graph's own, in its memory.
+
+        One is made and used on its stream alone: forgotten, it is free for that stream, behind
+        what still uses it.
+        """
+        if key is None:
+            return make()
+        room = self.rooms.get(key)
+        if room is None:
+            room = self.rooms[key] = make()
+            if len(self.rooms) > self.most:
+                del self.rooms[next(iter(self.rooms))]
+        return room
 
 
 class GpuBackend(Unbound):
     """The ops of :class:`fused_dni.ops.types.Backend`, but for the LSTM's forwards and its cell."""
 
-    # x, layer, config, training; h and saved are filled
-    launch_forward: Callable[[Tensor, LinearTensors, LinearConfig, bool, Tensor, Saved], None]
-    # grad_h, x, h, saved, layer, config, training; the gradients are filled
-    launch_backward: Callable[
-        [Tensor, Tensor, Tensor, Saved, LinearTensors, LinearConfig, bool, LinearGradients], None
-    ]
-    # x, delta, the gradients of the vectors, layer, rule
-    launch_update: Callable[[Tensor, Tensor, LinearGradients, LinearTensors, RuleTensors], None]
-    # h, synthesizer, labels, vectors; the prediction is filled
-    launch_predict: Callable[
-        [Tensor, SynthesizerTensors, Tensor | None, Tensor | None, Prediction], None
-    ]
-    # h, prediction, grad_h, synthesizer, labels, vectors, target_scale, statistics; then either the
-    # gradients to fill or the rule to apply
-    launch_train: Callable[
-        [
-            Tensor, Prediction, Tensor, SynthesizerTensors, Tensor | None, Tensor | None, float,
-            Tensor, SlotGradients | RuleTensors,
-        ],
-        None,
-    ]  # fmt: skip
-    # What arrives, x, layers, lengths, dropout, trace, need_dx, need_weights; the boundary is given
-    # if its synthetic gradient is to be added
-    window_backward: Callable[
-        [
-            Arriving, Tensor, Layers, Tensor | None, tuple[Tensor, ...], LSTMTrace, bool, bool,
-            LSTMBoundary | None,
-        ],
-        LSTMGradients,
-    ]  # fmt: skip
+    launch_forward: Callable[[Forward], None]
+    launch_backward: Callable[[Backward], None]
+    launch_update: Callable[[Update], None]
+    launch_predict: Callable[[Predict], None]
+    launch_train: Callable[[Train], None]
+    window_backward: Callable[[Window], LSTMGradients]
     # contiguous rows, layers, rule
     launch_lstm_update: Callable[[tuple[LSTMRows, ...], Layers, RuleTensors], None]
 
@@ -81,7 +170,7 @@ class GpuBackend(Unbound):
         """See :meth:`fused_dni.ops.types.Backend.linear_forward`."""
         x = rows(x)
         h, saved = results.linear_forward(x, layer, config, save)
-        self.launch_forward(x, layer, config, training, h, saved)
+        self.launch_forward(Forward(x, layer, config, training, h, saved))
         moved = moved_statistics(layer, config, training)
         if moved:
             increment_version(moved)
@@ -102,7 +191,7 @@ class GpuBackend(Unbound):
         """See :meth:`fused_dni.ops.types.Backend.linear_backward`."""
         x, h, grad_h = rows(x), h.contiguous(), grad_h.contiguous()
         made = results.linear_backward(x, h, layer, need_dx, need_weight)
-        self.launch_backward(grad_h, x, h, saved, layer, config, training, made)
+        self.launch_backward(Backward(grad_h, x, h, saved, layer, config, training, made))
         return made
 
     def linear_update_(
@@ -114,7 +203,8 @@ class GpuBackend(Unbound):
             TypeError: parameters that would lose the update to rounding.
         """
         require_masters(layer[:4], rule.stochastic)
-        self.launch_update(rows(x), gradients.delta.contiguous(), gradients, layer, rule)
+        gradients = gradients._replace(delta=gradients.delta.contiguous())
+        self.launch_update(Update(rows(x), gradients, layer, rule))
         increment_version(updated(layer[:4], rule))
 
     def synthesizer_predict(
@@ -123,7 +213,8 @@ class GpuBackend(Unbound):
         """See :meth:`fused_dni.ops.types.Backend.synthesizer_predict`."""
         h = h.contiguous()
         made = results.synthesizer_predict(h, synthesizer)
-        self.launch_predict(h, synthesizer, *checked_context(synthesizer, context), made)
+        given = checked_context(synthesizer, context)
+        self.launch_predict(Predict(h, made, synthesizer, *given))
         return made
 
     def synthesizer_gradients(
@@ -138,10 +229,8 @@ class GpuBackend(Unbound):
     ) -> SlotGradients:
         """See :meth:`fused_dni.ops.types.Backend.synthesizer_gradients`."""
         made = results.synthesizer_gradients(synthesizer)
-        self.launch_train(
-            h.contiguous(), _contiguous(prediction), grad_h.contiguous(), synthesizer,
-            *checked_context(synthesizer, context), target_scale, statistics, made,
-        )  # fmt: skip
+        predicted = _predicted(h, prediction, synthesizer, context)
+        self.launch_train(Train(predicted, grad_h.contiguous(), target_scale, statistics, made))
         increment_version(statistics)
         return made
 
@@ -163,11 +252,18 @@ class GpuBackend(Unbound):
         """
         parameters = synthesizer.parameters()
         require_masters(parameters, rule.stochastic)
-        self.launch_train(
-            h.contiguous(), _contiguous(prediction), grad_h.contiguous(), synthesizer,
-            *checked_context(synthesizer, context), target_scale, statistics, rule,
-        )  # fmt: skip
+        predicted = _predicted(h, prediction, synthesizer, context)
+        self.launch_train(Train(predicted, grad_h.contiguous(), target_scale, statistics, rule))
         increment_version([statistics, *updated(parameters, rule)])
+
+    def elsewhere(self, x: Tensor, weight: Tensor, here: str, how: str) -> str | None:
+        """Say why tensors that lie elsewhere cannot be served; None if they lie ``here``, which is
+        the CPU because of ``how``."""
+        if x.device != weight.device:
+            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
+        if x.device.type == here:
+            return None
+        return f"serves tensors on {here}{how if here == 'cpu' else ''}, got x on {x.device}"
 
     @torch.no_grad()
     def lstm_backward(
@@ -184,10 +280,10 @@ class GpuBackend(Unbound):
         need_weights: bool,
     ) -> LSTMGradients:
         """See :meth:`fused_dni.ops.types.Backend.lstm_backward`."""
+        arriving = (grad_output, grad_h, grad_c)
         return self.window_backward(
-            (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-            need_weights, None,
-        )  # fmt: skip
+            Window(arriving, x, layers, lengths, dropout, trace, need_dx, need_weights)
+        )
 
     @torch.no_grad()
     def lstm_close(
@@ -210,15 +306,9 @@ class GpuBackend(Unbound):
         The synthetic gradient is predicted and added in the backward's kernel.
         """
 
-        def backward(
-            grad_h: Tensor | None, grad_c: Tensor | None, boundary: LSTMBoundary | None
-        ) -> LSTMGradients:
-            return self.window_backward(
-                (grad_output, grad_h, grad_c), x, layers, lengths, dropout, trace, need_dx,
-                need_weights, boundary,
-            )  # fmt: skip
-
-        return close_window(backward, grad_h, grad_c, trace, boundary, statistics)
+        arriving = (grad_output, grad_h, grad_c)
+        window = Window(arriving, x, layers, lengths, dropout, trace, need_dx, need_weights)
+        return close_window(self.window_backward, window, boundary, statistics)
 
     @torch.no_grad()
     def lstm_update_(self, rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors) -> None:
@@ -260,6 +350,8 @@ def of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _contiguous(prediction: Prediction) -> Prediction:
-    scaled, reduced = prediction
-    return Prediction(scaled.contiguous(), contiguous(reduced))
+def _predicted(
+    h: Tensor, prediction: Prediction, synthesizer: SynthesizerTensors, context: Tensor | None
+) -> Predict:
+    made = Prediction(prediction.scaled.contiguous(), contiguous(prediction.reduced))
+    return Predict(h.contiguous(), made, synthesizer, *checked_context(synthesizer, context))

@@ -19,11 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from fused_dni.backends.common.gpu import checked_context, rows
-from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
-from fused_dni.backends.common.tensors import moved_statistics, updated
+from fused_dni.backends.common.gpu import (
+    Backward,
+    Forward,
+    GpuStep,
+    Predict,
+    Train,
+    Update,
+)
+from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.cuda.calls import (
     TYPES,
     capturing,
@@ -37,7 +42,6 @@ from fused_dni.backends.cuda.calls import (
     workspace,
 )
 from fused_dni.backends.cuda.lstm import CudaLSTM
-from fused_dni.ops import results
 from fused_dni.ops.types import (
     ACTIVATIONS,
     INTERFACES,
@@ -45,12 +49,10 @@ from fused_dni.ops.types import (
     RULES,
     SYNTHESIZERS,
     LinearConfig,
-    LinearGradients,
     LinearTensors,
     Prediction,
     RuleTensors,
     Saved,
-    SlotGradients,
     Step,
     SynthesizerTensors,
 )
@@ -62,72 +64,29 @@ _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
 
 
-# Streams and shapes of batches whose workspace a bound step keeps: a whole one, the last one of an
-# epoch, and some more.
-_ROOMS = 4
+class _Step(GpuStep):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        device, config = self.layer.weight.device, _config(self.layer, self.config, True)
+        self.fixed = (config, _all(self.layer), _rule(self.rule), _synthesizer(self.synthesizer))
+        words(device).prepare()
 
-
-class _Step:
-    """A decoupled step over tensors that stay where they are; keeps its workspace."""
-
-    def __init__(
-        self,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        max_norm: float,
-        rule: RuleTensors,
+    def launch(
+        self, x: Tensor, labels: Tensor | None, vectors: Tensor | None, scale: float, made: Step
     ) -> None:
-        require_masters(layer[:4], rule.stochastic)
-        self.layer, self.synthesizer, self.max_norm = layer, synthesizer, max_norm
-        self.config = config
-        self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
-        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
-        self.fixed = (
-            _config(layer, config, True), _all(layer), _rule(rule), _synthesizer(synthesizer),
-        )  # fmt: skip
-        # The last few that came. One is made and used on its stream alone, to which it also goes
-        # back. A graph has its own, in its own memory.
-        self.rooms: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        words(layer.weight.device).prepare()
-
-    def __call__(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        target_scale: float,
-        need_dx: bool,
-        need_prediction: bool,
-    ) -> Step:
-        x = rows(x)
-        labels, vectors = checked_context(self.synthesizer, context)
-        made = results.linear_step_(
-            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
-        )
-        h, prediction, dx, saved = made
-
         def items(prediction: Prediction | None, saved: Saved | None) -> tuple[Any, ...]:
             scaled, reduced = _all(prediction or (None, None))
             return (
                 _sizes(x, self.layer.weight), *self.fixed, described(x), described(labels),
-                described(vectors), target_scale, self.max_norm, _INTERFACE[self.config.interface],
-                described(h), scaled, reduced, described(dx), *_all(saved or Saved()),
+                described(vectors), scale, self.max_norm, _INTERFACE[self.config.interface],
+                described(made.h), scaled, reduced, described(made.dx), *_all(saved or Saved()),
             )  # fmt: skip
 
         op = extension().linear_step
-        captured = capturing(x.device)
-        key = (current(x.device), x.shape[0], x.dtype)
-        room = None if captured else self.rooms.get(key)
-        if room is None:
-            # With room for what the caller does not want to have.
-            room = workspace(op, items(None, None), x)
-            if not captured:
-                self.rooms[key] = room
-            if len(self.rooms) > _ROOMS:
-                del self.rooms[next(iter(self.rooms))]
-        launch(op, items(prediction, saved), room)
-        increment_version(self.written)
-        return made
+        key = None if capturing(x.device) else (current(x.device), x.shape[0], x.dtype)
+        # With room for what the caller does not want to have.
+        room = self.room(key, lambda: workspace(op, items(None, None), x))
+        launch(op, items(made.prediction, made.saved), room)
 
 
 class CudaBackend(CudaLSTM):
@@ -164,11 +123,9 @@ class CudaBackend(CudaLSTM):
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
         """Say why these tensors cannot be served; None if they can."""
         here = "cpu" if self.emulated else "cuda"
-        if x.device != weight.device:
-            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
-        if x.device.type != here:
-            how = " while it is emulated (FUSED_DNI_CUDA_EMULATION)" if here == "cpu" else ""
-            return f"serves tensors on {here}{how}, got x on {x.device}"
+        how = " while it is emulated (FUSED_DNI_CUDA_EMULATION)"
+        if why := self.elsewhere(x, weight, here, how):
+            return why
         if x.device in self.unbuilt:
             return self.unbuilt[x.device]
         if weight.dtype != torch.float32 or not (
@@ -180,88 +137,45 @@ class CudaBackend(CudaLSTM):
             )
         return None
 
-    def launch_forward(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        h: Tensor,
-        saved: Saved,
-    ) -> None:
+    def launch_forward(self, of: Forward) -> None:
         """Launch ``linear_forward``."""
+        x, layer, config, training, h, saved = of
         items = (
             _sizes(x, layer.weight), _config(layer, config, training), _all(layer), described(x),
             described(h), *_all(saved),
         )  # fmt: skip
         _run(extension().linear_forward, items, x)
 
-    def launch_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor,
-        h: Tensor,
-        saved: Saved,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        made: LinearGradients,
-    ) -> None:
+    def launch_backward(self, of: Backward) -> None:
         """Launch ``linear_backward``."""
+        grad_h, x, h, saved, layer, config, training, made = of
         items = (
             _sizes(x, layer.weight), _config(layer, config, training), _all(layer), described(x),
             described(grad_h), described(h), *_all(saved), *_all(made),
         )  # fmt: skip
         _run(extension().linear_backward, items, x)
 
-    def launch_update(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        gradients: LinearGradients,
-        layer: LinearTensors,
-        rule: RuleTensors,
-    ) -> None:
+    def launch_update(self, of: Update) -> None:
         """Launch ``linear_update_``."""
+        x, gradients, layer, rule = of
         items = (
             _sizes(x, layer.weight), (*_all(layer[:4]), None, None), described(x),
-            described(delta), *_all(gradients[3:]), _rule(rule),
+            described(gradients.delta), *_all(gradients[3:]), _rule(rule),
         )  # fmt: skip
         _run(extension().linear_update, items, x)
 
-    def launch_predict(
-        self,
-        h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        made: Prediction,
-    ) -> None:
+    def launch_predict(self, of: Predict) -> None:
         """Launch ``synthesizer_predict``."""
-        items = _prediction(h, made, synthesizer, labels, vectors)
-        _run(extension().synthesizer_predict, items, h)
+        _run(extension().synthesizer_predict, _prediction(of), of.h)
 
-    def launch_train(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-        to: SlotGradients | RuleTensors,
-    ) -> None:
+    def launch_train(self, of: Train) -> None:
         """Launch ``synthesizer_gradients`` or ``synthesizer_update_``."""
-        items = (
-            *_prediction(h, prediction, synthesizer, labels, vectors), described(grad_h),
-            target_scale, described(statistics),
-        )  # fmt: skip
-        if isinstance(to, RuleTensors):
-            _run(extension().synthesizer_update, (*items, _rule(to)), h)
+        scaled = (described(of.grad_h), of.target_scale, described(of.statistics))
+        items, h = (*_prediction(of.predicted), *scaled), of.predicted.h
+        if isinstance(of.to, RuleTensors):
+            _run(extension().synthesizer_update, (*items, _rule(of.to)), h)
         else:
-            _run(extension().synthesizer_gradients, (*items, *_all(to)), h)
+            _run(extension().synthesizer_gradients, (*items, *_all(of.to)), h)
 
 
 def _run(op: Any, items: tuple[Any, ...], like: Tensor) -> None:
@@ -306,14 +220,8 @@ def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[Any, ...]:
     )
 
 
-def _prediction(
-    h: Tensor,
-    prediction: Prediction,
-    synthesizer: SynthesizerTensors,
-    labels: Tensor | None,
-    vectors: Tensor | None,
-) -> tuple[Any, ...]:
+def _prediction(of: Predict) -> tuple[Any, ...]:
     return (
-        (*h.shape, TYPES[h.dtype], ieee()), _synthesizer(synthesizer), described(h),
-        described(labels), described(vectors), *_all(prediction),
+        (*of.h.shape, TYPES[of.h.dtype], ieee()), _synthesizer(of.synthesizer), described(of.h),
+        described(of.labels), described(of.vectors), *_all(of.made),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dni.backends.common.gpu import Arriving, GpuBackend, contiguous, of_dtype
+from fused_dni.backends.common.gpu import GpuBackend, Window, contiguous, of_dtype
 from fused_dni.backends.cuda.calls import described, extension, ieee, meeting, on
 from fused_dni.ops.types import (
     RULES,
@@ -26,7 +26,6 @@ from fused_dni.ops.types import (
     CellGradients,
     CellTrace,
     Layers,
-    LSTMBoundary,
     LSTMGradients,
     LSTMLayer,
     LSTMRows,
@@ -66,25 +65,13 @@ class CudaLSTM(GpuBackend):
         gates, last_h, last_c = _forward(x, h, c, layers, lengths, dropout, save, hidden, cells)
         return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
 
-    def window_backward(
-        self,
-        arriving: Arriving,
-        x: Tensor,
-        layers: Layers,
-        lengths: Tensor | None,
-        dropout: tuple[Tensor, ...],
-        trace: LSTMTrace,
-        need_dx: bool,
-        need_weights: bool,
-        boundary: LSTMBoundary | None,
-    ) -> LSTMGradients:
+    def window_backward(self, window: Window) -> LSTMGradients:
         """Launch ``lstm_backward``."""
+        trace = window.trace
         if trace.cells is None or trace.gates is None:
             raise ValueError("this trace is of a forward without save")
-        return _backward(
-            arriving, x, layers, lengths, dropout, (trace.hidden, trace.cells, None), trace.gates,
-            need_dx, need_weights, boundary, (trace.h, trace.c),
-        )  # fmt: skip
+        states = (trace.hidden, trace.cells, None)
+        return _backward(window, states, trace.gates, (trace.h, trace.c))
 
     def launch_lstm_update(
         self, rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors
@@ -137,11 +124,12 @@ class CudaLSTM(GpuBackend):
         if trace.gates is None:
             raise ValueError("this trace is of a forward without save")
         before, c_before, behind = (of_dtype(t, x.dtype)[None, None] for t in (h, c, trace.c))
-        arriving = (None, *[None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c)])
-        made = _backward(
-            arriving, x.unsqueeze(0), (layer,), None, (), (before, c_before, behind),
-            trace.gates[None, None], need_dx, need_weights, None, None,
-        )  # fmt: skip
+        grad_h, grad_c = (None if g is None else g.unsqueeze(0) for g in (grad_h, grad_c))
+        whole = LSTMTrace(before, h, c)
+        window = Window(
+            (None, grad_h, grad_c), x[None], (layer,), None, (), whole, need_dx, need_weights
+        )
+        made = _backward(window, (before, c_before, behind), trace.gates[None, None], None)
         return CellGradients(
             made.delta[0, 0],
             made.h[0],
@@ -208,16 +196,9 @@ def _project(x: Tensor, layer: LSTMLayer, out: Tensor) -> None:
 
 
 def _backward(
-    arriving: tuple[Tensor | None, ...],
-    x: Tensor,
-    layers: Layers,
-    lengths: Tensor | None,
-    dropout: tuple[Tensor, ...],
+    window: Window,
     states: tuple[Tensor, Tensor, Tensor | None],
     gates: Tensor,
-    need_dx: bool,
-    need_weights: bool,
-    boundary: LSTMBoundary | None,
     final: tuple[Tensor, Tensor] | None,
 ) -> LSTMGradients:
     """Launch a backward.
@@ -225,11 +206,12 @@ def _backward(
     ``states`` are h and c at the entrance and behind each step [L, T + 1, B, H]; or, of one step
     alone, h and c before it and c behind it [1, 1, B, H]. ``final`` is what a ``boundary`` reads.
     """
+    _, x, layers, lengths, dropout, _, need_dx, need_weights, boundary = window
     (steps, batch, features), (depth, _, _, wide) = x.shape, gates.shape
     size = wide // 4
     x, lengths = x.contiguous(), contiguous(lengths)
     dropout = tuple([t.contiguous() for t in dropout])
-    arriving = tuple([None if g is None else of_dtype(g, x.dtype) for g in arriving])
+    arriving = [None if g is None else of_dtype(g, x.dtype) for g in window.arriving]
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # of delta, inside
     delta = torch.empty_like(gates, dtype=dtype)
     d_h, d_c = x.new_empty(depth, batch, size), x.new_empty(depth, batch, size)

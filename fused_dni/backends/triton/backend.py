@@ -20,12 +20,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from triton import knobs
 
-from fused_dni.backends.common.gpu import checked_context
-from fused_dni.backends.common.precision import LOW_PRECISION, require_masters
-from fused_dni.backends.common.tensors import moved_statistics, updated
+from fused_dni.backends.common.gpu import (
+    Backward,
+    Forward,
+    GpuStep,
+    Predict,
+    Train,
+    Update,
+)
+from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.triton.launching import (
     architecture,
     meeting_on,
@@ -42,19 +47,10 @@ from fused_dni.kernels.launch import Launch
 from fused_dni.ops import results
 from fused_dni.ops.types import (
     LinearConfig,
-    LinearGradients,
     LinearTensors,
-    Prediction,
     RuleTensors,
-    Saved,
-    SlotGradients,
     Step,
-    SynthesizerTensors,
 )
-
-# Shapes of batches whose workspace a bound step keeps: a whole one, the last one of an epoch, and
-# some more.
-_ROOMS = 4
 
 
 class _Room(NamedTuple):
@@ -65,25 +61,15 @@ class _Room(NamedTuple):
     plans: dict[tuple[bool | str, ...], list[Launch]]
 
 
-class _Step:
-    """A decoupled step over tensors that stay where they are; keeps its workspace."""
-
-    def __init__(
-        self,
-        layer: LinearTensors,
-        config: LinearConfig,
-        synthesizer: SynthesizerTensors,
-        max_norm: float,
-        rule: RuleTensors,
-    ) -> None:
-        require_masters(layer[:4], rule.stochastic)
-        self.layer, self.synthesizer, self.config = layer, synthesizer, config
+class _Step(GpuStep):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        layer, synthesizer, rule = self.layer, self.synthesizer, self.rule
         # Otherwise nobody in the step reads what a backward would, and it is written on demand.
-        self.goes_back = config.interface == "output"
-        self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
-        self.problem = _problem(config, layer, True)._replace(
-            source=synthesizer.kind, interface=config.interface, max_norm=max_norm, rule=rule.kind,
-            nesterov=rule.nesterov, trainable=_four(rule.trainable),
+        self.goes_back = self.config.interface == "output"
+        self.problem = _problem(self.config, layer, True)._replace(
+            source=synthesizer.kind, interface=self.config.interface, max_norm=self.max_norm,
+            rule=rule.kind, nesterov=rule.nesterov, trainable=_four(rule.trainable),
             ignored=synthesizer.ignore_index,
         )  # fmt: skip
         self.fixed = linear.Tensors(
@@ -91,32 +77,20 @@ class _Step:
             context_weight=synthesizer.context_weight, synthesizer_bias=synthesizer.bias,
             table=synthesizer.table, **_rule(rule),
         )  # fmt: skip
-        # Of the last few shapes of batches that came, each on its stream: a room that is forgotten
-        # is free for that stream alone, and there only behind what still uses it.
-        self.rooms: dict[Any, _Room] = {}
         current = stream(layer.weight.device)
         if current is not None:  # so that the first call may be a captured one
             shared_by(layer.weight.device, current)
 
-    def __call__(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        target_scale: float,
-        need_dx: bool,
-        need_prediction: bool,
-    ) -> Step:
-        x = x.contiguous()
-        labels, vectors = checked_context(self.synthesizer, context)
+    def launch(
+        self, x: Tensor, labels: Tensor | None, vectors: Tensor | None, scale: float, made: Step
+    ) -> None:
+        x, (h, prediction, dx, saved) = x.contiguous(), made
         tiles = _tiles("linear_step", x, self.layer.weight, self.problem.rule)
         current, meeting = stream(x.device), None
         if tiles.launches == "one":
             meeting = meeting_on(x.device, current)
-        made = results.linear_step_(
-            x, self.layer, self.config, self.synthesizer, need_dx, need_prediction
-        )
-        h, prediction, dx, saved = made
-        room = self._room(x, h, tiles, current)
+        key = None if current is None else (x.shape[0], x.dtype, tiles, current)
+        room = self.room(key, lambda: _Room(self._workspace(x, h, tiles), {}))
         scaled, reduced = (None, None) if prediction is None else prediction
         t = room.tensors._replace(
             x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, meeting=meeting,
@@ -124,32 +98,18 @@ class _Step:
         )  # fmt: skip
         if saved is not None:
             t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
-        problem = self.problem._replace(target_scale=target_scale, precision=precision())
-        key = (need_dx, need_prediction, labels is None, precision(), x.data_ptr() % 16 == 0)
-        planned = room.plans.get(key)
+        problem = self.problem._replace(target_scale=scale, precision=precision())
+        given = (dx is None, prediction is None, labels is None)
+        kind = (*given, precision(), x.data_ptr() % 16 == 0)
+        planned = room.plans.get(kind)
         if planned is None:
             planned = linear.plan(
                 t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
             )
-            room.plans[key] = linear.unbind(planned)
+            room.plans[kind] = linear.unbind(planned)
         else:
             planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
-        increment_version(self.written)
-        return made
-
-    def _room(self, x: Tensor, h: Tensor, tiles: linear.Tiles, current: int | None) -> _Room:
-        """Return the workspace for a batch like x on a stream. What a CUDA graph captures (None) is
-        its own, from the graph's memory: replays run beside other calls."""
-        if current is None:
-            return _Room(self._workspace(x, h, tiles), {})
-        key = (x.shape[0], x.dtype, tiles, current)
-        room = self.rooms.get(key)
-        if room is None:
-            room = self.rooms[key] = _Room(self._workspace(x, h, tiles), {})
-            if len(self.rooms) > _ROOMS:
-                del self.rooms[next(iter(self.rooms))]
-        return room
 
     def _workspace(self, x: Tensor, h: Tensor, tiles: linear.Tiles) -> linear.Tensors:
         """Return the step's tensors with a workspace for a batch like x."""
@@ -193,11 +153,9 @@ class TritonBackend(TritonLSTM):
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
         """Say why these tensors cannot be served; None if they can."""
         here = "cpu" if self.interpreted else "cuda"
-        if x.device != weight.device:
-            return f"needs tensors of one device, got x on {x.device}, weight on {weight.device}"
-        if x.device.type != here:
-            how = " while it is interpreted (TRITON_INTERPRET=1)" if here == "cpu" else ""
-            return f"serves tensors on {here}{how}, got x on {x.device}"
+        how = " while it is interpreted (TRITON_INTERPRET=1)"
+        if why := self.elsewhere(x, weight, here, how):
+            return why
         if x.device in self.old:
             return f"needs compute capability 8.0 or newer, got {self.old[x.device]}"
         if not (x.dtype == weight.dtype == torch.float32 or x.dtype in LOW_PRECISION) or (
@@ -209,34 +167,18 @@ class TritonBackend(TritonLSTM):
             )
         return None
 
-    def launch_forward(
-        self,
-        x: Tensor,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        h: Tensor,
-        saved: Saved,
-    ) -> None:
+    def launch_forward(self, of: Forward) -> None:
         """Launch the phases of ``linear_forward``."""
+        x, layer, config, training, h, saved = of
         t = linear.Tensors(
             x.contiguous(), *layer, h=h, normalized=saved.normalized, rstd=saved.rstd
         )
         tiles = _tiles("linear_forward", x, layer.weight, "none")
         _launch(t, _problem(config, layer, training), tiles, linear.FORWARD_PHASES)
 
-    def launch_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor,
-        h: Tensor,
-        saved: Saved,
-        layer: LinearTensors,
-        config: LinearConfig,
-        training: bool,
-        made: LinearGradients,
-    ) -> None:
+    def launch_backward(self, of: Backward) -> None:
         """Launch the phases of ``linear_backward``."""
+        grad_h, x, h, saved, layer, config, training, made = of
         trainable = _four([g is not None for g in made[2:]])
         problem = _problem(config, layer, training)._replace(source="given", trainable=trainable)
         t = linear.Tensors(
@@ -247,18 +189,12 @@ class TritonBackend(TritonLSTM):
         tiles = _tiles("linear_backward", x, layer.weight, "none")
         _launch(t, problem, tiles, linear.BACKWARD_PHASES)
 
-    def launch_update(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        gradients: LinearGradients,
-        layer: LinearTensors,
-        rule: RuleTensors,
-    ) -> None:
+    def launch_update(self, of: Update) -> None:
         """Launch the phases of ``linear_update_``."""
+        x, gradients, layer, rule = of
         tiles = _tiles("linear_update", x, layer.weight, rule.kind)
         t = linear.Tensors(
-            x.contiguous(), *layer[:4], delta=delta, grad_bias=gradients.bias,
+            x.contiguous(), *layer[:4], delta=gradients.delta, grad_bias=gradients.bias,
             grad_norm_weight=gradients.norm_weight, grad_norm_bias=gradients.norm_bias,
             **_rule(rule),
         )  # fmt: skip
@@ -268,40 +204,14 @@ class TritonBackend(TritonLSTM):
         )  # fmt: skip
         _launch(t, problem, tiles, linear.UPDATE_PHASES)
 
-    def launch_predict(
-        self,
-        h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        made: Prediction,
-    ) -> None:
+    def launch_predict(self, of: Predict) -> None:
         """Launch ``synthesizer_predict``."""
-        t = _synthesizer(h, made, synthesizer, labels, vectors)
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, False, precision=precision(), ignored=synthesizer.ignore_index
-        )
-        _launch_synthesizer("synthesizer_predict", t, problem)
+        _launch_synthesizer("synthesizer_predict", _synthesizer(of), _learning(of, False))
 
-    def launch_train(
-        self,
-        h: Tensor,
-        prediction: Prediction,
-        grad_h: Tensor,
-        synthesizer: SynthesizerTensors,
-        labels: Tensor | None,
-        vectors: Tensor | None,
-        target_scale: float,
-        statistics: Tensor,
-        to: SlotGradients | RuleTensors,
-    ) -> None:
+    def launch_train(self, of: Train) -> None:
         """Launch ``synthesizer_gradients`` or ``synthesizer_update_``."""
-        t = _synthesizer(h, prediction, synthesizer, labels, vectors)
-        t = t._replace(grad_h=grad_h, statistics=statistics)
-        problem = synthesizer_kernels.Problem(
-            synthesizer.kind, True, target_scale, precision=precision(),
-            ignored=synthesizer.ignore_index,
-        )  # fmt: skip
+        t = _synthesizer(of.predicted)._replace(grad_h=of.grad_h, statistics=of.statistics)
+        problem, to = _learning(of.predicted, True, of.target_scale), of.to
         if isinstance(to, RuleTensors):
             moments = _moments(to, ("weight", "down", "context", "bias"))
             t = t._replace(hyper=to.hyper, **moments)
@@ -378,21 +288,16 @@ def _rule(rule: RuleTensors) -> dict[str, Tensor | None]:
     return {"hyper": rule.hyper, **_moments(rule, slots)}
 
 
-def _synthesizer(
-    h: Tensor,
-    prediction: Prediction,
-    synthesizer: SynthesizerTensors,
-    labels: Tensor | None,
-    vectors: Tensor | None,
-) -> synthesizer_kernels.Tensors:
+def _learning(of: Predict, trains: bool, scale: float = 1.0) -> synthesizer_kernels.Problem:
+    kind, ignored = of.synthesizer.kind, of.synthesizer.ignore_index
+    return synthesizer_kernels.Problem(kind, trains, scale, precision=precision(), ignored=ignored)
+
+
+def _synthesizer(of: Predict) -> synthesizer_kernels.Tensors:
+    slots, table = of.synthesizer.parameters(), of.synthesizer.table
+    scaled, reduced = of.made
     return synthesizer_kernels.Tensors(
-        h,
-        *synthesizer.parameters(),
-        synthesizer.table,
-        labels,
-        vectors,
-        scaled=prediction.scaled,
-        reduced=prediction.reduced,
+        of.h, *slots, table, of.labels, of.vectors, scaled=scaled, reduced=reduced
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from fused_dni.backends.common.gpu import Arriving, GpuBackend, contiguous, of_dtype
+from fused_dni.backends.common.gpu import GpuBackend, Window, contiguous, of_dtype
 from fused_dni.backends.common.precision import product
 from fused_dni.backends.common.windows import alive_steps, layer_input
 from fused_dni.backends.triton.launching import meeting_on, precision, run, shared_by, stream
@@ -92,19 +92,9 @@ class TritonLSTM(GpuBackend):
                 last_c[k] = carry
         return LSTMTrace(hidden, last_h, last_c, cells, gates if save else None)
 
-    def window_backward(
-        self,
-        arriving: Arriving,
-        x: Tensor,
-        layers: Layers,
-        lengths: Tensor | None,
-        dropout: tuple[Tensor, ...],
-        trace: LSTMTrace,
-        need_dx: bool,
-        need_weights: bool,
-        boundary: LSTMBoundary | None,
-    ) -> LSTMGradients:
+    def window_backward(self, window: Window) -> LSTMGradients:
         """Run the backward from the top layer down."""
+        arriving, x, layers, lengths, dropout, trace, need_dx, need_weights, boundary = window
         hidden, last_h, last_c, cells, gates = trace
         if cells is None or gates is None:
             raise ValueError("this trace is of a forward without save")

@@ -20,7 +20,6 @@ between them, and predictions are multiplied by it.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +44,13 @@ from fused_dni.measure.advise.predict import ASSUMPTIONS, Blocks, Form, Plan
 from fused_dni.measure.advise.top import expensive_top
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Timing
-from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, first_line
+from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, trying
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.blocks import as_text
 from fused_dni.report.files import as_json
 from fused_dni.report.kinds.advice import EVERYWHERE, OURS, PROPOSAL, STOCK, sentence
 from fused_dni.report.layout import blocks_of
+from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Rule
 
@@ -123,15 +123,10 @@ def advise(
             already, or nothing in it can be converted.
         ValueError: an argument out of range.
     """
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    timing.require_positive(seconds=seconds)
     if classes < 0:
         raise ValueError(f"classes must be at least 0, got {classes}")
-    if progress is True:
-        from fused_dni.report.progress import Progress
-
-        progress = Progress().update
-    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    say = teller(progress)
     update = update or SGD()
     say("finding blocks", 0.0)
     with torch.random.fork_rng(devices=[]):
@@ -172,7 +167,6 @@ def advise(
         "gate": gate,
         "assumptions": list(ASSUMPTIONS),
     }
-    on_gpu = sample.device.type == "cuda"
     return Advice(Result(
         "advice",
         title=title or f"{type(model).__name__} on {'x'.join(map(str, sample.shape))}",
@@ -182,7 +176,7 @@ def advise(
             "classes": classes,
             "backend": backend,
         },
-        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        memory_is=timing.memory_is(sample.device),
         body=body,
     ))  # fmt: skip
 
@@ -228,13 +222,9 @@ def pose(
     problem = Problem(sample, None, loss or _as_it_is, arriving, context, rule)
     subject = Subject(whole, found, problem, Making(rule, classes, backend))
     for i, form in possible(found):
-        try:
+        what = f"block {found[i].name} ({found[i].what}) does not run alone, {form}"
+        with trying(AdviceError, what):
             subject.alone(i, form).step()
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise AdviceError(
-                f"block {found[i].name} ({found[i].what}) does not run alone, {form}: "
-                f"{first_line(error)}"
-            ) from error
     return subject
 
 

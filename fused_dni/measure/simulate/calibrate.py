@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,8 +36,9 @@ class Calibration:
         times: of every stage.
         rows: of the batch that they were measured with.
         forward_bytes, backward_bytes: of the tensors between stages, on the average.
-        parameter_bytes: of a stage, on the average.
+        parameter_bytes: of what learns of a stage, on the average.
         what: where the stages are from.
+        frozen_top: whether the last stage has nothing to train.
         timings: by stage and part.
     """
 
@@ -47,12 +48,12 @@ class Calibration:
     backward_bytes: float
     parameter_bytes: float
     what: str
+    frozen_top: bool
     timings: list[dict[str, timing.Timing]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the times, which are among the settings."""
-        names = ("rows", "forward_bytes", "backward_bytes", "parameter_bytes", "what", "timings")
-        return {name: getattr(self, name) for name in names}
+        return {p.name: getattr(self, p.name) for p in fields(self) if p.name != "times"}
 
 
 def calibrate(
@@ -102,16 +103,17 @@ def calibrate(
         def above(h: Tensor) -> Tensor:
             return loss(h, target)  # type: ignore[no-any-return]
 
+        learns = any(p.requires_grad for p in stage.parameters())
         try:
-            h = stage(x)
+            h = stage(x if learns else x.detach().requires_grad_())
             if last:
                 above(h)
         except _RAISED as error:
             raise ValueError(f"stage {i} of {where} fails: {first_line(error)}") from error
         if not isinstance(h, Tensor) or not h.requires_grad:
             raise ValueError(
-                f"stage {i} of {where} must return one tensor that its parameters have a part in, "
-                f"got {type(h).__name__}"
+                f"stage {i} of {where} must return one tensor that its parameters (of a frozen one "
+                f"its input) have a part in, got {type(h).__name__}"
             )
         candidates = _backprop(stage, x, rule, i == 0, above if last else None)
         if not last:
@@ -130,9 +132,11 @@ def calibrate(
         forward_bytes=between,
         backward_bytes=between,
         parameter_bytes=statistics.fmean(
-            sum(p.numel() * p.element_size() for p in stage.parameters()) for stage in stages
+            sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+            for stage in stages
         ),
         what=where,
+        frozen_top=not learns,
         timings=found,
     )
 
@@ -150,8 +154,12 @@ def _parts(
     if not listed or not len(stages) or not all(isinstance(s, nn.Module) for s in stages):
         raise ValueError(f"stages of {where} must be a list of modules, got {stages!r:.100}")
     for i, stage in enumerate(stages):
-        if not any(p.requires_grad for p in stage.parameters()):
-            raise ValueError(f"stage {i} of {where} has no trainable parameters")
+        last = i and i == len(stages) - 1
+        if not last and not any(p.requires_grad for p in stage.parameters()):
+            raise ValueError(
+                f"stage {i} of {where} has no trainable parameters, which the last of several "
+                "alone may lack: make it a part of a neighbour, or, at the bottom, of batch()"
+            )
     if not callable(batch) or not callable(loss):
         raise ValueError(f"batch and loss of {where} must be functions")
     return list(stages), batch, loss
@@ -165,7 +173,8 @@ def _backprop(
     loss: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Candidate]:
     """Return the parts of a step by backprop; ``loss`` of the topmost stage."""
-    optimizer = stock_optimizer(stage, rule)
+    learns = any(p.requires_grad for p in stage.parameters())
+    optimizer = stock_optimizer(stage, rule) if learns else None
     asking = x if lowest else x.detach().requires_grad_()
     finish = loss or (lambda h: h)
     arriving = None
@@ -173,7 +182,8 @@ def _backprop(
         arriving = torch.randn_like(stage(x)) / x.shape[0]
 
     def forward(given: Tensor) -> Tensor:
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.zero_grad()
         return finish(stage(given))
 
     def backward(h: Tensor) -> None:
@@ -183,9 +193,11 @@ def _backprop(
     candidates: dict[str, Candidate] = {
         "forward": lambda: forward(asking),
         "backward": Staged(lambda: forward(asking), backward),
-        "own": Staged(lambda: forward(x), backward),
-        "optimizer": _stepping(optimizer, lambda: backward(forward(x))),
     }
+    if optimizer is None:  # all of the backward is for the input
+        return candidates
+    candidates["own"] = Staged(lambda: forward(x), backward)
+    candidates["optimizer"] = _stepping(optimizer, lambda: backward(forward(x)))
     if not lowest:
         candidates["input"] = Staged(
             lambda: forward(asking), lambda h: torch.autograd.grad(h, asking, arriving)
@@ -229,21 +241,22 @@ def _times(found: Sequence[dict[str, timing.Timing]]) -> Times:
         pair = [(1.0, parts[whole]), (-1.0, parts[part])]
         return max(timing.combine("difference", pair).median, 0.0)
 
+    def of_weights(parts: dict[str, timing.Timing], backward: float) -> float:
+        if "own" not in parts:  # frozen: there is none
+            return TIMES_MINIMUM
+        if "input" not in parts:  # of the lowest stage nobody waits: half is as good as any
+            return 0.5 * backward
+        return min(max(more(parts, "backward", "input"), 0.05 * backward), 0.95 * backward)
+
     forward = [median(parts, "forward") for parts in found]
     backward = [median(parts, "backward") for parts in found]
-    own = [median(parts, "own") for parts in found]
-    optimizer = [median(parts, "optimizer") for parts in found]
+    own = [median(parts, "own") if "own" in parts else 0.0 for parts in found]
+    optimizer = [median(parts, "optimizer") if "optimizer" in parts else 0.0 for parts in found]
     local = [f + b + o for f, b, o in zip(forward, own, optimizer, strict=True)]
-    # The lowest stage has no gradient of the input to hurry with: half is as good as any.
-    weight = [
-        min(max(more(parts, "backward", "input"), 0.05 * b), 0.95 * b) if "input" in parts
-        else 0.5 * b
-        for parts, b in zip(found, backward, strict=True)
-    ]  # fmt: skip
     return Times.of(
         forward,
         backward,
-        weight=weight,
+        weight=[of_weights(parts, b) for parts, b in zip(found, backward, strict=True)],
         optimizer=optimizer,
         # The topmost stage has the loss; its entry is not used.
         dni=[

@@ -20,7 +20,6 @@ says so.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +48,7 @@ from fused_dni.measure.verdict.gate import check_gate
 from fused_dni.measure.verdict.parts import Parts, measure_parts
 from fused_dni.measure.verdict.result import Variant, Verdict, break_even
 from fused_dni.modules.linear import DEFAULT_RANK
+from fused_dni.report.progress import teller
 from fused_dni.report.words import row
 from fused_dni.rules import SGD, Rule
 
@@ -117,16 +117,11 @@ def verdict(
             or synthesizer does not go with them.
         ValueError: an argument out of range.
     """
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    timing.require_positive(seconds=seconds)
     ks = tuple(dict.fromkeys(target_every))
     if not ks or any(k is not None and k < 1 for k in ks):
         raise ValueError(f"target_every must hold numbers from 1 on, or None, got {ks!r}")
-    if progress is True:
-        from fused_dni.report.progress import Progress
-
-        progress = Progress().update
-    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    say = teller(progress)
     update = update or SGD()
     rule = at_rate(update, TIMING_RATE)
     problem, output, module = pose(module, sample, target, context_features, rule)
@@ -203,9 +198,7 @@ def verdict(
         title=title or title_of(module, sample),
         timings=rows,
         memory=held,
-        memory_is=(
-            timing.PEAK_MEMORY_CUDA if sample.device.type == "cuda" else timing.PEAK_MEMORY_CPU
-        ),
+        memory_is=timing.memory_is(sample.device),
         ks=ks,
         break_even={
             base: break_even(first.cycle, measured[base])

@@ -32,12 +32,18 @@ from torch import Tensor, nn
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.timing import Ratio, Timing
-from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line
+from fused_dni.measure.verdict.candidates import (
+    TIMING_RATE,
+    at_rate,
+    check_sample,
+    trying,
+)
 from fused_dni.measure.verdict.errors import GateError, VerdictError
 from fused_dni.measure.verdict.layer import facts_of
-from fused_dni.measure.verdict.result import Measured
+from fused_dni.measure.verdict.result import Measured, ratios
 from fused_dni.modules.lstm import FusedDNILSTM
 from fused_dni.optim import FusedOptimizer
+from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
 from fused_dni.rules import SGD, Adam, Rule
 
@@ -100,26 +106,15 @@ class LSTMVerdict(Measured):
 
     def report(self) -> Result:
         """Gather all of it."""
-        return Result(
-            "verdict lstm",
-            title=self.title,
-            facts=self.facts,
-            timings=self.timings,
-            memory=self.memory,
-            memory_is=self.memory_is,
-            notes=self.notes,
-            body={
-                "window": self.window,
-                "long": self.long,
-                "ratios": {
-                    base: {name: self.ratio(name, base) for name in self.timings if name != base}
-                    for base in self.timings
-                },
-                "cheaper": {base: self.cheaper(base) for base in self.memory if base != self.dni},
-                "gate": self.gate,
-                "per_step": PER_STEP,
-            },
-        )
+        body = {
+            "window": self.window,
+            "long": self.long,
+            "ratios": ratios(self.timings, self.timings),
+            "cheaper": {base: self.cheaper(base) for base in self.memory if base != self.dni},
+            "gate": self.gate,
+            "per_step": PER_STEP,
+        }
+        return self._gathered("verdict lstm", body)
 
 
 # ------------------------------------------------------------------------------------------ steps
@@ -286,13 +281,8 @@ def verdict_lstm(
         VerdictError: ``lstm`` and ``sample`` do not fit, or the LSTM has no decoupled form.
         ValueError: an argument out of range.
     """
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
-    if progress is True:
-        from fused_dni.report.progress import Progress
-
-        progress = Progress().update
-    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    timing.require_positive(seconds=seconds)
+    say = teller(progress)
     update = update or Adam()
     rule = at_rate(update, TIMING_RATE)
     problem, window, long = _pose(lstm, sample, long, synthesizer, backend)
@@ -343,9 +333,7 @@ def verdict_lstm(
         long=long,
         timings=per_step,
         memory=memory,
-        memory_is=(
-            timing.PEAK_MEMORY_CUDA if sample.device.type == "cuda" else timing.PEAK_MEMORY_CPU
-        ),
+        memory_is=timing.memory_is(sample.device),
         gate=gate,
         facts=facts,
     )
@@ -376,9 +364,7 @@ def _pose(
     if lstm.bidirectional or lstm.proj_size:
         what = "a bidirectional LSTM" if lstm.bidirectional else "an LSTM with projections"
         raise VerdictError(f"{what} has no decoupled form")
-    if not isinstance(sample, Tensor) or not sample.is_floating_point():
-        got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
-        raise VerdictError(f"sample must be a floating-point tensor, got {got}")
+    check_sample(sample)
     order = "[B, T, I]" if lstm.batch_first else "[T, B, I]"
     if sample.dim() != 3 or sample.shape[2] != lstm.input_size or not sample.numel():
         raise VerdictError(
@@ -398,12 +384,10 @@ def _pose(
     problem = _Problem(
         plain, options, whole, arriving.to(device=sample.device, dtype=sample.dtype), backend
     )
-    try:
+    with trying(VerdictError, "the LSTM cannot be measured"):
         with torch.no_grad():
             plain(sample)
         problem.stream("dni", window, SGD())
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise VerdictError(f"the LSTM cannot be measured: {first_line(error)}") from error
     return problem, window, long
 
 

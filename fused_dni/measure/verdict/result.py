@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,12 @@ class Measured:
         """Gather all of it; tables, sentences, plots and pages are made from that alone."""
         raise NotImplementedError
 
+    def _gathered(self, kind: str, body: dict[str, Any], **other: Any) -> Result:
+        """Put what all have, unless it is another, and what this kind has into a result."""
+        names = ("title", "facts", "timings", "memory", "memory_is", "notes")
+        common = {name: getattr(self, name) for name in names if name not in other}
+        return Result(kind, body=body, **common, **other)
+
     def to_json(self) -> str:
         """Write the result as JSON."""
         return as_json(self.report()).rstrip()
@@ -52,6 +58,14 @@ class Measured:
     def sentence(self) -> str:
         """Say in plain English what was found."""
         return self.report().described().sentence
+
+
+def ratios(timings: Mapping[str, Timing], bases: Iterable[str]) -> dict[str, dict[str, Ratio]]:
+    """Hold all timings against each base, but for itself."""
+    return {
+        base: {name: timing.ratio(t, timings[base]) for name, t in timings.items() if name != base}
+        for base in bases
+    }
 
 
 @dataclass(frozen=True)
@@ -134,27 +148,16 @@ class Verdict(Measured):
     def report(self) -> Result:
         """Gather all of it."""
         bases = [base for base in reports.BASES if base in self.timings]
-        return Result(
-            "verdict",
-            title=self.title,
-            facts=self.facts,
-            timings=self.timings,
-            memory=self.memory,
-            memory_is=self.memory_is,
-            notes=self.notes,
-            body={
-                "ratios": {
-                    base: {name: self.ratio(name, base) for name in self.timings if name != base}
-                    for base in bases
-                },
-                "break_even": self.break_even,
-                "variants": [self._variant(variant) for variant in self.variants],
-                "parts": None if self.parts is None else self._parts(self.parts),
-                "gate": self.gate,
-                "cycle": CYCLE,
-                "compile_seconds": self.compile_seconds,
-            },
-        )
+        body = {
+            "ratios": ratios(self.timings, bases),
+            "break_even": self.break_even,
+            "variants": [self._variant(variant) for variant in self.variants],
+            "parts": None if self.parts is None else self._parts(self.parts),
+            "gate": self.gate,
+            "cycle": CYCLE,
+            "compile_seconds": self.compile_seconds,
+        }
+        return self._gathered("verdict", body)
 
     def _variant(self, variant: Variant) -> dict[str, Any]:
         bases = [b for b in ("backprop", "compiled", variant.base) if b in self.timings]

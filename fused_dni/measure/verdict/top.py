@@ -21,7 +21,6 @@ worth, a race says (:mod:`fused_dni.measure.verdict.top_race`).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
 from fused_dni.measure.verdict.result import Measured, break_even
 from fused_dni.measure.verdict.top_steps import Subject, Top, pose, unchanged
 from fused_dni.report.kinds import verdict_top as reports
+from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
 from fused_dni.rules import Adam, Rule
 
@@ -105,20 +105,14 @@ class TopVerdict(Measured):
 
     def report(self) -> Result:
         """Gather all of it."""
-        return Result(
-            "verdict top",
-            title=self.title,
-            facts=self.facts,
-            timings={"backprop": self.backprop, "bottom": self.bottom, "top": self.top},
-            memory={"backprop": self.memory},
-            memory_is=self.memory_is,
-            notes=self.notes,
-            body={
-                "top over bottom": timing.ratio(self.top, self.bottom),
-                "variants": [self._variant(variant) for variant in self.variants],
-                "race": self.race,
-            },
-        )
+        timings = {"backprop": self.backprop, "bottom": self.bottom, "top": self.top}
+        body = {
+            "top over bottom": timing.ratio(self.top, self.bottom),
+            "variants": [self._variant(variant) for variant in self.variants],
+            "race": self.race,
+        }
+        memory = {"backprop": self.memory}
+        return self._gathered("verdict top", body, timings=timings, memory=memory)
 
     def _variant(self, variant: TopVariant) -> dict[str, Any]:
         prediction = self.prediction(variant)
@@ -199,16 +193,11 @@ def verdict_top(
         VerdictError: bottom, top, sample and synthesizer do not fit, or there is nothing to train.
         ValueError: an argument out of range.
     """
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"seconds must be positive and finite, got {seconds!r}")
+    timing.require_positive(seconds=seconds)
     ks = tuple(dict.fromkeys(target_every))
     if not ks or not all(isinstance(k, int) and k >= 1 for k in ks):
         raise ValueError(f"target_every must hold whole numbers from 1 on, got {ks!r}")
-    if progress is True:
-        from fused_dni.report.progress import Progress
-
-        progress = Progress().update
-    say: Callable[[str, float], None] = progress or (lambda what, fraction: None)
+    say = teller(progress)
     update = update or Adam()
     say("checking", 0.0)
     subject = pose(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
@@ -274,5 +263,5 @@ def _measured(
         "top": times["top"],
         "variants": variants,
         "memory": timing.peak_memory(subject.steps(), device),
-        "memory_is": timing.PEAK_MEMORY_CUDA if device.type == "cuda" else timing.PEAK_MEMORY_CPU,
+        "memory_is": timing.memory_is(device),
     }

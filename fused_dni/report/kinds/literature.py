@@ -10,6 +10,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import unfinished
 from fused_dni.report.schema import Result
 
 #: Test error on MNIST, %, by arm and hidden layers (of 256 units): Jaderberg et al. 2016, table 1.
@@ -51,9 +52,7 @@ def blocks(report: Result) -> list[Block]:
     gone = sum(run["diverged"] for run in report["runs"])
     if gone:
         said.append(Text(f"{text.count(gone, 'run')} diverged, with the errors above."))
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+    return said + unfinished(report)
 
 
 def protocol(report: Result) -> str:
@@ -141,10 +140,7 @@ def _named(report: Result, name: str) -> str:
 
 def _cell(values: Iterable[float]) -> str:
     found = list(values)
-    if not found:
-        return ""
-    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.2f}{between}"
+    return text.mean(found) if found else ""
 
 
 def _by_depth(report: Result) -> list[Table]:

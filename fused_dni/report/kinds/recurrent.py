@@ -24,12 +24,21 @@ CURVES = {
     "copy": {"solved-vs-steps": "steps", "solved-vs-wall-clock": "seconds"},
 }
 CURVES["repeat-copy"] = CURVES["copy"]
+CURVES["rows"] = {"error-vs-steps": "steps", "error-vs-wall-clock": "seconds"}
+#: What each task is judged by: a column of the histories, its format, and whether less is better.
+KEYS = {
+    "charlm": ("bits", ".3f", True),
+    "copy": ("solved", ".3g", False),
+    "repeat-copy": ("solved", ".3g", False),
+    "rows": ("error", ".2%", True),
+}
 PROBE_PLOTS = ("future-vs-window", "prediction-vs-training")
 AXES = {
     "characters": "characters seen",
     "seconds": "training wall-clock, seconds",
     "steps": "training steps",
     "bits": "validation, bits per character",
+    "error": "error, share of images",
 }
 
 
@@ -50,7 +59,7 @@ class Outcome(AnyOutcome):
     @property
     def key(self) -> str:
         """What the task is judged by: a column of the histories."""
-        return "bits" if self.settings.task == "charlm" else "solved"
+        return KEYS[self.settings.task][0]
 
     @property
     def axis(self) -> str:
@@ -90,6 +99,7 @@ def _judged(outcome: Outcome) -> str:
         "charlm": "bits per character",
         "copy": "longest length solved",
         "repeat-copy": "longest episode solved, steps",
+        "rows": "error",
     }[outcome.settings.task]
 
 
@@ -97,23 +107,23 @@ def _judged(outcome: Outcome) -> str:
 
 
 def gap_closed(outcome: Outcome, name: str) -> float | None:
-    """Share of the distance in bits from truncated backprop at an arm's window to truncated
-    backprop at the longest window that the arm covers, by means over seeds; None where there is no
+    """Share of the distance from truncated backprop at an arm's window to truncated backprop at the
+    longest window that the arm covers, by means over seeds; None where there is no
     such distance: no arm to measure it by, or the longer window is not better."""
     rows = {row["name"]: row for row in outcome.summary()}
-    arm = rows[name]
+    arm, mean = rows[name], f"{outcome.key}_mean"
     short, long = _references(outcome, arm)
     if short is None or long is None or short is arm:
         return None
-    gap = short["bits_mean"] - long["bits_mean"]
-    return (short["bits_mean"] - arm["bits_mean"]) / gap if gap > 0.0 else None
+    gap = short[mean] - long[mean]
+    return (short[mean] - arm[mean]) / gap if gap > 0.0 else None
 
 
 def _references(
     outcome: Outcome, arm: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Truncated backprop at the arm's window and at the longest: on our kernels, if there."""
-    exact = [row for row in outcome.summary() if not row["method"].startswith("dni")]
+    exact = [row for row in outcome.summary() if row["method"] in ("fused", "backprop")]
     method = "fused" if any(row["method"] == "fused" for row in exact) else "backprop"
     exact = [row for row in exact if row["method"] == method]
     short = next((row for row in exact if row["window"] == arm["window"]), None)
@@ -130,7 +140,7 @@ def sentence(report: Result) -> str:
             continue
         short, long = _references(outcome, row)
         if short is not None:
-            say = _characters if outcome.settings.task == "charlm" else _copying
+            say = _closing if KEYS[outcome.settings.task][2] else _copying
             said.append(say(outcome, row, short, long))
     if not said:
         return "No arm with synthetic gradients ran beside truncated backprop at the same window."
@@ -157,28 +167,30 @@ def _apart(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
     return ", and the seeds' ranges overlap" if overlap else ", and the seeds' ranges are apart"
 
 
-def _characters(
+def _closing(
     outcome: Outcome, row: dict[str, Any], short: dict[str, Any], long: dict[str, Any] | None
 ) -> str:
     name, window = row["method"], row["window"]
-    difference = row["bits_mean"] - short["bits_mean"]
+    key, form, _ = KEYS[outcome.settings.task]
+    mean = f"{key}_mean"
+    difference = row[mean] - short[mean]
     if abs(difference) < 5e-4:
         which = "no difference at the third decimal"
     else:
-        which = f"{'worse' if difference > 0 else 'better'} by {abs(difference):.3f}"
+        which = f"{'worse' if difference > 0 else 'better'} by {abs(difference):{form}}"
     said = (
-        f"{name} at T={window}: {_against(row, short, 'bits', '.3f')} bits per character of "
-        f"truncated backprop at T={window}, {which}{_apart(row, short, 'bits')}"
+        f"{name} at T={window}: {_against(row, short, key, form)} {_judged(outcome)} of "
+        f"truncated backprop at T={window}, {which}{_apart(row, short, key)}"
     )
     closed = gap_closed(outcome, row["name"])
     if long is not None:
-        there = f"truncated backprop at T={long['window']} ({long['bits_mean']:.3f})"
+        there = f"truncated backprop at T={long['window']} ({long[mean]:{form}})"
         if closed is None:
             said += f"; {there} is no better than at T={window} here, so there is no gap to close"
         else:
-            gap = short["bits_mean"] - long["bits_mean"]
-            said += f"; of the gap of {gap:.3f} to {there} it closes {text.percent(closed)}"
-    return f"{said}.{_costs(row, short, long, 'character')}"
+            gap = short[mean] - long[mean]
+            said += f"; of the gap of {gap:{form}} to {there} it closes {text.percent(closed)}"
+    return f"{said}.{_costs(row, short, long, outcome.axis[:-1])}"
 
 
 def _copying(
@@ -214,12 +226,12 @@ def _costs(
 def summary(outcome: Outcome) -> Table:
     """Show a row an arm."""
     unit = outcome.axis[:-1]
-    characters = outcome.settings.task == "charlm"
-    judged = "bits/char" if characters else "solved"
+    key, form, closing = KEYS[outcome.settings.task]
+    judged = "bits/char" if key == "bits" else key
     header = ["arm", judged, "range", f"per {unit}", "total", "peak memory"]
-    if characters:
+    if closing:
         header.append("gap closed")
-    form, lines = ".3f" if characters else ".3g", []
+    lines = []
     for row in outcome.summary():
         low, high = row[f"{outcome.key}_min"], row[f"{outcome.key}_max"]
         line = [
@@ -230,7 +242,7 @@ def summary(outcome: Outcome) -> Table:
             text.seconds(row["seconds_total"]),
             text.size(row["peak_memory"]),
         ]
-        if characters:
+        if closing:
             closed = gap_closed(outcome, row["name"])
             line.append(text.percent(closed))
         lines.append(line)
@@ -295,6 +307,9 @@ def title(report: Result) -> str:
     s = report.settings
     if s["task"] == "charlm":
         return f"{report['data']['name']}: characters, LSTM {s['hidden']}"
+    if s["task"] == "rows":
+        what = "pixels, permuted" if s["full"] else "rows"
+        return f"{report['data']['name']}: {what}, LSTM {s['hidden']}"
     return f"{s['task']}: LSTM {s['hidden']}"
 
 
@@ -308,6 +323,14 @@ def blocks(report: Result) -> list[Block]:
             f"{s.amount} characters for every arm, {s.batch_size} streams, {updates}; validated on "
             f"the last {d['validation_characters']} of {d['name']}'s characters, "
             f"{d['symbols']} symbols"
+        )
+    elif s.task == "rows":
+        what = (
+            f"{s.amount} batches of {s.batch_size} images for every arm, "
+            f"{'a pixel' if s.full else 'a row'} a step, a loss at the last step alone (local: at "
+            f"every window's end), an update a batch; error on the {d['evaluated_on']}, "
+            f"{d['images']} images; synthesizers conditioned on: {s.condition}; lambda "
+            f"{s.sg_lambda:g}; RMSprop for immediate"
         )
     else:
         what = (
@@ -323,7 +346,7 @@ def blocks(report: Result) -> list[Block]:
             f"{text.count(len(s.seeds), 'seed')}. Total times are of training alone, arms taking "
             "turns; "
             f"times per {outcome.axis[:-1]} are interleaved medians on untrained nets"
-            f"{'' if s.task == 'charlm' else f', at level {COST_LEVEL + 1} of the curriculum'}."
+            f"{f', at level {COST_LEVEL + 1} of the curriculum' * (outcome.key == 'solved')}."
         ),
         summary(outcome),
         *curves(outcome),
