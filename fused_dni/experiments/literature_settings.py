@@ -81,7 +81,7 @@ class Settings(OnImages):
         "depth: the recipe's share of exact steps at most, warm-up among them",
     )
     synthesizer: str = option("cross-entropy", one_of(FORMS), "the recipe's synthesizers")
-    lessons: int = option(1, whole(1), "the recipe's regression steps on an exact step")
+    lessons: int = option(4, whole(1), "the recipe's regression steps on an exact step")
     mix: float = option(
         1.0, number(0.0, 1.0), "the recipe's weight of the true gradient on its exact steps"
     )
