@@ -33,7 +33,7 @@ MODELS = ("mlp", "convnet", "lstm_lm")
 def commands(data: str) -> Iterator[tuple[str, list[str]]]:
     """Say what is measured: the result's name, and the words behind ``fused-dni``, or a script and
     its own. ``OUT`` is the file that is written; a command that writes a folder has ``FOLDER``, one
-    that has neither prints its JSON."""
+    that has neither prints its JSON. ``CORPUS`` is the text that the environment names."""
     bare = ["--normalization", "none", "--activation", "identity"]
     every = ["--synthesizers", "dense", "rank16", "diagonal"]
     both = ["--interface", "output", "preactivation"]
@@ -59,6 +59,9 @@ def commands(data: str) -> Iterator[tuple[str, list[str]]]:
         yield f"advice-{model}", ["advise", f"bench.models:{model}", "--all", *out]
     yield "interfaces", ["interfaces", "--data", data, *out]
     yield "rivals", ["rivals", "--data", data, "--tune", *out]
+    yield "rivals-grid-mnist", ["rivals", "grid", "--data", data, *out]
+    grid = ["rivals", "grid", "--dataset", "characters", "--data", "CORPUS"]
+    yield "rivals-grid-characters", [*grid, *out]
     for interface, rank in (("output", "16"), ("preactivation", "16"), ("preactivation", "0")):
         words = ["train", "--data", data, "--methods", "fused", "cdni", "--rank", rank]
         words += ["--interface", interface, "--quiet", "--no-split", "--out", "FOLDER"]
@@ -81,13 +84,14 @@ def measure(data: str, only: list[str] | None) -> int:
     for name, words in commands(data):
         if only and not name.startswith(tuple(only)):
             continue
-        if name.startswith("race-") and (why := races.lacks(name.removeprefix("race-"))):
+        race = "words" if "CORPUS" in words else name.removeprefix("race-")
+        if race in races.TITLES and (why := races.lacks(race)):
             print(f"{name}: left out: {why}", flush=True)
             continue
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / ("report.json" if "FOLDER" in words else "out.json")
-            places = {"FOLDER": folder, "OUT": str(made)}
+            places = {"FOLDER": folder, "OUT": str(made), "CORPUS": os.environ.get("CORPUS", "")}
             program = [] if words[0].endswith(".py") else ["-m", "fused_dni.cli"]
             run = [sys.executable, *program, *(places.get(word, word) for word in words)]
             done = subprocess.run(
@@ -101,7 +105,7 @@ def measure(data: str, only: list[str] | None) -> int:
                 failed += 1
                 continue
             report = stored.load(made)
-            hidden = {"FOLDER": "DIR", "OUT": "FILE", data: "DIR"}
+            hidden = {"FOLDER": "DIR", "OUT": "FILE", "CORPUS": "FILE", data: "DIR"}
             run = ["python" if program == [] else "fused-dni", *(hidden.get(w, w) for w in words)]
             report.facts["command"] = shlex.join(run)
             stored.write(stored.VERDICT / f"{machine}-{name}.json", report)
@@ -235,6 +239,13 @@ QUESTIONS = (
         "the same kernels where they serve.",
         ("verdict/*-rivals",),
         readings.rivals,
+    ),
+    Question(
+        "“In another network it is otherwise”",
+        "The rivals by width, depth and budget (docs/rivals.md), on MNIST and on the characters of "
+        "a text: after as many batches, in as much time, and the time to backprop's error.",
+        ("verdict/*-rivals-grid-*",),
+        readings.grid,
     ),
     Question(
         "“And for my model?”",

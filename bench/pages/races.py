@@ -1,4 +1,4 @@
-"""Races under an expensive top."""
+"""Races, and grids of rivals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import races
 import readings
+from fused_dni.report import Table, Text, blocks_of
 from fused_dni.report.blocks import as_markdown
+from fused_dni.report.kinds import race as race_report
 from stored import RESULTS, named
 
 
@@ -25,3 +27,24 @@ def render_races(results: list[dict[str, Any]]) -> str:
         f"{as_markdown([answer.shown], RESULTS)} {'; '.join(where)}; {facts['threads']} threads, "
         f"{settings['seconds']:g} s an arm and seed, {len(settings['seeds'])} seeds."
     )
+
+
+def _where(report: dict[str, Any]) -> str:
+    facts = report["facts"]
+    return (
+        f"{named(facts)}, {facts['threads']} threads, torch {facts['torch']}, commit "
+        f"{facts['commit']}: `{facts['command']}`."
+    )
+
+
+def render_race(report: dict[str, Any]) -> str:
+    """Render all arms of one race."""
+    table = race_report.table(report)  # type: ignore[arg-type]
+    return as_markdown([Text(report["sentence"]), table, Text(_where(report))], RESULTS)
+
+
+def render_grid(report: dict[str, Any]) -> str:
+    """Render the tables of a grid but for rates and steps."""
+    shown = [block for block in blocks_of(report) if isinstance(block, Table)][:3]  # type: ignore[arg-type]
+    head = Text(f"**{report['title']}.** {report['sentence']}")
+    return as_markdown([head, *shown, Text(_where(report))], RESULTS)

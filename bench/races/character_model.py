@@ -31,7 +31,7 @@ WIDTH, HIDDEN, DEPTH = 128, 1024, 3
 #: Rate of the layers above, of synthesizer and local classifier, and of the table a multiple of the
 #: second.
 RATE, TABLE_RATE = 1e-3, 2e-3
-MULTIPLES = (1, 3, 10)
+MULTIPLES = (1, 3, 10, 30)
 #: Places of the text at which the error is measured.
 APART = 10_000
 
@@ -64,6 +64,7 @@ class Characters(Racer):
         rate: of the table.
         every, between: see :class:`Racer`; the surrogate is a linear classifier of h, trained with
             the table.
+        form: of the synthesizer: linear, or that of a cross-entropy's gradient.
         above: the layers above as stock modules, by ``torch.compile``, or on our kernels.
         choosing: see :func:`corpus`.
     """
@@ -75,6 +76,7 @@ class Characters(Racer):
         *,
         every: int | None = None,
         between: Between = "prediction",
+        form: Literal["linear", "cross-entropy"] = "linear",
         above: Literal["ours", "stock", "compiled"] = "ours",
         choosing: bool = False,
     ) -> None:
@@ -84,7 +86,11 @@ class Characters(Racer):
         nn.init.normal_(table.weight, std=0.1)
         learner: nn.Module | None = None
         if every is not None and between in ("prediction", "dropped"):
-            learner = fd.LinearSynthesizer(WIDTH, None, classes)
+            learner = (
+                fd.LinearSynthesizer(WIDTH, None, classes)
+                if form == "linear"
+                else fd.CrossEntropySynthesizer(WIDTH, classes)
+            )
         super().__init__(table, learner, every, between)
         if between == "surrogate":
             learner = self.local = nn.Linear(WIDTH, classes)
@@ -150,9 +156,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "backprop, compiled": {"above": "compiled"},
     "full steps only k=16": {"every": 16, "between": "dropped"},
     "local loss k=16": {"every": 16, "between": "surrogate"},
-    "DNI k=4": {"every": 4},
     "DNI k=8": {"every": 8},
     "DNI k=16": {"every": 16},
+    "DNI k=16, cross-entropy": {"every": 16, "form": "cross-entropy"},
 }
 
 

@@ -48,15 +48,17 @@ KINDS: dict[str, str] = {
     "cdni-K": "synthetic gradients conditioned on labels, synthesizers trained on every K-th step",
     "cdni-z-K": "synthetic gradients at the preactivation, conditioned on labels, synthesizers "
     "trained on every K-th step",
+    "cdni-ce-K": "synthetic gradients of the form of a cross-entropy's, synthesizers trained on "
+    "every K-th step",
 }
 #: They compute the same step, so that one rate is right for all.
 EXACT = ("backprop", "compiled", "compiled-step", "graph", "in-backward", "fused")
-SYNTHETIC = ("cdni-K", "cdni-z-K")
+SYNTHETIC = ("cdni-K", "cdni-z-K", "cdni-ce-K")
 #: On a GPU a ``graph`` is among them.
 DEFAULT_ARMS = (
     *("backprop", "compiled", "compiled-step", "in-backward", "fused"),
     *("stale-4", "delayed", "delayed-corrected", "local", "mono-forward", "feedback"),
-    *("cdni-1", "cdni-4", "cdni-z-1", "cdni-z-4"),
+    *("cdni-1", "cdni-4", "cdni-z-4", "cdni-ce-4", "cdni-ce-16"),
 )
 #: Rates at the start, with Adam; docs/rivals.md says how they were found.
 RATES = {
@@ -69,6 +71,7 @@ RATES = {
     "feedback": 1e-2,
     "cdni-K": 3e-3,
     "cdni-z-K": 3e-3,
+    "cdni-ce-K": 3e-3,
 }
 
 
@@ -155,7 +158,11 @@ class Settings(OnImages):
     arms: tuple[str, ...] = option(
         DEFAULT_ARMS,
         known_to(arm, "ARM"),
-        "of " + ", ".join(KINDS) + " (all with K 4, and 1 and 4 for cdni; graph on cuda alone)",
+        "of "
+        + ", ".join(KINDS)
+        + " (default: "
+        + ", ".join(DEFAULT_ARMS)
+        + "; graph on cuda alone)",
         group="training",
     )
     seeds: tuple[int, ...] = option((1, 2, 3), SEED, "one run of every arm each")
@@ -169,7 +176,10 @@ class Settings(OnImages):
         0.5, number(0.0, 1.0), "cdni: weight of the true gradient on steps with targets"
     )
     share: float = option(1 / 3, above_zero(), "cdni: the synthesizers' part of the layers' rate")
-    rank: int = option(16, whole(0), "of the synthesizers; 0: dense")
+    lessons: int = option(
+        4, whole(1), "cdni: regression steps of a synthesizer on a step with targets"
+    )
+    rank: int = option(16, whole(0), "of linear synthesizers; 0: dense")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
     device: str = option("cpu", DEVICE, "cpu or cuda")
     seconds_per_run: float = option(5.0, SECONDS, "wall-clock of a run", group="budget")
@@ -229,8 +239,8 @@ class Grid(settings.Settings):
     dataset: str = option("mnist", DATASET, DATASETS, group="data")
     arms: tuple[str, ...] = option(
         (
-            *("backprop", "compiled", "compiled-step", "fused"),
-            *("stale-4", "mono-forward", "cdni-4", "cdni-8"),
+            *("backprop", "compiled", "fused"),
+            *("stale-4", "mono-forward", "cdni-4", "cdni-ce-8"),
         ),
         known_to(arm, "ARM"),
         "as those of rivals; of the ones that compute backprop's step one is trained and all are "
@@ -240,7 +250,7 @@ class Grid(settings.Settings):
     widths: tuple[int, ...] = option((256, 512), whole(1), "units of the hidden layers")
     depths: tuple[int, ...] = option((3, 8), whole(1), "hidden layers")
     batch_size: int = option(256, whole(2), "rows of a step")
-    steps: int = option(234, whole(1), "of a run of the budget 1 (an epoch of mnist)")
+    steps: int = option(150, whole(1), "of a run of the budget 1")
     budgets: tuple[int, ...] = option(
         (1, 2, 4), whole(1), "runs of so many times the steps, each with a cosine of its own"
     )
@@ -259,7 +269,10 @@ class Grid(settings.Settings):
     share: float = option(
         Settings.share, above_zero(), "cdni: the synthesizers' part of the layers' rate"
     )
-    rank: int = option(16, whole(0), "of the synthesizers; 0: dense")
+    lessons: int = option(
+        Settings.lessons, whole(1), "cdni: regression steps on a step with targets"
+    )
+    rank: int = option(16, whole(0), "of linear synthesizers; 0: dense")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
     device: str = option("cpu", DEVICE, "cpu or cuda")
 
@@ -278,8 +291,9 @@ class Grid(settings.Settings):
     def cell(self, width: int, depth: int) -> Settings:
         """Return what one network's runs are a function of, but for their rate."""
         same = ("dataset", "arms", "batch_size", "seeds", "update", "warmup", "mix", "share")
+        same += ("lessons", "rank", "backend", "device")
         return Settings(
-            **{name: getattr(self, name) for name in (*same, "rank", "backend", "device")},
+            **{name: getattr(self, name) for name in same},
             hidden=width,
             depth=depth,
         )

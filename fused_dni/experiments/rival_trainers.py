@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -456,6 +457,11 @@ def build(
         rank=settings.rank or None,
         context_features=dataset.classes if synthetic else 0,
         interface="preactivation" if which.kind == "cdni-z-K" else "output",
+        synthesizer=(
+            partial(fd.CrossEntropySynthesizer, context_features=dataset.classes)
+            if which.kind == "cdni-ce-K"
+            else None
+        ),
         backend=backend,
         seed=seed,
     ).to(settings.device)
@@ -464,4 +470,5 @@ def build(
     if phase in ("warm-up", "target", "no target"):
         warmup_steps = steps if phase == "warm-up" else 0
         every_or_never = None if phase == "no target" else 1
-    return FusedTrainer(name, seed, ours, steps, warmup_steps, every_or_never, settings.mix)
+    more = (warmup_steps, every_or_never, settings.mix, settings.lessons if synthetic else 1)
+    return FusedTrainer(name, seed, ours, steps, *more)

@@ -118,7 +118,7 @@ class Training(OnImages):
     update: str = option("adam", UPDATE, "update rule of the network")
     lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
     weight_decay: float = option(0.0, RATE, "of the network")
-    sg_lr: float = option(1.5e-3, RATE, "the synthesizers' rate, likewise")
+    sg_lr: float = option(1e-3, RATE, "the synthesizers' rate, likewise")
     warmup_steps: int = option(
         234,
         whole(0),
@@ -127,9 +127,7 @@ class Training(OnImages):
     mix: float = option(
         0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
     )
-    lessons: int = option(
-        1, whole(1), "regression steps of a synthesizer on a step with targets, behind the warm-up"
-    )
+    lessons: int = option(1, whole(1), "regression steps of a synthesizer on a step with targets")
     synthesizer: str = option(
         "linear", one_of(FORMS), "cross-entropy: of the form that a classifier's gradient has"
     )
@@ -213,6 +211,7 @@ class Interfaces(OnImages):
 
 
 MODES = ("exact", "stale", "local", "decoupled")
+TARGETS = ("bootstrapped", "true")
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,9 @@ class Staged(OnImages):
     rank: int = option(16, whole(1), "of the synthesizers")
     target_every: int = option(
         1, whole(1), "a gradient comes back on every so many steps of the decoupled run"
+    )
+    targets: str = option(
+        TARGETS[0], one_of(TARGETS), "what a decoupled stage sends down, at once or later"
     )
     warmup_steps: int = option(
         44, whole(0), "on which its stages wait for the true gradient, at the start"

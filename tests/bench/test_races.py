@@ -12,15 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from clusters import clusters
 from torch import Tensor
 
 import claims
 import fused_dni as fd
 import races
 import rates
-from fused_dni.experiments import perceptual, tops
+import readings
+from fused_dni.experiments import perceptual, rival_grid, tops
 from fused_dni.experiments.data import Dataset, Split
+from fused_dni.experiments.rival_arms import Grid
 from fused_dni.experiments.tops import Racer
+from fused_dni.report.schema import Result
+from pages import documents
 from races import autoencoder, character_model, chosen, compression, corpus, encoder, word_model
 from races.word_model import RATE, Setting, Words
 
@@ -409,3 +414,35 @@ def test_every_race_is_a_factory_with_a_title() -> None:
     assert made == {f"race-{name}" for name in races.TITLES}
     report = {"facts": {"command": "fused-dni race bench.races:words_16k --seconds 40"}}
     assert races.title(report) == races.TITLES["words_16k"]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def test_a_race_becomes_a_table() -> None:
+    def history(*losses: float) -> list[dict[str, float]]:
+        return [{"seconds": float(i), "steps": i, "loss": loss} for i, loss in enumerate(losses)]
+
+    runs = [
+        {"name": name, "seed": 1, "history": history(*losses), "diverged": False}
+        for name, losses in {"backprop": (0.9, 0.8, 0.6), "DNI k=8": (0.9, 0.6, 0.5)}.items()
+    ]
+    facts = {"device": "CPU", "threads": 2, "torch": "2", "commit": "c", "command": "run"}
+    settings = {"arms": ["backprop", "DNI k=8"], "seconds": 2.0, "seeds": [1]}
+    report = Result("race", facts=facts, settings=settings, body={"runs": runs, "finished": True})
+    shown = documents.RENDERERS["race-hidden"][1]([report.described()])
+    assert "0.50 (0.50 to 0.50)" in shown and "CPU, 2 threads" in shown
+    assert documents.RENDERERS["race-hidden"][1]([]) == "Not measured yet."
+
+
+def test_a_grid_becomes_tables_and_an_answer() -> None:
+    settings = Grid(
+        dataset="digits", arms=("fused", "cdni-2"), widths=(6,), depths=(1,), budgets=(1, 2),
+        steps=2, rates=(1e-2,), batch_size=16, rank=2, seeds=(1, 2), backend="reference",
+    )  # fmt: skip
+    report = rival_grid.compare(settings, clusters(), seconds=0.02, command="run").described()
+    shown = documents.RENDERERS["rivals-grid"][1]([report])
+    assert shown.count("| 6 x 1, 2x ") == 3 and report.sentence in shown
+    answer = readings.grid({"rivals-grid-mnist": report})
+    assert "cdni-2" in answer.sentence and len(answer.sentence) < 600
+    assert "of 2 (digits)" in answer.number and answer.answer in ("yes", "in part", "no")

@@ -167,16 +167,15 @@ def test_who_is_ahead_in_as_much_time():
     wanted = 2**0.1 * 0.5
     assert said.parts(found, said.Cell(6, 1, 1), "cdni-2") == pytest.approx([wanted] * 2)
     shown = said.sentence(found)
-    assert "cdni-2 after as many batches 0 with less error, 2 with more, of 2" in shown
-    assert "in as much time 1 with less error, 0 with more, of 1" in shown
-    assert "sooner with every seed at what backprop ends with in 1" in shown
+    assert "cdni-2 0/2 of 2 after as many batches, 1/0 of 1 in as much time, sooner in 1." in shown
+    assert said.sooner(found, "cdni-2") == pytest.approx([wanted])
     assert "never" in as_text(said.blocks(found))
 
 
 def test_without_a_shorter_step_nothing_is_ahead():
     found = _planted({1: 0.41, 2: 0.31}, step=1.5)
     assert said.by_time(found, said.Cell(6, 1, 2), "cdni-2") == pytest.approx([0.31 - 0.25] * 2)
-    assert "in as much time 0 with less error, 2 with more, of 2" in said.sentence(found)
+    assert "0/2 of 2 in as much time, sooner in 0" in said.sentence(found)
 
 
 # --------------------------------------------------------------------------------------- a text

@@ -70,7 +70,10 @@ def _new(name: str, phase: str = "", seed: int = 0):
 
 @pytest.mark.parametrize(
     ("name", "phase"),
-    [(name, "warm-up" if name.startswith("cdni") else "") for name in (*ARMS, "cdni-z-1")],
+    [
+        (name, "warm-up" if name.startswith("cdni") else "")
+        for name in (*ARMS, "cdni-z-1", "cdni-ce-1")
+    ],
 )
 def test_every_arm_follows_its_formula(name, phase):
     trainer = _new(name, phase)

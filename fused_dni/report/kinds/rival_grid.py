@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Heading, Table, Text
+from fused_dni.report.outcome import tuning, unfinished
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import Timing, ratio
 
@@ -153,26 +154,35 @@ def _apart(values: Sequence[float]) -> int:
     return (low > 0.0) - (high < 0.0)
 
 
-def _counts(report: Result, name: str, found: Callable[..., list[float]]) -> str:
+def ahead(
+    report: Result, name: str, found: Callable[[Result, Cell, str], list[float]]
+) -> tuple[int, int, int]:
+    """Count where an arm has less error than backprop, where more, and of how many."""
     places = [_apart(values) for cell in cells(report) if (values := found(report, cell, name))]
-    less, more = places.count(-1), places.count(1)
-    return f"{less} with less error, {more} with more, of {len(places)}"
+    return places.count(-1), places.count(1), len(places)
+
+
+def sooner(report: Result, name: str) -> list[float]:
+    """List the parts of backprop's time (the longest of all seeds) of networks and budgets in which
+    an arm is there sooner with every seed."""
+    return [part for cell in cells(report) if (part := _won(parts(report, cell, name)))]
 
 
 def sentence(report: Result) -> str:
     """Count, by arm, where it is ahead of backprop."""
     said = []
     for name in others(report):
-        line = f"{name} after as many batches {_counts(report, name, by_batches)}"
+        less, more, of = ahead(report, name, by_batches)
+        line = f"{name} {less}/{more} of {of} after as many batches"
         if report["networks"]:
-            line += f", in as much time {_counts(report, name, by_time)}"
-            won = [part for cell in cells(report) if (part := _won(parts(report, cell, name)))]
-            line += f"; sooner with every seed at what backprop ends with in {len(won)}"
-            line += f" (in {min(won):.2f} of its time at best)" if won else ""
+            less, more, of = ahead(report, name, by_time)
+            line += f", {less}/{more} of {of} in as much time"
+            line += f", sooner in {len(sooner(report, name))}"
         said.append(line)
     return (
-        "Against backprop, networks and budgets whose 95 % interval of paired seeds leaves zero "
-        f"out: {'. '.join(said)}."
+        "Networks and budgets with less/more error than backprop, beyond the 95 % interval of "
+        "paired seeds, and where every seed is sooner at what backprop ends with: "
+        f"{'; '.join(said)}."
     )
 
 
@@ -191,7 +201,8 @@ def blocks(report: Result) -> list[Block]:
             f"cosine to zero over each run; budget 1x: {s['steps']} steps, an arm that repeats a "
             "gradient so many batches. Of the arms by backprop one is trained "
             f"({report['trained']}), and its errors count at the time of the fastest. cDNI: mix "
-            f"{s['mix']:g}, synthesizers of rank {s['rank']} at {s['share']:.2g} of the rate, "
+            f"{s['mix']:g}, synthesizers at {s['share']:.2g} of the rate, linear ones of rank "
+            f"{s['rank']}, {text.count(s['lessons'], 'lesson')} a target, "
             f"{text.percent(s['warmup'])} of the steps for warm-up. "
             f"{text.count(len(s['seeds']), 'seed')}, paired: the same weights and batches."
         ),
@@ -214,10 +225,8 @@ def blocks(report: Result) -> list[Block]:
             _steps(report),
         ]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report)]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+        said += [Heading("Rates"), tuning(report["tuning"], _TRIED, " %")]
+    return said + unfinished(report)
 
 
 def _differences(
@@ -250,11 +259,7 @@ def _parts(report: Result) -> Table:
         line = [str(cell), fastest(report, cell) or "-"]
         for name in others(report):
             found = parts(report, cell, name)
-            known = [part for part in found if part is not None]
-            shown = f"{statistics.median(known):.2f} ({text.span(known)})" if known else "never"
-            if known and len(known) < len(found):
-                shown += f", {len(known)} of {len(found)} seeds"
-            line.append(shown if found else "-")
+            line.append(text.parts(found) if found else "-")
         lines.append(line)
     return Table(
         ["network, budget", "fastest backprop", *others(report)],
@@ -284,22 +289,7 @@ def _steps(report: Result) -> Table:
     return Table(["network", "arm", "step", "vs fastest backprop", "memory"], lines)
 
 
-def _tuning(report: Result) -> Table:
-    rates = report.settings["rates"]
-    rows = {(row["name"], row["rate"]): row for row in report["tuning"]}
-
-    def line(name: str) -> Iterator[str]:
-        for rate in rates:
-            row = rows.get((name, rate))
-            yield (
-                "-"
-                if row is None
-                else ("diverged" if row["diverged"] else text.percent(row["error"], ".2f"))
-            )
-
-    return Table(
-        ["arm", *(f"{rate:g}" for rate in rates)],
-        [[name, *line(name)] for name in dict.fromkeys(name for name, _ in rows)],
-        "Error on the held-out part, with the smallest network and budget; the least is taken in "
-        "all.",
-    )
+#: Under the table of rates.
+_TRIED = (
+    "Error on the held-out part, with the smallest network and budget; the least is taken in all."
+)
