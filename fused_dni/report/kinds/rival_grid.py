@@ -73,7 +73,8 @@ def when(curve: Points, error: float) -> float | None:
         return curve[0][0]
     for (n, before), (m, after) in itertools.pairwise(curve):
         if after <= error:
-            return n * (m / n) ** ((before - error) / (before - after))
+            share = (before - error) / (before - after)
+            return math.exp(math.log(n) + share * math.log(m / n))
     return None
 
 
@@ -281,13 +282,13 @@ def _steps(report: Result) -> Table:
         best = fastest(report, cell)
         base = times(report, cell)[best] if best else None
         for row in network["arms"]:
-            same = base is None or row["name"] == best
+            against = "1" if base is None else text.ratio(ratio(row["time"], base))
             lines.append(
                 [
                     f"{cell.width} x {cell.depth}",
                     row["name"],
                     text.seconds(row["time"].median),
-                    "1" if same else text.ratio(ratio(row["time"], base)),
+                    "1" if row["name"] == best else against,
                     text.size(row["memory"]),
                 ]
             )
