@@ -422,14 +422,9 @@ def layer_group(run: Run, key: str, case: w.Case, cold: bool) -> None:
     if "autotuned" in run.rows and main and (case.batch, case.hidden) in AUTOTUNE and not run.tiny:
         makers[AUTOTUNED] = c.compiled(c.replay(stock("max-autotune-no-cudagraphs")))
         makers[AUTOTUNED_EAGER] = c.compiled(c.eager(stock("max-autotune")))
-    pairs = {
-        f"{other} / {DNI}": f"{other} / {DNI}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP, ONE, SEVERAL, INSIDE)
-    }
-    pairs |= {
-        f"{other} / {DNI_CUDA}": f"{other} / {DNI_CUDA}"
-        for other in (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER, BACKPROP_CUDA, DNI, INSIDE_CUDA)
-    }
+    theirs = (STOCK, COMPILED, AUTOTUNED, AUTOTUNED_EAGER)
+    pairs = over(DNI, *theirs, BACKPROP, ONE, SEVERAL, INSIDE)
+    pairs |= over(DNI_CUDA, *theirs, BACKPROP_CUDA, DNI, INSIDE_CUDA)
     pairs[f"{SYNTHESIZER} / CUDA"] = f"{SYNTHESIZER} / {SYNTHESIZER_CUDA}"
     with w.arithmetic(case.precision):
         timed(
@@ -438,6 +433,11 @@ def layer_group(run: Run, key: str, case: w.Case, cold: bool) -> None:
             steps=count,
             about=lambda: {"bytes": case.bytes(), "tiles": c.record()},
         )
+
+
+def over(base: str, *others: str) -> dict[str, str]:
+    """Return the ratios of others to a base, under names of their own."""
+    return {ratio: ratio for ratio in (f"{other} / {base}" for other in others)}
 
 
 def steps_a_call(run: Run, case: w.Case, cold: bool) -> int:
@@ -577,14 +577,10 @@ def window_group(run: Run, case: w.WindowCase) -> None:
             makers[STEPWISE] = c.forced(
                 ("lstm_forward", "lstm_backward"), step_by_step, c.replay(ours)
             )
-    pairs = {
-        f"{CUDNN} / {OURS}": f"{CUDNN} / {OURS}",
-        f"{CUDNN_EAGER} / {OURS_EAGER}": f"{CUDNN_EAGER} / {OURS_EAGER}",
+    pairs = over(OURS, CUDNN, STEPWISE) | over(OURS_EAGER, CUDNN_EAGER)
+    pairs |= over(OURS_CUDA, CUDNN, CUDNN_FP16, OURS)
+    pairs |= {
         "forward": f"{CUDNN}, forward / {OURS}, forward",
-        f"{STEPWISE} / {OURS}": f"{STEPWISE} / {OURS}",
-        f"{CUDNN} / {OURS_CUDA}": f"{CUDNN} / {OURS_CUDA}",
-        f"{CUDNN_FP16} / {OURS_CUDA}": f"{CUDNN_FP16} / {OURS_CUDA}",
-        f"{OURS} / {OURS_CUDA}": f"{OURS} / {OURS_CUDA}",
         "forward, CUDA": f"{CUDNN}, forward / {OURS_CUDA}, forward",
         "forward, fp16, CUDA": f"{CUDNN_FP16}, forward / {OURS_CUDA}, forward",
     }

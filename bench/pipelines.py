@@ -164,12 +164,12 @@ def workers(network: relay.Network, setting: w.Setting, pad: Sequence[float]) ->
 
 
 def checked(
-    asked: Workers, setting: w.Setting, only: str | None, failures: dict[str, str]
+    asked: Workers, setting: w.Setting, only: Sequence[str] | None, failures: dict[str, str]
 ) -> list[str]:
     """The modes that can have so many stages and compute what they say; reasons of the others."""
     found = []
     for name, mode in w.MODES.items():
-        if setting.stages > mode.most or (only and only not in name):
+        if setting.stages > mode.most or (only and not any(part in name for part in only)):
             continue
         try:
             asked.ask(what="check", mode=name)
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured.add_argument("--bandwidth", type=float, help="10^6 bits a second")
     measured.add_argument("--jitter", type=float, default=0.0, help="ms to either side")
     measured.add_argument("--pad", type=float, nargs=2, default=[0, 0], metavar="MS")
-    measured.add_argument("--only", help="modes whose names hold this")
+    measured.add_argument("--only", nargs="+", help="modes whose names hold one of these")
     measured.add_argument("--rounds", type=int, default=5)
     measured.add_argument("--seconds", type=float, default=2.0, help="a turn")
     measured.add_argument("--blocks", type=int, default=8, help="of a stage")

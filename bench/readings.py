@@ -66,11 +66,6 @@ def faster(found: Sequence[Ratio]) -> int:
     return sum(one.verdict() == "faster" for one in found)
 
 
-def in_parts(times: list[float]) -> str:
-    """``0.56 (0.49 to 0.56)``: the median over seeds and the range."""
-    return f"{statistics.median(times):.2f} ({text.span(times)})"
-
-
 # --------------------------------------------------------------------------------------- answers
 
 
@@ -88,7 +83,7 @@ def tops(reports: dict[str, Report]) -> Answer:
         row, medians = [name], []
         for by_dni, kept in ((True, ours), (False, others)):
             found = races.soonest(report, by_dni)
-            row += ["none", "-"] if found is None else [found[0], in_parts(found[1])]
+            row += ["none", "-"] if found is None else [found[0], text.parts(found[1])]
             medians.append(float("inf") if found is None else statistics.median(found[1]))
             if found is not None:
                 kept.append(medians[-1])
@@ -473,6 +468,7 @@ def accuracy(reports: dict[str, Report]) -> Answer:
                 between = f"{mean:.2%} ({row['error_min']:.2%} to {row['error_max']:.2%})"
                 how = [settings["interface"], rank] if ours else ["-", "-"]
                 rows.append([row["name"], *how, between, text.seconds(row["seconds_per_step"])])
+    steps = settings["epochs"] * report["steps_per_epoch"]
     dearer = sum(mean > exact for mean in (*best.values(), *worst.values()))
     listed = ", ".join(f"{k} {best[k]:.2%} to {worst[k]:.2%}" for k in best)
     header = ["method", "interface", "synthesizer", "error, mean and range", "step"]
@@ -486,7 +482,7 @@ def accuracy(reports: dict[str, Report]) -> Answer:
         found[0],
         f"Accuracy: the paper's network ends on MNIST with **{exact:.2%}** error by backprop, with "
         + " and ".join(f"{best[k]:.2%} ({k})" for k in best)
-        + " by the best of the synthetic gradients, after the same number of steps",
+        + f" by the best of the synthetic gradients, after the same {steps:,} steps",
     )
 
 
@@ -499,6 +495,7 @@ def rivals(reports: dict[str, Report]) -> Answer:
     (report,) = reports.values()
     shown = [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)]
     errors = {row["name"]: rivals_report.errors(report, row["name"]) for row in report["arms"]}
+    steps = {row["name"]: row["steps"] for row in report["arms"]}
     means = {name: statistics.fmean(found) for name, found in errors.items() if found}
     order = sorted(means, key=lambda name: means[name])
     listed = ", ".join(f"{name} {100 * means[name]:.2f} %" for name in order)
@@ -518,7 +515,8 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"Error at equal wall-clock, from the best: {listed}.",
         shown,
         figures[0] if figures else None,
-        f"At equal and short wall-clock on MNIST the best DNI ends with "
+        f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
+        f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
         f"simpler ways not to wait ({', '.join(theirs)}) {ahead} "
         f"end with less error than DNI and {beyond} with less than backprop",

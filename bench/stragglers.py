@@ -3,14 +3,14 @@
     python bench/stragglers.py --data DIR
 
 MNIST by two processes of :mod:`fused_dni.distributed` over loopback, without a delay: the network,
-optimizers and rates of ``fused-dni delay``. Each stage's passes over a batch are stretched to 6 and
-12 ms by sleeping, so that a busy or small machine stands for one with a core a stage; the passes
+optimizers and rates of ``fused-dni delay``. Each stage's passes over a batch are stretched to 3 and
+6 ms by sleeping, so that a busy or small machine stands for one with a core a stage; the passes
 are computed all the same. The upper stage is so many times as slow for a quarter of the time, in
 spells of half a second on the average, drawn from the run's seed. Windows are the pipeline's
 default. All ways of one factor and seed meet the same spells, and run one after the other.
 
 Steps a second are measured apart, by processes that only sleep, for passes of 20 and 40 ms, so that
-what else a machine does is not in them.
+what else a machine does is not in them; of ways that differ in the optimizer alone, once.
 
 Results are written to ``bench/results/MACHINE-stragglers.json``.
 """
@@ -31,7 +31,7 @@ import fused_dni as fd
 import stored
 from fused_dni.distributed import Pipeline
 from fused_dni.experiments import data, delay, delay_arms
-from fused_dni.experiments.delay_arms import build
+from fused_dni.experiments.delay_arms import UpdateFeedback, build
 from fused_dni.experiments.delay_settings import Settings, arm
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.simulate import Case, Stragglers, Times, paced
@@ -43,10 +43,12 @@ from fused_dni.report import Result
 WAYS = {
     "backprop": ("gpipe", "exact", 1e-3),
     "stale": ("stale", "stale", 1e-3),
+    "nesterov": ("stale", "stale", 3e-3),
+    "feedback": ("stale", "stale", 1e-3),
     "local": ("local", "local", 1e-2),
     "cdni-16": ("dni", "decoupled", 1e-2),
 }
-FORWARD, BACKWARD = 6e-3, 12e-3
+FORWARD, BACKWARD = 3e-3, 6e-3
 SHARE, SPELL = 0.25, 0.5
 STAGES = 2
 #: Of the processes that only sleep.
@@ -73,10 +75,10 @@ def work(rank: int, run: Run) -> dict[str, Any]:
     which = arm(run.name)
     stage = build(which, settings, dataset, run.seed)[rank]
     optimizer = delay_arms.optimizer_of(which, [stage], rate, settings.share)
-    assert isinstance(optimizer, torch.optim.Optimizer)
+    inner = optimizer.optimizer if isinstance(optimizer, UpdateFeedback) else optimizer
     each = len(dataset.train.labels) // settings.batch_size
     steps = each * run.epochs
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(inner, steps)
     warmup = round(settings.warmup * steps)
     plan = fd.Schedule(stage, warmup) if stage.decoupled is not None else None
     loss = delay_arms.loss_of(settings)
@@ -135,7 +137,8 @@ def throughput(factors: Sequence[float], seconds: float) -> list[dict[str, Any]]
     for factor in factors:
         slow = Stragglers(factor, SHARE, SPELL, STAGES - 1)
         case = Case(STAGES, Simulated(times=times, stragglers=slow, steps=2000))
-        for name, (mode, _, _) in WAYS.items():
+        for mode in dict.fromkeys(mode for mode, _, _ in WAYS.values()):
+            name = next(name for name, way in WAYS.items() if way[0] == mode)
             runs.append(paced.asked(mode, case, seconds)._replace(window=4, oldest=32))
             keys.append({"name": name, "factor": factor})
     return [key | row for key, row in zip(keys, paced.measure(runs), strict=True)]
@@ -151,13 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder of the MNIST files")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of sleeping, for each way")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of sleeping, for each way")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    words = ["python", "bench/stragglers.py", "--data", "DIR", "--epochs", str(options.epochs)]
-    found = facts(" ".join(words))
+    found = facts(f"python bench/stragglers.py --data DIR --epochs {options.epochs}")
     path = options.out or stored.RESULTS / f"{stored.machine(found)}-stragglers.json"
     dataset = data.load("mnist", folder=options.data)
     rows: list[dict[str, Any]] = []
@@ -171,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "share": SHARE,
             "spell_s": SPELL,
             "epochs": options.epochs,
+            "seconds": options.seconds,
         },
         body={"stragglers": rows, "throughput": throughput(options.factors, options.seconds)},
     )

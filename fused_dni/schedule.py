@@ -71,8 +71,8 @@ class Schedule:
             not matter): then k depends on the clock, and a run repeated need not have the same
             bits; with a number it has.
         lessons: regression steps that a synthesizer takes on what arrives in a step with a target,
-            each from its prediction as it is then: fewer targets, more lessons of each. One in
-            warm-up. Of layers whose synthesizer has a rule; recurrent ones take one.
+            warm-up included, each from its prediction as it is then: fewer targets, more lessons of
+            each. Of layers whose synthesizer has a rule; recurrent ones take one.
 
     ``target_every="auto"``: on steps with targets the part of the gradient g that the prediction s
     explains is measured for nothing, r2(k) = 1 - sum((s - g)**2) / sum(g**2), with predictions as
@@ -133,10 +133,7 @@ class Schedule:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         auto = target_every == "auto"
-        given: Any = target_every
-        whole = isinstance(given, Integral) and not isinstance(given, bool)
-        number = given is None or (whole and int(given) >= 1)
-        if not auto and not number:
+        if not auto and target_every is not None and not _is_whole(target_every):
             raise ValueError(
                 'target_every must be a whole number of at least 1, "auto" or None, got '
                 f"{target_every!r}"
@@ -154,7 +151,7 @@ class Schedule:
             )
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"mix must be in [0, 1], got {mix}")
-        if not isinstance(lessons, Integral) or isinstance(lessons, bool) or lessons < 1:
+        if not _is_whole(lessons):
             raise ValueError(f"lessons must be a whole number of at least 1, got {lessons!r}")
         if isinstance(loss_scale, (int, float)) and not 0.0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
@@ -378,7 +375,7 @@ class Schedule:
             warmup=past < 0,
             target=target,
             mix=self.mix,
-            lessons=1 if past < 0 else self.lessons,
+            lessons=self.lessons,
             loss_scale=scale,
         )
 
@@ -445,6 +442,11 @@ class Schedule:
         self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()
+
+
+def _is_whole(given: Any) -> bool:
+    """Say whether it is a whole number of at least 1."""
+    return isinstance(given, Integral) and given is not True and int(given) >= 1
 
 
 def _are_bounds(given: Any) -> bool:

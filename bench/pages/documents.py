@@ -6,7 +6,20 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pages import cpu, delay, estimates, gpu, lstm, pipelines, races, training, verdict
+from pages import (
+    cpu,
+    delay,
+    estimates,
+    gpu,
+    lengths,
+    literature,
+    lstm,
+    pipelines,
+    races,
+    recipes,
+    training,
+    verdict,
+)
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -58,16 +71,24 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "gpu-details": ("*-gpu", each(gpu.render_gpu_details, NO_GPU)),
     "estimates": ("*-gpu", estimates.render_estimates),
     "delay": ("*-delay-*", delay.render_delay),
+    "recipes": ("*-recipes*", recipes.render_recipes),
     "pipelines": ("*-pipelines", each(pipelines.render_pipelines)),
     "stragglers": ("*-stragglers", each(pipelines.render_stragglers)),
     "simulated": ("*-simulated", each(pipelines.render_simulated)),
+    **{
+        f"literature-{name}": ("*-literature*", literature.renderer(name))
+        for name in ("depth", "sparse", "unlock", "clocks")
+    },
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
     "races": ("verdict/*-race-*", races.render_races),
     "race-hidden": ("verdict/*-race-hidden", each(races.render_race)),
     "rivals-grid": ("verdict/*-rivals-grid-*", each(races.render_grid)),
     "copy": ("*-copy", each(training.render_recurrent)),
+    "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
+    "rows": ("*-rows", each(training.render_recurrent)),
+    "ablation": ("*-ablation", each(training.render_ablation)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }

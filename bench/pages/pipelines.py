@@ -74,7 +74,8 @@ def render_stragglers(report: Any) -> str:
             )
             known = [row["age"] for row in found if row["age"] is not None]
             ages.append(f"{statistics.fmean(known):.1f}" if known else "–")
-        rows.append([name, *(f"{rate:.1f}" for rate in rates), *errors, *ages])
+        paces = [f"{rate:.1f}" for rate in rates] or ["as stale"] * len(factors)
+        rows.append([name, *paces, *errors, *ages])
     header = [
         "gradient",
         *(f"steps/s, {factor:g}x" for factor in factors),
@@ -87,8 +88,8 @@ def render_stragglers(report: Any) -> str:
         f"{facts['commit']}. Error on MNIST in per cent after {s['epochs']} epochs, mean (range) "
         f"over {len(seeds)} seeds, and mean age of gradients in steps; passes stretched to "
         f"{1e3 * s['forward_s']:g} and {1e3 * s['backward_s']:g} ms. Steps a second are of "
-        "processes that sleep for 20 and 40 ms, one run of 15 s each: the same spells for all "
-        "ways, and, by chance, fewer than a quarter of the time."
+        f"processes that sleep for 20 and 40 ms, one run of {s.get('seconds', 15):g} s each: the "
+        "same spells for all ways, and, by chance, fewer than a quarter of the time."
     )
     return f"{said}\n\n{table(header, rows)}"
 

@@ -50,7 +50,7 @@ def _error(row: dict[str, Any]) -> str:
 
 
 def render_recurrent(report: dict[str, Any]) -> str:
-    """Say what one ``fused-dni train charlm``, ``copy`` or ``repeat-copy`` run came to."""
+    """Say what one recurrent run of ``fused-dni train`` came to."""
     outcome, facts = recurrent_report.outcome_of(report), report["facts"]
     s = outcome.settings
     said = (
@@ -59,6 +59,37 @@ def render_recurrent(report: dict[str, Any]) -> str:
     )
     rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
     return f"{said}\n\n{rows}\n\n{report.sentence}"
+
+
+def render_ablation(report: dict[str, Any]) -> str:
+    """Say what one ``fused-dni train copy --ablate`` run came to: lengths at half of the training
+    and at its end, and the cosines of rows over all of it."""
+    outcome, facts = recurrent_report.outcome_of(report), report["facts"]
+    s = outcome.settings
+    rows = []
+    for name in outcome.names():
+        histories = [run["history"] for run in outcome.of(name)]
+        cells = []
+        for share in (0.5, 1.0):
+            found = [h[max(0, round(share * len(h)) - 1)]["solved"] for h in histories]
+            cells.append(f"{statistics.fmean(found):.3g} ({min(found):g}–{max(found):g})")
+        probed = [row["prediction"] for h in histories for row in h if row.get("prediction")]
+        cosines = [p["prediction_row_cosine"] for p in probed if p.get("prediction_row_cosine")]
+        above = sum(cosine > 0 for cosine in cosines)
+        cells.append(
+            f"{statistics.fmean(cosines):+.3f} ({above} of {len(cosines)} above 0)"
+            if cosines
+            else "–"
+        )
+        rows.append([name, *cells])
+    said = (
+        f"{facts['device']}, torch {facts['torch']}, {facts['date']}, commit {facts['commit']}: "
+        f"`{facts['command']}`. LSTM {s.hidden}, {len(s.seeds)} seeds (mean, range). Cosine: of "
+        "what the synthesizer has learned with the true gradient, row by row, each row counting as "
+        "one, at every evaluation."
+    )
+    header = ["injected", f"solved after {s.amount // 2:,} batches", f"{s.amount:,}", "cosine"]
+    return f"{said}\n\n{table(header, rows)}"
 
 
 def render_future(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_dni as fd
+from fused_dni.measure import timing
 from workloads import CLASSES, RANK, agree
 
 
@@ -136,18 +137,8 @@ def _plain(layer: nn.Module) -> dict[str, Tensor]:
     return {"weight": layer.weight, "scale": layer.norm.weight, "shift": layer.norm.bias}
 
 
-def products(shape: Shape, dx: bool, forward_only: bool = False) -> Callable[[], None]:
+def products(shape: Shape, dx: bool, forward_only: bool = False) -> timing.Candidate:
     """Return the products that cannot be avoided: forward, weight gradient, and dx if asked for."""
     n, i, o = shape
-    x, wt, h = torch.randn(n, i), torch.randn(i, o), torch.empty(n, o)
-    d, dt, dw = torch.randn(n, o), torch.randn(o, n), torch.empty(o, i)
-    weight, gx = torch.randn(o, i), torch.empty(n, i)
-
-    def floor() -> None:
-        torch.mm(x, wt, out=h)
-        if not forward_only:
-            torch.mm(dt, x, out=dw)
-            if dx:
-                torch.mm(d, weight, out=gx)
-
-    return floor
+    backward = [] if forward_only else [(o, n, i, 1), *[(n, o, i, 1)] * dx]
+    return timing.products([(n, i, o, 1), *backward])

@@ -205,8 +205,8 @@ def unrolled(
     return x, (torch.stack(hs), torch.stack(cs))
 
 
-class Window:
-    """One window from a given state: forward only, or also backward to weights and input."""
+class _Placed:
+    """An LSTM by a method, and what its first window is given."""
 
     def __init__(
         self,
@@ -214,10 +214,18 @@ class Window:
         method: Method,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
+        lr: float = RATE,
     ) -> None:
         x, h, c, self.grad = data(shape, dtype)
         self.x, self.state = x.clone().requires_grad_(), (h, c)
-        self.lstm = make(shape, method, dtype, backend)
+        self.lstm = make(shape, method, dtype, backend, lr)
+
+
+class Window(_Placed):
+    """One window from a given state: forward only, or also backward to weights and input."""
+
+    def __init__(self, shape: Shape, method: Method, *given: Any, **options: Any) -> None:
+        super().__init__(shape, method, *given, **options)
         if method.synthesizer:
             self.lstm.remember(self.state)  # so that each window teaches
         self.parameters = list(self.lstm.parameters())
@@ -243,20 +251,13 @@ class Window:
         return output, state
 
 
-class Training:
+class Training(_Placed):
     """An LSTM trained window by window, its state going on from one to the next."""
 
     def __init__(
-        self,
-        shape: Shape,
-        method: Method,
-        dtype: torch.dtype = torch.float32,
-        backend: str | None = None,
-        lr: float = RATE,
+        self, shape: Shape, method: Method, *given: Any, lr: float = RATE, **options: Any
     ) -> None:
-        x, h, c, self.grad = data(shape, dtype)
-        self.x, self.state = x.clone().requires_grad_(), (h, c)
-        self.lstm = make(shape, method, dtype, backend, lr)
+        super().__init__(shape, method, *given, lr=lr, **options)
         self.optimizer: torch.optim.Optimizer
         if method.rule:
             self.optimizer = fd.FusedOptimizer(self.lstm)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 import fused_dni as fd
+from fused_dni.measure import timing
 from fused_dni.ops import registry
 from fused_dni.ops.types import STATISTICS_SIZE
 from fused_dni.rules import RuleState
@@ -119,15 +119,10 @@ def check_softmax_by_autograd(case: Case) -> None:
         raise Disagreement(f"softmax by autograd, {case}: off by {error:.2e}")
 
 
-def floor(case: Case, predicts: bool) -> Callable[[], None]:
+def floor(case: Case, predicts: bool) -> timing.Candidate:
     """Return the product that a dense synthesizer's prediction, or its training, cannot avoid."""
-    h, out = torch.randn(case), torch.empty(case if predicts else (case.hidden, case.hidden))
-    other = torch.randn(case.hidden, case.hidden) if predicts else torch.randn(case)
-
-    def run() -> None:
-        torch.mm(h if predicts else h.t(), other, out=out)
-
-    return run
+    rows, depth = case if predicts else (case.hidden, case.batch)
+    return timing.products([(rows, depth, case.hidden, 1)])
 
 
 def check_synthesizer(kind: str, case: Case, backend: str) -> None:

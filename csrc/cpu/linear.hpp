@@ -472,9 +472,9 @@ class ForwardOp : public Op {
     open = true;
     if constexpr (Kind::kTransposed) {
       if (a.x_transposed) input.given = static_cast<const T*>(a.x);
-      forward.given_h = static_cast<T*>(a.transposed);
-      if (a.transposed) forward.given_z = static_cast<T*>(a.normalized);
     }
+    forward.given_h = static_cast<T*>(a.transposed);
+    if (a.transposed) forward.given_z = static_cast<T*>(a.normalized);
   }
 
   void plan(Scratch& scratch) override {
@@ -542,7 +542,11 @@ class BackwardOp : public Op {
                     to + first * layer.stride, layer.stride);
     };
     for_groups<T>(own, [&](Index first, Index last) {
-      if (!a.grad_h_transposed) take(a.grad_h, first, last - first, backward.delta);
+      if (a.grad_h_narrow)
+        Kind::take(a.grad_h, layer.out, layer.rows, Range{first, last}, backward.delta,
+                   layer.stride);
+      else if (!a.grad_h_transposed)
+        take(a.grad_h, first, last - first, backward.delta);
       if (!a.transposed) {
         Kind::take(a.h, layer.out, layer.rows, Range{first, last}, h, layer.stride);
         if (a.normalized) take(a.normalized, first, last - first, u);

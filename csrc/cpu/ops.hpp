@@ -94,6 +94,7 @@ struct LinearBackward {
   void* grad_norm_bias;
   bool transposed;  // h, normalized and delta
   bool grad_h_transposed, grad_x_transposed;
+  bool grad_h_narrow;  // of bfloat16, as x
 };
 
 // The loss of a layer without normalisation and activation, whose outputs are classes.

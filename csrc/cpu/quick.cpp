@@ -209,7 +209,8 @@ struct Memory {
 struct Element {
   std::uint8_t code, bits;
 };
-constexpr Element kInt64{dlpack::kInt, 64}, kFloat32{dlpack::kFloat, 32};
+constexpr Element kInt64{dlpack::kInt, 64}, kFloat32{dlpack::kFloat, 32},
+    kBfloat16{dlpack::kBfloat, 16};
 
 // Whether t is a torch.Tensor in plain memory: [rows, columns] or, with columns 0, [rows].
 bool plain(const Object& t, const Object& type, Element element, std::int64_t columns,
@@ -319,14 +320,23 @@ class Quick {
     batch.asks = batch.requires_grad && !marked(input);
     return counts(batch) || cleared();
   }
-  // The same of a float32 input without a gradient, whose rounded copy `read` is what is multiplied.
+  // The same where bfloat16 is multiplied: `read`, which is the input, or the rounded copy of one in
+  // float32 that wants no gradient.
   bool takes(const Object& input, const Object& bfloat16, Object& read, Batch& batch) const {
-    constexpr Element kNarrow{dlpack::kBfloat, 16};
-    if (!plain(input, tensor_, kFloat32, layer_.in, batch.x) ||
-        attribute(input, names().requires_grad).ptr() != Py_False)
-      return cleared();
-    read = input.attr(names().to)(bfloat16);
-    return (plain(read, tensor_, kNarrow, layer_.in, batch.x) && counts(batch)) || cleared();
+    batch.requires_grad = attribute(input, names().requires_grad).ptr() == Py_True;
+    batch.asks = batch.requires_grad && !marked(input);
+    if (!plain(input, tensor_, kBfloat16, layer_.in, batch.x)) {
+      if (!plain(input, tensor_, kFloat32, layer_.in, batch.x) || batch.requires_grad)
+        return cleared();
+      read = input.attr(names().to)(bfloat16);
+    }
+    return multiplies(read, true, batch);
+  }
+  // Whether x is what a forward multiplied.
+  bool multiplies(const Object& x, bool narrow, Batch& batch) const {
+    return (plain(x, tensor_, narrow ? kBfloat16 : element_, layer_.in, batch.x) &&
+            counts(batch)) ||
+           cleared();
   }
   // Whether so many rows are enough, and with how many threads and which rate.
   bool counts(Batch& batch) const {
@@ -633,6 +643,9 @@ class QuickStep : public Quick {
 // What a forward leaves for the backward; null where that reads nothing.
 struct Kept {
   void *h = nullptr, *normalized = nullptr, *rstd = nullptr;
+  void* narrow = nullptr;  // h in bfloat16, where the next layer multiplies that
+
+  void* multiplied() const { return narrow ? narrow : h; }
 };
 // What a backward makes: of x if it is wanted, at z, and of bias, scale and shift where there are any.
 struct Gradients {
@@ -720,8 +733,8 @@ class QuickExact : public Quick {
 
   // ---- The same in parts, for stacks ---------------------------------------------------------------
 
-  bool arrives(const Object& arrived, Batch& batch, Memory& gradient) const {
-    if (!plain(arrived, tensor_, element_, layer_.out, gradient)) return false;
+  bool arrives(const Object& arrived, Batch& batch, Memory& gradient, bool narrow = false) const {
+    if (!plain(arrived, tensor_, narrow ? kBfloat16 : element_, layer_.out, gradient)) return false;
     batch.x.rows = gradient.rows;
     return counts(batch);
   }
@@ -764,8 +777,8 @@ class QuickExact : public Quick {
     rule_.write(batch.rate);
     return a;
   }
-  void add(const LinearForward& forward, Ops& ops) const {
-    ops.add(kernels().linear_forward[type_](forward));
+  void add(const LinearForward& forward, Ops& ops, bool narrow = false) const {
+    ops.add(kernels().linear_forward[narrow ? 2 : type_](forward));
   }
   void add(const LinearBackward& backward, Ops& ops, bool narrow = false) const {
     ops.add(kernels().linear_backward[narrow ? 2 : type_](backward));
@@ -903,9 +916,14 @@ class QuickLoss : public QuickExact {
 template <class Step>
 class Stack {
  public:
+  // `autocast`: whether it is on, to which type, the one that is served, and float32.
   Stack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps,
-        Object head)
-      : module_(std::move(module)),
+        Object head, const py::tuple& autocast)
+      : autocast_(autocast[0]),
+        autocast_type_(autocast[1]),
+        bfloat16_(autocast[2]),
+        float32_(autocast[3]),
+        module_(std::move(module)),
         surroundings_(surroundings),
         own_(own),
         steps_(std::move(steps)),
@@ -922,7 +940,8 @@ class Stack {
     own_.each(visit);
     visit(module_);
     visit(static_cast<Object&>(steps_));
-    visit(last_);
+    for (Object* object : {&last_, &autocast_, &autocast_type_, &bfloat16_, &float32_})
+      visit(*object);
   }
 
  protected:
@@ -935,10 +954,27 @@ class Stack {
   // Whether matrices of the batch stay transposed between kernels: not so few rows that a product
   // runs along features.
   static bool inside(std::int64_t rows) { return rows > kDotRows; }
+  // Whether the first layer takes the input of this call, and what it multiplies: under autocast
+  // `read` is in bfloat16.
+  bool takes(const Object& input, Object& read, bool& narrow, Batch& batch) const {
+    const std::optional<bool> found = narrows();
+    read = input;
+    narrow = found.value_or(false);
+    if (!found) return false;
+    if (!narrow) return layers_[0]->takes(input, batch);
+    return layers_[0]->takes(input, bfloat16_, read, batch) && inside(batch.x.rows);
+  }
+  // What tensors of the parameters' type are made like.
+  Object wide(const Object& input, bool narrow) const {
+    return narrow ? input.attr(names().to)(float32_) : input;
+  }
   // Elements of such a matrix for each feature.
   std::int64_t stride(std::int64_t rows) const {
     return inside(rows) ? transposed_stride(rows, element().bits / 8) : rows;
   }
+  // Of what a forward leaves, at its begin: whether what comes behind multiplies bfloat16 too.
+  static bool& is_narrow(char* begin) { return *reinterpret_cast<bool*>(begin); }
+  static bool is_narrow(const Object& left) { return is_narrow(static_cast<char*>(address(left))); }
   // One tensor for all pieces of the layout, and where it begins.
   std::pair<Object, char*> room(const Object& like, const Layout& layout) const {
     const Object made = like.attr(names().new_empty)(layout.size());
@@ -987,6 +1023,21 @@ class Stack {
     return found;
   }
 
+ private:
+  // Whether autocast is on, to the type that is served; none if it is to another.
+  std::optional<bool> narrows() const {
+    const Object on = taken(PyObject_CallNoArgs(autocast_.ptr()));
+    if (on.ptr() == Py_False) return false;
+    if (on.ptr() == Py_True && element().bits == 32 && kernels().linear_step[2] &&
+        taken(PyObject_CallNoArgs(autocast_type_.ptr())).is(bfloat16_))
+      return true;
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  Object autocast_, autocast_type_;
+
+ protected:
+  Object bfloat16_, float32_;
   Object module_;
   Guard surroundings_, own_;
   py::list steps_;
@@ -999,13 +1050,9 @@ class Stack {
 // hands down; the head teaches the last one at the end of the backward.
 class QuickStack : public Stack<QuickStep> {
  public:
-  // `autocast`: whether it is on, to which type, and the one that is served.
   QuickStack(Object module, const py::handle& surroundings, const py::handle& own, py::list steps,
              Object head, const py::tuple& autocast)
-      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
-        autocast_(autocast[0]),
-        autocast_type_(autocast[1]),
-        bfloat16_(autocast[2]),
+      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head), autocast),
         written_(all(layers_.size(), [](const QuickStep& step) { return step.written(); })),
         taught_(joined(written_, all(layers_.size() - 1,
                                      [](const QuickStep& step) { return step.learned(); }))),
@@ -1020,9 +1067,9 @@ class QuickStack : public Stack<QuickStep> {
     std::vector<Batch> batches;
     std::vector<Told> told;
     Aim aim;
-    Object read = input;  // what the first layer multiplies
-    const Way way = ready(module, read, context, batches, told);
-    const bool narrow = !read.is(input);
+    Object read;  // what the first layer multiplies
+    bool narrow = false;
+    const Way way = ready(module, input, context, read, narrow, batches, told);
     if (way == Way::kUsual) return py::none();
     Batch behind = batches[0];  // the head's
     if (!aims(aimed, behind, aim)) return py::none();
@@ -1030,23 +1077,24 @@ class QuickStack : public Stack<QuickStep> {
     const std::size_t count = layers_.size();
     const QuickStep& last = *layers_.back();
     const std::int64_t rows = batches[0].x.rows;
+    const Object wide = this->wide(input, narrow);
     Handed handed{py::none(), py::none(), py::none(), py::none()};
     Object left, loss;  // of a head
     Made end;           // what the last layer leaves
     if (head_) {
       const Ending ending = end_of(rows, target, narrow);
-      const auto [made, begin] = room(input, ending.layout);
+      const auto [made, begin] = room(wide, ending.layout);
       left = made;
       is_narrow(begin) = narrow;
       end = kept(begin, ending);
-      loss = head_->new_loss(input);
+      loss = head_->new_loss(wide);
     } else {
-      handed = last.hands(input, rows, target, false);
+      handed = last.hands(wide, rows, target, false);
       if (narrow) handed.h = last.result(read, rows);
       end = handed.made();
     }
     if (batches[0].asks) handed.dx = new_empty(input, rows, layers_[0]->layer().in);
-    const auto [held, pieces] = between(input, rows, target, narrow);
+    const auto [held, pieces] = between(wide, rows, target, narrow);
 
     std::vector<LinearStep> steps;
     std::vector<SynthesizerTrain> lessons;
@@ -1118,7 +1166,7 @@ class QuickStack : public Stack<QuickStep> {
     if (target && (!last.unchanged() || !last.stays(unit) || !last.follows(below) ||
                    !last.tells(told, rows) || !last.teachable()))
       return Quick::cleared();
-    const bool narrow = is_narrow(static_cast<char*>(address(left)));
+    const bool narrow = is_narrow(left);
     const Ending ending = end_of(rows, target, narrow);
     const Made end = kept(static_cast<char*>(address(left)), ending);
     Layout layout(element());
@@ -1162,7 +1210,7 @@ class QuickStack : public Stack<QuickStep> {
   // For a way that is not the quick one, of what `call` returned: h of the last layer, what its
   // lesson reads (None where there is none), and the loss's gradient at the logits.
   py::tuple saved(const Object& left, std::int64_t rows, bool target) const {
-    const Ending ending = end_of(rows, target, is_narrow(static_cast<char*>(address(left))));
+    const Ending ending = end_of(rows, target, is_narrow(left));
     const std::int64_t out = layers_.back()->layer().out;
     return py::make_tuple(matrix(left, ending.h, rows, out), matrix(left, ending.scaled, rows, out),
                           matrix(left, ending.reduced, rows, layers_.back()->rank()),
@@ -1172,9 +1220,7 @@ class QuickStack : public Stack<QuickStep> {
   template <class Visit>
   void each(const Visit& visit) {
     Stack::each(visit);
-    for (Object* object :
-         {&written_, &taught_, &finished_, &autocast_, &autocast_type_, &bfloat16_})
-      visit(*object);
+    for (Object* object : {&written_, &taught_, &finished_}) visit(*object);
   }
 
  private:
@@ -1184,8 +1230,6 @@ class QuickStack : public Stack<QuickStep> {
     std::int64_t h, scaled, reduced, delta;
     std::int64_t narrow;  // h in bfloat16, if it was multiplied so
   };
-  // Of what is left, at its begin: whether the head's gradients are products of bfloat16 too.
-  static bool& is_narrow(char* begin) { return *reinterpret_cast<bool*>(begin); }
   Ending end_of(std::int64_t rows, bool target, bool narrow) const {
     const QuickStep& last = *layers_.back();
     const std::int64_t features = stride(rows) * last.layer().out;
@@ -1231,31 +1275,13 @@ class QuickStack : public Stack<QuickStep> {
                    at(begin, halves[i])};
     return {std::move(made), pieces};
   }
-  // Whether autocast is on, to the type that is served; none if it is to another.
-  std::optional<bool> narrows() const {
-    const Object on = taken(PyObject_CallNoArgs(autocast_.ptr()));
-    if (on.ptr() == Py_False) return false;
-    if (on.ptr() == Py_True && element().bits == 32 && kernels().linear_step[2] &&
-        taken(PyObject_CallNoArgs(autocast_type_.ptr())).is(bfloat16_))
-      return true;
-    PyErr_Clear();
-    return std::nullopt;
-  }
-  // All is looked at before anything is changed. `input` becomes what is multiplied.
-  Way ready(const Object& module, Object& input, const Object& context, std::vector<Batch>& batches,
-            std::vector<Told>& told) const {
+  // All is looked at before anything is changed. `read`, `narrow`: see takes().
+  Way ready(const Object& module, const Object& input, const Object& context, Object& read,
+            bool& narrow, std::vector<Batch>& batches, std::vector<Told>& told) const {
     if (!stands(module)) return Way::kUsual;
     const Way way = layers_[0]->way();
     Batch batch;
-    const std::optional<bool> narrow = narrows();
-    if (way == Way::kUsual || !narrow) return Way::kUsual;
-    if (*narrow) {
-      const Object given = input;
-      if (!layers_[0]->takes(given, bfloat16_, input, batch) || !inside(batch.x.rows))
-        return Way::kUsual;
-    } else if (!layers_[0]->takes(input, batch)) {
-      return Way::kUsual;
-    }
+    if (way == Way::kUsual || !takes(input, read, narrow, batch)) return Way::kUsual;
     if (way == Way::kUntaught && batch.requires_grad) return Way::kUsual;
     for (const QuickStep* layer : layers_) {
       told.push_back({context, nullptr});
@@ -1270,7 +1296,6 @@ class QuickStack : public Stack<QuickStep> {
     return way;
   }
 
-  Object autocast_, autocast_type_, bfloat16_;
   // What is written: by a step without a target, by one with, and at the end of its backward.
   Object written_, taught_, finished_;
 };
@@ -1278,20 +1303,22 @@ class QuickStack : public Stack<QuickStep> {
 class QuickExactStack : public Stack<QuickExact> {
  public:
   QuickExactStack(Object module, const py::handle& surroundings, const py::handle& own,
-                  py::list steps, Object head)
-      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head)),
+                  py::list steps, Object head, const py::tuple& autocast)
+      : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head), autocast),
         moved_(all(layers_.size(), [](const QuickExact& step) { return step.moved(); })),
         written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {
     if (head_) written_ = joined(written_, head_->written());
   }
 
-  // The last layer's h, or the head's loss, what else they leave for a backward, and whether the
-  // input wants a gradient; or None.
+  // The last layer's h, or the head's loss, what else they leave for a backward, whether the input
+  // wants a gradient, and what was multiplied; or None.
   Object forward(const Object& module, const Object& input, const Object& context,
                  const Object& target) const {
     Batch batch;
     Aim aim;
-    if (!context.is_none() || !stands(module) || !layers_[0]->takes(input, batch))
+    Object read;
+    bool narrow = false;
+    if (!context.is_none() || !stands(module) || !takes(input, read, narrow, batch))
       return py::none();
     const bool asks = batch.asks;
     for (const QuickExact* layer : layers_)
@@ -1302,39 +1329,39 @@ class QuickExactStack : public Stack<QuickExact> {
     Batch behind = batch;
     if (!aims(target, behind, aim)) return py::none();
     const std::int64_t rows = batch.x.rows;
-    const Laid laid = lay(rows);
-    const Object h =
-        head_ ? head_->new_loss(input) : new_empty(input, rows, layers_.back()->layer().out);
-    const Object left = room(input, laid.layout).first;
+    const Laid laid = lay(rows, narrow);
+    const Object wide = this->wide(input, narrow);
+    const Object h = head_ ? head_->new_loss(wide) : layers_.back()->result(read, rows);
+    const auto [left, begin] = room(wide, laid.layout);
+    is_narrow(begin) = narrow;
     const std::vector<Kept> kept = this->kept(h, left, rows);
     std::vector<LinearForward> forwards;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       LinearForward forward = layers_[i]->going(batch, kept[i]);
       if (inside(rows)) {
-        forward.x_transposed = i > 0;
+        forward.x_transposed = i > 0 && !narrow;
         forward.transposed = kept[i].h;
-        forward.h = i + 1 < layers_.size() || head_ ? nullptr : address(h);
+        forward.h = i + 1 < layers_.size() || head_ ? kept[i].narrow : address(h);
       }
       forwards.push_back(forward);
-      batch.x.at = kept[i].h;
+      batch.x.at = kept[i].multiplied();
     }
     LinearCrossEntropy loss{};
     if (head_) {
       behind.x.at = kept.back().h;
-      char* begin = static_cast<char*>(address(left));
       loss = head_->losing(behind, aim, address(h), at(begin, laid.delta));
       loss.x_transposed = loss.delta_transposed = inside(rows);
     }
     {
       py::gil_scoped_release release;
       Ops ops;
-      for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->add(forwards[i], ops);
+      for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i]->add(forwards[i], ops, narrow);
       if (head_) head_->add(loss, ops);
       ops.run();
     }
     for (const QuickExact* layer : layers_) layer->count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
-    return py::make_tuple(h, left, asks);
+    return py::make_tuple(h, left, asks, read);
   }
 
   // Of what `forward` returned: dx or None, and what the update reads beside x and that; or None.
@@ -1345,7 +1372,9 @@ class QuickExactStack : public Stack<QuickExact> {
     Memory gradient;
     Batch behind;
     double factor = 1.0;
-    if (!layers_[0]->uninspected() || !arrives(arrived, x, batches.back(), gradient, factor)) {
+    const bool narrow = is_narrow(left);
+    if (!layers_[0]->uninspected() ||
+        !arrives(arrived, x, narrow, batches.back(), gradient, factor)) {
       Quick::cleared();
       return py::none();
     }
@@ -1366,14 +1395,14 @@ class QuickExactStack : public Stack<QuickExact> {
       }
     const std::vector<Kept> kept = this->kept(h, left, rows);
     const Derived derived = derive(rows);
-    const auto [made, begin] = room(x, derived.layout);
+    const auto [made, begin] = room(left, derived.layout);
     // Gradients at inputs inside are read by the next layer alone: they take turns in two places.
     Layout layout(element());
     std::int64_t size = most(1, count, [](const QuickExact& step) { return step.layer().in; });
     if (head_) size = std::max(size, head_->layer().in);
     size *= stride(rows);
     const std::int64_t places[2] = {layout.take(size), layout.take(size)};
-    const auto [passing, turns] = room(x, layout);
+    const auto [passing, turns] = room(left, layout);
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
     std::vector<LinearBackward> backwards;
@@ -1383,9 +1412,10 @@ class QuickExactStack : public Stack<QuickExact> {
       behind.x.at = kept.back().h;
       Gradients gradients = this->gradients(begin, derived, count);
       gradients.x = at(turns, places[count % 2]);
-      const void* given = at(static_cast<char*>(address(left)), lay(rows).delta);
+      const void* given = at(static_cast<char*>(address(left)), lay(rows, narrow).delta);
       of_head = head_->returning(behind, factor, given, gradients);
-      of_head.transposed = of_head.grad_h_transposed = of_head.grad_x_transposed = inside(rows);
+      of_head.transposed = of_head.grad_h_transposed = inside(rows);
+      of_head.grad_x_transposed = inside(rows) && !narrow;
       above = gradients.x;
     }
     for (std::size_t i = count; i-- > 0;) {
@@ -1395,8 +1425,9 @@ class QuickExactStack : public Stack<QuickExact> {
       LinearBackward backward = layers_[i]->returning(batches[i], above, kept[i], gradients);
       if (inside(rows)) {
         backward.transposed = true;
-        backward.grad_h_transposed = i + 1 < count || head_;
-        backward.grad_x_transposed = i > 0;
+        backward.grad_h_narrow = narrow;
+        backward.grad_h_transposed = (i + 1 < count || head_) && !narrow;
+        backward.grad_x_transposed = i > 0 && !narrow;
       }
       backwards.push_back(backward);
       above = gradients.x;
@@ -1404,8 +1435,9 @@ class QuickExactStack : public Stack<QuickExact> {
     {
       py::gil_scoped_release release;
       Ops ops;
-      if (head_) head_->add(of_head, ops);
-      for (std::size_t i = 0; i < count; ++i) layers_[count - 1 - i]->add(backwards[i], ops);
+      if (head_) head_->add(of_head, ops, narrow);
+      for (std::size_t i = 0; i < count; ++i)
+        layers_[count - 1 - i]->add(backwards[i], ops, narrow);
       ops.run();
     }
     return py::make_tuple(dx, made);
@@ -1415,7 +1447,9 @@ class QuickExactStack : public Stack<QuickExact> {
   bool update(const Object& x, const Object& h, const Object& left, const Object& made) const {
     const std::size_t count = layers_.size();
     Batch batch;
-    if (!layers_[0]->uninspected() || !layers_[0]->takes(x, batch)) return Quick::cleared();
+    const bool narrow = is_narrow(left);
+    if (!layers_[0]->uninspected() || !layers_[0]->multiplies(x, narrow, batch))
+      return Quick::cleared();
     std::vector<Batch> batches(count, batch);
     for (std::size_t i = 0; i < count; ++i)
       if (!layers_[i]->unchanged() || !layers_[i]->follows(batches[i])) return Quick::cleared();
@@ -1425,23 +1459,24 @@ class QuickExactStack : public Stack<QuickExact> {
     char* begin = static_cast<char*>(address(made));
     std::vector<LinearUpdate> updates;
     for (std::size_t i = 0; i < count; ++i) {
-      if (i > 0) batches[i].x.at = kept[i - 1].h;
+      if (i > 0) batches[i].x.at = kept[i - 1].multiplied();
       LinearUpdate update = layers_[i]->updating(batches[i], gradients(begin, derived, i));
       update.delta_transposed = inside(batch.x.rows);
-      update.x_transposed = update.delta_transposed && i > 0;
+      update.x_transposed = update.delta_transposed && i > 0 && !narrow;
       updates.push_back(update);
     }
     LinearUpdate of_head{};
     if (head_) {
-      batch.x.at = kept.back().h;
+      batch.x.at = kept.back().multiplied();
       of_head = head_->updating(batch, gradients(begin, derived, count));
-      of_head.x_transposed = of_head.delta_transposed = inside(batch.x.rows);
+      of_head.delta_transposed = inside(batch.x.rows);
+      of_head.x_transposed = of_head.delta_transposed && !narrow;
     }
     {
       py::gil_scoped_release release;
       Ops ops;
-      for (std::size_t i = 0; i < count; ++i) layers_[i]->add(updates[i], ops);
-      if (head_) head_->add(of_head, ops);
+      for (std::size_t i = 0; i < count; ++i) layers_[i]->add(updates[i], ops, narrow);
+      if (head_) head_->add(of_head, ops, narrow);
       ops.run();
     }
     layers_[0]->wrote(written_);
@@ -1453,13 +1488,15 @@ class QuickExactStack : public Stack<QuickExact> {
   // (h, normalized or None, rstd or None) of each layer, of what `forward` returned for x.
   py::list saved(const Object& x, const Object& h, const Object& left) const {
     const std::int64_t rows = rows_of(x);
-    const Laid laid = lay(rows);
+    const bool narrow = is_narrow(left);
+    const Laid laid = lay(rows, narrow);
     py::list found;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
       const std::int64_t out = layer.layer().out;
       const bool inner = i + 1 < layers_.size() || head_;
-      const Object own = inner ? matrix(left, laid.h[i], rows, out) : h;
+      Object own = inner ? matrix(left, laid.h[i], rows, out) : h;
+      if (inner && narrow) own = own.attr(names().to)(bfloat16_);
       found.append(py::make_tuple(own, matrix(left, laid.normalized[i], rows, out),
                                   vector(left, laid.rstd[i], layer.statistics(rows))));
     }
@@ -1468,7 +1505,7 @@ class QuickExactStack : public Stack<QuickExact> {
   // The head's loss's gradient at the logits, of what `forward` returned for x.
   Object delta(const Object& x, const Object& left) const {
     const std::int64_t rows = rows_of(x);
-    return matrix(left, lay(rows).delta, rows, head_->layer().out);
+    return matrix(left, lay(rows, is_narrow(left)).delta, rows, head_->layer().out);
   }
   // (delta, and the gradients of bias, scale and shift or None) of each layer and of the head, of
   // what `backward` made for x.
@@ -1495,7 +1532,7 @@ class QuickExactStack : public Stack<QuickExact> {
  private:
   struct Laid {  // of what a forward leaves
     Layout layout;
-    Offsets h, normalized, rstd;
+    Offsets h, normalized, rstd, narrow;
     std::int64_t delta;  // of the head
   };
   struct Derived {  // of what a backward makes, of the layers and then of the head
@@ -1503,15 +1540,18 @@ class QuickExactStack : public Stack<QuickExact> {
     Offsets delta, bias, scale, shift;
   };
 
-  Laid lay(std::int64_t rows) const {
-    Laid laid{Layout(element()), {}, {}, {}, kNowhere};
+  Laid lay(std::int64_t rows, bool narrow) const {
+    Laid laid{Layout(element()), {}, {}, {}, {}, kNowhere};
+    laid.layout.take(1);  // is_narrow
     const auto take = [&](bool there, std::int64_t elements) {
       return there ? laid.layout.take(elements) : kNowhere;
     };
     for (std::size_t i = 0; i < layers_.size(); ++i) {
       const QuickExact& layer = *layers_[i];
       const std::int64_t elements = stride(rows) * layer.layer().out;
-      laid.h.push_back(take(i + 1 < layers_.size() || head_ || inside(rows), elements));
+      const bool inner = i + 1 < layers_.size() || head_;
+      laid.h.push_back(take(inner || inside(rows), elements));
+      laid.narrow.push_back(take(inner && narrow, elements / 2));
       laid.normalized.push_back(take(layer.keeps(), elements));
       laid.rstd.push_back(take(layer.statistics(rows) > 0, layer.statistics(rows)));
     }
@@ -1533,19 +1573,19 @@ class QuickExactStack : public Stack<QuickExact> {
     return derived;
   }
   std::vector<Kept> kept(const Object& h, const Object& left, std::int64_t rows) const {
-    const Laid laid = lay(rows);
     char* begin = static_cast<char*>(address(left));
+    const Laid laid = lay(rows, is_narrow(begin));
     std::vector<Kept> found;
     for (std::size_t i = 0; i < layers_.size(); ++i)
-      found.push_back(
-          {at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i])});
+      found.push_back({at(begin, laid.h[i]), at(begin, laid.normalized[i]), at(begin, laid.rstd[i]),
+                       at(begin, laid.narrow[i])});
     if (!inside(rows) && !head_) found.back().h = address(h);
     return found;
   }
   // What arrives at the last layer's h, or at the loss.
-  bool arrives(const Object& arrived, const Object& x, Batch& batch, Memory& gradient,
+  bool arrives(const Object& arrived, const Object& x, bool narrow, Batch& batch, Memory& gradient,
                double& factor) const {
-    if (!head_) return layers_.back()->arrives(arrived, batch, gradient);
+    if (!head_) return layers_.back()->arrives(arrived, batch, gradient, narrow);
     batch.x.rows = rows_of(x);
     return head_->arrives(arrived, factor) && head_->counts(batch);
   }
@@ -1631,7 +1671,8 @@ void bind_quick(py::module_& m) {
       .def("finish", &QuickStack::finish)
       .def("saved", &QuickStack::saved);
   bind<QuickExactStack>(m, "QuickExactStack")
-      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object>())
+      .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object,
+                    const py::tuple&>())
       .def("changed", &QuickExactStack::changed)
       .def("forward", &QuickExactStack::forward)
       .def("backward", &QuickExactStack::backward)

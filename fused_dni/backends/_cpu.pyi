@@ -59,7 +59,7 @@ class QuickStack:
         own: Any,
         steps: list[Any],
         head: Any,
-        autocast: tuple[Any, Any, Any],
+        autocast: tuple[Any, Any, Any, Any],
     ) -> None: ...
     def changed(self) -> int | None: ...
     def __call__(self, module: Any, input: Any, context: Any, target: Any) -> Any: ...
@@ -68,7 +68,13 @@ class QuickStack:
 
 class QuickExactStack:
     def __init__(
-        self, module: Any, surroundings: Any, own: Any, steps: list[Any], head: Any
+        self,
+        module: Any,
+        surroundings: Any,
+        own: Any,
+        steps: list[Any],
+        head: Any,
+        autocast: tuple[Any, Any, Any, Any],
     ) -> None: ...
     def changed(self) -> int | None: ...
     def forward(self, module: Any, input: Any, context: Any, target: Any) -> Any: ...

@@ -338,17 +338,16 @@ class CpuBackend(Unbound):
         head: Any,
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container, with what :meth:`quick_loss` made of the head behind them, or None. One
-        that predicts looks at autocast itself."""
-        given = (container, _checks(surroundings), _checks(own), steps, head)
-        if exact:
-            return _cpu.QuickExactStack(*given)
+        their container, with what :meth:`quick_loss` made of the head behind them, or None. It
+        looks at autocast itself."""
         autocast = (
             partial(torch.is_autocast_enabled, "cpu"),
             partial(torch.get_autocast_dtype, "cpu"),
             torch.bfloat16,
+            torch.float32,
         )
-        return _cpu.QuickStack(*given, autocast)
+        bind = _cpu.QuickExactStack if exact else _cpu.QuickStack
+        return bind(container, _checks(surroundings), _checks(own), steps, head, autocast)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None

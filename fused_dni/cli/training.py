@@ -249,7 +249,7 @@ class TrainCharacters(_OnSequences):
     name = "train charlm"
     summary = "an LSTM on the characters of a text: truncated backprop and DNI"
     subject = "charlm"
-    without = ("task", "width", "threshold", "smoothing", *ROWS_ALONE)
+    without = ("task", "width", "threshold", "smoothing", "ablate", *ROWS_ALONE)
     renamed: ClassVar = {"amount": "characters"}
 
     data: str | None = option(
@@ -314,7 +314,7 @@ class TrainRows(_OnSequences):
     subject = "rows"
     without = (
         *("task", "validation", "update_every", "warmup", "embedding"),
-        *("width", "threshold", "smoothing"),
+        *("width", "threshold", "smoothing", "ablate"),
     )
     renamed: ClassVar = {"amount": "steps"}
 

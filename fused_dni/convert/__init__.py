@@ -49,15 +49,8 @@ class Absorbed(nn.Identity):
         name, layer = self._layer or ("", None)
         norm = None if layer is None else layer.norm
         if norm is None or not here:
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            given = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(state_dict, prefix, *given)
             return
         beside = prefix[:-1].rpartition(".")[0]
         own = f"{beside}.{name}.norm." if beside else f"{name}.norm."

@@ -53,7 +53,8 @@ class Pipeline:
     (warm-up, mixing). The forward direction waits when the next stage is ``window`` messages
     behind.
 
-    On every rank, after ``torch.distributed.init_process_group("gloo")``::
+    On every rank, after ``torch.distributed.init_process_group("gloo")`` (or of another backend:
+    links are gloo's in any case, and copy what is on a GPU over the host)::
 
         stage = Stage(modules[rank], rank, world, synthesizer=...)
         optimizer = torch.optim.Adam(stage.parameters())
@@ -165,11 +166,6 @@ class Pipeline:
         stage: Any = self.stage
         if not isinstance(stage, Stage):
             return TypeError(f"stage must be a Stage, got {type(stage).__name__}")
-        if dist.get_backend() != "gloo":
-            return ValueError(
-                f"the process group must be of the backend gloo, got {dist.get_backend()}: tensors "
-                "on devices are copied over the host"
-            )
         why = why_not(stage, self.rank, self.world, self.mode, loss, self.targets)
         if why:
             return ValueError(why)
@@ -225,10 +221,11 @@ class Pipeline:
                     )
 
     def _groups(self, ranks: list[list[int]]) -> list[Any]:
-        """Process groups, which all ranks must make together."""
+        """Process groups, which all ranks must make together; of gloo, whatever the default group
+        is of: messages lie in the host's memory."""
         seconds = timedelta(seconds=self.timeout)
         try:
-            return [dist.new_group(some, timeout=seconds) for some in ranks]
+            return [dist.new_group(some, timeout=seconds, backend="gloo") for some in ranks]
         except RuntimeError as problem:
             raise PipelineError(
                 f"not every rank came to make its Pipeline within {self.timeout:g} s (timeout)"

@@ -101,7 +101,7 @@ class DecoupledPipelineStage(PipelineStage):
         self._come: list[tuple[int, Tensor]] = []
         self._asked: list[int] = []
         self._open_chunks: dict[int, tuple[int, Any]] = {}  # by the schedule's chunk: ours, and dx
-        pairs = [dist.new_group([i, i + 1]) for i in range(num_stages - 1)]
+        pairs = [dist.new_group([i, i + 1], backend="gloo") for i in range(num_stages - 1)]
         bell = Bell()
         self._up = self._down = self._from_up = self._from_down = None
         if not last:

@@ -7,6 +7,7 @@ plain ``nn.LSTM`` that holds the weights of the net in question.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -93,7 +94,8 @@ def future_gradient(
             f"no boundary of windows of {window} in {length} steps has {max(horizon, 1)} behind it"
         )
     parameters = [p for p in net.lstm.parameters() if p.requires_grad]
-    entrances, boundaries, truth = _full_backprop(net, inputs, losses, window, starts, state)
+    cuts = [*range(0, length, window), length]
+    entrances, boundaries, truth = full_backprop(net, inputs, losses, cuts, state, len(starts))
     sums = dict.fromkeys(("ss", "so", "ps", "po", "pp", "mm", "mg"), 0.0)
     by_row: list[Tensor] = []
     for k, start in enumerate(starts):
@@ -137,32 +139,43 @@ def future_gradient(
     return found
 
 
-def _full_backprop(
+def full_backprop(
     net: Net,
     inputs: Tensor,
     losses: Callable[[Tensor, int], Tensor],
-    window: int,
-    starts: Sequence[int],
-    state: State | None,
+    cuts: Sequence[int],
+    state: State | None = None,
+    boundaries: int | None = None,
 ) -> tuple[list[State | None], list[State], list[State]]:
-    """Run all of ``inputs`` undetached. For each window at ``starts``: the state that it starts
-    from and that it ends in (both detached), and the gradient that the future sends to the latter.
+    """Run all of ``inputs`` undetached, and return what there is at the boundaries of its windows.
+
+    Args:
+        net, inputs, losses, state: as of :func:`future_gradient`.
+        cuts: where windows begin, from 0 on, and the end.
+        boundaries: of so many windows, the first; None for all but the last.
+
+    Returns:
+        For each of these windows the state that it starts from and that it ends in (both detached),
+        and the gradient that the future sends to the latter.
     """
     entrances: list[State | None] = []
     passed: list[State] = []
+    count = len(cuts) - 2 if boundaries is None else boundaries
     total = torch.zeros(())
     with torch.enable_grad():
         current = state
-        for start in range(0, len(inputs), window):
-            if start in starts:
+        for start, stop in itertools.pairwise(cuts):
+            if len(passed) < count:
                 detached = None if current is None else (current[0].detach(), current[1].detach())
                 entrances.append(detached)
-            output, (h, c) = net.lstm(net.encode(inputs[start : start + window]), current)
+            output, (h, c) = net.lstm(net.encode(inputs[start:stop]), current)
             total = total + losses(net.head(output), start)
             # Copies: only what comes later goes through them.
             current = (h.clone(), c.clone())
-            if start in starts:
+            if len(passed) < count:
                 passed.append(current)
+        if not passed:
+            return [], [], []
         flat = torch.autograd.grad(total, [t for pair in passed for t in pair])
     truth = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
     return entrances, [(h.detach(), c.detach()) for h, c in passed], truth

@@ -111,12 +111,20 @@ def _run(run: Run, settings: Settings, dataset: data.Dataset, say: Say) -> dict[
     elif run.name == "dni":  # dense: nothing but h to predict from
         trainer = build("dni k=1", settings=replace(training, warmup_steps=warmup, rank=0))
     else:
-        k, recipe = 1, {}
+        k, mix, lessons = 1, 0.0, 1
         if run.name.startswith("recipe"):
             k = every(float(run.name.split()[1]), warmup, steps)
+            mix, lessons = settings.mix, settings.lessons
             counted = {"every": k, "exact": exact_steps(k, warmup, steps) / steps}
-            recipe = {part: getattr(settings, part) for part in ("synthesizer", "lessons", "mix")}
-        trainer = build(f"cdni k={k}", settings=replace(training, warmup_steps=warmup, **recipe))
+        forms = {"cdni": "linear", "cdni-cross-entropy": "cross-entropy"}
+        chosen = replace(
+            training,
+            warmup_steps=warmup,
+            mix=mix,
+            lessons=lessons,
+            synthesizer=forms.get(run.name, settings.synthesizer),
+        )
+        trainer = build(f"cdni k={k}", settings=chosen)
         if run.name == "sparse":
             trainer = _Sparse(trainer, settings.probability)
         elif run.name == "unlocked":

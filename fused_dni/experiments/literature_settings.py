@@ -10,7 +10,7 @@ from fused_dni.measure.options import RATE, SEED, above_zero, number, one_of, op
 
 TABLES = ("depth", "sparse", "unlock", "clocks")
 #: Of ``depth``; none: nothing but the head learns.
-ARMS = ("none", "backprop", "dni", "cdni", "recipe")
+ARMS = ("none", "backprop", "dni", "cdni", "cdni-cross-entropy", "recipe")
 #: Of ``clocks``: how the lower network gets the gradient of what it sends.
 CLOCKS = ("waits", "dni", "cdni", "alone")
 
@@ -63,8 +63,9 @@ class Settings(OnImages):
     arms: tuple[str, ...] = option(
         ARMS,
         one_of(ARMS),
-        "depth: of none (the head alone learns), backprop, dni (unconditional), cdni, recipe (cdni "
-        "with few exact steps) (all)",
+        "depth: of none (the head alone learns), backprop, dni (unconditional), cdni (linear), "
+        "cdni-cross-entropy (the form of a classifier's gradient), recipe (with few exact steps) "
+        "(all)",
     )
     depth: int = option(3, whole(2), "hidden layers, of sparse and unlock")
     epochs: int = option(10, whole(1), "passes over the training set")
@@ -79,7 +80,9 @@ class Settings(OnImages):
         above_zero(1.0),
         "depth: the recipe's share of exact steps at most, warm-up among them",
     )
-    synthesizer: str = option("cross-entropy", one_of(FORMS), "the recipe's synthesizers")
+    synthesizer: str = option(
+        "cross-entropy", one_of(FORMS), "synthesizers of the recipe, sparse and unlock"
+    )
     lessons: int = option(1, whole(1), "the recipe's regression steps on an exact step")
     mix: float = option(
         1.0, number(0.0, 1.0), "the recipe's weight of the true gradient on its exact steps"

@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
     "exact": Recipe(
         "the true gradient on steps with targets: synthesizers are taught by it alone", {"mix": 1.0}
     ),
-    "lessons": Recipe("eight regression steps on each target", {"lessons": 8}),
+    "lessons": Recipe("four regression steps on each target", {"lessons": 4}),
     "slower": Recipe("synthesizers at a third of the rate", {"sg_share": 1 / 3}),
     "faster": Recipe("synthesizers at three times the rate", {"sg_share": 3.0}),
     "cross-entropy": Recipe(
@@ -87,7 +87,7 @@ BASES = {
     "backprop": "the true gradient on every step, on the same kernels",
     "stale": "the true gradient on every k-th step, held in between",
 }
-BEST = "cross-entropy+exact"
+BEST = "cross-entropy+exact+lessons"
 DEFAULT_RECIPES = ("plain", "half", "exact", "half+lessons", BEST)
 
 
@@ -97,7 +97,7 @@ def recipe(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or two that change the same part.
     """
-    made, by = dict(PLAIN), {}
+    made, by = dict(PLAIN), dict[str, str]()
     for each in name.split("+"):
         if each not in RECIPES:
             raise ValueError(text.unknown("recipe", each, RECIPES) + ", and several joined by +")
@@ -136,7 +136,7 @@ class Settings(OnImages):
         ValueError: an unknown recipe, recipes that do not go together, or a number out of range.
     """
 
-    PRESETS: ClassVar = {"mnist": {}, "digits": {"epochs": 10, "batch_size": 64}}
+    PRESETS: ClassVar = {"mnist": {}, "digits": {"epochs": 10, "batch_size": 64, "warmup": 1.0}}
 
     recipes: tuple[str, ...] = option(
         DEFAULT_RECIPES,
@@ -152,7 +152,7 @@ class Settings(OnImages):
     lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
     sg_lr: float = option(1e-3, RATE, "the synthesizers', likewise")
     warmup: float = option(
-        1.0, number(0.0), "epochs on true gradients while synthesizers learn; they count as exact"
+        0.5, number(0.0), "epochs on true gradients while synthesizers learn; they count as exact"
     )
     seeds: tuple[int, ...] = option((0, 1, 2), SEED, "one run of every row and k each")
     held_out: bool = option(

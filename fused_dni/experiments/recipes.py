@@ -88,8 +88,9 @@ class Clipped(nn.Module):
 
 
 def _clip_rows(error: Tensor) -> Tensor:
-    norms = error.norm(dim=1, keepdim=True)
-    return error * (norms.mean() / norms.clamp(min=1e-30)).clamp(max=1.0)
+    norms = torch.linalg.vector_norm(error, dim=1, keepdim=True)
+    clipped: Tensor = error * (norms.mean() / norms.clamp(min=1e-30)).clamp(max=1.0)
+    return clipped
 
 
 def _synthesizer(parts: dict[str, Any], classes: int, size: int) -> nn.Module:
@@ -102,7 +103,9 @@ def _synthesizer(parts: dict[str, Any], classes: int, size: int) -> nn.Module:
     if kind == "mlp":
         return fd.MLPSynthesizer(size, 64, context_features=classes)
     linear = fd.LinearSynthesizer(size, rank, classes)
-    return {"averaged": Averaged, "clipped": Clipped}.get(kind, lambda m: m)(linear)
+    if kind == "averaged":
+        return Averaged(linear)
+    return Clipped(linear) if kind == "clipped" else linear
 
 
 # ----------------------------------------------------------------------------------------- trainers
@@ -112,18 +115,20 @@ class MuonTrainer(Trainer):
     """Our layers without rules: Muon steps the hidden weights, and Adam all else."""
 
     def __init__(
-        self, name: str, seed: int, network: nn.Module, steps: int, lr: float, sg_lr: float,
+        self, name: str, seed: int, network: nn.Sequential, steps: int, lr: float, sg_lr: float,
         schedule: fd.Schedule,
     ) -> None:  # fmt: skip
         super().__init__(name, seed)
         self.model, self.schedule = network.train(), schedule
-        hidden = [m.weight for m in list(network)[:-1]]
+        layers = list(network)[:-1]
+        hidden = [p for m in layers for n, p in m.named_parameters() if n == "weight"]
         taught = [p for n, p in network.named_parameters() if "synthesizer" in n]
         known = {id(p) for p in (*hidden, *taught)}
         others = [p for p in network.parameters() if id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": taught, "lr": sg_lr}]
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.Adam([{"params": others}, {"params": taught, "lr": sg_lr}], lr=lr),
+            torch.optim.Adam(groups, lr=lr),
         ]
         self._schedulers = [_cosine(optimizer, steps) for optimizer in self._optimizers]
 
@@ -216,7 +221,7 @@ def compare(
             f"({len(dataset.train.labels)} images)"
         )
     names = (*BASES, *settings.recipes)
-    body = {
+    body: dict[str, Any] = {
         "dataset": dataset.name,
         "evaluated_on": "held-out part" if settings.held_out else "test set",
         "rows": {name: what(name) for name in names},

@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dni as fd
+from fused_dni.backends.common.windows import state_rows
 from fused_dni.experiments import future, run, sequences
+from fused_dni.experiments.ablation import Altered
 from fused_dni.experiments.characters import Text, streams
 from fused_dni.experiments.data import Dataset
 from fused_dni.experiments.rows import RowsTrainer
@@ -196,25 +198,26 @@ class CopyTrainer(Trainer):
     def train_on(self, episodes: sequences.Episodes, first: int) -> float:
         """Train on a batch of episodes, whose first window has ``first`` steps; return its mean
         error, bits per bit."""
-        inputs, targets, counted = episodes
+        inputs, _, counted = episodes
         length, batch = inputs.shape[:2]
         cuts = [0, *range(first, length, self.arm.window), length]
         total = torch.zeros(())
         state: State | None = None
-        for start, stop in itertools.pairwise(cuts):
+        told = self.synthesizer(self.arm.window)
+        truth: list[State] = []
+        if isinstance(told, Altered) and told.change == "true":
+            losses = self.losses(episodes)
+            _, _, truth = future.full_backprop(self.model.twin(), inputs, losses, cuts)
+        for k, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            if isinstance(told, Altered):
+                told.truth = state_rows(*truth[k]) if k < len(truth) else None
             ended = None
             if stop == length and self.arm.synthetic:
                 ended = torch.ones(batch, dtype=torch.bool)
             logits, state = self.model(inputs[start:stop], state, ended)
             loss = None
             if stop > counted:
-                begin = max(counted - start, 0)
-                loss = (
-                    F.binary_cross_entropy_with_logits(
-                        logits[begin:], targets[start + begin : stop], reduction="sum"
-                    )
-                    / targets.shape[2]
-                )
+                loss = self.losses(episodes)(logits, start)
                 total += loss.detach()
                 loss = loss / self.settings.divisor(self.arm)
             self.backward(loss, state)
@@ -222,6 +225,18 @@ class CopyTrainer(Trainer):
         count = (length - counted) * batch
         self.note(total, count)
         return float(total) / (count * math.log(2.0))
+
+    def losses(self, episodes: sequences.Episodes) -> Callable[[Tensor, int], Tensor]:
+        """Return what sums the losses, in nats a bit, of a window's outputs from a step on."""
+        _, targets, counted = episodes
+
+        def summed(logits: Tensor, start: int) -> Tensor:
+            begin = min(max(counted - start, 0), len(logits))
+            wanted = targets[start + begin : start + len(logits)]
+            nats = F.binary_cross_entropy_with_logits(logits[begin:], wanted, reduction="sum")
+            return nats / targets.shape[2]
+
+        return summed
 
     def evaluate(self) -> dict[str, float]:
         return {
@@ -234,20 +249,13 @@ class CopyTrainer(Trainer):
         }
 
     def probe(self, window: int) -> dict[str, Any] | None:
-        inputs, targets, counted = self.draw(-1 - self.seed)
-        if window >= len(inputs):
+        episodes = self.draw(-1 - self.seed)
+        if window >= len(episodes.inputs):
             return None
-
-        def losses(logits: Tensor, start: int) -> Tensor:
-            begin = min(max(counted - start, 0), len(logits))
-            return F.binary_cross_entropy_with_logits(
-                logits[begin:], targets[start + begin : start + len(logits)], reduction="sum"
-            ) / float(targets.shape[2])
-
         return future.future_gradient(
             self.model.twin(),
-            inputs,
-            losses,
+            episodes.inputs,
+            self.losses(episodes),
             window,
             synthesizer=self.synthesizer(window),
             target_scale=self.settings.target_scale,

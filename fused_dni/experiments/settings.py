@@ -118,7 +118,7 @@ class Training(OnImages):
     update: str = option("adam", UPDATE, "update rule of the network")
     lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
     weight_decay: float = option(0.0, RATE, "of the network")
-    sg_lr: float = option(1.5e-3, RATE, "the synthesizers' rate, likewise")
+    sg_lr: float = option(1e-3, RATE, "the synthesizers' rate, likewise")
     warmup_steps: int = option(
         234,
         whole(0),
@@ -127,9 +127,7 @@ class Training(OnImages):
     mix: float = option(
         0.0, number(0.0, 1.0), "weight of the true gradient on steps with targets; 1: exact there"
     )
-    lessons: int = option(
-        1, whole(1), "regression steps of a synthesizer on a step with targets, behind the warm-up"
-    )
+    lessons: int = option(1, whole(1), "regression steps of a synthesizer on a step with targets")
     synthesizer: str = option(
         "linear", one_of(FORMS), "cross-entropy: of the form that a classifier's gradient has"
     )
@@ -213,6 +211,7 @@ class Interfaces(OnImages):
 
 
 MODES = ("exact", "stale", "local", "decoupled")
+TARGETS = ("bootstrapped", "true")
 
 
 @dataclass(frozen=True)
@@ -237,6 +236,9 @@ class Staged(OnImages):
     target_every: int = option(
         1, whole(1), "a gradient comes back on every so many steps of the decoupled run"
     )
+    targets: str = option(
+        TARGETS[0], one_of(TARGETS), "what a decoupled stage sends down, at once or later"
+    )
     warmup_steps: int = option(
         44, whole(0), "on which its stages wait for the true gradient, at the start"
     )
@@ -259,6 +261,7 @@ SYNTHESIZERS = ("default", "linear", "mlp")
 LSTM_METHODS = ("backprop", "fused", "dni", "dni+aux")
 ROWS_METHODS = ("dni+lambda", "local", "immediate", "immediate+local")
 CONDITIONS = ("none", "label", "step", "both")
+ABLATIONS = ("zero", "negated", "shuffled", "mean", "noise", "true")
 _COPY: dict[str, Any] = {
     "windows": (4,),
     "long": (),
@@ -280,10 +283,10 @@ _ROWS: dict[str, Any] = {
     "methods": ("fused", "dni"),
     "windows": (1, 4, 7, 14),
     "long": (28,),
-    "hidden": 128,
+    "hidden": 64,
     "batch_size": 128,
     "lr": 2e-3,
-    "sg_lr": 1e-3,
+    "sg_lr": 3e-4,
     "sg_scale": 1.0,
     "synthesizer": "linear",
     "condition": "both",
@@ -337,6 +340,13 @@ class Recurrent(Settings):
         (40,), whole(1), "windows of truncated backprop alone", several="*"
     )
     seeds: tuple[int, ...] = option((0,), SEED, "one run of every arm each")
+    ablate: tuple[str, ...] = option(
+        (),
+        one_of(ABLATIONS),
+        "further arms of dni in which something else is injected: zero, negated, shuffled (over "
+        "rows), mean (of rows), noise, true (the true gradient), the last two of its norm",
+        several="*",
+    )
     hidden: int = option(256, whole(1), "units of the LSTM", group="training")
     layers: int = option(1, whole(1), "of the LSTM")
     batch_size: int = option(32, whole(1), "streams, episodes or images")
@@ -403,6 +413,8 @@ class Recurrent(Settings):
         super().__post_init__()
         if self.warmup and self.task != "charlm":
             raise ValueError(f"warmup must be 0 for {self.task}, got {self.warmup}")
+        if self.ablate and self.task not in ("copy", "repeat-copy"):
+            raise ValueError(f"ablate is for the copy tasks, not for {self.task}")
         if self.task != "rows":
             for method in self.methods:
                 if method in ROWS_METHODS:
@@ -421,6 +433,7 @@ class Recurrent(Settings):
             for window in self.windows
             for method in self.methods
         ]
+        made += [Arm(f"dni/{change}", w) for w in self.windows for change in self.ablate]
         exact = [m for m in self.methods if m in ("backprop", "fused")] or ["fused"]
         made += [Arm(method, window) for window in self.long for method in exact]
         return list(dict.fromkeys(made))

@@ -124,7 +124,12 @@ def work(settings: Settings, mode: str, folder: str) -> dict[str, Any]:
     curve: list[list[float]] = []
     waiting: list[tuple[float, Tensor]] = []
     with Pipeline(
-        stage, loss=F.cross_entropy, mode=mode, window=settings.window, lag=settings.lag
+        stage,
+        loss=F.cross_entropy,
+        mode=mode,
+        targets=settings.targets if mode == "decoupled" else "bootstrapped",
+        window=settings.window,
+        lag=settings.lag,
     ) as pipeline:
         checkpoints = Checkpoints(
             place, pipeline, optimizers=[optimizer], others=others, every=settings.checkpoint_every

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.experiments import run
+from fused_dni.experiments.ablation import Altered
 from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.modules.recurrent import DEFAULT_RANK
@@ -101,9 +102,13 @@ def build_net(
         if arm.method == "dni+lambda":
             net.synthesizer = _synthesizer(settings, context_features)
         elif arm.synthetic:
-            default = settings.synthesizer == "default"
+            change = arm.method.partition("/")[2]
+            default = settings.synthesizer == "default" and not change
+            synthesizer = None if default else _synthesizer(settings, context_features)
+            if synthesizer is not None and change:
+                synthesizer = Altered(synthesizer, change, seed)
             options |= {
-                "synthesizer": "default" if default else _synthesizer(settings, context_features),
+                "synthesizer": synthesizer or "default",
                 "context_features": context_features if default else 0,
                 "sg_scale": settings.sg_scale,
                 "max_target_norm": settings.target_clip or None,

@@ -315,20 +315,31 @@ def gemm_floor(
     weight gradient's ``[O, N] @ [N, I]``, by ``torch.mm(out=)`` on contiguous operands of their
     own. Put it in the same :func:`compare` as the steps it is the floor of.
     """
-    products = []
+    sizes = []
+    for rows, inputs, outputs in shapes:
+        sizes += [(rows, inputs, outputs, 1), (outputs, rows, inputs, 1)]
+    return products(sizes, dtype, device)
+
+
+def products(
+    sizes: Sequence[tuple[int, int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Candidate:
+    """Return matrix products [n, k] @ [k, m], each so many times, one after the other, by
+    ``torch.mm(out=)`` on contiguous operands of their own; ``sizes`` holds (n, k, m, times)."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
-    for rows, inputs, outputs in shapes:
-        products.append((make(rows, inputs), make(inputs, outputs), make(rows, outputs)))
-        products.append((make(outputs, rows), make(rows, inputs), make(outputs, inputs)))
+    made = [(make(n, k), make(k, m), make(n, m), times) for n, k, m, times in sizes]
 
     def floor() -> None:
         with torch.no_grad():
-            for a, b, out in products:
-                torch.mm(a, b, out=out)
+            for a, b, out, times in made:
+                for _ in range(times):
+                    torch.mm(a, b, out=out)
 
     return floor
 
@@ -351,30 +362,15 @@ def lstm_floor(
     weight, one after the other, and, as one product over the window each, the gradients of both
     weights and of the layer's input. By ``torch.mm(out=)`` on contiguous operands of their own.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
-
     rows, gates = steps * batch, 4 * hidden
-    # (a, b, out, times) of each layer: the first one reads the inputs, the others a layer.
-    products = []
-    for features in (inputs, *(hidden,) * (layers - 1)):
-        products.append((make(rows, features), make(features, gates), make(rows, gates), 1))
-        products.append((make(batch, hidden), make(hidden, gates), make(batch, gates), steps))
+    sizes = []
+    for features in (inputs, *(hidden,) * (layers - 1)):  # the first reads the inputs
+        sizes += [(rows, features, gates, 1), (batch, hidden, gates, steps)]
         if backward:
-            products.append((make(batch, gates), make(gates, hidden), make(batch, hidden), steps))
-            for size in (features, hidden):
-                products.append((make(gates, rows), make(rows, size), make(gates, size), 1))
-            products.append((make(rows, gates), make(gates, features), make(rows, features), 1))
-
-    def floor() -> None:
-        with torch.no_grad():
-            for a, b, out, times in products:
-                for _ in range(times):
-                    torch.mm(a, b, out=out)
-
-    return floor
+            sizes.append((batch, gates, hidden, steps))
+            sizes += [(gates, rows, size, 1) for size in (features, hidden)]
+            sizes.append((rows, gates, features, 1))
+    return products(sizes, dtype, device)
 
 
 #: What :func:`peak_memory` measures, for reports.

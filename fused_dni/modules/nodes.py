@@ -372,11 +372,11 @@ class ExactStack(_Closed):
     @staticmethod
     def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         h: Tensor
-        h, ctx.trace, ctx.need_dx = made
+        h, ctx.trace, ctx.need_dx, x = made  # x: what was multiplied of the last of `given`
         ctx.owner, ctx.close = stack, _close_stack
         kept = h if stack.head is None else None
         watched = stack.watched(ctx.need_dx)
-        _keep(ctx, stack.last, kept, given[-1], *watched, before=len(given) + 1)
+        _keep(ctx, stack.last, kept, x, *watched, before=len(given) + 1)
         return h
 
 

@@ -533,7 +533,6 @@ def stacked(
         name = "exact" if exact or layer is head else "quick"
         checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
     last = None if head is None else steps[-1]
-    surroundings = SURROUNDINGS if exact else ANYWHERE
-    quick = bind(container, surroundings, checks, steps[: len(layers)], exact, last)
+    quick = bind(container, ANYWHERE, checks, steps[: len(layers)], exact, last)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
-    return kind(quick, (*surroundings, *checks), container, layers, head, steps, covered), apart
+    return kind(quick, (*ANYWHERE, *checks), container, layers, head, steps, covered), apart

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fused_dni.report.blocks import Block, Table, Text
+
+
+def unfinished(report: Mapping[str, Any]) -> list[Block]:
+    """Say how far an experiment is that is not through."""
+    so_far = f"Unfinished: {len(report['runs'])} runs so far."
+    return [] if report["finished"] else [Text(so_far)]
+
+
+def tuning(
+    tried: Sequence[Mapping[str, Any]], caption: str, unit: str = "", lags: bool = False
+) -> Table:
+    """Show what each rate came to, a row an arm (and lag), a column a rate."""
+    rows: dict[tuple[str, ...], dict[float, str]] = {}
+    for one in tried:
+        lag = ["any" if one["lag"] is None else str(one["lag"])] if lags else []
+        cell = "diverged" if one["diverged"] else f"{100 * one['error']:.2f}{unit}"
+        rows.setdefault((one["name"], *lag), {})[one["rate"]] = cell
+    rates = list(dict.fromkeys(one["rate"] for one in tried))
+    lines = [[*key, *(cells.get(rate, "-") for rate in rates)] for key, cells in rows.items()]
+    return Table(["arm", *["lag"] * lags, *(f"{rate:g}" for rate in rates)], lines, caption)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 BLUE, LIGHT, GREEN, RED, YELLOW, VIOLET, GREY = (
@@ -84,6 +84,18 @@ def ranges(
         color=colour,
         label=name,
     )
+
+
+def arms(
+    axes: Any, names: Iterable[str], at: Sequence[int], values: Callable[[str, int], list[float]]
+) -> None:
+    """Draw a line a method: the means of its values at each x, and their ranges."""
+    methods = Methods()
+    for name in names:
+        colour, style = methods.style(name)
+        found: dict[float, list[float]] = {x: there for x in at if (there := values(name, x))}
+        if found:
+            ranges(axes, found, name, colour, style)
 
 
 def spread(

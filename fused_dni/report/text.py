@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 from fused_dni.report.timings import Ratio
@@ -38,6 +39,11 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def rate(value: float) -> str:
+    """Write how many a second: ``12,345``, ``9.87``."""
+    return f"{value:,.0f}" if value >= 100 else significant(value)
+
+
 def ratio(found: Ratio, *, marked: bool = True, to: str = "") -> str:
     """Write a ratio of times: ``0.83``, ``~0.99``, ``0.83 (0.81 to 0.85)``.
 
@@ -63,6 +69,24 @@ def span(values: Iterable[float], form: str = ".2f", to: str = " to ") -> str:
     """Write the least and the most of some values: ``0.65 to 0.72``."""
     found = list(values)
     return f"{min(found):{form}}{to}{max(found):{form}}"
+
+
+def mean(values: Sequence[float]) -> str:
+    """Write a mean and, of several values, their range: ``2.31 (2.20-2.41)``; ``-`` for none."""
+    if not values:
+        return "-"
+    between = f" ({span(values, to='-')})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{between}"
+
+
+def parts(found: Sequence[float | None]) -> str:
+    """Write in what part of a time something was reached, by seed, None where it was not: median,
+    range, and how many seeds if not all."""
+    known = [part for part in found if part is not None]
+    if not known:
+        return "never"
+    said = f"{statistics.median(known):.2f} ({span(known)})"
+    return said if len(known) == len(found) else f"{said}, {len(known)} of {len(found)} seeds"
 
 
 def count(number: int, what: str) -> str:

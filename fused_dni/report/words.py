@@ -36,11 +36,10 @@ def versus(found: Ratio) -> str:
     word = found.verdict()
     if word != "inconclusive" and not 0.0 < found.median < math.inf:
         return f"{word} than"  # by no number: one time was shorter than the clock could tell
-    if word == "faster":
-        return f"{1 / found.median:.2f}x faster than"
-    if word == "slower":
-        return f"{found.median:.2f}x slower than"
-    return "not measurably different from"
+    if word == "inconclusive":
+        return "not measurably different from"
+    times = 1 / found.median if word == "faster" else found.median
+    return f"{text.significant(times)}x {word} than"
 
 
 NAMES = {

@@ -21,6 +21,7 @@ import instructions
 import measuring
 import stored
 from fused_dni.backends import _cpu
+from fused_dni.experiments import recurrent
 from fused_dni.ops import measured, registry
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import Ratio, Timing
@@ -944,3 +945,56 @@ def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
     finally:
         _cpu.set_isa(widest)
     assert groups.device_facts()["isa"] == widest
+
+
+def test_the_table_of_recipes_marks_ranges_and_says_shares():
+    runs = [
+        {"name": name, "k": k, "seed": seed, "error": error, "exact": exact}
+        for name, k, exact, errors in (
+            ("backprop", None, 1.0, (0.01, 0.02)),
+            ("stale", 8, 0.125, (0.04, 0.05)),
+            ("exact", 8, 0.2, (0.02, 0.03)),
+        )
+        for seed, error in enumerate(errors)
+    ]
+    report = Result(
+        "recipes",
+        facts=_late({})["facts"],
+        settings={
+            "depth": 3, "hidden": 8, "batch_size": 16, "epochs": 6, "lr": 0.003, "sg_lr": 0.001,
+            "warmup": 0.5, "target_every": [8], "seeds": [0, 1],
+        },
+        body={
+            "rows": {"backprop": "b", "stale": "s", "exact": "e"}, "runs": runs,
+            "evaluated_on": "test set", "dataset": "mnist", "finished": True,
+        },
+    )  # fmt: skip
+    found = documents.RENDERERS["recipes"][1]([report])
+    assert "| row | k=8 | exact, k=8 |" in found
+    assert "| backprop | 1.50 (1.00-2.00) | 100.0 % |" in found
+    assert "| stale | 4.50 (4.00-5.00) | 12.5 % |" in found
+    assert "| exact | 2.50 (2.00-3.00) \\* | 20.0 % |" in found
+    assert "At k=8 the best recipe is exact, 2.50 %; stale 4.50 %, ranges apart" in found
+    assert documents.RENDERERS["recipes"][1]([]) == "Not measured yet."
+
+
+def test_the_table_of_an_ablation_takes_cosines_over_all_of_the_training():
+    settings = recurrent.Settings.of(
+        "copy", ablate=("zero",), methods=("fused", "dni"), seeds=(0, 1)
+    )
+    cosines = {"dni T=4": (0.3, -0.1, None, 0.1), "dni/zero T=4": (0.2, 0.2, 0.2, 0.2)}
+    runs = []
+    for arm in settings.arms():
+        for seed in settings.seeds:
+            history = [
+                {"solved": float(k + seed), "seconds": 1.0, "steps": 1.0}
+                | ({"prediction": {"prediction_row_cosine": found}} if found != 9 else {})
+                for k, found in enumerate(cosines.get(arm.name, (9, 9, 9, 9)))
+            ]
+            run = {"name": arm.name, "seed": seed, "history": history}
+            runs.append(run | {"method": arm.method, "window": arm.window})
+    report = recurrent.result(recurrent.Outcome(settings, {}, runs), "fused-dni train copy")
+    found = documents.RENDERERS["ablation"][1]([report])
+    assert "| fused T=4 | 1.5 (1–2) | 3.5 (3–4) | – |" in found
+    assert "| dni T=4 | 1.5 (1–2) | 3.5 (3–4) | +0.100 (4 of 6 above 0) |" in found
+    assert "| dni/zero T=4 | 1.5 (1–2) | 3.5 (3–4) | +0.200 (8 of 8 above 0) |" in found

@@ -11,11 +11,13 @@ from fused_dni import cli
 from fused_dni.cli.command import _described, _of_settings
 from fused_dni.cli.program import COMMANDS
 from fused_dni.experiments.delay_settings import Settings as Delay
+from fused_dni.experiments.literature_settings import Settings as Literature
+from fused_dni.experiments.recipe_settings import Settings as Recipes
 from fused_dni.experiments.rival_arms import Settings as Rivals
 from fused_dni.experiments.settings import Interfaces, Recurrent, Staged, Training
 from fused_dni.measure import options
 
-SETTINGS = (Training, Recurrent, Interfaces, Staged, Rivals, Delay)
+SETTINGS = (Training, Recurrent, Interfaces, Staged, Rivals, Delay, Recipes, Literature)
 
 
 @pytest.mark.parametrize("made", COMMANDS, ids=lambda made: made.name)

@@ -205,7 +205,9 @@ def test_a_plot_of_an_unknown_format_is_refused_first(capsys, tmp_path):
     assert captured.out == "" and "--plot must end in one of" in captured.err
 
 
-@pytest.mark.parametrize("command", [VERDICT, MAP, "compare A A", "interfaces", "rivals", "delay"])
+@pytest.mark.parametrize(
+    "command", [VERDICT, MAP, "compare A A", "interfaces", "rivals", "delay", "recipes"]
+)
 def test_a_folder_is_no_file(capsys, tmp_path, results, command):
     argv = [results if word == "A" else word for word in command.split()]
     assert cli.main([*argv, "--out", str(tmp_path)]) == 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import ranks
 from torch import Tensor, nn
@@ -229,6 +230,24 @@ def test_true_targets_are_the_gradients_of_backprop(every, monkeypatch):
             assert float((gradient - wanted[i]).abs().max()) < 1e-12
         taught.clear()
         advance(optimizer, plan)
+
+
+def under_another_backend(rank: int, world: int, store: str) -> tuple[dict[str, Tensor], Any]:
+    from torch.testing._internal.distributed import fake_pg
+
+    assert fake_pg  # its import makes that backend known
+    dist.barrier()  # until both are connected
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=dist.FileStore(store, world), rank=rank,
+                            world_size=world)  # fmt: skip
+    assert dist.get_backend() == "fake"  # whose messages never arrive
+    return on_rank(rank, world, "decoupled", 2, "adam", 1, 2)
+
+
+def test_links_are_gloos_whatever_the_default_group_is_of(tmp_path):
+    run = partial(under_another_backend, store=str(tmp_path / "store"))
+    found = [p for p, _ in ranks(run, 2)]
+    assert differences(found, twin(2, "decoupled", 2, "adam", 1, 2)[0]) == 0.0
 
 
 def test_a_lag_of_its_own_for_each_stage():

@@ -50,7 +50,7 @@ def report():
 def test_every_run_is_there_once(report):
     runs = [Run(*(run[name] for name in Run._fields)) for run in report["runs"]]
     assert runs == TINY.runs() and len(set(runs)) == len(runs)
-    arms = ["none", "backprop", "dni", "cdni", "recipe 0.25", "recipe 0.125"]
+    arms = ["none", "backprop", "dni", "cdni", "cdni-cross-entropy", "recipe 0.25", "recipe 0.125"]
     assert [run.name for run in runs if (run.table, run.size, run.seed) == ("depth", 2, 0)] == arms
     more = [run for run in runs if run.seed == 1]
     assert {run.table for run in more} == {"depth"}

@@ -14,7 +14,8 @@ from torch import nn
 import fused_dni as fd
 from fused_dni import cli
 from fused_dni.experiments import characters, data, future, recurrent, run, windowed
-from fused_dni.experiments.settings import SYNTHESIZERS
+from fused_dni.experiments.ablation import Altered
+from fused_dni.experiments.settings import ABLATIONS, SYNTHESIZERS
 from fused_dni.measure import memory, timing
 from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
@@ -232,6 +233,52 @@ def test_the_error_of_an_episode_is_in_bits_per_bit():
     assert trainer.train_on(trainer.draw(0), 3) == pytest.approx(1.0, abs=1e-6)
 
 
+class _Twice(nn.Module):
+    def forward(self, rows, context=None):
+        return 2 * rows
+
+
+def test_what_is_injected_is_altered_and_what_is_learned_is_not():
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = {}
+    for change in ABLATIONS:
+        altered = Altered(_Twice(), change, 0)
+        altered.truth = rows.detach().flip(1)
+        assert torch.equal(altered(rows), 2 * rows)
+        with torch.no_grad():
+            found[change] = altered(rows)
+    made = 2 * rows.detach()
+    assert not found["zero"].any() and torch.equal(found["negated"], -made)
+    assert torch.equal(found["mean"], made.mean(0).expand(8, 4))
+    order = (found["shuffled"][:, None] == made).all(2).int().argmax(1)
+    assert sorted(order.tolist()) == list(range(8)) != order.tolist()
+    torch.testing.assert_close(found["true"], made.flip(1))
+    torch.testing.assert_close(found["noise"].norm(dim=1), made.norm(dim=1))
+    again = Altered(_Twice(), "noise", 0)
+    with torch.no_grad():
+        assert torch.equal(again(rows), found["noise"])
+        assert not torch.equal(again(rows), found["noise"])  # drawn anew
+
+
+def test_the_true_gradient_is_injected_at_each_boundary(monkeypatch):
+    trainer = recurrent.build(recurrent.Arm("dni/true", 3), 0, COPY, None)
+    trainer.curriculum.level = 3  # 9 steps, the last 4 of them written
+    monkeypatch.setattr(type(trainer), "update", lambda self: None)
+    told, episodes = trainer.synthesizer(3), trainer.draw(0)
+    heard = []
+    monkeypatch.setattr(Altered, "altered", lambda self, made: heard.append(self.truth) or made)
+    trainer.train_on(episodes, 2)
+    assert isinstance(told, Altered) and len(heard) == 4 and heard[-1] is None
+    twin = trainer.model.twin()
+    with torch.no_grad():
+        _, state = twin(episodes.inputs[:5], None)
+    h, c = (t.requires_grad_() for t in state)
+    logits, _ = twin(episodes.inputs[5:], (h, c))
+    nats = F.binary_cross_entropy_with_logits(logits, episodes.targets[5:], reduction="sum") / 2
+    wanted = torch.cat(torch.autograd.grad(nats, (h, c)), 2)[0]
+    torch.testing.assert_close(heard[1], wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_validation_bits_charge_for_what_cannot_be_predicted():
     source = characters.split("abab" * 50 + "aXba" * 12, 0.19)
     assert source.unknown > 0
@@ -414,6 +461,8 @@ def test_images_that_do_not_fit_the_settings():
         ({"task": "copy", "warmup": 0.1}, "must be 0 for copy"),
         ({"task": "rows", "warmup": 0.1}, "must be 0 for rows"),
         ({"methods": ("fused", "local")}, "methods: 'local' is for rows, not for charlm"),
+        ({"ablate": ("zero",)}, "ablate is for the copy tasks, not for charlm"),
+        ({"task": "copy", "ablate": ("zeros",)}, "did you mean 'zero'"),
         ({"condition": "lable"}, "did you mean 'label'"),
         ({"sg_lambda": 1.1}, "sg_lambda must be a finite number from 0 to 1"),
         ({"synthesizer": "mpl"}, "did you mean 'mlp'"),
@@ -449,7 +498,8 @@ class _Cut(Exception):
 @pytest.mark.parametrize("task", ["charlm", "copy", "rows"])
 def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatch, task):
     rows = replace(ROWS, methods=("fused", "dni+lambda"))
-    settings = {"charlm": replace(CHARLM, amount=1600), "copy": COPY, "rows": rows}[task]
+    copy = replace(COPY, methods=("fused", "dni", "dni+aux"), ablate=("noise", "true"))
+    settings = {"charlm": replace(CHARLM, amount=1600), "copy": copy, "rows": rows}[task]
     source = SOURCES.get(task)
     monkeypatch.setattr(run, "CHUNK", 7)
     whole = _fingerprints(recurrent.train(settings, source))

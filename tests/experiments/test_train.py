@@ -13,8 +13,11 @@ import pytest
 import torch
 from clusters import clusters
 
+import fused_dni as fd
 from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
+from fused_dni.report import blocks_of
+from fused_dni.report.blocks import as_text
 from fused_dni.report.errors import ReportError
 from fused_dni.report.folder import write_folder
 
@@ -88,6 +91,22 @@ def test_rates_follow_the_cosine_on_fused_rules_too():
         for _ in range(30):
             trainer.step(dataset.train.images[:16], dataset.train.labels[:16])
         assert all(group["lr"] == pytest.approx(0.0) for group in trainer.optimizer.param_groups)
+
+
+def test_form_and_lessons_of_synthesizers_reach_the_layers_and_the_report():
+    dataset = clusters(160, 50, 12)
+    changed = {"methods": ("cdni",), "synthesizer": "cross-entropy", "lessons": 3, "mix": 1.0}
+    settings = replace(TINY, **changed, target_every=(2,), epochs=1)
+    trainer = train.build("cdni k=2", 0, settings, dataset)
+    hidden = list(trainer.model)[:-1]
+    assert all(type(m.synthesizer) is fd.CrossEntropySynthesizer for m in hidden)
+    for _ in range(10):
+        trainer.step(dataset.train.images[:16], dataset.train.labels[:16])
+    assert [m.synthesizer_update.steps for m in hidden] == [3 * (4 + 3)] * 2
+    said = as_text(blocks_of(train.result(train.train(settings, dataset))))
+    assert "synthesizers of the cross-entropy form at the output, 3 lessons a target" in said
+    with pytest.raises(ValueError, match="leave the method 'dni' out"):
+        replace(settings, methods=("cdni", "dni"))
 
 
 PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")

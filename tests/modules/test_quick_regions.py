@@ -4,11 +4,13 @@ layer after the other, by however many threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dni as fd
 from fused_dni.modules.base import DecoupledModule
@@ -64,14 +66,20 @@ def network(
 
 
 def trained(
-    model: fd.DecoupledSequential, rows: int, steps: int, narrow: bool = False
+    model: fd.DecoupledSequential,
+    rows: int,
+    steps: int,
+    narrow: bool = False,
+    given: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], list[int]]:
-    """All that steps leave, and how many regions each of them was; under autocast if `narrow`."""
+    """All that steps leave, dx too if the input is not of float32, and how many regions each of
+    them was; under autocast if `narrow`."""
     schedule, regions = fd.Schedule(model, target_every=2), []
     found: list[Tensor] = []
     for step in range(steps):
         torch.manual_seed(step)
         x, y = torch.randn(rows, model[0].weight.shape[1]), torch.randint(0, CLASSES, (rows,))
+        x = x.to(given).requires_grad_(given is not torch.float32)
         before = _cpu.met()[0]
         context = y if model[0].synthesizer is not None else None
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
@@ -79,7 +87,7 @@ def trained(
         loss.backward()
         regions.append(_cpu.met()[0] - before)
         schedule.step()
-        found.append(loss.detach())
+        found += [t for t in (loss.detach(), x.grad) if t is not None]
     layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
     rules = [rule for layer in layers for _, rule, _ in layer.rules()]
     found += model.state_dict().values()
@@ -127,18 +135,51 @@ def test_layers_that_are_too_large_to_overlap() -> None:
 
 @pytest.mark.skipif(not _cpu.bf16(), reason="the instruction set in use has no bfloat16 products")
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("by", "options"),
     [
-        *[(by, {}) for by in SYNTHESIZERS if by != "exact"],
+        *[(by, {}) for by in SYNTHESIZERS],
         ("low rank", {"normalization": "layer", "activation": "silu"}),
         ("low rank", {"normalization": None, "max_norm": 0.1}),
+        ("exact", {"normalization": "layer", "activation": "silu"}),
+        ("exact", {"normalization": None, "activation": "tanh"}),
     ],
 )
-def test_autocast(by: str, options: dict[str, Any], threads: int) -> None:
+def test_autocast(by: str, options: dict[str, Any], given: torch.dtype, threads: int) -> None:
     """bfloat16 from layer to layer, rounded where one after the other rounds."""
     torch.set_num_threads(threads)
-    mine, regions = trained(network(False, by, WIDTHS, **options), 40, 12, narrow=True)
-    theirs, _ = trained(network(True, by, WIDTHS, **options), 40, 12, narrow=True)
-    assert regions[-2:] == [2, 2]
+    mine, regions = trained(network(False, by, WIDTHS, **options), 40, 12, True, given)
+    theirs, _ = trained(network(True, by, WIDTHS, **options), 40, 12, True, given)
+    # A step without a target is left to the layers if there is to be a dx.
+    by_layers = by != "exact" and given is not torch.float32
+    assert min(regions[-2:]) == (3 if by == "exact" else 2)
+    assert by_layers or regions[-1] == regions[-2]
+    assert len(mine) == len(theirs)
     assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.skipif(not _cpu.bf16(), reason="the instruction set in use has no bfloat16 products")
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_whose_backward_goes_the_usual_way(given: torch.dtype) -> None:
+    """What a forward in one call left serves a backward that somebody looks at."""
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for looked_at in (False, True):
+        model = network(False, "exact", WIDTHS)
+        trained(model, 40, 3, True)  # bound
+        torch.manual_seed(1)
+        x, y = torch.randn(40, WIDTHS[0]).to(given), torch.randint(0, CLASSES, (40,))
+        before = _cpu.met()[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, target=y)
+        assert _cpu.met()[0] == before + 1
+        with Look() if looked_at else nullcontext():
+            loss.backward()
+        found.append([loss.detach(), *model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

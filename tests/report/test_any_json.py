@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_dni import cli
+from fused_dni.experiments.literature_settings import Settings as Literature
 from fused_dni.measure.simulate import Failures, Settings, compare, sweep
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.files import as_json
@@ -69,6 +71,24 @@ def _link() -> dict[str, Any]:
     return dict(json.loads(as_json(found)))
 
 
+def _literature() -> dict[str, Any]:
+    few = Literature(depths=(3,), windows=(2,), digits=4, seeds=(1,), more_seeds=())
+    last = {"steps": 9, "digits": 4, "updates": 2, "odd_error": 0.5, "error": 0.25}
+    end = {"error": 0.25, "diverged": False, "history": [last], "every": 4, "exact": 0.25}
+    found = Result(
+        "literature",
+        facts=_committed("amd-epyc-avx512-delay-4-stages.json")["facts"],
+        settings=asdict(few),
+        body={
+            "dataset": "mnist",
+            "evaluated_on": "test set",
+            "runs": [{**run._asdict(), **end} for run in few.runs()],
+            "finished": True,
+        },
+    )
+    return dict(json.loads(as_json(found)))
+
+
 def by_pytest(**rounds: Any) -> dict[str, Any]:
     """As ``pytest --benchmark-json`` writes it."""
     return {
@@ -114,6 +134,7 @@ SOUND = {
     "delay": _committed("amd-epyc-avx512-delay-4-stages.json"),
     "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
+    "literature": _literature(),
     "simulation": _simulation(),
     "verdict link": _link(),
     "planted": _committed("verdict/amd-epyc-avx2-planted.json"),

@@ -44,7 +44,7 @@ from fused_dni.measure.advise.predict import ASSUMPTIONS, Blocks, Form, Plan
 from fused_dni.measure.advise.top import expensive_top
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Timing
-from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, first_line
+from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, trying
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.blocks import as_text
 from fused_dni.report.files import as_json
@@ -222,13 +222,9 @@ def pose(
     problem = Problem(sample, None, loss or _as_it_is, arriving, context, rule)
     subject = Subject(whole, found, problem, Making(rule, classes, backend))
     for i, form in possible(found):
-        try:
+        what = f"block {found[i].name} ({found[i].what}) does not run alone, {form}"
+        with trying(AdviceError, what):
             subject.alone(i, form).step()
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise AdviceError(
-                f"block {found[i].name} ({found[i].what}) does not run alone, {form}: "
-                f"{first_line(error)}"
-            ) from error
     return subject
 
 

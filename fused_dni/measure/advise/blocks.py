@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_dni.convert import _agreed, _places, _stock_only, _tied, _why_not
 from fused_dni.measure.advise.errors import AdviceError
-from fused_dni.measure.verdict.candidates import first_line
+from fused_dni.measure.verdict.candidates import trying
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -176,7 +176,8 @@ def survey(model: nn.Module, sample: Tensor, loss: Loss | None) -> list[Block]:
     """
     leaves = list(_leaves(model))
     recorder = _Recorder()
-    try:
+    what = f"the model does not take a sample of shape {list(sample.shape)}"
+    with trying(AdviceError, what):
         model(sample)
         handles = [handle for leaf in leaves for handle in recorder.watch(leaf)]
         try:
@@ -185,10 +186,6 @@ def survey(model: nn.Module, sample: Tensor, loss: Loss | None) -> list[Block]:
         finally:
             for handle in handles:
                 handle.remove()
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise AdviceError(
-            f"the model does not take a sample of shape {list(sample.shape)}: {first_line(error)}"
-        ) from error
     if not isinstance(output, Tensor):
         raise AdviceError(f"the model must return one tensor, got {type(output).__name__}")
     if not output.requires_grad:
@@ -202,12 +199,9 @@ def survey(model: nn.Module, sample: Tensor, loss: Loss | None) -> list[Block]:
 
 
 def _loss_block(loss: Loss, output: Tensor, producer: int | None) -> Block:
-    try:
+    what = f"the loss does not take an output of shape {list(output.shape)}"
+    with trying(AdviceError, what):
         value = loss(output)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise AdviceError(
-            f"the loss does not take an output of shape {list(output.shape)}: {first_line(error)}"
-        ) from error
     if not isinstance(value, Tensor) or value.dim():
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise AdviceError(f"the loss must be a scalar tensor, got {got}")

@@ -26,6 +26,8 @@ from fused_dni.rules import Rule
 #: Rate at which candidates are timed: they must stay where they are, and speed does not depend on
 #: it. Not zero, which a kernel could take as an excuse.
 TIMING_RATE = 1e-6
+#: What a user's modules and functions may raise when they are tried.
+RAISED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError)
 
 
 Loss = Callable[[Tensor], Tensor]
@@ -73,13 +75,9 @@ def pose(
     if not any(p.requires_grad for p in module.parameters()):
         raise VerdictError("the module has no trainable parameters")
     module = copy.deepcopy(module).train()
-    try:
-        with torch.no_grad():
-            output = copy.deepcopy(module)(sample)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise VerdictError(
-            f"the module does not take a sample of shape {list(sample.shape)}: {first_line(error)}"
-        ) from error
+    what = f"the module does not take a sample of shape {list(sample.shape)}"
+    with trying(VerdictError, what), torch.no_grad():
+        output = copy.deepcopy(module)(sample)
     if not isinstance(output, Tensor):
         hint = ""
         if isinstance(module, (nn.LSTM, Recurrent)):
@@ -283,15 +281,20 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def learners(model: nn.Module) -> list[tuple[DecoupledModule, nn.Module]]:
+    """Return the decoupled modules that have a synthesizer, with it."""
+    modules = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+    return [(m, m.synthesizer) for m in modules if m.synthesizer is not None]
+
+
 def spread(module: nn.Module) -> None:
     """Give synthesizers, which start at zero, small numbers, so that what is timed is ordinary."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, DecoupledModule) and part.synthesizer is not None:
-                for p in part.synthesizer.parameters():
-                    noise = torch.randn(p.shape, generator=generator) * 0.01
-                    p.add_(noise.to(device=p.device, dtype=p.dtype))
+        for _, synthesizer in learners(module):
+            for p in synthesizer.parameters():
+                noise = torch.randn(p.shape, generator=generator) * 0.01
+                p.add_(noise.to(device=p.device, dtype=p.dtype))
 
 
 def linear_shapes(module: nn.Module, sample: Tensor) -> list[tuple[int, int, int]]:
@@ -311,6 +314,15 @@ def linear_shapes(module: nn.Module, sample: Tensor) -> list[tuple[int, int, int
     with torch.no_grad():
         module(sample)
     return found
+
+
+@contextmanager
+def trying(kind: type[Exception], what: str) -> Iterator[None]:
+    """Say ``what`` of a user's module or function does not run, and why, by an error of a kind."""
+    try:
+        yield
+    except RAISED as error:
+        raise kind(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

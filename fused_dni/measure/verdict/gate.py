@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_dni.measure.verdict.candidates import Problem, our_step, stock_step
+from fused_dni.measure.verdict.candidates import Problem, learners, our_step, stock_step
 from fused_dni.measure.verdict.errors import GateError
-from fused_dni.modules.base import DecoupledModule
 from fused_dni.rules import SGD, Rule
 
 
@@ -52,13 +51,8 @@ def check_gate(
     report: dict[str, Any] = {"tolerance": share, "checks": []}
 
     def check(name: str, ours: nn.Module) -> None:
-        learners = {
-            id(p)
-            for part in ours.modules()
-            if isinstance(part, DecoupledModule) and part.synthesizer is not None
-            for p in part.synthesizer.parameters()
-        }
-        found = [p.detach() for p in fd.revert(ours).parameters() if id(p) not in learners]
+        learning = {id(p) for _, s in learners(ours) for p in s.parameters()}
+        found = [p.detach() for p in fd.revert(ours).parameters() if id(p) not in learning]
         if [p.shape for p in found] != [p.shape for p in before.values()]:
             raise GateError(f"no verdict: {name} has other parameters than the module")
         worst = 0.0
@@ -89,17 +83,11 @@ def check_gate(
         ours = build(synthesizer, rule)
         kept = {
             id(p): p.detach().clone()
-            for m in ours.modules()
-            if isinstance(m, DecoupledModule) and m.synthesizer is not None
+            for m, _ in learners(ours)
             for p in m.local_parameters()
             if p is not None
         }
-        pupils = [
-            (p, p.detach().clone())
-            for m in ours.modules()
-            if isinstance(m, DecoupledModule) and m.synthesizer is not None
-            for p in m.synthesizer.parameters()
-        ]
+        pupils = [(p, p.detach().clone()) for _, s in learners(ours) for p in s.parameters()]
         torch.manual_seed(0)
         our_step(ours, probe, 1)()
         for p in ours.parameters():

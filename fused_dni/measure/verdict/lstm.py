@@ -36,7 +36,7 @@ from fused_dni.measure.verdict.candidates import (
     TIMING_RATE,
     at_rate,
     check_sample,
-    first_line,
+    trying,
 )
 from fused_dni.measure.verdict.errors import GateError, VerdictError
 from fused_dni.measure.verdict.layer import facts_of
@@ -384,12 +384,10 @@ def _pose(
     problem = _Problem(
         plain, options, whole, arriving.to(device=sample.device, dtype=sample.dtype), backend
     )
-    try:
+    with trying(VerdictError, "the LSTM cannot be measured"):
         with torch.no_grad():
             plain(sample)
         problem.stream("dni", window, SGD())
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise VerdictError(f"the LSTM cannot be measured: {first_line(error)}") from error
     return problem, window, long
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict import forms
-from fused_dni.measure.verdict.candidates import first_line, spread
+from fused_dni.measure.verdict.candidates import first_line, spread, trying
 from fused_dni.measure.verdict.errors import VerdictError
 from fused_dni.modules.base import DecoupledModule, Predicted
 from fused_dni.modules.decoupled import Decoupled
@@ -41,8 +41,6 @@ Batch = Callable[[int], Sequence[Any]]
 
 #: Synthesizers for tops whose gradient is known in part.
 TOP_NAMES = ("softmax", "difference")
-#: What a user's modules and functions may raise when they are tried.
-_RAISED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError)
 
 
 class Given(NamedTuple):
@@ -338,12 +336,10 @@ def pose(
     x, *rest = (part.detach() if isinstance(part, Tensor) else part for part in sample)
     if not x.dim() or not x.numel():
         raise VerdictError(f"x must be a batch, got shape {list(x.shape)}")
-    try:
+    with trying(VerdictError, "bottom and top cannot be copied"):
         bottom, top, teacher = copy.deepcopy((bottom, top, synthesizer))
         bottom.train()
         trial, above = copy.deepcopy((bottom, top))
-    except (RuntimeError, TypeError) as error:
-        raise VerdictError(f"bottom and top cannot be copied: {first_line(error)}") from error
     with unchanged(top, x.device):
         h = _output(trial, x)
         head, notes = _tried(above, h, rest)
@@ -355,23 +351,15 @@ def pose(
             made = _named(teacher, h, context, layer, notes)
         subject = Subject(bottom, top, x, tuple(rest), h, made, rule, notes)
         for name in made:
-            try:
+            with trying(VerdictError, f"a step with the synthesizer {name} fails"):
                 subject.steps(name, 2)()
-            except _RAISED as error:
-                raise VerdictError(
-                    f"a step with the synthesizer {name} fails: {first_line(error)}"
-                ) from error
     return subject
 
 
 def _output(bottom: nn.Module, x: Tensor) -> Tensor:
     """h, from the bottom alone."""
-    try:
+    with trying(VerdictError, f"bottom does not take a batch of shape {list(x.shape)}"):
         h = bottom(x)
-    except _RAISED as error:
-        raise VerdictError(
-            f"bottom does not take a batch of shape {list(x.shape)}: {first_line(error)}"
-        ) from error
     if not isinstance(h, Tensor) or not h.is_floating_point() or h.dim() < 2:
         got = f"{h.dtype} {list(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
         raise VerdictError(f"bottom must return one floating-point tensor [N, ..., O], got {got}")
@@ -398,15 +386,12 @@ def _tried(top: Top, h: Tensor, rest: Sequence[Any]) -> tuple[int | None, list[s
 
     handles = [m.register_forward_pre_hook(note) for m in modules if _a_head(m, h, labels)]
     losses = []
+    what = ", ".join(["h", *(type(part).__name__ for part in rest)])
     try:
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            losses.append(top(h, *rest))
-    except _RAISED as error:
-        what = ", ".join(["h", *(type(part).__name__ for part in rest)])
-        raise VerdictError(
-            f"top does not take ({what}), h of shape {list(h.shape)}: {first_line(error)}"
-        ) from error
+        with trying(VerdictError, f"top does not take ({what}), h of shape {list(h.shape)}"):
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                losses.append(top(h, *rest))
     finally:
         for handle in handles:
             handle.remove()

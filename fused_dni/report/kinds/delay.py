@@ -8,6 +8,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import tuning, unfinished
 from fused_dni.report.schema import Result
 
 
@@ -35,12 +36,11 @@ def blocks(report: Result) -> list[Block]:
     arms = report["arms"]
     said += [Heading("The arms"), Table(["arm", "what it is"], [[n, arms[n]] for n in arms])]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report)]
+        caption = "Error on the held-out part, %, one seed."
+        said += [Heading("Rates"), tuning(report["tuning"], caption, lags=True)]
     if any(run["cosines"] for run in report["runs"]):
         said += [Heading("Cosine of predictions with what came for them, by cut"), _cosines(report)]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+    return said + unfinished(report)
 
 
 def protocol(report: Result) -> str:
@@ -78,16 +78,12 @@ def errors(report: Result, name: str, lag: int | None) -> list[float]:
 
 
 def _cell(report: Result, name: str, lag: int) -> str:
-    found = errors(report, name, lag)
-    if not found:
-        return "-"
-    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
     diverged = sum(
         run["diverged"]
         for run in report["runs"]
         if run["name"] == name and run["lag"] in (lag, None)
     )
-    return f"{statistics.fmean(found):.2f}{between}" + f", {diverged} diverged" * bool(diverged)
+    return text.mean(errors(report, name, lag)) + f", {diverged} diverged" * bool(diverged)
 
 
 def table(report: Result) -> Table:
@@ -124,33 +120,6 @@ def sentence(report: Result) -> str:
     )
 
 
-def _lag(lag: int | None) -> str:
-    return "any" if lag is None else str(lag)
-
-
-def _tuning(report: Result) -> Table:
-    rates = report.settings["rates"]
-    rows = {(t["name"], _lag(t["lag"]), t["rate"]): t for t in report["tuning"]}
-    lines = []
-    for name, lag in dict.fromkeys((name, lag) for name, lag, _ in rows):
-        cells = [rows.get((name, lag, rate)) for rate in rates]
-        lines.append(
-            [
-                name,
-                lag,
-                *(
-                    "-" if c is None else "diverged" if c["diverged"] else f"{100 * c['error']:.2f}"
-                    for c in cells
-                ),
-            ]
-        )
-    return Table(
-        ["arm", "lag", *(f"{rate:g}" for rate in rates)],
-        lines,
-        "Error on the held-out part, %, one seed.",
-    )
-
-
 def _cosines(report: Result) -> Table:
     cuts = report.settings["stages"] - 1
     lines = []
@@ -171,10 +140,5 @@ def _cosines(report: Result) -> Table:
 def _draw(report: Result, canvas: Any) -> None:
     axes = canvas.add_subplot()
     lags = sorted(report.settings["lags"])
-    methods = plots.Methods()
-    for name in report["arms"]:
-        colour, style = methods.style(name)
-        found = {lag: values for lag in lags if (values := errors(report, name, lag))}
-        if found:
-            plots.ranges(axes, found, name, colour, style)
+    plots.arms(axes, report["arms"], lags, functools.partial(errors, report))
     plots.finish(axes, "lag, steps", "error, %", log=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import unfinished
 from fused_dni.report.schema import Result
 
 #: Test error on MNIST, %, by arm and hidden layers (of 256 units): Jaderberg et al. 2016, table 1.
@@ -30,7 +31,8 @@ WHAT = {
     "none": "no backprop: the head alone learns",
     "backprop": "backprop",
     "dni": "DNI, unconditional (dense), targets on every step",
-    "cdni": "cDNI, targets on every step",
+    "cdni": "cDNI, linear, targets on every step",
+    "cdni-cross-entropy": "cDNI, cross-entropy form, targets on every step",
     "full": "every layer in every step",
     "locked forward": "synthetic gradients, true inputs",
     "unlocked": "synthetic gradients and inputs",
@@ -51,9 +53,7 @@ def blocks(report: Result) -> list[Block]:
     gone = sum(run["diverged"] for run in report["runs"])
     if gone:
         said.append(Text(f"{text.count(gone, 'run')} diverged, with the errors above."))
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+    return said + unfinished(report)
 
 
 def protocol(report: Result) -> str:
@@ -73,7 +73,7 @@ def sentence(report: Result) -> str:
     """By how much arms differ from what they are held against, paired by seed."""
     parts = []
     for table, base, names in (
-        ("depth", "backprop", ["cdni", *_recipes(report)]),
+        ("depth", "backprop", ["cdni", "cdni-cross-entropy", *_recipes(report)]),
         ("sparse", "full", ["sparse"]),
         ("unlock", "locked forward", ["unlocked"]),
     ):
@@ -132,20 +132,17 @@ def _named(report: Result, name: str) -> str:
         return f"each layer in {text.percent(s['probability'])} of the steps, at random"
     if not name.startswith("recipe"):
         return WHAT[name]
-    run = next(run for run in report["runs"] if run["name"] == name)
+    run = [run for run in report["runs"] if run["name"] == name][0]  # noqa: RUF015
     lessons = f", {s['lessons']} lessons" if s["lessons"] > 1 else ""
     return (
-        f"cDNI, {s['synthesizer']} synthesizers, k = {run['every']}, mix {s['mix']:g}{lessons}: "
+        f"cDNI, {s['synthesizer']} form, k = {run['every']}, mix {s['mix']:g}{lessons}: "
         f"{text.percent(run['exact'], '.1f')} of the steps exact"
     )
 
 
 def _cell(values: Iterable[float]) -> str:
     found = list(values)
-    if not found:
-        return ""
-    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.2f}{between}"
+    return text.mean(found) if found else ""
 
 
 def _by_depth(report: Result) -> list[Table]:

@@ -80,11 +80,12 @@ def _stages(report: Result) -> Table:
             rows.append([
                 f"{NAMES[run['mode']]}, stage {stage['stage']}",
                 *(text.percent(share / seconds) for share in shares),
+                *(text.size(sent / max(1, stage["steps"])) for sent in stage["bytes"].values()),
                 str(stage["learned"]),
                 str(dropped),
             ])  # fmt: skip
     header = ["stage", "at work", "waits for input", "for gradients", "for room"]
-    return Table([*header, "gradients used", "dropped"], rows)
+    return Table([*header, "up a step", "down", "gradients used", "dropped"], rows)
 
 
 def sentence(report: Result) -> str:

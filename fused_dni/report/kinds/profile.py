@@ -45,6 +45,12 @@ def _torch(report: Result) -> list[Block]:
     ranges, ops = report["ranges"], report["ops"]
     device = any(row["device"] for row in ops)
     spent = _spent(report)
+
+    def own(row: dict[str, Any]) -> list[str]:
+        share = text.percent(row["own"] / spent, ".1f")
+        on_gpu = [text.seconds(row["device"])] * device
+        return [text.seconds(row["own"]), share, *on_gpu, text.size(row["memory"])]
+
     said: list[Block] = [
         Heading("By range"),
         Table(
@@ -54,10 +60,7 @@ def _torch(report: Result) -> list[Block]:
                     row["range"],
                     str(row["calls"] or "-"),
                     text.seconds(row["total"] or None),
-                    text.seconds(row["own"]),
-                    text.percent(row["own"] / spent, ".1f"),
-                    *[text.seconds(row["device"])] * device,
-                    text.size(row["memory"]),
+                    *own(row),
                 ]
                 for row in ranges[:ROWS]
             ],
@@ -71,10 +74,7 @@ def _torch(report: Result) -> list[Block]:
                 [
                     f"{row['range']} › {row['op']}",
                     str(row["calls"]),
-                    text.seconds(row["own"]),
-                    text.percent(row["own"] / spent, ".1f"),
-                    *[text.seconds(row["device"])] * device,
-                    text.size(row["memory"]),
+                    *own(row),
                 ]
                 for row in ops[:ROWS]
             ],

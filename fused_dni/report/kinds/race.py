@@ -105,9 +105,7 @@ def sentence(report: Result) -> str:
     won, lost, mixed = outcome(report)
     said = []
     if won:
-        best = "; ".join(
-            f"{name} {statistics.median(times):.2f} ({text.span(times)})" for name, times in won
-        )
+        best = "; ".join(f"{name} {text.parts(times)}" for name, times in won)
         said.append(f"With every seed sooner than {first} at what it ends with, in parts of its "
                     f"time: {best}.")  # fmt: skip
     if lost:
@@ -125,17 +123,13 @@ def table(report: Result) -> Table:
         runs = runs_of(report, name)
         ends = [run["history"][-1]["loss"] for run in runs]
         diverged = sum(run["diverged"] for run in runs)
-        times = [share for share in shares(report, name) if share is not None]
-        share = f"{statistics.median(times):.2f} ({text.span(times)})" if times else "never"
-        if times and len(times) < len(runs):
-            share += f", {len(times)} of {len(runs)} seeds"
         lines.append(
             [
                 name,
                 f"{statistics.median(run['history'][-1]['steps'] for run in runs):.0f}",
                 f"{statistics.fmean(ends):.4g}" + f" ({diverged} diverged)" * bool(diverged),
                 f"{min(ends):.4g} to {max(ends):.4g}",
-                "1" if name == first else share,
+                "1" if name == first else text.parts(shares(report, name)),
             ]
         )
     return Table(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import unfinished
 from fused_dni.report.schema import Result
 
 
@@ -37,9 +38,7 @@ def blocks(report: Result) -> list[Block]:
         Heading("The rows"),
         Table(["row", "what it is"], [[name, rows[name]] for name in rows]),
     ]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+    return said + unfinished(report)
 
 
 def protocol(report: Result) -> str:
@@ -76,12 +75,8 @@ def against(report: Result, name: str, base: str, k: int) -> str:
 
 def cell(report: Result, name: str, k: int) -> str:
     """Write mean and range, marked where the range is apart from the held gradient's."""
-    found = errors(report, name, k)
-    if not found:
-        return "-"
-    between = f" ({text.span(found, to='-')})" if len(found) > 1 else ""
     mark = {"below": " *", "above": " !"}.get(against(report, name, "stale", k), "")
-    return f"{statistics.fmean(found):.2f}{between}{mark}"
+    return f"{text.mean(errors(report, name, k))}{mark}"
 
 
 def table(report: Result) -> Table:
@@ -122,19 +117,15 @@ def sentence(report: Result) -> str:
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:
-            apart = against(report, best, base, k)
             said += f"; {base} {statistics.fmean(found):.2f} %"
-            said += f", the range {apart} it" if apart else ", ranges overlap"
+            if len(found) > 1:
+                apart = against(report, best, base, k)
+                said += ", ranges apart" if apart else ", ranges overlap"
     return f"{said}."
 
 
 def _draw(report: Result, canvas: Any) -> None:
     axes = canvas.add_subplot()
     ks = sorted(report.settings["target_every"])
-    methods = plots.Methods()
-    for name in report["rows"]:
-        colour, style = methods.style(name)
-        found = {k: values for k in ks if (values := errors(report, name, k))}
-        if found:
-            plots.ranges(axes, found, name, colour, style)
+    plots.arms(axes, report["rows"], ks, functools.partial(errors, report))
     plots.finish(axes, "k, steps from one target to the next", "error, %", log=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fused_dni.report import text
 from fused_dni.report.blocks import Block, Heading, Table, Text
+from fused_dni.report.outcome import tuning, unfinished
 from fused_dni.report.schema import Result
 from fused_dni.report.timings import Timing, ratio
 
@@ -225,10 +226,8 @@ def blocks(report: Result) -> list[Block]:
             _steps(report),
         ]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report)]
-    if not report["finished"]:
-        said.append(Text(f"Unfinished: {len(report['runs'])} runs so far."))
-    return said
+        said += [Heading("Rates"), tuning(report["tuning"], _TRIED, " %")]
+    return said + unfinished(report)
 
 
 def _differences(
@@ -261,11 +260,7 @@ def _parts(report: Result) -> Table:
         line = [str(cell), fastest(report, cell) or "-"]
         for name in others(report):
             found = parts(report, cell, name)
-            known = [part for part in found if part is not None]
-            shown = f"{statistics.median(known):.2f} ({text.span(known)})" if known else "never"
-            if known and len(known) < len(found):
-                shown += f", {len(known)} of {len(found)} seeds"
-            line.append(shown if found else "-")
+            line.append(text.parts(found) if found else "-")
         lines.append(line)
     return Table(
         ["network, budget", "fastest backprop", *others(report)],
@@ -295,22 +290,7 @@ def _steps(report: Result) -> Table:
     return Table(["network", "arm", "step", "vs fastest backprop", "memory"], lines)
 
 
-def _tuning(report: Result) -> Table:
-    rates = report.settings["rates"]
-    rows = {(row["name"], row["rate"]): row for row in report["tuning"]}
-
-    def line(name: str) -> Iterator[str]:
-        for rate in rates:
-            row = rows.get((name, rate))
-            yield (
-                "-"
-                if row is None
-                else ("diverged" if row["diverged"] else text.percent(row["error"], ".2f"))
-            )
-
-    return Table(
-        ["arm", *(f"{rate:g}" for rate in rates)],
-        [[name, *line(name)] for name in dict.fromkeys(name for name, _ in rows)],
-        "Error on the held-out part, with the smallest network and budget; the least is taken in "
-        "all.",
-    )
+#: Under the table of rates.
+_TRIED = (
+    "Error on the held-out part, with the smallest network and budget; the least is taken in all."
+)

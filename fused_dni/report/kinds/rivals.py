@@ -8,6 +8,7 @@ from typing import Any
 
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
+from fused_dni.report.outcome import tuning
 from fused_dni.report.schema import Result
 
 
@@ -47,7 +48,7 @@ def blocks(report: Result) -> list[Block]:
         )
     said += [Heading("The arms"), _arms(report)]
     if report["tuning"]:
-        said += [Heading("Rates"), _tuning(report["tuning"])]
+        said += [Heading("Rates"), tuning(report["tuning"], _TRIED, " %")]
     worst = max(report["gate"].values())
     said.append(
         Text(
@@ -143,22 +144,11 @@ def _arms(report: Result) -> Table:
     return Table(["what a step is", "rate"], lines)
 
 
-def _tuning(tried: list[dict[str, Any]]) -> Table:
-    rates = list(dict.fromkeys(row["rate"] for row in tried))
-    lines = []
-    for name in dict.fromkeys(row["name"] for row in tried):
-        of = {row["rate"]: row for row in tried if row["name"] == name}
-        cells = [
-            "diverged" if of[rate]["diverged"] else text.percent(of[rate]["error"], ".2f")
-            for rate in rates
-        ]
-        lines.append([name, *cells])
-    return Table(
-        ["arm", *(f"{rate:g}" for rate in rates)],
-        lines,
-        "Error on the held-out part of the training set, one seed, half the wall-clock. The arms "
-        "that compute backprop's step share the rate of the one that was tried.",
-    )
+#: Under the table of rates.
+_TRIED = (
+    "Error on the held-out part of the training set, one seed, half the wall-clock. The arms that "
+    "compute backprop's step share the rate of the one that was tried."
+)
 
 
 def _draw(report: Result, canvas: Any) -> None:

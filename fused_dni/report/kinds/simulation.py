@@ -240,12 +240,8 @@ def sentence(report: Result) -> str:
         f"With {settings['stages']} stages and latencies to {_named_latency(last)}, {name} carries "
         f"{text.percent(AHEAD)} more rows or better than others in these latencies: ahead "
         f"{', '.join(found)}. At {_named_latency(last)} the most are carried by {best['mode']}, "
-        f"{_rows(best['rows'])} a second."
+        f"{text.rate(best['rows'])} a second."
     )
-
-
-def _rows(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else text.significant(value)
 
 
 def _some(values: Sequence[Any]) -> list[Any]:
@@ -262,7 +258,7 @@ def _over(rows: Rows, over: str, name: Any) -> Table:
     lines = []
     for mode in modes:
         found = dict(curve(rows, mode, over))
-        lines.append([mode, *(_rows(found[point]) for point in points)])
+        lines.append([mode, *(text.rate(found[point]) for point in points)])
     return Table(["mode", *map(name, points)], lines)
 
 
@@ -293,7 +289,7 @@ def _details(rows: Rows) -> Table:
         dropped = "" if row["dropped"] is None else text.percent(row["dropped"])
         line = [
             row["mode"],
-            _rows(row["rows"]),
+            text.rate(row["rows"]),
             f"{row['rows_an_update']:,.0f}",
             f"{text.percent(row['mean'])} ({100 * row['least']:.0f} to {100 * row['most']:.0f})",
             text.size(row["forward_bytes"]),

@@ -164,14 +164,19 @@ def blocks(report: Result) -> list[Block]:
     """Show settings, accuracy and time, where a step's time goes, the verdict, the race."""
     outcome = outcome_of(report)
     s = outcome.settings
-    mix = getattr(s, "mix", 0.0)  # absent from older files, in which it was 0
+    # Absent from older files, in which they were these.
+    mix, lessons = getattr(s, "mix", 0.0), getattr(s, "lessons", 1)
+    form = f"of {f'rank {s.rank}' if s.rank else 'full rank'}"
+    if getattr(s, "synthesizer", "linear") != "linear":
+        form = f"of the {s.synthesizer} form"
     said: list[Block] = [
         Text(
             f"Batch {s.batch_size}, {s.epochs} epochs of {outcome.steps_per_epoch} "
             f"steps, {s.update} at {s.lr:g} (synthesizers {s.sg_lr:g}), "
             f"cosine to zero, {s.warmup_steps} warm-up steps on true gradients, "
             f"{f'steps with targets by {mix:g} of the true gradient, ' if mix else ''}"
-            f"synthesizers of {f'rank {s.rank}' if s.rank else 'full rank'} at the {s.interface}, "
+            f"synthesizers {form} at the {s.interface}, "
+            f"{f'{lessons} lessons a target, ' if lessons > 1 else ''}"
             f"{text.count(len(s.seeds), 'seed')}. Errors are of the last epoch on the "
             f"{report['evaluated_on']}. Times are of training steps alone; methods took turns "
             "epoch by epoch. Time to an accuracy counts whole epochs."

@@ -118,7 +118,7 @@ def sentence(report: Result) -> str:
     exact, carried = _best(rows, EXACT)
     said = []
     for condition, way in choices(report):
-        take = f"{_TAKE[way]} ({_rate(rows[way]['rows'])} rows/s)"
+        take = f"{_TAKE[way]} ({text.rate(rows[way]['rows'])} rows/s)"
         said.append(f"{condition}, {take}" if condition else take)
     words = "; ".join(said)
     words = words[0].upper() + words[1:]
@@ -130,24 +130,20 @@ def sentence(report: Result) -> str:
         lost = 1.0 - carried / rows[exact]["near"]
         parts.append(
             f"The link takes {100 * lost:.0f} % of what exact training by {exact} would carry, and "
-            f"leaves {_rate(carried)} rows/s"
+            f"leaves {text.rate(carried)} rows/s"
             + (f"; gradients would be {late:.0f} steps late." if late is not None else ".")
         )
     if report["alone"] >= (1.0 - AHEAD) * max(row["rows"] for row in report["rows"]):
         parts.append(
-            f"One device that holds the whole model carries {_rate(report['alone'])} rows/s: "
+            f"One device that holds the whole model carries {text.rate(report['alone'])} rows/s: "
             "splitting gains no speed here."
         )
     elif report["alone"] > carried:
         parts.append(
-            f"One device that holds the whole model carries {_rate(report['alone'])} rows/s, more "
-            "than exact training over the link."
+            f"One device that holds the whole model carries {text.rate(report['alone'])} rows/s, "
+            "more than exact training over the link."
         )
     return " ".join(parts)
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else text.significant(value)
 
 
 def table(report: Result) -> Table:
@@ -158,9 +154,9 @@ def table(report: Result) -> Table:
         lines.append(
             [
                 row["mode"],
-                _rate(row["rows"]),
-                "-" if run is None else _rate(run["rows"]),
-                _rate(row["near"]),
+                text.rate(row["rows"]),
+                "-" if run is None else text.rate(run["rows"]),
+                text.rate(row["near"]),
                 f"{row['rows_an_update']:,.0f}",
                 "-" if row["age"] is None else f"{row['age']:.1f}",
                 "-" if run is None or run["age"] is None else f"{run['age']:.1f}",

@@ -11,7 +11,7 @@ from fused_dni.report.kinds import race
 from fused_dni.report.kinds.verdict import TIMES, times
 from fused_dni.report.schema import Result, result_of
 from fused_dni.report.timings import Ratio
-from fused_dni.report.words import machine, often
+from fused_dni.report.words import machine, often, versus
 
 #: The k that the sentence is about, where it was measured.
 ABOUT = 8
@@ -59,7 +59,7 @@ def sentence(report: Result) -> str:
     cycle = variant["cycles"][k]
     said.append(
         f"With the top run {often(int(k))} alone a step takes "
-        f"{text.seconds(cycle['measured'].median)}, {_versus(cycle['ratio'])} backprop "
+        f"{text.seconds(cycle['measured'].median)}, {versus(cycle['ratio'])} backprop "
         f"(predicted: {_times(cycle['predicted ratio'])})."
     )
     first = _pays_from(variant)
@@ -99,7 +99,7 @@ def _most(variant: Mapping[str, Any]) -> str:
     most = variant["most"]
     if most.verdict() == "faster":
         return f"By its parts no k can make it more than {_times(most)} as fast, (b + τ)/(b + s)."
-    return f"Were the top never run, a step would be {_versus(most)} backprop, by (b + τ)/(b + s)."
+    return f"Were the top never run, a step would be {versus(most)} backprop, by (b + τ)/(b + s)."
 
 
 def _learns(report: Result, pays: bool) -> list[str]:
@@ -121,15 +121,6 @@ def _learns(report: Result, pays: bool) -> list[str]:
     else:
         said.append("So no.")
     return said
-
-
-def _versus(found: Ratio) -> str:
-    """Say a ratio of times in the words of a sentence: ``3.2x faster than``."""
-    word = found.verdict()
-    if word == "inconclusive":
-        return "not measurably different from"
-    times = 1.0 / found.median if word == "faster" else found.median
-    return f"{text.significant(times)}x {word} than"
 
 
 def _times(found: Ratio) -> str:

@@ -1,0 +1,45 @@
+"""The paper's tables beside ours, one or several results of ``fused-dni literature`` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fused_dni.report.blocks import as_markdown
+from fused_dni.report.kinds import literature
+from fused_dni.report.schema import result_of
+from stored import RESULTS, named
+
+
+def renderer(table: str) -> Callable[[list[dict[str, Any]]], str]:
+    """Return what renders a table from all results; those of a machine and a number of epochs that
+    have other arms of it are one table."""
+
+    def render(results: list[dict[str, Any]]) -> str:
+        groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for report in results:
+            if any(run["table"] == table for run in report["runs"]):
+                key = (named(report["facts"]), report["settings"]["epochs"])
+                groups.setdefault(key, []).append(report)
+        made = [_group(table, found) for _, found in sorted(groups.items())]
+        return "\n\n".join(made) or "Not measured yet."
+
+    return render
+
+
+def _group(table: str, results: list[dict[str, Any]]) -> str:
+    # The recipe's settings count: other arms have none of them.
+    results = sorted(results, key=lambda report: any("exact" in run for run in report["runs"]))
+    runs = [run for report in results for run in report["runs"]]
+    last = result_of(results[-1])
+    whole = replace(last, body={**last.body, "runs": runs})
+    facts = results[-1]["facts"]
+    commits = dict.fromkeys(report["facts"]["commit"] for report in results)
+    commands = dict.fromkeys(f"`{report['facts']['command']}`" for report in results)
+    where = (
+        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
+        f"commit {', '.join(commits)}: {', '.join(commands)}."
+    )
+    parts = [where, literature.protocol(whole)] if table != "clocks" else [where]
+    return "\n\n".join([*parts, as_markdown(literature.tables(whole, table), RESULTS)])

@@ -1,0 +1,41 @@
+"""Recipes of synthetic gradients: the tables of all runs of ``fused-dni recipes``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fused_dni.report.kinds import recipes
+from pages.cells import table
+from stored import named
+
+
+def render_recipes(results: list[Any]) -> str:
+    """Render error by row and k, and the share of exact steps, for each result."""
+    return "\n\n".join(map(_one, results)) or "Not measured yet."
+
+
+def _one(report: Any) -> str:
+    s, facts = report["settings"], report["facts"]
+    ks = sorted(s["target_every"])
+    shares = {line[0]: line[1:] for line in recipes.shares(report).rows}
+    rows = [
+        [name, *(recipes.cell(report, name, k).replace("*", "\\*") for k in ks), *shares[name]]
+        for name in report["rows"]
+    ]
+    header = ["row", *(f"k={k}" for k in ks), *(f"exact, k={k}" for k in ks)]
+    if len(set(shares["backprop"])) == 1:  # it has one error, whatever k
+        rows[0][1 : 1 + len(ks)] = [rows[0][1].removesuffix(" \\*"), *[""] * (len(ks) - 1)]
+    explained = [[f"`{name}`", what] for name, what in report["rows"].items()]
+    said = recipes.sentence(report)
+    unfinished = "" if report["finished"] else f" Unfinished: {len(report['runs'])} runs so far."
+    where = (
+        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}"
+    )
+    return (
+        f"**{s['depth']} × {s['hidden']}, {s['epochs']} epochs.** {said} "
+        f"{recipes.protocol(report)}{unfinished}\n\n{table(header, rows)}\n\n"
+        "Error, %: mean (range) over seeds. \\*: the range lies below that of a held gradient at "
+        f"the same k; !: above it.\n\n{table(['row', 'what it is'], explained)}\n\n{where}. By "
+        f"`{facts['command']}`."
+    )
