@@ -105,19 +105,15 @@ def _run(run: Run, settings: Settings, dataset: data.Dataset, say: Say) -> dict[
     elif run.name == "dni":  # dense: nothing but h to predict from
         trainer = build("dni k=1", settings=replace(training, warmup_steps=warmup, rank=0))
     else:
-        k, mix, lessons = 1, 0.0, 1
+        k = 1
+        recipe: dict[str, Any] = {}
         if run.name.startswith("recipe"):
             k = every(float(run.name.split()[1]), warmup, steps)
-            mix, lessons = settings.mix, settings.lessons
             counted = {"every": k, "exact": exact_steps(k, warmup, steps) / steps}
-        forms = {"cdni": "linear", "cdni-cross-entropy": "cross-entropy"}
-        chosen = replace(
-            training,
-            warmup_steps=warmup,
-            mix=mix,
-            lessons=lessons,
-            synthesizer=forms.get(run.name, settings.synthesizer),
-        )
+            recipe = {part: getattr(settings, part) for part in ("synthesizer", "lessons", "mix")}
+        elif run.name == "cdni-cross-entropy":
+            recipe = {"synthesizer": "cross-entropy"}
+        chosen = replace(training, warmup_steps=warmup, **recipe)
         trainer = build(f"cdni k={k}", settings=chosen)
         if run.name == "sparse":
             trainer = _Sparse(trainer, settings.probability)
@@ -191,8 +187,6 @@ class _Chain(nn.Module):
 class _Unlocked(train.FusedTrainer):
     """A network in which every layer but the first takes a prediction of its input, made from the
     image by one hidden layer."""
-
-    KEPT = (*train.Trainer.KEPT, "inputs", "inputs_scheduler")
 
     def __init__(self, made: train.Trainer, features: int, settings: Settings, steps: int) -> None:
         first, *rest = made.model.children()

@@ -74,7 +74,8 @@ def when(curve: Points, error: float) -> float | None:
         return float(curve[0][0])
     for (n, before), (m, after) in itertools.pairwise(curve):
         if after <= error:
-            return float(n * (m / n) ** ((before - error) / (before - after)))
+            share = (before - error) / (before - after)
+            return math.exp(math.log(n) + share * math.log(m / n))
     return None
 
 
