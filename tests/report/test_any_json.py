@@ -63,7 +63,7 @@ def _link() -> dict[str, Any]:
         facts=_committed("amd-epyc-avx512-delay-4-stages.json")["facts"],
         settings={**Settings().to_json(), "stages": 2, "run": 2.0},
         body={
-            "measured": {"what": "a:b", "rows": 256},
+            "measured": {"what": "a:b", "rows": 256, "frozen_top": False},
             "alone": 50.0,
             "rows": [{"mode": mode, **row} for mode in modes],
         },
@@ -132,6 +132,7 @@ SOUND = {
     "advice": _committed("verdict/amd-epyc-avx2-advice-lstm_lm.json"),
     "map": _map(),
     "delay": _committed("amd-epyc-avx512-delay-4-stages.json"),
+    "recipes": _committed("amd-epyc-avx512-recipes.json"),
     "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
     "literature": _literature(),
