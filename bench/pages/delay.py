@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from fused_dni.experiments.delay_settings import TASKS, Settings
+from fused_dni.experiments.delay_settings import TASKS, Settings, arm
 from fused_dni.report.kinds import delay
 from pages.cells import table, where
 
@@ -38,6 +38,10 @@ def _group(results: list[dict[str, Any]]) -> str:
             row = cells.setdefault(_label(name, s), {})
             for column in _columns(s):
                 row.setdefault(column, []).extend(delay.errors(report, name, column[1]))
+    for label, row in cells.items():  # what passes one cut alone is as late either way
+        for n, lag, each in columns:
+            if each and not arm(label.partition(",")[0]).relayed and (n, lag, False) in row:
+                row.setdefault((n, lag, True), row[n, lag, False])
     families = ("backprop", "stale", "nesterov", "feedback", "local", "cdni")
     labels = sorted(cells, key=lambda name: families.index(name.partition("-")[0]))
     s = results[0]["settings"]

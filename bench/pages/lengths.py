@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from pages.cells import table
-from stored import named
+from pages.cells import table, where
 
 TITLES = {"copy": "Copy", "repeat-copy": "Repeat-copy"}
 #: Jaderberg et al. 2016, table 2: LSTM of 256, by task and method at T = 2, 3, 4, 5.
@@ -69,8 +68,7 @@ def _one(report: dict[str, Any]) -> str:
             later += [names.get(method, method)]
             later += ["ratio"] * (method != exact and exact is not None)
     text = (
-        f"{TITLES[s['task']]}: {named(facts)}, {facts['threads']} threads, torch {facts['torch']}, "
-        f"{facts['date']}, commit {facts['commit']}: `{facts['command']}`. LSTM {s['hidden']}, "
+        f"{TITLES[s['task']]}: {where(facts)}: `{facts['command']}`. LSTM {s['hidden']}, "
         f"batch {s['batch_size']}, {s['amount']:,} steps an arm, {len(s['seeds'])} seeds: mean "
         "(range) of the longest length solved."
     )

@@ -9,6 +9,7 @@ from typing import Any
 from fused_dni.report.blocks import as_markdown
 from fused_dni.report.kinds import literature
 from fused_dni.report.schema import result_of
+from pages.cells import where
 from stored import RESULTS, named
 
 
@@ -35,11 +36,7 @@ def _group(table: str, results: list[dict[str, Any]]) -> str:
     last = result_of(results[-1])
     whole = replace(last, body={**last.body, "runs": runs})
     facts = results[-1]["facts"]
-    commits = dict.fromkeys(report["facts"]["commit"] for report in results)
     commands = dict.fromkeys(f"`{report['facts']['command']}`" for report in results)
-    where = (
-        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
-        f"commit {', '.join(commits)}: {', '.join(commands)}."
-    )
-    parts = [where, literature.protocol(whole)] if table != "clocks" else [where]
+    said = f"{where(facts, [report['facts'] for report in results])}: {', '.join(commands)}."
+    parts = [said, literature.protocol(whole)] if table != "clocks" else [said]
     return "\n\n".join([*parts, as_markdown(literature.tables(whole, table), RESULTS)])

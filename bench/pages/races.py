@@ -9,6 +9,7 @@ import readings
 from fused_dni.report import Table, Text, blocks_of
 from fused_dni.report.blocks import as_markdown
 from fused_dni.report.kinds import race as race_report
+from pages.cells import where
 from stored import RESULTS, named
 
 
@@ -22,19 +23,16 @@ def render_races(results: list[dict[str, Any]]) -> str:
     answer = readings.tops({races.title(report): report for report in found})
     assert answer.shown is not None
     facts, settings = found[0]["facts"], found[0]["settings"]
-    where = sorted({f"{named(r['facts'])}, torch {r['facts']['torch']}" for r in found})
+    devices = sorted({f"{named(r['facts'])}, torch {r['facts']['torch']}" for r in found})
     return (
-        f"{as_markdown([answer.shown], RESULTS)} {'; '.join(where)}; {facts['threads']} threads, "
+        f"{as_markdown([answer.shown], RESULTS)} {'; '.join(devices)}; {facts['threads']} threads, "
         f"{settings['seconds']:g} s an arm and seed, {len(settings['seeds'])} seeds."
     )
 
 
 def _where(report: dict[str, Any]) -> str:
     facts = report["facts"]
-    return (
-        f"{named(facts)}, {facts['threads']} threads, torch {facts['torch']}, commit "
-        f"{facts['commit']}: `{facts['command']}`."
-    )
+    return f"{where(facts)}: `{facts['command']}`."
 
 
 def render_race(report: dict[str, Any]) -> str:

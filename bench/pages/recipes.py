@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fused_dni.report.kinds import recipes
-from pages.cells import table
-from stored import named
+from pages.cells import table, where
 
 
 def render_recipes(results: list[Any]) -> str:
@@ -28,14 +27,10 @@ def _one(report: Any) -> str:
     explained = [[f"`{name}`", what] for name, what in report["rows"].items()]
     said = recipes.sentence(report)
     unfinished = "" if report["finished"] else f" Unfinished: {len(report['runs'])} runs so far."
-    where = (
-        f"{named(facts)}, threads {facts['threads']}, torch {facts['torch']}, {facts['date']}, "
-        f"commit {facts['commit']}"
-    )
     return (
         f"**{s['depth']} × {s['hidden']}, {s['epochs']} epochs.** {said} "
         f"{recipes.protocol(report)}{unfinished}\n\n{table(header, rows)}\n\n"
         "Error, %: mean (range) over seeds. \\*: the range lies below that of a held gradient at "
-        f"the same k; !: above it.\n\n{table(['row', 'what it is'], explained)}\n\n{where}. By "
-        f"`{facts['command']}`."
+        f"the same k; !: above it.\n\n{table(['row', 'what it is'], explained)}\n\n{where(facts)}. "
+        f"By `{facts['command']}`."
     )

@@ -195,8 +195,7 @@ struct Trainer {
                                          load(sums + i * kStrip<T> + v), width - v);
                         });
       });
-      for (Index o = own.begin; o < own.end; ++o)
-        report.include(magnitude_of(grad_weight + o * rank_row, rank));
+      report.include(magnitude_of(grad_weight + own.begin * rank_row, own.size() * rank_row));
       for (Index r = 0; r < rank; ++r)
         report.include(magnitude_of(grad_down + r * features + own.begin, own.size()));
     }
@@ -221,8 +220,7 @@ struct Trainer {
         multiply(own.size(), class_row, rows, error + own.begin * stride, stride, 1, context,
                  class_row, grad_context + own.begin * class_row, class_row, false);
       }
-      for (Index o = own.begin; o < own.end; ++o)
-        report.include(magnitude_of(grad_context + o * class_row, classes));
+      report.include(magnitude_of(grad_context + own.begin * class_row, own.size() * class_row));
     }
     report.include(magnitude_of(grad_bias + own.begin, own.size()));
     if (head.table) report.include(T(__builtin_fabs(grad_gain(team))));
@@ -257,12 +255,15 @@ struct Trainer {
   // Applies the thread's gradients.
   void apply(const Team& team, Range own, const Rule<T>& rule) const {
     const SynthesizerArguments& s = a.synthesizer;
-    const auto apply_rows = [&](SynthesizerSlot index, void* parameter, const T* g, Index row,
+    // Rows of `count` elements, padded to `row`: pushed together first, as the parameter's are.
+    const auto apply_rows = [&](SynthesizerSlot index, void* parameter, T* g, Index row,
                                 Index count) {
       const Slot<T> slot = slot_of<T>(a.rule, index, parameter);
-      if (slot.parameter)
-        for (Index o = own.begin; o < own.end; ++o)
-          apply_slot(rule, slot, o * count, (o + 1) * count, g + o * row - o * count);
+      T* from = g + own.begin * row;
+      if (slot.parameter && row > count)
+        for (Index i = 1; i < own.size(); ++i)
+          __builtin_memmove(from + i * count, from + i * row, sizeof(T) * count);
+      apply_slot(rule, slot, own.begin * count, own.end * count, from - own.begin * count);
     };
     if (kind == kLowRank) {
       apply_rows(kWeight, s.weight, grad_weight, rank_row, rank);

@@ -7,7 +7,6 @@ computes what a pipeline of processes computes at that delay.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from fused_dni.experiments.delay_arms import UpdateFeedback, build, loss_of, opt
 from fused_dni.experiments.delay_settings import KINDS, Arm, Settings, arm
 from fused_dni.experiments.rival_arms import ordinal
 from fused_dni.experiments.rivals import held_out
-from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs
 from fused_dni.experiments.train import _cosine
-from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 #: Length of a run that chooses a rate, as a share of a run's.
 TUNING_SHARE = 0.4
@@ -67,15 +65,9 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    body = {
-        "dataset": dataset.name,
-        "arms": {name: _what(arm(name)) for name in settings.arms},
-        "tuning": [],
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result("delay", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    named = {name: _what(arm(name)) for name in settings.arms}
+    given = (settings, previous, command)
+    report = begun("delay", *given, dataset=dataset.name, arms=named, tuning=[], runs=[])
     arms = [arm(name) for name in settings.arms]
     runs = [
         (seed, lag if which.late else None, which)

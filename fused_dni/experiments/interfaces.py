@@ -13,7 +13,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,12 @@ from torch import Tensor
 
 import fused_dni as fd
 from fused_dni.experiments import data, nets
-from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, refuse_divergence
 from fused_dni.experiments.settings import Interfaces as Settings
 from fused_dni.experiments.train import FusedTrainer
-from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.interfaces import named
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 from fused_dni.rules import Adam
 
 #: How often a run reports its progress.
@@ -76,15 +74,11 @@ def measure(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(dataset.train.labels)} images)"
         )
-    body = {
-        "dataset": dataset.name,
-        "networks": [
-            {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
-        ],
-        "finished": False,
-    }
-    asked = Result("interfaces", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    networks = [
+        {"depth": depth, "every": every, "runs": []} for depth, every in settings.networks()
+    ]
+    given = (settings, previous, command)
+    report = begun("interfaces", *given, dataset=dataset.name, networks=networks)
     rows = report["networks"]
     jobs = [
         Job(

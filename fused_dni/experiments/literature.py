@@ -7,7 +7,7 @@ of a seed. Nothing is timed; what an arm needs is counted in steps and updates.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 import fused_dni as fd
 from fused_dni.experiments import data, literature_clocks, train
 from fused_dni.experiments.literature_settings import Run, Settings, every, exact_steps
-from fused_dni.experiments.run import Job, Keep, Say, diverged, do_jobs, plain
+from fused_dni.experiments.run import Job, Keep, Say, begun, diverged, do_jobs
 from fused_dni.experiments.settings import Training
-from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 
 def reproduce(
@@ -55,14 +54,9 @@ def reproduce(
     """
     progress = progress or Progress(enabled=False)
     train.steps_per_epoch(_training(settings, settings.depth), dataset)  # refuses a batch too large
-    body = {
-        "dataset": dataset.name,
-        "evaluated_on": "held-out part" if dataset.held_out else "test set",
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result("literature", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    where = "held-out part" if dataset.held_out else "test set"
+    given = (settings, previous, command)
+    report = begun("literature", *given, dataset=dataset.name, evaluated_on=where, runs=[])
     done = {tuple(run[name] for name in Run._fields) for run in report["runs"]}
     all_runs = settings.runs()
     jobs = [
@@ -111,19 +105,15 @@ def _run(run: Run, settings: Settings, dataset: data.Dataset, say: Say) -> dict[
     elif run.name == "dni":  # dense: nothing but h to predict from
         trainer = build("dni k=1", settings=replace(training, warmup_steps=warmup, rank=0))
     else:
-        k, mix, lessons = 1, 0.0, 1
+        k = 1
+        recipe: dict[str, Any] = {}
         if run.name.startswith("recipe"):
             k = every(float(run.name.split()[1]), warmup, steps)
-            mix, lessons = settings.mix, settings.lessons
             counted = {"every": k, "exact": exact_steps(k, warmup, steps) / steps}
-        forms = {"cdni": "linear", "cdni-cross-entropy": "cross-entropy"}
-        chosen = replace(
-            training,
-            warmup_steps=warmup,
-            mix=mix,
-            lessons=lessons,
-            synthesizer=forms.get(run.name, settings.synthesizer),
-        )
+            recipe = {part: getattr(settings, part) for part in ("synthesizer", "lessons", "mix")}
+        elif run.name == "cdni-cross-entropy":
+            recipe = {"synthesizer": "cross-entropy"}
+        chosen = replace(training, warmup_steps=warmup, **recipe)
         trainer = build(f"cdni k={k}", settings=chosen)
         if run.name == "sparse":
             trainer = _Sparse(trainer, settings.probability)
@@ -197,8 +187,6 @@ class _Chain(nn.Module):
 class _Unlocked(train.FusedTrainer):
     """A network in which every layer but the first takes a prediction of its input, made from the
     image by one hidden layer."""
-
-    KEPT = (*train.Trainer.KEPT, "inputs", "inputs_scheduler")
 
     def __init__(self, made: train.Trainer, features: int, settings: Settings, steps: int) -> None:
         first, *rest = made.model.children()

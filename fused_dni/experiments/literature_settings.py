@@ -80,10 +80,8 @@ class Settings(OnImages):
         above_zero(1.0),
         "depth: the recipe's share of exact steps at most, warm-up among them",
     )
-    synthesizer: str = option(
-        "cross-entropy", one_of(FORMS), "synthesizers of the recipe, sparse and unlock"
-    )
-    lessons: int = option(1, whole(1), "the recipe's regression steps on an exact step")
+    synthesizer: str = option("cross-entropy", one_of(FORMS), "the recipe's synthesizers")
+    lessons: int = option(4, whole(1), "the recipe's regression steps on an exact step")
     mix: float = option(
         1.0, number(0.0, 1.0), "the recipe's weight of the true gradient on its exact steps"
     )
@@ -131,7 +129,7 @@ class Settings(OnImages):
         arms = {
             "depth": by_depth,
             "sparse": ("full", "sparse"),
-            "unlock": ("locked forward", "unlocked"),
+            "unlock": ("unlocked",),
             "clocks": CLOCKS,
         }
         sizes = {"depth": self.depths, "clocks": self.windows}

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from fused_dni.experiments.settings import OnImages
-from fused_dni.measure.options import EVERY, RATE, SEED, known_to, number, option, whole
+from fused_dni.measure.options import (
+    EVERY,
+    RATE,
+    SEED,
+    UPDATES,
+    known_to,
+    number,
+    one_of,
+    option,
+    whole,
+)
 from fused_dni.report import text
 
 
@@ -24,16 +34,13 @@ class Recipe(NamedTuple):
     changes: dict[str, Any]
 
 
-#: Of ``plain``; ``sg_share`` is the synthesizers' part of the settings' ``sg_lr``, ``rate`` the
-#: network's part of ``lr``, ``warmup`` the warm-up's of ``warmup``.
+#: Of ``plain``; ``sg_share`` is the part of the settings' ``sg_lr``, ``warmup`` of ``warmup``.
 PLAIN: dict[str, Any] = {
     "mix": 0.0,
     "lessons": 1,
     "sg_share": 1.0,
     "synthesizer": "linear",
     "rank": 16,
-    "update": "adam",
-    "rate": 1.0,
     "warmup": 1.0,
     "automatic": False,
 }
@@ -69,14 +76,6 @@ RECIPES: dict[str, Recipe] = {
     "rank-4": Recipe("synthesizers of rank 4", {"rank": 4}),
     "rank-64": Recipe("synthesizers of rank 64", {"rank": 64}),
     "dense": Recipe("dense synthesizers", {"rank": None}),
-    "sgd": Recipe(
-        "SGD with momentum 0.9, at 10 times the rate, for the network",
-        {"update": "sgd", "rate": 10.0},
-    ),
-    "adamw": Recipe("AdamW, its decay 0.01, for the network", {"update": "adamw"}),
-    "muon": Recipe(
-        "Muon for the hidden weights, Adam for all else, by torch.optim", {"update": "muon"}
-    ),
     "early": Recipe("half of the warm-up", {"warmup": 0.5}),
     "automatic": Recipe(
         'target_every="auto" between half and twice the k of the column', {"automatic": True}
@@ -107,8 +106,6 @@ def recipe(name: str) -> dict[str, Any]:
                     f"recipes {by[part]} and {each} do not go together: both change {part}"
                 )
             made[part], by[part] = value, each
-    if made["update"] == "muon" and made["lessons"] > 1:
-        raise ValueError("recipes muon and lessons do not go together: lessons need a rule")
     if made["synthesizer"] != "linear" and made["rank"] != PLAIN["rank"]:
         raise ValueError(f"recipes {by['rank']} and {by['synthesizer']} do not go together")
     return made
@@ -149,7 +146,13 @@ class Settings(OnImages):
     )
     depth: int = option(3, whole(1), "hidden layers")
     epochs: int = option(8, whole(1), "passes over the training set")
-    lr: float = option(3e-3, RATE, "learning rate at the start, cosine to zero")
+    update: str = option(
+        "adam",
+        one_of((*UPDATES, "muon")),
+        "rule of the network in all rows (synthesizers have Adam); adamw decays by 0.01; muon: of "
+        "the hidden weights, by torch.optim, with Adam for all else",
+    )
+    lr: float = option(3e-3, RATE, "its rate at the start, cosine to zero")
     sg_lr: float = option(1e-3, RATE, "the synthesizers', likewise")
     warmup: float = option(
         0.5, number(0.0), "epochs on true gradients while synthesizers learn; they count as exact"
@@ -166,6 +169,8 @@ class Settings(OnImages):
                 "target_every must be a whole number from 1 on, got 'never': no synthesizer would "
                 "learn behind the warm-up, and a held gradient would never be made"
             )
+        if self.update == "muon" and any(recipe(name)["lessons"] > 1 for name in self.recipes):
+            raise ValueError("update='muon' and lessons do not go together: lessons need a rule")
         if self.warmup >= self.epochs:
             raise ValueError(
                 f"warmup must be below epochs={self.epochs}, got {self.warmup:g}: all steps would "

@@ -7,7 +7,6 @@ kernels and a gradient that is held between two exact ones. Nothing is timed.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,11 @@ import fused_dni as fd
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.recipe_settings import BASES, PLAIN, Settings, recipe, what
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance
-from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, refuse_divergence
 from fused_dni.experiments.settings import rule_of
 from fused_dni.experiments.train import FusedTrainer, Trainer, _cosine
-from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 #: How often a run says how far it is.
 REPORTS = 20
@@ -111,34 +109,48 @@ def _synthesizer(parts: dict[str, Any], classes: int, size: int) -> nn.Module:
 # ----------------------------------------------------------------------------------------- trainers
 
 
-class MuonTrainer(Trainer):
-    """Our layers without rules: Muon steps the hidden weights, and Adam all else."""
+class HiddenMuon(torch.optim.Optimizer):
+    """Muon for the hidden weights of a network of ours, and Adam for all else, synthesizers at
+    a rate of their own."""
 
-    def __init__(
-        self, name: str, seed: int, network: nn.Sequential, steps: int, lr: float, sg_lr: float,
-        schedule: fd.Schedule,
-    ) -> None:  # fmt: skip
-        super().__init__(name, seed)
-        self.model, self.schedule = network.train(), schedule
-        layers = list(network)[:-1]
+    def __init__(self, network: nn.Module, lr: float, sg_lr: float) -> None:
+        layers = list(network.children())[:-1]
         hidden = [p for m in layers for n, p in m.named_parameters() if n == "weight"]
         taught = [p for n, p in network.named_parameters() if "synthesizer" in n]
         known = {id(p) for p in (*hidden, *taught)}
         others = [p for p in network.parameters() if id(p) not in known]
         groups: list[dict[str, Any]] = [{"params": others}, {"params": taught, "lr": sg_lr}]
-        self._optimizers: list[torch.optim.Optimizer] = [
+        self._parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.Adam(groups, lr=lr),
+            torch.optim.Adam([group for group in groups if group["params"]], lr=lr),
         ]
-        self._schedulers = [_cosine(optimizer, steps) for optimizer in self._optimizers]
+        super().__init__([*hidden, *others, *taught], {})
+        # A scheduler's rates are theirs.
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step both."""
+        for part in self._parts:
+            part.step()
+
+
+class MuonTrainer(Trainer):
+    """Our layers without rules, by :class:`HiddenMuon`."""
+
+    def __init__(
+        self, name: str, seed: int, network: nn.Sequential, steps: int, lr: float, sg_lr: float
+    ) -> None:
+        super().__init__(name, seed)
+        self.model = network.train()
+        self.optimizer = HiddenMuon(network, lr, sg_lr)
+        self.scheduler = _cosine(self.optimizer, steps)
 
     def step(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
         with fd.condition_on(y):
             F.cross_entropy(self.model(x), y).backward()
-        for optimizer, scheduler in zip(self._optimizers, self._schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.scheduler.step()
         self.schedule.step()
 
 
@@ -151,34 +163,37 @@ def build(
         dataset.features, settings.hidden, settings.depth, dataset.classes, seed=seed
     )
     parts = dict(PLAIN) if name in BASES else recipe(name)
-    decay = 0.01 if parts["update"] == "adamw" else None
-    muon = parts["update"] == "muon"
-    rate, sg_rate = parts["rate"] * settings.lr, parts["sg_share"] * settings.sg_lr
-    rule = None if muon else rule_of(parts["update"], rate, decay)
+    lr, sg_lr = settings.lr, parts["sg_share"] * settings.sg_lr
+    muon = settings.update == "muon"
+    decay = 0.01 if settings.update == "adamw" else None
+    rule = rule_of("adam" if muon else settings.update, lr, decay)
     if name == "stale":
-        return StaleTrainer(name, seed, network, rule, steps, every=k)
+        held = StaleTrainer(name, seed, network, rule, steps, every=k)
+        if muon:
+            held.optimizer = HiddenMuon(held.model, lr, sg_lr)
+            held.scheduler = _cosine(held.optimizer, steps)
+        return held
     synthetic = name != "backprop"
     ours = nets.fused(
         network,
         synthetic=synthetic,
-        update=rule,
-        synthesizer_update=None if muon else rule_of("adam", sg_rate),
+        update=None if muon else rule,
+        synthesizer_update=None if muon else rule_of("adam", sg_lr),
         synthesizer=partial(_synthesizer, parts, dataset.classes),
         seed=seed,
     )
-    if not synthetic:
-        return FusedTrainer(name, seed, ours, steps)
-    warmup = round(parts["warmup"] * settings.warmup * each)
-    mix, lessons = parts["mix"], parts["lessons"]
-    if muon:
-        schedule = fd.Schedule(ours, warmup, k, mix)
-        return MuonTrainer(name, seed, ours, steps, rate, sg_rate, schedule)
-    made = FusedTrainer(name, seed, ours, steps, warmup, k, mix, lessons)
+    warmup = round(parts["warmup"] * settings.warmup * each) if synthetic else 0
+    more: dict[str, Any] = {"mix": parts["mix"], "lessons": parts["lessons"]}
+    every: Any = k if synthetic else 1
     if parts["automatic"]:
-        bounds = (max(1, k // 2), 2 * k)
-        made.schedule = fd.Schedule(
-            ours, warmup, "auto", mix, bounds=bounds, cost_ratio=float(k), lessons=lessons
-        )
+        every = "auto"
+        more |= {"bounds": (max(1, k // 2), 2 * k), "cost_ratio": float(k)}
+    made = (
+        MuonTrainer(name, seed, ours, steps, lr, sg_lr)
+        if muon
+        else FusedTrainer(name, seed, ours, steps)
+    )
+    made.schedule = fd.Schedule(ours, warmup, every, **more)  # in the place of the trainer's own
     return made
 
 
@@ -221,15 +236,13 @@ def compare(
             f"({len(dataset.train.labels)} images)"
         )
     names = (*BASES, *settings.recipes)
-    body: dict[str, Any] = {
-        "dataset": dataset.name,
-        "evaluated_on": "held-out part" if settings.held_out else "test set",
-        "rows": {name: what(name) for name in names},
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result("recipes", facts=facts(command), settings=plain(asdict(settings)), body=body)
-    report = resumed(previous, asked)
+    report = begun(
+        *("recipes", settings, previous, command),
+        dataset=dataset.name,
+        evaluated_on="held-out part" if settings.held_out else "test set",
+        rows={name: what(name) for name in names},
+        runs=[],
+    )
     runs: list[tuple[int, int | None, str]] = [
         (seed, None if name == "backprop" else k, name)
         for seed in settings.seeds

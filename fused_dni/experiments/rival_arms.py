@@ -290,8 +290,10 @@ class Grid(settings.Settings):
 
     def cell(self, width: int, depth: int) -> Settings:
         """Return what one network's runs are a function of, but for their rate."""
-        same = ("dataset", "arms", "batch_size", "seeds", "update", "warmup", "mix", "share")
-        same += ("lessons", "rank", "backend", "device")
+        same = (
+            *("dataset", "arms", "batch_size", "seeds", "update", "warmup", "mix", "share"),
+            *("lessons", "rank", "backend", "device"),
+        )
         return Settings(
             **{name: getattr(self, name) for name in same},
             hidden=width,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 
 from fused_dni.experiments import data, rivals
 from fused_dni.experiments.rival_arms import EXACT, Arm, Grid, arm
-from fused_dni.experiments.run import Job, Keep, Say, do_jobs, plain
+from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Result
 
 #: Backprop's longest run, in parts of the largest budget.
 BEYOND = 1.5
@@ -69,24 +69,16 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set without its "
             "held-out part"
         )
-    on_gpu = torch.device(settings.device).type == "cuda"
-    body = {
-        "dataset": dataset.name,
-        "trained": settings.trained()[0].name,
-        "exact": [name for name in settings.arms if arm(name).kind in EXACT],
-        "tuning": [],
-        "networks": [],
-        "runs": [],
-        "finished": False,
-    }
-    asked = Result(
-        "rivals grid",
-        facts=facts(command, settings.device),
-        settings=plain(asdict(settings)),
-        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
-        body=body,
+    report = begun(
+        *("rivals grid", settings, previous, command, settings.device),
+        memory_is=timing.memory_is(torch.device(settings.device)),
+        dataset=dataset.name,
+        trained=settings.trained()[0].name,
+        exact=[name for name in settings.arms if arm(name).kind in EXACT],
+        tuning=[],
+        networks=[],
+        runs=[],
     )
-    report = resumed(previous, asked)
     jobs = list(_jobs(settings, dataset.to(settings.device), seconds, report, keep))
     cells = len(settings.widths) * len(settings.depths)
     runs = (len(settings.trained()) * len(settings.budgets) + 1) * len(settings.seeds)

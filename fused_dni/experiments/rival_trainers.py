@@ -265,7 +265,10 @@ class LocalTrainer(_Layerwise):
 
     Attributes:
         helpers: the auxiliary classifiers, [classes, hidden] each, from the lowest layer up.
+        BIAS: whether they have one.
     """
+
+    BIAS = True
 
     def __init__(
         self,
@@ -275,11 +278,10 @@ class LocalTrainer(_Layerwise):
         rule: Rule,
         steps: int,
         backend: str | None = None,
-        bias: bool = True,
     ) -> None:
         helpers = nn.ModuleList(
             fd.FusedDNILinear.from_linear(linear, synthesizer=None, update=rule, backend=backend)
-            for linear in _like_head(network, len(network) // 3 - 1, seed, bias)
+            for linear in _like_head(network, len(network) // 3 - 1, seed, self.BIAS)
         )
         super().__init__(name, seed, network, rule, steps, helpers=helpers, backend=backend)
         self._classifiers = [*helpers, self.head]
@@ -298,8 +300,10 @@ class MonoForwardTrainer(LocalTrainer):
     """Mono-Forward: local losses as above, of projections without a bias (an output is a layer's
     "goodness" for a class); what is predicted is the class of most goodness in all layers."""
 
+    BIAS = False
+
     def __init__(self, *args: Any, **fused: Any) -> None:
-        super().__init__(*args, **fused, bias=False)
+        super().__init__(*args, **fused)
         self.model = _Summed(self.model, self.hidden, self._classifiers)
 
 

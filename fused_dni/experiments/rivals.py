@@ -141,12 +141,11 @@ def _measured(
     tuning = tune(settings, arms, dataset, rows, progress) if tuned else []
     for which, row in zip(arms, rows, strict=True):
         row["rate"] = _best(which, tuning) if tuned else settings.rate(which)
-    on_gpu = torch.device(settings.device).type == "cuda"
     return Result(
         "rivals",
         facts=facts(command, settings.device),
         settings=plain(asdict(settings)),
-        memory_is=timing.PEAK_MEMORY_CUDA if on_gpu else timing.PEAK_MEMORY_CPU,
+        memory_is=timing.memory_is(torch.device(settings.device)),
         body={
             "dataset": dataset.name,
             "gate": gate,

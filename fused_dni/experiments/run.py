@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted as Interrupted
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result
+from fused_dni.report.schema import Result, resumed
 
 Keep = Callable[[Result], None]
 Say = Callable[[float], None]
@@ -118,6 +119,30 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def begun(
+    kind: str,
+    settings: Any,
+    previous: Result | None,
+    command: str | None,
+    device: str = "cpu",
+    memory_is: str = "",
+    **parts: Any,
+) -> Result:
+    """Return the report that an experiment goes on with: the previous one, or one of these parts.
+
+    Raises:
+        ValueError: the previous one is of other settings.
+    """
+    empty = Result(
+        kind,
+        facts=facts(command, device),
+        settings=plain(asdict(settings)),
+        memory_is=memory_is,
+        body={**parts, "finished": False},
+    )
+    return resumed(previous, empty)
 
 
 class Job(NamedTuple):

@@ -80,7 +80,8 @@ class Steps(DecoupledModule):
 
     def learn(self, regressions: list[Regression]) -> None:
         super().learn(regressions)
-        self.learn_again(regressions)
+        if self.phase.lessons > 1:  # else a call for nothing
+            self.learn_again(regressions)
 
     def watched(self, inputs: Any, need_dx: bool) -> tuple[Tensor, ...]:
         """Name what :meth:`close` reads and no graph watches: a change in place is to be an
@@ -342,7 +343,8 @@ class LinearSteps(Steps):
             if p is not None and quick.learn(
                 h, p.scaled, p.reduced, context, predicted.unit, arrived
             ):
-                self.learn_again(regressions)
+                if self.phase.lessons > 1:
+                    self.learn_again(regressions)
                 return
         super().learn(regressions)
         if self.norm_update is not None:

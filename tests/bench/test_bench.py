@@ -915,6 +915,21 @@ def test_the_table_of_delays_joins_reports_and_says_what_is_missing():
     assert documents.RENDERERS["delay"][1]([]) == "Not measured yet."
 
 
+def test_what_passes_one_cut_alone_has_the_same_error_by_the_cut():
+    plain = {("stale", 20): [0.02, 0.04], ("cdni-4", 20): [0.01, 0.03], ("local", None): [0.05]}
+    late = {("stale", 20): [0.07, 0.09], ("cdni-4-true", 20): [0.06, 0.06]}
+    reports = [_late(plain, lags=[20]), _late(late, lags=[20], each_cut=True)]
+    found = documents.RENDERERS["delay"][1](reports)
+    for row in (
+        "| arm | 2 stages, lag 20 | 2 stages, lag 20 a cut |",
+        "| stale | 3.00 (2.00–4.00) | 8.00 (7.00–9.00) |",
+        "| cdni-4 | 2.00 (1.00–3.00) | 2.00 (1.00–3.00) |",
+        "| cdni-4-true |  | 6.00 (6.00–6.00) |",
+        "| local | 5.00, 1 seed | 5.00, 1 seed |",
+    ):
+        assert row in found
+
+
 def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
     """PyTorch reads its environment when it loads, so the command is started anew for that; what
     is measured lies apart from the native figures."""

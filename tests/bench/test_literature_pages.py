@@ -47,7 +47,7 @@ def test_reports_of_different_arms_are_one_table():
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found.splitlines()]
     assert ["backprop", "2", "1.60 (1.50-1.70)"] in cells
     assert ["- published", "", "2.0"] in cells
-    name = "cDNI, cross-entropy form, k = 8, mix 0.5: 20.0 % of the steps exact"
+    name = "cDNI, cross-entropy form, k = 8, mix 0.5, 4 lessons: 20.0 % of the steps exact"
     assert [name, "2", "1.80 (1.80-1.80)"] in cells and [name, "+0.20", "+0.20"] in cells
     assert documents.RENDERERS["literature-clocks"][1]([exact]) == "Not measured yet."
 

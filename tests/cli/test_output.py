@@ -219,7 +219,8 @@ def test_a_folder_is_no_file(capsys, tmp_path, results, command):
 
 
 @pytest.mark.parametrize(
-    "command", [MAP, "rivals", "delay", TRAIN, "demo", "train copy", "profile torch -- a.py"]
+    "command",
+    [MAP, "rivals", "delay", "recipes", TRAIN, "demo", "train copy", "profile torch -- a.py"],
 )
 def test_what_goes_on_from_a_file_does_not_begin_without_it(capsys, below, command):
     words = command.split()

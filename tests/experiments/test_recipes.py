@@ -60,7 +60,6 @@ def test_recipes_change_what_they_say_and_may_be_joined() -> None:
         ("exct", "unknown recipe 'exct'"),
         ("half+", "unknown recipe ''"),
         ("half+exact", "recipes half and exact do not go together: both change mix"),
-        ("muon+lessons", "muon and lessons do not go together"),
         ("rank-4+mlp", "rank-4 and mlp do not go together"),
     ],
 )
@@ -77,6 +76,8 @@ def test_unknown_recipes_and_combinations_are_refused(name: str, said: str) -> N
         ({"warmup": -1.0}, "warmup must be a finite number from 0 on"),
         ({"recipes": ()}, "recipes must hold one"),
         ({"sg_lr": -1.0}, "sg_lr must be"),
+        ({"update": "muno"}, "unknown update 'muno'"),
+        ({"update": "muon"}, "update='muon' and lessons do not go together"),
     ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any], said: str) -> None:
@@ -104,9 +105,19 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Any
 # ----------------------------------------------------------------------------------------- trainers
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "cross-entropy+exact+muon", "critic+adamw+lessons"])
-def test_every_recipe_trains(name: str) -> None:
-    settings = replace(TINY, recipes=(name,), seeds=(0,), target_every=(2,))
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        *[(name, "adam") for name in (*BASES, *RECIPES, "critic+exact+lessons")],
+        *[(name, update) for name in (*BASES, "cross-entropy+exact") for update in ("sgd", "muon")],
+        ("plain", "adamw"),
+    ],
+)
+def test_every_recipe_trains(name: str, update: str) -> None:
+    recipe_of = "plain" if name in BASES else name
+    settings = replace(
+        TINY, recipes=(recipe_of,), seeds=(0,), target_every=(2,), update=update, epochs=6, lr=0.02
+    )
     run = recipes._run(name, 2, 0, settings, DATA, 6, lambda fraction: None)
     assert 0.0 <= run["error"] < 0.9
     again = recipes._run(name, 2, 0, settings, DATA, 6, lambda fraction: None)
@@ -135,8 +146,6 @@ def test_a_recipe_reaches_the_layers() -> None:
     assert rates == [TINY.sg_lr / 3, 3 * TINY.sg_lr]
     assert made("rank-4").model[0].synthesizer.rank == 4
     assert made("dense").model[0].synthesizer.rank is None
-    assert isinstance(made("adamw").model[0].update.rule, fd.AdamW)
-    assert isinstance(made("sgd").model[0].update.rule, fd.SGD)
 
 
 def test_all_rows_start_from_the_same_weights() -> None:
@@ -188,6 +197,28 @@ def test_the_share_of_exact_steps_is_counted(report: Result) -> None:
         assert shares["exact", k] == pytest.approx((warmup + -(-(steps - warmup) // k)) / steps)
         assert warmup / steps < shares["exact+automatic", k] < 1.0
     assert all(run["error"] < 0.9 for run in report["runs"])
+
+
+@pytest.mark.parametrize("name", [*BASES, "cross-entropy+exact"])
+def test_rules_and_rates(name: str) -> None:
+    settings = replace(TINY, recipes=("plain",), update="muon", lr=0.02)
+    trainer = recipes.build(name, 2, 0, settings, DATA, 6)
+    muon, *adam = trainer.optimizer.param_groups
+    hidden = [m.weight for m in list(trainer.model)[:-1]]
+    assert [id(p) for p in muon["params"]] == [id(p) for p in hidden]
+    rates = [group["lr"] for group in adam]
+    assert rates == ([0.02, TINY.sg_lr] if name == "cross-entropy+exact" else [0.02])
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in trainer.model.parameters()}
+    before = [p.clone() for p in hidden]
+    for _ in range(18):
+        trainer.step(*DATA.train)
+    assert all(group["lr"] == pytest.approx(0.0) for group in trainer.optimizer.param_groups)
+    assert all(not torch.equal(p, q) for p, q in zip(hidden, before, strict=True))
+    if name != "stale":
+        for update, kind in (("adamw", fd.AdamW), ("sgd", fd.SGD)):
+            model = recipes.build(name, 2, 0, replace(settings, update=update), DATA, 6).model
+            assert isinstance(model[0].update.rule, kind)
 
 
 def test_stale_repeats() -> None:

@@ -34,7 +34,6 @@ WHAT = {
     "cdni": "cDNI, linear, targets on every step",
     "cdni-cross-entropy": "cDNI, cross-entropy form, targets on every step",
     "full": "every layer in every step",
-    "locked forward": "synthetic gradients, true inputs",
     "unlocked": "synthetic gradients and inputs",
 }
 
@@ -75,7 +74,6 @@ def sentence(report: Result) -> str:
     for table, base, names in (
         ("depth", "backprop", ["cdni", "cdni-cross-entropy", *_recipes(report)]),
         ("sparse", "full", ["sparse"]),
-        ("unlock", "locked forward", ["unlocked"]),
     ):
         for name in names:
             found = _mean_difference(report, table, name, base)

@@ -45,10 +45,10 @@ def protocol(report: Result) -> str:
     """Say how the runs were made, in a paragraph."""
     s = report.settings
     return (
-        f"Linear, BatchNorm, ReLU; batch {s['batch_size']}, {s['epochs']} epochs, rate {s['lr']:g} "
-        f"(synthesizers {s['sg_lr']:g}), cosine to zero, Adam unless a row says otherwise; "
-        f"{s['warmup']:g} epochs of warm-up on true gradients, which held gradients do without. "
-        f"Every row starts from the same weights and sees the same batches; "
+        f"Linear, BatchNorm, ReLU; batch {s['batch_size']}, {s['epochs']} epochs, "
+        f"{s.get('update', 'adam')} at {s['lr']:g} (synthesizers: adam at {s['sg_lr']:g}), cosine "
+        f"to zero; {s['warmup']:g} epochs of warm-up on true gradients, which held gradients do "
+        "without. Every row starts from the same weights and sees the same batches; "
         f"{text.count(len(s['seeds']), 'seed')}. Errors are of the last epoch on the "
         f"{report['evaluated_on']}."
     )

@@ -71,10 +71,11 @@ def when(curve: Points, error: float) -> float | None:
     """Read from how many steps on an error is reached: likewise; None if it is not. The steps of
     the shortest run where that is there already."""
     if curve and curve[0][1] <= error:
-        return curve[0][0]
+        return float(curve[0][0])
     for (n, before), (m, after) in itertools.pairwise(curve):
         if after <= error:
-            return n * (m / n) ** ((before - error) / (before - after))
+            share = (before - error) / (before - after)
+            return math.exp(math.log(n) + share * math.log(m / n))
     return None
 
 
@@ -276,13 +277,13 @@ def _steps(report: Result) -> Table:
         best = fastest(report, cell)
         base = times(report, cell)[best] if best else None
         for row in network["arms"]:
-            same = base is None or row["name"] == best
+            over = "1" if base is None else text.ratio(ratio(row["time"], base))
             lines.append(
                 [
                     f"{cell.width} x {cell.depth}",
                     row["name"],
                     text.seconds(row["time"].median),
-                    "1" if same else text.ratio(ratio(row["time"], base)),
+                    "1" if row["name"] == best else over,
                     text.size(row["memory"]),
                 ]
             )
