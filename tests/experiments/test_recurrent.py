@@ -824,6 +824,8 @@ def test_train_rows_prints_what_the_prediction_recovers(capsys, tmp_path, monkey
     assert cli.main([*argv, "6", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "gap closed" in said and "dni at T=2" in said and "truncated backprop at T=6" in said
+    (own,) = [line for line in said.splitlines() if line.startswith("fused T=2")]
+    assert own.split()[-1] == "-"  # the gap's own end closes none of it
     assert json.loads((tmp_path / "report.json").read_text())["kind"] == "train rows"
 
 

@@ -113,7 +113,7 @@ def gap_closed(outcome: Outcome, name: str) -> float | None:
     rows = {row["name"]: row for row in outcome.summary()}
     arm, mean = rows[name], f"{outcome.key}_mean"
     short, long = _references(outcome, arm)
-    if short is None or long is None or short is arm:
+    if short is None or long is None or short["name"] == name:
         return None
     gap = short[mean] - long[mean]
     return (short[mean] - arm[mean]) / gap if gap > 0.0 else None
