@@ -156,6 +156,8 @@ def bullets(folder: str) -> str:
     for key in BULLETS:
         question, found = known[key]
         for reports, answer in found:
+            if not answer.bullet:
+                continue
             link = f"{folder}{PAGE.name}#{anchor(question.claim)}"
             lines.append(f"- {answer.bullet} ({device(reports)}; [table]({link})).")
     return "\n".join(lines)
