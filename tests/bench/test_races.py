@@ -427,7 +427,9 @@ def test_a_race_becomes_a_table() -> None:
         {"name": name, "seed": 1, "history": history(*losses), "diverged": False}
         for name, losses in {"backprop": (0.9, 0.8, 0.6), "DNI k=8": (0.9, 0.6, 0.5)}.items()
     ]
-    facts = {"device": "CPU", "threads": 2, "torch": "2", "commit": "c", "command": "run"}
+    facts = {
+        "device": "CPU", "threads": 2, "torch": "2", "date": "d", "commit": "c", "command": "run",
+    }  # fmt: skip
     settings = {"arms": ["backprop", "DNI k=8"], "seconds": 2.0, "seeds": [1]}
     report = Result("race", facts=facts, settings=settings, body={"runs": runs, "finished": True})
     shown = documents.RENDERERS["race-hidden"][1]([report.described()])
