@@ -144,7 +144,7 @@ QUESTIONS = (
         "autoencoder under a loss of frozen convolutional features, compressed embeddings under a "
         "pretrained sentence encoder. Each arm on its own clock for the same time, beside what "
         "people do by hand instead, and beside the same number of full steps alone.",
-        ("verdict/*-race-*",),
+        (races.UNDER_TOPS,),
         readings.tops,
     ),
     Question(
@@ -239,6 +239,14 @@ QUESTIONS = (
         "the same kernels where they serve.",
         ("verdict/*-rivals",),
         readings.rivals,
+    ),
+    Question(
+        "“Inside a network it does not pay”",
+        "Hidden layers that cost most of a step, above a table of n-grams that needs many steps; "
+        "all of it learns, the layers above the interface on every k-th step alone "
+        "(docs/rivals.md).",
+        ("verdict/*-race-hidden",),
+        readings.inside,
     ),
     Question(
         "“In another network it is otherwise”",

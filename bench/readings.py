@@ -562,6 +562,24 @@ def rivals(reports: dict[str, Report]) -> Answer:
     )
 
 
+def inside(reports: dict[str, Report]) -> Answer:
+    """A race in a network whose layers all learn."""
+    (report,) = reports.values()
+    ours, others = races.soonest(report, True), races.soonest(report, False)
+    said = [
+        f"{found[0]} in {text.parts(found[1])} of backprop's time"
+        for found in (ours, others)
+        if found is not None
+    ]
+    ahead = ours and others and statistics.median(others[1]) < statistics.median(ours[1])
+    return Answer(
+        "no" if ours is None else f"it did here{'; so did, sooner, a local loss' * bool(ahead)}",
+        "; ".join(said) or "never there",
+        f"{races.title(report)}, error on a text held out. {report.sentence}",
+        [b for b in blocks_of(report) if isinstance(b, (Table, Figure))],
+    )
+
+
 def grid(reports: dict[str, Report]) -> Answer:
     """Tell of the rivals in other networks, for longer, and on another task."""
     sentences, blocks, numbers, won, places = [], [], [], 0, 0

@@ -20,6 +20,7 @@ from pages import (
     training,
     verdict,
 )
+from races import UNDER_TOPS
 from stored import ROOT, matching
 
 #: All pages but those that are made as a whole.
@@ -81,7 +82,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     },
     "mnist": ("*-mnist", each(training.render_training)),
     "ranks": ("*-mnist-rank-*", training.render_ranks),
-    "races": ("verdict/*-race-*", races.render_races),
+    "races": (UNDER_TOPS, races.render_races),
     "race-hidden": ("verdict/*-race-hidden", each(races.render_race)),
     "rivals-grid": ("verdict/*-rivals-grid-*", each(races.render_grid)),
     "copy": ("*-copy", each(training.render_recurrent)),

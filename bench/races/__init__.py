@@ -34,6 +34,7 @@ __all__ = [
     "SECONDS",
     "SEEDS",
     "TITLES",
+    "UNDER_TOPS",
     "hidden",
     "lacks",
     "perceptual",
@@ -54,6 +55,8 @@ TITLES = {
     "sentence": "Frozen sentence encoder",
     "hidden": "Hidden layers, all trained, above a table of n-grams",
 }
+#: Names of the results of all but the one inside a network.
+UNDER_TOPS = "verdict/*-race-[!h]*"
 #: What `make answers` runs of each: seconds of an arm and seed, and which arms where not all.
 SECONDS = {
     "words": "20", "words_16k": "20", "words_256": "20", "perceptual": "20", "sentence": "20",

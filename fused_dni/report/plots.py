@@ -25,6 +25,7 @@ METHODS = {
     "delayed": GREY,
     "nesterov": GREY,
     "local": YELLOW,
+    "mono-forward": "#c9b458",
     "feedback": "#b0763a",
     "cdni-z": "#f08a9b",
     "cdni": RED,
@@ -41,10 +42,13 @@ class Methods:
         self._drawn: dict[str, int] = {}
 
     def style(self, name: str) -> tuple[str, str]:
-        """Return the colour and the line style for the next of ``name``'s family."""
-        family = next(kind for kind in METHODS if name.startswith(kind))
+        """Return the colour and the line style for the next of ``name``'s family; those of no
+        family have colours in turn."""
+        family = next((kind for kind in METHODS if name.startswith(kind)), "")
         seen = self._drawn[family] = self._drawn.get(family, -1) + 1
-        return METHODS[family], STYLES[seen % len(STYLES)]
+        if family:
+            return METHODS[family], STYLES[seen % len(STYLES)]
+        return CYCLE[seen % len(CYCLE)], STYLES[seen // len(CYCLE) % len(STYLES)]
 
 
 def runs(
