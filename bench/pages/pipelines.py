@@ -89,7 +89,7 @@ def render_stragglers(report: Any) -> str:
         f"over {len(seeds)} seeds, and mean age of gradients in steps; passes stretched to "
         f"{1e3 * s['forward_s']:g} and {1e3 * s['backward_s']:g} ms. Steps a second are of "
         f"processes that sleep for 20 and 40 ms, one run of {s.get('seconds', 15):g} s each: the "
-        "same spells for all ways, and, by chance, fewer than a quarter of the time."
+        "same spells for all ways."
     )
     return f"{said}\n\n{table(header, rows)}"
 
