@@ -962,6 +962,19 @@ def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
     assert groups.device_facts()["isa"] == widest
 
 
+def test_figures_of_a_gpu_need_no_kernels_of_the_cpu():
+    """The first call of ``bench/gpu.sh`` builds the CUDA part alone."""
+    without = (
+        "import sys; sys.modules['fused_dni.backends._cpu'] = None; "
+        "import gpu_kernels, groups; print(groups.device_facts()['isa'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "bench")))}
+    done = subprocess.run(
+        [sys.executable, "-c", without], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None", done.stderr
+
+
 def test_the_table_of_recipes_marks_ranges_and_says_shares():
     runs = [
         {"name": name, "k": k, "seed": seed, "error": error, "exact": exact}
