@@ -61,7 +61,7 @@ def compare(
 
     Raises:
         GateError: an arm does not compute what its formula says.
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
+        ValueError: settings and data do not fit, or ``previous`` is of others.
         Interrupted: Ctrl-C; finished runs have been kept.
     """
     progress = progress or Progress(enabled=False)
@@ -74,6 +74,7 @@ def compare(
         *("rivals grid", settings, previous, command, settings.device),
         memory_is=timing.memory_is(torch.device(settings.device)),
         dataset=dataset.name,
+        digest=dataset.digest(),
         trained=settings.trained()[0].name,
         exact=[name for name in settings.arms if arm(name).kind in EXACT],
         tuning=[],

@@ -228,6 +228,9 @@ def test_the_command_on_a_text(tmp_path, capsys, monkeypatch):
     assert made["dataset"] == "characters" and made.facts["command"].count("DIR") == 2
     assert main([*argv, "--resume", "--seeds", "3"]) == 2
     assert "of other settings" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text("whether 'tis nobler in the mind to suffer. " * 20)
+    assert main([*argv, "--resume"]) == 2
+    assert "of other data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
