@@ -52,6 +52,13 @@ def test_reports_of_different_arms_are_one_table():
     assert documents.RENDERERS["literature-clocks"][1]([exact]) == "Not measured yet."
 
 
+def test_a_row_says_how_many_seeds_each_depth_has_at_least():
+    runs = {("backprop", 3, 1): 0.015, ("backprop", 3, 2): 0.017, ("backprop", 4, 1): 0.02}
+    found = documents.RENDERERS["literature-depth"][1]([_tables("one", runs, depths=(3, 4))])
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found.splitlines()]
+    assert ["backprop", "1 to 2", "1.60 (1.50-1.70)", "2.00"] in cells
+
+
 def _copy(task: str, ends: dict[tuple[str, int], list[tuple[float, float, float]]]) -> Any:
     """By method and window, of a seed each: solved after half of the run, at its end, seconds."""
     runs = [
