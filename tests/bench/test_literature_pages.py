@@ -101,6 +101,8 @@ def test_lengths_at_equal_steps_and_at_equal_wall_clock():
     # After 10 seconds: the first at its end, the second and both of DNI half way.
     assert "| T=2 | 10 s | 3.5 (3–4) | 7 (6–8) | 2.00 |" in found
     assert "| T=6 | 10 s | 0 | 0 | - |" in found
+    altered = _copy("copy", {**ends, ("dni/zero", 2): [(1, 2, 10)]})  # --ablate, not published
+    assert render([altered]) == render([_copy("copy", ends)])
     alone = _copy("copy", ends)
     alone["settings"]["windows"] = [2]
     assert render([alone]) == "Not measured yet."
