@@ -138,13 +138,10 @@ def _rule(rule: RuleTensors) -> tuple[int | bool, ...]:
 def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
     """Return the argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias, table, ignored = synthesizer
-    classes = (
-        0 if context_weight is None else context_weight.shape[1] if table is None else len(table)
-    )
     return (
         _SYNTHESIZER[kind],
         0 if down is None else down.shape[0],
-        classes,
+        synthesizer.classes,
         weight.data_ptr(),
         0 if down is None else down.data_ptr(),
         0 if context_weight is None else context_weight.data_ptr(),
@@ -173,6 +170,7 @@ class CpuBackend(Unbound):
     bfloat16 with float32 parameters."""
 
     name = "cpu"
+    synthesizers = SYNTHESIZERS
 
     def available(self) -> str | None:
         """Return None: where the extension can be imported, it runs."""
