@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES, STEPS = 4, 11
 #: By the true gradient, or by a prediction of these kinds.
-KINDS = ("true gradient", "dense", "low rank", "diagonal")
+KINDS = ("true gradient", "dense", "low rank", "diagonal", "cross-entropy")
 
 
 class Usual(fd.FusedDNILinear):
@@ -37,6 +37,8 @@ def synthesizer(kind: str, features: int) -> nn.Module | None:
         return None
     if kind == "diagonal":
         return fd.DiagonalSynthesizer(features, context_features=CLASSES)
+    if kind == "cross-entropy":
+        return fd.CrossEntropySynthesizer(features, CLASSES)
     rank = min(2, features) if kind == "low rank" else None
     return fd.LinearSynthesizer(features, rank=rank, context_features=CLASSES)
 
