@@ -301,7 +301,8 @@ def arguments(name, backend, normalization, kind, context, interface="output"):
     rstd = {"batch": double(o).abs(), "layer": double(n).abs(), None: None}[normalization]
     slots = layer[:4] if interface == "output" else (*layer[:2], None, None)
     vectors = [double(o) if t is not None else None for t in layer[1:4]]
-    prediction = Prediction(h.cos(), double(n, 2) if kind == "lowrank" else None)
+    down = synthesizer.down
+    prediction = Prediction(h.cos(), None if down is None else double(n, len(down)))
     lesson = (h, prediction, h.sin(), synthesizer, rows, 6.0, torch.zeros(STATISTICS_SIZE).double())
     return {
         "linear_forward": (x, layer, config, True, True),
