@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +12,8 @@ from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
-    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Experiment
 
 
 @dataclass(kw_only=True)
@@ -97,8 +96,8 @@ class Resumable(Measuring):
     kind: ClassVar[str]
     resume: bool = option(False, help="go on with an unfinished --out", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
-        """Return what measures: called with ``previous``, ``keep``, ``progress``, ``command``."""
+    def begin(self, progress: Progress) -> Experiment:
+        """Return what measures."""
         raise NotImplementedError
 
     def run(self, command: str) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
 
 if TYPE_CHECKING:
-    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Experiment
 
 
 @dataclass(kw_only=True)
@@ -43,7 +42,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     )
     out: str | None = option("rivals.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import rivals
 
         settings = self.chosen()
@@ -82,7 +81,7 @@ end, so that only then the machine need be idle."""
         if self.quick and self.full:
             raise UsageError("--quick and --full ask for different grids: give one of them")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import rival_grid
 
         settings = self.chosen()
@@ -103,7 +102,7 @@ class Interfaces(OnImages, Resumable):
 
     out: str | None = option("interfaces.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import interfaces
 
         return partial(interfaces.measure, self.chosen(), self.load(progress))
@@ -132,7 +131,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     def chosen(self, **more: Any) -> Any:
         return super().chosen(quick=self.quick, **more)
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import delay
 
         return partial(delay.compare, self.chosen(), self.load(progress))
@@ -160,7 +159,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     def chosen(self, **more: Any) -> Any:
         return super().chosen(quick=self.quick, **more)
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import recipes
 
         settings = self.chosen()
@@ -191,7 +190,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     def chosen(self, **more: Any) -> Any:
         return super().chosen(quick=self.quick, **more)
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import literature
 
         settings = self.chosen()
