@@ -130,7 +130,7 @@ def advise(
     update = update or SGD()
     say("finding blocks", 0.0)
     with torch.random.fork_rng(devices=[]):
-        subject = pose(model, sample, loss, at_rate(update, TIMING_RATE), classes, backend)
+        subject = make_subject(model, sample, loss, at_rate(update, TIMING_RATE), classes, backend)
         gate = check(subject)
         say("finding blocks", 1.0)
         measured, stock_before = measure_blocks(
@@ -181,7 +181,7 @@ def advise(
     ))  # fmt: skip
 
 
-def pose(
+def make_subject(
     model: nn.Module,
     sample: Tensor,
     loss: Loss | None,

@@ -38,8 +38,8 @@ from fused_dni.measure.verdict.candidates import (
     at_rate,
     compiled_step,
     linear_shapes,
+    make_problem,
     our_step,
-    pose,
     spread,
     stock_step,
 )
@@ -124,7 +124,7 @@ def verdict(
     say = teller(progress)
     update = update or SGD()
     rule = at_rate(update, TIMING_RATE)
-    problem, output, module = pose(module, sample, target, context_features, rule)
+    problem, output, module = make_problem(module, sample, target, context_features, rule)
     making = _Making(module, problem, output, context_features, backend)
     plans = _plans(making, interface, synthesizer, rank)
 

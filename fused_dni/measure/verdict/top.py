@@ -34,7 +34,7 @@ from fused_dni.measure.baseline import facts
 from fused_dni.measure.timing import Candidate, Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
 from fused_dni.measure.verdict.result import Measured, break_even
-from fused_dni.measure.verdict.top_steps import Subject, Top, pose, unchanged
+from fused_dni.measure.verdict.top_steps import Subject, Top, make_subject, unchanged
 from fused_dni.report.kinds import verdict_top as reports
 from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
@@ -200,7 +200,7 @@ def verdict_top(
     say = teller(progress)
     update = update or Adam()
     say("checking", 0.0)
-    subject = pose(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
+    subject = make_subject(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
     say("checking", 1.0)
     with unchanged(subject.top, subject.x.device):
         found = _measured(subject, ks, seconds, lambda fraction: say("measuring", fraction))
