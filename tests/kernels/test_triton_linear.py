@@ -120,7 +120,7 @@ def test_a_step_at_the_preactivation_meets_less_often(
 ) -> None:
     """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
     met = []
-    monkeypatch.setattr(linear, "meet", lambda *_: met.append(1) or True)
+    monkeypatch.setattr(linear, "wait_for_all", lambda *_: met.append(1) or True)
     counts = []
     for interface in ("output", "preactivation"):
         options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",

@@ -33,7 +33,7 @@ from fused_dni.backends.common.gpu import (
 from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.triton.launching import (
     architecture,
-    meeting_on,
+    barrier_on,
     precision,
     resident,
     run,
@@ -86,14 +86,14 @@ class _Step(GpuStep):
     ) -> None:
         x, (h, prediction, dx, saved) = x.contiguous(), made
         tiles = _tiles("linear_step", x, self.layer.weight, self.problem.rule)
-        current, meeting = stream(x.device), None
+        current, barrier = stream(x.device), None
         if tiles.launches == "one":
-            meeting = meeting_on(x.device, current)
+            barrier = barrier_on(x.device, current)
         key = None if current is None else (x.shape[0], x.dtype, tiles, current)
         room = self.room(key, lambda: _Room(self._workspace(x, h, tiles), {}))
         scaled, reduced = (None, None) if prediction is None else prediction
         t = room.tensors._replace(
-            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, meeting=meeting,
+            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, barrier=barrier,
             reduced=room.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
         if saved is not None:
@@ -264,7 +264,7 @@ def _launch(
 ) -> None:
     device = t.x.device
     if tiles.launches == "one":
-        t = t._replace(meeting=meeting_on(device, stream(device)))
+        t = t._replace(barrier=barrier_on(device, stream(device)))
     t = linear.workspace(t, problem, tiles, phases)
     run(linear.plan(t, problem, tiles, phases, _sizes(t), resident(device)), device)
 
@@ -313,7 +313,7 @@ def _launch_synthesizer(
     tiles = tuning.choose(op, (rows, outputs), dtype, device, default)
     rank = 0 if t.down is None else t.down.shape[0]
     if tiles.launches == "one":
-        t = t._replace(meeting=meeting_on(device, stream(device)))
+        t = t._replace(barrier=barrier_on(device, stream(device)))
     t = synthesizer_kernels.workspace(t, problem, tiles, rank)
     sizes = (rows, outputs, rank, _classes(t))
     run(synthesizer_kernels.plan(t, problem, tiles, sizes, resident(device)), device)
