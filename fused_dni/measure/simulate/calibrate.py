@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
-from fused_dni.measure.simulate.settings import TIMES_MINIMUM, Times
+from fused_dni.measure.simulate_settings import TIMES_MINIMUM, Times
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line, spread
 from fused_dni.measure.verdict.top_steps import Loop, make_subject
