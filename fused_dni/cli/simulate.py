@@ -18,6 +18,7 @@ from fused_dni.measure.options import (
     SIZE,
     SPAN,
     SPEED,
+    STAGE_SECONDS,
     TEXT,
     TIME,
     TIME_OR_SHARE,
@@ -81,7 +82,7 @@ examples:
     measure: str | None = option(
         None, FACTORY, "package.module:factory: measure it", group="a stage, for one microbatch"
     )
-    seconds: float = option(2.0, SECONDS, "of measuring, for each stage")
+    seconds: float = option(STAGE_SECONDS, SECONDS, "of measuring, for each stage")
     forward: float | None = option(None, TIME, "forward pass")
     backward: float | None = option(None, TIME, "backward pass")
     weight: float | None = option(None, TIME, "the weights' part of it (half of it)")

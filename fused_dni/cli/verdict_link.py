@@ -8,7 +8,16 @@ from dataclasses import MISSING, dataclass
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say_report
-from fused_dni.measure.options import EVERY, FACTORY, SECONDS, SPEED, TIME, option, whole
+from fused_dni.measure.options import (
+    EVERY,
+    FACTORY,
+    SECONDS,
+    SPEED,
+    STAGE_SECONDS,
+    TIME,
+    option,
+    whole,
+)
 from fused_dni.measure.simulate_settings import Link, Settings
 
 EXAMPLE = """\
@@ -53,7 +62,7 @@ with this in mine.py:
         None, whole(1), "batches of an update, of 1F1B and data parallel (four a stage)"
     )
     local_steps: int = option(Settings.local_steps, whole(1), "between two averages, H of DiLoCo")
-    seconds: float = option(2.0, SECONDS, "of measuring, for each stage", group="method")
+    seconds: float = option(STAGE_SECONDS, SECONDS, "of measuring, for each stage", group="method")
     paced: float = option(2.0, SECONDS, "of running, for each way", flag="run")
     no_run: bool = option(False, help="simulate alone")
 

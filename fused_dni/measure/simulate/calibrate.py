@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.options import STAGE_SECONDS
 from fused_dni.measure.simulate_settings import TIMES_MINIMUM, Times
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line, spread
@@ -60,7 +61,7 @@ def calibrate(
     made: Any,
     where: str,
     *,
-    seconds: float = 2.0,
+    seconds: float = STAGE_SECONDS,
     update: Rule | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Calibration:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import STAGE_SECONDS
 from fused_dni.measure.simulate import paced
 from fused_dni.measure.simulate.calibrate import calibrate
 from fused_dni.measure.simulate.modes import Case, simulate
@@ -30,7 +31,7 @@ def verdict_link(
     where: str,
     link: Link,
     *,
-    seconds: float = 2.0,
+    seconds: float = STAGE_SECONDS,
     run: float | None = 2.0,
     options: dict[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,

@@ -31,6 +31,7 @@ from torch import nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import VERDICT_SECONDS
 from fused_dni.measure.timing import Candidate, Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
 from fused_dni.measure.verdict.result import Measured, break_even
@@ -158,7 +159,7 @@ def verdict_top(
     synthesizer: nn.Module | str | Sequence[str] = "auto",
     target_every: Sequence[int] = KS,
     update: Rule | None = None,
-    seconds: float = 5.0,
+    seconds: float = VERDICT_SECONDS,
     title: str | None = None,
     progress: Callable[[str, float], None] | bool = False,
 ) -> TopVerdict:
