@@ -188,8 +188,8 @@ def words(device: torch.device) -> Words:
 # ---------------------------------------------------------------------------------------------
 # Launches
 
-Room = tuple[int, int, tuple[int, ...] | None]
-Op = Callable[[tuple[Any, ...], Room | None, int], int]
+Workspace = tuple[int, int, tuple[int, ...] | None]
+Op = Callable[[tuple[Any, ...], Workspace | None, int], int]
 
 
 def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:

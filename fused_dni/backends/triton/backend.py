@@ -53,7 +53,7 @@ from fused_dni.ops.types import (
 )
 
 
-class _Room(NamedTuple):
+class _Prepared(NamedTuple):
     """A step's tensors with the workspace for one shape of batches, and the launches planned for
     it, without tensors."""
 
@@ -90,23 +90,23 @@ class _Step(GpuStep):
         if tiles.launches == "one":
             barrier = barrier_on(x.device, current)
         key = None if current is None else (x.shape[0], x.dtype, tiles, current)
-        room = self.room(key, lambda: _Room(self._workspace(x, h, tiles), {}))
+        prepared = self.workspace_for(key, lambda: _Prepared(self._workspace(x, h, tiles), {}))
         scaled, reduced = (None, None) if prediction is None else prediction
-        t = room.tensors._replace(
+        t = prepared.tensors._replace(
             x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, barrier=barrier,
-            reduced=room.tensors.reduced if reduced is None else reduced,
+            reduced=prepared.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
         if saved is not None:
             t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
         problem = self.problem._replace(target_scale=scale, precision=precision())
         given = (dx is None, prediction is None, labels is None)
         kind = (*given, precision(), x.data_ptr() % 16 == 0)
-        planned = room.plans.get(kind)
+        planned = prepared.plans.get(kind)
         if planned is None:
             planned = linear.plan(
                 t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
             )
-            room.plans[kind] = linear.unbind(planned)
+            prepared.plans[kind] = linear.unbind(planned)
         else:
             planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
