@@ -6,16 +6,20 @@ with that reason and no figure.
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
 from collections.abc import Callable
+from tempfile import gettempdir
 from typing import Any
 
 from fused_dni.backends import _cpu
 from fused_dni.measure import baseline, environment, timing
 
-#: What keeps PyTorch, its compiler and the libraries that it calls to AVX2; read when they load.
+#: What keeps PyTorch, its compiler and the libraries that it calls to AVX2; read when they load. The
+#: compiler's cache does not tell instruction sets apart: code of wider vectors from it is wrong here.
 AVX2 = {
+    "TORCHINDUCTOR_CACHE_DIR": f"{gettempdir()}/torchinductor_avx2_{getpass.getuser()}",
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",

@@ -954,9 +954,9 @@ def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
         _cpu.set_isa("portable")
         facts = groups.device_facts()
         assert facts["isa"] == f"{widest}, kept to portable"
-        assert stored.result_path(facts, "step").name.endswith(
-            f"{widest}-kept-to-portable-cpu.json"
-        )
+        for threads, told in ((1, "-1-thread"), (2, "")):
+            name = stored.result_path(facts | {"threads": threads}, "step").name
+            assert name.endswith(f"{widest}-kept-to-portable{told}-cpu.json")
     finally:
         _cpu.set_isa(widest)
     assert groups.device_facts()["isa"] == widest
