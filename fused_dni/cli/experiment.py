@@ -62,6 +62,16 @@ class OnImages(Measuring):
 
 
 @dataclass(kw_only=True)
+class Quick(OnImages):
+    """One that has settings for a look."""
+
+    quick: bool = option(False, help="a look, in seconds")
+
+    def chosen(self, **more: Any) -> Any:
+        return super().chosen(quick=self.quick, **more)
+
+
+@dataclass(kw_only=True)
 class Checkpointed(Measuring):
     """A command that trains, and may keep the state of the run."""
 
