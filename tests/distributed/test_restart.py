@@ -34,8 +34,8 @@ def work(*arguments):
 
 staged_work, staged.work = staged.work, work
 if __name__ == "__main__":
-    settings = staged.Settings(stages=2, modes=("decoupled",), hidden=32, depth=2, epochs=int(sys.argv[2]),
-                               checkpoint_every=20, target_every=2)
+    settings = staged.Settings(stages=2, modes=("decoupled",), hidden=32, depth=2,
+                               epochs=int(sys.argv[2]), checkpoint_every=20, target_every=2)
     report = staged.train(settings, str(folder), restarts=5)
     (folder / "report").write_text(as_json(report))
 """
@@ -61,8 +61,10 @@ def run_and_kill(folder: Path, seed: int, epochs: int = 40, kill: bool = True) -
     script = folder / "program.py"
     script.write_text(PROGRAM)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    program = subprocess.Popen([sys.executable, str(script), str(folder), str(epochs)],
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    command = [sys.executable, str(script), str(folder), str(epochs)]
+    program = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         deadline = time.monotonic() + 300.0
         log, after = folder / "steps-0", dice.randrange(30, 400)
