@@ -2,10 +2,10 @@
 
 The specimens of kernels/ are compiled for three architectures and have to keep to the bounds that
 they state: nearly all of them for the one that the rules of thumb are made for, and of each kernel
-and phase one for the others (of all, that would be minutes of a processor). A few that are much like
-another are left to `make test-all`. Specimens that break
-one bound each show that the tool sees it. The table of all figures is printed (pytest -s), a digest
-of it stands at the end of the report.
+and phase one for the others (of all, that would be minutes of a processor). A few that are much
+like another are left to `make test-all`. Specimens that break one bound each show that the tool
+sees it. The table of all figures is printed (pytest -s), a digest of it stands at the end of the
+report.
 """
 
 from __future__ import annotations
