@@ -47,10 +47,7 @@ def compare(
         settings: what to compare.
         dataset: on what.
         seconds: budget for timing all arms of a network together.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``rivals grid``: ``tuning`` (error on the held-out part by arm and
@@ -62,7 +59,6 @@ def compare(
     Raises:
         GateError: an arm does not compute what its formula says.
         ValueError: settings and data do not fit, or ``previous`` is of others.
-        Interrupted: Ctrl-C; finished runs have been kept.
     """
     progress = progress or Progress(enabled=False)
     if len(rivals.held_out(dataset).train.labels) < settings.batch_size:

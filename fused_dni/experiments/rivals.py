@@ -69,11 +69,8 @@ def compare(
         dataset: on what.
         seconds: budget for timing all arms together.
         tuned: choose each arm's rate on the held-out part of the training set first.
-        previous: an unfinished report of the same settings, to be continued; its times, rates and
-            runs are taken over.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`; times
+            and rates of a previous report are taken over as its runs are.
 
     Returns:
         The report, of kind ``rivals``: ``gate`` (deviation from the formula by arm, in parts of the
@@ -84,7 +81,6 @@ def compare(
     Raises:
         GateError: an arm does not compute what its formula says.
         ValueError: settings and data do not fit, or ``previous`` is of others.
-        Interrupted: Ctrl-C; finished runs have been kept.
     """
     progress = progress or Progress(enabled=False)
     arms = [arm(name) for name in settings.arms]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted as Interrupted
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Keep as Keep
 from fused_dni.report.schema import Result, resumed
 
-Keep = Callable[[Result], None]
 Say = Callable[[float], None]
 CHECKPOINT = "train.pt"
 VERSION = 1
