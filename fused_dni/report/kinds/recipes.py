@@ -64,6 +64,11 @@ def errors(report: Result, name: str, k: int) -> list[float]:
     return [100 * run["error"] for run in runs_of(report, name, k)]
 
 
+def diverged(report: Result, name: str, k: int) -> int:
+    """Count those that diverged: none in older files, where a run that did was none."""
+    return sum(run.get("diverged", False) for run in runs_of(report, name, k))
+
+
 def against(report: Result, name: str, base: str, k: int) -> str:
     """Say how a row's range at a k lies to another's: "below", "above" or empty where they
     overlap, or one of them has no two runs."""
@@ -76,7 +81,8 @@ def against(report: Result, name: str, base: str, k: int) -> str:
 def cell(report: Result, name: str, k: int) -> str:
     """Write mean and range, marked where the range is apart from the held gradient's."""
     mark = {"below": " *", "above": " !"}.get(against(report, name, "stale", k), "")
-    return f"{text.mean(errors(report, name, k))}{mark}"
+    gone = diverged(report, name, k)
+    return f"{text.mean(errors(report, name, k))}{mark}" + f", {gone} diverged" * bool(gone)
 
 
 def table(report: Result) -> Table:
@@ -103,7 +109,8 @@ def shares(report: Result) -> Table:
 
 
 def sentence(report: Result) -> str:
-    """Say which recipe is the best at the largest k, and whether seeds tell it from the bases."""
+    """Say which recipe is the best at the largest k, and whether seeds tell it from the bases.
+    One of which a run diverged is the best only if all are such."""
     k = max(report.settings["target_every"])
     means = {
         name: statistics.fmean(found)
@@ -112,12 +119,17 @@ def sentence(report: Result) -> str:
     }
     if not means:
         return "No recipe was trained."
-    best = min(means, key=lambda name: means[name])
-    said = f"At k={k} the best recipe is {best}, {means[best]:.2f} %"
+    gone = {name: diverged(report, name, k) for name in report["rows"]}
+    best = min(means, key=lambda name: (gone[name] > 0, means[name]))
+
+    def mean(name: str, of: float) -> str:
+        return f"{of:.2f} %" + f" ({gone[name]} diverged)" * bool(gone[name])
+
+    said = f"At k={k} the best recipe is {best}, {mean(best, means[best])}"
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:
-            said += f"; {base} {statistics.fmean(found):.2f} %"
+            said += f"; {base} {mean(base, statistics.fmean(found))}"
             if len(found) > 1:
                 apart = against(report, best, base, k)
                 said += ", ranges apart" if apart else ", ranges overlap"
