@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,11 @@ STEP = {
 
 def test_documents_are_what_the_results_say():
     assert documents.render(check=True) == 0
+
+
+def test_one_seed_is_not_seeds():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.search(r"(?<![\d.])1 seeds", page.read_text(encoding="utf-8")), page
 
 
 def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
