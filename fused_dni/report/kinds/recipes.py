@@ -103,7 +103,7 @@ def shares(report: Result) -> Table:
 
 
 def sentence(report: Result) -> str:
-    """Say which recipe has the least error at the largest k, and whether seeds tell it from the bases."""
+    """Say which recipe has the least error at the largest k, and which ranges are apart."""
     k = max(report.settings["target_every"])
     means = {
         name: statistics.fmean(found)
