@@ -110,8 +110,8 @@ def tops(reports: dict[str, Report]) -> Answer:
     caption = (
         "The part of backprop's time in which others reach its final loss: median over seeds, "
         "range; the soonest of the ways that are sooner with every seed. Head sampled: the top's "
-        "own steps are of a sampled softmax; surrogate: a synthesizer that starts from a stand-in's "
-        "gradient; by hand: that stand-in, which somebody wrote for this task, as the loss."
+        "own steps are of a sampled softmax; surrogate: a synthesizer that starts from a "
+        "stand-in's gradient; by hand: that stand-in, which somebody wrote for this task, as the loss."
     )
     return Answer(
         f"{often(len(ours), of)}; but other means are sooner in {ahead} of {of}",
@@ -569,8 +569,8 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
         f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of the "
-        f"{of} simpler ways not to wait ({', '.join(theirs)}) {ahead} end with less error than DNI, "
-        f"{beyond} with less than backprop",
+        f"{of} simpler ways not to wait ({', '.join(theirs)}) {ahead} end with less error than "
+        f"DNI, {beyond} with less than backprop",
     )
 
 
