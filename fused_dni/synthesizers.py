@@ -617,8 +617,10 @@ class CrossEntropySynthesizer(_WithLowRank):
     and y one-hot; below that a synthesizer of this form learns what of h says how sure the network
     is, so that rows that are classified well get a small gradient, which no linear synthesizer can
     give them (Czarnecki et al. 2017, arXiv 1703.00522, on the sigmoid in the gradient of a
-    log loss). All of it is learned by regression on what arrives, U and u too. Runs under autograd,
-    not inside the fused kernels.
+    log loss). All of it is learned by regression on what arrives, U and u too.
+
+    Without a linear part it runs inside the fused kernels on a CPU, and in the reference backend;
+    with one, and on a GPU, under autograd.
 
     Args:
         features: O.
@@ -650,6 +652,22 @@ class CrossEntropySynthesizer(_WithLowRank):
         factory: Any = {"device": device, "dtype": dtype}
         self.logits = nn.Linear(features, context_features, **factory)  # draws by itself
         self._form((features, context_features), factory)
+
+    def fused(self) -> SynthesizerTensors | None:
+        logits = self._modules["logits"]
+        if (
+            self.rank
+            or "parametrizations" in self._modules
+            or type(logits) is not nn.Linear  # parametrized, or another layer
+            or logits.bias is None
+            or type(self).forward is not CrossEntropySynthesizer.forward
+        ):
+            return None
+        own: Any = self._parameters
+        made: Any = logits._parameters
+        return SynthesizerTensors(
+            "cross_entropy", own["weight"], made["weight"], made["bias"], own["bias"]
+        )
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,

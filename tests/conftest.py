@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def _undo_torch_testing() -> None:
     a profile of hypothesis, and forbids to set the flags of torch.backends."""
     settings.load_profile(_profile)
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected lives as long as the process. The garbage collector need not
+    go through it again and again: neither now nor whenever a test, or what is tested, collects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -139,7 +139,7 @@ def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
     """Return the argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias, table, ignored = synthesizer
     classes = (
-        0 if context_weight is None else context_weight.shape[1] if table is None else len(table)
+        0 if context_weight is None else context_weight.shape[-1] if table is None else len(table)
     )
     return (
         _SYNTHESIZER[kind],
@@ -173,6 +173,7 @@ class CpuBackend(Unbound):
     bfloat16 with float32 parameters."""
 
     name = "cpu"
+    synthesizers = SYNTHESIZERS
 
     def available(self) -> str | None:
         """Return None: where the extension can be imported, it runs."""
@@ -842,6 +843,10 @@ def _train(
     reduced = prediction.reduced
     if reduced is not None:
         reduced = reduced.contiguous()
+    elif synthesizer.down is not None:
+        raise ValueError(
+            f"prediction.reduced must be [{h.shape[0]}, {synthesizer.down.shape[0]}], got none"
+        )
     given, context = _context(synthesizer, context)
     _cpu.synthesizer_train(
         h.dtype is _FLOAT64,

@@ -80,7 +80,7 @@ def compare(
 
     Raises:
         GateError: an arm does not compute what its formula says.
-        ValueError: settings and data do not fit.
+        ValueError: settings and data do not fit, or ``previous`` is of others.
     """
     progress = progress or Progress(enabled=False)
     arms = [arm(name) for name in settings.arms]
@@ -90,7 +90,8 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
-    asked = Result("rivals", settings=plain(asdict(settings)))
+    body = {"digest": dataset.digest()}
+    asked = Result("rivals", settings=plain(asdict(settings)), body=body)
     report = resumed(previous, asked)
     if not tuned:
         for which in arms:
@@ -144,6 +145,7 @@ def _measured(
         memory_is=timing.memory_is(torch.device(settings.device)),
         body={
             "dataset": dataset.name,
+            "digest": dataset.digest(),
             "gate": gate,
             "arms": rows,
             "tuning": tuning,

@@ -162,12 +162,15 @@ def resumed(previous: Result | None, empty: Result) -> Result:
     """Choose the result that a run goes on with: a previous one, or the empty one.
 
     Raises:
-        ValueError: the previous one is of other settings.
+        ValueError: the previous one is of other settings, or of other data by their ``digest``.
     """
     if previous is None:
         return empty
     if previous.settings != empty.settings:
         raise ValueError("the report that is to be continued is of other settings")
+    digest = empty.get("digest")
+    if previous.get("digest", digest) != digest:  # older files have none
+        raise ValueError("the report that is to be continued is of other data")
     return replace(previous, title="", sentence="")
 
 

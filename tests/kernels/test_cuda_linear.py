@@ -402,7 +402,7 @@ def test_constants_are_those_of_the_signature() -> None:
 
     assert plain(_enumerators("Activation", "common.cuh")) == plain(base.ACTIVATIONS)
     assert plain(_enumerators("RuleKind", "common.cuh"))[1:] == plain(base.RULES)
-    assert plain(_enumerators("Source", "synthesizer.hpp"))[:3] == plain(base.SYNTHESIZERS)
+    assert plain(_enumerators("Source", "synthesizer.hpp"))[:3] == plain(base.AFFINE)
     assert plain(_enumerators("Interface", "linear.hpp")) == list(base.INTERFACES)
     assert _enumerators("Normalization", "linear.hpp")[1:] == [
         f"{name.capitalize()}Normalization" for name in base.NORMALIZATIONS if name

@@ -117,7 +117,7 @@ def frozen(at: int, stages: int = 2) -> tuple[Any, ...]:
 
 
 def test_a_frozen_top_has_no_optimizer_and_no_local_loss_below():
-    report = verdict_link(frozen(1), "here:factory", Link(0.1), seconds=0.01)
+    report = verdict_link(frozen(1), "here:factory", Link(0.1), seconds=0.01, run=None)
     measured, times = report["measured"], report["settings"]["times"]
     assert measured["frozen_top"] and set(measured["timings"][1]) == {"forward", "backward"}
     assert times["optimizer"][1] == 0.0 < times["optimizer"][0]

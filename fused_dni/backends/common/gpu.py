@@ -19,6 +19,7 @@ from fused_dni.backends.common.tensors import Unbound, moved_statistics, split_c
 from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
 from fused_dni.ops import results
 from fused_dni.ops.types import (
+    AFFINE,
     Layers,
     LinearConfig,
     LinearGradients,
@@ -109,6 +110,7 @@ class GpuStep:
         rule: RuleTensors,
     ) -> None:
         require_masters(layer[:4], rule.stochastic)
+        _require_kind(synthesizer)
         self.layer, self.config, self.synthesizer = layer, config, synthesizer
         self.max_norm = max_norm
         self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
@@ -151,6 +153,8 @@ class GpuStep:
 
 class GpuBackend(Unbound):
     """The ops of :class:`fused_dni.ops.types.Backend`, but for the LSTM's forwards and its cell."""
+
+    synthesizers = AFFINE
 
     launch_forward: Callable[[Forward], None]
     launch_backward: Callable[[Backward], None]
@@ -334,10 +338,23 @@ def rows(x: Tensor) -> Tensor:
 def checked_context(
     synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Split labels from vectors; checked on a CPU, where looking costs no synchronisation."""
+    """Split labels from vectors; checked on a CPU, where looking costs no synchronisation.
+
+    Raises:
+        ValueError: a synthesizer of a kind that these backends have not.
+    """
+    _require_kind(synthesizer)
     if context is not None and context.device.type == "cpu":
         check_context(synthesizer, context)
     return split_context(synthesizer, context)
+
+
+def _require_kind(synthesizer: SynthesizerTensors) -> None:
+    if synthesizer.kind not in AFFINE:
+        raise ValueError(
+            f"backends on a GPU have synthesizers of the kinds {', '.join(AFFINE)}, got "
+            f"{synthesizer.kind!r}, which runs under autograd there"
+        )
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from fused_dni.backends.common.gpu import GpuBackend, Window, contiguous, of_dtype
 from fused_dni.backends.cuda.calls import barrier, described, extension, ieee, on
 from fused_dni.ops.types import (
+    AFFINE,
     RULES,
-    SYNTHESIZERS,
     CellGradients,
     CellTrace,
     Layers,
@@ -253,7 +253,7 @@ def _backward(
                 tuple(map(described, dropout)), *map(described, arriving),
                 states[0].shape[1], described(states[0]), described(states[1]), *behind,
                 described(gates),
-                -1 if synthesizer is None else SYNTHESIZERS.index(synthesizer.kind), rank,
+                -1 if synthesizer is None else AFFINE.index(synthesizer.kind), rank,
                 *((None,) * 2 if synthesizer is None else map(described, final or ())),
                 *((None,) * 3 if synthesizer is None else map(
                     described, (synthesizer.weight, synthesizer.down, synthesizer.bias))),
