@@ -88,8 +88,7 @@ def test_the_sentence_names_the_way_and_the_loss():
     assert "Nothing was run" in shown and "100 ms and 100 Mbit/s" in shown
 
 
-@pytest.mark.slow(30)
-def test_the_command_measures_and_runs(tmp_path, monkeypatch, capsys):
+def test_the_command_measures_and_runs(tmp_path, monkeypatch, capsys, forked_ranks):
     (tmp_path / "linked.py").write_text(FACTORY, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     argv = ["verdict", "link", "linked:factory", "--latency", "5ms", "--bandwidth", "100Mbit"]
