@@ -33,8 +33,10 @@ def machine(facts: dict[str, Any]) -> str:
 
 
 def result_path(facts: dict[str, Any], suite: str) -> Path:
-    """Say where this machine's results of a suite are kept."""
-    return RESULTS / f"{machine(facts)}-{'lstm' if suite == 'lstm' else 'cpu'}.json"
+    """Say where this machine's results of a suite are kept; those of one thread by themselves."""
+    if suite == "lstm":
+        return RESULTS / f"{machine(facts)}-lstm.json"
+    return RESULTS / f"{machine(facts)}{'-1-thread' if facts['threads'] == 1 else ''}-cpu.json"
 
 
 def matching(*patterns: str) -> dict[Path, Result]:

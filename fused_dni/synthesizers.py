@@ -569,15 +569,58 @@ class SoftmaxSynthesizer(Synthesizer):
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
-class CrossEntropySynthesizer(Synthesizer):
+class _WithLowRank(Synthesizer):
+    """Synthesizers of a weight and a bias, with ``up @ down`` beside them if their rank is not 0.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside [0, features].
+    """
+
+    takes_rows = True
+    weight: nn.Parameter
+    up: nn.Parameter | None
+    down: nn.Parameter | None
+    bias: nn.Parameter
+
+    def __init__(self, features: int, context_features: int, rank: int) -> None:
+        super().__init__(features, context_features)
+        if not 0 <= rank <= features:
+            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
+        self.rank = rank
+
+    def _form(self, shape: tuple[int, ...], factory: dict[str, Any]) -> None:
+        """Make the parameters, the weight of this shape, and start them."""
+        features, rank = self.features, self.rank
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
+        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
+        self.bias = nn.Parameter(torch.empty(features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero what forms the output; draw ``down``, which reduces the input."""
+        _start(self.down, (self.weight, self.up, self.bias))
+
+    def last_layer(self) -> tuple[Tensor, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.up, self.bias))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class CrossEntropySynthesizer(_WithLowRank):
     """Predict as a classifier's gradient: ``M(h, y) = (softmax(h U.T + u) - y) V.T + B A h + c``.
 
     Of a cross entropy behind a linear head the gradient at h has this form, with U and V.T the head
     and y one-hot; below that a synthesizer of this form learns what of h says how sure the network
     is, so that rows that are classified well get a small gradient, which no linear synthesizer can
     give them (Czarnecki et al. 2017, arXiv 1703.00522, on the sigmoid in the gradient of a
-    log loss). All of it is learned by regression on what arrives, U and u too. Runs under autograd,
-    not inside the fused kernels.
+    log loss). All of it is learned by regression on what arrives, U and u too.
+
+    Without a linear part it runs inside the fused kernels on a CPU, and in the reference backend;
+    with one, and on a GPU, under autograd.
 
     Args:
         features: O.
@@ -595,8 +638,6 @@ class CrossEntropySynthesizer(Synthesizer):
         ValueError: a size below 1, or a rank outside [0, features].
     """
 
-    takes_rows = True
-
     def __init__(
         self,
         features: int,
@@ -606,27 +647,27 @@ class CrossEntropySynthesizer(Synthesizer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, rank)
         _positive("context_features", context_features)
-        if not 0 <= rank <= features:
-            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
-        self.rank = rank
         factory: Any = {"device": device, "dtype": dtype}
-        self.logits = nn.Linear(features, context_features, **factory)
-        self.weight = nn.Parameter(torch.empty(features, context_features, **factory))
-        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
-        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
-        self.bias = nn.Parameter(torch.empty(features, **factory))
-        self.reset_parameters()
+        self.logits = nn.Linear(features, context_features, **factory)  # draws by itself
+        self._form((features, context_features), factory)
 
-    def reset_parameters(self) -> None:
-        """Zero what forms the output; draw what reduces the input (``logits`` draws by itself)."""
-        _start(self.down, (self.weight, self.up, self.bias))
-
-    def last_layer(self) -> tuple[Tensor, ...]:
-        if "parametrizations" in self._modules:
-            return ()
-        return _given((self.weight, self.up, self.bias))
+    def fused(self) -> SynthesizerTensors | None:
+        logits = self._modules["logits"]
+        if (
+            self.rank
+            or "parametrizations" in self._modules
+            or type(logits) is not nn.Linear  # parametrized, or another layer
+            or logits.bias is None
+            or type(self).forward is not CrossEntropySynthesizer.forward
+        ):
+            return None
+        own: Any = self._parameters
+        made: Any = logits._parameters
+        return SynthesizerTensors(
+            "cross_entropy", own["weight"], made["weight"], made["bias"], own["bias"]
+        )
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict ``kappa * dL/dh`` [N, O], in the synthesizer's unit, from h [N, O] and labels,
@@ -637,11 +678,8 @@ class CrossEntropySynthesizer(Synthesizer):
             out = out + F.linear(F.linear(h, self.down), self.up)
         return out
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
 
-
-class DifferenceSynthesizer(Synthesizer):
+class DifferenceSynthesizer(_WithLowRank):
     """Predict from how far h is from where it should be: ``a * (h - t) + V U (h - t) + c``.
 
     For a loss that is a distance of h from a context t of the same size, in whatever space: of an
@@ -662,8 +700,6 @@ class DifferenceSynthesizer(Synthesizer):
         RuntimeError: in a forward, a context that has not the shape of h.
     """
 
-    takes_rows = True
-
     def __init__(
         self,
         features: int,
@@ -672,25 +708,8 @@ class DifferenceSynthesizer(Synthesizer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(features, features)
-        if not 0 <= rank <= features:
-            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
-        self.rank = rank
-        factory: Any = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(features, **factory))
-        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
-        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
-        self.bias = nn.Parameter(torch.empty(features, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zero what forms the output; draw what reduces the input."""
-        _start(self.down, (self.weight, self.up, self.bias))
-
-    def last_layer(self) -> tuple[Tensor, ...]:
-        if "parametrizations" in self._modules:
-            return ()
-        return _given((self.weight, self.up, self.bias))
+        super().__init__(features, features, rank)
+        self._form((features,), {"device": device, "dtype": dtype})
 
     def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
         super().check(context, shape)

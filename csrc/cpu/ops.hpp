@@ -43,11 +43,11 @@ struct LayerArguments {
 };
 
 struct SynthesizerArguments {
-  int kind;                    // 0 dense, 1 low rank, 2 diagonal
-  std::int64_t rank, classes;  // R, K
+  int kind;                    // 0 dense, 1 low rank, 2 diagonal, 3 cross entropy
+  std::int64_t rank, classes;  // R, K: the same of a cross entropy
   void* weight;                // [O, O], [O, R] or [O]
   void* down;                  // [R, O]
-  void* context_weight;        // [O, K]; with a table []
+  void* context_weight;        // [O, K]; of a cross entropy [K]; with a table []
   void* bias;                  // [O]
   const void* table;           // [K, O]
   bool narrow;                 // the table is of bfloat16

@@ -5,7 +5,10 @@
 //   dense     dA = e^T h
 //   low rank  dV = e^T p,  dU = (e V)^T h       p = h U^T, from the prediction
 //   diagonal  da = sum_n e * h
-//   all       dC = e^T context,  dc = sum_n e
+//   these     dC = e^T context
+//   cross     dV = e^T p,  dU = d^T h,  du = sum_n d       p = s - y, from the prediction
+//   entropy   d = s * (q - sum_k s q),  q = e V,  s = p + y
+//   all       dc = sum_n e
 //   table     dg = -sum_on e * W[label],  e of the mean over rows in the loss
 //
 // Threads own features. All gradients but the dense dA are small: they are made in full, found
@@ -72,7 +75,7 @@ struct Trainer {
 
   T* grad_weight = nullptr;   // [O][rank_row], or [O] for a diagonal one
   T* grad_down = nullptr;     // [R][O]
-  T* grad_context = nullptr;  // [O][class_row]
+  T* grad_context = nullptr;  // [O][class_row]; of a cross entropy [K], by the first thread
   T* grad_bias = nullptr;     // [O]
 
   explicit Trainer(const SynthesizerTrain& args)
@@ -80,8 +83,10 @@ struct Trainer {
         kind(static_cast<SynthesizerKind>(a.synthesizer.kind)),
         rows(a.rows),
         features(a.features),
-        rank(kind == kLowRank ? a.synthesizer.rank : 0),
-        classes(a.synthesizer.context_weight && !a.synthesizer.table ? a.synthesizer.classes : 0),
+        rank(reduces(kind) ? a.synthesizer.rank : 0),
+        classes(a.synthesizer.context_weight && !a.synthesizer.table && kind != kCrossEntropy
+                    ? a.synthesizer.classes
+                    : 0),
         stride(transposed_stride<T>(a.rows)),
         rank_row(round_up(rank, kLanes<T>)),
         class_row(round_up(classes, kLanes<T>)),
@@ -109,7 +114,7 @@ struct Trainer {
     reports = scratch.take<Report<T>>(threads);
     grad_weight = scratch.take<T>(kind == kDiagonal ? features : features * rank_row);
     grad_down = scratch.take<T>(rank * features);
-    grad_context = scratch.take<T>(features * class_row);
+    grad_context = scratch.take<T>(kind == kCrossEntropy ? rank_row : features * class_row);
     grad_bias = scratch.take<T>(features);
     if (train_dense) product.plan(scratch, threads);
     product.delta = error;
@@ -165,7 +170,7 @@ struct Trainer {
     else
       pad_rows(a.reduced, batch, rank, rank_row, reduced);
     if (classes > 0 && !scatters()) make_context(batch);
-    if (kind == kLowRank) {
+    if (reduces(kind)) {
       pad_rows(a.synthesizer.weight, own, rank, rank_row, weight);
       multiply(rows, rank_row, own.size(), error + own.begin * stride, 1, stride,
                weight + own.begin * rank_row, rank_row, back + team.rank * rows * rank_row,
@@ -175,7 +180,7 @@ struct Trainer {
 
   // The gradients of the thread's features, dense weight excepted.
   void small_gradients(const Team& team, Range own, Report<T>& report) const {
-    if (kind == kLowRank) {
+    if (reduces(kind)) {
       const Index count = rows * rank_row;
       T* q = back_sum + team.rank * count;
       for (Index i = 0; i < count; i += kLanes<T>) {
@@ -183,6 +188,7 @@ struct Trainer {
         for (int t = 1; t < team.size; ++t) v += load(back + t * count + i);
         store(q + i, v);
       }
+      if (kind == kCrossEntropy) through_softmax(team, q, report);
       multiply(own.size(), rank_row, rows, error + own.begin * stride, stride, 1, reduced, rank_row,
                grad_weight + own.begin * rank_row, rank_row, false);
       for_strips<T>(own.begin, own.end, kStripVectors, [&](Index o, Index width, Index) {
@@ -234,7 +240,7 @@ struct Trainer {
         for (Index o = own.begin; o < own.end; ++o)
           __builtin_memcpy(to + o * count, from + o * row, sizeof(T) * count);
     };
-    if (kind == kLowRank) {
+    if (reduces(kind)) {
       copy_rows(grad_weight, rank_row, rank, out[kWeight]);
       if (out[kDown])
         for (Index r = 0; r < rank; ++r)
@@ -245,10 +251,14 @@ struct Trainer {
     } else if (out[kWeight]) {
       product.gradients(team, nullptr, out[kWeight]);
     }
-    if (!head.table)
+    if (head.table) {
+      if (out[kContext] && team.rank == 0) *out[kContext] = grad_gain(team);
+    } else if (kind == kCrossEntropy) {
+      if (out[kContext] && team.rank == 0)
+        __builtin_memcpy(out[kContext], grad_context, sizeof(T) * rank);
+    } else {
       copy_rows(grad_context, class_row, classes, out[kContext]);
-    else if (out[kContext] && team.rank == 0)
-      *out[kContext] = grad_gain(team);
+    }
     copy_rows(grad_bias, 1, 1, out[kBias]);
   }
 
@@ -265,7 +275,7 @@ struct Trainer {
           __builtin_memmove(from + i * count, from + i * row, sizeof(T) * count);
       apply_slot(rule, slot, own.begin * count, own.end * count, from - own.begin * count);
     };
-    if (kind == kLowRank) {
+    if (reduces(kind)) {
       apply_rows(kWeight, s.weight, grad_weight, rank_row, rank);
       const Slot<T> down = slot_of<T>(a.rule, kDown, s.down);
       for (Index r = 0; r < rank; ++r)
@@ -275,11 +285,14 @@ struct Trainer {
     } else {
       product.update(team, nullptr, rule, slot_of<T>(a.rule, kWeight, s.weight));
     }
-    if (!head.table) {
-      apply_rows(kContext, s.context_weight, grad_context, class_row, classes);
-    } else if (team.rank == 0) {
+    const Slot<T> context = slot_of<T>(a.rule, kContext, s.context_weight);
+    if (head.table) {
       const T gradient = grad_gain(team);
-      apply_slot(rule, slot_of<T>(a.rule, kContext, s.context_weight), 0, 1, &gradient);
+      if (team.rank == 0) apply_slot(rule, context, 0, 1, &gradient);
+    } else if (kind == kCrossEntropy) {
+      if (team.rank == 0) apply_slot(rule, context, 0, rank, grad_context);
+    } else {
+      apply_rows(kContext, s.context_weight, grad_context, class_row, classes);
     }
     apply_slot(rule, slot_of<T>(a.rule, kBias, s.bias), own.begin, own.end, grad_bias);
   }
@@ -303,6 +316,32 @@ struct Trainer {
   }
 
  private:
+  // Takes q [N][rank_row], the gradient at p, back to the logits. Every thread has it whole; the
+  // first sums it over the rows.
+  void through_softmax(const Team& team, T* q, Report<T>& report) const {
+    const SynthesizerArguments& of = a.synthesizer;
+    const auto known = [&](Index n, Index k) {  // y
+      if (of.vectors) return load_upto(static_cast<const T*>(of.vectors) + n * rank + k, rank - k);
+      Vec<T> y{};
+      if (of.labels[n] >= k && of.labels[n] < k + kLanes<T>) y[of.labels[n] - k] = T(1);
+      return y;
+    };
+    if (team.rank == 0) __builtin_memset(grad_context, 0, sizeof(T) * rank_row);
+    for (Index n = 0; n < rows; ++n) {
+      T* const at = q + n * rank_row;
+      const T* const p = reduced + n * rank_row;
+      Vec<T> sum{};
+      for (Index k = 0; k < rank; k += kLanes<T>) sum += (load(p + k) + known(n, k)) * load(at + k);
+      const T mean = sum_lanes<T>(sum);
+      for (Index k = 0; k < rank; k += kLanes<T>) {
+        const Vec<T> d = (load(p + k) + known(n, k)) * (load(at + k) - mean);
+        store(at + k, d);
+        if (team.rank == 0) store(grad_context + k, load(grad_context + k) + d);
+      }
+    }
+    if (team.rank == 0) report.include(magnitude_of(grad_context, rank));
+  }
+
   // The thread's features of a matrix in the transposed layout: `to`, or where they lie.
   const T* take(const void* from, Range own, T* to) const {
     const T* at = static_cast<const T*>(from);

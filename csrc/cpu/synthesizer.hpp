@@ -2,12 +2,15 @@
 // its layer, synthesizer.cpp on its own.
 #pragma once
 
+#include "activation.hpp"
 #include "gemm.hpp"
 #include "parallel.hpp"
 
 namespace fused_dni::FUSED_DNI_ISA {
 
-enum SynthesizerKind { kDense, kLowRank, kDiagonal };
+enum SynthesizerKind { kDense, kLowRank, kDiagonal, kCrossEntropy };
+// Whether h is multiplied by `down` first, and what comes of that by the weight.
+constexpr bool reduces(SynthesizerKind kind) { return kind == kLowRank || kind == kCrossEntropy; }
 enum SynthesizerSlot { kWeight, kDown, kContext, kBias };
 
 // As many classes are cheaper as a product with one-hot columns than as a gather.
@@ -110,9 +113,11 @@ struct Predictor {
       : kind(static_cast<SynthesizerKind>(from.kind)),
         rows(n),
         features(o),
-        rank(kind == kLowRank ? from.rank : 0),
-        classes(from.context_weight && !from.table && (from.labels || from.vectors) ? from.classes
-                                                                                    : 0),
+        rank(reduces(kind) ? from.rank : 0),
+        classes(from.context_weight && !from.table &&
+                        (from.vectors || (from.labels && kind != kCrossEntropy))
+                    ? from.classes
+                    : 0),
         stride(transposed_stride<T>(n)),
         weight(static_cast<const T*>(from.weight)),
         down(static_cast<const T*>(from.down)),
@@ -150,14 +155,14 @@ struct Predictor {
 
   // Phase 2, when this thread has its features of hT; a barrier follows unless `local`.
   void reduce(const Team& team, Range own, const T* h) const {
-    if (kind == kLowRank)
+    if (reduces(kind))
       multiply(rank, rows, own.size(), down + own.begin, features, 1, h + own.begin * stride,
                stride, partial + team.rank * rank * stride, stride, false);
   }
 
   // Phase 3, behind the barrier: all threads' parts are added, by every thread for itself.
   void combine(const Team& team) const {
-    if (kind != kLowRank) return;
+    if (!reduces(kind)) return;
     const Index count = rank * stride;
     T* sum = reduced + team.rank * count;
     for (Index i = 0; i < count; i += kLanes<T>) {
@@ -165,6 +170,7 @@ struct Predictor {
       for (int t = 1; t < team.size; ++t) v += load(partial + t * count + i);
       store(sum + i, v);
     }
+    if (kind == kCrossEntropy) subtract_from_softmax(sum);
   }
 
   // Phase 4: kappa s for features [first, last) to out [..][stride].
@@ -173,14 +179,14 @@ struct Predictor {
     if (kind == kDense)
       multiply(count, rows, features, weight + first * features, features, 1, h, stride, out,
                stride, false);
-    else if (kind == kLowRank)
+    else if (reduces(kind))
       multiply(count, rows, rank, weight + first * rank, rank, 1,
                reduced + team.rank * rank * stride, stride, out, stride, false);
     else
       for (Index o = first; o < last; ++o)
         for (Index n = 0; n < rows; n += kLanes<T>)
           store(out + (o - first) * stride + n, weight[o] * load(h + o * stride + n));
-    if (classes > 0 && !gather)
+    if (classes > 0 && !gather && kind != kCrossEntropy)
       multiply(count, rows, classes, context_weight + first * classes, classes, 1, context, stride,
                out, stride, true);
     if (head.table) {
@@ -201,6 +207,31 @@ struct Predictor {
       if (gather)
         for (Index n = 0; n < rows; ++n) row[n] += context_weight[o * classes + labels[n]];
     }
+  }
+
+ private:
+  // Of U hT [K][stride] softmax(h U^T + u), less what is known of the classes.
+  void subtract_from_softmax(T* logits) const {
+    for (Index n = 0; n < rows; n += kLanes<T>) {
+      T* const column = logits + n;
+      Vec<T> most = load(column) + context_weight[0], sum{};
+      for (Index k = 0; k < rank; ++k) {
+        const Vec<T> v = load(column + k * stride) + context_weight[k];
+        store(column + k * stride, v);
+        most = v > most ? v : most;
+      }
+      for (Index k = 0; k < rank; ++k) {
+        const Vec<T> e = Math<T>::exp(load(column + k * stride) - most);
+        store(column + k * stride, e);
+        sum += e;
+      }
+      const Vec<T> scale = T(1) / sum;
+      for (Index k = 0; k < rank; ++k) {
+        const Vec<T> p = load(column + k * stride) * scale;
+        store(column + k * stride, vectors ? p - load(context + k * stride + n) : p);
+      }
+    }
+    for (Index n = 0; labels && n < rows; ++n) logits[labels[n] * stride + n] -= T(1);
   }
 };
 

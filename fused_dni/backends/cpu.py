@@ -42,7 +42,7 @@ from fused_dni.ops.types import (
     LSTMClosed,
     LSTMGradients,
     LSTMLayer,
-    LSTMLesson,
+    LSTMRegression,
     LSTMRows,
     LSTMTrace,
     Prediction,
@@ -139,7 +139,7 @@ def _synthesizer(synthesizer: SynthesizerTensors) -> tuple[int, ...]:
     """Return the argument tuple but for the context, which :func:`_context` ends it with."""
     kind, weight, down, context_weight, bias, table, ignored = synthesizer
     classes = (
-        0 if context_weight is None else context_weight.shape[1] if table is None else len(table)
+        0 if context_weight is None else context_weight.shape[-1] if table is None else len(table)
     )
     return (
         _SYNTHESIZER[kind],
@@ -173,6 +173,7 @@ class CpuBackend(Unbound):
     bfloat16 with float32 parameters."""
 
     name = "cpu"
+    synthesizers = SYNTHESIZERS
 
     def available(self) -> str | None:
         """Return None: where the extension can be imported, it runs."""
@@ -503,7 +504,9 @@ class CpuBackend(Unbound):
             most = batch * (entrance + (ended is not None))
             rows = made.h.new_empty(first + most, 2 * depth * size)
             grad = rows.new_empty(most, 2 * depth * size)
-            lesson = LSTMLesson(rows, grad, results.prediction_of(rows, synthesizer, rows.dtype))
+            lesson = LSTMRegression(
+                rows, grad, results.prediction_of(rows, synthesizer, rows.dtype)
+            )
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -531,7 +534,7 @@ class CpuBackend(Unbound):
         rows, grad, (scaled, reduced) = lesson
         of = slice(first, first + count)
         prediction = Prediction(scaled[of], None if reduced is None else reduced[of])
-        return LSTMClosed(made, LSTMLesson(rows[of], grad[:count], prediction))
+        return LSTMClosed(made, LSTMRegression(rows[of], grad[:count], prediction))
 
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors
@@ -840,6 +843,10 @@ def _train(
     reduced = prediction.reduced
     if reduced is not None:
         reduced = reduced.contiguous()
+    elif synthesizer.down is not None:
+        raise ValueError(
+            f"prediction.reduced must be [{h.shape[0]}, {synthesizer.down.shape[0]}], got none"
+        )
     given, context = _context(synthesizer, context)
     _cpu.synthesizer_train(
         h.dtype is _FLOAT64,

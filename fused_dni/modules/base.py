@@ -28,6 +28,7 @@ from fused_dni.modules import target_unit
 from fused_dni.modules.pending import inside_backward
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
+    AFFINE,
     ROWS,
     STATISTICS_SIZE,
     Backend,
@@ -244,9 +245,12 @@ class DecoupledModule(nn.Module):
     def fused_synthesizer(self, h: Tensor) -> SynthesizerTensors | None:
         """Return the synthesizer's tensors if the kernels can run it on h, else None."""
         synthesizer = self._modules["synthesizer"]
-        if isinstance(synthesizer, Synthesizer) and h.dim() == 2:
-            return synthesizer.fused()
-        return None
+        if not isinstance(synthesizer, Synthesizer) or h.dim() != 2:
+            return None
+        fused = synthesizer.fused()
+        if fused is None or fused.kind in AFFINE:
+            return fused
+        return fused if fused.kind in self.synthesizer_backend(h).synthesizers else None
 
     def synthesizer_parameters(self) -> tuple[Tensor | None, ...]:
         """Return the slots that ``synthesizer_update`` works on."""

@@ -48,10 +48,15 @@ from fused_dni.ops.types import (
     QuickSynthesizer,
     Saved,
 )
-from fused_dni.synthesizers import DiagonalSynthesizer, LinearSynthesizer
+from fused_dni.synthesizers import (
+    CrossEntropySynthesizer,
+    DiagonalSynthesizer,
+    LinearSynthesizer,
+    Synthesizer,
+)
 
 # Whose tensors are their parameters, and nothing else counts.
-_SYNTHESIZERS = (LinearSynthesizer, DiagonalSynthesizer)
+_SYNTHESIZERS = (LinearSynthesizer, DiagonalSynthesizer, CrossEntropySynthesizer)
 
 # Who looks at the parts of a step (annotated, this method is another) gets them.
 _ALWAYS: tuple[Check, ...] = (
@@ -165,18 +170,19 @@ def _bind(
         return f"its synthesizer is a {type(synthesizer).__name__}", ()
     tensors = layer._layer()
     fused = layer.fused_synthesizer(tensors.weight)
-    assert fused is not None
+    if fused is None:
+        return f"its synthesizer, a {type(synthesizer).__name__}, runs under autograd", ()
     bind = getattr(layer._bound(tensors, backend, fused), "quick", None)
     bound.tries = bound.tries or 1  # which a step that is bound anew sets back
     if bind is None:
         return f"backend {backend.name!r} has none", ()
     if given is not None and (given.dtype is not torch.int64 or given.dim() != 1):
         return "its context is not labels [N]", ()
-    assert isinstance(synthesizer, LinearSynthesizer | DiagonalSynthesizer)
+    assert isinstance(synthesizer, Synthesizer)
     slots = layer.synthesizer_parameters()
     checks = [
         *parts.own,
-        *holder(synthesizer, "_parameters", "_modules"),
+        *[check for m in synthesizer.modules() for check in holder(m, "_parameters", "_modules")],
         *items(synthesizer.__dict__, "unit"),
         *addresses(slots),
     ]

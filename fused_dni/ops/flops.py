@@ -83,9 +83,10 @@ def _step(given: Given) -> int:
 
 
 def _context(given: Given) -> int:
-    """Count that of a dense context [N, K]; class indices are looked up."""
+    """Count that of a dense context [N, K]; class indices are looked up, and of a cross-entropy
+    probabilities are subtracted."""
     context, weight = given["context"], given["synthesizer_context_weight"]
-    if context is None or weight is None or len(context) == 1:
+    if context is None or weight is None or len(context) == 1 or len(weight) == 1:
         return 0
     return 2 * int(given["h"][0]) * math.prod(weight)
 

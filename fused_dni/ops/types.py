@@ -44,7 +44,9 @@ FROM_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 NORMALIZATIONS = (None, "batch", "layer")
 # Where a synthesizer's gradient arrives: at h, or at z = x W^T + b (see ``LinearConfig``).
 INTERFACES = ("output", "preactivation")
-SYNTHESIZERS = ("dense", "lowrank", "diagonal")
+# Kinds of ``SynthesizerTensors``: those that every backend has, and all.
+AFFINE = ("dense", "lowrank", "diagonal")
+SYNTHESIZERS = (*AFFINE, "cross_entropy")
 RULES = ("sgd", "adam", "adamw")
 
 # Indices into ``RuleTensors.hyper``.
@@ -103,6 +105,11 @@ class SynthesizerTensors(NamedTuple):
     ``context`` is ``context_weight[:, label]`` for class indices, ``c @ context_weight.T`` for a
     conditioning vector ``c``.
 
+    cross_entropy  ``M(h) = p @ weight.T + bias`` with the gradient of a cross-entropy at its logits
+    for p: ``softmax(h @ down.T + context_weight) - y``, y one-hot for class indices, or the
+    probabilities that are given. R is K here: weight [O, K], down [K, O], context_weight [K].
+    Not every backend has it (``Backend.synthesizers``).
+
     With a ``table``, that of a softmax's head, it is ``-context_weight * table[label]``: the table
     is read and never written, and what is learned is a number. Rows whose label is ``ignore_index``
     are not in the loss then: there ``M(h)`` is zero, and nothing is learned. The loss is a mean
@@ -112,7 +119,7 @@ class SynthesizerTensors(NamedTuple):
     kind: str
     weight: Tensor
     down: Tensor | None = None
-    context_weight: Tensor | None = None  # [O, K]; with a table []
+    context_weight: Tensor | None = None  # [O, K]; of a cross-entropy [K]; with a table []
     bias: Tensor | None = None  # [O]
     table: Tensor | None = None  # [K, O], contiguous, of the parameters' dtype or bfloat16
     ignore_index: int = -100
@@ -122,7 +129,7 @@ class SynthesizerTensors(NamedTuple):
         """K, 0 without a context."""
         if self.table is not None:
             return self.table.shape[0]
-        return 0 if self.context_weight is None else self.context_weight.shape[1]
+        return 0 if self.context_weight is None else self.context_weight.shape[-1]
 
     def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return the four slots in the order that rules and gradients use."""
@@ -188,7 +195,8 @@ class CrossEntropy(NamedTuple):
 
 class Prediction(NamedTuple):
     """A synthesizer's output ``scaled = M(h)`` [N, O] (that is kappa times the synthetic gradient)
-    and, for a low-rank one, ``reduced = h @ down.T`` [N, R], both kept for its training."""
+    and what its weight multiplied, both kept for its training: for a low-rank one
+    ``reduced = h @ down.T`` [N, R], for one of a cross-entropy p [N, K]."""
 
     scaled: Tensor
     reduced: Tensor | None = None
@@ -279,7 +287,7 @@ class LSTMBoundary(NamedTuple):
     entrance: bool  # whether the window continues a state, to be learned from
 
 
-class LSTMLesson(NamedTuple):
+class LSTMRegression(NamedTuple):
     """What a synthesizer learns from in one window: N rows, those of the entrance that continue a
     sequence and those of the exit that end, with the gradient there (zero where they end)."""
 
@@ -292,7 +300,7 @@ class LSTMClosed(NamedTuple):
     """Result of :meth:`Backend.lstm_close`."""
 
     gradients: LSTMGradients
-    lesson: LSTMLesson | None = None  # or, instead:
+    regression: LSTMRegression | None = None  # or, instead:
     synthesizer: tuple[Tensor | None, ...] = ()
 
 
@@ -406,6 +414,7 @@ class Backend(Protocol):
     :meth:`why_not` what it cannot serve and may then rely on it."""
 
     name: str
+    synthesizers: tuple[str, ...]  # the kinds of :class:`SynthesizerTensors` that it has
 
     def why_not(self, x: Tensor, weight: Tensor) -> str | None:
         """Return None if this backend serves these tensors (dtype, device), or the reason why not,
@@ -629,10 +638,11 @@ class Backend(Protocol):
 
         It starts from what arrives at the final state plus ``strength`` times the synthetic
         gradient M(h_n, c_n) / target_scale, which is zero for the rows that ended. Where
-        ``boundary.learns``, the result has a lesson, if there are rows to learn from: those whose
-        state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
+        ``boundary.learns``, the result has a regression if there are rows to learn from: those
+        whose state at the entrance is not exactly zero (if ``boundary.entrance``), and those that
+        ended.
         Its gradients are scaled down, row by row, where ``max_target_norm`` is exceeded.
-        With ``statistics`` it has, instead of the lesson, the gradients that
+        With ``statistics`` it has, instead of that, the gradients that
         :meth:`synthesizer_gradients` makes of it, and ``statistics`` is added to (mutated). Where
         there is no row to learn from these may be zeros: to know it, a host has to wait for the
         device.

@@ -52,6 +52,14 @@ def test_every_figure_of_the_pages_is_there_and_no_other():
     assert linked == {path.name for path in verdict.FIGURES.iterdir()}
 
 
+def test_a_machine_may_have_measured_accuracy_both_ways():
+    (recipes,) = stored.matching("amd-epyc-avx512-recipes").values()
+    others = {path.stem: r for path, r in stored.matching("verdict/*-mnist-*").items()}
+    found, alone = readings.accuracy({**others, "recipes": recipes}), readings.published(others)
+    assert found.answer == readings.recipe({"recipes": recipes}).answer
+    assert found.blocks[-len(alone.blocks) :] == alone.blocks
+
+
 def test_every_claim_has_an_answer_or_is_left_open():
     for question in claims.QUESTIONS:
         assert (question.answer is None) == (question.patterns == ())

@@ -957,12 +957,25 @@ def test_kept_to_avx2_by_the_environment_and_by_name(monkeypatch):
         _cpu.set_isa("portable")
         facts = groups.device_facts()
         assert facts["isa"] == f"{widest}, kept to portable"
-        assert stored.result_path(facts, "step").name.endswith(
-            f"{widest}-kept-to-portable-cpu.json"
-        )
+        for threads, told in ((1, "-1-thread"), (2, "")):
+            name = stored.result_path(facts | {"threads": threads}, "step").name
+            assert name.endswith(f"{widest}-kept-to-portable{told}-cpu.json")
     finally:
         _cpu.set_isa(widest)
     assert groups.device_facts()["isa"] == widest
+
+
+def test_figures_of_a_gpu_need_no_kernels_of_the_cpu():
+    """The first call of ``bench/gpu.sh`` builds the CUDA part alone."""
+    without = (
+        "import sys; sys.modules['fused_dni.backends._cpu'] = None; "
+        "import gpu_kernels, groups; print(groups.device_facts()['isa'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "bench")))}
+    done = subprocess.run(
+        [sys.executable, "-c", without], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None", done.stderr
 
 
 def test_the_table_of_recipes_marks_ranges_and_says_shares():
@@ -1000,7 +1013,7 @@ def test_the_table_of_an_ablation_takes_cosines_over_all_of_the_training():
     settings = recurrent.Settings.of(
         "copy", ablate=("zero",), methods=("fused", "dni"), seeds=(0, 1)
     )
-    cosines = {"dni T=4": (0.3, -0.1, None, 0.1), "dni/zero T=4": (0.2, 0.2, 0.2, 0.2)}
+    cosines = {"dni T=4": (0.3, -0.1, None, 0.0), "dni/zero T=4": (0.2, 0.2, 0.2, 0.2)}
     runs = []
     for arm in settings.arms():
         for seed in settings.seeds:
@@ -1014,5 +1027,5 @@ def test_the_table_of_an_ablation_takes_cosines_over_all_of_the_training():
     report = recurrent.result(recurrent.Outcome(settings, {}, runs), "fused-dni train copy")
     found = documents.RENDERERS["ablation"][1]([report])
     assert "| fused T=4 | 1.5 (1–2) | 3.5 (3–4) | – |" in found
-    assert "| dni T=4 | 1.5 (1–2) | 3.5 (3–4) | +0.100 (4 of 6 above 0) |" in found
+    assert "| dni T=4 | 1.5 (1–2) | 3.5 (3–4) | +0.067 (2 of 6 above 0) |" in found
     assert "| dni/zero T=4 | 1.5 (1–2) | 3.5 (3–4) | +0.200 (8 of 8 above 0) |" in found

@@ -260,6 +260,30 @@ def test_what_is_injected_is_altered_and_what_is_learned_is_not():
         assert not torch.equal(again(rows), found["noise"])  # drawn anew
 
 
+def _taught(change):
+    """The gradient of the lesson of the third window, which the second's end has its part in."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = fd.LinearSynthesizer(8, None)
+        nn.init.normal_(inner.weight)
+        synthesizer = Altered(inner, change, 0) if change else inner
+        lstm = fd.FusedDNILSTM(3, 4, synthesizer=synthesizer, target_scale=1.0)
+        windows = torch.randn(3, 2, 5, 3)
+    state = None
+    for window in windows:
+        output, state = lstm(window, state)
+        lstm.zero_grad()
+        output.square().sum().backward()
+    return inner.weight.grad
+
+
+def test_what_is_injected_has_its_part_in_the_next_target():
+    plain, without, other = (_taught(change) for change in ("", "zero", "negated"))
+    # A lesson's gradient is linear in its target, and that in what was injected.
+    assert not torch.equal(plain, without)
+    torch.testing.assert_close(plain - without, without - other)
+
+
 def test_the_true_gradient_is_injected_at_each_boundary(monkeypatch):
     trainer = recurrent.build(recurrent.Arm("dni/true", 3), 0, COPY, None)
     trainer.curriculum.level = 3  # 9 steps, the last 4 of them written

@@ -20,6 +20,8 @@ from fused_dni.report import blocks_of
 from fused_dni.report.blocks import as_text
 from fused_dni.report.errors import ReportError
 from fused_dni.report.folder import write_folder
+from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Result
 
 # Networks this small have nothing to share out.
 pytestmark = [pytest.mark.slow(40), pytest.mark.usefixtures("one_thread")]
@@ -369,3 +371,15 @@ def test_a_checkpoint_of_0_1_0_is_gone_on_with(tmp_path, monkeypatch, epoch):
     monkeypatch.setattr(run, "write_checkpoint", write)
     found = train.train(settings, dataset, checkpoint=tmp_path, resume=True)
     assert _fingerprints(found) == whole
+
+
+def test_a_report_that_is_continued_names_all_commits(monkeypatch):
+    report = Result("literature", facts={"commit": "a"}, body={"runs": [], "finished": False})
+    one = run.Job("one", report["runs"], lambda say: {"error": 0.5})
+    for commit, named in (("a", "a"), ("b", "a, b"), (None, "a, b"), ("b", "a, b")):
+        monkeypatch.setattr(run, "facts", lambda commit=commit: {"commit": commit})
+        run.do_jobs(report, [one], 8, None, Progress(enabled=False))
+        assert report.facts["commit"] == named
+    monkeypatch.setattr(run, "facts", lambda: {"commit": "c"})
+    run.do_jobs(report, [], 8, None, Progress(enabled=False))  # nothing was left to run
+    assert report.facts["commit"] == "a, b"

@@ -29,6 +29,7 @@ from fused_dni.ops.types import (  # noqa: E402
     STEP,
     LinearConfig,
     LinearTensors,
+    Prediction,
     SynthesizerTensors,
 )
 from fused_dni.rules import SGD, Adam, AdamW, Rule, RuleState  # noqa: E402
@@ -431,6 +432,54 @@ def test_synthesizers(isa: str, kind: str, classes: int) -> None:
                 close(gradient, wanted, n, name)
             else:
                 assert gradient is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("known", ["label", "vector"])
+@pytest.mark.parametrize("classes", [1, 3, 16, 40])  # vectors that are filled, and that are not
+def test_a_synthesizer_of_a_cross_entropy(
+    isa: str, classes: int, known: str, dtype: torch.dtype
+) -> None:
+    n, o = 50, 37
+    g = torch.Generator().manual_seed(classes)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    h, grad_h = randn(n, o), randn(n, o) / n
+    p = [randn(o, classes), randn(classes, o) / 6, randn(classes), randn(o)]
+    y = torch.randint(classes, (n,), generator=g) if known == "label" else randn(n, classes)
+    weight, down, shift, bias = exact = [t.clone().requires_grad_() for t in p]
+    probabilities = F.linear(h, down, shift).softmax(1)
+    less = probabilities - (F.one_hot(y, classes) if known == "label" else y)
+    s = F.linear(less, weight, bias)
+    ((s - 3.0 * grad_h).square().sum() / n).backward()
+
+    mine = SynthesizerTensors("cross_entropy", *[t.to(dtype) for t in p])
+    given_y = y if known == "label" else y.to(dtype)
+    prediction = BACKEND.synthesizer_predict(h.to(dtype), mine, given_y)
+    close(prediction.scaled, s.detach(), max(o, classes), "scaled")
+    assert prediction.reduced is not None
+    scale = float((probabilities.max() + less.abs().max()).detach())  # what it is the difference of
+    error = float((prediction.reduced.double() - less.detach()).abs().max())
+    assert error <= 20 * 6 * torch.finfo(dtype).eps * o**0.5 * scale
+    statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+    gradients = BACKEND.synthesizer_gradients(
+        h.to(dtype), prediction, grad_h.to(dtype), mine, given_y, 3.0, statistics
+    )
+    for name, got, leaf in zip(("V", "U", "u", "c"), gradients, exact, strict=True):
+        assert got is not None and leaf.grad is not None
+        # Of a softmax of one class there is nothing to learn: what is subtracted gives the scale.
+        close(got, leaf.grad, n, name, (p[0], 1.0))
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "cross_entropy"])
+def test_a_prediction_that_does_not_say_what_its_weight_multiplied(kind: str) -> None:
+    h, y, statistics = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64), torch.zeros(5).double()
+    context = torch.randn(3) if kind == "cross_entropy" else torch.randn(5, 3)
+    synthesizer = SynthesizerTensors(kind, torch.randn(5, 3), torch.randn(3, 5), context)
+    with pytest.raises(ValueError, match=r"prediction.reduced must be \[6, 3\], got none"):
+        BACKEND.synthesizer_gradients(h, Prediction(h), h, synthesizer, y, 6.0, statistics)
 
 
 def test_counters_of_a_skipped_step() -> None:

@@ -22,14 +22,16 @@ STEPS = 4  # a whole cycle of targets on every fourth step
 
 
 def _calls(
-    synthesizer: bool, target_every: int | None, container: bool, loss: bool
+    synthesizer: bool, target_every: int | None, container: bool, loss: bool, crossed: bool = False
 ) -> tuple[float, float]:
     """Calls a step of four Linear-BatchNorm-ReLU layers and an exact head, SGD rules; with the
-    cross-entropy in the head or outside."""
+    cross-entropy in the head or outside, and synthesizers of that form if ``crossed``."""
     options: dict[str, Any] = {"normalization": "batch", "activation": "relu"}
     options |= {"context_features": 10} if synthesizer else {"synthesizer": None}
     rule = fd.SGD(0.1)
     layers: list[nn.Module] = [fd.FusedDNILinear(16, 16, update=rule, **options) for _ in range(4)]
+    for layer in layers if crossed else ():
+        layer.synthesizer = fd.CrossEntropySynthesizer(16, 10)
     head: nn.Module = fd.FusedDNILinear(16, 10, synthesizer=None, update=rule)
     if loss:
         head = fd.FusedDNILinearCrossEntropyLoss(16, 10, update=rule)
@@ -106,6 +108,8 @@ def test_a_step_makes_no_more_calls(
     calls, of_c = _calls(synthesizer, target_every, container, loss)
     assert 50 < calls <= most, calls
     assert of_c <= most_of_c, of_c
+    if synthesizer and loss:  # whatever its form
+        assert _calls(True, target_every, container, True, crossed=True) == (calls, of_c)
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counts are Python 3.11's")

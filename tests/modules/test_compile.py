@@ -16,9 +16,11 @@ from torch.library import opcheck
 from twins import BACKENDS, close, double, linear
 
 import fused_dni as fd
+from fused_dni.ops import registry
 from fused_dni.ops.types import (
     HYPER_SIZE,
     STATISTICS_SIZE,
+    SYNTHESIZERS,
     LinearConfig,
     LinearGradients,
     LinearTensors,
@@ -208,6 +210,11 @@ def test_immediate_delivery_is_not_traced():
 # The functional step
 
 
+def skip_unless_it_has(backend, kind):
+    if kind not in registry.get(backend).synthesizers:
+        pytest.skip(f"{backend} has no synthesizers of kind {kind!r}")
+
+
 def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="batch"):
     """Detached tensors of a decoupled step; the context "table" is labels and a softmax's head."""
     n, i, o, k, r = 6, 4, 5, 3, 2
@@ -217,12 +224,15 @@ def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="b
     layer = LinearTensors(
         double(o, i), vector(), *(vector() if affine else None for _ in range(2)), *stats
     )
-    weight = {"dense": (o, o), "lowrank": (o, r), "diagonal": (o,)}[kind]
+    if kind == "cross_entropy":
+        r, context = k, context if context == "vector" else "labels"
+    weight = {"dense": (o, o), "diagonal": (o,)}.get(kind, (o, r))
+    conditioned = {None: lambda: None, "table": lambda: double(1).sum()}
     synthesizer = SynthesizerTensors(
         kind,
         double(*weight),
-        double(r, o) if kind == "lowrank" else None,
-        None if context is None else double(1).sum() if context == "table" else double(o, k),
+        double(r, o) if len(weight) == 2 and kind != "dense" else None,
+        double(k) if kind == "cross_entropy" else conditioned.get(context, lambda: double(o, k))(),
         vector(),
         double(k, o) if context == "table" else None,
     )
@@ -240,10 +250,13 @@ def tensors(backend, kind="lowrank", rule="adam", context=None, normalization="b
 @paired(
     backend=BACKENDS,
     context=(None, "labels", "vector", "table"),
-    kind=("dense", "lowrank", "diagonal"),
+    kind=SYNTHESIZERS,
     interface=("output", "preactivation"),
 )
 def test_functional_step(backend, context, kind, interface):
+    skip_unless_it_has(backend, kind)
+    if kind == "cross_entropy" and context != "vector":
+        context = "labels"
     x, layer, synthesizer, rows, bound = tensors(backend, kind, context=context)
     config = LinearConfig("batch", "gelu", interface=interface)
     moved = layer[:4] if interface == "output" else (*layer[:2], None, None)
@@ -288,7 +301,8 @@ def arguments(name, backend, normalization, kind, context, interface="output"):
     rstd = {"batch": double(o).abs(), "layer": double(n).abs(), None: None}[normalization]
     slots = layer[:4] if interface == "output" else (*layer[:2], None, None)
     vectors = [double(o) if t is not None else None for t in layer[1:4]]
-    prediction = Prediction(h.cos(), double(n, 2) if kind == "lowrank" else None)
+    down = synthesizer.down
+    prediction = Prediction(h.cos(), None if down is None else double(n, len(down)))
     lesson = (h, prediction, h.sin(), synthesizer, rows, 6.0, torch.zeros(STATISTICS_SIZE).double())
     return {
         "linear_forward": (x, layer, config, True, True),
@@ -326,11 +340,30 @@ def test_every_registered_op_is_checked():
     assert {name for name in registered if not name.startswith("lstm_")} == set(NAMES)
 
 
+@backends
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_synthesizer_of_a_cross_entropy(backend, rank):
+    """In the graph where a kernel runs it, and without one."""
+    synthesizer = fd.CrossEntropySynthesizer(5, 3, rank, dtype=torch.float64)
+    twins.disturb(synthesizer)
+    layer = linear(4, 5, synthesizer=synthesizer, target_scale=1.0, backend=backend)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=not rank, backend="aot_eager")
+    for _ in range(2):
+        x, y, g = double(6, 4), torch.randint(3, (6,)), double(6, 5)
+        for run in (compiled, twin):
+            run(x, context=y).backward(g)
+        for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+            close(p.grad, q.grad, 1e-12)
+
+
 OPTIONS = [
     ("batch", "lowrank", "labels"),
     ("layer", "dense", "vector"),
     (None, "diagonal", None),
     ("batch", "lowrank", "table"),
+    (None, "cross_entropy", "labels"),
+    ("batch", "cross_entropy", "vector"),
 ]
 CALLS = [*((name, "output") for name in NAMES), ("linear_step_", "preactivation")]
 
@@ -339,6 +372,7 @@ CALLS = [*((name, "output") for name in NAMES), ("linear_step_", "preactivation"
 def test_opcheck(backend, call, options):
     name, interface = call
     normalization, kind, context = options
+    skip_unless_it_has(backend, kind)
     given = arguments(name, backend, normalization, kind, context, interface)
     opcheck(getattr(OPS, name).default, (*chain.from_iterable(map(flat, given)), backend))
 

@@ -23,7 +23,8 @@ OF = {"dtype": torch.float64}
 SYNTHESIZERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: fd.LinearSynthesizer(SIZE, 2, CLASSES, **OF),
     "diagonal": lambda: fd.DiagonalSynthesizer(SIZE, CLASSES, **OF),
-    "cross-entropy": lambda: fd.CrossEntropySynthesizer(SIZE, CLASSES, 2, **OF),
+    "cross-entropy": lambda: fd.CrossEntropySynthesizer(SIZE, CLASSES, **OF),
+    "cross-entropy and linear": lambda: fd.CrossEntropySynthesizer(SIZE, CLASSES, 2, **OF),
     "batch normalisation": lambda: fd.MLPSynthesizer(SIZE, 4, context_features=CLASSES, **OF),
 }
 

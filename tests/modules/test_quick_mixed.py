@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kappa": {"target_scale": 16.0, "bias": False},
     "no labels": {"context_features": 0},
     "diagonal": {"synthesizer": fd.DiagonalSynthesizer(SIZE, CLASSES)},
+    "cross-entropy": {"synthesizer": fd.CrossEntropySynthesizer(SIZE, CLASSES)},
     "float64": {"dtype": torch.float64},
     "preactivation": {"interface": "preactivation"},
     "a module": {"synthesizer": fd.MLPSynthesizer(SIZE, 4, CLASSES)},

@@ -34,6 +34,7 @@ SYNTHESIZERS: dict[str, Callable[[int], fd.Synthesizer | None]] = {
     "low rank": lambda size: fd.LinearSynthesizer(size, rank=5, context_features=CLASSES),
     "dense": lambda size: fd.LinearSynthesizer(size, context_features=CLASSES),
     "diagonal": lambda size: fd.DiagonalSynthesizer(size, context_features=CLASSES),
+    "cross-entropy": lambda size: fd.CrossEntropySynthesizer(size, CLASSES),
     "exact": lambda size: None,
 }
 

@@ -323,6 +323,7 @@ SYNTHESIZERS: dict[str, Any] = {
     "low rank": lambda: fd.LinearSynthesizer(WIDTH, 2, CLASSES),
     "mlp": lambda: fd.MLPSynthesizer(WIDTH, hidden=6, context_features=CLASSES),
     "softmax": lambda: fd.SoftmaxSynthesizer(head_of(), ignore_index=3),
+    "cross-entropy": lambda: fd.CrossEntropySynthesizer(WIDTH, CLASSES),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import twins
@@ -10,6 +12,7 @@ from twins import BACKENDS, close, double
 
 import fused_dni as fd
 from fused_dni.ops import registry
+from fused_dni.ops.types import AFFINE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,7 +199,101 @@ def test_cross_entropy_synthesizer_is_its_formula(rank):
         for p in m.last_layer():
             p.mul_(4.0)
     assert torch.equal(m(h, y), 4.0 * before)
+
+
+class ByAutograd(fd.CrossEntropySynthesizer):
+    def fused(self):
+        return None
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cpu", "reference")])
+@pytest.mark.parametrize("kind", ["labels", "vector"])
+def test_kernels_predict_what_it_does(backend, kind):
+    m = fd.CrossEntropySynthesizer(5, 3, dtype=torch.float64)
+    twins.disturb(m)
+    h, y = double(6, 5), context(3, kind)
+    fused = m.fused()
+    assert fused.kind == "cross_entropy"
+    assert {id(p) for p in m.parameters()} == {id(p) for p in fused.parameters()}
+    made = fd.functional.synthesizer_predict(h, fused, y, backend=backend)
+    close(made.scaled, m(h, y), 1e-13)
+    with pytest.raises(IndexError):
+        fd.functional.synthesizer_predict(h, fused, torch.full((6,), 3), backend=backend)
+
+
+def test_its_names_in_a_state_dict():
+    """Which checkpoints have."""
+    m = fd.CrossEntropySynthesizer(5, 3)
+    assert list(m.state_dict()) == [
+        "weight", "bias", "_extra_state", "logits.weight", "logits.bias"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: nn.utils.parametrizations.weight_norm(m.logits),
+        lambda m: nn.utils.parametrizations.weight_norm(m),
+        lambda m: setattr(m, "logits", nn.Linear(5, 3, bias=False)),
+        lambda m: setattr(m, "__class__", type("Own", (type(m),), {"forward": lambda *a: None})),
+    ],
+    ids=["logits parametrized", "parametrized", "no bias", "another forward"],
+)
+def test_what_no_kernel_computes_goes_by_autograd(change):
+    m = fd.CrossEntropySynthesizer(5, 3)
+    assert m.fused() is not None
+    change(m)
     assert m.fused() is None
+    assert fd.CrossEntropySynthesizer(5, 3, 2).fused() is None
+
+
+@pytest.mark.parametrize("phase", ["k=1", "mix", "warm-up"])
+@pytest.mark.parametrize("rule", [None, fd.Adam(0.01, eps=1e-3)], ids=["returned", "fused"])
+@pytest.mark.parametrize("layer", ["linear", "preactivation", "segment"])
+@pytest.mark.parametrize("kind", ["labels", "vector"])
+def test_kernels_teach_it_as_autograd_does(layer, rule, phase, kind):
+    torch.manual_seed(0)
+    synthesizer = fd.CrossEntropySynthesizer(5, 3, dtype=torch.float64)
+    twins.disturb(synthesizer)
+    if layer == "segment":
+        mine = fd.Decoupled(nn.Linear(4, 5).double(), synthesizer, update=rule)
+    else:
+        mine = fd.FusedDNILinear(
+            4, 5, normalization="batch", activation="gelu", synthesizer=synthesizer, update=rule,
+            interface="preactivation" if layer == "preactivation" else "output",
+            dtype=torch.float64,
+        )  # fmt: skip
+    theirs = copy.deepcopy(mine)
+    theirs.synthesizer.__class__ = ByAutograd
+    for _ in range(4):
+        x, y, g = double(6, 4), context(3, kind), double(6, 5)
+        for each in (mine, theirs):
+            each.phase = fd.modules.base.Phase(
+                warmup=phase == "warm-up", mix=0.5 if phase == "mix" else 0.0, lessons=1
+            )
+            each(x, context=y).backward(g)
+        # Moments have their slots in another order.
+        for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            close(p.detach(), q.detach(), 1e-10)
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                close(p.grad, q.grad, 1e-10)
+        close(mine.statistics, theirs.statistics, 1e-10)
+        assert mine.unit == theirs.unit
+
+
+def test_on_a_backend_without_the_kind_it_runs_under_autograd(monkeypatch):
+    """As on a GPU."""
+    layer = fd.FusedDNILinear(
+        4, 5, synthesizer=fd.CrossEntropySynthesizer(5, 3), update=fd.SGD(0.1), backend="reference"
+    )
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    assert layer.fused_synthesizer(x) is not None
+    monkeypatch.setattr(type(registry.get("reference")), "synthesizers", AFFINE)
+    assert layer.fused_synthesizer(x) is None
+    layer(x, context=y).square().sum().backward()
+    assert layer.synthesizer_update.steps == 1
+    assert "a CrossEntropySynthesizer, runs under autograd" in repr(layer)
 
 
 def test_a_classifiers_gradient_is_learned_from_targets_alone():

@@ -44,6 +44,7 @@ from fused_dni.backends.reference import linear, rules
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     ACTIVATIONS,
+    AFFINE,
     INTERFACES,
     SKIPPED,
     STATISTICS_SIZE,
@@ -63,6 +64,7 @@ SERVED = {
 }
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True}
 TABLE = pairwise(OPTIONS)
+AFFINES = [row for row in TABLE if row["kind"] in AFFINE]  # of every backend
 # A kernel is free in how it tiles: these meet its edges.
 CORNERS = [
     (2, 1, 1, 1, 1),
@@ -105,6 +107,8 @@ def spare(backend: Backend, dtype: str, options: dict[str, Any]) -> None:
 
 def check(backend: Backend, case: Case, dtypes: tuple[torch.dtype, torch.dtype], run: Run) -> None:
     """One op's results against the reference's. bfloat16 results are rounded to it everywhere."""
+    if case.kind not in backend.synthesizers:
+        pytest.skip(f"{backend.name} has no synthesizers of kind {case.kind!r}")
     exact, allowed = tolerances(run, case, torch.finfo(dtypes[0]).eps)
     before = {k: t.clone() for k, t in case.inputs.items()}
     fresh = case.to(*dtypes).on(device_of(backend))
@@ -143,7 +147,7 @@ def test_step_at_the_preactivation(
     dtypes = serve(backend, dtype)
     if is_slow(backend):
         pytest.skip("the table's rows are enough for a slow backend")
-    row = {**TABLE[0], **SMOOTH, "activation": activation, "normalization": normalization,
+    row = {**AFFINES[0], **SMOOTH, "activation": activation, "normalization": normalization,
            "rule": "adam", "kind": "lowrank", "context": "label",
            "interface": "preactivation"}  # fmt: skip
     check(backend, make_case((31, 19, 37, 5, 7), row, 1, *dtypes), dtypes, run_step)
@@ -173,7 +177,7 @@ def test_corner_shapes(
 ) -> None:
     dtypes = serve(backend, "float32")
     set_threads(backend, threads)
-    row = {**TABLE[3], **SMOOTH, "activation": "gelu", "kind": "lowrank", "context": "label",
+    row = {**AFFINES[3], **SMOOTH, "activation": "gelu", "kind": "lowrank", "context": "label",
            "normalization": normalization, "rule": "momentum", "max_norm": 0.0}  # fmt: skip
     check(backend, make_case(shape, row, 3, *dtypes), dtypes, run_step)
 
@@ -205,7 +209,7 @@ def test_more_threads_than_work(
         pytest.skip("the reference's threads are torch's affair")
     dtypes = serve(backend, "float32")
     set_threads(backend, threads)
-    row = {**TABLE[3], **SMOOTH, "activation": "tanh", "kind": kind, "context": "label",
+    row = {**AFFINES[3], **SMOOTH, "activation": "tanh", "kind": kind, "context": "label",
            "normalization": "layer" if shape[2] > 1 else None, "rule": "momentum",
            "max_norm": 0.0}  # fmt: skip
     if what == "preactivation":
@@ -221,7 +225,7 @@ def test_more_threads_than_work(
 def test_far_from_zero(backend: Backend, activation: str, dtype: str) -> None:
     """Where exponentials overflow and derivatives vanish."""
     dtypes = serve(backend, dtype)
-    row = {**TABLE[0], **SMOOTH, "normalization": None, "activation": activation,
+    row = {**AFFINES[0], **SMOOTH, "normalization": None, "activation": activation,
            "kind": "diagonal", "max_norm": 0.0}  # fmt: skip
     case = make_case((24, 17, 33, 3, 4), row, 8, *dtypes)
     case.parameters["weight"] *= 60
@@ -250,7 +254,7 @@ def test_any_shape(
     threads: int,
 ) -> None:
     dtypes = serve(backend, dtype)
-    if is_slow(backend) and seed > 2:
+    if (is_slow(backend) and seed > 2) or row["kind"] not in backend.synthesizers:
         return
     case = make_case(shape, {**row, "interface": interface}, seed, *dtypes)
     torch.set_num_threads(threads if backend.name == "cpu" else 1)
@@ -261,7 +265,7 @@ def test_any_shape(
 def test_one_row(backend: Backend, normalization: str | None) -> None:
     """In evaluation batch normalisation too takes one row."""
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "silu"}
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "activation": "silu"}
     case = make_case((1, 17, 33, 3, 4), row, 0, *dtypes)
     check(backend, case, dtypes, functools.partial(run_parts, training=normalization != "batch"))
     if normalization != "batch":
@@ -271,7 +275,7 @@ def test_one_row(backend: Backend, normalization: str | None) -> None:
 def test_strided_inputs(backend: Backend) -> None:
     """x may be a slice, and the gradient that arrives may be expanded (``h.sum().backward()``)."""
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": "layer", "activation": "tanh", "context": None}
+    row = {**AFFINES[0], **SMOOTH, "normalization": "layer", "activation": "tanh", "context": None}
     case = make_case((21, 18, 35, 4, 6), row, 0, *dtypes)
     exact, allowed = tolerances(run_parts, case, torch.finfo(torch.float32).eps)
     x = torch.full((21, 40), torch.nan)
@@ -297,8 +301,10 @@ def test_same_input_same_bits(backend: Backend, dtype: str, run: Run, threads: i
     dtypes = serve(backend, dtype)
     set_threads(backend, threads)
     # The reference's bits are torch's affair; the interpreter's, one program after another, too.
-    inside = [row for row in TABLE if row["interface"] == "preactivation"]
-    for row in (*TABLE[:6], *inside[:3]) if backend.name == "cpu" else (TABLE[0], inside[0]):
+    inside = [row for row in AFFINES if row["interface"] == "preactivation"]
+    crossed = [row for row in TABLE if row["kind"] == "cross_entropy"]
+    rows = (*TABLE[:6], *inside[:3], *crossed[:2])
+    for row in rows if backend.name == "cpu" else (AFFINES[0], inside[0]):
         case = make_case((67, 48, 97, 16, 10), options_of(dtype, row), 4, *dtypes)
         case = case.on(device_of(backend))
         once, twice = run(backend, case.to(*dtypes)), run(backend, case.to(*dtypes))
@@ -312,7 +318,7 @@ def test_every_mutated_tensor_moves_its_version(
     backend: Backend, normalization: str | None, rule: str
 ) -> None:
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": rule,
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "rule": rule,
            "kind": "lowrank", "context": "label", "activation": "tanh"}  # fmt: skip
     case = make_case((9, 8, 7, 3, 4), row, 5, *dtypes).on(device_of(backend))
     state, synthesizer_state = bind(case)
@@ -361,7 +367,7 @@ def test_scale_and_shift_stay_in_a_step_at_the_preactivation(
 ) -> None:
     """No gradient reaches them there; weight and bias move (the bias but for a batch's mean)."""
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": "sgd",
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "rule": "sgd",
            "activation": "tanh", "interface": "preactivation"}  # fmt: skip
     case = make_case((9, 8, 7, 3, 4), row, 5, *dtypes).on(device_of(backend))
     state, _ = bind(case)
@@ -387,7 +393,7 @@ def test_what_is_not_finite_at_the_preactivation_is_skipped(
     backend: Backend, where: str, normalization: str | None
 ) -> None:
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": "adamw",
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "rule": "adamw",
            "activation": "gelu", "interface": "preactivation"}  # fmt: skip
     case = make_case((19, 18, 33, 3, 4), row, 6, *dtypes).on(device_of(backend))
     state, _ = bind(case)
@@ -425,7 +431,7 @@ def test_what_is_not_finite_is_counted_and_skipped(
     backend: Backend, where: str, value: float, normalization: str | None, rule: str
 ) -> None:
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "rule": rule,
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "rule": rule,
            "activation": "tanh", "context": "label"}  # fmt: skip
     case = make_case((19, 18, 33, 3, 4), row, 6, *dtypes).on(device_of(backend))
     state, synthesizer_state = bind(case)
@@ -478,13 +484,16 @@ def test_what_is_not_finite_is_counted_and_skipped(
         assert torch.equal(t.nan_to_num(), old.nan_to_num())
 
 
-@pytest.mark.parametrize("label", [-1, 4, 2**33])
-def test_a_label_out_of_range_changes_nothing(backend: Backend, label: int) -> None:
+@pytest.mark.parametrize("kind", ["lowrank", "cross_entropy"])
+@pytest.mark.parametrize("label", [-1, -100, 4, 2**33])
+def test_a_label_out_of_range_changes_nothing(backend: Backend, label: int, kind: str) -> None:
     dtypes = serve(backend, "float32")
     if device_of(backend) != "cpu":
         pytest.skip("on a GPU nothing waits for the data: test_gpu_linear.py")
-    row = {**TABLE[0], **SMOOTH, "normalization": "batch", "context": "label",
-           "activation": "tanh"}  # fmt: skip
+    if kind not in backend.synthesizers:
+        pytest.skip(f"{backend.name} has no synthesizers of kind {kind!r}")
+    row = {**AFFINES[0], **SMOOTH, "normalization": "batch", "context": "label",
+           "activation": "tanh", "kind": kind}  # fmt: skip
     case = make_case((19, 18, 33, 3, 4), row, 6, *dtypes).on(device_of(backend))
     state, synthesizer_state = bind(case)
     layer, synthesizer = case.layer(), case.synthesizer()
@@ -515,7 +524,7 @@ def test_dx_uses_the_weights_before_the_update(
     backend: Backend, normalization: str | None, interface: str
 ) -> None:
     dtypes = serve(backend, "float32")
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "tanh",
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "activation": "tanh",
            "rule": "sgd", "interface": interface}  # fmt: skip
     case = make_case((32, 24, 40, 4, 5), row, 7, *dtypes).on(device_of(backend))
     still = case.to(*dtypes)
@@ -539,7 +548,7 @@ def test_dx_uses_the_weights_before_the_update(
 @pytest.mark.parametrize("normalization", [None, "batch", "layer"])
 def test_the_tolerance_catches_one_wrong_element(normalization: str | None) -> None:
     """One element of any result off by 200 eps of the largest, or never written: caught."""
-    row = {**TABLE[0], **SMOOTH, "normalization": normalization, "activation": "mish",
+    row = {**AFFINES[0], **SMOOTH, "normalization": normalization, "activation": "mish",
            "rule": "momentum", "kind": "lowrank", "context": "label"}  # fmt: skip
     case = make_case((31, 19, 37, 5, 7), row, 1, torch.float32)
     eps = torch.finfo(torch.float32).eps
@@ -567,6 +576,9 @@ WRONG = {
     "product": _wrong(linear, "weight_gradient", lambda d: d * (1 + 2e-5)),
     "clipping": _wrong(linear, "synthetic_gradient", lambda s: s * (1 + 2e-5)),
     "label": _wrong(synthesizer, "context_term", lambda c: c.roll(1, 0)),
+    "softmax": _wrong(synthesizer, "softmax", lambda s: s * (1 + 2e-5)),
+    "class": _wrong(synthesizer, "known", lambda y: y.roll(1, 1)),
+    "through the softmax": _wrong(synthesizer, "through_softmax", lambda d: d * (1 + 2e-5)),
     "context's gradient": _wrong(synthesizer, "context_gradient", lambda c: c * (1 + 2e-5)),
     "epsilon": _wrong(linear, "normalize", lambda r: (r[0], r[1] * (1 + 2e-5), r[2])),
     "variance": _wrong(linear, "normalize", lambda r: (r[0], r[1], r[2]._replace(rows=32))),
@@ -580,10 +592,12 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_the_tolerance_catches_a_wrong_formula(what: str) -> None:
     """A backend that errs by 2e-5 in one place does not pass for a float32 one."""
-    row = {**TABLE[0], **SMOOTH, "normalization": "batch", "activation": "mish", "rule": "momentum",
-           "kind": "lowrank", "context": "label", "max_norm": 0.05}  # fmt: skip
+    row = {**AFFINES[0], **SMOOTH, "normalization": "batch", "activation": "mish",
+           "rule": "momentum", "kind": "lowrank", "context": "label", "max_norm": 0.05}  # fmt: skip
     if what == "gradient at z":
         row["interface"] = "preactivation"
+    if what in ("softmax", "class", "through the softmax"):
+        row["kind"] = "cross_entropy"
     case = make_case((31, 19, 37, 5, 7), row, 1, torch.float32)
     exact, allowed = tolerances(run_step, case, torch.finfo(torch.float32).eps)
     compare(run_step(REFERENCE, case.to(torch.float32, torch.float32)), exact, allowed)
@@ -596,7 +610,7 @@ def test_the_tolerance_catches_a_wrong_formula(what: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # In front of a softmax: a table that is read where the labels say
 
-TABLED = {**TABLE[0], **SMOOTH, "normalization": None, "activation": "tanh", "context": "table",
+TABLED = {**AFFINES[0], **SMOOTH, "normalization": None, "activation": "tanh", "context": "table",
           "max_norm": 0.0, "rule": "momentum"}  # fmt: skip
 
 
@@ -615,6 +629,40 @@ def run_synthesizer(backend: Backend, case: Case) -> dict[str, Tensor]:
     return out | {name: p.detach() for name, p in case.parameters.items()}
 
 
+@pytest.mark.parametrize("context", ["label", "vector"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("classes", [1, 2, 17, 40])
+def test_logits_far_from_zero(
+    backend: Backend, classes: int, dtype: str, context: str, poisoned: None
+) -> None:
+    """Where exponentials overflow without what the largest takes off, and most vanish with it."""
+    dtypes = serve(backend, dtype)
+    row = {**AFFINES[0], **SMOOTH, "kind": "cross_entropy", "context": context, "rule": "momentum"}
+    case = make_case((45, 1, 37, 5, classes), row, 7, *dtypes)
+    generator = torch.Generator().manual_seed(1)
+    case.inputs["h"] = torch.randn(45, 37, generator=generator).to(dtypes[0])
+    case.parameters["synthesizer.context_weight"] *= 100
+    check(backend, case, dtypes, run_synthesizer)
+
+
+def test_a_kind_that_a_backend_has_not_is_refused(backend: Backend) -> None:
+    """Layers run such a synthesizer under autograd there."""
+    if "cross_entropy" in backend.synthesizers:
+        pytest.skip(f"{backend.name} has it")
+    dtypes = serve(backend, "float32")
+    case = make_case((7, 4, 5, 2, 3), {**AFFINES[0], "kind": "cross_entropy"}, 7, *dtypes)
+    case = case.on(device_of(backend))
+    state, _ = bind(case)
+    x, context, h = case.inputs["x"], case.inputs["context"], case.inputs["grad_h"]
+    with pytest.raises(ValueError, match="got 'cross_entropy', which runs under autograd there"):
+        backend.synthesizer_predict(h, case.synthesizer(), context)
+    with pytest.raises(ValueError, match="got 'cross_entropy', which runs under autograd there"):
+        backend.linear_step_(
+            x, case.layer(), case.config, case.synthesizer(), context, 1.0, 0.0,
+            state.tensors(slots_of_step(case)), False, False,
+        )  # fmt: skip
+
+
 def tabled(
     kind: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, int] = (45, 37)
 ) -> Case:
@@ -629,7 +677,7 @@ def tabled(
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", SERVED)
 @pytest.mark.parametrize("ignored", ["some", "all", "none", "a class"])
-@pytest.mark.parametrize("kind", SYNTHESIZERS)
+@pytest.mark.parametrize("kind", AFFINE)
 def test_rows_of_a_table(
     backend: Backend, kind: str, ignored: str, dtype: str, threads: int, poisoned: None
 ) -> None:
@@ -647,7 +695,7 @@ def test_rows_of_a_table(
     check(backend, case, dtypes, run_synthesizer)
 
 
-@pytest.mark.parametrize("kind", SYNTHESIZERS)
+@pytest.mark.parametrize("kind", AFFINE)
 def test_a_bfloat16_table(backend: Backend, kind: str) -> None:
     """Read as it is, by every backend."""
     dtypes = serve(backend, "float32")

@@ -95,6 +95,11 @@ def torch_prediction(h: Tensor, case: Case, p: dict[str, Tensor]) -> Tensor:
         s = F.linear(h, weight)
     elif case.kind == "lowrank":
         s = F.linear(F.linear(h, p["synthesizer.down"]), weight)
+    elif case.kind == "cross_entropy":
+        logits = F.linear(h, p["synthesizer.down"], p["synthesizer.context_weight"])
+        y = case.inputs["context"]
+        y = y if y.is_floating_point() else F.one_hot(y, logits.shape[1])
+        return F.linear(logits.softmax(1) - y, weight, p.get("synthesizer.bias"))
     else:
         s = h * weight
     context, table = case.inputs.get("context"), p.get("synthesizer.table")

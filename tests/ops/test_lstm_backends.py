@@ -45,7 +45,7 @@ from torch import Tensor
 
 from fused_dni.backends.reference import lstm, rules
 from fused_dni.ops import registry
-from fused_dni.ops.types import SKIPPED, STEP, SYNTHESIZERS, Backend, LSTMGradients, LSTMTrace
+from fused_dni.ops.types import AFFINE, SKIPPED, STEP, Backend, LSTMGradients, LSTMTrace
 
 pytestmark = pytest.mark.slow(220)
 
@@ -239,7 +239,7 @@ def test_the_tolerance_catches_wrong_ends(what: str) -> None:
         compare(got, exact, allowed)
 
 
-@pytest.mark.parametrize("kind", SYNTHESIZERS)
+@pytest.mark.parametrize("kind", AFFINE)
 def test_a_lesson_that_is_not_finite_is_not_counted(backend: Backend, kind: str) -> None:
     options = {name: values[0] for name, values in CLOSE_OPTIONS.items()}
     case = make_closing((4, 7, 9, 13, 2), {**options, "kind": kind, "lengths": False}, 7,

@@ -55,7 +55,7 @@ def test_prediction_and_gradients_are_autograd(kind: str, context: str | None, b
     p = {k: t.clone().requires_grad_() for k, t in case.parameters.items()}
     scaled = torch_prediction(case.inputs["h"], case, p)
     close(prediction.scaled, scaled, "scaled")
-    assert (prediction.reduced is not None) == (kind == "lowrank")
+    assert (prediction.reduced is not None) == (kind in ("lowrank", "cross_entropy"))
     loss = ((scaled - case.target_scale * case.inputs["grad_h"]) ** 2).sum() / 10
     loss.backward()
     for name, g in zip(NAMES, made, strict=True):
@@ -169,12 +169,30 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(made[2], made_narrow[2])
 
 
-def test_label_range() -> None:
-    case = make("dense", "label")
+@pytest.mark.parametrize("kind", ["dense", "cross_entropy"])
+def test_label_range(kind: str) -> None:
+    case = make(kind, "label")
     for label in (-1, 6):
         context = torch.full((10,), label)
         with pytest.raises(IndexError, match=f"label {label} is out of range"):
             REFERENCE.synthesizer_predict(case.inputs["h"], case.synthesizer(), context)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, -1e3])
+def test_a_softmax_of_large_logits(shift: float) -> None:
+    """Of which exponentials overflow: the same but for what is common to all."""
+    case = make("cross_entropy", "label")
+    prediction, made = gradients(case)
+    case.parameters["synthesizer.context_weight"] += shift
+    moved, far = gradients(case)
+    for a, b in zip((*prediction, *made), (*moved, *far), strict=True):
+        close(a, b, tolerance=1e-11)
+
+
+def test_a_cross_entropy_is_told_the_classes() -> None:
+    case = make("cross_entropy", "label")
+    with pytest.raises(ValueError, match="takes a context, got none"):
+        REFERENCE.synthesizer_predict(case.inputs["h"], case.synthesizer(), None)
 
 
 def test_unknown_kind() -> None:

@@ -8,9 +8,10 @@ arithmetic may do, and the spread of its results is what a correct implementatio
   standard normal number (a random walk of K rounding errors, each ``eps`` of a partial sum), and
   by ``eps |c|`` for the result's own rounding.
 * A sum over K rows likewise: by ``eps * sqrt(K * sum of squares)``.
-* Activations, their derivatives, normalised values, reciprocal deviations and predictions are
-  disturbed by ``eps`` relative to themselves; normalised values also by ``eps`` absolutely, which
-  is what a rounding of z does to them after a column's mean has been taken out.
+* Activations, their derivatives, normalised values, reciprocal deviations, predictions and the
+  probabilities of a softmax, with what is known in them and without, are disturbed by ``eps``
+  relative to themselves; normalised values also by ``eps`` absolutely, which is what a rounding of
+  z does to them after a column's mean has been taken out.
 * The stages of an LSTM's step likewise, by ``eps`` relative to themselves.
 * So is every input.
 
@@ -45,6 +46,7 @@ from fused_dni.backends.reference import ReferenceBackend
 from fused_dni.ops import registry
 from fused_dni.ops.types import (
     ACTIVATIONS,
+    AFFINE,
     INTERFACES,
     STATISTICS_SIZE,
     SYNTHESIZERS,
@@ -217,6 +219,11 @@ def make_case(
     could carry it to the other side, where the derivative is another.
     """
     n, i, o, r, k = shape
+    crossed = options["kind"] == "cross_entropy"
+    if crossed:
+        r = k
+        if options["context"] != "vector":  # which it is not without, and has no table for
+            options = {**options, "context": "label"}
     parameter_dtype = dtype if parameter_dtype is None else parameter_dtype
     for attempt in range(200):
         g = torch.Generator().manual_seed(1000 * seed + attempt)
@@ -237,8 +244,9 @@ def make_case(
             "dense": lambda: randn(o, o, scale=o**-0.5),
             "lowrank": lambda: randn(o, r, scale=r**-0.5),
             "diagonal": lambda: randn(o),
+            "cross_entropy": lambda: randn(o, r, scale=r**-0.5),
         }[options["kind"]]()
-        if options["kind"] == "lowrank":
+        if options["kind"] in ("lowrank", "cross_entropy"):
             p["synthesizer.down"] = randn(r, o, scale=o**-0.5)
         frozen = {options["frozen"]} - {None}
         if options["context"] == "table":
@@ -246,7 +254,7 @@ def make_case(
             p["synthesizer.table"] = randn(k, o)
             frozen.add("synthesizer.table")
         elif options["context"]:
-            p["synthesizer.context_weight"] = randn(o, k)
+            p["synthesizer.context_weight"] = randn(k) if crossed else randn(o, k)
         if options["synthesizer_bias"]:
             p["synthesizer.bias"] = randn(o)
         inputs = {"x": randn(n, i) + 0.2, "grad_h": randn(n, o) / n}
@@ -255,7 +263,7 @@ def make_case(
             if options["context"] == "table":
                 inputs["context"][1::3] = SynthesizerTensors._field_defaults["ignore_index"]
         elif options["context"] == "vector":
-            inputs["context"] = randn(n, k)
+            inputs["context"] = randn(n, k).softmax(1) if crossed else randn(n, k)
         case = Case(
             LinearConfig(
                 options["normalization"],
@@ -404,7 +412,7 @@ LSTM_OPTIONS: dict[str, Sequence[Any]] = {
 }
 
 CLOSE_OPTIONS: dict[str, Sequence[Any]] = {
-    "kind": SYNTHESIZERS,
+    "kind": AFFINE,
     "synthesizer_bias": (True, False),
     "ended": ("no mask", "none", "some", "all"),
     "fresh": ("none", "some", "all"),  # rows whose state at the entrance is zero
@@ -677,7 +685,7 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
         given.get("grad_output"), given.get("grad_h"), given.get("grad_c"), x, layers, lengths,
         (), trace, case.need_dx, True, boundary, statistics if options["statistics"] else None,
     )  # fmt: skip
-    g, lesson = closed.gradients, closed.lesson
+    g, lesson = closed.gradients, closed.regression
     out: dict[str, Any] = {"dh": g.h, "dc": g.c, "dx": g.x, "statistics": statistics}
     out |= _gradients(g.layers)
     if lesson is not None:
@@ -781,6 +789,9 @@ def disturbed(eps: float, generator: torch.Generator) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "product", product))
             stack.enter_context(mock.patch.object(module, "sum_rows", sum_rows))
         stack.enter_context(mock.patch.object(reference_synthesizer, "sum_rows", sum_rows))
+        for name in ("softmax", "less_known"):
+            stage = getattr(synthesizer_formulas, name)
+            stack.enter_context(mock.patch.object(synthesizer_formulas, name, relative(stage)))
         stack.enter_context(mock.patch.object(reference_linear, "normalize", normalize))
         for name in ("activate", "derivative_from_input", "derivative_from_output"):
             stage = getattr(reference_linear, name)

@@ -19,6 +19,7 @@ from fused_dni.backends.common.tensors import Unbound, moved_statistics, split_c
 from fused_dni.backends.reference.linear_cross_entropy import linear_cross_entropy
 from fused_dni.ops import results
 from fused_dni.ops.types import (
+    AFFINE,
     Layers,
     LinearConfig,
     LinearGradients,
@@ -109,11 +110,12 @@ class GpuStep:
         rule: RuleTensors,
     ) -> None:
         require_masters(layer[:4], rule.stochastic)
+        _require_kind(synthesizer)
         self.layer, self.config, self.synthesizer = layer, config, synthesizer
         self.max_norm = max_norm
         self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
-        self.rooms: dict[Any, Any] = {}
+        self.workspaces: dict[Any, Any] = {}
 
     def __call__(
         self,
@@ -132,7 +134,7 @@ class GpuStep:
         increment_version(self.written)
         return made
 
-    def room(self, key: Any, make: Callable[[], Any]) -> Any:
+    def workspace_for(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the workspace for a key, of which the last few are kept; of None, a call that a
         graph captures, it is the graph's own, in its memory.
 
@@ -141,16 +143,18 @@ class GpuStep:
         """
         if key is None:
             return make()
-        room = self.rooms.get(key)
-        if room is None:
-            room = self.rooms[key] = make()
-            if len(self.rooms) > self.most:
-                del self.rooms[next(iter(self.rooms))]
-        return room
+        workspace = self.workspaces.get(key)
+        if workspace is None:
+            workspace = self.workspaces[key] = make()
+            if len(self.workspaces) > self.most:
+                del self.workspaces[next(iter(self.workspaces))]
+        return workspace
 
 
 class GpuBackend(Unbound):
     """The ops of :class:`fused_dni.ops.types.Backend`, but for the LSTM's forwards and its cell."""
+
+    synthesizers = AFFINE
 
     launch_forward: Callable[[Forward], None]
     launch_backward: Callable[[Backward], None]
@@ -334,10 +338,23 @@ def rows(x: Tensor) -> Tensor:
 def checked_context(
     synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Split labels from vectors; checked on a CPU, where looking costs no synchronisation."""
+    """Split labels from vectors; checked on a CPU, where looking costs no synchronisation.
+
+    Raises:
+        ValueError: a synthesizer of a kind that these backends have not.
+    """
+    _require_kind(synthesizer)
     if context is not None and context.device.type == "cpu":
         check_context(synthesizer, context)
     return split_context(synthesizer, context)
+
+
+def _require_kind(synthesizer: SynthesizerTensors) -> None:
+    if synthesizer.kind not in AFFINE:
+        raise ValueError(
+            f"backends on a GPU have synthesizers of the kinds {', '.join(AFFINE)}, got "
+            f"{synthesizer.kind!r}, which runs under autograd there"
+        )
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

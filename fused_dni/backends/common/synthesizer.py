@@ -10,6 +10,10 @@ or vectors [N, K])::
 and with the table W of a softmax's head and the learned g, N* of the N rows being in the loss::
 
     M(h) = N / N* (h A^T - g W[label] + c) in those, 0 in the others        W [K, O], g []
+
+and of the form of a cross-entropy's gradient, with the probabilities or one-hot labels y [N, K]::
+
+    M(h) = p V^T + c,  p = softmax(h U^T + u) - y          U [K, O], u [K], V [O, K]
 """
 
 from __future__ import annotations
@@ -111,11 +115,36 @@ def context_gradient(e: Tensor, h: Tensor, context: Tensor, classes: int) -> Ten
     return product(e.t(), context, h.dtype, e.dtype)  # [O, N] @ [N, K] -> [O, K]
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Return the probabilities [N, K] of logits."""
+    return logits.softmax(1)
+
+
+def less_known(probabilities: Tensor, context: Tensor) -> Tensor:
+    """Return ``p = softmax - y`` [N, K]."""
+    return probabilities - known(context, probabilities)
+
+
+def known(context: Tensor, like: Tensor) -> Tensor:
+    """Return y [N, K], in the dtype and of the size of ``like``: one-hot of class indices, or as it
+    is given."""
+    if not is_label(context):
+        return context.to(like.dtype)
+    return torch.zeros_like(like).scatter_(1, context.long().unsqueeze(1), 1.0)
+
+
+def through_softmax(p: Tensor, q: Tensor, context: Tensor) -> Tensor:
+    """Take a gradient q at p [N, K] back to the logits: ``s * (q - sum_k s q)``, ``s = p + y``."""
+    s = p + known(context, p)
+    return s * (q - (s * q).sum(1, keepdim=True))
+
+
 @torch.no_grad()
 def synthesizer_predict(
     h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
 ) -> Prediction:
-    """Return ``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], in the accumulator's dtype.
+    """Return ``M(h)`` [N, O] and, for a low-rank M, ``h U^T`` [N, R], for one of a cross-entropy p
+    [N, K], in the accumulator's dtype.
 
     Raises:
         ValueError: unknown kind, or a context that does not go with the synthesizer.
@@ -123,10 +152,16 @@ def synthesizer_predict(
         IndexError: a class index outside ``[0, K)`` that is not the one ignored.
     """
     check_context(synthesizer, context)
-    kind, weight, down, _, bias, *_ = synthesizer
+    kind, weight, down, shift, bias, *_ = synthesizer
     dtype = accumulator(weight)
     reduced = None
-    if kind == "dense":
+    if kind == "cross_entropy":
+        assert down is not None and shift is not None and context is not None
+        logits = product(h, down.t(), h.dtype, dtype)  # [N, O] @ [O, K] -> [N, K]
+        reduced = less_known(softmax(logits + shift.to(dtype)), context)
+        scaled = product(reduced, weight.t(), h.dtype, dtype)  # [N, K] @ [K, O] -> [N, O]
+        context = None
+    elif kind == "dense":
         scaled = product(h, weight.t(), h.dtype, dtype)  # [N, O] @ [O, O] -> [N, O]
     elif kind == "lowrank":
         assert down is not None
@@ -166,6 +201,14 @@ def gradients_of_error(
     dtype = e.dtype
     e = in_the_mean(e, synthesizer, context)
     d_down = None
+    if kind == "cross_entropy":
+        assert prediction.reduced is not None and context is not None
+        p = prediction.reduced.to(dtype)
+        d_weight = product(e.t(), p, h.dtype, dtype)  # [O, N] @ [N, K] -> [O, K]
+        d = through_softmax(p, product(e, weight, h.dtype, dtype), context)  # [N, K]
+        d_down = product(d.t(), h, h.dtype, dtype)  # [K, N] @ [N, O] -> [K, O]
+        d_bias = sum_rows(e) if bias is not None else None
+        return (d_weight, d_down, sum_rows(d), d_bias)
     if kind == "dense":
         d_weight = product(e.t(), h, h.dtype, dtype)  # [O, N] @ [N, O] -> [O, O]
     elif kind == "lowrank":

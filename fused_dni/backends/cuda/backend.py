@@ -44,10 +44,10 @@ from fused_dni.backends.cuda.calls import (
 from fused_dni.backends.cuda.lstm import CudaLSTM
 from fused_dni.ops.types import (
     ACTIVATIONS,
+    AFFINE,
     INTERFACES,
     NORMALIZATIONS,
     RULES,
-    SYNTHESIZERS,
     LinearConfig,
     LinearTensors,
     Prediction,
@@ -60,7 +60,7 @@ from fused_dni.ops.types import (
 _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
 _INTERFACE = {name: index for index, name in enumerate(INTERFACES)}
-_SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
+_SYNTHESIZER = {name: index for index, name in enumerate(AFFINE)}
 _RULE = {name: index for index, name in enumerate(RULES)}
 
 
@@ -85,7 +85,7 @@ class _Step(GpuStep):
         op = extension().linear_step
         key = None if capturing(x.device) else (current(x.device), x.shape[0], x.dtype)
         # With room for what the caller does not want to have.
-        room = self.room(key, lambda: workspace(op, items(None, None), x))
+        room = self.workspace_for(key, lambda: workspace(op, items(None, None), x))
         launch(op, items(made.prediction, made.saved), room)
 
 

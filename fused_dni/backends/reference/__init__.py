@@ -27,12 +27,14 @@ from fused_dni.backends.reference.lstm import (
 )
 from fused_dni.backends.reference.lstm_close import lstm_close
 from fused_dni.backends.reference.synthesizer import synthesizer_gradients, synthesizer_update_
+from fused_dni.ops.types import SYNTHESIZERS
 
 
 class ReferenceBackend:
     """:class:`fused_dni.ops.types.Backend` in plain PyTorch."""
 
     name = "reference"
+    synthesizers = SYNTHESIZERS
 
     def available(self) -> str | None:
         """Return None: it runs wherever torch does."""

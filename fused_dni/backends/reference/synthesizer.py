@@ -16,6 +16,11 @@ With the table W [K, O] of a softmax's head, a learned g [] and N* rows in the l
 
     M(h) = N / N* (.. - g W[label]) in those, 0 in the others
     e    = 2/N* (M(h) - kappa g)    in those, 0 in the others,   dg = -sum_NO e * W[label]
+
+Of the form of a cross-entropy's gradient, with the probabilities or one-hot labels y [N, K]::
+
+    M(h) = p V^T + c,  p = s - y,  s = softmax(h U^T + u)      U [K, O], u [K], V [O, K]
+    dV = e^T p,  dc = sum_N e,  dU = d^T h,  du = sum_N d,     d = s * (q - sum_K s q),  q = e V
 """
 
 from __future__ import annotations

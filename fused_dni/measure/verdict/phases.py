@@ -336,7 +336,7 @@ def fuses(model: nn.Module) -> bool:
     return any(
         isinstance(layer, FusedDNILinear)
         and isinstance(layer.synthesizer, Synthesizer)
-        and layer.synthesizer.fused() is not None
+        and layer.fused_synthesizer(layer.weight) is not None
         for layer in _decoupled(model)
     )
 
