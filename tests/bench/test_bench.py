@@ -1005,7 +1005,7 @@ def test_the_table_of_recipes_marks_ranges_and_says_shares():
     assert "| backprop | 1.50 (1.00-2.00) | 100.0 % |" in found
     assert "| stale | 4.50 (4.00-5.00) | 12.5 % |" in found
     assert "| exact | 2.50 (2.00-3.00) \\* | 20.0 % |" in found
-    assert "At k=8 the best recipe is exact, 2.50 %; stale 4.50 %, ranges apart" in found
+    assert "At k=8 the row of least error is exact, 2.50 %; stale 4.50 %, ranges apart" in found
     assert documents.RENDERERS["recipes"][1]([]) == "Not measured yet."
 
 

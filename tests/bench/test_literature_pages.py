@@ -42,7 +42,10 @@ def test_reports_of_different_arms_are_one_table():
     exact = _tables("one", {("backprop", 3, 1): 0.015, ("backprop", 3, 2): 0.017})
     few = _tables("two", {("recipe 0.25", 3, 1): 0.018, ("recipe 0.25", 3, 2): 0.018}, mix=0.5)
     long = _tables("three", {("backprop", 3, 1): 0.01}, epochs=20)
-    found = documents.RENDERERS["literature-depth"][1]([few, exact, long])
+    trial = _tables("four", {("backprop", 3, 1): 0.9}, held_out=True)
+    trial.body["evaluated_on"] = "held-out part"
+    found = documents.RENDERERS["literature-depth"][1]([few, exact, long, trial])
+    assert found.index("commit four") < found.index("commit three")
     assert found.index("commit one, two: `one`, `two`") < found.index("commit three")
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found.splitlines()]
     assert ["backprop", "2", "1.60 (1.50-1.70)"] in cells
