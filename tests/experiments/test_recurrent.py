@@ -222,6 +222,15 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
     assert exact.updates == 3
 
 
+def test_repeat_copy_injects_less_of_the_prediction_than_copy():
+    found = {}
+    for task in ("copy", "repeat-copy"):
+        settings = recurrent.Settings.of(task, hidden=8)
+        found[task] = recurrent.build(recurrent.Arm("dni", 2), 0, settings, None).model.lstm
+    assert found["copy"].sg_scale == 1.0 and found["repeat-copy"].sg_scale == 0.3
+    assert {lstm.max_target_norm for lstm in found.values()} == {1.0}
+
+
 def test_the_error_of_an_episode_is_in_bits_per_bit():
     trainer = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
     with torch.no_grad():
