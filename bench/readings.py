@@ -111,7 +111,8 @@ def tops(reports: dict[str, Report]) -> Answer:
         "The part of backprop's time in which others reach its final loss: median over seeds, "
         "range; the soonest of the ways that are sooner with every seed. Head sampled: the top's "
         "own steps are of a sampled softmax; surrogate: a synthesizer that starts from a "
-        "stand-in's gradient; by hand: that stand-in, which somebody wrote for this task, as the loss."
+        "stand-in's gradient; by hand: that stand-in, which somebody wrote for this task, as the "
+        "loss."
     )
     return Answer(
         f"{often(len(ours), of)}; but other means are sooner in {ahead} of {of}",
