@@ -156,10 +156,12 @@ def test_the_bits_of_the_usual_way(
             model = network(layer, sizes, kind, dtype, ends, **options)
             made.append(train(model, rows, sizes, dtype, phases))
             one_call = model._stack is not None and model._stack.way().startswith("one call")
-            assert one_call == (layer is fd.FusedDNILinear)
+            quick = layer is fd.FusedDNILinear
+            # At the preactivation a step by the true gradient binds the layers anew.
+            true = phases == PHASES[2]
+            assert one_call == (quick and not (true and interface == "preactivation"))
             assert not one_call or model._stack.members == tuple(model)
-            true = one_call and phases == PHASES[2] and interface == "output"
-            assert (model._true is not None) == true
+            assert (model._true is not None) == (true and one_call)
     finally:
         cpu.set_isa(cpu.isas()[-1])
     for mine, theirs in zip(*made, strict=True):
