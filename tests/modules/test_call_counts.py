@@ -181,9 +181,9 @@ def test_a_step_by_the_true_gradient_makes_no_more_calls(
 @pytest.mark.parametrize(
     ("phase", "most", "most_of_c"),
     [
-        pytest.param({"warmup_steps": 1000, "lessons": 4}, 100, 100, id="warm-up"),
-        pytest.param({"mix": 1.0, "lessons": 4}, 100, 100, id="k=1"),
-        pytest.param({"mix": 1.0, "lessons": 4, "target_every": 4}, 90, 90, id="k=4"),
+        pytest.param({"warmup_steps": 1000, "lessons": 4}, 78, 92, id="warm-up"),
+        pytest.param({"mix": 1.0, "lessons": 4}, 78, 92, id="k=1"),
+        pytest.param({"mix": 1.0, "lessons": 4, "target_every": 4}, 66, 75, id="k=4"),
     ],
 )
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counts are Python 3.11's")
