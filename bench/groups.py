@@ -13,11 +13,11 @@ from collections.abc import Callable
 from tempfile import gettempdir
 from typing import Any
 
-from fused_dni.backends import _cpu
 from fused_dni.measure import baseline, environment, timing
 
-#: What keeps PyTorch, its compiler and the libraries that it calls to AVX2; read when they load. The
-#: compiler's cache does not tell instruction sets apart: code of wider vectors from it is wrong here.
+#: What keeps PyTorch, its compiler and the libraries that it calls to AVX2; read when they load.
+#: The compiler's cache does not tell instruction sets apart: code of wider vectors from it is
+#: wrong here.
 AVX2 = {
     "TORCHINDUCTOR_CACHE_DIR": f"{gettempdir()}/torchinductor_avx2_{getpass.getuser()}",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -35,6 +35,8 @@ def keep_to_avx2() -> None:
     """
     if any(os.environ.get(name) != value for name, value in AVX2.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
+    from fused_dni.backends import _cpu
+
     _cpu.set_isa("avx2")
 
 
@@ -43,8 +45,11 @@ def device_facts() -> dict[str, Any]:
     report = environment.report()
     facts = baseline.facts()
     del facts["gpu"]  # one that is there, but not measured here
-    if _cpu.isa() != _cpu.isas()[-1]:
-        facts["isa"] = f"{_cpu.isas()[-1]}, kept to {_cpu.isa()}"
+    if facts["isa"] is not None:  # a GPU's figures need no kernels of the CPU
+        from fused_dni.backends import _cpu
+
+        if _cpu.isa() != _cpu.isas()[-1]:
+            facts["isa"] = f"{_cpu.isas()[-1]}, kept to {_cpu.isa()}"
     return facts | {
         "flags": report["processor"]["flags"],
         "cores": report["processor"].get("cores allowed", report["processor"]["cores seen"]),

@@ -569,7 +569,48 @@ class SoftmaxSynthesizer(Synthesizer):
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
-class CrossEntropySynthesizer(Synthesizer):
+class _WithLowRank(Synthesizer):
+    """Synthesizers of a weight and a bias, with ``up @ down`` beside them if their rank is not 0.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside [0, features].
+    """
+
+    takes_rows = True
+    weight: nn.Parameter
+    up: nn.Parameter | None
+    down: nn.Parameter | None
+    bias: nn.Parameter
+
+    def __init__(self, features: int, context_features: int, rank: int) -> None:
+        super().__init__(features, context_features)
+        if not 0 <= rank <= features:
+            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
+        self.rank = rank
+
+    def _form(self, shape: tuple[int, ...], factory: dict[str, Any]) -> None:
+        """Make the parameters, the weight of this shape, and start them."""
+        features, rank = self.features, self.rank
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
+        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
+        self.bias = nn.Parameter(torch.empty(features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero what forms the output; draw ``down``, which reduces the input."""
+        _start(self.down, (self.weight, self.up, self.bias))
+
+    def last_layer(self) -> tuple[Tensor, ...]:
+        if "parametrizations" in self._modules:
+            return ()
+        return _given((self.weight, self.up, self.bias))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class CrossEntropySynthesizer(_WithLowRank):
     """Predict as a classifier's gradient: ``M(h, y) = (softmax(h U.T + u) - y) V.T + B A h + c``.
 
     Of a cross entropy behind a linear head the gradient at h has this form, with U and V.T the head
@@ -597,8 +638,6 @@ class CrossEntropySynthesizer(Synthesizer):
         ValueError: a size below 1, or a rank outside [0, features].
     """
 
-    takes_rows = True
-
     def __init__(
         self,
         features: int,
@@ -608,27 +647,11 @@ class CrossEntropySynthesizer(Synthesizer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, rank)
         _positive("context_features", context_features)
-        if not 0 <= rank <= features:
-            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
-        self.rank = rank
         factory: Any = {"device": device, "dtype": dtype}
-        self.logits = nn.Linear(features, context_features, **factory)
-        self.weight = nn.Parameter(torch.empty(features, context_features, **factory))
-        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
-        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
-        self.bias = nn.Parameter(torch.empty(features, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zero what forms the output; draw what reduces the input (``logits`` draws by itself)."""
-        _start(self.down, (self.weight, self.up, self.bias))
-
-    def last_layer(self) -> tuple[Tensor, ...]:
-        if "parametrizations" in self._modules:
-            return ()
-        return _given((self.weight, self.up, self.bias))
+        self.logits = nn.Linear(features, context_features, **factory)  # draws by itself
+        self._form((features, context_features), factory)
 
     def fused(self) -> SynthesizerTensors | None:
         logits = self._modules["logits"]
@@ -655,11 +678,8 @@ class CrossEntropySynthesizer(Synthesizer):
             out = out + F.linear(F.linear(h, self.down), self.up)
         return out
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
 
-
-class DifferenceSynthesizer(Synthesizer):
+class DifferenceSynthesizer(_WithLowRank):
     """Predict from how far h is from where it should be: ``a * (h - t) + V U (h - t) + c``.
 
     For a loss that is a distance of h from a context t of the same size, in whatever space: of an
@@ -680,8 +700,6 @@ class DifferenceSynthesizer(Synthesizer):
         RuntimeError: in a forward, a context that has not the shape of h.
     """
 
-    takes_rows = True
-
     def __init__(
         self,
         features: int,
@@ -690,25 +708,8 @@ class DifferenceSynthesizer(Synthesizer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(features, features)
-        if not 0 <= rank <= features:
-            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
-        self.rank = rank
-        factory: Any = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(features, **factory))
-        self.up = nn.Parameter(torch.empty(features, rank, **factory)) if rank else None
-        self.down = nn.Parameter(torch.empty(rank, features, **factory)) if rank else None
-        self.bias = nn.Parameter(torch.empty(features, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zero what forms the output; draw what reduces the input."""
-        _start(self.down, (self.weight, self.up, self.bias))
-
-    def last_layer(self) -> tuple[Tensor, ...]:
-        if "parametrizations" in self._modules:
-            return ()
-        return _given((self.weight, self.up, self.bias))
+        super().__init__(features, features, rank)
+        self._form((features,), {"device": device, "dtype": dtype})
 
     def check(self, context: Tensor | None, shape: torch.Size | None = None) -> None:
         super().check(context, shape)

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fused_dni.kernels.barrier import LINEAR, Kernel, wait_for_all
 from fused_dni.kernels.common import (
     SKIPPED,
     STEP,
@@ -47,7 +48,6 @@ from fused_dni.kernels.common import (
     slope,
 )
 from fused_dni.kernels.launch import Launch, constants
-from fused_dni.kernels.meeting import LINEAR, Kernel, meet
 from fused_dni.kernels.synthesizer import (
     TYPES,
     counted_rows,
@@ -151,7 +151,7 @@ class Tensors(NamedTuple):
     largest: Any = None  # [3, FLAGS]: largest magnitudes that a program saw: of x, delta, products
     squares: Any = None  # float64 [FLAGS]: squared synthetic gradient, summed by a program
     step: Any = None  # float64 [1]: the rule's step count before this one
-    meeting: Any = None  # Meeting, in one launch
+    barrier: Any = None  # GridBarrier, in one launch
 
 
 class Sizes(NamedTuple):
@@ -677,9 +677,9 @@ def _slots(
 
 
 @triton.jit
-def _meet(t, s, programs, PHASE: tl.constexpr):
+def _wait_for_all(t, s, programs, PHASE: tl.constexpr):
     """Wait for all programs in front of a phase; returns whether they came."""
-    return meet(t.meeting, 0, programs, PHASE, s.rows, s.inputs, s.outputs, LINEAR)
+    return wait_for_all(t.barrier, 0, programs, PHASE, s.rows, s.inputs, s.outputs, LINEAR)
 
 
 @triton.jit
@@ -689,21 +689,21 @@ def linear_kernel(
     """Run the phases FIRST to LAST. x, operand and delta are those of ``t``, or descriptors of
     them."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    met = True  # all barriers so far; otherwise nothing more is done
+    passed = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PREPARE:
         _prepare(t, s, program, programs)
     if FIRST <= PRODUCT and PRODUCT <= LAST and t.h is not None:
         _product(t, x, operand, s, C, program, programs)
     if FIRST <= NORMALIZE and NORMALIZE <= LAST and t.h is not None and not C.whole:
         if FIRST < NORMALIZE:
-            met = _meet(t, s, programs, NORMALIZE)
-        if met:
+            passed = _wait_for_all(t, s, programs, NORMALIZE)
+        if passed:
             _normalize(t, s, C, program, programs)
     if FIRST <= REDUCE and REDUCE <= LAST and C.source == "lowrank":
         if FIRST < REDUCE:
-            if met:
-                met = _meet(t, s, programs, REDUCE)
-        if met:
+            if passed:
+                passed = _wait_for_all(t, s, programs, REDUCE)
+        if passed:
             tiles = tl.cdiv(s.outputs, C.product_outs if C.whole else C.outs)
             count = wide(s.rows) * s.rank
             reduce_tiles(t.partial, t.reduced, count, tiles, program, programs)
@@ -714,37 +714,38 @@ def linear_kernel(
                 alike: tl.constexpr = C.product_rows == C.rows and C.product_outs == C.outs
                 tl.static_assert(not C.whole or alike, "tiles of both have to be alike")
                 tl.debug_barrier()
-            elif met:
-                met = _meet(t, s, programs, GRADIENT)
-        if met:
+            elif passed:
+                passed = _wait_for_all(t, s, programs, GRADIENT)
+        if passed:
             _gradient(t, s, C, program, programs)
     goes_back: tl.constexpr = C.source != "none" and C.interface == "output"
     if FIRST <= DELTA and DELTA <= LAST and goes_back and not C.whole:
         if FIRST < DELTA:
-            if met:
-                met = _meet(t, s, programs, DELTA)
-        if met:
+            if passed:
+                passed = _wait_for_all(t, s, programs, DELTA)
+        if passed:
             _delta(t, s, C, program, programs)
     if FIRST <= MEASURE and MEASURE <= LAST and C.source == "none" and C.rule != "none":
         _measure(t, s, C, program, programs)
     if FIRST < DX and DX <= LAST:
         behind: tl.constexpr = TRIAL if C.rule != "none" else WEIGHT
-        if met:
-            met = _meet(t, s, programs, behind if t.dx is None else DX)
+        if passed:
+            passed = _wait_for_all(t, s, programs, behind if t.dx is None else DX)
     if FIRST <= DX and DX <= LAST and t.dx is not None:
-        if met:
+        if passed:
             _dx(t, delta, operand, s, C, program, programs)
     if FIRST <= TRIAL and TRIAL <= LAST and C.rule != "none":
         if FIRST < TRIAL and t.dx is not None:
-            if met:
-                met = _meet(t, s, programs, TRIAL)  # dx is of the weights before the update
-        if met:
+            if passed:
+                # dx is of the weights before the update
+                passed = _wait_for_all(t, s, programs, TRIAL)
+        if passed:
             doubtful = _trial(t, x, delta, s, C, program, programs)
             if TRIAL < LAST:
                 if doubtful:
-                    met = _meet(t, s, programs, WEIGHT)
+                    passed = _wait_for_all(t, s, programs, WEIGHT)
     if FIRST <= WEIGHT and WEIGHT <= LAST:
-        if met:
+        if passed:
             _weight(t, x, delta, s, C, program, programs)
 
 
@@ -867,7 +868,7 @@ def is_whole(rows: int, outputs: int, problem: Problem, tiles: Tiles) -> bool:
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, phases: tuple[int, int]) -> Tensors:
     """Return ``t`` with room for what phases leave to each other, on x's device; but for
-    ``meeting``."""
+    ``barrier``."""
     like, (first, last) = t.x, phases
     rows, (outputs, inputs) = like.shape[0], t.weight.shape
 
@@ -923,7 +924,7 @@ def plan(
     """Plan the launches of an op.
 
     Args:
-        t: inputs, room for the results, the workspace, and in one launch the meeting.
+        t: inputs, room for the results, the workspace, and in one launch the barrier.
         problem, tiles: what to compile for.
         phases: FORWARD_PHASES, BACKWARD_PHASES, STEP_PHASES or UPDATE_PHASES.
         sizes: N, I, O, R, K.

@@ -39,6 +39,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fused_dni.kernels.barrier import (
+    LSTM_BACKWARD,
+    LSTM_FORWARD,
+    GridBarrier,
+    Kernel,
+    wait_for_all,
+)
 from fused_dni.kernels.common import (
     INTERPRETED,
     SKIPPED,
@@ -49,13 +56,6 @@ from fused_dni.kernels.common import (
     tanh,
 )
 from fused_dni.kernels.launch import Launch, constants
-from fused_dni.kernels.meeting import (
-    LSTM_BACKWARD,
-    LSTM_FORWARD,
-    Kernel,
-    Meeting,
-    meet,
-)
 from fused_dni.kernels.synthesizer import TYPES
 from fused_dni.kernels.tiles import is_inside, load_tile, magnitude, settle, tile_offsets, wide
 from torch import Tensor
@@ -144,10 +144,10 @@ def _own(rows, C: tl.constexpr):
 
 
 @triton.jit
-def _meet(meeting, step, steps, rows, size, KERNEL: tl.constexpr):
+def _wait_for_all(barrier, step, steps, rows, size, KERNEL: tl.constexpr):
     """Wait for the programs of the same rows behind a step; returns whether they came."""
-    return meet(
-        meeting, tl.program_id(1), tl.num_programs(0), step, steps, rows, size, KERNEL
+    return wait_for_all(
+        barrier, tl.program_id(1), tl.num_programs(0), step, steps, rows, size, KERNEL
     )  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def lstm_window_forward(
     last_c,
     layer,  # Layer
     lengths,  # int64 [B] or None
-    meeting,  # Meeting with a word for each block of rows
+    barrier,  # GridBarrier with a word for each block of rows
     steps,
     rows,
     SAVE: tl.constexpr,
@@ -354,7 +354,7 @@ def lstm_window_forward(
     CHUNKS: tl.constexpr = C.chunks
     GROUP: tl.constexpr = C.group
     z_i, z_f, z_g, z_o = _load_gates(gates, gate, there, C)
-    met = True
+    passed = True
     for t in range(steps):
         before = hidden + wide(t) * state_stride
         i = tl.full((C.parts, C.rows, C.units), 0.0, tl.float32)
@@ -381,9 +381,9 @@ def lstm_window_forward(
         tl.store(before + state_stride + state, shown, mask=there)
         at = gate + wide(t) * gate_stride
         z_i, z_f, z_g, z_o = _load_gates(gates, at + gate_stride, there & (t + 1 < steps), C)
-        if met:
-            met = _meet(meeting, t, steps, rows, C.size, LSTM_FORWARD)
-        there = there & met  # nothing more is written otherwise
+        if passed:
+            passed = _wait_for_all(barrier, t, steps, rows, C.size, LSTM_FORWARD)
+        there = there & passed  # nothing more is written otherwise
         # What no program waits for is written behind the barrier, beside the next product.
         tl.store(last_h + state, shown, mask=there & (t == length - 1))
         if SAVE:
@@ -550,7 +550,7 @@ def lstm_window_backward(
     lengths,
     ends,  # Ends or None
     layer,  # its index
-    meeting,
+    barrier,
     steps,
     rows,
     KIND: tl.constexpr,
@@ -578,7 +578,7 @@ def lstm_window_backward(
     CHUNKS: tl.constexpr = C.chunks
     GROUP: tl.constexpr = C.group
     dh = tl.full((C.rows, C.units), 0.0, tl.float32)
-    met = True
+    passed = True
     for back in range(steps):
         t = last - back
         if above is not None:
@@ -603,9 +603,9 @@ def lstm_window_backward(
         before = tl.load(cells + (t - 1) * state_stride + state, mask=alive, other=0.0)
         if above is not None:
             given = tl.load(above + (t - 1) * state_stride + state, mask=alive, other=0.0)
-        if met:
-            met = _meet(meeting, t.to(tl.int32), steps, rows, C.size, LSTM_BACKWARD)
-        there = there & met  # nothing more is written otherwise
+        if passed:
+            passed = _wait_for_all(barrier, t.to(tl.int32), steps, rows, C.size, LSTM_BACKWARD)
+        there = there & passed  # nothing more is written otherwise
         sums = tl.full((C.parts, C.rows, C.units), 0.0, tl.float32)
         for first in tl.static_range(0, CHUNKS, GROUP):
             tiles = _read(now, row, rows, 4 * C.size, first, C)
@@ -713,7 +713,7 @@ def _largest_of(matrix, rows, columns, program):
 def lstm_measure(of, largest, failed, record, step, hyper, count, features, size):
     """Leave the largest magnitudes of a layer's delta, input and hidden state (``of``: Rows), by
     program; and what an update needs before any of its programs writes. A window whose programs did
-    not meet (``record``: see :class:`Meeting`) has left nothing to update by."""
+    not meet (``record``: see :class:`GridBarrier`) has left nothing to update by."""
     program = tl.program_id(0)
     tl.store(largest + program, _largest_of(of.delta, count, 4 * size, program))
     tl.store(largest + _PARTS + program, _largest_of(of.input, count, features, program))
@@ -1037,7 +1037,7 @@ def plan_forward(
     trace: Trace,
     lengths: Tensor | None,
     carry: Tensor,
-    meeting: Meeting | None,
+    barrier: GridBarrier | None,
     save: bool,
     tiles: WindowTiles,
     products: Products,
@@ -1053,7 +1053,7 @@ def plan_forward(
             state.
         lengths: int64 [B] or None.
         carry: float32 [B, H], gets c after every step; not used if ``tiles.persistent``.
-        meeting: with words for all :func:`groups`; used if ``tiles.persistent``.
+        barrier: with words for all :func:`groups`; used if ``tiles.persistent``.
         save, tiles, products: what to compile for.
     """
     hidden, last_h, last_c, cells, gates = trace
@@ -1065,7 +1065,7 @@ def plan_forward(
         "rows": batch, "SAVE": save, "C": _options(tiles, size, size, products),
     }  # fmt: skip
     if tiles.persistent:
-        whole = {"hidden": hidden, "cells": cells, "c": c, "last_c": last_c, "meeting": meeting}
+        whole = {"hidden": hidden, "cells": cells, "c": c, "last_c": last_c, "barrier": barrier}
         return [Launch(lstm_window_forward, grid, common | whole, _launch_options(tiles))]
     step = {
         "x": None, "before": hidden, "after": hidden[1:], "new_c": carry, "features": 0,
@@ -1093,7 +1093,7 @@ def plan_backward(
     index: int,
     start: tuple[Tensor, Tensor] | None,
     carry: Tensor,
-    meeting: Meeting | None,
+    barrier: GridBarrier | None,
     tiles: WindowTiles,
     products: Products,
 ) -> list[Launch]:
@@ -1114,7 +1114,7 @@ def plan_backward(
             ``tiles.persistent``.
         carry: float32 [B, H], gets the gradient at c before every step; not used if
             ``tiles.persistent``.
-        meeting, tiles, products: as in :func:`plan_forward`.
+        barrier, tiles, products: as in :func:`plan_forward`.
     """
     above, grad_h, grad_c = grads
     hidden, last_h, _, cells, gates = trace
@@ -1131,7 +1131,7 @@ def plan_backward(
         "lengths": lengths, "steps": steps, "rows": batch, "C": options,
     }  # fmt: skip
     if tiles.persistent:
-        whole = {"cells": cells, "d_h": made.h, "d_c": made.c, "meeting": meeting}
+        whole = {"cells": cells, "d_h": made.h, "d_c": made.c, "barrier": barrier}
         arguments = at_end | common | whole
         return [Launch(lstm_window_backward, grid, arguments, _launch_options(tiles))]
     launches = []
@@ -1242,7 +1242,7 @@ def plan_update(
 
     Measure what bounds the products, try the products where the bounds do not show them to be
     finite, and apply, each for all layers before the next. Mutates what
-    :meth:`fused_dni.ops.types.Backend.lstm_update_` says. ``record`` is a :class:`Meeting`'s.
+    :meth:`fused_dni.ops.types.Backend.lstm_update_` says. ``record`` is a :class:`GridBarrier`'s.
     """
     measure, trial, apply = [], [], []
     momentum = rule.kind == "sgd" and any(m is not None for m in rule.first)

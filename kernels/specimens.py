@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from fused_dni.kernels import linear, lstm, synthesizer
+from fused_dni.kernels.barrier import RECORD, GridBarrier
 from fused_dni.kernels.launch import Launch, Specimen
-from fused_dni.kernels.meeting import RECORD, Meeting
 from torch import Tensor
 
 
@@ -70,7 +70,9 @@ def _linear_step(
     t = linear.workspace(t, problem, tiles, linear.STEP_PHASES)
     if tiles.launches == "one":
         int32 = torch.int32
-        t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
+        t = t._replace(
+            barrier=GridBarrier(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
+        )
     launches: list[Launch] = linear.plan(
         t, problem, tiles, linear.STEP_PHASES,
         (rows, inputs, outputs, rank if t.down is not None else 0, classes), 132,
@@ -155,12 +157,12 @@ def _window_specimens(
         states, low(batch, size), low(batch, size), states, low(steps, batch, 4 * size)
     )
     carry, int32 = wide(batch, size), torch.int32
-    meeting = Meeting(_meta(batch, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
+    barrier = GridBarrier(_meta(batch, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
     lengths = _meta(batch, dtype=torch.int64) if kind else None
     tiles = lstm.window_tiles(batch, size, forward.width, False, machine)
     yield Specimen(
         f"{name} forward",
-        lstm.plan_forward(layer, trace.c, trace, lengths, carry, meeting, True, tiles, forward)[-1],
+        lstm.plan_forward(layer, trace.c, trace, lengths, carry, barrier, True, tiles, forward)[-1],
         spills,
         in_flight=4 if tiles.persistent else 0,  # the next step's gates
     )
@@ -183,7 +185,7 @@ def _window_specimens(
     tiles = lstm.window_tiles(batch, size, backward.width, True, machine)
     launches = lstm.plan_backward(
         layer, (low(steps, batch, size), trace.h, None), trace, lengths, made, ends, kind or "none",
-        1, (carry, carry), carry, meeting, tiles, backward,
+        1, (carry, carry), carry, barrier, tiles, backward,
     )  # fmt: skip
     # Gates, cell states around the step, and what comes from above.
     yield Specimen(f"{name} backward", launches[-1], spills, in_flight=7 if tiles.persistent else 0)
@@ -283,7 +285,9 @@ def _synthesizer(
     t = synthesizer.workspace(t, problem, tiles, rank)
     if tiles.launches == "one":
         int32 = torch.int32
-        t = t._replace(meeting=Meeting(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21))
+        t = t._replace(
+            barrier=GridBarrier(_meta(1, dtype=int32), _meta(RECORD, dtype=int32), 2**21)
+        )
     launches: list[Launch] = synthesizer.plan(t, problem, tiles, (rows, outputs, rank, 10), 132)
     return launches
 

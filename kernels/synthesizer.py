@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fused_dni.kernels.barrier import SYNTHESIZER, Kernel, wait_for_all
 from fused_dni.kernels.common import SKIPPED, STEP, dot, rule_factors
 from fused_dni.kernels.launch import Launch, constants
-from fused_dni.kernels.meeting import SYNTHESIZER, Kernel, meet
 from fused_dni.kernels.tiles import (
     FLAGS,
     is_inside,
@@ -97,7 +97,7 @@ class Tensors(NamedTuple):
     sums: Any = None
     largest: Any = None  # [4, FLAGS]: largest magnitudes of operands, of e, of e V, of gradients
     step: Any = None  # float64 [1]: the rule's step count before this one
-    meeting: Any = None  # Meeting, in one launch
+    barrier: Any = None  # GridBarrier, in one launch
 
 
 class Sizes(NamedTuple):
@@ -570,16 +570,16 @@ def _apply(t, s, C: tl.constexpr, program, programs):
 
 
 @triton.jit
-def _meet(t, s, programs, PHASE: tl.constexpr):
+def _wait_for_all(t, s, programs, PHASE: tl.constexpr):
     """Wait for all programs in front of a phase; returns whether they came."""
-    return meet(t.meeting, 0, programs, PHASE, s.rows, s.outputs, s.rank, SYNTHESIZER)
+    return wait_for_all(t.barrier, 0, programs, PHASE, s.rows, s.outputs, s.rank, SYNTHESIZER)
 
 
 @triton.jit
 def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Run the phases FIRST to LAST of a prediction or of a step of training."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    met = True  # all barriers so far; otherwise nothing more is done
+    passed = True  # all barriers so far; otherwise nothing more is done
     if FIRST <= PARTS:
         if C.training:
             _parts(t, s, C, program, programs)
@@ -587,8 +587,8 @@ def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.cons
             _down(t, s, C, program, programs)
     if FIRST <= REDUCE and REDUCE <= LAST and C.source == "lowrank":
         if FIRST < REDUCE:
-            met = _meet(t, s, programs, REDUCE)
-        if met:
+            passed = _wait_for_all(t, s, programs, REDUCE)
+        if passed:
             total = t.back if C.training else t.reduced
             tiles, count = tl.cdiv(s.outputs, C.outs), wide(s.rows) * s.rank
             largest = reduce_tiles(t.partial, total, count, tiles, program, programs)
@@ -596,21 +596,21 @@ def synthesizer_kernel(t, s, C: tl.constexpr, FIRST: tl.constexpr, LAST: tl.cons
                 tl.store(t.largest + 2 * FLAGS + program, largest)
     if FIRST <= PREDICT and PREDICT <= LAST and not C.training:
         if FIRST < PREDICT and C.source == "lowrank":
-            if met:
-                met = _meet(t, s, programs, PREDICT)
-        if met:
+            if passed:
+                passed = _wait_for_all(t, s, programs, PREDICT)
+        if passed:
             _predict(t, s, C, program, programs)
     if FIRST < TRIAL and TRIAL <= LAST:
-        if met:
-            met = _meet(t, s, programs, TRIAL)
+        if passed:
+            passed = _wait_for_all(t, s, programs, TRIAL)
     if FIRST <= TRIAL and TRIAL <= LAST and C.rule != "none":
-        if met:
+        if passed:
             doubtful = _trial(t, s, C, program, programs)
             if TRIAL < LAST:
                 if doubtful:
-                    met = _meet(t, s, programs, APPLY)
+                    passed = _wait_for_all(t, s, programs, APPLY)
     if FIRST <= APPLY and APPLY <= LAST:
-        if met:
+        if passed:
             _apply(t, s, C, program, programs)
 
 
@@ -660,7 +660,7 @@ def default_tiles(rows: int, outputs: int, dtype: torch.dtype, architecture: int
 
 def workspace(t: Tensors, problem: Problem, tiles: Tiles, rank: int) -> Tensors:
     """Return ``t`` with room for what phases leave to each other, on h's device; but for
-    ``meeting``."""
+    ``barrier``."""
     rows, outputs = t.h.shape
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -691,7 +691,7 @@ def plan(
     """Plan the launches of a prediction or of a step of training.
 
     Args:
-        t: inputs, room for the results, the workspace, and in one launch the meeting.
+        t: inputs, room for the results, the workspace, and in one launch the barrier.
         problem, tiles: what to compile for.
         sizes: N, O, R, K.
         resident: programs that a cooperative launch may have (one in the interpreter).

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def _undo_torch_testing() -> None:
     a profile of hypothesis, and forbids to set the flags of torch.backends."""
     settings.load_profile(_profile)
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected lives as long as the process. The garbage collector need not
+    go through it again and again: neither now nor whenever a test, or what is tested, collects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
@@ -118,6 +132,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_thread(_isolated: None) -> None:
     """Small tensors: two threads that wait for each other on a busy machine take far longer."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that sleep are forked from a process that has imported all, as in support/ranks.py: a
+    new one takes seconds to. (test_paced.py has both.)"""
+    from types import SimpleNamespace
+
+    import ranks
+
+    from fused_dni.measure.simulate import paced
+
+    forking = SimpleNamespace(get_context=lambda method: ranks.CONTEXT)
+    monkeypatch.setattr(paced, "multiprocessing", forking)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

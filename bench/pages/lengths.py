@@ -42,7 +42,7 @@ def _one(report: dict[str, Any]) -> str:
         runs.setdefault((run["method"], run["window"]), []).append(run)
     methods = list(dict.fromkeys(method for method, _ in runs))
     exact = next((method for method in EXACT if method in methods), None)
-    predicted = [method for method in methods if method.startswith("dni")]
+    predicted = [method for method in methods if method in PUBLISHED[s["task"]]]
     windows = sorted({window for _, window in runs})
     equal_steps, equal_time = [], []
     for window in windows:

@@ -12,16 +12,20 @@ from fused_dni.report.schema import result_of
 from pages.cells import where
 from stored import RESULTS, named
 
+#: Settings that runs of all arms depend on.
+COMMON = ("epochs", "dataset", "hidden", "batch_size", "lr", "sg_lr", "rank", "warmup")
+
 
 def renderer(table: str) -> Callable[[list[dict[str, Any]]], str]:
-    """Return what renders a table from all results; those of a machine and a number of epochs that
-    have other arms of it are one table."""
+    """Return what renders a table from all results; those of a machine and of the same settings
+    that have other arms of it are one table."""
 
     def render(results: list[dict[str, Any]]) -> str:
-        groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for report in results:
             if any(run["table"] == table for run in report["runs"]):
-                key = (named(report["facts"]), report["settings"]["epochs"])
+                same = (report["settings"][name] for name in COMMON)
+                key = (named(report["facts"]), *same, report["evaluated_on"])
                 groups.setdefault(key, []).append(report)
         made = [_group(table, found) for _, found in sorted(groups.items())]
         return "\n\n".join(made) or "Not measured yet."

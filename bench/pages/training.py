@@ -74,7 +74,8 @@ def render_ablation(report: dict[str, Any]) -> str:
             found = [h[max(0, round(share * len(h)) - 1)]["solved"] for h in histories]
             cells.append(f"{statistics.fmean(found):.3g} ({min(found):g}–{max(found):g})")
         probed = [row["prediction"] for h in histories for row in h if row.get("prediction")]
-        cosines = [p["prediction_row_cosine"] for p in probed if p.get("prediction_row_cosine")]
+        cosines = [p.get("prediction_row_cosine") for p in probed]
+        cosines = [cosine for cosine in cosines if cosine is not None]  # no row to take it of
         above = sum(cosine > 0 for cosine in cosines)
         cells.append(
             f"{statistics.fmean(cosines):+.3f} ({above} of {len(cosines)} above 0)"

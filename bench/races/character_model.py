@@ -176,10 +176,9 @@ def grid() -> dict[str, dict[int, Callable[[int], Characters]]]:
 def hidden() -> dict[str, Callable[[int], Characters]]:
     """An arm by compilation is left out, with a line on stderr, where there is none that works."""
     corpus()
+    chosen = {name: "backprop" if name.startswith("backprop,") else name for name in ARMS}
     made = {
-        name: partial(
-            Characters, multiple("hidden", name.partition(",")[0], 3) * TABLE_RATE, **options
-        )
+        name: partial(Characters, multiple("hidden", chosen[name], 3) * TABLE_RATE, **options)
         for name, options in ARMS.items()
     }
     try:

@@ -42,7 +42,7 @@ from fused_dni.ops.types import (
     LSTMClosed,
     LSTMGradients,
     LSTMLayer,
-    LSTMLesson,
+    LSTMRegression,
     LSTMRows,
     LSTMTrace,
     Prediction,
@@ -506,7 +506,9 @@ class CpuBackend(Unbound):
             most = batch * (entrance + (ended is not None))
             rows = made.h.new_empty(first + most, 2 * depth * size)
             grad = rows.new_empty(most, 2 * depth * size)
-            lesson = LSTMLesson(rows, grad, results.prediction_of(rows, synthesizer, rows.dtype))
+            lesson = LSTMRegression(
+                rows, grad, results.prediction_of(rows, synthesizer, rows.dtype)
+            )
         if ended is not None:
             ended = ended.contiguous()
         count = _cpu.lstm_close(
@@ -534,7 +536,7 @@ class CpuBackend(Unbound):
         rows, grad, (scaled, reduced) = lesson
         of = slice(first, first + count)
         prediction = Prediction(scaled[of], None if reduced is None else reduced[of])
-        return LSTMClosed(made, LSTMLesson(rows[of], grad[:count], prediction))
+        return LSTMClosed(made, LSTMRegression(rows[of], grad[:count], prediction))
 
     def lstm_update_(
         self, rows: tuple[LSTMRows, ...], layers: tuple[LSTMLayer, ...], rule: RuleTensors

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from fused_dni.cli.arguments import factory, rule
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say
-from fused_dni.measure.options import FACTORY, SECONDS, SHAPE, UPDATE, option, whole
+from fused_dni.measure.options import ADVICE_SECONDS, FACTORY, SECONDS, SHAPE, UPDATE, option, whole
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ and closes over its targets; without one a fixed gradient arrives at the output.
         False, help="propose an interface behind every block that can have one, pay or not"
     )
     backend: str | None = option(None, help="force a backend of our kernels")
-    seconds: float = option(20.0, SECONDS, "of measuring")
+    seconds: float = option(ADVICE_SECONDS, SECONDS, "of measuring")
 
     def run(self, command: str) -> int:
         from fused_dni.measure.advise import advise

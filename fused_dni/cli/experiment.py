@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +12,8 @@ from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
-    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Experiment
 
 
 @dataclass(kw_only=True)
@@ -63,6 +62,16 @@ class OnImages(Measuring):
 
 
 @dataclass(kw_only=True)
+class Quick(OnImages):
+    """One that has settings for a look."""
+
+    quick: bool = option(False, help="a look, in seconds")
+
+    def chosen(self, **more: Any) -> Any:
+        return super().chosen(quick=self.quick, **more)
+
+
+@dataclass(kw_only=True)
 class Checkpointed(Measuring):
     """A command that trains, and may keep the state of the run."""
 
@@ -97,8 +106,8 @@ class Resumable(Measuring):
     kind: ClassVar[str]
     resume: bool = option(False, help="go on with an unfinished --out", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
-        """Return what measures: called with ``previous``, ``keep``, ``progress``, ``command``."""
+    def begin(self, progress: Progress) -> Experiment:
+        """Return what measures."""
         raise NotImplementedError
 
     def run(self, command: str) -> int:

@@ -16,6 +16,8 @@ from fused_dni.measure.options import (
     FILE,
     FOLDER,
     INTERFACES,
+    KS,
+    MAP_SECONDS,
     SECONDS,
     TEXT,
     UPDATE,
@@ -50,13 +52,13 @@ class Map(Measuring):
     )
     interfaces: tuple[str, ...] = option(("output",), one_of(INTERFACES), "output, preactivation")
     target_every: tuple[int, ...] = option(
-        (1, 2, 4, 8, 16, 0), EVERY, "targets on every K-th step", group="method"
+        tuple(k or 0 for k in KS), EVERY, "targets on every K-th step", group="method"
     )
     update: str = option("sgd", UPDATE, "update rule")
     dtype: str = option("float32", one_of(DTYPES), "of activations and parameters")
     device: str = option("cpu", DEVICE, "cpu or cuda")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
-    seconds: float = option(2.5, SECONDS, "of timing, for each point")
+    seconds: float = option(MAP_SECONDS, SECONDS, "of timing, for each point")
     out: str = option("map.json", FILE, "the map", group="output")
     merge: tuple[str, ...] | None = option(
         None, FILE, "measure nothing: join these maps into --out", several="+"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,8 +22,8 @@ from fused_dni.measure.options import (
 )
 
 if TYPE_CHECKING:
-    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Experiment
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ Ctrl-C keeps the finished seeds in --out; --resume goes on from there."""
     device: str = option("cpu", DEVICE, "cpu or cuda")
     out: str = option("race.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.measure.race import race
 
         device_named(self.device)

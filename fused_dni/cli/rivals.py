@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import device_named
 from fused_dni.cli.command import UsageError
-from fused_dni.cli.experiment import OnImages, Resumable
+from fused_dni.cli.experiment import OnImages, Quick, Resumable
 from fused_dni.experiments import delay_settings, literature_settings, recipe_settings, rival_arms
 from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
 
 if TYPE_CHECKING:
-    from fused_dni.report import Result
     from fused_dni.report.progress import Progress
+    from fused_dni.report.schema import Experiment
 
 
 @dataclass(kw_only=True)
@@ -43,7 +42,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
     )
     out: str | None = option("rivals.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import rivals
 
         settings = self.chosen()
@@ -53,7 +52,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
 
 @dataclass(kw_only=True)
-class RivalGrid(OnImages, Resumable):
+class RivalGrid(Quick, Resumable):
     """Train backprop, label-conditioned DNI and rivals in networks of several widths and depths,
     for several numbers of steps, then time their steps: who is ahead at equal steps, who at equal
     wall-clock, and how long each takes to what backprop ends with."""
@@ -69,20 +68,19 @@ class RivalGrid(OnImages, Resumable):
 Ctrl-C keeps the finished runs in --out; --resume goes on from there. Steps are timed at the
 end, so that only then the machine need be idle."""
 
-    quick: bool = option(False, help="a look, in seconds")
     full: bool = option(False, help="the width 1024 too: hours")
     seconds: float = option(5.0, SECONDS, "for timing the steps of a network", group="budget")
     out: str | None = option("rivals-grid.json", FILE, "the report", group="output")
 
     def chosen(self, **more: Any) -> Any:
-        return super().chosen(quick=self.quick, full=self.full, **more)
+        return super().chosen(full=self.full, **more)
 
     def check(self) -> None:
         super().check()
         if self.quick and self.full:
             raise UsageError("--quick and --full ask for different grids: give one of them")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import rival_grid
 
         settings = self.chosen()
@@ -103,14 +101,14 @@ class Interfaces(OnImages, Resumable):
 
     out: str | None = option("interfaces.json", FILE, "the report", group="output")
 
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import interfaces
 
         return partial(interfaces.measure, self.chosen(), self.load(progress))
 
 
 @dataclass(kw_only=True)
-class Delay(OnImages, Resumable):
+class Delay(Quick, Resumable):
     """Train a network that is split into stages, each gradient so many steps late over each cut,
     by label-conditioned DNI and by what else does not wait: stale gradients, with a look-ahead or
     with corrected updates, and local losses. In one process, which computes what a pipeline of
@@ -126,20 +124,16 @@ class Delay(OnImages, Resumable):
 
 Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
-    quick: bool = option(False, help="a look, in seconds")
     out: str | None = option("delay.json", FILE, "the report", group="output")
 
-    def chosen(self, **more: Any) -> Any:
-        return super().chosen(quick=self.quick, **more)
-
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import delay
 
         return partial(delay.compare, self.chosen(), self.load(progress))
 
 
 @dataclass(kw_only=True)
-class Recipes(OnImages, Resumable):
+class Recipes(Quick, Resumable):
     """Train a network by recipes of synthetic gradients, which differ in how synthesizers are
     taught and used, with a target on every k-th step; beside backprop and a gradient that is held
     for k steps, at equal steps. Nothing is timed."""
@@ -154,13 +148,9 @@ class Recipes(OnImages, Resumable):
 
 Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
-    quick: bool = option(False, help="a look, in seconds")
     out: str | None = option("recipes.json", FILE, "the report", group="output")
 
-    def chosen(self, **more: Any) -> Any:
-        return super().chosen(quick=self.quick, **more)
-
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import recipes
 
         settings = self.chosen()
@@ -169,7 +159,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
 
 @dataclass(kw_only=True)
-class Literature(OnImages, Resumable):
+class Literature(Quick, Resumable):
     """Train the networks behind the tables of Jaderberg et al. 2016: backprop, DNI and cDNI by
     depth, and cDNI with few exact steps; layers that are updated at random; synthetic inputs too;
     two networks at two clocks. The report has the published figures beside ours. Nothing is
@@ -185,13 +175,9 @@ class Literature(OnImages, Resumable):
 
 Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
-    quick: bool = option(False, help="a look, in seconds")
     out: str | None = option("literature.json", FILE, "the report", group="output")
 
-    def chosen(self, **more: Any) -> Any:
-        return super().chosen(quick=self.quick, **more)
-
-    def begin(self, progress: Progress) -> Callable[..., Result]:
+    def begin(self, progress: Progress) -> Experiment:
         from fused_dni.experiments import literature
 
         settings = self.chosen()

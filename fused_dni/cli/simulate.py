@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
@@ -18,6 +18,7 @@ from fused_dni.measure.options import (
     SIZE,
     SPAN,
     SPEED,
+    STAGE_SECONDS,
     TEXT,
     TIME,
     TIME_OR_SHARE,
@@ -26,9 +27,17 @@ from fused_dni.measure.options import (
     option,
     whole,
 )
-
-if TYPE_CHECKING:
-    from fused_dni.measure.simulate import Settings, Times
+from fused_dni.measure.simulate_settings import (
+    JITTERS,
+    LATENCY,
+    STAGES,
+    TRIAL,
+    Failures,
+    Link,
+    Settings,
+    Stragglers,
+    Times,
+)
 
 #: Options that are times of a stage.
 TIMES = ("forward", "backward", "weight", "optimizer", "dni", "target", "lesson", "local")
@@ -62,18 +71,18 @@ examples:
   {program} simulate --check measured.json
   {program} report sim.json -o sim.html"""
 
-    stages: int = option(4, whole(1), "while the latency varies", group="sweep")
+    stages: int = option(STAGES, whole(1), "while the latency varies", group="sweep")
     latencies: tuple[float, ...] | None = option(None, TIME, "one way (0 to 200ms)", several="+")
     chains: tuple[int, ...] | None = option(
         None, whole(1), "numbers of stages (2 to 64)", several="+"
     )
-    latency: float = option(0.02, TIME, "while the number of stages varies")
+    latency: float = option(LATENCY, TIME, "while the number of stages varies")
     modes: tuple[str, ...] | None = option(None, TEXT, "of these (all)", several="+")
 
     measure: str | None = option(
         None, FACTORY, "package.module:factory: measure it", group="a stage, for one microbatch"
     )
-    seconds: float = option(2.0, SECONDS, "of measuring, for each stage")
+    seconds: float = option(STAGE_SECONDS, SECONDS, "of measuring, for each stage")
     forward: float | None = option(None, TIME, "forward pass")
     backward: float | None = option(None, TIME, "backward pass")
     weight: float | None = option(None, TIME, "the weights' part of it (half of it)")
@@ -99,24 +108,22 @@ examples:
     bandwidth: float | None = option(None, SPEED, "like 10Gbit/s (no limit)")
     bandwidth_back: float | None = option(None, SPEED, "(as forward)")
     jitter: tuple[float, float] = option(
-        (0.0, 0.0),
+        (Link.jitter, Link.jitter_share),
         TIME_OR_SHARE,
         "mean of what a message takes longer at random, or 10% for a share of the latency",
     )
-    jitter_shape: str = option(
-        "exponential", one_of(("exponential", "uniform", "lognormal")), "distribution"
-    )
+    jitter_shape: str = option(Link.shape, one_of(JITTERS), "distribution")
     straggler_factor: float = option(
-        1.0, number(1.0), "how many times as slow stages are now and then"
+        Stragglers.factor, number(1.0), "how many times as slow stages are now and then"
     )
-    straggler_share: float = option(0.05, SHARE, "of the time")
-    straggler_spell: float = option(1.0, SPAN, "mean length")
+    straggler_share: float = option(Stragglers.share, SHARE, "of the time")
+    straggler_spell: float = option(Stragglers.spell, SPAN, "mean length")
     straggler_stage: int | None = option(None, whole(0), "index of this one alone (all)")
     fail_every: float | None = option(
         None, SPAN, "mean time between two failures of a device (never)"
     )
-    restart: float = option(60.0, TIME, "until it works again")
-    checkpoint: float = option(600.0, TIME, "between two checkpoints")
+    restart: float = option(Failures.restart, TIME, "until it works again")
+    checkpoint: float = option(Failures.checkpoint, TIME, "between two checkpoints")
 
     microbatches: int | None = option(
         None,
@@ -130,16 +137,18 @@ examples:
         "microbatches under way with stale gradients (what the way there and back takes, to 64 or "
         "two a stage)",
     )
-    buffer: int = option(64, whole(1), "messages between two stages, of DNI and local losses")
-    target_every: int = option(1, EVERY, "microbatches for one target, of DNI")
+    buffer: int = option(
+        Settings.buffer, whole(1), "messages between two stages, of DNI and local losses"
+    )
+    target_every: int = option(Settings.target_every, EVERY, "microbatches for one target, of DNI")
     max_age: int | None = option(None, whole(0), "steps beyond which a target is dropped (never)")
-    local_steps: int = option(100, whole(1), "between two averages, H of DiLoCo")
+    local_steps: int = option(Settings.local_steps, whole(1), "between two averages, H of DiLoCo")
     late_receives: bool = option(
-        False,
+        Settings.late_receives,
         help="exact modes ask for a message when they need it, as torch's schedules on gloo do",
     )
-    steps: int = option(200, whole(1), "microbatches measured at least")
-    seed: int = option(0, whole(0), "of all random numbers")
+    steps: int = option(Settings.steps, whole(1), "microbatches measured at least")
+    seed: int = option(Settings.seed, whole(0), "of all random numbers")
 
     paced: float | None = option(
         None,
@@ -159,7 +168,7 @@ examples:
 
     def run(self, command: str) -> int:
         from fused_dni.measure.simulate import MODES, check, sweep
-        from fused_dni.measure.simulate.sweep import LATENCIES, STAGES
+        from fused_dni.measure.simulate.sweep import CHAINS, LATENCIES
 
         if self.target_every == 0:
             raise UsageError("--target-every never is --modes local: DNI learns from targets")
@@ -173,7 +182,7 @@ examples:
                 settings,
                 stages=self.stages,
                 latencies=LATENCIES if self.latencies is None else self.latencies,
-                chains=STAGES if self.chains is None else self.chains,
+                chains=CHAINS if self.chains is None else self.chains,
                 modes=self.modes or tuple(MODES),
                 measured=measured,
                 progress=progress.update,
@@ -206,9 +215,6 @@ examples:
 
     def _times(self, progress: Any) -> tuple[Times, dict[str, Any] | None]:
         """Get the times of a stage, and what they were measured on."""
-        from fused_dni.measure.simulate import Times
-        from fused_dni.measure.simulate.settings import TRIAL
-
         given = {name: getattr(self, name) for name in TIMES if getattr(self, name) is not None}
         if self.measure is not None:
             from fused_dni.measure.simulate.calibrate import calibrate
@@ -233,8 +239,6 @@ examples:
             raise UsageError(f"--{error}") from None
 
     def _settings(self, times: Times, measured: dict[str, Any] | None) -> Settings:
-        from fused_dni.measure.simulate import Failures, Link, Settings, Stragglers
-
         sizes: dict[str, Any] = {}
         for name in ("rows", "forward_bytes", "backward_bytes", "parameter_bytes"):
             if getattr(self, name) is not None:

@@ -24,11 +24,13 @@ from fused_dni.measure.options import (
     EVERY,
     FILE,
     INTERFACES,
+    KS,
     NORMALIZATIONS,
     SECONDS,
     SHAPE,
     TEXT,
     UPDATE,
+    VERDICT_SECONDS,
     Kind,
     one_of,
     option,
@@ -101,11 +103,13 @@ A factory is called without arguments and returns a module, or (module, sample).
         None, TEXT, "dense, rank16 or another rank, diagonal, conv (all that fit)", several="+"
     )
     rank: int | None = option(None, whole(0), "one synthesizer alone, of this rank; 0: dense")
-    target_every: tuple[int, ...] = option((1, 2, 4, 8, 16, 0), EVERY, "targets on every K-th step")
+    target_every: tuple[int, ...] = option(
+        tuple(k or 0 for k in KS), EVERY, "targets on every K-th step"
+    )
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
     no_compile: bool = option(False, help="leave compiled backprop out")
     no_parts: bool = option(False, help="whole steps alone, not their parts")
-    seconds: float = option(5.0, SECONDS, "of timing")
+    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
     plot: str | None = option(None, FILE, "draw it into an image file", group="output")
 
     def check(self) -> None:
@@ -191,7 +195,7 @@ class VerdictLSTM(Measuring):
     rank: int | None = option(None, whole(0), "of the synthesizer; 0: dense (16)")
     auxiliary: bool = option(False, help="DNI with the auxiliary head")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
-    seconds: float = option(5.0, SECONDS, "of timing")
+    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
 
     def run(self, command: str) -> int:
         import torch

@@ -8,7 +8,17 @@ from dataclasses import MISSING, dataclass
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import OutFile, say_report
-from fused_dni.measure.options import EVERY, FACTORY, SECONDS, SPEED, TIME, option, whole
+from fused_dni.measure.options import (
+    EVERY,
+    FACTORY,
+    SECONDS,
+    SPEED,
+    STAGE_SECONDS,
+    TIME,
+    option,
+    whole,
+)
+from fused_dni.measure.simulate_settings import Link, Settings
 
 EXAMPLE = """\
 import torch
@@ -46,13 +56,13 @@ with this in mine.py:
     latency_back: float | None = option(None, TIME, "of the way back (as forward)")
     bandwidth: float | None = option(None, SPEED, "like 100Mbit/s, or 100Mbit (no limit)")
     target_every: int = option(
-        1, EVERY, "batches for one target, of synthetic gradients", group="ways"
+        Settings.target_every, EVERY, "batches for one target, of synthetic gradients", group="ways"
     )
     microbatches: int | None = option(
         None, whole(1), "batches of an update, of 1F1B and data parallel (four a stage)"
     )
-    local_steps: int = option(100, whole(1), "between two averages, H of DiLoCo")
-    seconds: float = option(2.0, SECONDS, "of measuring, for each stage", group="method")
+    local_steps: int = option(Settings.local_steps, whole(1), "between two averages, H of DiLoCo")
+    seconds: float = option(STAGE_SECONDS, SECONDS, "of measuring, for each stage", group="method")
     paced: float = option(2.0, SECONDS, "of running, for each way", flag="run")
     no_run: bool = option(False, help="simulate alone")
 
@@ -63,7 +73,6 @@ with this in mine.py:
             )
 
     def run(self, command: str) -> int:
-        from fused_dni.measure.simulate import Link
         from fused_dni.measure.verdict.link import verdict_link
 
         out = OutFile("--out", self.out)

@@ -17,6 +17,7 @@ from fused_dni.measure.options import (
     SEED,
     TEXT,
     UPDATE,
+    VERDICT_SECONDS,
     option,
     whole,
 )
@@ -76,7 +77,7 @@ arm and seed, behind torch.manual_seed(seed).
     )
     update: str = option("adam", UPDATE, "update rule")
     lr: float = option(1e-3, RATE, "learning rate in a race")
-    seconds: float = option(5.0, SECONDS, "of timing")
+    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
     race: float | None = option(None, SECONDS, "seconds of each arm and seed", group="race")
     seeds: tuple[int, ...] = option((1, 2, 3), SEED, "a race each")
     warmup_steps: int = option(50, whole(0), "of plain backprop, before the top is left out")

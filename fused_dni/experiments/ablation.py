@@ -1,8 +1,10 @@
-"""What of a weak prediction helps: the synthesizer learns as ever, the LSTM hears something else.
+"""What of a weak prediction helps: the LSTM hears something else than what was predicted.
 
 For ``train copy --ablate``. Held against full backprop a prediction's direction is next to random,
 row by row, and yet it lengthens what is copied. So what is injected is changed, and what is left of
-the gain says where it came from. In place of the prediction M(s) at a window's end
+the gain says where it came from. The synthesizer is taught as ever, by the gradient that comes to
+the next window's start: but that one is made of what was injected at this window's end, so it is
+another target too. In place of the prediction M(s) at a window's end
 
 ``zero``
     nothing: all else that the arm does stays, updates of windows without a loss included;
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 
 class Altered(nn.Module):
-    """A synthesizer that learns as ``inner``, and predicts something made of it.
+    """A synthesizer whose ``inner`` learns, and that predicts something made of what it says.
 
     A lesson asks with gradients, a window's end without; in ``eval()`` it predicts as ``inner``.
 

@@ -44,10 +44,7 @@ def compare(
     Args:
         settings: what to compare.
         dataset: on what.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``delay``: ``tuning`` (error on the held-out part by family, lag and
@@ -56,8 +53,7 @@ def compare(
         and ``cosines``, by cut, of predictions with the targets that came for them).
 
     Raises:
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
-        Interrupted: Ctrl-C; finished runs have been kept.
+        ValueError: settings and data do not fit.
     """
     progress = progress or Progress(enabled=False)
     if len(held_out(dataset).train.labels) < settings.batch_size:

@@ -49,10 +49,7 @@ def measure(
     Args:
         settings: what to compare.
         dataset: on what.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``interfaces``. ``networks`` has a row a network: ``depth``, ``every``
@@ -64,9 +61,8 @@ def measure(
         gradient was zero.
 
     Raises:
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
+        ValueError: settings and data do not fit.
         RuntimeError: a network diverged.
-        Interrupted: Ctrl-C; finished runs have been kept.
     """
     progress = progress or Progress(enabled=False)
     if len(dataset.train.labels) < settings.batch_size:

@@ -37,10 +37,7 @@ def reproduce(
     Args:
         settings: which tables, and how.
         dataset: on what.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``literature``. ``runs`` has a row a run: ``table``, ``name``, ``size``
@@ -49,8 +46,7 @@ def reproduce(
         and ``every`` (k).
 
     Raises:
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
-        Interrupted: Ctrl-C; finished runs have been kept.
+        ValueError: settings and data do not fit.
     """
     progress = progress or Progress(enabled=False)
     train.steps_per_epoch(_training(settings, settings.depth), dataset)  # refuses a batch too large

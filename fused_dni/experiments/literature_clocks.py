@@ -83,7 +83,8 @@ class _Pair:
             sent = torch.stack([self.lower.message(state) for state in states])
             losses = [self._odd_loss(*of) for of in zip(states, odd, strict=True)]
             self.of_lower.zero_grad()
-            self._upper_step(sent, threes, torch.stack(losses).mean())
+            # Summed, as the others' T updates are: a loss weighs the same in every arm.
+            self._upper_step(sent, threes, torch.stack(losses).sum())
             self._lower_step()
             return
         sent_parts, tickets = [], []
@@ -173,7 +174,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     tested = draw(dataset.test, window, TESTED, torch.Generator().manual_seed(0))
     steps = settings.digits // window**2
-    points = sorted({steps - i * steps // EVALUATIONS for i in range(EVALUATIONS)})
+    points = {steps - i * steps // EVALUATIONS for i in range(EVALUATIONS)}
+    points.add(steps // window)  # where the others have been updated as often as `waits` is
     history = []
     for step in range(1, steps + 1):
         pair.step(*draw(dataset.train, window, STREAMS, generator))

@@ -214,10 +214,7 @@ def compare(
     Args:
         settings: what to compare.
         dataset: on what.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``recipes``: ``rows`` (what each is) and ``runs`` (a row a run: name, k
@@ -225,9 +222,8 @@ def compare(
         true gradients, warm-up included).
 
     Raises:
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
+        ValueError: settings and data do not fit.
         RuntimeError: a network diverged.
-        Interrupted: Ctrl-C; finished runs have been kept.
     """
     each = len(dataset.train.labels) // settings.batch_size
     if each < 1:

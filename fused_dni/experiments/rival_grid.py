@@ -1,8 +1,9 @@
 """The rivals over widths, depths and budgets: runs of equal steps, and what a step takes.
 
-Runs are functions of the settings alone, whatever else the machine does meanwhile; what depends on
-the clock, the time a step, is measured at the end, for each network all arms together. Who is ahead
-at equal wall-clock is read off both (:mod:`fused_dni.report.kinds.rival_grid`).
+First every arm is held against its formula in the smallest network. Runs are functions of the
+settings alone, whatever else the machine does meanwhile; what depends on the clock, the time a
+step, is measured at the end, for each network all arms together. Who is ahead at equal wall-clock
+is read off both (:mod:`fused_dni.report.kinds.rival_grid`).
 """
 
 from __future__ import annotations
@@ -46,10 +47,7 @@ def compare(
         settings: what to compare.
         dataset: on what.
         seconds: budget for timing all arms of a network together.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`.
 
     Returns:
         The report, of kind ``rivals grid``: ``tuning`` (error on the held-out part by arm and
@@ -60,8 +58,7 @@ def compare(
 
     Raises:
         GateError: an arm does not compute what its formula says.
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
-        Interrupted: Ctrl-C; finished runs have been kept.
+        ValueError: settings and data do not fit, or ``previous`` is of others.
     """
     progress = progress or Progress(enabled=False)
     if len(rivals.held_out(dataset).train.labels) < settings.batch_size:
@@ -73,16 +70,22 @@ def compare(
         *("rivals grid", settings, previous, command, settings.device),
         memory_is=timing.memory_is(torch.device(settings.device)),
         dataset=dataset.name,
+        digest=dataset.digest(),
         trained=settings.trained()[0].name,
         exact=[name for name in settings.arms if arm(name).kind in EXACT],
         tuning=[],
         networks=[],
         runs=[],
     )
-    jobs = list(_jobs(settings, dataset.to(settings.device), seconds, report, keep))
+    dataset = dataset.to(settings.device)
+    jobs = list(_jobs(settings, dataset, seconds, report, keep))
     cells = len(settings.widths) * len(settings.depths)
     runs = (len(settings.trained()) * len(settings.budgets) + 1) * len(settings.seeds)
     with progress:
+        if not report["runs"]:  # what an arm lacks shows before hours of the others
+            smallest = settings.cell(min(settings.widths), min(settings.depths))
+            arms = [arm(name) for name in settings.arms]
+            rivals.checked(smallest, arms, dataset, partial(progress.update, "checking"))
         do_jobs(report, jobs, cells * (runs + 1), keep, progress)
     return report
 
@@ -179,4 +182,5 @@ def _time(
     rows = rivals.costs(cell, arms, dataset, seconds, say)
     for row in rows:
         del row["steps"]
-    return {"width": width, "depth": depth, "gate": gate, "arms": rows, "facts": facts()}
+    where = facts(None, settings.device)
+    return {"width": width, "depth": depth, "gate": gate, "arms": rows, "facts": where}

@@ -69,11 +69,8 @@ def compare(
         dataset: on what.
         seconds: budget for timing all arms together.
         tuned: choose each arm's rate on the held-out part of the training set first.
-        previous: an unfinished report of the same settings, to be continued; its times, rates and
-            runs are taken over.
-        keep: called with the report whenever a run is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`; times
+            and rates of a previous report are taken over as its runs are.
 
     Returns:
         The report, of kind ``rivals``: ``gate`` (deviation from the formula by arm, in parts of the
@@ -83,8 +80,7 @@ def compare(
 
     Raises:
         GateError: an arm does not compute what its formula says.
-        ValueError: settings and data do not fit, or ``previous`` is of other settings.
-        Interrupted: Ctrl-C; finished runs have been kept.
+        ValueError: settings and data do not fit, or ``previous`` is of others.
     """
     progress = progress or Progress(enabled=False)
     arms = [arm(name) for name in settings.arms]
@@ -94,7 +90,8 @@ def compare(
             f"batch_size {settings.batch_size} is larger than the training set "
             f"({len(trained_on.labels)} images{' without the held-out part' * tuned})"
         )
-    asked = Result("rivals", settings=plain(asdict(settings)))
+    body = {"digest": dataset.digest()}
+    asked = Result("rivals", settings=plain(asdict(settings)), body=body)
     report = resumed(previous, asked)
     if not tuned:
         for which in arms:
@@ -148,6 +145,7 @@ def _measured(
         memory_is=timing.memory_is(torch.device(settings.device)),
         body={
             "dataset": dataset.name,
+            "digest": dataset.digest(),
             "gate": gate,
             "arms": rows,
             "tuning": tuning,

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted as Interrupted
 from fused_dni.report.progress import Progress
+from fused_dni.report.schema import Keep as Keep
 from fused_dni.report.schema import Result, resumed
 
-Keep = Callable[[Result], None]
 Say = Callable[[float], None]
 CHECKPOINT = "train.pt"
 VERSION = 1
@@ -163,7 +163,8 @@ class Job(NamedTuple):
 def do_jobs(
     report: Result, jobs: Sequence[Job], total: int, keep: Keep | None, progress: Progress
 ) -> None:
-    """Do what is left of ``total`` jobs, add the runs to the report, and set ``finished`` in it.
+    """Do what is left of ``total`` jobs, add the runs to the report, set ``finished`` in it, and
+    name this commit among its facts, beside those that earlier runs are of.
 
     Args:
         keep: called with the report whenever a run is finished.
@@ -175,6 +176,7 @@ def do_jobs(
     keep(report)
     stop = Stop()
     done = total - len(jobs)
+    commit = facts()["commit"]  # of what is loaded now
     with stop.listening():
         for job in jobs:
 
@@ -188,6 +190,9 @@ def do_jobs(
             error = run["history"][-1]["error"] if "history" in run else run.get("error")
             progress.update(job.label, 1.0, "" if error is None else f"error {100 * error:.2f} %")
             job.into.append(run)
+            known = report.facts.get("commit")
+            if commit and commit not in str(known).split(", "):
+                report.facts["commit"] = f"{known}, {commit}" if known else commit
             done += 1
             report.body["finished"] = done == total
             keep(report)

@@ -128,6 +128,10 @@ NORMALIZATIONS = ("none", "batch", "layer")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 INTERFACES = ("output", "preactivation")
 
+#: What functions and their commands measure by default: k, None being never, and seconds.
+KS = (1, 2, 4, 8, 16, None)
+VERDICT_SECONDS, MAP_SECONDS, ADVICE_SECONDS, STAGE_SECONDS = 5.0, 2.5, 20.0, 2.0
+
 UPDATE = one_of(UPDATES)
 TEXT = Kind(lambda name, value, given: None, metavar="NAME")
 FILE = Kind(lambda name, value, given: None, metavar="FILE")

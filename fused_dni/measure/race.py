@@ -19,7 +19,7 @@ from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.waiting import Stopwatch
 from fused_dni.report.progress import Progress
-from fused_dni.report.schema import Result, resumed
+from fused_dni.report.schema import Keep, Result, resumed
 
 #: Seconds of a turn.
 TURN = 0.25
@@ -49,7 +49,7 @@ def race(
     marks: int = 20,
     device: torch.device | str = "cpu",
     previous: Result | None = None,
-    keep: Callable[[Result], None] | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Result:
@@ -61,10 +61,8 @@ def race(
         seeds: one race each, in which all arms start anew.
         marks: how often the loss is looked at, at equal distances of the clock, and at the start.
         device: whose work a step is over with.
-        previous: an unfinished report of the same settings, to be continued.
-        keep: called with the report whenever a seed is finished.
-        progress: where to report.
-        command: for the report.
+        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`; a run is
+            a seed with all its arms.
 
     Returns:
         The report, of kind ``race``: ``settings``, and ``runs``, a row an arm and seed with its
@@ -72,9 +70,7 @@ def race(
         (such an arm stops).
 
     Raises:
-        ValueError: fewer than two arms, no seed, a number out of range, or ``previous`` is of other
-            settings.
-        Interrupted: Ctrl-C; seeds that were finished have been kept.
+        ValueError: fewer than two arms, no seed, or a number out of range.
     """
     if len(arms) < 2:
         raise ValueError(f"a race takes two arms or more, got {list(arms)}")

@@ -53,8 +53,8 @@ class _WindowEnds:
         if self.returns_weights:
             return tuple(g for g in closed.synthesizer if g is not None)
         site.defer(window.rows(closed.gradients), 1.0)
-        if closed.lesson is not None:
-            rows, grad, prediction = closed.lesson
+        if closed.regression is not None:
+            rows, grad, prediction = closed.regression
             predicted = Predicted(prediction.scaled, prediction, None, site.unit)
             teach_later(site, Regression(rows, predicted, None, grad, self.exit.target_scale))
         return ()

@@ -287,7 +287,7 @@ class LSTMBoundary(NamedTuple):
     entrance: bool  # whether the window continues a state, to be learned from
 
 
-class LSTMLesson(NamedTuple):
+class LSTMRegression(NamedTuple):
     """What a synthesizer learns from in one window: N rows, those of the entrance that continue a
     sequence and those of the exit that end, with the gradient there (zero where they end)."""
 
@@ -300,7 +300,7 @@ class LSTMClosed(NamedTuple):
     """Result of :meth:`Backend.lstm_close`."""
 
     gradients: LSTMGradients
-    lesson: LSTMLesson | None = None  # or, instead:
+    regression: LSTMRegression | None = None  # or, instead:
     synthesizer: tuple[Tensor | None, ...] = ()
 
 
@@ -640,10 +640,11 @@ class Backend(Protocol):
 
         It starts from what arrives at the final state plus ``strength`` times the synthetic
         gradient M(h_n, c_n) / target_scale, which is zero for the rows that ended. Where
-        ``boundary.learns``, the result has a lesson, if there are rows to learn from: those whose
-        state at the entrance is not exactly zero (if ``boundary.entrance``), and those that ended.
+        ``boundary.learns``, the result has a regression if there are rows to learn from: those
+        whose state at the entrance is not exactly zero (if ``boundary.entrance``), and those that
+        ended.
         Its gradients are scaled down, row by row, where ``max_target_norm`` is exceeded.
-        With ``statistics`` it has, instead of the lesson, the gradients that
+        With ``statistics`` it has, instead of that, the gradients that
         :meth:`synthesizer_gradients` makes of it, and ``statistics`` is added to (mutated). Where
         there is no row to learn from these may be zeros: to know it, a host has to wait for the
         device.

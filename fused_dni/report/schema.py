@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fused_dni.report.errors import ReportError
 from fused_dni.report.files import as_json, write_text
 from fused_dni.report.loaded import Part, parts_of, reading
+from fused_dni.report.progress import Progress
 from fused_dni.report.timings import Timing
 
 
@@ -129,16 +130,47 @@ COMMON = tuple(f.name for f in fields(Result) if f.name not in ("kind", "body"))
 NAMES = ("kind", "version", *COMMON)
 
 
+Keep = Callable[[Result], None]
+
+
+class Experiment(Protocol):
+    """A function that makes a report run by run, and goes on with an unfinished one. What is to be
+    run are arguments of its own, bound by ``functools.partial``; all have these.
+
+    Args:
+        previous: an unfinished report of the same settings, to be continued.
+        keep: called with the report whenever a run is finished.
+        progress: where to report; None for nowhere.
+        command: by which it was asked for, for the report.
+
+    Raises:
+        ValueError: ``previous`` is of other settings.
+        Interrupted: Ctrl-C; finished runs have been kept.
+    """
+
+    def __call__(
+        self,
+        *,
+        previous: Result | None = None,
+        keep: Keep | None = None,
+        progress: Progress | None = None,
+        command: str | None = None,
+    ) -> Result: ...
+
+
 def resumed(previous: Result | None, empty: Result) -> Result:
     """Choose the result that a run goes on with: a previous one, or the empty one.
 
     Raises:
-        ValueError: the previous one is of other settings.
+        ValueError: the previous one is of other settings, or of other data by their ``digest``.
     """
     if previous is None:
         return empty
     if previous.settings != empty.settings:
         raise ValueError("the report that is to be continued is of other settings")
+    digest = empty.get("digest")
+    if previous.get("digest", digest) != digest:  # older files have none
+        raise ValueError("the report that is to be continued is of other data")
     return replace(previous, title="", sentence="")
 
 

@@ -11,7 +11,7 @@ import claims
 import readings
 import stored
 from fused_dni.cli.program import _parse
-from fused_dni.report import Table
+from fused_dni.report import Figure, Table
 from pages import verdict
 
 PAGES = (verdict.PAGE, verdict.TABLES)
@@ -27,6 +27,7 @@ def test_the_pages_are_what_the_results_say():
 
 
 def test_a_changed_result_changes_the_pages(monkeypatch, tmp_path):
+    monkeypatch.setattr(Figure, "save", lambda figure, path: path)  # the text is what is compared
     before = verdict.page(tmp_path), verdict.tables(tmp_path), verdict.bullets("docs/")
     real = claims.committed
 
@@ -49,6 +50,14 @@ def test_every_figure_of_the_pages_is_there_and_no_other():
     for page in PAGES:
         linked |= set(re.findall(r"\(verdict/([^)]+\.svg)\)", page.read_text()))
     assert linked == {path.name for path in verdict.FIGURES.iterdir()}
+
+
+def test_a_machine_may_have_measured_accuracy_both_ways():
+    (recipes,) = stored.matching("amd-epyc-avx512-recipes").values()
+    others = {path.stem: r for path, r in stored.matching("verdict/*-mnist-*").items()}
+    found, alone = readings.accuracy({**others, "recipes": recipes}), readings.published(others)
+    assert found.answer == readings.recipe({"recipes": recipes}).answer
+    assert found.blocks[-len(alone.blocks) :] == alone.blocks
 
 
 def test_every_claim_has_an_answer_or_is_left_open():

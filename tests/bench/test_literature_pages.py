@@ -42,7 +42,10 @@ def test_reports_of_different_arms_are_one_table():
     exact = _tables("one", {("backprop", 3, 1): 0.015, ("backprop", 3, 2): 0.017})
     few = _tables("two", {("recipe 0.25", 3, 1): 0.018, ("recipe 0.25", 3, 2): 0.018}, mix=0.5)
     long = _tables("three", {("backprop", 3, 1): 0.01}, epochs=20)
-    found = documents.RENDERERS["literature-depth"][1]([few, exact, long])
+    trial = _tables("four", {("backprop", 3, 1): 0.9}, held_out=True)
+    trial.body["evaluated_on"] = "held-out part"
+    found = documents.RENDERERS["literature-depth"][1]([few, exact, long, trial])
+    assert found.index("commit four") < found.index("commit three")
     assert found.index("commit one, two: `one`, `two`") < found.index("commit three")
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found.splitlines()]
     assert ["backprop", "2", "1.60 (1.50-1.70)"] in cells
@@ -50,6 +53,13 @@ def test_reports_of_different_arms_are_one_table():
     name = "cDNI, cross-entropy form, k = 8, mix 0.5, 4 lessons: 20.0 % of the steps exact"
     assert [name, "2", "1.80 (1.80-1.80)"] in cells and [name, "+0.20", "+0.20"] in cells
     assert documents.RENDERERS["literature-clocks"][1]([exact]) == "Not measured yet."
+
+
+def test_a_row_says_how_many_seeds_each_depth_has_at_least():
+    runs = {("backprop", 3, 1): 0.015, ("backprop", 3, 2): 0.017, ("backprop", 4, 1): 0.02}
+    found = documents.RENDERERS["literature-depth"][1]([_tables("one", runs, depths=(3, 4))])
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found.splitlines()]
+    assert ["backprop", "1 to 2", "1.60 (1.50-1.70)", "2.00"] in cells
 
 
 def _copy(task: str, ends: dict[tuple[str, int], list[tuple[float, float, float]]]) -> Any:
@@ -94,6 +104,8 @@ def test_lengths_at_equal_steps_and_at_equal_wall_clock():
     # After 10 seconds: the first at its end, the second and both of DNI half way.
     assert "| T=2 | 10 s | 3.5 (3–4) | 7 (6–8) | 2.00 |" in found
     assert "| T=6 | 10 s | 0 | 0 | - |" in found
+    altered = _copy("copy", {**ends, ("dni/zero", 2): [(1, 2, 10)]})  # --ablate, not published
+    assert render([altered]) == render([_copy("copy", ends)])
     alone = _copy("copy", ends)
     alone["settings"]["windows"] = [2]
     assert render([alone]) == "Not measured yet."

@@ -329,6 +329,16 @@ def test_compressions_learn(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
         assert racer.loss() < 0.9 * before, name
 
 
+def test_an_arm_has_its_own_rate_and_those_by_backprop_one(
+    text: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(character_model, "multiple", lambda race, arm, _: asked.append(arm) or 3)
+    monkeypatch.setattr(character_model, "Characters", lambda *given, **options: None)
+    arms = set(races.hidden())
+    assert arms == set(character_model.ARMS) and set(asked) == set(character_model.grid())
+
+
 def test_hidden_layers_are_run_and_trained_on_full_steps_alone(
     text: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

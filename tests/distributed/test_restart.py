@@ -34,8 +34,8 @@ def work(*arguments):
 
 staged_work, staged.work = staged.work, work
 if __name__ == "__main__":
-    settings = staged.Settings(stages=2, modes=("decoupled",), hidden=32, depth=2, epochs=40,
-                               checkpoint_every=20, target_every=2)
+    settings = staged.Settings(stages=2, modes=("decoupled",), hidden=32, depth=2,
+                               epochs=int(sys.argv[2]), checkpoint_every=20, target_every=2)
     report = staged.train(settings, str(folder), restarts=5)
     (folder / "report").write_text(as_json(report))
 """
@@ -55,14 +55,16 @@ def children(of: int) -> list[int]:
     return found
 
 
-def run_and_kill(folder: Path, seed: int, kill: bool = True) -> dict:
+def run_and_kill(folder: Path, seed: int, epochs: int = 40, kill: bool = True) -> dict:
     """Train, with one rank killed at a random moment of its training; the report."""
     dice = random.Random(seed)
     script = folder / "program.py"
     script.write_text(PROGRAM)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    program = subprocess.Popen([sys.executable, str(script), str(folder)], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    command = [sys.executable, str(script), str(folder), str(epochs)]
+    program = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         deadline = time.monotonic() + 300.0
         log, after = folder / "steps-0", dice.randrange(30, 400)
@@ -97,18 +99,17 @@ def check(folder: Path, report: dict, killed: bool) -> None:
         assert histories[-1][-1] == steps
     if killed:
         assert run["resumed_at"] > 0 and run["resumed_at"] % 20 == 0
+        assert run["error"] < 0.06
     assert not list(folder.rglob("*.part"))
-    assert run["error"] < 0.06
 
 
-@pytest.mark.slow(40)
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_killed_and_restarted(seed, tmp_path):
-    check(tmp_path, run_and_kill(tmp_path, seed), killed=True)
+@pytest.mark.slow(30)
+def test_killed_and_restarted(tmp_path):
+    check(tmp_path, run_and_kill(tmp_path, 1), killed=True)
 
 
-@pytest.mark.repeat
-@pytest.mark.parametrize("seed", range(4, 21))
+@pytest.mark.repeat  # other ranks, other moments
+@pytest.mark.parametrize("seed", range(2, 21))
 def test_killed_and_restarted_often(seed, tmp_path):
     check(tmp_path, run_and_kill(tmp_path, seed), killed=True)
 
@@ -116,4 +117,4 @@ def test_killed_and_restarted_often(seed, tmp_path):
 @pytest.mark.slow(20)
 def test_not_killed(tmp_path):
     """What is looked for above is not there otherwise."""
-    check(tmp_path, run_and_kill(tmp_path, 0, kill=False), killed=False)
+    check(tmp_path, run_and_kill(tmp_path, 0, epochs=5, kill=False), killed=False)

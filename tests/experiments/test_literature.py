@@ -190,12 +190,31 @@ def test_what_waits_descends_the_sum_of_both_losses():
     odd, threes = literature_clocks.counts(labels)
     states = [fresh.lower(part) for part in images]
     losses = [fresh._odd_loss(*of) for of in zip(states, odd, strict=True)]
-    loss = torch.stack(losses).mean()
+    loss = torch.stack(losses).sum()  # as of the T updates of the other arms together
     sent = torch.stack([fresh.lower.message(state) for state in states])
     loss = loss + nn.functional.cross_entropy(fresh.upper(sent), threes.sum(0))
     exact = torch.autograd.grad(loss, list(fresh.lower.parameters()))
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_one_evaluation_is_after_as_many_updates_as_what_waits_has():
+    settings = replace(TINY, windows=(4,), digits=16 * 375)
+    ends = {}
+    for name in ("waits", "alone"):
+        with pytest.MonkeyPatch.context() as patch:
+            # What is counted, without the training.
+            patch.setattr(literature_clocks._Pair, "step", _count)
+            patch.setattr(literature_clocks._Pair, "errors", lambda self, *_: (0.0, 0.0))
+            patch.setattr(literature_clocks, "draw", lambda *_: (None, None))
+            made = literature_clocks.train(name, 4, 0, settings, DATA, lambda _: None)
+            ends[name] = [row["updates"] for row in made["history"]]
+    most = ends["waits"][-1]
+    assert most == 375 and most - 4 < max(n for n in ends["alone"] if n <= most)
+
+
+def _count(pair, *_):
+    pair.updates += 1 if pair.name == "waits" else pair.window
 
 
 def test_the_same_settings_give_the_same_numbers(report):

@@ -10,10 +10,11 @@ import torch
 from clusters import clusters
 
 from fused_dni.cli import main
-from fused_dni.experiments import data, rival_grid
+from fused_dni.experiments import data, rival_grid, rivals
 from fused_dni.experiments.characters import WINDOW, windows
 from fused_dni.experiments.rival_arms import Grid
 from fused_dni.experiments.run import Interrupted
+from fused_dni.measure.verdict.errors import GateError
 from fused_dni.report import blocks_of, load
 from fused_dni.report.blocks import as_text
 from fused_dni.report.kinds import rival_grid as said
@@ -99,6 +100,17 @@ def test_a_stopped_grid_goes_on_where_it_was(report):
     assert [run["history"] for run in whole["runs"]] == [run["history"] for run in report["runs"]]
     with pytest.raises(ValueError, match="is of other settings"):
         rival_grid.compare(replace(TINY, steps=4), DATA, previous=part)
+
+
+def test_what_is_wrong_with_an_arm_shows_before_anything_is_trained(monkeypatch):
+    def check(trainer, *_):
+        raise GateError(f"{trainer.name} deviates")
+
+    kept = []
+    monkeypatch.setattr(rivals.rival_gate, "check", check)
+    with pytest.raises(GateError, match="backprop deviates"):
+        rival_grid.compare(TINY, DATA, seconds=0.02, keep=kept.append)
+    assert kept == []
 
 
 def test_a_report_is_read_and_shown(report, tmp_path):
@@ -216,6 +228,9 @@ def test_the_command_on_a_text(tmp_path, capsys, monkeypatch):
     assert made["dataset"] == "characters" and made.facts["command"].count("DIR") == 2
     assert main([*argv, "--resume", "--seeds", "3"]) == 2
     assert "of other settings" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text("whether 'tis nobler in the mind to suffer. " * 20)
+    assert main([*argv, "--resume"]) == 2
+    assert "of other data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

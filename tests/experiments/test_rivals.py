@@ -365,6 +365,8 @@ def test_a_stopped_comparison_goes_on_where_it_was(report):
     assert results(whole) == results(report)
     with pytest.raises(ValueError, match="is of other settings"):
         rivals.compare(replace(TINY, hidden=13), DATA, previous=report)
+    with pytest.raises(ValueError, match="is of other data"):
+        rivals.compare(SOME, rivals.held_out(DATA), previous=report)
 
 
 def test_ctrl_c_keeps_what_is_finished(report):

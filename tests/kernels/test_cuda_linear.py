@@ -38,7 +38,7 @@ from torch import Tensor
 
 import fused_dni as fd
 from fused_dni.backends.cuda import backend as adapter
-from fused_dni.backends.cuda.calls import TYPES, meeting
+from fused_dni.backends.cuda.calls import TYPES, barrier
 from fused_dni.ops import types as base
 
 pytestmark = MARKS
@@ -203,7 +203,7 @@ Items = tuple[Any, ...]
 
 def _where(room: Tensor) -> tuple[Any, int]:
     """Room as an op takes it, and the stream."""
-    word, stream = meeting(room.device)
+    word, stream = barrier(room.device)
     return (room.data_ptr(), 4 * room.numel(), word), stream
 
 

@@ -84,7 +84,7 @@ def capture() -> Iterator[list[tuple[int, int]]]:
     zeros = torch.zeros
 
     def launch(op: Callable[..., int], items: tuple[Any, ...], room: Tensor) -> None:
-        word, _ = calls.meeting(room.device)
+        word, _ = calls.barrier(room.device)
         assert word is not None
         made.append((word[0], room.data_ptr()))
         kept.append(room)
@@ -196,7 +196,7 @@ def test_streams_share_no_word_and_no_workspace(monkeypatch: pytest.MonkeyPatch)
     rooms: dict[int, set[tuple[int, int]]] = {}
 
     def launch(op: Any, items: tuple[Any, ...], room: Tensor) -> None:
-        word, stream = calls.meeting(room.device)
+        word, stream = calls.barrier(room.device)
         assert word is not None
         rooms.setdefault(stream, set()).add((word[0], room.data_ptr()))
         real(op, items, room)

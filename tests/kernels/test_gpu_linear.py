@@ -225,7 +225,7 @@ def test_a_step_forgets_shapes_that_do_not_come_back(way: Way) -> None:
     with way.divided():
         for rows in (16, 17, 18, 19, 20, 21):
             step(case.inputs["x"][:rows], None, float(rows), False, False)
-        kept = [n for key in step.rooms for n in key if type(n) is int and 16 <= n <= 21]
+        kept = [n for key in step.workspaces for n in key if type(n) is int and 16 <= n <= 21]
         assert kept == [18, 19, 20, 21]
         for scale in (21.0, 42.0):
             before = copies(own(case))

@@ -32,8 +32,8 @@ import torch
 import triton
 import triton.language as tl
 from fused_dni.kernels import common
+from fused_dni.kernels.barrier import RECORD, GridBarrier, wait_for_all
 from fused_dni.kernels.common import grid_barrier
-from fused_dni.kernels.meeting import RECORD, Meeting, meet
 
 TOP = 1 << 31
 OVER = ("ended", "gave up")
@@ -526,7 +526,7 @@ def test_programs_of_a_gpu_meet() -> None:
 @triton.jit
 def _waiting_kernel(where, met, programs):
     """All programs of a grid wait for as many, and say whether they came."""
-    came = meet(where, 0, programs, 7, programs, 2, 3, 4)
+    came = wait_for_all(where, 0, programs, 7, programs, 2, 3, 4)
     tl.store(met + tl.program_id(0), came.to(tl.int32))
 
 
@@ -540,7 +540,7 @@ def test_programs_give_up_and_leave_a_record() -> None:
     state = torch.zeros(8, dtype=torch.int32, device=device)
     for expected in (grid + 1, grid):
         met = torch.full((grid,), -1, dtype=torch.int32, device=device)
-        _waiting_kernel[(grid,)](Meeting(state, record, 100), met, expected, **options)
+        _waiting_kernel[(grid,)](GridBarrier(state, record, 100), met, expected, **options)
         assert met.tolist() == [0] * grid
         assert record.tolist() == [4, 7, grid + 1, 2, 3]
     assert state[0].item() & 1 and not state[1:].any()

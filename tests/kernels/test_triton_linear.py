@@ -106,7 +106,7 @@ def test_a_step_at_the_preactivation_has_no_room_for_a_way_that_it_does_not_go(w
     )
     with tiled(TILES[way]):
         step(case.inputs["x"], None, 35.0, True, False)
-    (room,) = step.rooms.values()
+    (room,) = step.workspaces.values()
     t = room.tensors
     assert (t.normalized, t.rstd, t.columns, t.gradient, t.across) == (None,) * 5
 
@@ -120,7 +120,7 @@ def test_a_step_at_the_preactivation_meets_less_often(
 ) -> None:
     """Nothing is summed over rows or features on the way back, where tiles do not hold them all."""
     met = []
-    monkeypatch.setattr(linear, "meet", lambda *_: met.append(1) or True)
+    monkeypatch.setattr(linear, "wait_for_all", lambda *_: met.append(1) or True)
     counts = []
     for interface in ("output", "preactivation"):
         options = {**TABLE[0], **SMOOTH, "normalization": normalization, "kind": "lowrank",
@@ -302,7 +302,7 @@ def test_what_a_step_remembers_of_a_shape_keeps_no_batch_alive() -> None:
         case.layer(), case.config, case.synthesizer(), 0.0, state.tensors(slots(case.layer()))
     )
     step(case.inputs["x"], None, 21.0, False, False)
-    (room,) = step.rooms.values()
+    (room,) = step.workspaces.values()
     for launch in (launch for plan in room.plans.values() for launch in plan):
         assert launch.arguments.keys() == {"s", "C", "FIRST", "LAST"}
 

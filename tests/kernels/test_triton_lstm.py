@@ -46,7 +46,7 @@ if registry_reason is not None:
     pytest.skip(f"triton {registry_reason}", allow_module_level=True)
 
 from fused_dni.kernels import lstm, tuning  # noqa: E402
-from fused_dni.kernels.meeting import RECORD, Meeting  # noqa: E402
+from fused_dni.kernels.barrier import RECORD, GridBarrier  # noqa: E402
 
 from fused_dni.backends.triton import lstm as triton_lstm  # noqa: E402
 
@@ -302,22 +302,22 @@ def test_plans_run_nothing_and_allocate_nothing() -> None:
     )  # fmt: skip
     products = lstm.Products(torch.float32, "tf32")
     carry, words = meta(batch, size), meta(2, dtype=torch.int32)
-    meeting = Meeting(words, meta(RECORD, dtype=torch.int32), 0)
+    barrier = GridBarrier(words, meta(RECORD, dtype=torch.int32), 0)
     launches = lstm.plan_forward(
-        layer, trace.c, trace, None, carry, meeting, True, STEPWISE, products
+        layer, trace.c, trace, None, carry, barrier, True, STEPWISE, products
     )
     assert [launch.arguments["t"] for launch in launches] == [0, 1, 2]
     assert {launch.grid for launch in launches} == {(3, 2)}
     made = lstm.Gradients(meta(steps, batch, 4 * size), trace.h, trace.c)
     launches = lstm.plan_backward(
-        layer, (None, None, None), trace, None, made, None, "none", 0, None, carry, meeting,
+        layer, (None, None, None), trace, None, made, None, "none", 0, None, carry, barrier,
         STEPWISE, products,
     )  # fmt: skip
     assert [launch.arguments["t"] for launch in launches] == [2, 1, 0]
     assert [launch.arguments["LAST"] for launch in launches] == [True, False, False]
     tiles = PERSISTENT._replace(rows=32, units=64)
     (launch,) = lstm.plan_forward(
-        layer, trace.c, trace, None, carry, meeting, True, tiles, products
+        layer, trace.c, trace, None, carry, barrier, True, tiles, products
     )
     assert launch.grid == (1, 1) and launch.options["launch_cooperative_grid"]
     assert lstm.groups(tiles, batch) == 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fused_dni as fd
-from fused_dni.measure.advise.advise import pose
+from fused_dni.measure.advise.advise import make_subject
 from fused_dni.measure.advise.blocks import survey
 from fused_dni.measure.advise.choose import best_by_k, choose, everywhere
 from fused_dni.measure.advise.forms import Interface, Making, converted, interfaces
@@ -139,7 +139,7 @@ def test_an_ordinary_module_hides_the_interface_from_the_layer_above():
 def test_how_blocks_run_is_how_they_ran_in_the_converted_model(model, target):
     """Predicted: whose output asks for a gradient. Seen: with hooks, in the model itself."""
     module, sample, loss = TINY[model]()
-    subject = pose(module, sample, loss, SGD(1e-6), 0, "reference")
+    subject = make_subject(module, sample, loss, SGD(1e-6), 0, "reference")
     chosen = {i: found[0] for i, b in enumerate(subject.blocks) if (found := interfaces(b))}
     for plan in (Plan(), Plan(interfaces=chosen, k=2)):
         copied = converted(subject.model, subject.blocks, plan.interfaces, subject.how)

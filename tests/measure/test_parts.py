@@ -11,7 +11,7 @@ import fused_dni as fd
 from fused_dni.measure import timing
 from fused_dni.measure.verdict import parts as p
 from fused_dni.measure.verdict import phases
-from fused_dni.measure.verdict.candidates import at_rate, pose
+from fused_dni.measure.verdict.candidates import at_rate, make_problem
 from fused_dni.measure.verdict.forms import decouple
 from fused_dni.measure.verdict.work import count
 from fused_dni.report.files import as_json
@@ -39,7 +39,7 @@ def _followed() -> nn.Sequential:
 
 
 def _posed(module, sample, target=None, interface="output", synthesizer="rank4"):
-    problem, output, plain = pose(module, sample, target, 3, SGD)
+    problem, output, plain = make_problem(module, sample, target, 3, SGD)
     ours = decouple(
         plain,
         sample,

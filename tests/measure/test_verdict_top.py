@@ -22,7 +22,7 @@ from fused_dni.measure.race import race
 from fused_dni.measure.verdict import VerdictError
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
 from fused_dni.measure.verdict.top_race import top_arms
-from fused_dni.measure.verdict.top_steps import Subject, pose
+from fused_dni.measure.verdict.top_steps import Subject, make_subject
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import race as races
 from fused_dni.report.schema import Result, save
@@ -126,7 +126,7 @@ def test_without_the_top_its_module_is_not_called() -> None:
         calls.append(h.requires_grad)
         return critic(h, x)  # type: ignore[no-any-return]
 
-    subject = pose(net(), top, images(N, D), "auto", RULE)
+    subject = make_subject(net(), top, images(N, D), "auto", RULE)
     for every, looks in ((1, 1), (4, 1), (None, 0)):
         calls.clear()
         subject.steps("difference", every)()
@@ -134,7 +134,7 @@ def test_without_the_top_its_module_is_not_called() -> None:
 
 
 def test_a_step_whose_loss_is_never_computed_leaves_nothing_behind() -> None:
-    subject = pose(net(), Head(D, 5), labelled(), "auto", at_rate(fd.Adam(), 0.1))
+    subject = make_subject(net(), Head(D, 5), labelled(), "auto", at_rate(fd.Adam(), 0.1))
     loop = subject.loop("softmax", None)
     teacher = copy.deepcopy(loop.bottom.synthesizer.state_dict())
     above = copy.deepcopy(loop.top.state_dict())
@@ -150,7 +150,7 @@ def test_a_step_whose_loss_is_never_computed_leaves_nothing_behind() -> None:
 
 
 def test_what_is_trained_above_is_trained_on_steps_with_targets() -> None:
-    subject = pose(net(), Head(D, 5), labelled(), "auto", at_rate(fd.Adam(), 0.1))
+    subject = make_subject(net(), Head(D, 5), labelled(), "auto", at_rate(fd.Adam(), 0.1))
     for synthesizer, every in ((None, 1), ("softmax", 2)):
         loop = subject.loop(synthesizer, every)
         before = loop.top.weight.detach().clone()
@@ -170,7 +170,7 @@ def test_tied_weights_stay_tied_in_copies() -> None:
     bottom, head = Words(), Head(D, 5)
     head.weight = bottom.embedding.weight
     words = torch.randint(5, (3, 4))
-    subject = pose(bottom, head, (words, words), "auto", RULE)
+    subject = make_subject(bottom, head, (words, words), "auto", RULE)
     assert list(subject.synthesizers) == ["softmax"]
     loop = subject.loop("softmax", 2)
     assert loop.top.weight is loop.bottom.module.embedding.weight
@@ -182,7 +182,7 @@ def test_tied_weights_stay_tied_in_copies() -> None:
 
 
 def chosen(bottom: nn.Module, top: Any, sample: Any, asked: Any = "auto") -> Subject:
-    return pose(bottom, top, sample, asked, RULE)
+    return make_subject(bottom, top, sample, asked, RULE)
 
 
 def test_auto_takes_what_the_context_allows() -> None:
@@ -586,7 +586,7 @@ def test_the_example_of_the_docs_works() -> None:
     found: dict[str, Any] = {}
     exec(compile(code, "docs/measuring.md", "exec"), found)
     bottom, top, batch = found["factory"]()
-    assert list(pose(bottom, top, batch(0), "auto", RULE).synthesizers) == ["difference"]
+    assert list(make_subject(bottom, top, batch(0), "auto", RULE).synthesizers) == ["difference"]
     assert torch.equal(batch(3)[0], batch(3)[0]) and not torch.equal(batch(3)[0], batch(-1)[0])
 
 

@@ -685,7 +685,7 @@ def run_close(backend: Backend, case: LSTMCase) -> dict[str, Tensor]:
         given.get("grad_output"), given.get("grad_h"), given.get("grad_c"), x, layers, lengths,
         (), trace, case.need_dx, True, boundary, statistics if options["statistics"] else None,
     )  # fmt: skip
-    g, lesson = closed.gradients, closed.lesson
+    g, lesson = closed.gradients, closed.regression
     out: dict[str, Any] = {"dh": g.h, "dc": g.c, "dx": g.x, "statistics": statistics}
     out |= _gradients(g.layers)
     if lesson is not None:

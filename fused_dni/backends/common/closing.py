@@ -20,7 +20,7 @@ from fused_dni.ops.types import (
     LSTMBoundary,
     LSTMClosed,
     LSTMGradients,
-    LSTMLesson,
+    LSTMRegression,
     LSTMTrace,
     SynthesizerTensors,
 )
@@ -87,7 +87,7 @@ def close_window(
     if not rows.shape[0]:
         return LSTMClosed(made)
     prediction = synthesizer_predict(rows, synthesizer, None)
-    return LSTMClosed(made, LSTMLesson(rows, grad, prediction))
+    return LSTMClosed(made, LSTMRegression(rows, grad, prediction))
 
 
 def learn(

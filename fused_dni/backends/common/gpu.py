@@ -115,7 +115,7 @@ class GpuStep:
         self.max_norm = max_norm
         self.rule = rule  # whoever holds the step holds the tensors whose addresses it has
         self.written = updated(layer[:4], rule) + moved_statistics(layer, config, True)
-        self.rooms: dict[Any, Any] = {}
+        self.workspaces: dict[Any, Any] = {}
 
     def __call__(
         self,
@@ -134,7 +134,7 @@ class GpuStep:
         increment_version(self.written)
         return made
 
-    def room(self, key: Any, make: Callable[[], Any]) -> Any:
+    def workspace_for(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the workspace for a key, of which the last few are kept; of None, a call that a
         graph captures, it is the graph's own, in its memory.
 
@@ -143,12 +143,12 @@ class GpuStep:
         """
         if key is None:
             return make()
-        room = self.rooms.get(key)
-        if room is None:
-            room = self.rooms[key] = make()
-            if len(self.rooms) > self.most:
-                del self.rooms[next(iter(self.rooms))]
-        return room
+        workspace = self.workspaces.get(key)
+        if workspace is None:
+            workspace = self.workspaces[key] = make()
+            if len(self.workspaces) > self.most:
+                del self.workspaces[next(iter(self.workspaces))]
+        return workspace
 
 
 class GpuBackend(Unbound):

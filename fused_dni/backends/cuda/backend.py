@@ -85,7 +85,7 @@ class _Step(GpuStep):
         op = extension().linear_step
         key = None if capturing(x.device) else (current(x.device), x.shape[0], x.dtype)
         # With room for what the caller does not want to have.
-        room = self.room(key, lambda: workspace(op, items(None, None), x))
+        room = self.workspace_for(key, lambda: workspace(op, items(None, None), x))
         launch(op, items(made.prediction, made.saved), room)
 
 

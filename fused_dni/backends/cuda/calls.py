@@ -188,8 +188,8 @@ def words(device: torch.device) -> Words:
 # ---------------------------------------------------------------------------------------------
 # Launches
 
-Room = tuple[int, int, tuple[int, ...] | None]
-Op = Callable[[tuple[Any, ...], Room | None, int], int]
+Workspace = tuple[int, int, tuple[int, ...] | None]
+Op = Callable[[tuple[Any, ...], Workspace | None, int], int]
 
 
 def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def workspace(op: Op, items: tuple[Any, ...], like: Tensor) -> Tensor:
     return like.new_empty(op(items, None, 0) // 4, dtype=torch.float32)
 
 
-def meeting(device: torch.device) -> tuple[tuple[int, ...] | None, int]:
+def barrier(device: torch.device) -> tuple[tuple[int, ...] | None, int]:
     """Return the word at which the next launch's blocks meet, described, and the stream that it is
     on."""
     on_stream = stream(device)
@@ -212,5 +212,5 @@ def launch(op: Op, items: tuple[Any, ...], room: Tensor) -> None:
     """
     device = room.device
     with on(device):
-        word, on_stream = meeting(device)
+        word, on_stream = barrier(device)
         op(items, (room.data_ptr(), 4 * room.numel(), word), on_stream)

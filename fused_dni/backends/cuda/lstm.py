@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_dni.backends.common.gpu import GpuBackend, Window, contiguous, of_dtype
-from fused_dni.backends.cuda.calls import described, extension, ieee, meeting, on
+from fused_dni.backends.cuda.calls import barrier, described, extension, ieee, on
 from fused_dni.ops.types import (
     AFFINE,
     RULES,
@@ -92,7 +92,7 @@ class CudaLSTM(GpuBackend):
                 (
                     len(layers), like.shape[1], ieee(), RULES.index(rule.kind),
                     rule.nesterov, described(rule.hyper), tuple(described_layers),
-                    described(workspace), *meeting(like.device),
+                    described(workspace), *barrier(like.device),
                 )
             )  # fmt: skip
 
@@ -177,7 +177,7 @@ def _forward(
                 described(x), described(h), described(c), _described_layers(layers),
                 described(lengths), tuple(map(described, dropout)), described(hidden),
                 described(cells), described(gates), described(last_h), described(last_c),
-                described(below), described(carry), *meeting(x.device),
+                described(below), described(carry), *barrier(x.device),
             )
         )  # fmt: skip
     return gates, last_h, last_c
@@ -261,7 +261,7 @@ def _backward(
                 0.0 if boundary is None else boundary.strength / boundary.target_scale,
                 described(reduced), described(predicted), described(delta), described(d_h),
                 described(d_c), described(dx), described(above), gradients, described(carry),
-                *meeting(x.device),
+                *barrier(x.device),
             )
         )  # fmt: skip
     return LSTMGradients(delta.to(x.dtype), d_h, d_c, dx, tuple(made))

@@ -26,7 +26,7 @@ from fused_dni.ops.types import (
     LSTMBoundary,
     LSTMClosed,
     LSTMLayer,
-    LSTMLesson,
+    LSTMRegression,
     LSTMTrace,
 )
 
@@ -71,7 +71,7 @@ def lstm_close(
     rows, grad = (torch.cat(t) for t in zip(*parts, strict=True)) if parts else (last[:0],) * 2
     if not rows.shape[0]:
         return LSTMClosed(made)
-    lesson = LSTMLesson(rows, grad, synthesizer_predict(rows, synthesizer, None))
+    lesson = LSTMRegression(rows, grad, synthesizer_predict(rows, synthesizer, None))
     if statistics is None:
         return LSTMClosed(made, lesson)
     gradients = synthesizer_gradients(

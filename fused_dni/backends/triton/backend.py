@@ -33,7 +33,7 @@ from fused_dni.backends.common.gpu import (
 from fused_dni.backends.common.precision import LOW_PRECISION
 from fused_dni.backends.triton.launching import (
     architecture,
-    meeting_on,
+    barrier_on,
     precision,
     resident,
     run,
@@ -53,7 +53,7 @@ from fused_dni.ops.types import (
 )
 
 
-class _Room(NamedTuple):
+class _Prepared(NamedTuple):
     """A step's tensors with the workspace for one shape of batches, and the launches planned for
     it, without tensors."""
 
@@ -86,27 +86,27 @@ class _Step(GpuStep):
     ) -> None:
         x, (h, prediction, dx, saved) = x.contiguous(), made
         tiles = _tiles("linear_step", x, self.layer.weight, self.problem.rule)
-        current, meeting = stream(x.device), None
+        current, barrier = stream(x.device), None
         if tiles.launches == "one":
-            meeting = meeting_on(x.device, current)
+            barrier = barrier_on(x.device, current)
         key = None if current is None else (x.shape[0], x.dtype, tiles, current)
-        room = self.room(key, lambda: _Room(self._workspace(x, h, tiles), {}))
+        prepared = self.workspace_for(key, lambda: _Prepared(self._workspace(x, h, tiles), {}))
         scaled, reduced = (None, None) if prediction is None else prediction
-        t = room.tensors._replace(
-            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, meeting=meeting,
-            reduced=room.tensors.reduced if reduced is None else reduced,
+        t = prepared.tensors._replace(
+            x=x, h=h, dx=dx, labels=labels, vectors=vectors, scaled=scaled, barrier=barrier,
+            reduced=prepared.tensors.reduced if reduced is None else reduced,
         )  # fmt: skip
         if saved is not None:
             t = t._replace(normalized=saved.normalized, rstd=saved.rstd)
         problem = self.problem._replace(target_scale=scale, precision=precision())
         given = (dx is None, prediction is None, labels is None)
         kind = (*given, precision(), x.data_ptr() % 16 == 0)
-        planned = room.plans.get(kind)
+        planned = prepared.plans.get(kind)
         if planned is None:
             planned = linear.plan(
                 t, problem, tiles, linear.STEP_PHASES, _sizes(t), resident(x.device)
             )
-            room.plans[kind] = linear.unbind(planned)
+            prepared.plans[kind] = linear.unbind(planned)
         else:
             planned = linear.bind(planned, t, problem, tiles)
         run(planned, x.device)
@@ -264,7 +264,7 @@ def _launch(
 ) -> None:
     device = t.x.device
     if tiles.launches == "one":
-        t = t._replace(meeting=meeting_on(device, stream(device)))
+        t = t._replace(barrier=barrier_on(device, stream(device)))
     t = linear.workspace(t, problem, tiles, phases)
     run(linear.plan(t, problem, tiles, phases, _sizes(t), resident(device)), device)
 
@@ -313,7 +313,7 @@ def _launch_synthesizer(
     tiles = tuning.choose(op, (rows, outputs), dtype, device, default)
     rank = 0 if t.down is None else t.down.shape[0]
     if tiles.launches == "one":
-        t = t._replace(meeting=meeting_on(device, stream(device)))
+        t = t._replace(barrier=barrier_on(device, stream(device)))
     t = synthesizer_kernels.workspace(t, problem, tiles, rank)
     sizes = (rows, outputs, rank, _classes(t))
     run(synthesizer_kernels.plan(t, problem, tiles, sizes, resident(device)), device)

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from fused_dni.kernels import linear, lstm, meeting, synthesizer
+from fused_dni.kernels import barrier, linear, lstm, synthesizer
+from fused_dni.kernels.barrier import GridBarrier
 from fused_dni.kernels.launch import Launch
-from fused_dni.kernels.meeting import Meeting
 
 _KERNELS = {
-    meeting.LINEAR.value: linear.KERNEL,
-    meeting.SYNTHESIZER.value: synthesizer.KERNEL,
-    meeting.LSTM_FORWARD.value: lstm.FORWARD_KERNEL,
-    meeting.LSTM_BACKWARD.value: lstm.BACKWARD_KERNEL,
+    barrier.LINEAR.value: linear.KERNEL,
+    barrier.SYNTHESIZER.value: synthesizer.KERNEL,
+    barrier.LSTM_FORWARD.value: lstm.FORWARD_KERNEL,
+    barrier.LSTM_BACKWARD.value: lstm.BACKWARD_KERNEL,
 }
 # Words are handed out by sectors of the cache, eight at a time, from blocks of this many; eager
 # calls see to it that half a block is there for captures to come.
@@ -89,14 +89,14 @@ def stream(device: torch.device) -> int | None:
     return current
 
 
-def meeting_on(device: torch.device, current: int | None, groups: int = 1) -> Meeting:
+def barrier_on(device: torch.device, current: int | None, groups: int = 1) -> GridBarrier:
     """Say where the programs of a launch meet, in so many groups; ``current`` is :func:`stream`'s.
 
     Raises:
         RuntimeError: in a capture, and there are no words that were zeroed before.
         ValueError: FUSED_DNI_SPIN_BOUND is no bound.
     """
-    return shared_by(device, current).meeting(current, groups)
+    return shared_by(device, current).barrier(current, groups)
 
 
 def shared_by(device: torch.device, current: int | None) -> _Shared:
@@ -127,17 +127,17 @@ class _Shared:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bound = meeting.spin_bound()
+        self.bound = barrier.spin_bound()
         self.record = torch.zeros(
-            meeting.RECORD, dtype=torch.int32, pin_memory=device.type == "cuda"
+            barrier.RECORD, dtype=torch.int32, pin_memory=device.type == "cuda"
         )
         self.waited = ctypes.c_int32.from_address(self.record.data_ptr())
-        self.streams: dict[int, Meeting] = {}
+        self.streams: dict[int, GridBarrier] = {}
         self.lock = threading.Lock()
         self.blocks: list[Tensor] = []  # for ever: who knows when a graph is gone
         self.words = self._zeroed(_BLOCK)
 
-    def meeting(self, current: int | None, groups: int) -> Meeting:
+    def barrier(self, current: int | None, groups: int) -> GridBarrier:
         """Words that are this stream's alone, or this launch's where it is captured (None).
 
         Raises:
@@ -155,12 +155,12 @@ class _Shared:
                 self.words = self._zeroed(_BLOCK)
         return found
 
-    def _take(self, groups: int) -> Meeting:
+    def _take(self, groups: int) -> GridBarrier:
         size = -(-groups // _SECTOR) * _SECTOR
         with self.lock:
             words = self.words[:size] if size <= len(self.words) else self._zeroed(size)
             self.words = self.words[size:]
-        return Meeting(words, self.record, self.bound)
+        return GridBarrier(words, self.record, self.bound)
 
     def _zeroed(self, size: int) -> Tensor:
         words = torch.zeros(size, dtype=torch.int32, device=self.device)
@@ -178,7 +178,7 @@ class _Shared:
         """
         if stream(self.device) is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the record is whole, and nobody adds to it
-        said = meeting.describe(self.record.tolist(), _KERNELS, self.bound)
+        said = barrier.describe(self.record.tolist(), _KERNELS, self.bound)
         self.streams.clear()
         self.record.zero_()
         raise RuntimeError(f"backend 'triton' on {self.device}: {said}")

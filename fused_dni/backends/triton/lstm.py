@@ -19,9 +19,9 @@ from triton.runtime import driver
 from fused_dni.backends.common.gpu import GpuBackend, Window, contiguous, of_dtype
 from fused_dni.backends.common.precision import product
 from fused_dni.backends.common.windows import alive_steps, layer_input
-from fused_dni.backends.triton.launching import meeting_on, precision, run, shared_by, stream
+from fused_dni.backends.triton.launching import barrier_on, precision, run, shared_by, stream
 from fused_dni.kernels import lstm, tuning
-from fused_dni.kernels.meeting import Meeting
+from fused_dni.kernels.barrier import GridBarrier
 from fused_dni.ops.types import (
     CellGradients,
     CellTrace,
@@ -60,7 +60,7 @@ class TritonLSTM(GpuBackend):
         cells = x.new_empty(depth, steps + 1, batch, size) if save else None
         hidden = x.new_empty(kept, steps + 1, batch, size)
         last_h, last_c = torch.empty_like(h), torch.empty_like(c)
-        meeting = _meeting(x, tiles)
+        barrier = _barrier(x, tiles)
         carry = x.new_empty(batch, size, dtype=torch.float32)
         below = x
         for k, layer in enumerate(layers):
@@ -85,7 +85,7 @@ class TritonLSTM(GpuBackend):
                 gates[place],
             )
             launches = lstm.plan_forward(
-                lstm.Layer(*layer), c[k], trace, lengths, carry, meeting, save, tiles, products
+                lstm.Layer(*layer), c[k], trace, lengths, carry, barrier, save, tiles, products
             )
             run(launches, x.device)
             if not tiles.persistent:
@@ -106,7 +106,7 @@ class TritonLSTM(GpuBackend):
         tiles = _window_tiles("lstm_backward", x, size, products)
         delta = torch.empty_like(gates, dtype=products.dtype)
         d_h, d_c = torch.empty_like(last_h), torch.empty_like(last_c)
-        meeting = _meeting(x, tiles)
+        barrier = _barrier(x, tiles)
         carry = x.new_empty(batch, size, dtype=torch.float32)
         ends, start = None, None
         if boundary is not None:
@@ -132,7 +132,7 @@ class TritonLSTM(GpuBackend):
                 k,
                 start,
                 carry,
-                meeting,
+                barrier,
                 tiles,
                 products,
             )
@@ -305,11 +305,11 @@ def machine(device: torch.device) -> lstm.Machine | None:
     return lstm.Machine(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
-def _meeting(x: Tensor, tiles: lstm.WindowTiles) -> Meeting | None:
+def _barrier(x: Tensor, tiles: lstm.WindowTiles) -> GridBarrier | None:
     """Say where programs of a window over x [T, B, I] meet, if it runs in one launch."""
     if not tiles.persistent:
         return None
-    return meeting_on(x.device, stream(x.device), lstm.groups(tiles, x.shape[1]))
+    return barrier_on(x.device, stream(x.device), lstm.groups(tiles, x.shape[1]))
 
 
 def _window_tiles(op: str, x: Tensor, size: int, products: lstm.Products) -> lstm.WindowTiles:

@@ -43,6 +43,7 @@ from fused_dni.measure.advise.measure import (
 from fused_dni.measure.advise.predict import ASSUMPTIONS, Blocks, Form, Plan
 from fused_dni.measure.advise.top import expensive_top
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import ADVICE_SECONDS
 from fused_dni.measure.timing import Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, Problem, at_rate, trying
 from fused_dni.modules.base import DecoupledModule
@@ -89,7 +90,7 @@ def advise(
     update: Rule | None = None,
     classes: int = 0,
     all_blocks: bool = False,
-    seconds: float = 20.0,
+    seconds: float = ADVICE_SECONDS,
     backend: str | None = None,
     title: str | None = None,
     command: str | None = None,
@@ -130,7 +131,7 @@ def advise(
     update = update or SGD()
     say("finding blocks", 0.0)
     with torch.random.fork_rng(devices=[]):
-        subject = pose(model, sample, loss, at_rate(update, TIMING_RATE), classes, backend)
+        subject = make_subject(model, sample, loss, at_rate(update, TIMING_RATE), classes, backend)
         gate = check(subject)
         say("finding blocks", 1.0)
         measured, stock_before = measure_blocks(
@@ -181,7 +182,7 @@ def advise(
     ))  # fmt: skip
 
 
-def pose(
+def make_subject(
     model: nn.Module,
     sample: Tensor,
     loss: Loss | None,

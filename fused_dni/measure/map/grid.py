@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fused_dni.measure.options import KS, MAP_SECONDS
 from fused_dni.measure.verdict.forms import LINEAR_NAMES, check_name
 from fused_dni.ops.types import INTERFACES
 from fused_dni.report import text
@@ -60,9 +61,9 @@ class Settings:
     dtype: torch.dtype = torch.float32
     update: Rule = field(default_factory=SGD)
     context_features: int = 10
-    ks: tuple[int | None, ...] = (1, 2, 4, 8, 16, None)
+    ks: tuple[int | None, ...] = KS
     backend: str | None = None
-    seconds: float = 2.5
+    seconds: float = MAP_SECONDS
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -2,8 +2,8 @@
 
 from fused_dni.measure.simulate.check import compare
 from fused_dni.measure.simulate.modes import MODES, Case, simulate
-from fused_dni.measure.simulate.settings import Failures, Link, Settings, Stragglers, Times
 from fused_dni.measure.simulate.sweep import sweep
+from fused_dni.measure.simulate_settings import Failures, Link, Settings, Stragglers, Times
 
 __all__ = [
     "MODES",

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
-from fused_dni.measure.simulate.settings import TIMES_MINIMUM, Times
+from fused_dni.measure.options import STAGE_SECONDS
+from fused_dni.measure.simulate_settings import TIMES_MINIMUM, Times
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line, spread
-from fused_dni.measure.verdict.top_steps import Loop, pose
+from fused_dni.measure.verdict.top_steps import Loop, make_subject
 from fused_dni.rules import Adam, Rule
 
 #: What a user's modules and functions may raise when they are tried.
@@ -60,7 +61,7 @@ def calibrate(
     made: Any,
     where: str,
     *,
-    seconds: float = 2.0,
+    seconds: float = STAGE_SECONDS,
     update: Rule | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Calibration:
@@ -211,7 +212,7 @@ def _stepping(optimizer: torch.optim.Optimizer, prepare: Callable[[], None]) -> 
 
 def _decoupled(stage: nn.Module, x: Tensor, rule: Rule) -> dict[str, Candidate]:
     """Steps by a predicted gradient, with and without the input's gradient, and a lesson."""
-    subject = pose(stage, lambda h: h.square().mean(), (x.detach(),), "auto", rule)
+    subject = make_subject(stage, lambda h: h.square().mean(), (x.detach(),), "auto", rule)
     (name,) = subject.synthesizers
 
     def step(given: Tensor) -> Candidate:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_dni.measure.simulate.modes import MODES, Case, simulate
-from fused_dni.measure.simulate.settings import MOST_STAGES, Settings, Times
+from fused_dni.measure.simulate_settings import MOST_STAGES, Settings, Times
 from fused_dni.report import text
 
 #: A simulated throughput is to be the measured one within this share.
@@ -41,9 +41,9 @@ def compare(
             ``steps_per_second``. A step is an update of the exact modes, 2BW and data parallel
             (of ``microbatches``), a microbatch of ``stale``, ``dni`` and ``local``, a local step
             of every replica of ``diloco``. Optional: ``times``, an object of seconds by the names
-            of :class:`fused_dni.measure.simulate.settings.Times` (``forward`` and ``backward``
+            of :class:`fused_dni.measure.simulate_settings.Times` (``forward`` and ``backward``
             at least; one number or one a stage), and the :data:`OPTIONS`, as in
-            :class:`fused_dni.measure.simulate.settings.Settings`.
+            :class:`fused_dni.measure.simulate_settings.Settings`.
         settings: what rows do not say.
 
     Returns:

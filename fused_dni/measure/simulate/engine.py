@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fused_dni.measure.simulate import draws
-from fused_dni.measure.simulate.settings import Link, Stragglers
+from fused_dni.measure.simulate_settings import Link, Stragglers
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

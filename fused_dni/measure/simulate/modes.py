@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fused_dni.measure.simulate import replicas
 from fused_dni.measure.simulate.engine import Chain, Outage, Ran, run
-from fused_dni.measure.simulate.settings import Settings
+from fused_dni.measure.simulate_settings import Settings
 
 #: Stages whose utilisation is kept one by one; of more, the least, the mean and the most.
 SINGLE = 64

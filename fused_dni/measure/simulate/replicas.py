@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fused_dni.measure.simulate import draws
-from fused_dni.measure.simulate.settings import Settings
+from fused_dni.measure.simulate_settings import Settings
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,21 @@ from typing import Any
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.simulate.modes import MODES, Case, simulate
-from fused_dni.measure.simulate.settings import LONGEST, MOST_STAGES, Settings
+from fused_dni.measure.simulate_settings import LONGEST, MOST_STAGES, STAGES, Settings
 from fused_dni.report import text
 from fused_dni.report.schema import Result
 
 #: Format of the report.
 LATENCIES = (0.0, 1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
-STAGES = (2, 4, 8, 16, 32, 64)
+CHAINS = (2, 4, 8, 16, 32, 64)
 
 
 def sweep(
     settings: Settings,
     *,
-    stages: int = 4,
+    stages: int = STAGES,
     latencies: Sequence[float] = LATENCIES,
-    chains: Sequence[int] = STAGES,
+    chains: Sequence[int] = CHAINS,
     modes: Sequence[str] = tuple(MODES),
     measured: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,

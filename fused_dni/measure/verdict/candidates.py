@@ -61,7 +61,7 @@ def check_sample(sample: Any) -> None:
         raise VerdictError(f"sample must be a floating-point tensor, got {got}")
 
 
-def pose(
+def make_problem(
     module: nn.Module,
     sample: Tensor,
     target: Tensor | Loss | None,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import KS, VERDICT_SECONDS
 from fused_dni.measure.timing import Candidate
 from fused_dni.measure.verdict import forms
 from fused_dni.measure.verdict.candidates import (
@@ -38,8 +39,8 @@ from fused_dni.measure.verdict.candidates import (
     at_rate,
     compiled_step,
     linear_shapes,
+    make_problem,
     our_step,
-    pose,
     spread,
     stock_step,
 )
@@ -64,12 +65,12 @@ def verdict(
     *,
     target: Tensor | Loss | None = None,
     update: Rule | None = None,
-    target_every: Sequence[int | None] = (1, 2, 4, 8, 16, None),
+    target_every: Sequence[int | None] = KS,
     interface: str | Sequence[str] = "output",
     synthesizer: nn.Module | str | Sequence[str] = "default",
     rank: int | None = None,
     context_features: int = 0,
-    seconds: float = 5.0,
+    seconds: float = VERDICT_SECONDS,
     parts: bool = True,
     compile: bool = True,
     compile_limit: float = 120.0,
@@ -124,7 +125,7 @@ def verdict(
     say = teller(progress)
     update = update or SGD()
     rule = at_rate(update, TIMING_RATE)
-    problem, output, module = pose(module, sample, target, context_features, rule)
+    problem, output, module = make_problem(module, sample, target, context_features, rule)
     making = _Making(module, problem, output, context_features, backend)
     plans = _plans(making, interface, synthesizer, rank)
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import STAGE_SECONDS
 from fused_dni.measure.simulate import paced
 from fused_dni.measure.simulate.calibrate import calibrate
 from fused_dni.measure.simulate.modes import Case, simulate
-from fused_dni.measure.simulate.settings import Link, Settings
+from fused_dni.measure.simulate_settings import Link, Settings
 from fused_dni.report.schema import Result
 
 #: By the report's name: the simulation's.
@@ -30,7 +31,7 @@ def verdict_link(
     where: str,
     link: Link,
     *,
-    seconds: float = 2.0,
+    seconds: float = STAGE_SECONDS,
     run: float | None = 2.0,
     options: dict[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
@@ -45,7 +46,7 @@ def verdict_link(
         seconds: of measuring, for each stage.
         run: seconds for which each mode of :mod:`fused_dni.distributed` is run, by processes that
             sleep for the stages' times over loopback, delayed as the link; None for no run.
-        options: of :class:`fused_dni.measure.simulate.settings.Settings`, beside what is measured.
+        options: of :class:`fused_dni.measure.simulate_settings.Settings`, beside what is measured.
         progress: called with what is done and the fraction done.
         command: for the report.
 

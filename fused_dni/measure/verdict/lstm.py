@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import stock_optimizer
+from fused_dni.measure.options import VERDICT_SECONDS
 from fused_dni.measure.timing import Ratio, Timing
 from fused_dni.measure.verdict.candidates import (
     TIMING_RATE,
@@ -252,7 +253,7 @@ def verdict_lstm(
     long: int | None = None,
     update: Rule | None = None,
     synthesizer: nn.Module | str = "default",
-    seconds: float = 5.0,
+    seconds: float = VERDICT_SECONDS,
     backend: str | None = None,
     title: str | None = None,
     progress: Callable[[str, float], None] | bool = False,

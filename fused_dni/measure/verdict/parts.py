@@ -111,7 +111,7 @@ def measure_parts(
         plain: the module by PyTorch alone.
         decoupled: the same on our layers, with synthesizers and rules
             (:func:`fused_dni.measure.verdict.candidates.decouple`).
-        problem: what both are given (:func:`fused_dni.measure.verdict.candidates.pose`).
+        problem: what both are given (:func:`fused_dni.measure.verdict.candidates.make_problem`).
         seconds: budget of all parts together.
         progress: called with the fraction done.
 

@@ -31,10 +31,11 @@ from torch import nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import VERDICT_SECONDS
 from fused_dni.measure.timing import Candidate, Timing
 from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate
 from fused_dni.measure.verdict.result import Measured, break_even
-from fused_dni.measure.verdict.top_steps import Subject, Top, pose, unchanged
+from fused_dni.measure.verdict.top_steps import Subject, Top, make_subject, unchanged
 from fused_dni.report.kinds import verdict_top as reports
 from fused_dni.report.progress import teller
 from fused_dni.report.schema import Result
@@ -158,7 +159,7 @@ def verdict_top(
     synthesizer: nn.Module | str | Sequence[str] = "auto",
     target_every: Sequence[int] = KS,
     update: Rule | None = None,
-    seconds: float = 5.0,
+    seconds: float = VERDICT_SECONDS,
     title: str | None = None,
     progress: Callable[[str, float], None] | bool = False,
 ) -> TopVerdict:
@@ -200,7 +201,7 @@ def verdict_top(
     say = teller(progress)
     update = update or Adam()
     say("checking", 0.0)
-    subject = pose(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
+    subject = make_subject(bottom, top, sample, synthesizer, at_rate(update, TIMING_RATE))
     say("checking", 1.0)
     with unchanged(subject.top, subject.x.device):
         found = _measured(subject, ks, seconds, lambda fraction: say("measuring", fraction))

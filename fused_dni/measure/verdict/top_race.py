@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fused_dni.measure.race import Arms
-from fused_dni.measure.verdict.top_steps import drawn, given, pose
+from fused_dni.measure.verdict.top_steps import drawn, given, make_subject
 from fused_dni.rules import Rule
 
 #: Steps of plain backprop before the top is left out, in which the synthesizer learns, too.
@@ -58,7 +58,7 @@ class Racer:
         self._batch = made.batch
         self._number = seed * APART
         name = "auto" if synthesizer is None else synthesizer
-        subject = pose(
+        subject = make_subject(
             made.bottom, made.top, drawn(made.batch, self._number), made.synthesizer or name, rule
         )
         chosen = None if synthesizer is None else next(iter(subject.synthesizers))

@@ -297,7 +297,7 @@ class Subject:
         return noise.to(self.h) / self.h.shape[0]
 
 
-def pose(
+def make_subject(
     bottom: nn.Module,
     top: Top,
     sample: Sequence[Any],

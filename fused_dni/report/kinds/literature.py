@@ -148,8 +148,9 @@ def _by_depth(report: Result) -> list[Table]:
     lines, apart = [], []
     for name in names:
         found = [errors(report, "depth", name, size) for size in sizes]
-        seeds = max(map(len, found))
-        lines.append([_named(report, name), str(seeds), *(_cell(of.values()) for of in found)])
+        counts = [len(of) for of in found if of]
+        seeds = " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
+        lines.append([_named(report, name), seeds, *(_cell(of.values()) for of in found)])
         if name in PUBLISHED:
             lines.append(["- published", "", *(PUBLISHED[name].get(s, "") for s in sizes)])
         if name != "backprop":

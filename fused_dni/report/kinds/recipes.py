@@ -103,7 +103,7 @@ def shares(report: Result) -> Table:
 
 
 def sentence(report: Result) -> str:
-    """Say which recipe is the best at the largest k, and whether seeds tell it from the bases."""
+    """Say which recipe has the least error at the largest k, and which ranges are apart."""
     k = max(report.settings["target_every"])
     means = {
         name: statistics.fmean(found)
@@ -113,7 +113,7 @@ def sentence(report: Result) -> str:
     if not means:
         return "No recipe was trained."
     best = min(means, key=lambda name: means[name])
-    said = f"At k={k} the best recipe is {best}, {means[best]:.2f} %"
+    said = f"At k={k} the row of least error is {best}, {means[best]:.2f} %"
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:

@@ -37,7 +37,7 @@ if registry_reason is not None:
 if torch.cuda.is_available():
     pytest.skip("streams are pretended and kernels interpreted", allow_module_level=True)
 
-from fused_dni.kernels import linear, lstm, meeting, synthesizer, tuning  # noqa: E402
+from fused_dni.kernels import barrier, linear, lstm, synthesizer, tuning  # noqa: E402
 from fused_dni.kernels.launch import Launch  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
@@ -111,16 +111,16 @@ def tensors_of(arguments: Any) -> Iterator[Tensor]:
             yield from tensors_of(each)
 
 
-def meetings_of(arguments: Any) -> Iterator[meeting.Meeting]:
-    if isinstance(arguments, meeting.Meeting):
+def barriers_of(arguments: Any) -> Iterator[barrier.GridBarrier]:
+    if isinstance(arguments, barrier.GridBarrier):
         yield arguments
     elif isinstance(arguments, (tuple, dict)):
         for each in arguments.values() if isinstance(arguments, dict) else arguments:
-            yield from meetings_of(each)
+            yield from barriers_of(each)
 
 
 def words(launch: Launch) -> Tensor:
-    (found,) = meetings_of(launch.arguments)
+    (found,) = barriers_of(launch.arguments)
     assert isinstance(found.words, torch.Tensor)
     return found.words
 
@@ -235,7 +235,7 @@ def _given(run: Callable[[], object]) -> Iterator[Any]:
 
 def test_a_device_has_words_of_its_own(at: SimpleNamespace) -> None:
     """The default stream is number 0 on each."""
-    own = [launching.meeting_on(torch.device(name), 0) for name in ("cpu", "cpu:0")]
+    own = [launching.barrier_on(torch.device(name), 0) for name in ("cpu", "cpu:0")]
     assert not addresses(own[0].words) & addresses(own[1].words)
     assert own[0].record.data_ptr() != own[1].record.data_ptr()
 
@@ -299,14 +299,14 @@ def test_a_capture_in_which_nothing_can_be_zeroed_is_refused(at: SimpleNamespace
 
 def test_words_that_run_out_in_a_capture(at: SimpleNamespace) -> None:
     """Are made again by the next eager call, of which there is one now and then."""
-    launching.meeting_on(CPU, 0)
+    launching.barrier_on(CPU, 0)
     used = launching._BLOCK // launching._SECTOR - 1
-    taken = [launching.meeting_on(CPU, None).words.data_ptr() for _ in range(used)]
+    taken = [launching.barrier_on(CPU, None).words.data_ptr() for _ in range(used)]
     assert len(set(taken)) == used
     with pytest.raises(RuntimeError, match="is used up: run a step outside"):
-        launching.meeting_on(CPU, None)
-    launching.meeting_on(CPU, 0)
-    later = launching.meeting_on(CPU, None, 11).words
+        launching.barrier_on(CPU, None)
+    launching.barrier_on(CPU, 0)
+    later = launching.barrier_on(CPU, None, 11).words
     assert len(later) >= 11 and not later.any()
     assert not addresses(later) & set(taken)
     # A graph keeps only the address: the memory is never given back.
@@ -319,12 +319,12 @@ def test_words_that_run_out_in_a_capture(at: SimpleNamespace) -> None:
 
 
 class Planted:
-    """In the place of a kernel's ``meet``: at its ``missing``-th barrier one program more is
-    waited for than there is."""
+    """In the place of a kernel's ``wait_for_all``: at its ``missing``-th barrier one program more
+    is waited for than there is."""
 
     def __init__(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.real, self.count, self.missing = module.meet, 0, 0
-        monkeypatch.setattr(module, "meet", self)
+        self.real, self.count, self.missing = module.wait_for_all, 0, 0
+        monkeypatch.setattr(module, "wait_for_all", self)
 
     def __call__(self, where: Any, group: Any, programs: Any, *rest: Any) -> Any:
         self.count += 1
@@ -404,7 +404,7 @@ def test_later_launches_of_the_stream_change_nothing_either(
     now = state_of(case) + state_of(other)
     assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
     monkeypatch.undo()
-    assert launching.meeting.describe([1, 3, 35, 20, 37], launching._KERNELS, 5).startswith(
+    assert launching.barrier.describe([1, 3, 35, 20, 37], launching._KERNELS, 5).startswith(
         "linear_kernel, in front of phase 'reduce', for N = 35, I = 20, O = 37: "
     )
 
@@ -474,7 +474,7 @@ def test_no_update_by_what_a_window_left_that_waited_in_vain(
 
 
 def lstm_number() -> int:
-    return int(meeting.LSTM_BACKWARD.value)
+    return int(barrier.LSTM_BACKWARD.value)
 
 
 @pytest.mark.parametrize("said", ["-1", "", "1.5", "2147483648", "²", "none"])
@@ -485,14 +485,14 @@ def test_a_bound_that_is_none_is_refused(said: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_bound_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launching.meeting_on(CPU, 0).bound == 5
+    assert launching.barrier_on(CPU, 0).bound == 5
     for said, bound in (("0", 0), ("2147483647", 2**31 - 1), (None, 2**21)):
         monkeypatch.setattr(launching, "_shared", {})
         if said is None:
             del os.environ["FUSED_DNI_SPIN_BOUND"]
         else:
             monkeypatch.setenv("FUSED_DNI_SPIN_BOUND", said)
-        assert launching.meeting_on(CPU, 0).bound == bound
+        assert launching.barrier_on(CPU, 0).bound == bound
 
 
 # ---------------------------------------------------------------------------------------------

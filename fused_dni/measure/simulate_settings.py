@@ -1,4 +1,5 @@
-"""What a simulation is given: times of a stage, links, disturbances, and how the modes are run."""
+"""What a simulation is given: times of a stage, links, disturbances, and how the modes are run.
+Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from fused_dni.report.files import finite
 
 #: More stages than that are refused.
 MOST_STAGES = 10_000
+#: Stages while the latency varies, and seconds of latency while their number does.
+STAGES, LATENCY = 4, 0.02
 #: Longest time that may be given, in seconds: whole picoseconds have to fit 64 bits.
 LONGEST = 1e5
 #: Shortest time of work, in seconds.

@@ -31,7 +31,7 @@ _BOUND = "FUSED_DNI_SPIN_BOUND"
 _USUAL_BOUND = 2**21
 
 
-class Meeting(NamedTuple):
+class GridBarrier(NamedTuple):
     """What a launch needs so that its programs can meet."""
 
     words: Any  # int32: one for each group of programs that meet, see grid_barrier
@@ -48,19 +48,19 @@ class Kernel(NamedTuple):
 
 
 @triton.jit
-def meet(meeting, group, programs, phase, size0, size1, size2, KERNEL: tl.constexpr):
+def wait_for_all(barrier, group, programs, phase, size0, size1, size2, KERNEL: tl.constexpr):
     """Wait for all ``programs`` of a group; returns whether they came. Otherwise records which
     kernel waited in front of which phase, unless something is recorded already."""
-    met = grid_barrier(meeting.words + group, programs, meeting.bound)
-    if met == 0:
-        record = meeting.record
+    passed = grid_barrier(barrier.words + group, programs, barrier.bound)
+    if passed == 0:
+        record = barrier.record
         if tl.load(record) == 0:
             tl.store(record + 1, phase)
             tl.store(record + 2, size0)
             tl.store(record + 3, size1)
             tl.store(record + 4, size2)
             tl.store(record, KERNEL)
-    return met
+    return passed
 
 
 def spin_bound() -> int:
