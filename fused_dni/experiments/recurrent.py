@@ -39,7 +39,6 @@ from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.experiments.windowed import OneHot, State, Trainer, build_net
 from fused_dni.measure import timing
-from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
@@ -412,14 +411,15 @@ def train(
     """
     turns = _Evaluations(settings, source)
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
-    return Outcome(settings, turns.data, finished, _notes(settings, source))
+    commit = turns.made.get("commit")
+    return Outcome(settings, turns.data, finished, _notes(settings, source), commit=commit)
 
 
 def result(outcome: Outcome, command: str | None = None) -> Result:
     """Gather the whole report."""
     return Result(
         f"train {outcome.settings.task}",
-        facts=facts(command),
+        facts=run.facts_of(outcome, command),
         settings=asdict(outcome.settings),
         memory_is=timing.PEAK_MEMORY_CPU,
         notes=outcome.notes,

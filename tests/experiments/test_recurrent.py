@@ -567,7 +567,7 @@ def test_checkpoints_of_another_run_or_text_are_refused(tmp_path):
     with pytest.raises(run.CheckpointError, match="another run: hidden 16 there, 8 now"):
         recurrent.train(replace(settings, hidden=8), SOURCE, checkpoint=tmp_path, resume=True)
     other = characters.split(_verse(5000), 0.2, "verse")
-    with pytest.raises(run.CheckpointError, match="another text"):
+    with pytest.raises(run.CheckpointError, match="of other data"):
         recurrent.train(settings, other, checkpoint=tmp_path, resume=True)
     with pytest.raises(run.CheckpointError, match="needs --checkpoint"):
         recurrent.train(settings, SOURCE, resume=True)

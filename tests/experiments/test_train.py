@@ -383,3 +383,36 @@ def test_a_report_that_is_continued_names_all_commits(monkeypatch):
     monkeypatch.setattr(run, "facts", lambda: {"commit": "c"})
     run.do_jobs(report, [], 8, None, Progress(enabled=False))  # nothing was left to run
     assert report.facts["commit"] == "a, b"
+
+
+def test_a_resumed_run_names_all_commits(tmp_path, monkeypatch):
+    settings, dataset = (
+        replace(TINY, seeds=(0,), epochs=2, methods=("fused",)),
+        clusters(64, 20, 12),
+    )
+    real = run.facts
+    write, written = run.write_checkpoint, []
+
+    def commits(commit):
+        monkeypatch.setattr(run, "facts", lambda *_: {**real(), "commit": commit})
+
+    def cut(folder, state):
+        write(folder, state)
+        written.append(state)
+        raise _Cut
+
+    def named():
+        outcome = train.train(settings, dataset, checkpoint=tmp_path, resume=True)
+        return train.result(outcome).facts["commit"]
+
+    commits("a")
+    monkeypatch.setattr(run, "write_checkpoint", cut)
+    with pytest.raises(_Cut):
+        train.train(settings, dataset, checkpoint=tmp_path)
+    monkeypatch.setattr(run, "write_checkpoint", write)
+    commits("b")
+    assert named() == "a, b"
+    commits("c")
+    assert named() == "a, b"  # nothing was left to train
+    write(tmp_path, {k: v for k, v in written[0].items() if k != "commit"})  # an older file
+    assert named() == "c"
