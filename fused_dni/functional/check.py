@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_dni.ops import fits
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     ACTIVATIONS,
@@ -192,9 +193,9 @@ def layer(tensors: LinearTensors, config: LinearConfig) -> None:
         raise ValueError("normalization='batch' needs running_mean and running_var")
 
 
-def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
-    """Refuse a synthesizer of another dtype or device than the layer's weight, and a table that
-    kernels cannot read."""
+def synthesizer(tensors: SynthesizerTensors, weight: Tensor, features: int) -> None:
+    """Refuse a synthesizer of another dtype or device than the layer's weight or another size than
+    what it predicts for, and a table that kernels cannot read."""
     for name, t in zip(tensors._fields[1:5], tensors.parameters(), strict=True):
         if t is None:
             continue
@@ -206,16 +207,17 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
     table = tensors.table
     if table is not None and (
         table.dim() != 2
-        or table.shape[1] != weight.shape[0]
+        or table.shape[1] != features
         or table.dtype not in (weight.dtype, torch.bfloat16)
         or table.device != weight.device
         or not table.is_contiguous()
     ):
         raise RuntimeError(
             f"the synthesizer's table must be {weight.dtype} or torch.bfloat16 "
-            f"[K, {weight.shape[0]}] on {weight.device}, contiguous, got {table.dtype} "
+            f"[K, {features}] on {weight.device}, contiguous, got {table.dtype} "
             f"{list(table.shape)} on {table.device}"
         )
+    fits.predicted_from(0, features, tensors, None)
 
 
 def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:

@@ -468,9 +468,10 @@ class Recurrent(DecoupledModule):
             if fits == self._fits:
                 return
         check.lstm_layers(layers, self.input_size, self.hidden_size)
+        features = 2 * len(layers) * self.hidden_size
         for head in heads:
             if head is not None:
-                check.synthesizer(head, layers[0].weight_ih)
+                check.synthesizer(head, layers[0].weight_ih, features)
         if not tracing:
             self._fits = fits
 

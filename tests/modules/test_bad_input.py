@@ -314,3 +314,78 @@ def test_a_weight_transposed_in_place_is_refused():
     layer.weight.data = layer.weight.data.t()
     with pytest.raises(RuntimeError, match="weight must be contiguous"):
         layer(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# What was kept from a forward and fits no longer: kernels would read past it
+
+
+KEPT = {
+    "h": ({"h": double(6, 4)}, r"weight must have shape \[4, 2\], got \[5, 2\]"),
+    "scaled": ({"scaled": double(5, 5)}, r"prediction.scaled must have shape \[6, 5\]"),
+    "scaled dtype": ({"scaled": torch.randn(6, 5)}, "prediction.scaled must be torch.float64"),
+    "reduced": ({"reduced": double(6, 1)}, r"prediction.reduced must have shape \[6, 2\]"),
+    "grad_h": ({"grad_h": double(5, 5)}, r"grad_h must have shape \[6, 5\], got \[5, 5\]"),
+    "context": ({"context": torch.zeros(5, dtype=torch.int64)}, r"context must have shape \[6\]"),
+    "vectors": ({"context": double(6, 2)}, r"context must have shape \[6, 3\], got \[6, 2\]"),
+    "statistics": ({"statistics": torch.zeros(5)}, "statistics must be torch.float64"),
+}
+
+
+@backends
+@pytest.mark.parametrize("case", KEPT)
+def test_kept_tensors_of_a_synthesizer(backend, case):
+    changed, message = KEPT[case]
+    synthesizer = fd.LinearSynthesizer(5, 2, 3, dtype=torch.float64)
+    slots, rule = tuple(synthesizer.parameters()), fd.rules.RuleState(fd.Adam(0.1))
+    fused = synthesizer.fused()
+    given = {
+        "h": double(6, 5),
+        "scaled": double(6, 5),
+        "reduced": double(6, 2),
+        "grad_h": double(6, 5),
+        "context": torch.zeros(6, dtype=torch.int64),
+        "statistics": None,
+        **changed,
+    }
+    before = kept(slots)
+    with pytest.raises(RuntimeError, match=message):
+        fd.functional.synthesizer_update_(
+            given["h"],
+            fd.ops.types.Prediction(given["scaled"], given["reduced"]),
+            given["grad_h"],
+            fused,
+            rule.tensors(fused.parameters()),
+            context=given["context"],
+            statistics=given["statistics"],
+            backend=backend,
+        )
+    close(kept(slots), before, 0)
+
+
+def _smaller(layer):
+    layer.weight.data = layer.weight.data[:2].clone()
+
+
+def _other_synthesizer(layer):
+    layer.synthesizer = fd.LinearSynthesizer(500, dtype=torch.float64)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("returned", _other_synthesizer),
+        ("fused", _other_synthesizer),
+        ("exact", _smaller),
+        ("exact rule", _smaller),
+    ],
+)
+def test_parameters_of_another_size_between_forward_and_backward(backend, kind, damage):
+    layer = layer_of(kind, backend, None)
+    h = layer(double(6, 4))
+    damage(layer)
+    before = kept(layer.parameters())
+    with pytest.raises(RuntimeError, match=r"must have shape \[.*\], got|same size|size of"):
+        h.sum().backward()
+    close(kept(layer.parameters()), before, 0)
