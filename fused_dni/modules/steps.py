@@ -220,7 +220,7 @@ class LinearSteps(Steps):
                 return
         check.layer(layer, self.config)
         if synthesizer is not None:
-            check.synthesizer(synthesizer, layer.weight)
+            check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
         if addressed:
             self._binding.fits = fits
 
@@ -241,7 +241,7 @@ class LinearSteps(Steps):
         bound = self._binding
         if bound.step is None or bound.rule is not rule or bound.key != key:
             check.layer(layer, self.config)
-            check.synthesizer(synthesizer, layer.weight)
+            check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
             if self.norm_update is not None:  # refuse now what it would refuse in the backward
                 self.norm_update.tensors(self.parameters_behind())
             bound.rule, bound.key = rule, key
