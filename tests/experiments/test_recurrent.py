@@ -673,6 +673,28 @@ def test_a_synthesizer_that_knows_the_future_gets_full_marks():
     assert wrong["prediction_norm_ratio"] == pytest.approx(2.0, abs=1e-12)
 
 
+def test_a_linear_fit_is_judged_by_rows_that_it_has_not_seen():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 3, generator=generator)
+    # The ridge shrinks what it fits by a hundredth, and that of every feature about equally.
+    linear = rows @ torch.randn(3, 3, generator=generator) + 1.0
+    assert future.fitted_row_cosine(rows, linear) > 0.999
+    turned = torch.cat((linear[:200], -linear[200:]))
+    assert future.fitted_row_cosine(rows, turned) < -0.999
+    turned[250:] = 0.0  # rows without a gradient have no cosine
+    assert future.fitted_row_cosine(rows, turned) < -0.999
+    noise = torch.randn(400, 3, generator=generator)
+    # Six standard deviations of the mean of 200 cosines of random directions in 3 dimensions.
+    assert abs(future.fitted_row_cosine(rows, noise)) < 6 / math.sqrt(3 * 200)
+
+
+def test_the_probe_of_a_copy_task_says_what_a_linear_fit_could_do(monkeypatch):
+    monkeypatch.setattr(future, "FITTED", 8)
+    settings = replace(COPY, probe=True, amount=3, methods=("fused", "dni"), seeds=(0,))
+    exact, dni = recurrent.train(settings).runs
+    assert "fitted_row_cosine" not in exact and -1.0 <= dni["fitted_row_cosine"] <= 1.0
+
+
 def test_windows_without_a_loss_have_nothing_of_their_own():
     net, inputs, losses = _small(1)
 
