@@ -128,7 +128,7 @@ class Question(NamedTuple):
     claim: str
     about: str
     patterns: tuple[str, ...]
-    answer: Callable[[dict[str, Report]], Answer] | None
+    answer: Callable[[dict[str, Report]], Answer | None] | None
 
     @property
     def key(self) -> str:
@@ -297,7 +297,9 @@ def committed(patterns: tuple[str, ...]) -> dict[str, dict[str, Report]]:
 
 
 def answered(question: Question) -> Iterator[tuple[dict[str, Report], Answer]]:
-    """Yield an answer for every machine that has results."""
+    """Yield an answer for every machine whose results give one."""
     if question.answer is not None:
         for reports in committed(question.patterns).values():
-            yield reports, question.answer(reports)
+            found = question.answer(reports)
+            if found is not None:
+                yield reports, found

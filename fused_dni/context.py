@@ -132,13 +132,15 @@ def fold_context(
         leading: the input's leading dimensions, with N = their product; None to check all else
             and fold nothing.
         features: K, the synthesizer's ``context_features`` (> 0).
-        like: a tensor whose device, and dtype for a dense context, is required.
+        like: a tensor whose device is required; a dense context is converted to its dtype, which
+            under autocast need not be that of the model's input.
 
     Returns:
         int64 [N] or ``like.dtype`` [N, K], contiguous; unfolded [...] or [..., K].
 
     Raises:
         ValueError: no context.
+        TypeError: a context that is no tensor.
         RuntimeError: a shape, dtype or device that does not fit.
     """
     if context is None:
@@ -146,6 +148,8 @@ def fold_context(
             f"context is missing: the synthesizer has context_features={features}; pass "
             "context=... to the layer or run the forward inside fused_dni.condition_on(...)"
         )
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
     if context.device != like.device:
         raise RuntimeError(f"context is on {context.device}, the layer on {like.device}")
     if context.dtype == torch.int64:

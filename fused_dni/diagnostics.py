@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fused_dni.functional import check
 from fused_dni.modules.base import DecoupledModule, Phase, Predicted
 from fused_dni.modules.recurrent import Recurrent
 from fused_dni.ops.types import G_DOT_G, ROWS, S_DOT_G, S_DOT_S, SQUARED_ERROR
@@ -41,8 +42,12 @@ def diagnostics(
         all are such, as of a baseline, it is empty.
 
     Raises:
+        TypeError: ``model`` is no module, ``closure`` no function or returns no tensor.
         ValueError: the model has no decoupled layers at all.
     """
+    check.module("model", model)
+    if closure is not None and not callable(closure):
+        raise TypeError(f"closure must be None or a function, got {type(closure).__name__}")
     layers = {
         name: m
         for name, m in model.named_modules()
@@ -128,7 +133,12 @@ def _against_truth(
         for p, _ in grads:
             p.grad = None
         with torch.random.fork_rng():
-            closure().backward()
+            loss = closure()
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"closure must return the loss, a torch.Tensor [], got {type(loss).__name__}"
+                )
+            loss.backward()
     finally:
         for module, phase in before:
             module.phase = phase

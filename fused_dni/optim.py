@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from fused_dni.functional import check
 from fused_dni.modules.base import DecoupledModule, nonzero, other_gradient
 from fused_dni.modules.other_optimizers import OptimizerWatch
 from fused_dni.rules import RuleState
@@ -50,6 +51,7 @@ def _rules(model: nn.Module) -> Iterator[_Linked]:
 def ordinary_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Return the parameters of a model that no fused rule updates: what an optimizer is to be
     given."""
+    check.module("model", model)
     ruled = {id(p) for linked in _rules(model) for p in linked.slots}
     return (p for p in model.parameters() if id(p) not in ruled)
 
@@ -318,6 +320,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for load in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = load(self, state_dict) or state_dict
+        if not {"param_groups", "state"} <= set(state_dict):
+            raise ValueError(
+                f"state_dict must hold 'param_groups' and 'state', got {sorted(state_dict)}"
+            )
         saved = state_dict["param_groups"]
         _check_shapes(state_dict, self.param_groups)
         for old, linked in zip(saved, self._linked, strict=True):

@@ -8,7 +8,6 @@ model as one ``torch.optim.Optimizer``.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Sequence
@@ -20,14 +19,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_dni.backends.common.precision import accumulator
+from fused_dni.functional import check
 from fused_dni.ops.types import HYPER_SIZE, SKIPPED, STEP, RuleTensors
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a rate outside ``[low, high)``, NaN included."""
-    if not low <= value < high:
-        bound = f"in [{low:g}, {high:g})" if high < math.inf else f"finite and at least {low:g}"
-        raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,9 @@ class Rule:
 
     kind: ClassVar[str]
     stochastic_rounding: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check.flags(stochastic_rounding=self.stochastic_rounding)
 
     def defaults(self) -> dict[str, Any]:
         """Hyper-parameters under the names that ``torch.optim`` gives them in a param group."""
@@ -76,9 +72,11 @@ class SGD(Rule):
     kind: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, 0.0)
-        _check("momentum", self.momentum, 0.0, 1.0)
-        _check("weight_decay", self.weight_decay, 0.0)
+        super().__post_init__()
+        check.number("lr", self.lr)
+        check.number("momentum", self.momentum, high=1.0, below=True)
+        check.number("weight_decay", self.weight_decay)
+        check.flags(nesterov=self.nesterov)
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0.0")
 
@@ -108,11 +106,14 @@ class Adam(Rule):
     kind: ClassVar[str] = "adam"
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, 0.0)
-        _check("betas[0]", self.betas[0], 0.0, 1.0)
-        _check("betas[1]", self.betas[1], 0.0, 1.0)
-        _check("eps", self.eps, 0.0)
-        _check("weight_decay", self.weight_decay, 0.0)
+        super().__post_init__()
+        check.number("lr", self.lr)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, (beta1, beta2), got {self.betas!r}")
+        for i, beta in enumerate(self.betas):
+            check.number(f"betas[{i}]", beta, high=1.0, below=True)
+        check.number("eps", self.eps)
+        check.number("weight_decay", self.weight_decay)
 
     def moments(self) -> int:
         return 2
@@ -127,6 +128,15 @@ class AdamW(Adam):
 
     weight_decay: float = 1e-2
     kind: ClassVar[str] = "adamw"
+
+
+def require_rule(name: str, value: Any) -> None:
+    """Refuse what is neither None nor an update rule."""
+    if value is not None and not isinstance(value, Rule):
+        raise TypeError(
+            f"{name} must be None or a fused_dni rule (SGD, Adam, AdamW), got "
+            f"{type(value).__name__}"
+        )
 
 
 class RuleState:

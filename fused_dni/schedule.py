@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fused_dni.functional import check
 from fused_dni.modules import target_unit
 from fused_dni.modules.base import DecoupledModule, Phase
 from fused_dni.modules.other_optimizers import OptimizerWatch
@@ -130,8 +131,8 @@ class Schedule:
         cost_ratio: float | None = None,
         lessons: int = 1,
     ) -> None:
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        check.module("model", model)
+        check.whole("warmup_steps", warmup_steps, 0)
         auto = target_every == "auto"
         if not auto and target_every is not None and not _is_whole(target_every):
             raise ValueError(
@@ -145,16 +146,12 @@ class Schedule:
             )
         if not _are_bounds(bounds):
             raise ValueError(f"bounds must be two integers, 1 <= least <= largest, got {bounds!r}")
-        if cost_ratio is not None and not 0.0 <= cost_ratio < float("inf"):
-            raise ValueError(
-                f"cost_ratio must be None or at least 0 and finite, got {cost_ratio!r}"
-            )
-        if not 0.0 <= mix <= 1.0:
-            raise ValueError(f"mix must be in [0, 1], got {mix}")
+        check.number("cost_ratio", cost_ratio, none=True)
+        check.number("mix", mix, high=1.0)
         if not _is_whole(lessons):
             raise ValueError(f"lessons must be a whole number of at least 1, got {lessons!r}")
-        if isinstance(loss_scale, (int, float)) and not 0.0 < loss_scale < float("inf"):
-            raise ValueError(f"loss_scale must be positive and finite, got {loss_scale}")
+        if not hasattr(loss_scale, "get_scale"):  # of a GradScaler
+            check.number("loss_scale", loss_scale, above=True, none=True)
         self._layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
         if not self._layers:
             raise ValueError("model has no decoupled layers (see fused_dni.convert)")
@@ -415,9 +412,12 @@ class Schedule:
         coming step, or the first behind warm-up, has a target.
 
         Raises:
-            ValueError: the state of a model with another number of layers that can learn. Nothing
-                was changed.
+            TypeError, ValueError: a state without a number of steps, or of a model with another
+                number of layers that can learn. Nothing was changed.
         """
+        if "steps" not in state:
+            raise ValueError(f"state must hold 'steps', got {sorted(state)}")
+        check.whole("steps in state", state["steps"], 0)
         pace, found = self._pace, state.get("pace")
         if pace is not None and found is not None:
             if len(found["statistics"]) != len(self._measuring):

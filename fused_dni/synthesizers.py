@@ -16,18 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_dni.functional import check
 from fused_dni.ops.types import SynthesizerTensors
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass
@@ -44,6 +41,24 @@ class TargetUnit:
 
     size: float = 1.0
     lessons: int = 0
+
+
+def _is_unit(given: Any) -> bool:
+    if not isinstance(given, list) or len(given) != 2:
+        return False
+    size, lessons = given
+    return math.frexp(size)[0] == 0.5 and lessons >= 0 and float(lessons).is_integer()
+
+
+def _rank(rank: Any, features: int, least: int = 1) -> None:
+    """Refuse a rank that is no whole number from ``least`` to ``features``; 0 stands for None."""
+    if rank is None and least == 1:
+        return
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
+        check.whole("rank", rank, least)
+    if not least <= rank <= features:
+        none = " or None" if least == 1 else ""
+        raise ValueError(f"rank must be in [{least}, features={features}]{none}, got {rank}")
 
 
 class Synthesizer(nn.Module):
@@ -67,9 +82,8 @@ class Synthesizer(nn.Module):
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
-        _positive("features", features)
-        if context_features < 0:
-            raise ValueError(f"context_features must be at least 0, got {context_features}")
+        check.sizes(features=features)
+        check.whole("context_features", context_features, 0)
         self.features = features
         self.context_features = context_features
         self.unit = TargetUnit()
@@ -102,7 +116,13 @@ class Synthesizer(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Take over the unit of a state dict."""
-        size, lessons = state.tolist()
+        given = state.tolist() if isinstance(state, Tensor) else state
+        if not _is_unit(given):
+            raise ValueError(
+                "_extra_state of a synthesizer must be its unit, a power of two, and a number of "
+                f"lessons, got {given!r}"
+            )
+        size, lessons = given
         self.unit = TargetUnit(size, int(lessons))
 
     def _load_from_state_dict(
@@ -140,6 +160,7 @@ class _Affine(Synthesizer):
     bias: nn.Parameter
 
     def _shared(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        check.dtype(dtype)
         features, k = self.features, self.context_features
         self.context_weight = (
             nn.Parameter(torch.empty(features, k, device=device, dtype=dtype)) if k else None
@@ -185,6 +206,7 @@ class _Affine(Synthesizer):
             if context is None:
                 raise ValueError("context is missing: context_features is not 0")
             if context.dtype == torch.int64:
+                check.labels(context, self.context_features)
                 out = out + F.embedding(context, self.context_weight.t())
             else:
                 out = out + F.linear(context, self.context_weight)
@@ -223,8 +245,7 @@ class LinearSynthesizer(_Affine):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(features, context_features)
-        if rank is not None and not 1 <= rank <= features:
-            raise ValueError(f"rank must be in [1, features={features}] or None, got {rank}")
+        _rank(rank, features)
         self.rank = rank
         self.kind = "dense" if rank is None else "lowrank"
         inner = features if rank is None else rank
@@ -299,6 +320,7 @@ def _one_hot(context: Tensor | None, features: int, like: Tensor) -> Tensor:
     if context is None:
         raise ValueError("context is missing: context_features is not 0")
     if context.dtype == torch.int64:
+        check.labels(context, features)
         return F.one_hot(context, features).to(like.dtype)
     return context.to(like.dtype)
 
@@ -394,8 +416,7 @@ class MLPSynthesizer(Synthesizer):
             context_features = _own_size(features, context_features)
         super().__init__(features, context_features)
         self.difference = difference
-        _positive("hidden", hidden)
-        _positive("layers", layers)
+        check.sizes(hidden=hidden, layers=layers)
         stack: list[nn.Module] = []
         width = features + context_features + (features if difference else 0)
         for _ in range(layers):
@@ -481,10 +502,9 @@ class SoftmaxSynthesizer(Synthesizer):
             )
         classes, features = table.shape
         super().__init__(features, classes)
-        if rank is not None and not 1 <= rank <= features:
-            raise ValueError(f"rank must be in [1, features={features}] or None, got {rank}")
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        _rank(rank, features)
+        check.number("label_smoothing", label_smoothing, high=1.0, below=True)
+        check.whole("ignore_index", ignore_index, None)
         self.__dict__["head"] = head  # no submodule: it is not this module's to train or to save
         self.rank = rank
         self.ignore_index = ignore_index
@@ -584,8 +604,7 @@ class _WithLowRank(Synthesizer):
 
     def __init__(self, features: int, context_features: int, rank: int) -> None:
         super().__init__(features, context_features)
-        if not 0 <= rank <= features:
-            raise ValueError(f"rank must be in [0, features={features}], got {rank}")
+        _rank(rank, features, 0)
         self.rank = rank
 
     def _form(self, shape: tuple[int, ...], factory: dict[str, Any]) -> None:
@@ -648,7 +667,7 @@ class CrossEntropySynthesizer(_WithLowRank):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(features, context_features, rank)
-        _positive("context_features", context_features)
+        check.sizes(context_features=context_features)
         factory: Any = {"device": device, "dtype": dtype}
         self.logits = nn.Linear(features, context_features, **factory)  # draws by itself
         self._form((features, context_features), factory)
@@ -768,9 +787,8 @@ class ConvSynthesizer(Synthesizer):
             context_features = _own_size(features, context_features)
         super().__init__(features, context_features)
         self.difference = self.context_as_h = difference
-        _positive("hidden", hidden)
-        _positive("layers", layers)
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        check.sizes(hidden=hidden, layers=layers, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims}")

@@ -105,13 +105,18 @@ def render_future(report: dict[str, Any]) -> str:
         runs = [[r for r in run["history"] if r.get("prediction")] for run in outcome.of(name)]
         if not all(runs) or not any("prediction_cosine" in r["prediction"] for r in runs[0]):
             continue
-        for key in ("cosine", "norm_ratio"):
+        fitted = [run.get("fitted_row_cosine") for run in outcome.of(name)]
+        known = [cosine for cosine in fitted if cosine is not None]
+        for key in ("cosine", "norm_ratio", *["row_cosine"] * bool(known)):
             cells = []
             for share in shares:
                 at = [run[max(0, round(share * len(run)) - 1)]["prediction"] for run in runs]
                 found = [r[f"prediction_{key}"] for r in at if r[f"prediction_{key}"] is not None]
                 cells.append(f"{statistics.median(found):.3f}" if found else "-")
             rows.append([f"{name}, {key.replace('_', ' ')}", *cells])
+        if known:
+            cell = f"{statistics.median(known):.3f}"
+            rows.append([f"{name}, row cosine of the best linear fit", *["-"] * 4, cell])
     header = ["prediction against truth, by share of the training"]
     predicted = table([*header, *(f"{share:.0%}" for share in shares)], rows)
     return f"{left_out}\n\n{predicted}"

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor, nn
 
 from fused_dni.convert.uses import reached_into, runs_in_order
+from fused_dni.functional import check
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.modules.linear import FusedDNILinear, activation_name, why_not_fusable
 from fused_dni.modules.lstm import FusedDNILSTM
@@ -171,8 +172,10 @@ def convert(
         ``report=True`` the model and a :class:`fused_dni.convert.Report`.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: nothing in the model can be converted, or an argument is out of range.
     """
+    check.module("model", model)
     if head not in ("exact", "decoupled"):
         raise ValueError(f"head must be 'exact' or 'decoupled', got {head!r}")
     if delivery not in ("deferred", "immediate"):
@@ -325,7 +328,11 @@ def revert(model: nn.Module) -> nn.Module:
 
     Returns:
         The model (a new module only if the model itself was a fused layer or such a container).
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    check.module("model", model)
     if isinstance(model, FusedDNILinear):
         return model.to_linear()
     if isinstance(model, Recurrent):

@@ -4,10 +4,15 @@ given and what is allowed. Option errors are ``ValueError``, tensors that do not
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fused_dni.ops import fits, registry
 from fused_dni.ops.tracing import direct
 from fused_dni.ops.types import (
     ACTIVATIONS,
@@ -18,6 +23,80 @@ from fused_dni.ops.types import (
     LSTMLayer,
     SynthesizerTensors,
 )
+
+
+def _typed(name: str, value: Any, says: str) -> TypeError:
+    return TypeError(f"{name} must be {says}, got {value!r} ({type(value).__name__})")
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    none: bool = False,
+) -> None:
+    """Refuse what is no number (or tensor of one) in [low, high], NaN and infinity included;
+    without ``low`` if ``above``, without ``high`` if ``below``. ``none`` allows None."""
+    if none and value is None:
+        return
+    if high < math.inf:
+        says = f"in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+    else:
+        says = "positive and finite" if above else f"finite and at least {low:g}"
+    allowed = "None or " if none else ""
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise _typed(name, value, f"{allowed}a number, {says}")
+    inside = low <= value <= high and value < math.inf
+    if not inside or (above and value == low) or (below and value == high):
+        raise ValueError(f"{name} must be {allowed}{says}, got {value!r}")
+
+
+def whole(name: str, value: Any, low: int | None = 1) -> None:
+    """Refuse what is no whole number of at least ``low``."""
+    least = "" if low is None else f" of at least {low}"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise _typed(name, value, f"a whole number{least}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def sizes(**given: Any) -> None:
+    """Refuse what is no whole number of at least 1."""
+    for name, value in given.items():
+        whole(name, value)
+
+
+def flags(**given: Any) -> None:
+    """Refuse what is neither True nor False (nor 1 or 0)."""
+    for name, value in given.items():
+        if value not in (True, False):
+            raise _typed(name, value, "True or False")
+
+
+def module(name: str, value: Any) -> None:
+    """Refuse what is no ``nn.Module``."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+
+
+def dtype(value: Any) -> None:
+    """Refuse a dtype of parameters that is not floating point; None is the default one."""
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
+        raise _typed("dtype", value, "None or a torch.dtype")
+    if not value.is_floating_point:
+        raise ValueError(f"dtype must be floating point, got {value}")
+
+
+def backend(name: str | None) -> None:
+    """Refuse a name of no backend; None leaves the choice open."""
+    if name is not None and name not in registry.names():
+        raise ValueError(f"backend must be None or one of {registry.names()}, got {name!r}")
 
 
 def options(normalization: str | None, activation: str, interface: str = "output") -> None:
@@ -46,6 +125,14 @@ def no_tangents(**tensors: Tensor | None) -> None:
             )
 
 
+def dense(name: str, t: Tensor) -> None:
+    """Refuse a tensor of another layout than the ordinary one."""
+    if t.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name} must be a dense tensor (torch.strided), got {t.layout}; call to_dense()"
+        )
+
+
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """Return ``input`` [..., I] as contiguous rows [N, I].
 
@@ -53,6 +140,7 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
+    dense(name, input)
     if forward_ad._current_level >= 0:
         no_tangents(**{name: input})
     if not weight.is_contiguous():
@@ -162,8 +250,7 @@ def target(
 
 def smoothing(value: float) -> None:
     """Refuse a share outside [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {value!r}")
+    number("label_smoothing", value, high=1.0)
 
 
 def layer(tensors: LinearTensors, config: LinearConfig) -> None:
@@ -192,9 +279,9 @@ def layer(tensors: LinearTensors, config: LinearConfig) -> None:
         raise ValueError("normalization='batch' needs running_mean and running_var")
 
 
-def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
-    """Refuse a synthesizer of another dtype or device than the layer's weight, and a table that
-    kernels cannot read."""
+def synthesizer(tensors: SynthesizerTensors, weight: Tensor, features: int) -> None:
+    """Refuse a synthesizer of another dtype or device than the layer's weight or another size than
+    what it predicts for, and a table that kernels cannot read."""
     for name, t in zip(tensors._fields[1:5], tensors.parameters(), strict=True):
         if t is None:
             continue
@@ -206,16 +293,17 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor) -> None:
     table = tensors.table
     if table is not None and (
         table.dim() != 2
-        or table.shape[1] != weight.shape[0]
+        or table.shape[1] != features
         or table.dtype not in (weight.dtype, torch.bfloat16)
         or table.device != weight.device
         or not table.is_contiguous()
     ):
         raise RuntimeError(
             f"the synthesizer's table must be {weight.dtype} or torch.bfloat16 "
-            f"[K, {weight.shape[0]}] on {weight.device}, contiguous, got {table.dtype} "
+            f"[K, {features}] on {weight.device}, contiguous, got {table.dtype} "
             f"{list(table.shape)} on {table.device}"
         )
+    fits.predicted_from(0, features, tensors, None)
 
 
 def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
@@ -225,6 +313,7 @@ def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
     """
     if forward_ad._current_level >= 0:
         no_tangents(input=x)
+    dense("input", given)
     if given.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"input must have {weight.shape[1]} features (input_size) in its last dimension, got "

@@ -236,7 +236,7 @@ def linear_step_(
             f"not train them, got trainable={rule.trainable}"
         )
     check.layer(layer, config)
-    check.synthesizer(synthesizer, layer.weight)
+    check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
     x = check.rows(input, layer.weight, "input")
     check.batch(x, config, True)
     found = registry.resolve(backend, x, layer.weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_dni import ops
+from fused_dni.functional import check
 from fused_dni.ops import registry
 from fused_dni.ops.types import STATISTICS_SIZE, Prediction, RuleTensors, SynthesizerTensors
 
@@ -27,8 +28,9 @@ def synthesizer_predict(
 
     Raises:
         IndexError: a class index outside ``[0, K)`` that is not the one ignored.
-        RuntimeError: the named backend cannot serve.
+        RuntimeError: a shape, dtype or device that does not fit, or a backend that cannot serve.
     """
+    check.synthesizer(synthesizer, synthesizer.weight, synthesizer.weight.shape[0])
     found = registry.resolve(backend, h, synthesizer.weight)
     return ops.synthesizer_predict(found, h, synthesizer, context)
 
@@ -57,7 +59,11 @@ def synthesizer_update_(
         backend: force one by name.
 
     A target that is not finite changes nothing but the rule's skip counter.
+
+    Raises:
+        IndexError, RuntimeError: as :func:`synthesizer_predict`; nothing is changed.
     """
+    check.synthesizer(synthesizer, synthesizer.weight, synthesizer.weight.shape[0])
     found = registry.resolve(backend, h, synthesizer.weight)
     if statistics is None:
         statistics = rule.hyper.new_zeros(STATISTICS_SIZE)

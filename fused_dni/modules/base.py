@@ -8,6 +8,7 @@ ops. Nothing here or there calls back up.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ from fused_dni.ops.types import (
     RuleTensors,
     SynthesizerTensors,
 )
-from fused_dni.rules import Rule, RuleState
+from fused_dni.rules import Rule, RuleState, require_rule
 from fused_dni.synthesizers import SurrogateSynthesizer, Synthesizer, TargetUnit
 
 # Set on the output of a decoupled module whose synthesizer is not trained in this step, to the
@@ -179,20 +180,15 @@ class DecoupledModule(nn.Module):
         max_norm: float | None,
     ) -> None:
         super().__init__()
-        for name, rule in (("update", update), ("synthesizer_update", synthesizer_update)):
-            if rule is not None and not isinstance(rule, Rule):
-                raise TypeError(
-                    f"{name} must be None or a fused_dni rule (SGD, Adam, AdamW), got "
-                    f"{type(rule).__name__}"
-                )
+        require_rule("update", update)
+        require_rule("synthesizer_update", synthesizer_update)
         if synthesizer_update is not None and update is None:
             raise ValueError(
                 "synthesizer_update needs update: without a fused rule the synthesizer is trained "
                 "by the same optimizer as the layer"
             )
-        for name, value in (("target_scale", target_scale), ("max_norm", max_norm)):
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"{name} must be None or positive and finite, got {value!r}")
+        check.number("target_scale", target_scale, above=True, none=True)
+        check.number("max_norm", max_norm, above=True, none=True)
         self.target_scale = target_scale
         self.max_norm = max_norm
         self.phase = Phase()
@@ -210,6 +206,7 @@ class DecoupledModule(nn.Module):
                 "synthesizer must be None or an nn.Module called as synthesizer(h, context), got "
                 f"{synthesizer!r}"
             )
+        _require_callable(synthesizer)
         self.register_module("synthesizer", synthesizer)
         if rule is not None and synthesizer is not None:
             self.synthesizer_update = RuleState(rule)
@@ -606,6 +603,22 @@ class DecoupledModule(nn.Module):
             if not fused:
                 synthesizer.check(context)
         check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
+
+
+def _require_callable(synthesizer: nn.Module | None) -> None:
+    """Refuse a module whose forward does not take h and a context."""
+    try:
+        signature = None if synthesizer is None else inspect.signature(synthesizer.forward)
+    except (TypeError, ValueError):  # it does not say, as what was scripted
+        return
+    try:
+        if signature is not None:
+            signature.bind(None, None)
+    except TypeError:
+        raise TypeError(
+            "synthesizer must take two arguments, as synthesizer(h, context), got "
+            f"{synthesizer!r} with forward{signature}"
+        ) from None
 
 
 def run_apart(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, dict[int, Tensor]]:

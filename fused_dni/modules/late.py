@@ -9,6 +9,7 @@ the gradient is there.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,11 +33,28 @@ class Ticket:
 
     It shares h, the context and, of that interface, the input with whoever else has them: do not
     change these in place. It is good for one lesson, and empty afterwards.
+
+    Only the module that made it takes it: a copy of the module is another one. A ticket that was
+    copied, pickled or made by :meth:`from_state_dict` names no maker, and any module takes it whose
+    synthesizer its tensors fit.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], due: int | None = None) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        due: int | None = None,
+        maker: weakref.ref[nn.Module] | None = None,
+    ) -> None:
         self._tensors = tensors
         self._due = due  # the schedule's step, where it chooses k; not part of the state
+        self._maker = maker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ticket, (self._tensors, self._due)
+
+    def made_by(self, module: nn.Module) -> bool:
+        """Say whether the module made the ticket, or may have."""
+        return self._maker is None or self._maker() is module
 
     @property
     def nbytes(self) -> int:
@@ -202,8 +220,9 @@ def _ticket(delivery: Delivery, shape: torch.Size) -> Ticket:
         held["normalized"], held["rstd"] = saved
         for name, t in (("norm_weight", layer.norm_weight), ("norm_bias", layer.norm_bias)):
             held[name] = None if t is None else t.detach().clone()
-    due = delivery.module.due
-    return Ticket({name: _alone(t) for name, t in held.items() if t is not None}, due)
+    module = delivery.module
+    tensors = {name: _alone(t) for name, t in held.items() if t is not None}
+    return Ticket(tensors, module.due, weakref.ref(module))
 
 
 def _alone(t: Tensor) -> Tensor:
@@ -228,14 +247,21 @@ def learn_late(module: nn.Module, ticket: Ticket, gradient: Tensor) -> None:
         TypeError: ``ticket`` is no ticket, ``gradient`` no tensor, or a module of another kind.
         ValueError: a module without a synthesizer, or a gradient that is not finite: what came by
             a broken way is not to be learned.
-        RuntimeError: a spent ticket; a shape, dtype or device that is not h's; a parameter under a
-            rule whose ``.grad`` holds a gradient, which the rule does not see.
+        RuntimeError: a spent ticket, or one of another module; a shape, dtype or device that is not
+            h's, or does not fit the module; a parameter under a rule whose ``.grad`` holds a
+            gradient, which the rule does not see.
     """
     decoupled = _ready(module, "learn_late")
     if not isinstance(ticket, Ticket):
         raise TypeError(f"ticket must be of step_local, got {type(ticket).__name__}")
     if ticket.spent:
         raise RuntimeError("ticket is spent: its step's gradient has been learned from")
+    if not ticket.made_by(decoupled):
+        raise RuntimeError(
+            f"ticket is of another module than this {type(module).__name__}: give it to the one "
+            "that made it in step_local (for a copy of that: Ticket.from_state_dict of its "
+            "state_dict())"
+        )
     if not isinstance(gradient, Tensor):
         raise TypeError(f"gradient must be a torch.Tensor, got {type(gradient).__name__}")
     held = ticket._tensors

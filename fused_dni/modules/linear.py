@@ -94,7 +94,8 @@ class FusedDNILinear(LinearSteps):
             of rows, by which a mean loss divides, over a power of two that follows the size of the
             gradients, so that the loss may have any scale. A number is taken as it is.
         max_norm: bound of the synthetic gradient's Frobenius norm; None for no clipping.
-        eps, momentum: of the normalisation.
+        eps, momentum: of the normalisation; a cumulative average (``momentum=None``) has no fused
+            form.
         backend: force a backend by name.
         device, dtype: of the parameters.
 
@@ -141,16 +142,14 @@ class FusedDNILinear(LinearSteps):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check.sizes(in_features=in_features, out_features=out_features)
+        check.flags(bias=bias)
         check.options(normalization, activation, interface)
-        if not 0.0 <= eps < float("inf"):
-            raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
-        if backend is not None and backend not in registry.names():
-            raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
+        check.number("eps", eps)
+        check.number("momentum", momentum, high=1.0)
+        check.backend(backend)
+        check.dtype(dtype)
+        check.whole("context_features", context_features, 0)
         if isinstance(synthesizer, str):
             if synthesizer != "default":
                 raise ValueError(

@@ -75,12 +75,12 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check.sizes(in_features=in_features, num_classes=num_classes)
+        check.flags(bias=bias)
         check.smoothing(label_smoothing)
-        if backend is not None and backend not in registry.names():
-            raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
+        check.whole("ignore_index", ignore_index, None)
+        check.backend(backend)
+        check.dtype(dtype)
         super().__init__(update, None, None, None)
         self.in_features = in_features
         self.num_classes = num_classes

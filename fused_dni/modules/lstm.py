@@ -164,6 +164,8 @@ class FusedDNILSTM(Recurrent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check.flags(bias=bias, batch_first=batch_first)
+        check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._plain = bidirectional or proj_size > 0
         if self._plain:

@@ -146,6 +146,8 @@ class FusedDNILSTMCell(Recurrent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check.flags(bias=bias)
+        check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             (input_size, hidden_size, 1),

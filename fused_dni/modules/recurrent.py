@@ -314,17 +314,10 @@ class Recurrent(DecoupledModule):
         max_target_norm: float | None,
         backend: str | None,
     ) -> None:
-        for name, size in zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not 0.0 <= sg_scale < math.inf:
-            raise ValueError(f"sg_scale must be finite and at least 0, got {sg_scale!r}")
-        if backend is not None and backend not in registry.names():
-            raise ValueError(f"backend must be None or one of {registry.names()}, got {backend!r}")
-        if max_target_norm is not None and not 0.0 < max_target_norm < math.inf:
-            raise ValueError(
-                f"max_target_norm must be None or positive and finite, got {max_target_norm!r}"
-            )
+        check.sizes(**dict(zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True)))
+        check.number("sg_scale", sg_scale)
+        check.backend(backend)
+        check.number("max_target_norm", max_target_norm, above=True, none=True)
         super().__init__(update, synthesizer_update, target_scale, max_norm)
         self.max_target_norm = max_target_norm
         self.input_size, self.hidden_size, self.num_layers = sizes
@@ -351,6 +344,8 @@ class Recurrent(DecoupledModule):
         factory: dict[str, Any],
     ) -> None:
         """Register synthesizer and auxiliary head behind the layers' own parameters."""
+        check.flags(auxiliary=auxiliary)
+        check.whole("context_features", context_features, 0)
         features = 2 * self.num_layers * self.hidden_size
         rank = min(DEFAULT_RANK, features)
         if isinstance(synthesizer, str):
@@ -468,9 +463,10 @@ class Recurrent(DecoupledModule):
             if fits == self._fits:
                 return
         check.lstm_layers(layers, self.input_size, self.hidden_size)
+        features = 2 * len(layers) * self.hidden_size
         for head in heads:
             if head is not None:
-                check.synthesizer(head, layers[0].weight_ih)
+                check.synthesizer(head, layers[0].weight_ih, features)
         if not tracing:
             self._fits = fits
 

@@ -220,7 +220,7 @@ class LinearSteps(Steps):
                 return
         check.layer(layer, self.config)
         if synthesizer is not None:
-            check.synthesizer(synthesizer, layer.weight)
+            check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
         if addressed:
             self._binding.fits = fits
 
@@ -241,7 +241,7 @@ class LinearSteps(Steps):
         bound = self._binding
         if bound.step is None or bound.rule is not rule or bound.key != key:
             check.layer(layer, self.config)
-            check.synthesizer(synthesizer, layer.weight)
+            check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
             if self.norm_update is not None:  # refuse now what it would refuse in the backward
                 self.norm_update.tensors(self.parameters_behind())
             bound.rule, bound.key = rule, key
@@ -341,10 +341,8 @@ class LinearSteps(Steps):
             h, predicted, context, arrived, *_ = regressions[0]
             p = predicted.prediction
             if p is not None and quick.learn(
-                h, p.scaled, p.reduced, context, predicted.unit, arrived
+                h, p.scaled, p.reduced, context, predicted.unit, arrived, self.phase.lessons
             ):
-                if self.phase.lessons > 1:
-                    self.learn_again(regressions)
                 return
         super().learn(regressions)
         if self.norm_update is not None:

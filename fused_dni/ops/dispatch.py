@@ -67,6 +67,7 @@ class _Kind(NamedTuple):
 def op(
     method: Callable[Concatenate[Backend, P], R],
     results: Callable[..., R],
+    fits: Callable[..., None],
     *,
     mutates: Sequence[str] = (),
     asks: Sequence[str] = ("x",),
@@ -78,6 +79,8 @@ def op(
         method: of :class:`Backend`, with types.
         results: makes room for what the op returns, of those of its arguments, by name, that this
             depends on; what stands for results in a trace.
+        fits: raises, as ``results`` of those arguments that it names, where their shapes do not go
+            together; asked wherever a backend is called.
         mutates: the arguments of the schema that are mutated.
         asks: the arguments of which :func:`direct` is asked; of tuples of tuples the first tensor.
         behind: called behind the registered op alone, with its arguments by name and its result.
@@ -87,7 +90,10 @@ def op(
     returned = hints.pop("return")
     names = tuple(hints)
     kinds = tuple([_kind(hint, called) for called, hint in hints.items()])
-    chosen = [names.index(called) for called in inspect.signature(results).parameters]
+    chosen, shaped = (
+        [names.index(called) for called in inspect.signature(of).parameters]
+        for of in (results, fits)
+    )
     asked = [(names.index(a), hints[a] is not Tensor) for a in asks]
     kernel = attrgetter(name)
     result = _result(returned)
@@ -98,6 +104,7 @@ def op(
 
     def registered(*flat: Any) -> Any:
         given = arguments(flat)
+        fits(*[given[i] for i in shaped])
         made = kernel(registry.get(flat[-1]))(*given)
         if behind is not None:
             behind(SimpleNamespace(**dict(zip(names, given, strict=True))), made)
@@ -127,6 +134,7 @@ def op(
             if not direct(given[i][0][0] if nested else given[i]):
                 break
         else:
+            fits(*[given[i] for i in shaped])
             return kernel(backend)(*given)
         flat: list[Any] = []
         for kind, value in zip(kinds, given, strict=True):

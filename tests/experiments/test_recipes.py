@@ -279,7 +279,7 @@ def test_a_row_that_diverges_is_a_result() -> None:
     good = {"name": "exact", "k": 2, "seed": 0, "error": 0.99, "exact": 0.5}  # an older file's
     rows, runs = {**found["rows"], "exact": ""}, [*found["runs"], good]
     of = replace(found, body={**found.body, "rows": rows, "runs": runs})
-    assert said.sentence(of).startswith("At k=2 the best recipe is exact, 99.00 %;")
+    assert said.sentence(of).startswith("At k=2 the row of least error is exact, 99.00 %;")
 
 
 def test_quick_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:

@@ -262,15 +262,17 @@ def test_a_run_killed_at_a_random_moment(tmp_path, times):
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert whole == json.loads((tmp_path / "first.json").read_text())
     generator = random.Random(0)
-    cut = 0
-    for i in range(times):
+    cut, wanted = 0, times // 4 + (times < 4)
+    for i in range(10 * times):  # on a busy machine one may be done before it is killed
+        if i >= times and cut >= wanted:
+            break
         name = f"run{i}"
         live(name, False, generator.uniform(0.1, 1.0) * duration)
         if not (tmp_path / f"{name}.json").exists():
             cut += 1
             live(name, True, None)
         assert json.loads((tmp_path / f"{name}.json").read_text()) == whole, i
-    assert cut >= times // 4 + (times < 4)  # durations differ on a busy machine
+    assert cut >= wanted
 
 
 def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):

@@ -232,6 +232,94 @@ def test_arguments_of_the_layer(arguments, error, message):
         fd.FusedDNILinear(**{"in_features": 4, "out_features": 5, **arguments})
 
 
+LAYER = fd.FusedDNILinear(4, 6, context_features=3)
+RULED = fd.FusedDNILinear(4, 6, update=fd.SGD(0.1))
+ROWS = torch.randn(3, 4)
+KINDS_OF_ARGUMENTS = [
+    (lambda: fd.SGD("0.1"), TypeError, r"lr must be a number, finite .* got '0.1' \(str\)"),
+    (lambda: fd.AdamW(None), TypeError, "lr must be a number, .* got None"),
+    (lambda: fd.Adam(betas=0.9), TypeError, r"betas must be two numbers.* got 0.9"),
+    (lambda: fd.Adam(betas=(0.9,)), TypeError, r"betas must be two numbers.* got \(0.9,\)"),
+    (lambda: fd.SGD(stochastic_rounding="yes"), TypeError, "stochastic_rounding must be True or"),
+    (lambda: fd.SGD(nesterov="yes"), TypeError, "nesterov must be True or False, got 'yes'"),
+    (lambda: fd.FusedDNILinear(4.5, 6), TypeError, "in_features must be a whole .* got 4.5"),
+    (lambda: fd.FusedDNILinear(4, True), TypeError, "out_features must be a whole .* got True"),
+    (lambda: fd.FusedDNILinear(4, 6, bias="no"), TypeError, "bias must be True or False, got 'no'"),
+    (lambda: fd.FusedDNILinear(4, 6, max_norm="1"), TypeError, "max_norm must be None or a number"),
+    (lambda: fd.FusedDNILinear(4, 6, momentum=None), TypeError, "momentum must be a number, in"),
+    (lambda: fd.FusedDNILinear(4, 6, context_features=2.5), TypeError, "context_features must be"),
+    (lambda: fd.FusedDNILinear(4, 6, dtype="float32"), TypeError, "dtype must be None or a torch"),
+    (lambda: fd.FusedDNILinear(4, 6, dtype=torch.complex64), ValueError, "dtype must be floating"),
+    (
+        lambda: fd.FusedDNILinear(4, 6, synthesizer=nn.Linear(6, 6)),
+        TypeError,
+        r"synthesizer must take two arguments, as synthesizer\(h, context\), got Linear",
+    ),
+    (
+        lambda: fd.FusedDNILinearCrossEntropyLoss(4, 6, ignore_index=1.5),
+        TypeError,
+        "ignore_index must be a whole number, got 1.5",
+    ),
+    (lambda: fd.LinearSynthesizer(6.5), TypeError, "features must be a whole number"),
+    (lambda: fd.LinearSynthesizer(6, rank=2.5), TypeError, "rank must be a whole number"),
+    (lambda: fd.LinearSynthesizer(6, dtype=torch.complex64), ValueError, "dtype must be floating"),
+    (
+        lambda: fd.LinearSynthesizer(6, context_features=3)(torch.ones(1, 6), torch.tensor([5])),
+        IndexError,
+        "label 5 in context is out of range",
+    ),
+    (
+        lambda: fd.MLPSynthesizer(6, 4, 1, 3)(torch.ones(2, 6), torch.tensor([0, -1])),
+        IndexError,
+        "label -1 in context is out of range",
+    ),
+    (
+        lambda: LAYER.synthesizer.set_extra_state(torch.tensor([3.0, 1.0])),
+        ValueError,
+        r"_extra_state of a synthesizer must be its unit, a power of two.* got \[3.0, 1.0\]",
+    ),
+    (lambda: LAYER(ROWS, [0, 1, 2]), TypeError, r"context must be a torch.Tensor, got list"),
+    (lambda: LAYER(ROWS.to_sparse()), RuntimeError, "input must be a dense tensor .*sparse_coo"),
+    (lambda: fd.Schedule([1]), TypeError, r"model must be an nn.Module, got list"),
+    (lambda: fd.Schedule(LAYER, warmup_steps=1.5), TypeError, "warmup_steps must be a whole"),
+    (lambda: fd.Schedule(LAYER, mix="1"), TypeError, r"mix must be a number, in \[0, 1\], got '1'"),
+    (lambda: fd.Schedule(LAYER, loss_scale="2"), TypeError, "loss_scale must be None or a number"),
+    (lambda: fd.Schedule(LAYER).load_state_dict({}), ValueError, "state must hold 'steps', got"),
+    (
+        lambda: fd.Schedule(LAYER).load_state_dict({"steps": -5}),
+        ValueError,
+        "steps in state must be at least 0, got -5",
+    ),
+    (
+        lambda: fd.FusedOptimizer(RULED).load_state_dict({}),
+        ValueError,
+        "state_dict must hold 'param_groups' and 'state'",
+    ),
+    (lambda: fd.ordinary_parameters("x"), TypeError, r"model must be an nn.Module, got str"),
+    (lambda: fd.convert("x"), TypeError, r"model must be an nn.Module, got str"),
+    (lambda: fd.revert("x"), TypeError, r"model must be an nn.Module, got str"),
+    (lambda: fd.diagnostics("x"), TypeError, r"model must be an nn.Module, got str"),
+    (lambda: fd.diagnostics(LAYER, 3), TypeError, "closure must be None or a function, got int"),
+    (lambda: fd.diagnostics(LAYER, lambda: 3), TypeError, "closure must return the loss.* got int"),
+    (lambda: fd.verdict("x", ROWS), TypeError, r"module must be an nn.Module, got str"),
+    (lambda: fd.verdict(LAYER, ROWS, update="adam"), TypeError, "update must be None or a fused"),
+    (
+        lambda: fd.verdict(LAYER, ROWS, context_features=-1),
+        ValueError,
+        "context_features must be at least 0, got -1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), KINDS_OF_ARGUMENTS)
+def test_arguments_of_another_kind(call, error, message):
+    before = [twins.snapshot(layer) for layer in (LAYER, RULED)]
+    with pytest.raises(error, match=message):
+        call()
+    for layer, was in zip((LAYER, RULED), before, strict=True):
+        twins.unchanged(was, twins.snapshot(layer))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -314,3 +402,73 @@ def test_a_weight_transposed_in_place_is_refused():
     layer.weight.data = layer.weight.data.t()
     with pytest.raises(RuntimeError, match="weight must be contiguous"):
         layer(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# What was kept from a forward and fits no longer: kernels would read past it
+
+
+KEPT = {
+    "h": ({"h": double(6, 4)}, r"weight must have shape \[4, 2\], got \[5, 2\]"),
+    "scaled": ({"scaled": double(5, 5)}, r"prediction.scaled must have shape \[6, 5\]"),
+    "scaled dtype": ({"scaled": torch.randn(6, 5)}, "prediction.scaled must be torch.float64"),
+    "reduced": ({"reduced": double(6, 1)}, r"prediction.reduced must have shape \[6, 2\]"),
+    "grad_h": ({"grad_h": double(5, 5)}, r"grad_h must have shape \[6, 5\], got \[5, 5\]"),
+    "context": ({"context": torch.zeros(5, dtype=torch.int64)}, r"context must have shape \[6\]"),
+    "vectors": ({"context": double(6, 2)}, r"context must have shape \[6, 3\], got \[6, 2\]"),
+    "statistics": ({"statistics": torch.zeros(5)}, "statistics must be torch.float64"),
+}
+
+
+@backends
+@pytest.mark.parametrize("case", KEPT)
+def test_kept_tensors_of_a_synthesizer(backend, case):
+    changed, message = KEPT[case]
+    synthesizer = fd.LinearSynthesizer(5, 2, 3, dtype=torch.float64)
+    slots, rule = tuple(synthesizer.parameters()), fd.rules.RuleState(fd.Adam(0.1))
+    fused = synthesizer.fused()
+    given = {
+        "h": double(6, 5),
+        "scaled": double(6, 5),
+        "reduced": double(6, 2),
+        "grad_h": double(6, 5),
+        "context": torch.zeros(6, dtype=torch.int64),
+        "statistics": None,
+        **changed,
+    }
+    before = kept(slots)
+    with pytest.raises(RuntimeError, match=message):
+        fd.functional.synthesizer_update_(
+            given["h"],
+            fd.ops.types.Prediction(given["scaled"], given["reduced"]),
+            given["grad_h"],
+            fused,
+            rule.tensors(fused.parameters()),
+            context=given["context"],
+            statistics=given["statistics"],
+            backend=backend,
+        )
+    close(kept(slots), before, 0)
+
+
+def _smaller(layer):
+    layer.weight.data = layer.weight.data[:2].clone()
+
+
+def _other_synthesizer(layer):
+    layer.synthesizer = fd.LinearSynthesizer(500, dtype=torch.float64)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("fused", _other_synthesizer), ("exact", _smaller), ("exact rule", _smaller)],
+)
+def test_parameters_of_another_size_between_forward_and_backward(backend, kind, damage):
+    layer = layer_of(kind, backend, None)
+    h = layer(double(6, 4))
+    damage(layer)
+    before = kept(layer.parameters())
+    with pytest.raises(RuntimeError, match=r"must have shape \[.*\], got|same size|size of"):
+        h.sum().backward()
+    close(kept(layer.parameters()), before, 0)

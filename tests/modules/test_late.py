@@ -490,3 +490,39 @@ def test_a_late_target_is_no_missed_one(every):
         for _ in range(40 * every):
             schedule.step()
     assert len(said) == 1 and "none brought a gradient" in str(said[0].message)
+
+
+@pytest.mark.parametrize("rule", ["none", "sgd"])
+@pytest.mark.parametrize("kind", ["linear", "inside", "diagonal", "deep", "segment"])
+def test_the_ticket_of_another_module(kind, rule):
+    """Of the same sizes it would be taught for nothing; of others kernels would read past h."""
+    module = made(kind, rule)
+    x, y, gradient = data(kind, 0)
+    *_, ticket = fd.step_local(module, x, context=y)
+    wide = fd.FusedDNILinear(I, 64 * O, context_features=K, update=RULES[rule])
+    for other in (copy.deepcopy(module), wide):
+        before = state(other)
+        with pytest.raises(RuntimeError, match="ticket is of another module"):
+            fd.learn_late(other, ticket, gradient)
+        same(state(other), before)
+    unnamed = copy.deepcopy(ticket)  # as one that was pickled
+    with pytest.raises(RuntimeError, match=r"must have shape \[\d+, \d+\], got \[256"):
+        fd.learn_late(wide, unnamed, gradient)
+    same(state(wide), before)
+    fd.learn_late(copy.deepcopy(module), unnamed, gradient)
+    fd.learn_late(module, ticket, gradient)
+
+
+@pytest.mark.parametrize("lacks", ["normalized", "rstd", "x"])
+def test_a_ticket_whose_tensors_do_not_fit(lacks):
+    module = made("inside", "sgd")
+    x, y, gradient = data("inside", 0)
+    kept = fd.step_local(module, x, context=y).ticket.state_dict()
+    before = state(module)
+    for name, t in ((lacks, kept[lacks][:-1]), (lacks, None), ("context", y[:-1])):
+        if t is None and name == "x":
+            continue
+        tensors = {k: v for k, v in {**kept, name: t}.items() if v is not None}
+        with pytest.raises(RuntimeError, match="must have shape|is missing"):
+            fd.learn_late(module, fd.Ticket.from_state_dict(tensors), gradient)
+        same(state(module), before)

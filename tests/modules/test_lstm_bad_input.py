@@ -414,3 +414,28 @@ def test_one_step_one_row_one_unit(backend, kind):
     output, _ = module(x, tuple(t.detach() for t in reached))
     output.sum().backward()
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", [fd.FusedDNILSTM, fd.FusedDNILSTMCell])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"hidden_size": 4.5}, TypeError, "hidden_size must be a whole number of at least 1"),
+        ({"sg_scale": "a"}, TypeError, "sg_scale must be a number, finite .* got 'a'"),
+        ({"max_target_norm": "1"}, TypeError, "max_target_norm must be None or a number"),
+        ({"bias": "no"}, TypeError, "bias must be True or False"),
+        ({"auxiliary": "no"}, TypeError, "auxiliary must be True or False"),
+        ({"context_features": -1}, ValueError, "context_features must be at least 0"),
+        ({"dtype": torch.complex64}, ValueError, "dtype must be floating point"),
+        ({"synthesizer": nn.Identity()}, TypeError, "synthesizer must take two arguments"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        kind(**{"input_size": 2, "hidden_size": 3, **arguments})
+
+
+def test_a_sparse_input():
+    with pytest.raises(RuntimeError, match="input must be a dense tensor .*sparse_coo"):
+        fd.FusedDNILSTM(2, 3)(torch.ones(4, 1, 2).to_sparse())

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_dni.functional import check
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
 from fused_dni.measure.options import KS, VERDICT_SECONDS
@@ -51,7 +52,7 @@ from fused_dni.measure.verdict.result import Variant, Verdict, break_even
 from fused_dni.modules.linear import DEFAULT_RANK
 from fused_dni.report.progress import teller
 from fused_dni.report.words import row
-from fused_dni.rules import SGD, Rule
+from fused_dni.rules import SGD, Rule, require_rule
 
 #: Share of the time that the parts get.
 PARTS = 0.4
@@ -116,8 +117,12 @@ def verdict(
         GateError: a candidate's step does not agree with stock backprop's; nothing is reported.
         VerdictError: the module has nothing to train, sample and module do not fit, or an interface
             or synthesizer does not go with them.
+        TypeError: an argument of another kind.
         ValueError: an argument out of range.
     """
+    check.module("module", module)
+    require_rule("update", update)
+    check.whole("context_features", context_features, 0)
     timing.require_positive(seconds=seconds)
     ks = tuple(dict.fromkeys(target_every))
     if not ks or any(k is not None and k < 1 for k in ks):

@@ -82,7 +82,8 @@ def cell(report: Result, name: str, k: int) -> str:
     """Write mean and range, marked where the range is apart from the held gradient's."""
     mark = {"below": " *", "above": " !"}.get(against(report, name, "stale", k), "")
     gone = diverged(report, name, k)
-    return f"{text.mean(errors(report, name, k))}{mark}" + f", {gone} diverged" * bool(gone)
+    said = text.mean(errors(report, name, k)) + f", {gone} diverged" * bool(gone)
+    return f"{said}{mark}"
 
 
 def table(report: Result) -> Table:
@@ -109,8 +110,8 @@ def shares(report: Result) -> Table:
 
 
 def sentence(report: Result) -> str:
-    """Say which recipe is the best at the largest k, and whether seeds tell it from the bases.
-    One of which a run diverged is the best only if all are such."""
+    """Say which recipe has the least error at the largest k, of those of which no run diverged
+    if there are such, and which ranges are apart."""
     k = max(report.settings["target_every"])
     means = {
         name: statistics.fmean(found)
@@ -125,7 +126,7 @@ def sentence(report: Result) -> str:
     def mean(name: str, of: float) -> str:
         return f"{of:.2f} %" + f" ({gone[name]} diverged)" * bool(gone[name])
 
-    said = f"At k={k} the best recipe is {best}, {mean(best, means[best])}"
+    said = f"At k={k} the row of least error is {best}, {mean(best, means[best])}"
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:

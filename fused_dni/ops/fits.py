@@ -1,0 +1,281 @@
+"""Shapes and dtypes of what the ops are called with: kernels take addresses, and read no sizes.
+
+A function an op, named as it is, of those of its arguments that it looks at. Modules check what
+users hand in; here it is held that what was kept from a forward (an output, a prediction, a
+context) still fits the parameters that it meets. Bound steps are checked when they are bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_dni.ops.types import (
+    FROM_OUTPUT,
+    HYPER_SIZE,
+    STATISTICS_SIZE,
+    CellTrace,
+    Layers,
+    LinearConfig,
+    LinearGradients,
+    LinearTensors,
+    LSTMLayer,
+    LSTMRows,
+    LSTMTrace,
+    Prediction,
+    RuleTensors,
+    Saved,
+    SynthesizerTensors,
+    accumulator,
+)
+
+
+def _is(name: str, t: Tensor | None, *shape: int, dtype: torch.dtype | None = None) -> None:
+    if t is None:
+        return
+    if t.shape != shape:
+        raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+    if dtype is not None and t.dtype is not dtype:
+        raise RuntimeError(f"{name} must be {dtype}, got {t.dtype}")
+
+
+def _like(name: str, t: Tensor, weight: Tensor) -> None:
+    """Refuse what is as wide as no input of a layer with these parameters."""
+    if accumulator(t) is not accumulator(weight):
+        raise RuntimeError(f"{name} has dtype {t.dtype}, the weight {weight.dtype}")
+
+
+def _matrix(name: str, t: Tensor) -> tuple[int, int]:
+    if t.dim() != 2:
+        raise RuntimeError(f"{name} must have two dimensions, got {list(t.shape)}")
+    return t.shape[0], t.shape[1]
+
+
+def _there(name: str, t: Tensor | None, what: str) -> None:
+    if t is None:
+        raise RuntimeError(f"{name} is missing: {what} needs it")
+
+
+def _rule(rule: RuleTensors, slots: Sequence[Tensor | None]) -> None:
+    if not len(rule.trainable) == len(rule.first) == len(rule.second) == len(slots):
+        raise RuntimeError(f"rule must have {len(slots)} slots, got {len(rule.trainable)}")
+    _is("rule.hyper", rule.hyper, HYPER_SIZE, dtype=torch.float64)
+    for p, first, second in zip(slots, rule.first, rule.second, strict=True):
+        if p is not None:
+            dtype = accumulator(p)
+            _is("a moment of rule.first", first, *p.shape, dtype=dtype)
+            _is("a moment of rule.second", second, *p.shape, dtype=dtype)
+
+
+# -- linear ---------------------------------------------------------------------------------------
+
+
+def linear_forward(x: Tensor, layer: LinearTensors) -> None:
+    outputs, inputs = _matrix("weight", layer.weight)
+    _is("x", x, _matrix("x", x)[0], inputs)
+    _like("x", x, layer.weight)
+    for name, t in zip(layer._fields[1:], layer[1:], strict=True):
+        _is(name, t, outputs)
+
+
+def linear_backward(
+    grad_h: Tensor, x: Tensor, h: Tensor, saved: Saved, layer: LinearTensors, config: LinearConfig
+) -> None:
+    linear_forward(x, layer)
+    rows, outputs = x.shape[0], layer.weight.shape[0]
+    _is("grad_h", grad_h, rows, outputs)
+    _is("h", h, rows, outputs)
+    dtype = accumulator(layer.weight)
+    _is("normalized", saved.normalized, rows, outputs, dtype=dtype)
+    if config.normalization is not None:
+        _there("rstd", saved.rstd, "a normalisation")
+        _is("rstd", saved.rstd, outputs if config.normalization == "batch" else rows, dtype=dtype)
+    if config.normalization is not None or config.activation not in FROM_OUTPUT:
+        _there("normalized", saved.normalized, "this normalisation or activation")
+
+
+def linear_update_(
+    x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
+) -> None:
+    linear_forward(x, layer)
+    outputs = layer.weight.shape[0]
+    dtype = accumulator(layer.weight)
+    _is("delta", gradients.delta, x.shape[0], outputs, dtype=dtype)
+    for name, t in zip(gradients._fields[3:], gradients[3:], strict=True):
+        _is(f"the gradient of {name}", t, outputs, dtype=layer.weight.dtype)
+    _rule(rule, layer[:4])
+
+
+def linear_step_(
+    x: Tensor,
+    layer: LinearTensors,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    rule: RuleTensors,
+) -> None:
+    linear_forward(x, layer)
+    predicted_from(x.shape[0], layer.weight.shape[0], synthesizer, context)
+    _rule(rule, layer[:4])
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    linear_forward(x, LinearTensors(weight, bias))
+    _is("target", target, x.shape[0])
+
+
+# -- synthesizer ----------------------------------------------------------------------------------
+
+
+def predicted_from(
+    rows: int, features: int, synthesizer: SynthesizerTensors, context: Tensor | None
+) -> None:
+    """Check a synthesizer, and a context, for h [rows, features]."""
+    kind, weight, down, context_weight, bias, table, _ = synthesizer
+    classes = synthesizer.classes
+    if kind == "diagonal":
+        _is("the synthesizer's weight", weight, features)
+    else:
+        inner = features
+        if down is not None:
+            inner = _matrix("the synthesizer's down", down)[0]
+        elif kind != "dense":
+            _there("the synthesizer's down", down, f"kind={kind!r}")
+        if kind == "cross_entropy":
+            inner = classes
+        _is("the synthesizer's weight", weight, features, inner)
+        _is("the synthesizer's down", down, inner, features)
+    _is("the synthesizer's bias", bias, features)
+    if table is not None:
+        _is("the synthesizer's context_weight", context_weight)
+        _is("the synthesizer's table", table, classes, features)
+    elif kind == "cross_entropy":
+        _is("the synthesizer's context_weight", context_weight, classes)
+    else:
+        _is("the synthesizer's context_weight", context_weight, features, classes)
+    if context is not None:
+        tail = (classes,) if context.is_floating_point() else ()
+        _is("context", context, rows, *tail)
+
+
+def synthesizer_predict(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
+    predicted_from(*_matrix("h", h), synthesizer, context)
+
+
+def synthesizer_gradients(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    statistics: Tensor,
+) -> None:
+    synthesizer_predict(h, synthesizer, context)
+    dtype, down = accumulator(synthesizer.weight), synthesizer.down
+    _is("prediction.scaled", prediction.scaled, *h.shape, dtype=dtype)
+    if down is not None:
+        _is("prediction.reduced", prediction.reduced, h.shape[0], down.shape[0], dtype=dtype)
+    _is("grad_h", grad_h, *h.shape)
+    _is("statistics", statistics, STATISTICS_SIZE, dtype=torch.float64)
+
+
+def synthesizer_update_(
+    h: Tensor,
+    prediction: Prediction,
+    grad_h: Tensor,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    statistics: Tensor,
+    rule: RuleTensors,
+) -> None:
+    synthesizer_gradients(h, prediction, grad_h, synthesizer, context, statistics)
+    _rule(rule, synthesizer.parameters())
+
+
+# -- LSTM -----------------------------------------------------------------------------------------
+
+
+def _layers(layers: Layers, inputs: int, hidden: int) -> None:
+    for i, layer in enumerate(layers):
+        _is(f"weight_ih of layer {i}", layer.weight_ih, 4 * hidden, hidden if i else inputs)
+        _is(f"weight_hh of layer {i}", layer.weight_hh, 4 * hidden, hidden)
+        _is(f"bias_ih of layer {i}", layer.bias_ih, 4 * hidden)
+        _is(f"bias_hh of layer {i}", layer.bias_hh, 4 * hidden)
+
+
+def lstm_forward(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    layers: Layers,
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+) -> None:
+    steps, batch, inputs = x.shape
+    hidden = layers[0].weight_hh.shape[-1]
+    _layers(layers, inputs, hidden)
+    _is("h", h, len(layers), batch, hidden)
+    _is("c", c, len(layers), batch, hidden)
+    _is("lengths", lengths, batch)
+    for mask in dropout:
+        _is("a mask of dropout", mask, steps, batch, hidden)
+
+
+def lstm_backward(
+    grad_output: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x: Tensor,
+    layers: Layers,
+    lengths: Tensor | None,
+    dropout: tuple[Tensor, ...],
+    trace: LSTMTrace,
+) -> None:
+    lstm_forward(x, trace.h, trace.c, layers, lengths, dropout)
+    depth, batch, hidden = trace.h.shape
+    steps = x.shape[0]
+    dtype = trace.hidden.dtype
+    _like("trace.hidden", trace.hidden, layers[0].weight_ih)
+    _is("trace.hidden", trace.hidden, depth, steps + 1, batch, hidden)
+    _is("trace.cells", trace.cells, depth, steps + 1, batch, hidden, dtype=dtype)
+    _is("trace.gates", trace.gates, depth, steps, batch, 4 * hidden, dtype=dtype)
+    _is("grad_output", grad_output, steps, batch, hidden)
+    _is("grad_h", grad_h, depth, batch, hidden)
+    _is("grad_c", grad_c, depth, batch, hidden)
+
+
+def lstm_update_(rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors) -> None:
+    hidden = layers[0].weight_hh.shape[-1]
+    _layers(layers, rows[0].input.shape[-1], hidden)
+    for row in rows:
+        count, wide = row.input.shape
+        _is("rows.input", row.input, count, wide if row is rows[0] else hidden)
+        _is("rows.hidden", row.hidden, count, hidden)
+        _is("rows.delta", row.delta, count, 4 * hidden)
+    _rule(rule, [p for layer in layers for p in layer])
+
+
+def lstm_cell_forward(x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer) -> None:
+    batch, inputs = x.shape
+    hidden = layer.weight_hh.shape[-1]
+    _layers((layer,), inputs, hidden)
+    _is("h", h, batch, hidden)
+    _is("c", c, batch, hidden)
+
+
+def lstm_cell_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    layer: LSTMLayer,
+    trace: CellTrace,
+) -> None:
+    lstm_cell_forward(x, h, c, layer)
+    _is("grad_h", grad_h, *h.shape)
+    _is("grad_c", grad_c, *h.shape)
+    _is("trace.h", trace.h, *h.shape)
+    _is("trace.c", trace.c, *h.shape)
+    _is("trace.gates", trace.gates, h.shape[0], 4 * h.shape[1])
