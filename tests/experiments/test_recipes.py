@@ -249,7 +249,7 @@ def test_what_the_report_says(report: Result) -> None:
     table = said.table(report)
     assert [line[0] for line in table.rows] == [*BASES, *TINY.recipes]
     assert table.header == ["row", "k=2", "k=3"]
-    assert "best recipe" in said.sentence(report)
+    assert "row of least error" in said.sentence(report)
     runs = [
         {"name": "stale", "k": 2, "seed": 0, "error": 0.3, "exact": 0.5},
         {"name": "stale", "k": 2, "seed": 1, "error": 0.2, "exact": 0.5},
