@@ -12,7 +12,7 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from fused_dni.measure.options import FILE, Option, option, whole
@@ -44,6 +44,7 @@ class Command:
             that this command is for, if it is for one alone.
         without: those of its fields that are none here.
         renamed: those that have another name here.
+        worded: those that help tells of in other words here.
         needs_library: whether it needs PyTorch to run.
         given: what was said of ``settings``.
         behind: what stands behind ``--``.
@@ -57,6 +58,7 @@ class Command:
     subject: ClassVar[str] = ""
     without: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[dict[str, str]] = {}
+    worded: ClassVar[dict[str, str]] = {}
     needs_library: ClassVar[bool] = True
     given: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     behind: list[str] = field(default_factory=list, init=False, repr=False)
@@ -208,6 +210,7 @@ def add(commands: Any, made: type[Command], options: bool = True) -> None:
         subjects = [made.subject] if made.subject else made.settings.PRESETS
         defaults = [(subject, made.settings.preset(subject, part.name)) for subject in subjects]
         name = made.renamed.get(part.name, flag_of(part))
+        of = replace(of, help=made.worded.get(part.name, of.help))
         groups.setdefault(title, []).append((part, of, name, _default(of, defaults), None))
     for part, of, title in _described(made):
         default = None if part.default is MISSING else part.default

@@ -317,6 +317,11 @@ class TrainRows(_OnSequences):
         *("width", "threshold", "smoothing", "ablate"),
     )
     renamed: ClassVar = {"amount": "steps"}
+    worded: ClassVar = {
+        "methods": "of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, "
+        "dni+aux, dni+lambda (targets by --sg-lambda), local (a loss at every window's end), "
+        "immediate (T = 1, RMSprop), immediate+local"
+    }
 
     data: str | None = option(
         None, FOLDER, "folder of the four MNIST files (fetched once without)", group="data"

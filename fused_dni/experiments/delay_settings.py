@@ -149,7 +149,10 @@ class Settings(OnImages):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth < self.stages:
-            raise ValueError(f"depth must be at least {self.stages}, got {self.depth}")
+            raise ValueError(
+                f"depth must be at least {self.stages}, a hidden layer for each of the stages, got "
+                f"{self.depth}"
+            )
 
     @classmethod
     def of(cls, subject: str, quick: bool = False, **changes: Any) -> Settings:

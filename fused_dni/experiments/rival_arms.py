@@ -137,6 +137,9 @@ def arm(name: str) -> Arm:
         return Arm(f"{found[1]}-K", int(found[2]))
     if name in KINDS and not name.endswith("-K"):
         return Arm(name, 0)
+    counted = re.fullmatch(r"(.+)-[^-]*", name)
+    if counted and f"{counted[1]}-K" in KINDS:
+        raise ValueError(f"unknown arm {name!r}: K of {counted[1]}-K must be a number from 1 on")
     raise ValueError(text.unknown("arm", name, KINDS) + " (K: a whole number from 1 on)")
 
 

@@ -336,9 +336,7 @@ class Recurrent(Settings):
     methods: tuple[str, ...] = option(
         ("fused", "dni", "dni+aux"),
         one_of((*LSTM_METHODS, *ROWS_METHODS)),
-        "of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, dni+aux; of "
-        "rows alone dni+lambda (targets by --sg-lambda), local (a loss at every window's end), "
-        "immediate (T = 1, RMSprop), immediate+local",
+        "of backprop (nn.LSTM), fused (truncated backprop on our kernels), dni, dni+aux",
         group="arms",
     )
     windows: tuple[int, ...] = option((8,), whole(1), "of all methods")

@@ -158,6 +158,14 @@ class Experiment(Protocol):
     ) -> Result: ...
 
 
+def _difference(then: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """Name the first setting that differs, with both values (None where there is none)."""
+    for name in {**now, **then}:
+        if then.get(name) != now.get(name) or (name in then) != (name in now):
+            return name, then.get(name), now.get(name)
+    return None
+
+
 def resumed(previous: Result | None, empty: Result) -> Result:
     """Choose the result that a run goes on with: a previous one, or the empty one.
 
@@ -166,8 +174,13 @@ def resumed(previous: Result | None, empty: Result) -> Result:
     """
     if previous is None:
         return empty
-    if previous.settings != empty.settings:
-        raise ValueError("the report that is to be continued is of other settings")
+    found = _difference(previous.settings, empty.settings)
+    if found is not None:
+        name, then, now = found
+        raise ValueError(
+            f"the report that is to be continued is of other settings: {name} was {then!r}, and is "
+            f"{now!r} now"
+        )
     digest = empty.get("digest")
     if previous.get("digest", digest) != digest:  # older files have none
         raise ValueError("the report that is to be continued is of other data")

@@ -73,7 +73,7 @@ def test_names_of_arms_say_what_they_are():
     [
         ({"arms": ()}, "arms must hold one"),
         ({"lags": (-1,)}, "lags must be a whole number from 0 on, got -1"),
-        ({"stages": 4}, "depth must be at least 4, got 3"),
+        ({"stages": 4}, "depth must be at least 4, a hidden layer for each of the stages, got 3"),
         ({"task": "sorting"}, "unknown task"),
         ({"warmup": 1.0}, "warmup must be"),
         ({"rates": (0.0,)}, "positive"),
@@ -249,7 +249,7 @@ def test_an_interrupted_report_goes_on(report):
     found = delay.compare(SOME, DATA, previous=part, keep=lambda r: kept.append(len(r["runs"])))
     assert found["finished"] and kept[0] == 5 and kept[-1] == 12
     assert found["runs"] == whole["runs"]
-    with pytest.raises(ValueError, match="of other settings"):
+    with pytest.raises(ValueError, match="of other settings: epochs was .*, and is 3 now"):
         delay.compare(replace(SOME, epochs=3), DATA, previous=part)
 
 

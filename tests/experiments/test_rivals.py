@@ -283,8 +283,8 @@ def test_names_of_arms_go_there_and_back():
     [
         ({"arms": ("fusde",)}, "unknown arm 'fusde', did you mean 'fused'"),
         ({"arms": ("stale",)}, "unknown arm 'stale', did you mean 'stale-K'"),
-        ({"arms": ("cdni-0",)}, "unknown arm 'cdni-0'"),
-        ({"arms": ("cdni-K",)}, "unknown arm 'cdni-K'"),
+        ({"arms": ("cdni-0",)}, "unknown arm 'cdni-0': K of cdni-K must be a number from 1"),
+        ({"arms": ("cdni-K",)}, "unknown arm 'cdni-K': K of cdni-K must be a number from 1"),
         ({"arms": ()}, "arms must hold one at least"),
         ({"hidden": 0}, "hidden must be a whole number from 1 on, got 0"),
         ({"batch_size": 1}, "batch_size must be a whole number from 2 on, got 1"),
@@ -364,7 +364,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(report):
         return [(run["name"], run["seed"], run["history"]) for run in report["runs"]]
 
     assert results(whole) == results(report)
-    with pytest.raises(ValueError, match="is of other settings"):
+    with pytest.raises(ValueError, match="is of other settings: hidden was .*, and is 13"):
         rivals.compare(replace(TINY, hidden=13), DATA, previous=report)
     with pytest.raises(ValueError, match="is of other data"):
         rivals.compare(SOME, rivals.held_out(DATA), previous=report)
