@@ -7,6 +7,7 @@ that they do not hold: words such as "mostly" are counted, not chosen.
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -327,48 +328,56 @@ def window(reports: dict[str, Report]) -> Answer:
 
 def reach(reports: dict[str, Report]) -> Answer:
     """Say whether the credit goes beyond the window: copying, and characters."""
-    rows, blocks, said, numbers, better = [], [], [], [], []
+    rows, blocks, said, numbers = [], [], [], []
+    won: dict[str, bool] = {}
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
         task, key = outcome.settings.task, outcome.key
         name = f"{task}, {outcome.settings.amount:,} {outcome.axis}"
-        blocks += [
-            Text(f"**{name}**"),
-            recurrent_report.summary(outcome),
-            Text(report.sentence),
-        ]
+        # A paragraph a pair of arms: of several windows there are as many.
+        pairs = re.split(r"(?<=\.) (?=dni)", report.sentence)
+        blocks += [Text(f"**{name}**"), recurrent_report.summary(outcome), *map(Text, pairs)]
         summed = {row["name"]: row for row in outcome.summary()}
         form = ".3f" if task == "charlm" else ".3g"
         unit = "bits a character" if task == "charlm" else "symbols"
-        for window in outcome.settings.windows:
-            pair = [summed[f"{method} T={window}"] for method in ("dni", "fused")]
-            cells = []
-            for row in pair:
+        windows = outcome.settings.windows
+        cells: dict[str, list[str]] = {"dni": [], "fused": []}
+        means: dict[str, list[str]] = {"dni": [], "fused": []}
+        times, apart = [], 0
+        for window in windows:
+            pair = {method: summed[f"{method} T={window}"] for method in cells}
+            for method, row in pair.items():
                 between = text.span((row[f"{key}_min"], row[f"{key}_max"]), form)
                 several = f" ({between})" if len(row[key]) > 1 else ""
-                cells.append(f"{row[f'{key}_mean']:{form}}{several}")
-            dni, fused = pair
+                means[method].append(f"{row[f'{key}_mean']:{form}}")
+                cells[method].append(f"{means[method][-1]}{several}")
+            dni, fused = pair.values()
             # Fewer bits are better, more symbols are: apart with every seed, or not told apart.
             if task == "charlm":
-                apart = dni[f"{key}_max"] < fused[f"{key}_min"]
+                better = dni[f"{key}_max"] < fused[f"{key}_min"]
             else:
-                apart = dni[f"{key}_min"] > fused[f"{key}_max"]
-            apart = apart and len(dni[key]) > 1
-            better.append((task, apart))
-            times = [text.seconds(row["seconds_total"]) for row in pair]
-            rows.append([name, f"{window}", unit, *cells, " / ".join(times)])
-            means = (f"{row[f'{key}_mean']:{form}}" for row in pair)
-            numbers.append(f"{task}, T={window}: {' against '.join(means)}")
-            said.append(
-                f"{name}, T={window}: {cells[0]} {unit} by DNI against {cells[1]} by truncated "
-                f"backprop{', every seed better' if apart else ', not told apart'}"
-            )
-    words = {"copy": "when copying", "charlm": "on a text"}
-    by_task = {task: any(a for t, a in better if t == task) for task, _ in better}
+                better = dni[f"{key}_min"] > fused[f"{key}_max"]
+            apart += better and len(dni[key]) > 1
+            times.append(" / ".join(text.seconds(row["seconds_total"]) for row in pair.values()))
+        won[task] = won.get(task, False) or apart > 0
+        listed, shown = ", ".join(map(str, windows)), cells if len(windows) == 1 else means
+        ours, theirs = (", ".join(found) for found in shown.values())
+        rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
+        numbers.append(
+            f"{task}, T={listed}: {', '.join(means['dni'])} against {', '.join(means['fused'])}"
+        )
+        seeds = {len(windows): "every seed better", 0: "not told apart"}
+        said.append(
+            f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
+            f"{seeds.get(apart, f'every seed better at {apart} of {len(windows)} T')}"
+        )
+    words = {
+        "copy": "when copying",
+        "repeat-copy": "when copying repeatedly",
+        "charlm": "on a text",
+    }
     answer = ", ".join(
-        f"{said} {'yes' if by_task[task] else 'no'}"
-        for task, said in words.items()
-        if task in by_task
+        f"{said} {'yes' if won[task] else 'no'}" for task, said in words.items() if task in won
     )
     copied = next((r for r in rows if r[0].startswith("copy")), None)
     texts = [r for r in rows if r[0].startswith("charlm")]

@@ -61,7 +61,7 @@ def race(
         seeds: one race each, in which all arms start anew.
         marks: how often the loss is looked at, at equal distances of the clock, and at the start.
         device: whose work a step is over with.
-        previous, keep, progress, command: see :class:`fused_dni.report.schema.Experiment`; a run is
+        previous, keep, progress, command: see ``fused_dni.report.schema.Experiment``; a run is
             a seed with all its arms.
 
     Returns:
