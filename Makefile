@@ -56,8 +56,10 @@ $(BIN)/python:
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 
-# What pip leaves to be compiled at its first import is mostly never imported.
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 $(BIN)/python -m pip install -qq \
+# What pip leaves to be compiled at its first import is mostly never imported. What is imported is to
+# be compiled once, whatever the environment says: tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_COMPILE=no $(BIN)/python -m pip install -qq \
 	-c constraints.txt $(PIP_ARGS)
 
 # An extension that somebody deleted (git clean) is built again, stamp or no stamp.

@@ -74,6 +74,9 @@ NVCC_FLAGS = [
     "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if STRICT else ""),
 ]  # fmt: skip
 OLDEST_NVCC = (12, 4)
+# Shadow stacks know nothing of a switch from one stack to another: the object must not be marked as
+# one that they suit, as some systems' compilers have it by default.
+SWITCHES = {"region.cpp": ["-fcf-protection=none"]}
 
 
 # What a compiler defines where it compiles for a set.
@@ -176,14 +179,17 @@ def _compiler() -> str:
     return command
 
 
+def _x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def _cpu_isas(compiler: str) -> list[str]:
     """The instruction sets to compile for.
 
     Raises:
         Missing: the environment asks for something else.
     """
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    known = list(ISAS) if x86 else ["portable"]
+    known = list(ISAS) if _x86() else ["portable"]
     asked = os.environ.get("FUSED_DNI_CPU_ISAS", "").strip().lower()
     if asked == "all":
         return known
@@ -279,9 +285,12 @@ class NinjaBuild(build_ext):
         build.rule("link", "$cxx -shared $in $ldflags -fopenmp -o $out", description="link $out")
         objects: list[str] = []
         isas = _cpu_isas(compiler)
-        linked = {"isa": [f"-DFUSED_DNI_WITH_{isa.upper()}" for isa in isas]}
+        linked = [f"-DFUSED_DNI_WITH_{isa.upper()}" for isa in isas]
         for name in COMMON:
-            objects += build.build(f"{name}.o", "compile", str(CPU / name), variables=linked)
+            flags = [*linked, *(SWITCHES.get(name, []) if _x86() else [])]
+            objects += build.build(
+                f"{name}.o", "compile", str(CPU / name), variables={"isa": flags}
+            )
         for isa in isas:
             flags = [*KERNEL_FLAGS, *ISAS[isa], f"-DFUSED_DNI_ISA={isa}"]
             for name in BF16_KERNELS if isa == "avx512bf16" else KERNELS:

@@ -109,8 +109,10 @@ def tops(reports: dict[str, Report]) -> Answer:
     header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
     caption = (
         "The part of backprop's time in which others reach its final loss: median over seeds, "
-        "range; the soonest of the ways that are sooner with every seed. By hand: a stand-in for "
-        "the top that somebody wrote for this task."
+        "range; the soonest of the ways that are sooner with every seed. Head sampled: the top's "
+        "own steps are of a sampled softmax; surrogate: a synthesizer that starts from a "
+        "stand-in's gradient; by hand: that stand-in, which somebody wrote for this task, as the "
+        "loss."
     )
     return Answer(
         f"{often(len(ours), of)}; but other means are sooner in {ahead} of {of}",
@@ -567,9 +569,9 @@ def rivals(reports: dict[str, Report]) -> Answer:
         figures[0] if figures else None,
         f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
         f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
-        f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of {of} "
-        f"simpler ways not to wait ({', '.join(theirs)}) {ahead} "
-        f"end with less error than DNI and {beyond} with less than backprop",
+        f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of the "
+        f"{of} simpler ways not to wait ({', '.join(theirs)}) {ahead} end with less error than "
+        f"DNI, {beyond} with less than backprop",
     )
 
 

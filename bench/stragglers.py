@@ -144,6 +144,15 @@ def throughput(factors: Sequence[float], seconds: float) -> list[dict[str, Any]]
     return [key | row for key, row in zip(keys, paced.measure(runs), strict=True)]
 
 
+def command(options: argparse.Namespace) -> str:
+    """Write what makes the same again, but for the folders."""
+    asked = ["--data DIR"]
+    for name in ("factors", "seeds"):
+        asked.append(f"--{name} {' '.join(f'{value:g}' for value in getattr(options, name))}")
+    asked += [f"--epochs {options.epochs}", f"--seconds {options.seconds:g}"]
+    return f"python bench/stragglers.py {' '.join(asked)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for."""
     import tempfile
@@ -159,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = facts(f"python bench/stragglers.py --data DIR --epochs {options.epochs}")
+    found = facts(command(options))
     path = options.out or stored.RESULTS / f"{stored.machine(found)}-stragglers.json"
     dataset = data.load("mnist", folder=options.data)
     rows: list[dict[str, Any]] = []

@@ -6,8 +6,8 @@
 #include <unistd.h>
 
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 // fused_dni_switch(from, to): keeps the stack pointer at `*from` and goes on from `to`, with the
@@ -102,12 +102,17 @@ class Stacks {
     for (unsigned char* bottom : bottoms_) munmap(bottom - page(), page() + kStack);
   }
 
-  // The lowest address of one.
+  // The lowest address of one. Throws std::bad_alloc where the system gives no memory.
   unsigned char* operator[](std::size_t index) {
+    bottoms_.reserve(index + 1);
     while (bottoms_.size() <= index) {
       void* at = mmap(nullptr, page() + kStack, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (at == MAP_FAILED || mprotect(at, page(), PROT_NONE) != 0) std::abort();
+      if (at == MAP_FAILED) throw std::bad_alloc();
+      if (mprotect(at, page(), PROT_NONE) != 0) {
+        munmap(at, page() + kStack);
+        throw std::bad_alloc();
+      }
       bottoms_.push_back(static_cast<unsigned char*>(at) + page());
     }
     return bottoms_[index];

@@ -134,6 +134,20 @@ def one_thread(_isolated: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that sleep are forked from a process that has imported all, as in support/ranks.py: a
+    new one takes seconds to. (test_paced.py has both.)"""
+    from types import SimpleNamespace
+
+    import ranks
+
+    from fused_dni.measure.simulate import paced
+
+    forking = SimpleNamespace(get_context=lambda method: ranks.CONTEXT)
+    monkeypatch.setattr(paced, "multiprocessing", forking)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The most that kernels take, from what tests recorded as "machine code": the kernel,
     registers, stack, shared memory (bytes), tensor-core instructions, whether a bound is broken."""

@@ -89,7 +89,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "copy-lengths": ("*-copy", lengths.render_lengths),
     "copy-future": ("*-copy", each(training.render_future)),
     "rows": ("*-rows", each(training.render_recurrent)),
-    "ablation": ("*-ablation", each(training.render_ablation)),
+    "ablation": ("*-copy-ablation", each(training.render_ablation)),
     "charlm": ("*-charlm", each(training.render_recurrent)),
     "charlm-future": ("*-charlm", each(training.render_future)),
 }

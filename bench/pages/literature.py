@@ -42,5 +42,5 @@ def _group(table: str, results: list[dict[str, Any]]) -> str:
     facts = results[-1]["facts"]
     commands = dict.fromkeys(f"`{report['facts']['command']}`" for report in results)
     said = f"{where(facts, [report['facts'] for report in results])}: {', '.join(commands)}."
-    parts = [said, literature.protocol(whole)] if table != "clocks" else [said]
+    parts = [said, literature.protocol(whole, table == "depth")] if table != "clocks" else [said]
     return "\n\n".join([*parts, as_markdown(literature.tables(whole, table), RESULTS)])

@@ -9,8 +9,14 @@ from pages.cells import table, where
 
 
 def render_recipes(results: list[Any]) -> str:
-    """Render error by row and k, and the share of exact steps, for each result."""
-    return "\n\n".join(map(_one, results)) or "Not measured yet."
+    """Render error by row and k, and the share of exact steps, for each result, those of most
+    seeds first; then what the rows are."""
+    if not results:
+        return "Not measured yet."
+    rows = {name: what for report in results for name, what in report["rows"].items()}
+    explained = table(["row", "what it is"], [[f"`{name}`", what] for name, what in rows.items()])
+    ordered = sorted(results, key=lambda report: -len(report["settings"]["seeds"]))
+    return "\n\n".join([*map(_one, ordered), explained])
 
 
 def _one(report: Any) -> str:
@@ -24,13 +30,11 @@ def _one(report: Any) -> str:
     header = ["row", *(f"k={k}" for k in ks), *(f"exact, k={k}" for k in ks)]
     if len(set(shares["backprop"])) == 1:  # it has one error, whatever k
         rows[0][1 : 1 + len(ks)] = [rows[0][1].removesuffix(" \\*"), *[""] * (len(ks) - 1)]
-    explained = [[f"`{name}`", what] for name, what in report["rows"].items()]
     said = recipes.sentence(report)
     unfinished = "" if report["finished"] else f" Unfinished: {len(report['runs'])} runs so far."
     return (
         f"**{s['depth']} × {s['hidden']}, {s['epochs']} epochs.** {said} "
         f"{recipes.protocol(report)}{unfinished}\n\n{table(header, rows)}\n\n"
         "Error, %: mean (range) over seeds. \\*: the range lies below that of a held gradient at "
-        f"the same k; !: above it.\n\n{table(['row', 'what it is'], explained)}\n\n{where(facts)}. "
-        f"By `{facts['command']}`."
+        f"the same k; !: above it.\n\n{where(facts)}. By `{facts['command']}`."
     )

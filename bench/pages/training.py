@@ -7,6 +7,7 @@ from typing import Any
 
 from fused_dni.report.blocks import as_markdown
 from fused_dni.report.kinds import recurrent as recurrent_report
+from fused_dni.report.text import count
 from pages.cells import table, where
 from stored import RESULTS
 
@@ -38,7 +39,7 @@ def render_training(report: dict[str, Any]) -> str:
     text = (
         f"{where(facts)}: `{facts['command']}`. {settings['depth']} hidden layers of "
         f"{settings['hidden']}, batch {settings['batch_size']}, {settings['epochs']} epochs, "
-        f"{len(settings['seeds'])} seeds (mean, range), {settings['update']} at "
+        f"{count(len(settings['seeds']), 'seed')} (mean, range), {settings['update']} at "
         f"{settings['lr']:g}, synthesizers of rank {settings['rank'] or 'O (dense)'} at "
         f"{settings['sg_lr']:g}, {settings['warmup_steps']} steps of warm-up."
     )
@@ -55,7 +56,7 @@ def render_recurrent(report: dict[str, Any]) -> str:
     s = outcome.settings
     said = (
         f"{where(facts)}: `{facts['command']}`. LSTM {s.hidden}, batch {s.batch_size}, "
-        f"{s.amount:,} {outcome.axis} an arm, {len(s.seeds)} seeds (mean, range)."
+        f"{s.amount:,} {outcome.axis} an arm, {count(len(s.seeds), 'seed')} (mean, range)."
     )
     rows = as_markdown([recurrent_report.summary(outcome)], RESULTS)
     return f"{said}\n\n{rows}\n\n{report.sentence}"
@@ -85,9 +86,9 @@ def render_ablation(report: dict[str, Any]) -> str:
         rows.append([name, *cells])
     said = (
         f"{facts['device']}, torch {facts['torch']}, {facts['date']}, commit {facts['commit']}: "
-        f"`{facts['command']}`. LSTM {s.hidden}, {len(s.seeds)} seeds (mean, range). Cosine: of "
-        "what the synthesizer has learned with the true gradient, row by row, each row counting as "
-        "one, at every evaluation."
+        f"`{facts['command']}`. LSTM {s.hidden}, {count(len(s.seeds), 'seed')} (mean, range). "
+        "Cosine: of what the synthesizer has learned with the true gradient, row by row, each row "
+        "counting as one, at every evaluation."
     )
     header = ["injected", f"solved after {s.amount // 2:,} batches", f"{s.amount:,}", "cosine"]
     return f"{said}\n\n{table(header, rows)}"
@@ -104,13 +105,18 @@ def render_future(report: dict[str, Any]) -> str:
         runs = [[r for r in run["history"] if r.get("prediction")] for run in outcome.of(name)]
         if not all(runs) or not any("prediction_cosine" in r["prediction"] for r in runs[0]):
             continue
-        for key in ("cosine", "norm_ratio"):
+        fitted = [run.get("fitted_row_cosine") for run in outcome.of(name)]
+        known = [cosine for cosine in fitted if cosine is not None]
+        for key in ("cosine", "norm_ratio", *["row_cosine"] * bool(known)):
             cells = []
             for share in shares:
                 at = [run[max(0, round(share * len(run)) - 1)]["prediction"] for run in runs]
                 found = [r[f"prediction_{key}"] for r in at if r[f"prediction_{key}"] is not None]
                 cells.append(f"{statistics.median(found):.3f}" if found else "-")
             rows.append([f"{name}, {key.replace('_', ' ')}", *cells])
+        if known:
+            cell = f"{statistics.median(known):.3f}"
+            rows.append([f"{name}, row cosine of the best linear fit", *["-"] * 4, cell])
     header = ["prediction against truth, by share of the training"]
     predicted = table([*header, *(f"{share:.0%}" for share in shares)], rows)
     return f"{left_out}\n\n{predicted}"
@@ -132,6 +138,7 @@ def render_ranks(reports: list[dict[str, Any]]) -> str:
     facts = reports[0]["facts"]
     text = (
         f"Error, {reports[0]['evaluated_on']}, mean and range of "
-        f"{len(reports[0]['settings']['seeds'])} seeds. {where(facts)}: `{facts['command']}`."
+        f"{count(len(reports[0]['settings']['seeds']), 'seed')}. "
+        f"{where(facts)}: `{facts['command']}`."
     )
     return f"{text}\n\n{table(['rank', *names], rows)}"

@@ -184,7 +184,7 @@ void linear_cross_entropy(std::size_t type, const py::tuple& layer, const py::tu
 
 void synthesizer_predict(std::size_t type, const py::tuple& synthesizer, const py::tuple& tensors) {
   Reader read(tensors);
-  SynthesizerPredict a;
+  SynthesizerPredict a{};
   a.rows = read.integer();
   a.features = read.integer();
   a.threads = static_cast<int>(read.integer());

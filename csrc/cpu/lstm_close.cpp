@@ -119,7 +119,7 @@ class Closing {
   }
 
   void predict(Index rows) const {
-    SynthesizerPredict a;
+    SynthesizerPredict a{};
     a.synthesizer = boundary_.synthesizer;
     a.rows = rows;
     a.features = features_;
@@ -127,7 +127,9 @@ class Closing {
     a.h = boundary_.rows;
     a.scaled = boundary_.scaled;
     a.reduced = boundary_.reduced;
-    kernels().synthesizer_predict[type_](a);
+    Ops ops;
+    ops.add(kernels().synthesizer_predict[type_](a));
+    ops.run();
   }
 
   // Adds the synthetic gradient at the final state to what arrived there.

@@ -66,6 +66,7 @@ struct RuleArguments {
   void* first[kSlots];
   void* second[kSlots];
   bool trainable[kSlots];
+  std::int64_t ahead = 0;  // of its steps in the same region, which are not counted yet
 };
 
 struct LinearForward {
@@ -142,9 +143,10 @@ struct SynthesizerPredict {
   SynthesizerArguments synthesizer;
   std::int64_t rows, features;  // N, O
   int threads;
-  const void* h;  // [N, O]
-  void* scaled;   // [N, O]
-  void* reduced;  // [N, R]
+  const void* h;    // [N, O]
+  void* scaled;     // [N, O]
+  void* reduced;    // [N, R]
+  bool transposed;  // all three
 };
 
 // Gradients are written where `gradients` points; with a rule they are applied instead.
@@ -157,12 +159,14 @@ struct SynthesizerTrain {
   const void* scaled;   // [N, O]
   const void* reduced;  // [N, R]
   const void* grad_h;   // [N, O]
-  double* statistics;   // [5]
+  double* statistics;   // [5]; null for none
   bool update;
   RuleArguments rule;
   void* gradients[kSlots];
-  bool transposed;  // h, scaled, reduced, and grad_h unless it is narrow
+  bool transposed;  // h, scaled, reduced, and grad_h unless it is narrow or given
   bool narrow;      // grad_h is of bfloat16; with floats
+  bool given;       // grad_h is row-major in any case
+  bool again;       // another prediction and lesson of the same synthesizer follow in the region
 };
 
 // ---- LSTM: T steps, B sequences side by side, L layers of H units --------------------------------
@@ -290,7 +294,7 @@ struct Kernels {
   Op* (*linear_update[3])(const LinearUpdate&);
   Op* (*linear_step[3])(const LinearStep&);
   Op* (*linear_cross_entropy[2])(const LinearCrossEntropy&);
-  void (*synthesizer_predict[2])(const SynthesizerPredict&);
+  Op* (*synthesizer_predict[2])(const SynthesizerPredict&);
   Op* (*synthesizer_train[2])(const SynthesizerTrain&);
   void (*lstm_forward[2])(const LSTMForward&);
   void (*lstm_backward[2])(const LSTMBackward&);

@@ -10,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -306,6 +307,7 @@ class Quick {
         rule_(parts["rule"], parts["group"], parts["state"]) {}
 
   const LayerArguments& layer() const { return layer_; }
+  const Object& tensor() const { return tensor_; }
   Element element() const { return element_; }
   bool is(const Object& module) const { return module.is(module_); }
   Object changed() const { return changed_of({&surroundings_, &always_, &own_}); }
@@ -402,6 +404,61 @@ struct Told {
   const std::int64_t* at = nullptr;
 };
 
+// What a synthesizer is taught of one gradient: a lesson, and as many behind it, each from a
+// prediction of its own, which takes the memory of the one before. To be added to one region.
+class Course {
+ public:
+  Course(const SynthesizerTrain& first, void* scaled, void* reduced, std::int64_t lessons) {
+    lessons_.push_back(first);
+    lessons_.back().again = lessons > 1;
+    for (std::int64_t i = 1; i < lessons; ++i) {
+      predict(first, scaled, reduced);
+      SynthesizerTrain& next = lessons_.emplace_back(first);
+      next.scaled = scaled;
+      next.reduced = reduced;
+      next.statistics =
+          nullptr;  // which tell of the first, whose prediction was the one that counted
+      next.rule.ahead = i;
+      next.again = i + 1 < lessons;
+    }
+  }
+  // One whose first prediction is made here too.
+  static Course from_the_start(const SynthesizerTrain& first, void* scaled, void* reduced,
+                               std::int64_t lessons) {
+    Course course(first, scaled, reduced, lessons);
+    course.predict(first, scaled, reduced);
+    course.lessons_.front().scaled = scaled;
+    course.lessons_.front().reduced = reduced;
+    return course;
+  }
+
+  void add(Ops& ops, std::size_t type) const {
+    auto prediction = predictions_.begin();
+    for (auto lesson = lessons_.begin(); lesson != lessons_.end(); ++lesson) {
+      if (lesson != lessons_.begin() || predictions_.size() == lessons_.size())
+        ops.add(kernels().synthesizer_predict[type](*prediction++));
+      ops.add(kernels().synthesizer_train[type](*lesson));
+    }
+  }
+
+ private:
+  void predict(const SynthesizerTrain& lesson, void* scaled, void* reduced) {
+    SynthesizerPredict& made = predictions_.emplace_back();
+    made.synthesizer = lesson.synthesizer;
+    made.rows = lesson.rows;
+    made.features = lesson.features;
+    made.threads = lesson.threads;
+    made.h = lesson.h;
+    made.scaled = scaled;
+    made.reduced = reduced;
+    made.transposed = lesson.transposed;
+  }
+
+  // Ops are made of references to these.
+  std::deque<SynthesizerPredict> predictions_;
+  std::deque<SynthesizerTrain> lessons_;
+};
+
 // How a step is run: without a target, with one, or by nobody here.
 enum class Way { kUntaught, kTaught, kUsual };
 
@@ -435,6 +492,7 @@ class QuickStep : public Quick {
         given_kappa_(!parts["kappa"].is_none()),
         kappa_(given_kappa_ ? parts["kappa"].cast<double>() : 0.0),
         statistics_(static_cast<double*>(address(parts["statistics"]))),
+        lessons_(parts["lessons"].cast<std::int64_t>()),
         earliest_(parts["earliest"].cast<std::int64_t>()),
         interval_(parts["interval"].cast<std::int64_t>()) {
     if (!parts["teacher"].is_none())
@@ -465,9 +523,9 @@ class QuickStep : public Quick {
     return returned(made, target, told);
   }
 
-  // The synthesizer's lesson; whether it was given.
+  // The synthesizer's lessons; whether they were given.
   bool learn(const Object& h, const Object& scaled, const Object& reduced, const Object& labels,
-             const Object& unit, const Object& arrived) const {
+             const Object& unit, const Object& arrived, std::int64_t lessons) const {
     Memory seen, gradient;
     Batch batch;
     Told told{labels, nullptr};
@@ -479,11 +537,17 @@ class QuickStep : public Quick {
     if (!stays(unit) || !counts(batch) || !tells(told, gradient.rows) || !teachable())
       return cleared();
     const Handed made{h, scaled, reduced, {}};
-    const SynthesizerTrain lesson = teaching(batch, told, made.made(), gradient.at);
+    Handed again;  // which the given prediction's memory is not for
+    if (lessons > 1) {
+      again.scaled = new_empty(h, gradient.rows, layer_.out);
+      if (rank()) again.reduced = new_empty(h, gradient.rows, rank());
+    }
+    const Course course(teaching(batch, told, made.made(), gradient.at), address(again.scaled),
+                        address(again.reduced), lessons);
     {
       py::gil_scoped_release release;
       Ops ops;
-      add(lesson, ops);
+      add(course, ops);
       ops.run();
     }
     count_lesson();
@@ -523,10 +587,14 @@ class QuickStep : public Quick {
     const Object now = attribute(unit_, names().size);
     return (now && PyObject_RichCompareBool(now.ptr(), unit.ptr(), Py_EQ) == 1) || cleared();
   }
+  // Whether the rule of the lessons could be applied now.
+  bool ruled() const {
+    double rate = 0.0;
+    return teacher_ && teacher_->read(rate);
+  }
   // Whether the coming lesson is one in which the unit stays as it is.
   bool teachable() const {
-    double rate = 0.0;
-    if (!teacher_ || !teacher_->read(rate)) return false;
+    if (!ruled()) return false;
     if (given_kappa_) return true;
     const Object lessons = attribute(unit_, names().lessons);
     if (!lessons || !PyLong_CheckExact(lessons.ptr())) return cleared();
@@ -590,9 +658,7 @@ class QuickStep : public Quick {
     teacher_->write(rate);
     return lesson;
   }
-  void add(const SynthesizerTrain& lesson, Ops& ops) const {
-    ops.add(kernels().synthesizer_train[type_](lesson));
-  }
+  void add(const Course& course, Ops& ops) const { course.add(ops, type_); }
   // To be called behind a lesson that was given.
   void count_lesson() const {
     if (given_kappa_) return;
@@ -604,6 +670,8 @@ class QuickStep : public Quick {
   const Object& last() const { return last_; }
   Object unit() const { return unit_.attr(names().size); }
   std::int64_t rank() const { return synthesizer_.down ? synthesizer_.rank : 0; }
+  std::int64_t lessons() const { return lessons_; }  // of a step with a target
+  bool labelled() const { return labels_; }
 
   template <class Visit>
   void each(const Visit& visit) {
@@ -635,7 +703,7 @@ class QuickStep : public Quick {
   bool preactivation_, given_kappa_;
   double kappa_;
   double* statistics_;
-  std::int64_t earliest_, interval_;
+  std::int64_t lessons_, earliest_, interval_;
 };
 
 // ---- A step by the true gradient ---------------------------------------------------------------------
@@ -1097,7 +1165,7 @@ class QuickStack : public Stack<QuickStep> {
     const auto [held, pieces] = between(wide, rows, target, narrow);
 
     std::vector<LinearStep> steps;
-    std::vector<SynthesizerTrain> lessons;
+    std::deque<Course> courses;
     Made below;
     for (std::size_t i = 0; i < count; ++i) {
       Made made = pieces[i % 3];
@@ -1116,9 +1184,11 @@ class QuickStack : public Stack<QuickStep> {
       steps.push_back(step);
       if (i + 1 < count) batches[i + 1].x.at = narrow ? made.narrow : made.h;
       if (i > 0 && target) {
-        lessons.push_back(layers_[i - 1]->teaching(batches[i - 1], told[i - 1], below, made.dx));
-        lessons.back().transposed = inside(rows);
-        lessons.back().narrow = narrow;
+        SynthesizerTrain lesson =
+            layers_[i - 1]->teaching(batches[i - 1], told[i - 1], below, made.dx);
+        lesson.transposed = inside(rows);
+        lesson.narrow = narrow;
+        courses.emplace_back(lesson, below.scaled, below.reduced, layers_[i - 1]->lessons());
       }
       below = made;
     }
@@ -1135,13 +1205,13 @@ class QuickStack : public Stack<QuickStep> {
       Ops ops;
       for (std::size_t i = 0; i < count; ++i) {
         layers_[i]->add(steps[i], ops, narrow);
-        if (i > 0 && target) layers_[i - 1]->add(lessons[i - 1], ops);
+        if (i > 0 && target) layers_[i - 1]->add(courses[i - 1], ops);
       }
       if (head_) head_->add(forward, ops);
       ops.run();
     }
     for (const QuickStep* layer : layers_) layer->count_batch();
-    for (std::size_t i = 0; i < lessons.size(); ++i) layers_[i]->count_lesson();
+    for (std::size_t i = 0; i < courses.size(); ++i) layers_[i]->count_lesson();
     last.wrote(target ? taught_ : written_);
     last.last()();
     if (!head_) return last.returned(handed, target, told.back());
@@ -1150,9 +1220,9 @@ class QuickStack : public Stack<QuickStep> {
   }
 
   // At the end of a backward, of the gradient at the loss and of what `call` returned: the last
-  // layer's lesson, if there is a unit, and the head's update; whether they were made.
+  // layer's lessons, if there is a unit, and the head's update; whether they were made.
   bool finish(const Object& arrived, const Object& left, std::int64_t rows, const Object& labels,
-              const Object& unit) const {
+              const Object& unit, std::int64_t lessons) const {
     const bool target = !unit.is_none();
     const QuickStep& last = *layers_.back();
     Batch batch;
@@ -1184,11 +1254,12 @@ class QuickStack : public Stack<QuickStep> {
     LinearBackward backward = head_->returning(batch, factor, given, made);
     backward.transposed = backward.grad_h_transposed = inside(rows);
     backward.grad_x_transposed = inside(rows) && !narrow;
-    SynthesizerTrain lesson{};
+    std::optional<Course> course;
     if (target) {
-      lesson = last.teaching(below, told, end, made.x);
+      SynthesizerTrain lesson = last.teaching(below, told, end, made.x);
       lesson.transposed = inside(rows);
       lesson.narrow = narrow;
+      course.emplace(lesson, end.scaled, end.reduced, lessons);
     }
     LinearUpdate update = head_->updating(batch, made);
     update.delta_transposed = inside(rows);
@@ -1198,7 +1269,7 @@ class QuickStack : public Stack<QuickStep> {
       py::gil_scoped_release release;
       Ops ops;
       head_->add(backward, ops, narrow);
-      if (target) last.add(lesson, ops);
+      if (course) last.add(*course, ops);
       head_->add(update, ops, narrow);
       ops.run();
     }
@@ -1300,26 +1371,36 @@ class QuickStack : public Stack<QuickStep> {
   Object written_, taught_, finished_;
 };
 
+// Layers by the true gradient. `teachers`: of layers with synthesizers the steps by these, which learn
+// at the end of the backward; else none.
 class QuickExactStack : public Stack<QuickExact> {
  public:
   QuickExactStack(Object module, const py::handle& surroundings, const py::handle& own,
-                  py::list steps, Object head, const py::tuple& autocast)
+                  py::list steps, Object head, const py::tuple& autocast, py::list teachers)
       : Stack(std::move(module), surroundings, own, std::move(steps), std::move(head), autocast),
+        held_(std::move(teachers)),
         moved_(all(layers_.size(), [](const QuickExact& step) { return step.moved(); })),
         written_(all(layers_.size(), [](const QuickExact& step) { return step.written(); })) {
+    for (const py::handle& each : held_) {
+      teachers_.push_back(each.cast<const QuickStep*>());
+      written_ = joined(written_, teachers_.back()->learned());
+    }
     if (head_) written_ = joined(written_, head_->written());
   }
 
   // The last layer's h, or the head's loss, what else they leave for a backward, whether the input
-  // wants a gradient, and what was multiplied; or None.
+  // wants a gradient, what was multiplied and the labels or None; or None.
   Object forward(const Object& module, const Object& input, const Object& context,
                  const Object& target) const {
     Batch batch;
     Aim aim;
-    Object read;
+    Object read, labels = py::none();
     bool narrow = false;
-    if (!context.is_none() || !stands(module) || !takes(input, read, narrow, batch))
+    if (!stands(module) || !takes(input, read, narrow, batch)) return py::none();
+    if (teachers_.empty() ? !context.is_none() : narrow || !hears(context, batch.x.rows, labels)) {
+      Quick::cleared();
       return py::none();
+    }
     const bool asks = batch.asks;
     for (const QuickExact* layer : layers_)
       if (!layer->unchanged() || !layer->follows(batch)) {
@@ -1361,10 +1442,11 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     for (const QuickExact* layer : layers_) layer->count_batch();
     if (PyObject_Length(moved_.ptr()) > 0) layers_[0]->wrote(moved_);
-    return py::make_tuple(h, left, asks, read);
+    return py::make_tuple(h, left, asks, read, labels);
   }
 
-  // Of what `forward` returned: dx or None, and what the update reads beside x and that; or None.
+  // Of what `forward` returned: dx or None, and what the update reads beside x and that: what was
+  // made of the layers, and the gradients between them, which are kept for lessons alone; or None.
   Object backward(const Object& arrived, const Object& x, const Object& h, const Object& left,
                   bool need_dx) const {
     const std::size_t count = layers_.size();
@@ -1396,13 +1478,8 @@ class QuickExactStack : public Stack<QuickExact> {
     const std::vector<Kept> kept = this->kept(h, left, rows);
     const Derived derived = derive(rows);
     const auto [made, begin] = room(left, derived.layout);
-    // Gradients at inputs inside are read by the next layer alone: they take turns in two places.
-    Layout layout(element());
-    std::int64_t size = most(1, count, [](const QuickExact& step) { return step.layer().in; });
-    if (head_) size = std::max(size, head_->layer().in);
-    size *= stride(rows);
-    const std::int64_t places[2] = {layout.take(size), layout.take(size)};
-    const auto [passing, turns] = room(left, layout);
+    const Passed passed = pass(rows);
+    const auto [passing, places] = room(left, passed.layout);
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
     std::vector<LinearBackward> backwards;
@@ -1411,7 +1488,7 @@ class QuickExactStack : public Stack<QuickExact> {
     if (head_) {
       behind.x.at = kept.back().h;
       Gradients gradients = this->gradients(begin, derived, count);
-      gradients.x = at(turns, places[count % 2]);
+      gradients.x = at(places, passed.at[count]);
       const void* given = at(static_cast<char*>(address(left)), lay(rows, narrow).delta);
       of_head = head_->returning(behind, factor, given, gradients);
       of_head.transposed = of_head.grad_h_transposed = inside(rows);
@@ -1421,7 +1498,7 @@ class QuickExactStack : public Stack<QuickExact> {
     for (std::size_t i = count; i-- > 0;) {
       batches[i].x.at = i > 0 ? kept[i - 1].h : address(x);
       Gradients gradients = this->gradients(begin, derived, i);
-      gradients.x = i > 0 ? at(turns, places[i % 2]) : address(dx);
+      gradients.x = i > 0 ? at(places, passed.at[i]) : address(dx);
       LinearBackward backward = layers_[i]->returning(batches[i], above, kept[i], gradients);
       if (inside(rows)) {
         backward.transposed = true;
@@ -1440,11 +1517,14 @@ class QuickExactStack : public Stack<QuickExact> {
         layers_[count - 1 - i]->add(backwards[i], ops, narrow);
       ops.run();
     }
-    return py::make_tuple(dx, made);
+    return py::make_tuple(dx, made, teachers_.empty() ? Object(py::none()) : passing);
   }
 
-  // All updates; whether they were made.
-  bool update(const Object& x, const Object& h, const Object& left, const Object& made) const {
+  // All lessons, so many each, and all updates; whether they were made. `arrived` is what `backward`
+  // was given, `passing` the last of what it returned.
+  bool update(const Object& x, const Object& h, const Object& left, const Object& made,
+              const Object& passing, const Object& arrived, const Object& labels,
+              std::int64_t lessons) const {
     const std::size_t count = layers_.size();
     Batch batch;
     const bool narrow = is_narrow(left);
@@ -1455,6 +1535,10 @@ class QuickExactStack : public Stack<QuickExact> {
       if (!layers_[i]->unchanged() || !layers_[i]->follows(batches[i])) return Quick::cleared();
     if (head_ && (!head_->unchanged() || !head_->follows(batch))) return Quick::cleared();
     const std::vector<Kept> kept = this->kept(h, left, batch.x.rows);
+    std::deque<Course> courses;
+    Object predicted;  // the memory of predictions
+    if (!teach(batch, kept, passing, arrived, labels, lessons, predicted, courses))
+      return Quick::cleared();
     const Derived derived = derive(batch.x.rows);
     char* begin = static_cast<char*>(address(made));
     std::vector<LinearUpdate> updates;
@@ -1475,10 +1559,12 @@ class QuickExactStack : public Stack<QuickExact> {
     {
       py::gil_scoped_release release;
       Ops ops;
+      for (std::size_t i = 0; i < courses.size(); ++i) teachers_[i]->add(courses[i], ops);
       for (std::size_t i = 0; i < count; ++i) layers_[i]->add(updates[i], ops, narrow);
       if (head_) head_->add(of_head, ops, narrow);
       ops.run();
     }
+    for (const QuickStep* teacher : teachers_) teacher->count_lesson();
     layers_[0]->wrote(written_);
     return true;
   }
@@ -1507,6 +1593,17 @@ class QuickExactStack : public Stack<QuickExact> {
     const std::int64_t rows = rows_of(x);
     return matrix(left, lay(rows, is_narrow(left)).delta, rows, head_->layer().out);
   }
+  // What arrived at each layer's h, of what `backward` was given and returned for x.
+  py::list arrivals(const Object& x, const Object& passing, const Object& arrived) const {
+    const std::int64_t rows = rows_of(x);
+    const Passed passed = pass(rows);
+    py::list found;
+    for (std::size_t i = 1; i <= layers_.size(); ++i)
+      found.append(passed.at[i] == kNowhere
+                       ? arrived
+                       : matrix(passing, passed.at[i], rows, layers_[i - 1]->layer().out));
+    return found;
+  }
   // (delta, and the gradients of bias, scale and shift or None) of each layer and of the head, of
   // what `backward` made for x.
   py::list contributions(const Object& x, const Object& made) const {
@@ -1525,6 +1622,7 @@ class QuickExactStack : public Stack<QuickExact> {
   template <class Visit>
   void each(const Visit& visit) {
     Stack::each(visit);
+    visit(static_cast<Object&>(held_));
     visit(moved_);
     visit(written_);
   }
@@ -1539,6 +1637,78 @@ class QuickExactStack : public Stack<QuickExact> {
     Layout layout;
     Offsets delta, bias, scale, shift;
   };
+
+  struct Passed {  // of the gradients at inputs, of the layers and then of the head
+    Layout layout;
+    Offsets at;  // none at the first layer's, which are returned, nor where there is no head
+  };
+
+  // Read by the layer below alone, they take turns in two places; but for lessons each has its own.
+  Passed pass(std::int64_t rows) const {
+    Passed passed{Layout(element()), Offsets(layers_.size() + 1, kNowhere)};
+    const std::size_t count = layers_.size() + (head_ ? 1 : 0);
+    const auto in = [&](std::size_t i) {
+      return (i < layers_.size() ? *layers_[i] : *head_).layer().in * stride(rows);
+    };
+    std::int64_t largest = 0;
+    for (std::size_t i = 1; i < count; ++i) largest = std::max(largest, in(i));
+    for (std::size_t i = 1; i < count; ++i)
+      passed.at[i] = teachers_.empty() && i > 2
+                         ? passed.at[i - 2]
+                         : passed.layout.take(teachers_.empty() ? largest : in(i));
+    return passed;
+  }
+  // Whether all that are told labels are told those of this call, or of the context.
+  bool hears(const Object& context, std::int64_t rows, Object& labels) const {
+    for (const QuickStep* teacher : teachers_) {
+      Told told{context, nullptr};
+      if (!teacher->tells(told, rows) || !teacher->ruled()) return false;
+      if (teacher->labelled()) labels = told.labels;
+    }
+    return true;
+  }
+  // What synthesizers are taught of a backward.
+  bool teach(const Batch& batch, const std::vector<Kept>& kept, const Object& passing,
+             const Object& arrived, const Object& labels, std::int64_t lessons, Object& predicted,
+             std::deque<Course>& courses) const {
+    if (teachers_.empty()) return true;
+    const std::int64_t rows = batch.x.rows;
+    Memory last;
+    if (!head_ &&
+        (!plain(arrived, layers_.back()->tensor(), element(), layers_.back()->layer().out, last) ||
+         last.rows != rows))
+      return false;
+    std::int64_t outputs = 0, ranks = 0;
+    std::vector<Told> told;
+    for (std::size_t i = 0; i < teachers_.size(); ++i) {
+      const QuickStep& teacher = *teachers_[i];
+      told.push_back({teacher.labelled() ? labels : Object(py::none()), nullptr});
+      if (!teacher.sized() || !teacher.teachable() || !teacher.tells(told.back(), rows))
+        return false;
+      outputs = std::max(outputs, teacher.layer().out);
+      ranks = std::max(ranks, teacher.rank());
+    }
+    Layout layout(element());  // each course is through with it when the next one writes
+    const std::int64_t scaled = layout.take(outputs * stride(rows)),
+                       reduced = layout.take(ranks * stride(rows));
+    const auto [made, begin] = room(passing, layout);
+    predicted = made;
+    const Passed passed = pass(rows);
+    for (std::size_t i = 0; i < teachers_.size(); ++i) {
+      const QuickStep& teacher = *teachers_[i];
+      const bool given = passed.at[i + 1] == kNowhere;
+      Made from;
+      from.h = kept[i].h;
+      SynthesizerTrain lesson = teacher.teaching(
+          batch, told[i], from,
+          given ? last.at : at(static_cast<char*>(address(passing)), passed.at[i + 1]));
+      lesson.transposed = inside(rows);
+      lesson.given = given;
+      courses.push_back(Course::from_the_start(
+          lesson, at(begin, scaled), teacher.rank() ? at(begin, reduced) : nullptr, lessons));
+    }
+    return true;
+  }
 
   Laid lay(std::int64_t rows, bool narrow) const {
     Laid laid{Layout(element()), {}, {}, {}, {}, kNowhere};
@@ -1598,6 +1768,8 @@ class QuickExactStack : public Stack<QuickExact> {
     return dlpack::view(t.ptr(), seen) ? seen.shape[0] : 0;
   }
 
+  py::list held_;
+  std::vector<const QuickStep*> teachers_;
   Object moved_, written_;
 };
 
@@ -1672,13 +1844,14 @@ void bind_quick(py::module_& m) {
       .def("saved", &QuickStack::saved);
   bind<QuickExactStack>(m, "QuickExactStack")
       .def(py::init<Object, const py::handle&, const py::handle&, py::list, Object,
-                    const py::tuple&>())
+                    const py::tuple&, py::list>())
       .def("changed", &QuickExactStack::changed)
       .def("forward", &QuickExactStack::forward)
       .def("backward", &QuickExactStack::backward)
       .def("update", &QuickExactStack::update)
       .def("saved", &QuickExactStack::saved)
       .def("delta", &QuickExactStack::delta)
+      .def("arrivals", &QuickExactStack::arrivals)
       .def("contributions", &QuickExactStack::contributions);
   const char* kinds[] = {"ITEM",  "ITEMS_VALUE", "ATTRIBUTE", "METHOD",
                          "STATE", "EMPTY",       "ABSENT",    "MEMORY"};

@@ -52,7 +52,7 @@ struct alignas(kCacheLine) Share {
   int rank = 0;
   bool stalled = false;   // whether it has been left in the middle of a phase
   Share* next = nullptr;  // of those that the thread has left there
-  std::chrono::steady_clock::duration stood_still{0};  // so far
+  std::chrono::steady_clock::time_point went_on{};  // when it had what it was left for
 };
 
 namespace {
@@ -104,14 +104,17 @@ struct Crew {
   Clock::duration hold{0};    // for how long it did not, last
   bool warm = false;          // whether they have been at work in the region before
 
+  // Throws std::bad_alloc before anything is changed.
   void begin(int threads, void (*what)(const void*, const Team&), const void* arguments) {
+#if defined(FUSED_DNI_FRAME)
+    stacks[static_cast<std::size_t>(threads) - 1];  // and those below
+#endif
     if (size < threads) shares = std::make_unique<Share[]>(static_cast<std::size_t>(threads));
     if (size != threads)
       for (int rank = 0; rank < threads; ++rank) {
         shares[rank].begun = phase;
         shares[rank].crew = this;
         shares[rank].rank = rank;
-        stacks[static_cast<std::size_t>(rank)];
       }
     size = threads, body = what, of = arguments;
     first = phase, end = phase - 1, left = 0;
@@ -207,6 +210,7 @@ class Worker {
       for (int i = 1; i < crew_.size; ++i) claim((rank_ + i) % crew_.size);
       tally_.taken += tally_.ran - before;
       if (crew_.together) patience = tally_.ran > before ? 0 : kPatience;
+      if (held_) idle_ = Clock::now();
       while (held_) go_round();
       if (__atomic_load_n(&crew_.phase, __ATOMIC_ACQUIRE) != phase_) continue;
       const Clock::time_point begin = Clock::now();
@@ -236,12 +240,15 @@ class Worker {
   void go_on(Share& share) {
     share.stalled = false;
     fused_dni_switch(&share.back, share.here);
-    if (share.stalled) {
-      share.next = held_, held_ = &share;
-    } else {
-      tally_.waited += std::exchange(share.stood_still, Clock::duration{0});
-      arrive(crew_, phase_);
+    const auto went_on = std::exchange(share.went_on, Clock::time_point{});
+    if (went_on != Clock::time_point{}) {  // it was one of those that go_round() tries
+      tally_.waited += went_on - idle_;
+      idle_ = Clock::now();
     }
+    if (share.stalled)
+      share.next = held_, held_ = &share;
+    else
+      arrive(crew_, phase_);
   }
 
   // Each of the shares that wait for others once more.
@@ -257,7 +264,8 @@ class Worker {
   Crew& crew_;
   const int rank_;
   unsigned phase_ = 0;
-  Share* held_ = nullptr;  // what this thread has claimed and left in the middle
+  Share* held_ = nullptr;     // what this thread has claimed and left in the middle
+  Clock::time_point idle_{};  // since when none of those could go on
   Tally tally_;
 };
 
@@ -289,12 +297,12 @@ void wait(Share& share, const int& word, int least) {
   const auto there = [&] { return __atomic_load_n(&word, __ATOMIC_ACQUIRE) >= least; };
   for (int spins = share.crew->together ? kSpins : 0; spins > 0; --spins, relax())
     if (there()) return;
-  const Clock::time_point begin = Clock::now();
-  while (!there()) {
+  if (there()) return;
+  do {
     share.stalled = true;
     fused_dni_switch(&share.here, share.back);
-  }
-  share.stood_still += Clock::now() - begin;
+  } while (!there());
+  share.went_on = Clock::now();
 }
 
 void region(int threads, void (*body)(const void*, const Team&), const void* of) {

@@ -22,7 +22,7 @@ struct Rule {
 
   explicit Rule(const RuleArguments& from) {
     const double* hyper = from.hyper;
-    const double step = hyper[5] + 1.0;
+    const double step = hyper[5] + static_cast<double>(from.ahead) + 1.0;
     bool moments = false;
     for (const void* moment : from.first) moments = moments || moment != nullptr;
     if (from.kind == 0)

@@ -21,33 +21,57 @@ namespace fused_dni::FUSED_DNI_ISA {
 namespace {
 
 template <class T>
-void synthesizer_predict(const SynthesizerPredict& a) {
-  Predictor<T> predictor(a.synthesizer, a.rows, a.features);
-  const Index stride = predictor.stride, features = a.features;
-  const int threads = team_size(
-      a.threads, a.rows * features * (predictor.kind == kDense ? features : predictor.rank + 1));
-  T *h = nullptr, *scaled = nullptr;
-  allocate([&](Scratch& scratch) {
-    h = scratch.take<T>(features * stride);
-    scaled = scratch.take<T>(features * stride);
+class PredictOp : public Op {
+ public:
+  explicit PredictOp(const SynthesizerPredict& from)
+      : a(from), predictor(a.synthesizer, a.rows, a.features) {
+    threads =
+        team_size(a.threads, a.rows * a.features *
+                                 (predictor.kind == kDense ? a.features : predictor.rank + 1));
+    open = true;
+  }
+
+  void plan(Scratch& scratch) override {
+    h = scratch.take<T>(a.transposed ? 0 : a.features * predictor.stride);
+    scaled = scratch.take<T>(a.transposed ? 0 : a.features * predictor.stride);
     predictor.plan(scratch, threads);
-  });
-  parallel(threads, [&](const Team& team) {
-    const Range own = own_features<T>(features, team.rank, team.size);
-    to_transposed(static_cast<const T*>(a.h) + own.begin, features, a.rows, own.size(),
-                  h + own.begin * stride, stride);
+    if (a.transposed) scaled = static_cast<T*>(a.scaled);
+  }
+
+  void run(const Team& team) override {
+    const Index stride = predictor.stride;
+    const Range own = own_features<T>(a.features, team.rank, team.size);
+    const T* input = static_cast<const T*>(a.h);
+    if (!a.transposed) {
+      to_transposed(input + own.begin, a.features, a.rows, own.size(), h + own.begin * stride,
+                    stride);
+      input = h;
+    }
     predictor.transpose_context(team);
-    predictor.reduce(team, own, h);
+    predictor.reduce(team, own, input);
     team.sync();
     predictor.combine(team);
-    predictor.predict(team, own.begin, own.end, h, scaled + own.begin * stride);
-    from_transposed(scaled + own.begin * stride, stride, a.rows, own.size(),
-                    static_cast<T*>(a.scaled) + own.begin, features);
-    if (a.reduced && team.rank == 0)
-      from_transposed(predictor.reduced, stride, a.rows, predictor.rank, static_cast<T*>(a.reduced),
-                      predictor.rank);
-  });
-}
+    T* const to = scaled + own.begin * stride;
+    predictor.predict(team, own.begin, own.end, input, to);
+    if (!a.transposed)
+      from_transposed(to, stride, a.rows, own.size(), static_cast<T*>(a.scaled) + own.begin,
+                      a.features);
+    if (a.reduced && team.rank == 0) give_reduced();
+  }
+
+ private:
+  void give_reduced() const {
+    if (a.transposed)
+      __builtin_memcpy(a.reduced, predictor.reduced, sizeof(T) * predictor.rank * predictor.stride);
+    else
+      from_transposed(predictor.reduced, predictor.stride, a.rows, predictor.rank,
+                      static_cast<T*>(a.reduced), predictor.rank);
+  }
+
+  const SynthesizerPredict& a;
+  Predictor<T> predictor;
+  T *h = nullptr, *scaled = nullptr;  // [O][stride]
+};
 
 template <class T>
 struct Trainer {
@@ -122,7 +146,7 @@ struct Trainer {
 
   // e, its sums, and everything that the other threads will need. A barrier follows.
   void prepare(const Team& team, Range own, Report<T>& report) const {
-    const T* scaled = take(a.scaled, own, error);
+    const T* scaled = take(a.scaled, own, error, a.transposed);
     const T* grad_h = take_gradient(own);
     T* weights = mean + team.rank * stride;
     if (head.table) head.weigh(T(2.0 / static_cast<double>(head.counted)), stride, weights);
@@ -206,7 +230,7 @@ struct Trainer {
         report.include(magnitude_of(grad_down + r * features + own.begin, own.size()));
     }
     if (kind == kDiagonal) {
-      const T* h = take(a.h, own, other);
+      const T* h = take(a.h, own, other, a.transposed);
       for (Index o = own.begin; o < own.end; ++o) {
         Vec<T> total{};
         for (Index n = 0; n < rows; n += kLanes<T>)
@@ -343,9 +367,9 @@ struct Trainer {
   }
 
   // The thread's features of a matrix in the transposed layout: `to`, or where they lie.
-  const T* take(const void* from, Range own, T* to) const {
+  const T* take(const void* from, Range own, T* to, bool transposed) const {
     const T* at = static_cast<const T*>(from);
-    if (a.transposed) return at;
+    if (transposed) return at;
     to_transposed(at + own.begin, features, rows, own.size(), to + own.begin * stride, stride);
     return to;
   }
@@ -367,7 +391,7 @@ struct Trainer {
         return other;
       }
     }
-    return take(a.grad_h, own, other);
+    return take(a.grad_h, own, other, a.transposed && !a.given);
   }
 
   static void pad_rows(const void* from, Range range, Index width, Index row, T* to) {
@@ -392,6 +416,7 @@ template <class T>
 class TrainOp : public Op {
  public:
   explicit TrainOp(const SynthesizerTrain& from) : a(from), trainer(a) {
+    open = a.again;
     threads = team_size(
         a.threads, a.rows * a.features * (trainer.train_dense ? a.features : 4 * trainer.rank + 4));
   }
@@ -417,7 +442,7 @@ class TrainOp : public Op {
     }
     if (team.rank > 0) return;
     applied = finite;
-    if (!finite) return;
+    if (!finite || a.statistics == nullptr) return;
     for (int s = 0; s < 4; ++s) a.statistics[s] += totals[s];
     a.statistics[4] += static_cast<double>(a.rows);
   }
@@ -435,8 +460,8 @@ class TrainOp : public Op {
 }  // namespace
 
 void add_synthesizer(Kernels& kernels) {
-  kernels.synthesizer_predict[0] = synthesizer_predict<float>;
-  kernels.synthesizer_predict[1] = synthesizer_predict<double>;
+  kernels.synthesizer_predict[0] = make<PredictOp<float>>;
+  kernels.synthesizer_predict[1] = make<PredictOp<double>>;
   kernels.synthesizer_train[0] = make<TrainOp<float>>;
   kernels.synthesizer_train[1] = make<TrainOp<double>>;
 }

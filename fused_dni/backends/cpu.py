@@ -337,9 +337,11 @@ class CpuBackend(Unbound):
         steps: list[Any],
         exact: bool,
         head: Any,
+        teachers: list[Any],
     ) -> Any:
         """Bind steps that :meth:`quick_exact`, or a bound step's ``quick``, made as one call of
-        their container, with what :meth:`quick_loss` made of the head behind them, or None. It
+        their container, with what :meth:`quick_loss` made of the head behind them, or None. Of
+        exact steps of layers with synthesizers ``teachers`` are the bound steps' ``quick``. It
         looks at autocast itself."""
         autocast = (
             partial(torch.is_autocast_enabled, "cpu"),
@@ -347,8 +349,8 @@ class CpuBackend(Unbound):
             torch.bfloat16,
             torch.float32,
         )
-        bind = _cpu.QuickExactStack if exact else _cpu.QuickStack
-        return bind(container, _checks(surroundings), _checks(own), steps, head, autocast)
+        given = (container, _checks(surroundings), _checks(own), steps, head, autocast)
+        return _cpu.QuickExactStack(*given, teachers) if exact else _cpu.QuickStack(*given)
 
     def synthesizer_predict(
         self, h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None
@@ -720,6 +722,7 @@ class _Step:
                 "preactivation": self.inside,
                 "kappa": taught.kappa,
                 "statistics": taught.statistics,
+                "lessons": taught.lessons,
                 "earliest": taught.earliest,
                 "interval": taught.interval,
             }

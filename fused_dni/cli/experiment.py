@@ -18,14 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OnImages(Measuring):
-    """A command that trains on digits or MNIST, some on a text too; its settings are checked before
-    anything runs."""
+    """A command that trains on digits or MNIST; its settings are checked before anything runs."""
 
     data: str | None = option(
-        None,
-        FOLDER,
-        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text",
-        group="data",
+        None, FOLDER, "folder of the four MNIST files (IDX, .gz)", group="data"
     )
 
     @property
@@ -42,23 +38,42 @@ class OnImages(Measuring):
         super().check()
         if self.data is not None and self.given.get("dataset") == "digits":
             raise UsageError("--data is for the MNIST files; leave --dataset digits out")
-        if self.data is None and self.given.get("dataset") == "characters":
-            raise UsageError("--dataset characters needs --data FILE, a text")
         self.chosen()
 
     def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:
         """Load the images, with a bar for what is fetched."""
-        from fused_dni.experiments import characters, data
-
-        if self.dataset == "characters":
-            assert self.data is not None
-            return characters.windows(self.data)
+        from fused_dni.experiments import data
 
         def fetching(file: str, done: int, total: int) -> None:
             progress.update(f"fetching {file}", done / total if total > 0 else 0.0)
 
         with progress:
             return data.load(self.dataset, folder=self.data, held_out=held_out, progress=fetching)
+
+
+@dataclass(kw_only=True)
+class OnTexts(OnImages):
+    """One that trains on the characters of a text, too."""
+
+    data: str | None = option(
+        None,
+        FOLDER,
+        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text",
+        group="data",
+    )
+
+    def check(self) -> None:
+        if self.data is None and self.given.get("dataset") == "characters":
+            raise UsageError("--dataset characters needs --data FILE, a text")
+        super().check()
+
+    def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:
+        from fused_dni.experiments import characters
+
+        if self.dataset != "characters":
+            return super().load(progress, held_out=held_out)
+        assert self.data is not None
+        return characters.windows(self.data)
 
 
 @dataclass(kw_only=True)

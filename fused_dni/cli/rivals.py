@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import device_named
 from fused_dni.cli.command import UsageError
-from fused_dni.cli.experiment import OnImages, Quick, Resumable
+from fused_dni.cli.experiment import OnImages, OnTexts, Quick, Resumable
 from fused_dni.experiments import delay_settings, literature_settings, recipe_settings, rival_arms
 from fused_dni.experiments.settings import Interfaces as InterfacesSettings
 from fused_dni.measure.options import FILE, SECONDS, option
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Rivals(OnImages, Resumable):
+class Rivals(OnTexts, Resumable):
     """Train one network by backprop in several ways (eager, compiled, with the optimizer in the
     backward, on our kernels), by label-conditioned DNI, and by its rivals: stale and delayed
     gradients, local losses, direct feedback alignment. Steps are timed together; then every run
@@ -52,7 +52,7 @@ Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
 
 @dataclass(kw_only=True)
-class RivalGrid(Quick, Resumable):
+class RivalGrid(OnTexts, Quick, Resumable):
     """Train backprop, label-conditioned DNI and rivals in networks of several widths and depths,
     for several numbers of steps, then time their steps: who is ahead at equal steps, who at equal
     wall-clock, and how long each takes to what backprop ends with."""

@@ -76,9 +76,9 @@ class Pipeline:
         targets: of the mode "decoupled", what a stage sends down for the synthesizer below.
             "bootstrapped": the gradient at its input that its prediction makes, in the same step.
             "true": what the true gradient makes, once that has come: the stage runs forward again
-            then, on the input kept, and back to it, through the weights as they are. Later by the
-            links above, and more work on steps with targets, but no sum of predictions' errors:
-            for chains of many stages.
+            then, on the input kept, and back to it, through the weights as they are (a dropout
+            draws another mask for it). Later by the links above, and more work on steps with
+            targets, but no sum of predictions' errors: for chains of many stages.
         window: messages that may be on their way over a link in each direction, 1 or more. A link
             of one-way time t needs ``1 + 2 * t / step``; more than that lets targets grow old
             behind a slow stage.

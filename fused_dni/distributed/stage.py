@@ -408,15 +408,23 @@ class Worker:
 
     def _back(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at the input that one at the output makes, through the weights as
-        they are now. Nothing else is changed: what a buffer counts, the step has counted."""
+        they are now. Nothing else is changed: what a buffer counts, the step has counted, and
+        generators of random numbers go on from where they were. A dropout's mask is drawn anew: the
+        gradient is then that of another mask than the step's."""
         assert isinstance(self.stage.submodule, Decoupled)
         module = self.stage.submodule.module
         buffers = [(b, b.clone()) for b in module.buffers()]
         x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            h = module(x)
-        for b, before in buffers:
-            b.data.copy_(before)  # past the graph, which does not read them
+        devices = [] if x.device.type == "cpu" else [x.device]
+        try:
+            with (
+                torch.random.fork_rng(devices, device_type=x.device.type),
+                torch.enable_grad(),
+            ):
+                h = module(x)
+        finally:
+            for b, before in buffers:
+                b.data.copy_(before)  # past the graph, which does not read them
         torch.autograd.backward(h, gradient, inputs=[x])
         return _wanted(x)
 

@@ -24,6 +24,8 @@ State = tuple[Tensor, Tensor]
 WINDOWS = (1, 2, 4, 8, 16, 32)
 #: Of a text: steps that bring the state up, steps that boundaries lie in, steps behind them.
 CARRIED, REGION, HORIZON = 64, 64, 128
+#: Of a linear fit: what is added to the diagonal, of its mean; batches that it is given.
+RIDGE, FITTED = 1e-2, 128
 
 
 class Net(Protocol):
@@ -179,6 +181,25 @@ def full_backprop(
         flat = torch.autograd.grad(total, [t for pair in passed for t in pair])
     truth = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
     return entrances, [(h.detach(), c.detach()) for h, c in passed], truth
+
+
+def fitted_row_cosine(rows: Tensor, gradients: Tensor) -> float:
+    """Fit the linear function of states, with a constant, to gradients by least squares on the
+    first half; return the mean cosine of rows on the second, rows without a gradient left out.
+
+    What ``prediction_row_cosine`` of a dense linear synthesizer could be, had it learned from true
+    gradients of a net that holds still.
+
+    Args:
+        rows: states [N, F]. gradients: [N, F].
+    """
+    given = nn.functional.pad(rows.double(), (0, 1), value=1.0)
+    wanted, half = gradients.double(), len(rows) // 2
+    products = given[:half].t() @ given[:half]
+    products.diagonal().add_(RIDGE * products.diagonal().mean())
+    weight = torch.linalg.solve(products, given[:half].t() @ wanted[:half])
+    held = wanted[half:].any(1)
+    return float(cosine_similarity((given[half:] @ weight)[held], wanted[half:][held]).mean())
 
 
 def _gradients(loss: Tensor, of: Sequence[Tensor], *, retain: bool) -> list[Tensor]:

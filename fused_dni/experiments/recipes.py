@@ -18,7 +18,7 @@ import fused_dni as fd
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.recipe_settings import BASES, PLAIN, Settings, recipe, what
 from fused_dni.experiments.rival_trainers import StaleTrainer, advance
-from fused_dni.experiments.run import Job, Keep, Say, begun, do_jobs, refuse_divergence
+from fused_dni.experiments.run import Job, Keep, Say, begun, diverged, do_jobs
 from fused_dni.experiments.settings import rule_of
 from fused_dni.experiments.train import FusedTrainer, Trainer, _cosine
 from fused_dni.report.progress import Progress
@@ -218,12 +218,11 @@ def compare(
 
     Returns:
         The report, of kind ``recipes``: ``rows`` (what each is) and ``runs`` (a row a run: name, k
-        (None for backprop), seed, ``error`` in the end, ``exact``: the share of steps that made
-        true gradients, warm-up included).
+        (None for backprop), seed, ``error`` in the end, ``diverged``, ``exact``: the share of
+        steps that made true gradients, warm-up included).
 
     Raises:
         ValueError: settings and data do not fit.
-        RuntimeError: a network diverged.
     """
     each = len(dataset.train.labels) // settings.batch_size
     if each < 1:
@@ -282,11 +281,11 @@ def _run(
             trainer.steps += 1
             if trainer.steps % max(1, steps // REPORTS) == 0:
                 say(trainer.steps / steps)
-    refuse_divergence(trainer.model, f"{name} diverged")
     return {
         "name": name,
         "k": k,
         "seed": seed,
         "error": trainer.error(dataset.test),
+        "diverged": diverged(trainer.model),
         "exact": exact / steps,
     }

@@ -39,7 +39,6 @@ from fused_dni.experiments.settings import Arm
 from fused_dni.experiments.settings import Recurrent as Settings
 from fused_dni.experiments.windowed import OneHot, State, Trainer, build_net
 from fused_dni.measure import timing
-from fused_dni.measure.baseline import facts
 from fused_dni.report.kinds.recurrent import COST_LEVEL, Outcome
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
@@ -261,6 +260,26 @@ class CopyTrainer(Trainer):
             target_scale=self.settings.target_scale,
         )
 
+    def fitted(self) -> float:
+        """Return how well the best linear function of the state predicts at this arm's boundaries
+        (:func:`future.fitted_row_cosine`), true gradients bounded by row as targets are; NaN where
+        there is no boundary."""
+        rows, gradients = [], []
+        net, bound = self.model.twin(), self.settings.target_clip
+        for batch in range(future.FITTED):
+            episodes = self.draw(-1 - self.seed - batch)
+            first, length = 1 + batch % self.arm.window, len(episodes.inputs)
+            cuts = [0, *range(first, length, self.arm.window), length]
+            found = future.full_backprop(net, episodes.inputs, self.losses(episodes), cuts)
+            rows += [state_rows(*state) for state in found[1]]
+            gradients += [state_rows(*gradient) for gradient in found[2]]
+        if not rows:
+            return math.nan
+        wanted = torch.cat(gradients) * self.settings.target_scale
+        if bound:
+            wanted *= bound / wanted.norm(dim=1, keepdim=True).clamp_min(bound)
+        return future.fitted_row_cosine(torch.cat(rows), wanted)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
@@ -389,6 +408,8 @@ class _Evaluations(run.Turns[Trainer]):
         if self.settings.probe:
             probed = (trainer.probe(window) for window in future.WINDOWS)
             found["future"] = [row for row in probed if row is not None]
+            if isinstance(trainer, CopyTrainer) and trainer.arm.synthetic:
+                found["fitted_row_cosine"] = trainer.fitted()
         return found
 
 
@@ -412,14 +433,15 @@ def train(
     """
     turns = _Evaluations(settings, source)
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
-    return Outcome(settings, turns.data, finished, _notes(settings, source))
+    commit = turns.made.get("commit")
+    return Outcome(settings, turns.data, finished, _notes(settings, source), commit=commit)
 
 
 def result(outcome: Outcome, command: str | None = None) -> Result:
     """Gather the whole report."""
     return Result(
         f"train {outcome.settings.task}",
-        facts=facts(command),
+        facts=run.facts_of(outcome, command),
         settings=asdict(outcome.settings),
         memory_is=timing.PEAK_MEMORY_CPU,
         notes=outcome.notes,

@@ -93,6 +93,11 @@ def compare(
     body = {"digest": dataset.digest()}
     asked = Result("rivals", settings=plain(asdict(settings)), body=body)
     report = resumed(previous, asked)
+    if report is not asked and bool(report.get("tuning")) != tuned:
+        raise ValueError(
+            f"the report that is to be continued is {'not tuned' if tuned else 'tuned'}: go on "
+            f"{'without' if tuned else 'with'} --tune, or begin another"
+        )
     if not tuned:
         for which in arms:
             settings.rate(which)  # what is not known shows before anything runs

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fused_dni.measure.baseline import facts
+from fused_dni.measure.baseline import facts, name_commit
 from fused_dni.measure.errors import Interrupted as Interrupted
+from fused_dni.report.outcome import Outcome
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Keep as Keep
 from fused_dni.report.schema import Result, resumed
@@ -145,6 +146,12 @@ def begun(
     return resumed(previous, empty)
 
 
+def facts_of(outcome: Outcome, command: str | None) -> dict[str, Any]:
+    """Gather the facts of a report of training, with the commits of all its runs."""
+    found = facts(command)
+    return found | {"commit": outcome.commit or found["commit"]}
+
+
 class Job(NamedTuple):
     """A run that a report is to have.
 
@@ -190,9 +197,7 @@ def do_jobs(
             error = run["history"][-1]["error"] if "history" in run else run.get("error")
             progress.update(job.label, 1.0, "" if error is None else f"error {100 * error:.2f} %")
             job.into.append(run)
-            known = report.facts.get("commit")
-            if commit and commit not in str(known).split(", "):
-                report.facts["commit"] = f"{known}, {commit}" if known else commit
+            name_commit(report.facts, commit)
             done += 1
             report.body["finished"] = done == total
             keep(report)
@@ -279,12 +284,16 @@ class Turns(Generic[T]):
         names: of the methods, in the order of reports.
         turns: of each method and seed.
         data: what is said of the data in checkpoints.
+
+    Attributes:
+        made: the commits that training was of, this one and those before it, by ``commit``.
     """
 
     def __init__(
         self, settings: Any, names: Sequence[str], turns: int, data: dict[str, Any]
     ) -> None:
         self.settings, self.names, self.turns, self.data = settings, names, turns, data
+        self.made: dict[str, Any] = {}
 
     def build(self, seed: int) -> list[T]:
         """Make the trainers of a seed."""
@@ -321,7 +330,8 @@ class Turns(Generic[T]):
             raise CheckpointError("--resume needs --checkpoint DIR")
         kept = read_checkpoint(folder, self.settings)
         if kept.get("data", self.data) != self.data:
-            raise CheckpointError(f"the checkpoint in {folder} is of another text: {kept['data']}")
+            raise CheckpointError(f"the checkpoint in {folder} is of other data: {kept['data']}")
+        name_commit(self.made, kept.get("commit"))  # absent from older files
         if "position" not in kept:
             return kept["finished"], kept["seed"], kept["trainers"]
         # Of 0.1.0's train: seed, epoch, turn, step. Behind a seed's end the trainers are its own.
@@ -354,6 +364,7 @@ class Turns(Generic[T]):
         finished, first, saved = self._resumed(folder) if resume else ([], 0, {})
         if resume:
             progress.line(f"resumed: {len(finished)} runs were finished")
+        commit = facts()["commit"]
         trainers: list[T] = []
         last = time.monotonic()
         stop = Stop()
@@ -367,6 +378,7 @@ class Turns(Generic[T]):
                     "version": VERSION,
                     "settings": plain(asdict(self.settings)),
                     "data": self.data,
+                    "commit": self.made.get("commit"),
                     "finished": finished,
                     "seed": seed,
                     "trainers": {trainer.name: trainer.state_dict() for trainer in trainers},
@@ -391,6 +403,7 @@ class Turns(Generic[T]):
                         label = f"{trainer.name:<14}"
                         label += f" seed {trainer.seed}" if len(seeds) > 1 else ""
                         goal = self.begin(trainer, turn)
+                        name_commit(self.made, commit)
                         while (start := self.position(trainer)) < goal:
                             steps = CHUNK
                             if checkpoint_every is not None:

@@ -26,7 +26,7 @@ import fused_dni as fd
 from fused_dni.experiments import data, nets, run
 from fused_dni.experiments.settings import Training as Settings
 from fused_dni.measure import timing
-from fused_dni.measure.baseline import facts, stock_optimizer
+from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.verdict.result import Verdict
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.report.kinds.train import Outcome
@@ -255,7 +255,8 @@ def train(
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
     steps = settings.epochs * turns.each
     notes = run.warmup_notes(settings.runs(), settings.warmup_steps, steps)
-    return Outcome(settings, dataset.name, finished, notes, turns.each)
+    commit = turns.made.get("commit")
+    return Outcome(settings, dataset.name, finished, notes, turns.each, commit=commit)
 
 
 def result(
@@ -280,7 +281,7 @@ def result(
         body["race"] = race
     return Result(
         "train",
-        facts=facts(command),
+        facts=run.facts_of(outcome, command),
         settings=asdict(outcome.settings),
         notes=outcome.notes,
         body=body,

@@ -68,6 +68,13 @@ def facts(command: str | None = None, device: torch.device | str = "cpu") -> dic
     }
 
 
+def name_commit(found: dict[str, Any], commit: str | None) -> None:
+    """Name a commit among the facts of a report, beside those that earlier runs are of."""
+    known = found.get("commit")
+    if commit and commit not in str(known).split(", "):
+        found["commit"] = f"{known}, {commit}" if known else commit
+
+
 def _isa() -> str | None:
     """Instruction set that our C++ kernels run on: one processor's name may stand for several."""
     try:

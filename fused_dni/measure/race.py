@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fused_dni.measure.baseline import facts
+from fused_dni.measure.baseline import facts, name_commit
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.waiting import Stopwatch
 from fused_dni.report.progress import Progress
@@ -94,6 +94,7 @@ def race(
         body={"runs": [], "finished": False},
     ))  # fmt: skip
     body = report.body
+    commit = facts()["commit"]  # of what is loaded now
     done = {run["seed"] for run in body["runs"]}
     progress = progress or Progress(enabled=False)
     with progress:
@@ -105,6 +106,7 @@ def race(
             except KeyboardInterrupt:
                 kept = len({run["seed"] for run in body["runs"]})
                 raise Interrupted(f"{kept} of {len(chosen)} seeds were finished") from None
+            name_commit(report.facts, commit)
             body["finished"] = len(body["runs"]) == len(arms) * len(chosen)
             if keep is not None:
                 keep(report)

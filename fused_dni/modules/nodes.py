@@ -372,7 +372,8 @@ class ExactStack(_Closed):
     @staticmethod
     def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         h: Tensor
-        h, ctx.trace, ctx.need_dx, x = made  # x: what was multiplied of the last of `given`
+        h, left, ctx.need_dx, x, labels = made  # x: what was multiplied of the last of `given`
+        ctx.trace = (left, labels)
         ctx.owner, ctx.close = stack, _close_stack
         kept = h if stack.head is None else None
         watched = stack.watched(ctx.need_dx)
@@ -385,7 +386,7 @@ def _close_stack(
 ) -> tuple[Tensor | None, Any]:
     if h is not None:
         h = h.detach()  # the output itself would keep its own node alive
-    made: tuple[Tensor | None, Any] = ctx.owner.backward(gradient, x, h, ctx.trace, ctx.need_dx)
+    made: tuple[Tensor | None, Any] = ctx.owner.backward(gradient, x, h, *ctx.trace, ctx.need_dx)
     return made
 
 

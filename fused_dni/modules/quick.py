@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 from fused_dni import context
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET, Predicted
+from fused_dni.modules.base import NO_TARGET, Phase, Predicted, Regression
 from fused_dni.modules.checks import (
     ALWAYS,
     ANYWHERE,
@@ -187,7 +187,7 @@ def _bind(
         *addresses(slots),
     ]
     phase = layer.phase
-    teaches = phase.mix == 0.0 and phase.lessons == 1 and teacher._tensors is not None
+    teaches = phase.mix == 0.0 and teacher._tensors is not None
     taught = QuickSynthesizer(
         untaught=_phase(layer, False),
         taught=_phase(layer, True) if teaches else None,
@@ -196,6 +196,7 @@ def _bind(
         kappa=layer.target_scale,
         unit=synthesizer.unit,
         statistics=layer.statistics,
+        lessons=phase.lessons,
         rule=teacher._tensors,
         group=teacher.group,
         state=teacher.__dict__,
@@ -358,7 +359,7 @@ class Ending:
     def apply_update(self, contributions: list[Any]) -> None:
         """Teach, then update."""
         (made,) = contributions
-        if self._stack.quick.finish(*made):
+        if self._stack.quick.finish(*made, self._stack.last.phase.lessons):
             return
         for (member, role), own in zip(self.shares, self.divided(made), strict=True):
             applying(member, role)([own])
@@ -377,18 +378,41 @@ class Ending:
 
 
 class StackedExact(Stacked):
-    """The same of layers without synthesizers, which are updated by the true gradient, and of the
-    loss behind them if there is one."""
+    """The same of layers that are updated by the true gradient, and of the loss behind them if
+    there is one. Synthesizers are taught what arrives where the updates are made."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.anchors = [layer._binding.anchor for layer in self.members]
-        self._call, self._conditioned, self._told = self.quick.forward, False, self.members
+        self.anchors = [_exact_anchor(layer) for layer in self.members]
+        self._call, self._told = self.quick.forward, self.members
+        self._teaches = self.last._modules["synthesizer"] is not None
+        self._conditioned = self._teaches
         self.shares = [(member, UPDATE) for member in self.members]
+        if self._teaches:
+            self.shares += [(layer, LEARN) for layer in self.layers]
         self._tensors: list[tuple[LinearTensors, LinearConfig]] = []
         for layer in self.members:
             assert layer._binding.layer is not None
             self._tensors.append((layer._binding.layer, layer.config))
+
+    def way(self) -> str:
+        if not self._teaches:
+            return super().way()
+        said = _said(self.quick.changed(), self._checks)
+        return way(self.last) if said == "one call" else said
+
+    def run(
+        self,
+        container: nn.Module,
+        input: Tensor,
+        context: Tensor | None,
+        target: Tensor | None,
+    ) -> Tensor | None:
+        if self._teaches:
+            for layer in self.layers:
+                if not by_truth_alone(layer.phase):
+                    return None
+        return super().run(container, input, context, target)
 
     def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
         out: Tensor = nodes.ExactStack.run(self, made, *self.anchors, input)
@@ -403,22 +427,28 @@ class StackedExact(Stacked):
         return [t for t in tensors if t is not None]
 
     def backward(
-        self, gradient: Tensor, x: Tensor, h: Tensor | None, left: Tensor, need_dx: bool
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        h: Tensor | None,
+        left: Tensor,
+        labels: Tensor | None,
+        need_dx: bool,
     ) -> tuple[Tensor | None, Any]:
         """Go back through all layers.
 
         Args:
-            h, left: of the forward; h None where its result is a loss.
+            h, left, labels: of the forward; h None where its result is a loss.
 
         Returns:
-            dx, and what the updates are made from: of a call for all of them the tuple of its
-            arguments, else a list of what each layer's takes.
+            dx, and what updates and lessons are made from: of a call for all of them the tuple of
+            its arguments, else a list of what each share takes.
         """
-        done: tuple[Tensor | None, Tensor] | None
+        done: tuple[Tensor | None, Tensor, Tensor | None] | None
         done = self.quick.backward(gradient, x, h, left, need_dx)
         if done is not None:
-            dx, made = done
-            return dx, (x, h, left, made)
+            dx, made, passing = done
+            return dx, (x, h, left, made, passing, gradient, labels)
         contributions: list[tuple[Tensor, LinearGradients]] = []
         below = x
         uses: list[LinearUse] = []
@@ -430,35 +460,75 @@ class StackedExact(Stacked):
         traces: list[Any] = [*uses]
         if self.head is not None:
             traces.append(LossTrace(below, self._tensors[-1][0], self.quick.delta(x, left)))
+        arrivals: list[Tensor] = []
         for i in reversed(range(len(traces))):
             assert arrived is not None
+            arrivals.insert(0, arrived)
             (arrived,), own = self.members[i].close(traces[i], arrived, need_dx or i > 0)
             contributions.insert(0, own)
-        return arrived, contributions
+        return arrived, [*contributions, *self._lessons([u.h for u in uses], labels, arrivals)]
+
+    def _lessons(
+        self, outputs: list[Tensor], labels: Tensor | None, arrivals: list[Tensor]
+    ) -> list[Regression]:
+        """Return what each synthesizer learns from: its layer's output, and what arrived there."""
+        lessons = []
+        for layer, h, arrived in zip(self.layers, outputs, arrivals, strict=False):
+            if not self._teaches:
+                break
+            synthesizer: Any = layer._modules["synthesizer"]
+            context = labels if synthesizer.context_features else None
+            predicted = layer.predict(h, context, True)
+            lessons.append(layer.regression(h, predicted, context, arrived, None))
+        return lessons
 
     def refuse_other_gradients(self, added: bool) -> None:
-        """Refuse nothing: what came to a layer by another way is added to its update."""
+        """Refuse what its layers do. What came by another way to one without a synthesizer is added
+        to its update."""
+        if self._teaches:
+            for member in self.members:
+                member.refuse_other_gradients(added)
 
     def apply_update(self, contributions: list[Any]) -> None:
-        """Apply each layer's rule."""
+        """Teach, and apply each layer's rule."""
         (made,) = contributions
-        if type(made) is tuple and self.quick.update(*made):
-            return
-        for layer, own in reversed(list(zip(self.members, self.divided(made), strict=True))):
-            layer.apply_update([own])
+        if type(made) is tuple:
+            lessons = self.last.phase.lessons
+            alike = [layer.phase.lessons == lessons for layer in self.layers]
+            if all(alike) and self.quick.update(*made, lessons):
+                return
+        for (member, role), own in reversed(
+            list(zip(self.shares, self.divided(made), strict=True))
+        ):
+            applying(member, role)([own])
 
-    def divided(self, contribution: Any) -> list[tuple[Tensor, LinearGradients]]:
-        """Return what each layer's own ``apply_update`` takes, of what :meth:`backward`
-        returned."""
+    def divided(self, contribution: Any) -> list[Any]:
+        """Return what each of the shares takes, of what :meth:`backward` returned."""
         if type(contribution) is list:
             return contribution
-        x, h, left, made = contribution
-        inputs = [x, *[out for out, _, _ in self.quick.saved(x, h, left)]]
+        x, h, left, made, passing, gradient, labels = contribution
+        outputs = [out for out, _, _ in self.quick.saved(x, h, left)]
+        inputs = [x, *outputs]
         gradients = [
             LinearGradients(delta, None, None, *vectors)
             for delta, *vectors in self.quick.contributions(x, made)
         ]
-        return list(zip(inputs[: len(gradients)], gradients, strict=True))
+        updates = list(zip(inputs[: len(gradients)], gradients, strict=True))
+        if not self._teaches:
+            return updates
+        arrivals = self.quick.arrivals(x, passing, gradient)
+        return [*updates, *self._lessons(outputs, labels, arrivals)]
+
+
+def by_truth_alone(phase: Phase) -> bool:
+    """Say whether layers take the true gradient and nothing of a prediction, which learns."""
+    return phase.warmup or (phase.target and phase.mix == 1.0)
+
+
+def _exact_anchor(layer: LinearSteps) -> Tensor | None:
+    """Return the anchor of a layer's step by the true gradient."""
+    bound: Binding = layer._binding
+    return bound.anchor if layer._modules["synthesizer"] is None else bound.exact_anchor
 
 
 def _apart(head: LossSteps, last: LinearSteps) -> str:
@@ -480,6 +550,7 @@ def stacked(
     body: int,
     head: LossSteps | None,
     known: Stacked | None,
+    exact: bool,
 ) -> tuple[Stacked | None, str]:
     """Have the next step of layers in a container be one call: bound to it, or None; and why there
     is none, or why the head is not in it.
@@ -489,12 +560,16 @@ def stacked(
             but what hands on what it is given. body: how many of its modules those are.
         head: what is next in it, if it has the loss.
         known: what was there before, which stays while the layers' own steps do.
+        exact: steps by the true gradient, in which synthesizers, if there are any, learn.
     """
-    exact = all([layer._modules["synthesizer"] is None for layer in layers])
     steps = [layer._binding.exact if exact else layer._binding.quick for layer in layers]
+    teachers = []
+    if exact and layers[0]._modules["synthesizer"] is not None:
+        teachers = [layer._binding.quick for layer in layers]
     apart = "" if head is None else _apart(head, layers[-1])
     if apart:
         head = None
+    steps += teachers
     if head is not None:
         steps.append(head._binding.exact)
     covered = body if head is None else len(container._modules)
@@ -515,7 +590,7 @@ def stacked(
         return None, "some layers have a synthesizer and some have none"
     if any(step is None for step in steps):
         return None, "a layer has no call of its own"
-    if exact and any([layer._binding.anchor is None for layer in layers]):
+    if exact and any([_exact_anchor(layer) is None for layer in layers]):
         # And those in front of it may have none.
         return None, "a layer is frozen and has no node"
     backend = registry.resolve(layers[0].backend, layers[0].weight, layers[0].weight)
@@ -535,10 +610,14 @@ def stacked(
     for module in list(container._modules.values())[:covered]:
         if module is not None and module not in members:
             checks += uncalled(module)
-    for layer, step in zip(members, steps, strict=True):
-        name = "exact" if exact or layer is head else "quick"
-        checks += [*uncalled(layer), ("attribute", layer._binding, name, None, step)]
+    for layer in members:
+        checks += uncalled(layer)
+        names = ["exact"] if exact or layer is head else ["quick"]
+        if teachers and layer is not head:
+            names.append("quick")
+        bindings = layer._binding
+        checks += [("attribute", bindings, name, None, getattr(bindings, name)) for name in names]
     last = None if head is None else steps[-1]
-    quick = bind(container, ANYWHERE, checks, steps[: len(layers)], exact, last)
+    quick = bind(container, ANYWHERE, checks, steps[: len(layers)], exact, last, teachers)
     kind = StackedExact if exact else Stacked if head is None else StackedLoss
     return kind(quick, (*ANYWHERE, *checks), container, layers, head, steps, covered), apart

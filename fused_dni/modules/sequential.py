@@ -13,7 +13,7 @@ from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import NO_TARGET, DecoupledModule, Regression, run_apart, untraced
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
-from fused_dni.modules.quick import Stacked, stacked
+from fused_dni.modules.quick import Stacked, by_truth_alone, stacked
 from fused_dni.modules.steps import LinearSteps, LossSteps
 
 
@@ -48,6 +48,7 @@ class DecoupledSequential(nn.Sequential):
 
     _stack: Stacked | None = None
     _apart = ""  # why there is none, or why the head is not in it
+    _true: Stacked | None = None  # of layers with synthesizers, by the true gradient
 
     def forward(
         self, input: Tensor, context: Tensor | None = None, target: Tensor | None = None
@@ -72,6 +73,8 @@ class DecoupledSequential(nn.Sequential):
             out: Tensor = untraced(self._run)(input, context, target)
             return out
         stack = self._stack
+        if self._true is not None and by_truth_alone(self._true.last.phase):
+            stack = self._true
         if target is not None and stack is not None and stack.head is None:
             self._head(list(self), input, target)  # which is behind what is one call
         h = None if stack is None else stack.run(self, input, context, target)
@@ -84,6 +87,8 @@ class DecoupledSequential(nn.Sequential):
     def extra_repr(self) -> str:
         """Say how steps are taken: in one call, or why not."""
         stack, apart = self._stack, self._apart
+        if self._true is not None and by_truth_alone(self._true.last.phase):
+            stack = self._true
         if not self.training or (stack is None and not apart):
             return ""
         if stack is None:
@@ -98,14 +103,19 @@ class DecoupledSequential(nn.Sequential):
             return _plain(modules, input, context, target)
         if not interfaces:
             out = _plain(modules, input, context, target)
-            self._bind(modules if head is None else modules[:-1], head)
+            self._bind(modules if head is None else modules[:-1], head, True)
             return out
         split = interfaces[-1] + 1
         body = modules[:split]
         deciding = [m for m in body if isinstance(m, DecoupledModule) and _decouples(m)]
         phases = [m.phase for m in deciding]
+        behind = [m for m in modules[split:] if not _passes(m)]
+        follows = head if behind == [head] else None
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
-            return _plain(modules, input, context, target)
+            out = _plain(modules, input, context, target)
+            if all(by_truth_alone(p) for p in phases):
+                self._bind(body, follows, True)
+            return out
         if not all(m.training for m in deciding):  # one of them predicts nothing
             return _plain(modules, input, context, target)
         learns = phases[-1].target
@@ -113,8 +123,7 @@ class DecoupledSequential(nn.Sequential):
         if not learns:
             setattr(h, NO_TARGET, h._version)
         out = _plain(modules[split:], h, context, target)
-        behind = [m for m in modules[split:] if not _passes(m)]
-        self._bind(body, head if behind == [head] else None)
+        self._bind(body, follows, False)
         return out
 
     def _head(
@@ -146,9 +155,9 @@ class DecoupledSequential(nn.Sequential):
             )
         return head
 
-    def _bind(self, body: list[nn.Module], head: LossSteps | None) -> None:
-        """Have the next step of the body be one call, if its layers' are, and of the head behind
-        it."""
+    def _bind(self, body: list[nn.Module], head: LossSteps | None, exact: bool) -> None:
+        """Have the next step of the body, by the true gradient if that is ``exact``, be one call,
+        if its layers' are, and of the head behind it."""
         layers = [m for m in body if not _passes(m)]
         others = [type(m).__name__ for m in layers if type(m) is not FusedDNILinear]
         if others:
@@ -158,7 +167,10 @@ class DecoupledSequential(nn.Sequential):
         found: tuple[Stacked | None, str] = (None, "")
         if layers:
             steps = cast("list[LinearSteps]", layers)
-            found = stacked(self, steps, len(body), head, self._stack)
+            if exact and steps[-1]._modules["synthesizer"] is not None:
+                self._true, _ = stacked(self, steps, len(body), head, self._true, True)
+                return
+            found = stacked(self, steps, len(body), head, self._stack, exact)
         self._stack, self._apart = found
 
 

@@ -341,10 +341,8 @@ class LinearSteps(Steps):
             h, predicted, context, arrived, *_ = regressions[0]
             p = predicted.prediction
             if p is not None and quick.learn(
-                h, p.scaled, p.reduced, context, predicted.unit, arrived
+                h, p.scaled, p.reduced, context, predicted.unit, arrived, self.phase.lessons
             ):
-                if self.phase.lessons > 1:
-                    self.learn_again(regressions)
                 return
         super().learn(regressions)
         if self.norm_update is not None:

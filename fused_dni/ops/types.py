@@ -364,6 +364,7 @@ class QuickSynthesizer(NamedTuple):
         kappa: by what the loss divides; None for the number of rows.
         unit: the synthesizer's unit, whose size and lessons are read.
         statistics: float64 [STATISTICS_SIZE], added to in a lesson.
+        lessons: how many a step with a target gives.
         rule: over the synthesizer's slots, None where there has been none yet; group, state: as of
             the layer's.
         earliest, interval: the unit may move in the first lesson; from the so-manieth on in every
@@ -377,6 +378,7 @@ class QuickSynthesizer(NamedTuple):
     kappa: float | None
     unit: Any
     statistics: Tensor
+    lessons: int
     rule: RuleTensors | None
     group: dict[str, Any]
     state: dict[str, Any]

@@ -39,12 +39,14 @@ class Outcome:
         runs: for each method and seed ``name``, ``seed``, ``history`` (a row a turn) and
             ``fingerprint`` of the final parameters.
         notes: what the reader should know, a paragraph each.
+        commit: of the program that trained, several if it was another after a stop.
     """
 
     settings: Any
     data: Any
     runs: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    commit: str | None = field(default=None, kw_only=True)
 
     def names(self) -> list[str]:
         """List the methods in order."""

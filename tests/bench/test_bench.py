@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,8 +259,16 @@ STEP = {
 }
 
 
-def test_documents_are_what_the_results_say():
+def test_documents_are_what_the_results_say(monkeypatch):
+    asked = []  # for the verdict's pages, whose figures take longest: test_answers.py
+    monkeypatch.setattr(documents.verdict, "render", lambda check: asked.append(check) or 0)
     assert documents.render(check=True) == 0
+    assert asked == [True]
+
+
+def test_one_seed_is_not_seeds():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.search(r"(?<![\d.])1 seeds", page.read_text(encoding="utf-8")), page
 
 
 def test_rendering_replaces_what_stands_between_markers_and_nothing_else():
@@ -1004,6 +1013,25 @@ def test_the_table_of_recipes_marks_ranges_and_says_shares():
     assert "| exact | 2.50 (2.00-3.00) \\* | 20.0 % |" in found
     assert "At k=8 the row of least error is exact, 2.50 %; stale 4.50 %, ranges apart" in found
     assert documents.RENDERERS["recipes"][1]([]) == "Not measured yet."
+
+
+def test_the_best_linear_fit_stands_below_the_cosine_that_it_bounds():
+    settings = recurrent.Settings.of("copy", methods=("dni",), seeds=(0, 1, 2))
+    said = {"prediction_cosine": 0.1, "prediction_norm_ratio": 2.0, "prediction_row_cosine": 0.2}
+    history = [{"solved": 1.0, "seconds": 1.0, "steps": 1.0, "prediction": said}]
+    rows = []
+    for fitted in ({}, {"fitted_row_cosine": 0.5}, {"fitted_row_cosine": None}):
+        run = {"name": "dni T=4", "method": "dni", "window": 4, "history": history, **fitted}
+        runs = [run | {"seed": seed} for seed in settings.seeds]
+        report = recurrent.result(recurrent.Outcome(settings, {}, runs), "fused-dni train copy")
+        found = documents.RENDERERS["copy-future"][1]([report])
+        rows.append([line for line in found.splitlines() if "row cosine" in line])
+    assert rows[0] == rows[2] == []
+    assert [line.split("|")[1].strip() for line in rows[1]] == [
+        "dni T=4, row cosine",
+        "dni T=4, row cosine of the best linear fit",
+    ]
+    assert rows[1][0].count("0.200") == 5 and rows[1][1].count("0.500") == 1
 
 
 def test_the_table_of_an_ablation_takes_cosines_over_all_of_the_training():

@@ -52,6 +52,7 @@ def test_reports_of_different_arms_are_one_table():
     assert ["- published", "", "2.0"] in cells
     name = "cDNI, cross-entropy form, k = 8, mix 0.5, 4 lessons: 20.0 % of the steps exact"
     assert [name, "2", "1.80 (1.80-1.80)"] in cells and [name, "+0.20", "+0.20"] in cells
+    assert found.count("mean (range) over seeds.") == 3  # a column says of how many
     assert documents.RENDERERS["literature-clocks"][1]([exact]) == "Not measured yet."
 
 

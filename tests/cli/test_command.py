@@ -121,3 +121,20 @@ def test_what_is_no_value_is_refused_with_what_was_given(kind, word):
 def test_a_number_that_is_none_is_refused_in_a_program():
     with pytest.raises(ValueError, match="lr must be a finite number from 0 on, got nan"):
         Training.of("digits", lr=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        *((name, False) for name in ("train", "demo", "delay", "interfaces", "recipes")),
+        ("literature", False),
+        ("rivals", True),
+        ("rivals grid", True),
+    ],
+)
+def test_a_text_is_spoken_of_where_it_may_be_given(command, texts, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert ("with --dataset characters" in " ".join(capsys.readouterr().out.split())) == texts
+    assert cli.main([*command.split(), "--dataset", "characters"]) == 2
+    said = "--dataset characters needs --data FILE" if texts else "unknown dataset"
+    assert said in capsys.readouterr().err

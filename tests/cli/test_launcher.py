@@ -44,7 +44,7 @@ def test_ctrl_c_during_an_import_is_one_line(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert said.strip() == "fused-dni: stopped; nothing was kept"
 

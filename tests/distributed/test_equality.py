@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fused_dni as fd
 from fused_dni.distributed import Pipeline, Stage, Twin
+from fused_dni.distributed.stage import Worker
 
 WIDTH, CLASSES, ROWS, STEPS = 12, 5, 16, 12
 RULES = {"none": None, "sgd": fd.SGD(0.05, momentum=0.9), "adam": fd.Adam(0.01)}
@@ -198,6 +199,39 @@ def test_true_targets_are_the_twins_to_the_bit(world, lag):
     bootstrapped, _ = twin(world, "decoupled", lag, "adam", 2, 2)
     # Two stages have one cut, whose target is the true gradient anyway.
     assert (differences(found, bootstrapped) > 1e-6) == (world > 2)
+
+
+class Failing(nn.Module):
+    """Raises when it is told to."""
+
+    now = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.now:
+            raise RuntimeError("not now")
+        return x
+
+
+def test_a_true_gradients_way_back_leaves_buffers_and_generators():
+    torch.manual_seed(0)
+    failing = Failing()
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), failing)
+    stage = Stage(module, 1, 3, synthesizer=fd.LinearSynthesizer(6))
+    worker = Worker(stage, None, "decoupled", 4, None, targets="true")
+    before = [b.clone() for b in module.buffers()], torch.get_rng_state()
+
+    def same() -> bool:
+        kept = zip(before[0], module.buffers(), strict=True)
+        return all(torch.equal(*pair) for pair in kept) and torch.equal(
+            before[1], torch.get_rng_state()
+        )
+
+    x, gradient = torch.ones(8, 4).cumsum(0), torch.ones(8, 6)
+    assert worker._back(x, gradient).shape == x.shape and same()
+    failing.now = True
+    with pytest.raises(RuntimeError, match="not now"):
+        worker._back(x, gradient)
+    assert same()
 
 
 @pytest.mark.parametrize("every", [1, 3])

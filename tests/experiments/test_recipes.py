@@ -17,7 +17,7 @@ from fused_dni.experiments import nets, recipes
 from fused_dni.experiments.recipe_settings import BASES, PLAIN, RECIPES, Settings, recipe
 from fused_dni.experiments.rival_trainers import StaleTrainer
 from fused_dni.measure.errors import Interrupted
-from fused_dni.report import load
+from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import recipes as said
 from fused_dni.report.schema import Result, save
 
@@ -249,7 +249,7 @@ def test_what_the_report_says(report: Result) -> None:
     table = said.table(report)
     assert [line[0] for line in table.rows] == [*BASES, *TINY.recipes]
     assert table.header == ["row", "k=2", "k=3"]
-    assert "best recipe" in said.sentence(report)
+    assert "row of least error" in said.sentence(report)
     runs = [
         {"name": "stale", "k": 2, "seed": 0, "error": 0.3, "exact": 0.5},
         {"name": "stale", "k": 2, "seed": 1, "error": 0.2, "exact": 0.5},
@@ -268,6 +268,18 @@ def test_what_the_report_says(report: Result) -> None:
     assert said.cell(of, "half", 2) == "10.00" and said.cell(of, "half", 3) == "-"
     shares = {line[0]: line[1] for line in said.shares(of).rows}
     assert shares["plain"] == "60.0 %" and shares["backprop"] == "-"
+
+
+def test_a_row_that_diverges_is_a_result() -> None:
+    settings = replace(TINY, recipes=("plain",), target_every=(2,), seeds=(0,), lr=1e30)
+    found = recipes.compare(settings, DATA, command="here")
+    assert found["finished"] and all(run["diverged"] for run in found["runs"])
+    assert all(line[1].endswith("1 diverged") for line in said.table(found).rows)
+    assert "(1 diverged)" in said.sentence(found) and as_text(blocks_of(found))
+    good = {"name": "exact", "k": 2, "seed": 0, "error": 0.99, "exact": 0.5}  # an older file's
+    rows, runs = {**found["rows"], "exact": ""}, [*found["runs"], good]
+    of = replace(found, body={**found.body, "rows": rows, "runs": runs})
+    assert said.sentence(of).startswith("At k=2 the row of least error is exact, 99.00 %;")
 
 
 def test_quick_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:

@@ -222,6 +222,15 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
     assert exact.updates == 3
 
 
+def test_repeat_copy_injects_less_of_the_prediction_than_copy():
+    found = {}
+    for task in ("copy", "repeat-copy"):
+        settings = recurrent.Settings.of(task, hidden=8)
+        found[task] = recurrent.build(recurrent.Arm("dni", 2), 0, settings, None).model.lstm
+    assert found["copy"].sg_scale == 1.0 and found["repeat-copy"].sg_scale == 0.3
+    assert {lstm.max_target_norm for lstm in found.values()} == {1.0}
+
+
 def test_the_error_of_an_episode_is_in_bits_per_bit():
     trainer = recurrent.build(recurrent.Arm("fused", 3), 0, COPY, None)
     with torch.no_grad():
@@ -528,7 +537,6 @@ def test_a_run_cut_between_checkpoints_continues_bit_by_bit(tmp_path, monkeypatc
     monkeypatch.setattr(run, "CHUNK", 7)
     whole = _fingerprints(recurrent.train(settings, source))
     assert len(set(whole.values())) == len(whole)
-    assert whole == _fingerprints(recurrent.train(settings, source))
     write, count = run.write_checkpoint, 0
 
     def cutting(folder, state):
@@ -559,7 +567,7 @@ def test_checkpoints_of_another_run_or_text_are_refused(tmp_path):
     with pytest.raises(run.CheckpointError, match="another run: hidden 16 there, 8 now"):
         recurrent.train(replace(settings, hidden=8), SOURCE, checkpoint=tmp_path, resume=True)
     other = characters.split(_verse(5000), 0.2, "verse")
-    with pytest.raises(run.CheckpointError, match="another text"):
+    with pytest.raises(run.CheckpointError, match="of other data"):
         recurrent.train(settings, other, checkpoint=tmp_path, resume=True)
     with pytest.raises(run.CheckpointError, match="needs --checkpoint"):
         recurrent.train(settings, SOURCE, resume=True)
@@ -663,6 +671,28 @@ def test_a_synthesizer_that_knows_the_future_gets_full_marks():
     )
     assert wrong["prediction_cosine"] == pytest.approx(-1.0, abs=1e-12)
     assert wrong["prediction_norm_ratio"] == pytest.approx(2.0, abs=1e-12)
+
+
+def test_a_linear_fit_is_judged_by_rows_that_it_has_not_seen():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 3, generator=generator)
+    # The ridge shrinks what it fits by a hundredth, and that of every feature about equally.
+    linear = rows @ torch.randn(3, 3, generator=generator) + 1.0
+    assert future.fitted_row_cosine(rows, linear) > 0.999
+    turned = torch.cat((linear[:200], -linear[200:]))
+    assert future.fitted_row_cosine(rows, turned) < -0.999
+    turned[250:] = 0.0  # rows without a gradient have no cosine
+    assert future.fitted_row_cosine(rows, turned) < -0.999
+    noise = torch.randn(400, 3, generator=generator)
+    # Six standard deviations of the mean of 200 cosines of random directions in 3 dimensions.
+    assert abs(future.fitted_row_cosine(rows, noise)) < 6 / math.sqrt(3 * 200)
+
+
+def test_the_probe_of_a_copy_task_says_what_a_linear_fit_could_do(monkeypatch):
+    monkeypatch.setattr(future, "FITTED", 8)
+    settings = replace(COPY, probe=True, amount=3, methods=("fused", "dni"), seeds=(0,))
+    exact, dni = recurrent.train(settings).runs
+    assert "fitted_row_cosine" not in exact and -1.0 <= dni["fitted_row_cosine"] <= 1.0
 
 
 def test_windows_without_a_loss_have_nothing_of_their_own():

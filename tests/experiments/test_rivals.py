@@ -1,6 +1,7 @@
 """The rivals: each computes what its formula says, and runs are a function of their settings."""
 
 import copy
+import json
 import signal
 from dataclasses import replace
 
@@ -431,6 +432,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     )
     assert main([*COMMAND, "--out", str(out), "--resume"]) == 0
     assert "stale-2" in capsys.readouterr().out
+    kept = out.read_text(encoding="utf-8")
+    assert main([*COMMAND, "--out", str(out), "--resume", "--tune"]) != 0
+    assert "is not tuned: go on without --tune" in capsys.readouterr().err
+    tuned = json.loads(kept)
+    tuned["tuning"] = [{"name": "fused", "rate": 1e-3, "error": 0.5, "diverged": False}]
+    out.write_text(json.dumps(tuned), encoding="utf-8")
+    assert main([*COMMAND, "--out", str(out), "--resume"]) != 0
+    assert "is tuned: go on with --tune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

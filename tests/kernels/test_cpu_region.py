@@ -222,3 +222,11 @@ def test_alone_where_others_cost_more_than_they_do(
 ) -> None:
     found = counts(stress, 2, 4, 50, "absent")
     assert (found["alone"] > 10) == ("fibers" in request.node.callspec.id)
+
+
+def test_no_memory_for_stacks_is_an_exception(
+    stress: list[str], request: pytest.FixtureRequest
+) -> None:
+    if "fibers" not in request.node.callspec.id:
+        pytest.skip("there are none")
+    assert counts(stress, 3, 15, 1, "memory") == {"said": 1}

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow(700)
 #: And whether every kernel is compiled for it.
 ARCHITECTURES = [
     *((name, True) for name in built.MODULE.split(";")),
-    *((name, False) for name in built.NEWER.split(";")),
-    *(pytest.param((name, True), marks=pytest.mark.repeat) for name in built.NEWER.split(";")),
+    *((name, False) for name in built.OTHERS.split(";")),
+    *(pytest.param((name, True), marks=pytest.mark.repeat) for name in built.OTHERS.split(";")),
 ]
 
 
@@ -147,7 +147,7 @@ def kernels(request: pytest.FixtureRequest) -> tuple[str, list[Code]]:
         return architecture, disassembled(architecture, [Path(str(module.__file__))])
     if tuple(map(int, module.toolkit.split("."))) < (12, 8):
         pytest.skip(f"CUDA {module.toolkit} makes no code for {architecture}")
-    return architecture, disassembled(architecture, built.build_newer(every))
+    return architecture, disassembled(architecture, built.build_others(every))
 
 
 def has(code: Code, pattern: str) -> bool:

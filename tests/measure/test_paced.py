@@ -65,14 +65,13 @@ def test_runs_are_of_one_number_of_stages():
             paced.measure(some)
 
 
-def test_a_process_that_fails_says_what(monkeypatch):
+def test_a_process_that_fails_says_what(forked_ranks):
     run = paced.asked("dni", Case(2, SMALL), 0.1)
     with pytest.raises(RuntimeError, match=r"stage \d: ValueError: window must be"):
         paced.measure([run._replace(window=0)])
 
 
-@pytest.mark.slow(20)
-def test_simulate_runs_what_it_simulates(capsys, monkeypatch):
+def test_simulate_runs_what_it_simulates(capsys, monkeypatch, forked_ranks):
     monkeypatch.setattr("fused_dni.cli.simulate.RUN_STAGES", (2,))
     argv = ["simulate", "--forward", "2ms", "--backward", "3ms", "--latencies", "0", "--chains",
             "2", "--modes", "local", "gpipe", "2bw", "--steps", "9", "--forward-bytes", "4kB",

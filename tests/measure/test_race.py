@@ -102,7 +102,7 @@ def test_an_arm_that_diverges_stops_and_the_others_go_on() -> None:
     assert "(1 diverged)" in as_text(blocks_of(report))
 
 
-def test_an_unfinished_race_goes_on(tmp_path: Path) -> None:
+def test_an_unfinished_race_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
     def stopping(seed: int) -> Falling:
@@ -117,8 +117,10 @@ def test_an_unfinished_race_goes_on(tmp_path: Path) -> None:
         race(arms, **options, keep=partial(save, tmp_path / "race.json"))
     before = load(tmp_path / "race.json")
     assert not before["finished"] and "Unfinished: 1 of 2 seeds" in as_text(blocks_of(before))
+    before.facts["commit"] = "a"
+    monkeypatch.setattr("fused_dni.measure.race.facts", lambda *_: {"commit": "b"})
     report = race(arms, **options, previous=before)
-    assert report["finished"] and seeds == [1, 2, 2]
+    assert report["finished"] and seeds == [1, 2, 2] and report.facts["commit"] == "a, b"
     with pytest.raises(ValueError, match="of other settings"):
         race(arms, **{**options, "marks": 3}, previous=before)
 

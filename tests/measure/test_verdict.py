@@ -333,8 +333,8 @@ def _stubborn(until: float) -> None:
 def test_the_deadline_is_not_swallowed():
     start = time.monotonic()
     with pytest.raises(Expired), deadline(0.05):
-        _stubborn(start + 5)
-    assert time.monotonic() - start < 2
+        _stubborn(start + 60)
+    assert time.monotonic() - start < 50
     with deadline(0.05):
         pass
     time.sleep(0.1)

@@ -178,6 +178,45 @@ def test_a_step_by_the_true_gradient_makes_no_more_calls(
     assert of_c <= most_of_c, of_c
 
 
+@pytest.mark.parametrize(
+    ("phase", "most", "most_of_c"),
+    [
+        pytest.param({"warmup_steps": 1000, "lessons": 4}, 78, 92, id="warm-up"),
+        pytest.param({"mix": 1.0, "lessons": 4}, 78, 92, id="k=1"),
+        pytest.param({"mix": 1.0, "lessons": 4, "target_every": 4}, 66, 75, id="k=4"),
+    ],
+)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counts are Python 3.11's")
+def test_a_step_of_the_recipe_makes_no_more_calls(
+    phase: dict[str, Any], most: float, most_of_c: float
+) -> None:
+    """Of docs/recipes.md: four layers that are taught by true gradients, and the head with its
+    loss."""
+    rule = fd.SGD(0.1)
+    model = fd.DecoupledSequential(
+        *[
+            fd.FusedDNILinear(16, 16, update=rule, normalization="batch", activation="relu",
+                              synthesizer=fd.CrossEntropySynthesizer(16, 10)) for _ in range(4)
+        ],
+        fd.FusedDNILinearCrossEntropyLoss(16, 10, update=rule),
+    )  # fmt: skip
+    optimizer, schedule = fd.FusedOptimizer(model), fd.Schedule(model, **phase)
+    x, y = torch.randn(8, 16), torch.randint(0, 10, (8,))
+
+    def step() -> None:
+        with fd.condition_on(y):
+            loss = model(x, target=y)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    for _ in range(6 * STEPS):
+        step()
+    calls, of_c = _counted(step)
+    assert 50 < calls <= most, calls
+    assert of_c <= most_of_c, of_c
+
+
 def _window_calls(synthesizer: bool, ruled: bool, target_every: int | None) -> tuple[float, float]:
     """Calls a training window of an LSTM that continues its own state: forward, a squared error,
     backward, and the schedule."""

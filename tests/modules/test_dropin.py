@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -474,7 +475,7 @@ def _ddp(rank, file, out):
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(_ddp, (folder / "init", folder / "out"), nprocs=2)
+    ranks.replicas(_ddp, folder / "init", folder / "out")
     return [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
 
 

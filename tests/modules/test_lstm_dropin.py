@@ -11,6 +11,7 @@ import pickle
 import warnings
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import twins
@@ -577,7 +578,7 @@ def _ddp(rank, file, out):
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(_ddp, (folder / "init", folder / "out"), nprocs=2)
+    ranks.replicas(_ddp, folder / "init", folder / "out")
     return [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import twins
 from torch import Tensor, nn
@@ -467,7 +468,7 @@ def _replica(rank: int, file: str, out: str) -> None:
 
 def test_replicas_choose_one_k(tmp_path: Path) -> None:
     """From the sums over all; by clocks of their own they would not."""
-    torch.multiprocessing.spawn(_replica, (tmp_path / "init", tmp_path / "out"), nprocs=2)
+    ranks.replicas(_replica, tmp_path / "init", tmp_path / "out")
     (ks, state, said), (others, other, _) = (torch.load(tmp_path / f"out.{r}") for r in range(2))
     assert ks == others and len(set(ks)) > 1
     for key, value in state.items():

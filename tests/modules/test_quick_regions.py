@@ -72,10 +72,11 @@ def trained(
     steps: int,
     narrow: bool = False,
     given: torch.dtype = torch.float32,
+    **phases: Any,
 ) -> tuple[list[Tensor], list[int]]:
     """All that steps leave, dx too if the input is not of float32, and how many regions each of
     them was; under autocast if `narrow`."""
-    schedule, regions = fd.Schedule(model, target_every=2), []
+    schedule, regions = fd.Schedule(model, target_every=2, **phases), []
     found: list[Tensor] = []
     for step in range(steps):
         torch.manual_seed(step)
@@ -121,6 +122,21 @@ def test_bits_are_those_of_one_layer_after_the_other(
     theirs, apart = trained(network(True, by, WIDTHS, **options), rows, 12)
     # Two of a prediction's steps, of which the second is the head's; forward, backward, update.
     assert regions[-2:] == [3, 3] if by == "exact" else regions[-2:] == [2, 2]
+    assert min(apart) > 3
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("by", [by for by in SYNTHESIZERS if by != "exact"])
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+def test_lessons_one_behind_the_other(mix: float, by: str, rows: int, threads: int) -> None:
+    """In the region of what teaches them, each from a prediction that the one before has moved."""
+    torch.set_num_threads(threads)
+    phases = {"mix": mix, "lessons": 3}
+    mine, regions = trained(network(False, by, WIDTHS), rows, 13, **phases)
+    theirs, apart = trained(network(True, by, WIDTHS), rows, 13, **phases)
+    assert regions[-2:] == [2, 3 if mix else 2]
     assert min(apart) > 3
     assert all(map(torch.equal, mine, theirs))
 

@@ -75,12 +75,22 @@ def network(
     return fd.DecoupledSequential(*layers)
 
 
-def train(model: fd.DecoupledSequential, rows: int, sizes: list[int], dtype: torch.dtype) -> Any:
+#: How steps with a target are taken: by the prediction or not, with so many lessons each.
+PHASES: tuple[dict[str, Any], ...] = ({}, {"lessons": 3}, {"mix": 1.0, "lessons": 2})
+
+
+def train(
+    model: fd.DecoupledSequential,
+    rows: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    phases: dict[str, Any] = PHASES[0],
+) -> Any:
     """What a few steps make of everything: with a target and without, of inputs that want a
     gradient and of others; and the last steps' way."""
     seen: list[Tensor] = []
     head = nn.Linear(sizes[-1], CLASSES).to(dtype)
-    schedule = fd.Schedule(model, target_every=2)
+    schedule = fd.Schedule(model, target_every=2, **phases)
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
         x = torch.randn(rows, sizes[0], generator=generator, dtype=dtype)
@@ -103,9 +113,11 @@ sizes = st.lists(st.sampled_from([1, 2, 3, 7, 8, 13, 16, 33, 70]), min_size=3, m
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", False)
-@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", True)
-@example([400, 24, 410], 30, torch.float32, None, "gelu", "output", 1, "portable", True)
+@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", False, PHASES[0])
+@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", True, PHASES[0])
+@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", False, PHASES[2])
+@example([70, 130, 33], 65, torch.float32, "batch", "relu", "output", 2, "avx2", True, PHASES[2])
+@example([400, 24, 410], 30, torch.float32, None, "gelu", "output", 1, "portable", True, PHASES[1])
 @given(
     sizes,
     st.sampled_from([2, 3, 4, 5, 8, 9, 16, 17, 31]),
@@ -116,6 +128,7 @@ sizes = st.lists(st.sampled_from([1, 2, 3, 7, 8, 13, 16, 33, 70]), min_size=3, m
     st.integers(1, 3),
     st.sampled_from(cpu.isas()),
     st.booleans(),
+    st.sampled_from(PHASES),
 )
 def test_the_bits_of_the_usual_way(
     kind: str,
@@ -128,35 +141,44 @@ def test_the_bits_of_the_usual_way(
     threads: int,
     isa: str,
     ends: bool,
+    phases: dict[str, Any],
 ) -> None:
     assume(isa in cpu.isas())
     options = {"normalization": normalization, "activation": activation, "interface": interface}
     if kind == "true gradient":
         del options["interface"]
+        phases = PHASES[0]  # with no synthesizer to be taught
     torch.set_num_threads(threads)
     made = []
     try:
         cpu.set_isa(isa)
         for layer in (fd.FusedDNILinear, Usual):
             model = network(layer, sizes, kind, dtype, ends, **options)
-            made.append(train(model, rows, sizes, dtype))
+            made.append(train(model, rows, sizes, dtype, phases))
             one_call = model._stack is not None and model._stack.way().startswith("one call")
-            assert one_call == (layer is fd.FusedDNILinear)
+            quick = layer is fd.FusedDNILinear
+            # At the preactivation a step by the true gradient binds the layers anew.
+            true = phases == PHASES[2]
+            assert one_call == (quick and not (true and interface == "preactivation"))
             assert not one_call or model._stack.members == tuple(model)
+            assert (model._true is not None) == (true and one_call)
     finally:
         cpu.set_isa(cpu.isas()[-1])
     for mine, theirs in zip(*made, strict=True):
         assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("phases", PHASES[::2], ids=["predictions", "true gradients"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("rows", [2, 9])
 def test_what_was_not_written_is_not_read(
-    rows: int, ends: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, ends: bool, kind: str, phases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN in the memory that these calls ask for changes no bit."""
     made, new_empty = [], Tensor.new_empty
+    if kind == "true gradient":
+        phases = PHASES[0]
 
     def poisoned(*given: Any, **named: Any) -> Tensor:
         return new_empty(*given, **named).fill_(torch.nan)
@@ -165,7 +187,7 @@ def test_what_was_not_written_is_not_read(
         if poison:
             monkeypatch.setattr(Tensor, "new_empty", poisoned)
         model = network(fd.FusedDNILinear, [7, 13, 6], kind, torch.float32, ends)
-        made.append(train(model, rows, [7, 6], torch.float32))
+        made.append(train(model, rows, [7, 6], torch.float32, phases))
         assert model._stack is not None
     for clean, other in zip(*made, strict=True):
         assert torch.equal(clean, other)

@@ -25,8 +25,10 @@ from fused_dni.modules.base import DecoupledModule, Phase
 pytest.importorskip("fused_dni.backends._cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("prediction", "true gradient", "prediction, loss", "true gradient, loss")
-LOSSES = KINDS[2:]  # with the head and its loss in the call
+#: "taught" is by predictions too, but on steps with a target by the true gradient, which teaches.
+WAYS = ("prediction", "true gradient", "taught")
+LOSSES = tuple(f"{way}, loss" for way in WAYS)  # with the head and its loss in the call
+KINDS = (*WAYS, *LOSSES)
 SIZE, CLASSES, ROWS = 6, 5, 8
 
 
@@ -39,10 +41,10 @@ class UsualLoss(fd.FusedDNILinearCrossEntropyLoss):
 
 
 def layer(kind: type[fd.FusedDNILinear], by: str, **options: Any) -> fd.FusedDNILinear:
-    if by.startswith("prediction"):
-        options |= {"context_features": CLASSES}
-    else:
+    if by.startswith("true gradient"):
         options |= {"synthesizer": None}
+    else:
+        options |= {"context_features": CLASSES}
     options = {"normalization": "batch", "activation": "gelu", **options}
     return kind(SIZE, SIZE, backend="cpu", update=fd.Adam(0.01), **options)
 
@@ -61,8 +63,10 @@ class Trained:
                 head(SIZE, CLASSES, label_smoothing=0.1, backend="cpu", update=fd.Adam(0.01))
             )
         self.schedule = None
-        if by.startswith("prediction"):
-            self.schedule = fd.Schedule(self.model, target_every=2)
+        taught = {"mix": 1.0, "lessons": 2} if by.startswith("taught") else {}
+        self.phases: dict[str, Any] = {"target_every": 2, **taught}
+        if not by.startswith("true gradient"):
+            self.schedule = fd.Schedule(self.model, **self.phases)
         self.seen: list[Any] = []
         self.count = 0
 
@@ -154,7 +158,7 @@ def another_behind(trained: Trained) -> None:
     trained.behind(layer(trained.kind, trained.by))
     if trained.schedule is not None:
         steps = trained.schedule.steps
-        trained.schedule = fd.Schedule(trained.model, target_every=2)
+        trained.schedule = fd.Schedule(trained.model, **trained.phases)
         trained.schedule.load_state_dict({"steps": steps})
 
 
@@ -329,7 +333,7 @@ def agree(by: str, run: Callable[[Trained], object]) -> None:
     mine, theirs = Trained(fd.FusedDNILinear, by), Trained(Usual, by)
     for trained in (mine, theirs):
         run(trained)
-    assert theirs.model._stack is None
+    assert theirs.model._stack is None and theirs.model._true is None
     assert len(mine.seen) == len(theirs.seen)
     for a, b in zip(mine.seen, theirs.seen, strict=True):
         assert equal(a, b), (a, b)
@@ -345,6 +349,8 @@ def test_a_change_between_two_steps(change: Callable[[Trained], None], by: str) 
             trained.step()
         assert trained.kind is Usual or trained.model._stack is not None
         assert trained.kind is Usual or trained.model._stack.members == tuple(trained.model)
+        if trained.kind is not Usual and trained.by.startswith("taught"):
+            assert trained.model._true.members == tuple(trained.model)
         change(trained)
         for _ in range(9):
             trained.step()
@@ -589,7 +595,7 @@ def test_a_copy_takes_its_own_steps(how: str, by: str) -> None:
             torch.save((trained.model, trained.schedule), file)
             file.seek(0)
             trained.model, trained.schedule = torch.load(file, weights_only=False)
-        assert trained.model._stack is None
+        assert trained.model._stack is None and trained.model._true is None
         for _ in range(9):
             trained.step()
 
@@ -693,10 +699,72 @@ def test_it_goes_when_nobody_holds_it(by: str) -> None:
     assert [reference() for reference in gone] == [None] * len(gone)
 
 
+SYNTHESIZERS: dict[str, Callable[[], nn.Module]] = {
+    "low rank": lambda: fd.LinearSynthesizer(SIZE, 2, CLASSES),
+    "diagonal": lambda: fd.DiagonalSynthesizer(SIZE, CLASSES),
+    "cross-entropy": lambda: fd.CrossEntropySynthesizer(SIZE, CLASSES),
+    "no labels": lambda: fd.LinearSynthesizer(SIZE),
+}
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("rule", [fd.SGD(0.05, momentum=0.9), fd.Adam(0.01)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(("mix", "lessons"), [(1.0, 4), (0.0, 3), (1.0, 1)])
+def test_several_lessons_and_true_gradients(
+    mix: float, lessons: int, rule: Any, ends: bool, synthesizer: str
+) -> None:
+    """Warm-up, then predictions with targets on every third step: each a call or three, but for
+    the first ones and those in which a unit may move."""
+    found, regions = [], []
+    cpu = pytest.importorskip("fused_dni.backends._cpu")
+    for kind in (fd.FusedDNILinear, Usual):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [
+            kind(SIZE, SIZE, normalization="batch", activation="relu", backend="cpu", update=rule,
+                 synthesizer=SYNTHESIZERS[synthesizer]()) for _ in range(3)
+        ]  # fmt: skip
+        head = UsualLoss if kind is Usual else fd.FusedDNILinearCrossEntropyLoss
+        if ends:
+            layers.append(head(SIZE, CLASSES, backend="cpu", update=rule))
+        model = fd.DecoupledSequential(*layers)
+        last = nn.Linear(SIZE, CLASSES)
+        schedule = fd.Schedule(model, warmup_steps=6, target_every=3, mix=mix, lessons=lessons)
+        seen: list[Tensor] = []
+        counts: list[int] = []
+        for _ in range(24):
+            x, y = torch.randn(ROWS, SIZE), torch.randint(0, CLASSES, (ROWS,))
+            before = cpu.met()[0]
+            with fd.condition_on(y):
+                h = model(x, target=y) if ends else model(x)
+            (h if ends else F.cross_entropy(last(h), y)).backward()
+            counts.append(cpu.met()[0] - before)
+            schedule.step()
+            seen.append(h.detach())
+        decoupled = [m for m in model.modules() if isinstance(m, DecoupledModule)]
+        rules = [each for m in decoupled for _, each, _ in m.rules()]
+        seen += [*model.state_dict().values(), *[each.hyper for each in rules]]
+        seen += [t for each in rules for held in each.moments() for t in held if t is not None]
+        seen += [m.statistics for m in decoupled if m.synthesizer is not None]
+        assert [m.synthesizer_update.steps for m in decoupled[:3]] == [lessons * (6 + 6)] * 3
+        found.append(seen)
+        regions.append(counts)
+    for a, b in zip(*found, strict=True):
+        assert equal(a, b)
+    mine, usual = regions
+    if mix == 1.0:  # forward, backward, lessons with updates
+        assert mine[4:6] == [3, 3] and mine[18::3] == [3, 3]
+        assert min(usual[18::3]) > 6 * lessons
+    elif ends:  # forward with lessons, the last one's lessons with the head's update
+        assert mine[18::3] == [2, 2]
+    assert max(mine[19:21]) <= 2  # without a target
+
+
 def test_layers_of_one_kind_alone() -> None:
     """Where some have synthesizers and some have none, each layer's own step is one call."""
     torch.manual_seed(0)
-    layers = [layer(fd.FusedDNILinear, by) for by in ("true gradient", *KINDS)]
+    ways = ("true gradient", "prediction", "true gradient", "taught", "true gradient")
+    layers = [layer(fd.FusedDNILinear, by) for by in ways]
     model = fd.DecoupledSequential(*layers)
     fd.Schedule(model, target_every=None)
     for _ in range(4):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import update_bn
-from torch.testing._internal.common_modules import module_db
 
 import fused_dni as fd
 
@@ -189,15 +188,16 @@ def test_pytorchs_own_parametrizations(wrap):
 # PyTorch's own samples
 
 
-(LINEAR,) = [info for info in module_db if info.module_cls is nn.Linear]
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pytorchs_samples(dtype, training):
+    # Here: it takes seconds to import, in each process that collects this file.
+    from torch.testing._internal.common_modules import module_db
+
+    (linear,) = [info for info in module_db if info.module_cls is nn.Linear]
     seen = 0
-    for sample in LINEAR.module_inputs_func(
-        LINEAR, device="cpu", dtype=dtype, requires_grad=True, training=training
+    for sample in linear.module_inputs_func(
+        linear, device="cpu", dtype=dtype, requires_grad=True, training=training
     ):
         made, given = sample.constructor_input, sample.forward_input
         (data,) = [*given.args, *given.kwargs.values()]

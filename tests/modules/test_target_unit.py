@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -493,7 +494,7 @@ def _replica(rank: int, file: str, out: str) -> None:
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What two processes found: units by step, the state, what was said when sharded, the unit."""
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(_replica, (folder / "init", folder / "out"), nprocs=2)
+    ranks.replicas(_replica, folder / "init", folder / "out")
     return [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
 
 

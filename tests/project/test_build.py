@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -157,6 +158,19 @@ def test_where_the_compiler_does_not_say_they_are_for_all(
     machine("c++", "unknown option '-march=native'")
     (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
     assert cpu(setup()) == ["portable", "avx2", "avx512", "avx512bf16"]
+
+
+def test_what_switches_stacks_is_not_marked_for_shadow_stacks(
+    machine: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine("c++", "")
+    for name, switched_off in (("x86_64", ["region.cpp"]), ("aarch64", [])):
+        monkeypatch.setattr(platform, "machine", lambda name=name: name)
+        names, written = setup(), io.StringIO()
+        names["NinjaBuild"]._write_cpu(None, names["Writer"](written), tmp_path / "_cpu.so", "c++")
+        rules = written.getvalue().replace("$\n", "").split("\nbuild ")
+        found = [rule.split()[0] for rule in rules if "-fcf-protection=none" in rule]
+        assert found == [f"{source}.o:" for source in switched_off]
 
 
 def test_the_instruction_sets_that_are_asked_for(

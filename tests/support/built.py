@@ -26,10 +26,10 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 
-# CUDA takes minutes an architecture. The module that tests load has all kernels for two; for the
-# two that came with CUDA 12.8 each kernel is compiled, but not again for precisions that differ
+# CUDA takes minutes an architecture. The module that tests load has all kernels for one; for the
+# others (two came with CUDA 12.8) each kernel is compiled, but not again for precisions that differ
 # in nothing but the type of a product's operands (`make test-all` has them).
-MODULE, NEWER = "80;90a", "100;120"
+MODULE, OTHERS = "90a", "80;100;120"
 REPEATED = ("linear_fp16.cu", "linear_fp32.cu", "linear_tf32.cu")
 
 
@@ -47,8 +47,8 @@ class NotBuilt(Exception):
 
 
 def build_cuda() -> Path:
-    """``_cuda`` for the architectures of :data:`MODULE`, warnings being errors: an installation
-    has it for the GPUs of its machine alone.
+    """``_cuda`` for the architecture :data:`MODULE`, warnings being errors: an installation has it
+    for the GPUs of its machine alone.
 
     Raises:
         NotBuilt: there is nothing to build it with, or it is not wanted.
@@ -57,8 +57,8 @@ def build_cuda() -> Path:
     return path
 
 
-def build_newer(every: bool) -> list[Path]:
-    """Objects with the kernels for the architectures of :data:`NEWER`, the sources of
+def build_others(every: bool) -> list[Path]:
+    """Objects with the kernels for the architectures of :data:`OTHERS`, the sources of
     :data:`REPEATED` being left out unless it is to be every one.
 
     Raises:
@@ -66,8 +66,8 @@ def build_newer(every: bool) -> list[Path]:
     """
     sources = (ROOT / "csrc" / "cuda").glob("*.cu")
     names = sorted(f"{s.name}.o" for s in sources if every or s.name not in REPEATED)
-    folder = BUILD / "cuda" / "newer"
-    _cuda(NEWER, folder, "--objects", ",".join(names))
+    folder = BUILD / "cuda" / "others"
+    _cuda(OTHERS, folder, "--objects", ",".join(names))
     return [folder / "objects" / "_cuda" / name for name in names]
 
 
@@ -115,7 +115,7 @@ def main() -> None:
         emulation["build"](BUILD / "host_emulation", sanitize)
     try:
         build_cuda()
-        build_newer(every=False)
+        build_others(every=False)
     except NotBuilt as without:
         print(f"without CUDA for GPUs: {without}")
 

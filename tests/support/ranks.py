@@ -13,9 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # By names that are found without this process's path; what optimizers import takes seconds.
-_CONTEXT.set_forkserver_preload(
+CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint", "fused_dni.distributed"]
 )
 
@@ -27,7 +27,7 @@ def _rank(function: Callable[..., Any], rank: int, world: int, store: str, resul
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=200),
     )  # fmt: skip
     try:
         results.send_bytes(pickle.dumps((True, function(rank, world))))
@@ -53,8 +53,8 @@ class Ranks:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self.ends, self.processes = [], []
         for rank in range(world):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(
                 target=_rank, args=(function, rank, world, store, theirs), daemon=True
             )
             process.start()
@@ -62,7 +62,7 @@ class Ranks:
             self.ends.append(ours)
             self.processes.append(process)
 
-    def results(self, seconds: float = 60.0, only: Collection[int] | None = None) -> list[Any]:
+    def results(self, seconds: float = 200.0, only: Collection[int] | None = None) -> list[Any]:
         """By rank, of all or of some (None for the others), what it returned; an exception's (name,
         text, traceback), or None of a process that died. Everything is stopped afterwards.
 
@@ -96,7 +96,18 @@ class Ranks:
         self.folder.cleanup()
 
 
-def ranks(function: Callable[..., Any], world: int, seconds: float = 60.0) -> list[Any]:
+def replicas(function: Callable[..., None], *arguments: Any) -> None:
+    """Run ``function(rank, *arguments)`` on two ranks, which make their process group themselves.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one of them raised.
+    """
+    import torch
+
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
+def ranks(function: Callable[..., Any], world: int, seconds: float = 200.0) -> list[Any]:
     """Run ``function(rank, world)`` on so many ranks; see :meth:`Ranks.results`.
 
     Raises:

@@ -2,17 +2,20 @@
 //
 //   region_stress THREADS PHASES REGIONS SEED       some shares sleep in their middle
 //   region_stress THREADS PHASES REGIONS absent     all shares but the caller's do, and for long
+//   region_stress THREADS PHASES 1 memory           no memory for stacks, then there is; prints "said 1"
 //
-// Prints "taken T, alone A". Exit status 1 if a share is left out, done twice or in
+// The others print "taken T, alone A". Exit status 1 if a share is left out, done twice or in
 // another phase, does not see what the phases before wrote, or finds its stack or the floating-point
 // environment changed.
 #include <pthread.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cfenv>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "../../csrc/cpu/region.hpp"
@@ -64,6 +67,29 @@ void body(const void* of, const fused_dni::Team& team) {
   }
 }
 
+// Whether a region for whose stacks there is no memory says so, and leaves the next ones as they were.
+int without_memory(int threads, Given& given) {
+  rlimit before, none;
+  getrlimit(RLIMIT_AS, &before);
+  none = {0, before.rlim_max};
+  given.cells.assign(threads, 0);
+  given.steps.assign(threads, 0);
+  given.done.assign(threads, 0);
+  setrlimit(RLIMIT_AS, &none);
+  bool said = false;
+  try {
+    fused_dni::region(threads, body, &given);
+  } catch (const std::bad_alloc&) {
+    said = true;
+  }
+  setrlimit(RLIMIT_AS, &before);
+  fused_dni::region(threads, body, &given);
+  for (int rank = 0; rank < threads; ++rank)
+    if (given.done[rank] != given.phases) fail("left out or done twice", rank, 0);
+  std::printf("said %d\n", said);
+  return 0;
+}
+
 }  // namespace
 
 void* fused_dni::scratch(std::size_t) { return nullptr; }
@@ -77,6 +103,7 @@ int main(int count, char** words) {
   given.absent = std::strcmp(words[4], "absent") == 0;
   given.caller = pthread_self();
   std::fesetround(FE_UPWARD);
+  if (std::strcmp(words[4], "memory") == 0) return without_memory(threads, given);
   for (int region = 0; region < regions; ++region) {
     // Teams of several sizes, one behind the other.
     const int size = region % 7 == 6 ? (threads + 1) / 2 : threads;

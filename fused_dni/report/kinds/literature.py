@@ -55,16 +55,17 @@ def blocks(report: Result) -> list[Block]:
     return said + unfinished(report)
 
 
-def protocol(report: Result) -> str:
-    """Say how the runs were made, in a paragraph."""
+def protocol(report: Result, counted: bool = False) -> str:
+    """Say how the runs were made, in a paragraph; ``counted`` if a column of the table says over
+    how many seeds."""
     s = report.settings
+    seeds = "seeds" if counted else text.count(len(s["seeds"]), "seed")
     return (
         f"Hidden layers of {s['hidden']} (Linear, BatchNorm, ReLU), batch {s['batch_size']}, "
         f"{s['epochs']} epochs, Adam at {s['lr']:g}, synthesizers of rank "
         f"{s['rank'] or 'O (dense)'} at {s['sg_lr']:g}, both along a cosine to zero; "
         f"{text.percent(s['warmup'], 'g')} of the steps for warm-up, whose gradients are exact. "
-        f"Errors on the {report['evaluated_on']}, %: mean (range) over "
-        f"{text.count(len(s['seeds']), 'seed')}."
+        f"Errors on the {report['evaluated_on']}, %: mean (range) over {seeds}."
     )
 
 

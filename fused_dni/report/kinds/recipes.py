@@ -64,6 +64,11 @@ def errors(report: Result, name: str, k: int) -> list[float]:
     return [100 * run["error"] for run in runs_of(report, name, k)]
 
 
+def diverged(report: Result, name: str, k: int) -> int:
+    """Count those that diverged: none in older files, where a run that did was none."""
+    return sum(run.get("diverged", False) for run in runs_of(report, name, k))
+
+
 def against(report: Result, name: str, base: str, k: int) -> str:
     """Say how a row's range at a k lies to another's: "below", "above" or empty where they
     overlap, or one of them has no two runs."""
@@ -76,7 +81,9 @@ def against(report: Result, name: str, base: str, k: int) -> str:
 def cell(report: Result, name: str, k: int) -> str:
     """Write mean and range, marked where the range is apart from the held gradient's."""
     mark = {"below": " *", "above": " !"}.get(against(report, name, "stale", k), "")
-    return f"{text.mean(errors(report, name, k))}{mark}"
+    gone = diverged(report, name, k)
+    said = text.mean(errors(report, name, k)) + f", {gone} diverged" * bool(gone)
+    return f"{said}{mark}"
 
 
 def table(report: Result) -> Table:
@@ -103,7 +110,8 @@ def shares(report: Result) -> Table:
 
 
 def sentence(report: Result) -> str:
-    """Say which recipe has the least error at the largest k, and which ranges are apart."""
+    """Say which recipe has the least error at the largest k, of those of which no run diverged
+    if there are such, and which ranges are apart."""
     k = max(report.settings["target_every"])
     means = {
         name: statistics.fmean(found)
@@ -112,12 +120,17 @@ def sentence(report: Result) -> str:
     }
     if not means:
         return "No recipe was trained."
-    best = min(means, key=lambda name: means[name])
-    said = f"At k={k} the row of least error is {best}, {means[best]:.2f} %"
+    gone = {name: diverged(report, name, k) for name in report["rows"]}
+    best = min(means, key=lambda name: (gone[name] > 0, means[name]))
+
+    def mean(name: str, of: float) -> str:
+        return f"{of:.2f} %" + f" ({gone[name]} diverged)" * bool(gone[name])
+
+    said = f"At k={k} the row of least error is {best}, {mean(best, means[best])}"
     for base in ("stale", "backprop"):
         found = errors(report, base, k)
         if found:
-            said += f"; {base} {statistics.fmean(found):.2f} %"
+            said += f"; {base} {mean(base, statistics.fmean(found))}"
             if len(found) > 1:
                 apart = against(report, best, base, k)
                 said += ", ranges apart" if apart else ", ranges overlap"

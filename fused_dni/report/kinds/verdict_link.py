@@ -91,13 +91,18 @@ def choices(report: Result) -> list[tuple[str, str]]:
         return [*found, ("otherwise" if found else "", exact)]
     condition = "if labels may go to every stage and say what the top needs"
     # Of a top that stays as it is no label says what it needs.
-    if rows["local"]["rows"] >= (1.0 - AHEAD) * best and not report["measured"]["frozen_top"]:
+    if rows["local"]["rows"] >= (1.0 - AHEAD) * best and not _frozen_top(report):
         found.append((condition, "local"))
     late = rows["stale"]["age"]
     way = "stale" if late is not None and late <= LATE else "decoupled"
     if rows[way]["rows"] < (1.0 - AHEAD) * best:
         way = chain
     found.append(("otherwise" if found else "", way))
+    return found
+
+
+def _frozen_top(report: Result) -> bool:
+    found: bool = report["measured"].get("frozen_top", False)  # older files were of none
     return found
 
 
@@ -124,7 +129,7 @@ def sentence(report: Result) -> str:
     words = words[0].upper() + words[1:]
     late = rows["stale"]["age"]
     parts = [f"{words}."]
-    if report["measured"]["frozen_top"] and choices(report)[-1][1] not in EXACT:
+    if _frozen_top(report) and choices(report)[-1][1] not in EXACT:
         parts.append("The top is frozen: a local loss does not learn what it needs.")
     if choices(report)[-1][1] not in EXACT:
         lost = 1.0 - carried / rows[exact]["near"]
