@@ -125,7 +125,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target:
 
 
 def predicted_from(
-    rows: int, features: int, synthesizer: SynthesizerTensors, context: Tensor | None
+    rows: int,
+    features: int,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    h: Tensor | None = None,
 ) -> None:
     """Check a synthesizer, and a context, for h [rows, features]."""
     kind, weight, down, context_weight, bias, table, _ = synthesizer
@@ -135,15 +139,16 @@ def predicted_from(
         shapes = (features,), ()
     elif down is None and kind != "dense":
         _there("the synthesizer's down", down, f"kind={kind!r}")
+    classes = 0
+    of_context: tuple[int, ...] = ()
     if table is not None:
-        classes, of_context = table.shape[0], ()
+        classes = table.shape[0]
     elif context_weight is not None:
         classes = context_weight.shape[-1]
         of_context = (inner,) if kind == "cross_entropy" else (features, classes)
-    else:
-        classes, of_context = 0, ()
     labels = context is None or context.dtype is torch.int64
     for name, t, shape in (
+        ("h", h, (rows, features)),
         ("the synthesizer's weight", weight, shapes[0]),
         ("the synthesizer's down", down, shapes[1]),
         ("the synthesizer's context_weight", context_weight, of_context),
@@ -156,9 +161,7 @@ def predicted_from(
 
 
 def synthesizer_predict(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
-    if len(h.shape) != 2:
-        raise RuntimeError(f"h must have two dimensions, got {list(h.shape)}")
-    predicted_from(h.shape[0], h.shape[1], synthesizer, context)
+    predicted_from(h.shape[0], h.shape[-1], synthesizer, context, h)
 
 
 def synthesizer_gradients(
@@ -169,7 +172,7 @@ def synthesizer_gradients(
     context: Tensor | None,
     statistics: Tensor,
 ) -> None:
-    synthesizer_predict(h, synthesizer, context)
+    predicted_from(h.shape[0], h.shape[-1], synthesizer, context, h)
     shape, down = h.shape, synthesizer.down
     reduced = () if down is None else (shape[0], down.shape[0])
     dtype = prediction.scaled.dtype
