@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,8 +53,7 @@ def _rank(rank: Any, features: int, least: int = 1) -> None:
     """Refuse a rank that is no whole number from ``least`` to ``features``; 0 stands for None."""
     if rank is None and least == 1:
         return
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
-        check.whole("rank", rank, least)
+    check.whole("rank", rank, None)
     if not least <= rank <= features:
         none = " or None" if least == 1 else ""
         raise ValueError(f"rank must be in [{least}, features={features}]{none}, got {rank}")

@@ -50,7 +50,7 @@ def number(
     allowed = "None or " if none else ""
     if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise _typed(name, value, f"{allowed}a number, {says}")
-    inside = low <= value <= high and value < math.inf
+    inside = bool(low <= value <= high and value < math.inf)  # type: ignore[operator]
     if not inside or (above and value == low) or (below and value == high):
         raise ValueError(f"{name} must be {allowed}{says}, got {value!r}")
 
@@ -58,7 +58,7 @@ def number(
 def whole(name: str, value: Any, low: int | None = 1) -> None:
     """Refuse what is no whole number of at least ``low``."""
     least = "" if low is None else f" of at least {low}"
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if value is True or value is False or not isinstance(value, Integral):
         raise _typed(name, value, f"a whole number{least}")
     if low is not None and value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")

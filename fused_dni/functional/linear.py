@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_dni import ops
 from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable
-from fused_dni.ops import registry
+from fused_dni.ops import fits, registry
 from fused_dni.ops.types import (
     FROM_OUTPUT,
     Backend,
@@ -237,6 +237,7 @@ def linear_step_(
         )
     check.layer(layer, config)
     check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
+    fits.update_rule(rule, layer[:4])
     x = check.rows(input, layer.weight, "input")
     check.batch(x, config, True)
     found = registry.resolve(backend, x, layer.weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fused_dni import ops
 from fused_dni.functional import check
-from fused_dni.ops import registry
+from fused_dni.ops import fits, registry
 from fused_dni.ops.types import STATISTICS_SIZE, Prediction, RuleTensors, SynthesizerTensors
 
 
@@ -65,6 +65,7 @@ def synthesizer_update_(
     """
     check.synthesizer(synthesizer, synthesizer.weight, synthesizer.weight.shape[0])
     found = registry.resolve(backend, h, synthesizer.weight)
+    fits.update_rule(rule, synthesizer.parameters())
     if statistics is None:
         statistics = rule.hyper.new_zeros(STATISTICS_SIZE)
     scale = float(h.shape[0]) if target_scale is None else target_scale

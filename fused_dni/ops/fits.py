@@ -58,7 +58,8 @@ def _there(name: str, t: Tensor | None, what: str) -> None:
         raise RuntimeError(f"{name} is missing: {what} needs it")
 
 
-def _rule(rule: RuleTensors, slots: Sequence[Tensor | None]) -> None:
+def update_rule(rule: RuleTensors, slots: Sequence[Tensor | None]) -> None:
+    """Check a rule that a user hands in; a module's own fits its parameters."""
     if not len(rule.trainable) == len(rule.first) == len(rule.second) == len(slots):
         raise RuntimeError(f"rule must have {len(slots)} slots, got {len(rule.trainable)}")
     _is("rule.hyper", rule.hyper, HYPER_SIZE, dtype=torch.float64)
@@ -96,16 +97,13 @@ def linear_backward(
         _there("normalized", saved.normalized, "this normalisation or activation")
 
 
-def linear_update_(
-    x: Tensor, gradients: LinearGradients, layer: LinearTensors, rule: RuleTensors
-) -> None:
+def linear_update_(x: Tensor, gradients: LinearGradients, layer: LinearTensors) -> None:
     linear_forward(x, layer)
     outputs = layer.weight.shape[0]
     dtype = accumulator(layer.weight)
     _is("delta", gradients.delta, x.shape[0], outputs, dtype=dtype)
     for name, t in zip(gradients._fields[3:], gradients[3:], strict=True):
         _is(f"the gradient of {name}", t, outputs, dtype=layer.weight.dtype)
-    _rule(rule, layer[:4])
 
 
 def linear_step_(
@@ -113,11 +111,9 @@ def linear_step_(
     layer: LinearTensors,
     synthesizer: SynthesizerTensors,
     context: Tensor | None,
-    rule: RuleTensors,
 ) -> None:
     linear_forward(x, layer)
     predicted_from(x.shape[0], layer.weight.shape[0], synthesizer, context)
-    _rule(rule, layer[:4])
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
@@ -129,38 +125,43 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target:
 
 
 def predicted_from(
-    rows: int, features: int, synthesizer: SynthesizerTensors, context: Tensor | None
+    rows: int,
+    features: int,
+    synthesizer: SynthesizerTensors,
+    context: Tensor | None,
+    h: Tensor | None = None,
 ) -> None:
     """Check a synthesizer, and a context, for h [rows, features]."""
     kind, weight, down, context_weight, bias, table, _ = synthesizer
-    classes = synthesizer.classes
+    inner = features if down is None else down.shape[0]
+    shapes: tuple[tuple[int, ...], ...] = (features, inner), (inner, features)
     if kind == "diagonal":
-        _is("the synthesizer's weight", weight, features)
-    else:
-        inner = features
-        if down is not None:
-            inner = _matrix("the synthesizer's down", down)[0]
-        elif kind != "dense":
-            _there("the synthesizer's down", down, f"kind={kind!r}")
-        if kind == "cross_entropy":
-            inner = classes
-        _is("the synthesizer's weight", weight, features, inner)
-        _is("the synthesizer's down", down, inner, features)
-    _is("the synthesizer's bias", bias, features)
+        shapes = (features,), ()
+    elif down is None and kind != "dense":
+        _there("the synthesizer's down", down, f"kind={kind!r}")
+    classes = 0
+    of_context: tuple[int, ...] = ()
     if table is not None:
-        _is("the synthesizer's context_weight", context_weight)
-        _is("the synthesizer's table", table, classes, features)
-    elif kind == "cross_entropy":
-        _is("the synthesizer's context_weight", context_weight, classes)
-    else:
-        _is("the synthesizer's context_weight", context_weight, features, classes)
-    if context is not None:
-        tail = (classes,) if context.is_floating_point() else ()
-        _is("context", context, rows, *tail)
+        classes = table.shape[0]
+    elif context_weight is not None:
+        classes = context_weight.shape[-1]
+        of_context = (inner,) if kind == "cross_entropy" else (features, classes)
+    labels = context is None or context.dtype is torch.int64
+    for name, t, shape in (
+        ("h", h, (rows, features)),
+        ("the synthesizer's weight", weight, shapes[0]),
+        ("the synthesizer's down", down, shapes[1]),
+        ("the synthesizer's context_weight", context_weight, of_context),
+        ("the synthesizer's bias", bias, (features,)),
+        ("the synthesizer's table", table, (classes, features)),
+        ("context", context, (rows,) if labels else (rows, classes)),
+    ):
+        if t is not None and t.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
 
 
 def synthesizer_predict(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
-    predicted_from(*_matrix("h", h), synthesizer, context)
+    predicted_from(h.shape[0], h.shape[-1], synthesizer, context, h)
 
 
 def synthesizer_gradients(
@@ -171,26 +172,23 @@ def synthesizer_gradients(
     context: Tensor | None,
     statistics: Tensor,
 ) -> None:
-    synthesizer_predict(h, synthesizer, context)
-    dtype, down = accumulator(synthesizer.weight), synthesizer.down
-    _is("prediction.scaled", prediction.scaled, *h.shape, dtype=dtype)
-    if down is not None:
-        _is("prediction.reduced", prediction.reduced, h.shape[0], down.shape[0], dtype=dtype)
-    _is("grad_h", grad_h, *h.shape)
-    _is("statistics", statistics, STATISTICS_SIZE, dtype=torch.float64)
+    predicted_from(h.shape[0], h.shape[-1], synthesizer, context, h)
+    shape, down = h.shape, synthesizer.down
+    reduced = () if down is None else (shape[0], down.shape[0])
+    dtype = prediction.scaled.dtype
+    if dtype is not synthesizer.weight.dtype:
+        dtype = accumulator(synthesizer.weight)
+    for name, t, wanted, of in (
+        ("prediction.scaled", prediction.scaled, shape, dtype),
+        ("prediction.reduced", None if down is None else prediction.reduced, reduced, dtype),
+        ("grad_h", grad_h, shape, None),
+        ("statistics", statistics, (STATISTICS_SIZE,), torch.float64),
+    ):
+        if t is not None and (t.shape != wanted or of not in (None, t.dtype)):
+            _is(name, t, *wanted, dtype=of)
 
 
-def synthesizer_update_(
-    h: Tensor,
-    prediction: Prediction,
-    grad_h: Tensor,
-    synthesizer: SynthesizerTensors,
-    context: Tensor | None,
-    statistics: Tensor,
-    rule: RuleTensors,
-) -> None:
-    synthesizer_gradients(h, prediction, grad_h, synthesizer, context, statistics)
-    _rule(rule, synthesizer.parameters())
+synthesizer_update_ = synthesizer_gradients
 
 
 # -- LSTM -----------------------------------------------------------------------------------------
@@ -245,7 +243,7 @@ def lstm_backward(
     _is("grad_c", grad_c, depth, batch, hidden)
 
 
-def lstm_update_(rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors) -> None:
+def lstm_update_(rows: tuple[LSTMRows, ...], layers: Layers) -> None:
     hidden = layers[0].weight_hh.shape[-1]
     _layers(layers, rows[0].input.shape[-1], hidden)
     for row in rows:
@@ -253,7 +251,6 @@ def lstm_update_(rows: tuple[LSTMRows, ...], layers: Layers, rule: RuleTensors) 
         _is("rows.input", row.input, count, wide if row is rows[0] else hidden)
         _is("rows.hidden", row.hidden, count, hidden)
         _is("rows.delta", row.delta, count, 4 * hidden)
-    _rule(rule, [p for layer in layers for p in layer])
 
 
 def lstm_cell_forward(x: Tensor, h: Tensor, c: Tensor, layer: LSTMLayer) -> None:

@@ -85,8 +85,8 @@ def test_state_dict():
         ({"target_every": True}, 'a whole number of at least 1, "auto" or None, got True'),
         ({"mix": 1.5}, r"mix must be in \[0, 1\], got 1.5"),
         ({"mix": float("nan")}, r"mix must be in \[0, 1\], got nan"),
-        ({"loss_scale": 0.0}, "loss_scale must be positive and finite"),
-        ({"loss_scale": -2.0}, "loss_scale must be positive and finite"),
+        ({"loss_scale": 0.0}, "loss_scale must be None or positive and finite"),
+        ({"loss_scale": -2.0}, "loss_scale must be None or positive and finite"),
     ],
 )
 def test_bad_arguments(arguments, message):
