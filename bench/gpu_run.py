@@ -557,7 +557,7 @@ def command_line(name: str, *given: str) -> Callable[[Run, float], list[str]]:
 
 LAYER = ("linear", "--in", "1024", "--batch", "128")
 ALL_ROWS = ("--part", "layer", "--part", "lstm", "--rows")
-RIVAL_ARMS = ("backprop", "graph", "fused", "cdni-1", "cdni-4")
+RIVAL_ARMS = ("backprop", "graph", "fused", "cdni-4", "cdni-16")
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "first": (

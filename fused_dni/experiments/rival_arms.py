@@ -58,7 +58,7 @@ SYNTHETIC = ("cdni-K", "cdni-z-K", "cdni-ce-K")
 DEFAULT_ARMS = (
     *("backprop", "compiled", "compiled-step", "in-backward", "fused"),
     *("stale-4", "delayed", "delayed-corrected", "local", "mono-forward", "feedback"),
-    *("cdni-1", "cdni-4", "cdni-z-4", "cdni-ce-4", "cdni-ce-16"),
+    *("cdni-4", "cdni-z-4", "cdni-ce-4", "cdni-ce-16"),
 )
 #: Rates at the start, with Adam; docs/rivals.md says how they were found.
 RATES = {
@@ -176,7 +176,7 @@ class Settings(OnImages):
     )
     warmup: float = option(0.1, WARMUP, "cdni: share of the steps on true gradients")
     mix: float = option(
-        0.5, number(0.0, 1.0), "cdni: weight of the true gradient on steps with targets"
+        1.0, number(0.0, 1.0), "cdni: weight of the true gradient on steps with targets"
     )
     share: float = option(1 / 3, above_zero(), "cdni: the synthesizers' part of the layers' rate")
     lessons: int = option(
