@@ -43,13 +43,14 @@ def each(renderer: Callable[[dict[str, Any]], str], none: str = UNMEASURED) -> R
 def suite(
     name: str, renderer: Callable[[dict[str, Any], dict[str, Any]], str], none: str = UNMEASURED
 ) -> Renderer:
-    """Do as :func:`each` with a renderer of results and their groups of one suite."""
+    """Do as :func:`each` with a renderer of results and their groups of one suite; a device on
+    which that was not measured has no part."""
 
-    def one(results: dict[str, Any]) -> str:
-        groups = results.get(name)
-        return renderer(results, groups) if groups else UNMEASURED
+    def made(results: list[dict[str, Any]]) -> str:
+        parts = [renderer(found, found[name]) for found in results if found.get(name)]
+        return "\n\n".join(parts) or none
 
-    return each(one, none)
+    return made
 
 
 # By name of the table: which results it is made from, and how.
