@@ -14,7 +14,6 @@ from pages.cells import (
     where,
     without_figure,
 )
-from stored import named
 
 
 def error_of(results: dict[str, Any], key: str, name: str) -> str:
@@ -98,11 +97,8 @@ def render_summary(results: dict[str, Any], groups: dict[str, Any]) -> str:
     return "\n\n".join([said, table(header, rows), render_ratios(groups)])
 
 
-def render_instructions(results: dict[str, Any]) -> str:
+def render_instructions(results: dict[str, Any], groups: dict[str, Any]) -> str:
     """Counted instructions a step, and their part of stock's (the first row's)."""
-    groups = results.get("instructions", {})
-    if not groups:
-        return f"{named(results['facts'])}: not counted."
     parts = [f"{where(results['facts'], groups.values())}."]
     for key in ordered(groups):
         counts, order = groups[key]["rows"], groups[key]["order"]

@@ -60,7 +60,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     "answers-here": ("", lambda _: verdict.short("")),
     "summary": ("*-cpu", suite("step", cpu.render_summary)),
     "step": ("*-cpu", suite("step", cpu.render_step)),
-    "instructions": ("*-cpu", each(cpu.render_instructions)),
+    "instructions": ("*-cpu", suite("instructions", cpu.render_instructions)),
     "linear": ("*-cpu", suite("linear", cpu.render_groups)),
     "synthesizer": ("*-cpu", suite("synthesizer", cpu.render_groups)),
     "memory": ("*-cpu", suite("peak-memory", cpu.render_memory)),
