@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_dni import context
+from fused_dni.functional import check
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
 from fused_dni.modules.base import NO_TARGET, Phase, Predicted, Regression
@@ -85,7 +86,7 @@ def _parts(layer: LinearSteps) -> QuickParts | None:
         *items(own, *[name for name in layer.rule_names if name in own]),
         ("items value", own, "phase", "probe", None),
         *holder(layer, "_parameters", "_modules"),
-        *[check for each in rules for check in rule_checks(each)],
+        *[found for each in rules for found in rule_checks(each)],
         *addresses(layer._layer()),
     ]
     if norm is not None:
@@ -151,6 +152,11 @@ def _bind(
     parts = _parts(layer)
     if parts is None:
         return "its rule or its normalisation changes from step to step", ()
+    try:
+        # A step that was bound before may go on where memory still begins where it did.
+        check.layer(layer._layer(), layer.config)
+    except RuntimeError as error:  # for the usual way to raise
+        return f"its parameters: {error}", ()
     synthesizer = layer._modules["synthesizer"]
     if synthesizer is None:
         loss = isinstance(layer, LossSteps)
@@ -182,7 +188,7 @@ def _bind(
     slots = layer.synthesizer_parameters()
     checks = [
         *parts.own,
-        *[check for m in synthesizer.modules() for check in holder(m, "_parameters", "_modules")],
+        *[each for m in synthesizer.modules() for each in holder(m, "_parameters", "_modules")],
         *items(synthesizer.__dict__, "unit"),
         *addresses(slots),
     ]
