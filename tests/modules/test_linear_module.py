@@ -506,7 +506,7 @@ def test_a_backward_that_raises_changes_nothing(backend, phase):
     )
     above = linear(5, 5, synthesizer=None, update=rule, backend=backend)
     model = nn.Sequential(layer, above)
-    fd.Schedule(model, warmup_steps=phase == "warmup", mix=0.5 if phase == "mix" else 0.0)
+    fd.Schedule(model, warmup_steps=int(phase == "warmup"), mix=0.5 if phase == "mix" else 0.0)
     x = double(6, 4, grad=True)
     first = nn.Linear(4, 5, dtype=torch.float64)
     h = layer(Bomb.apply(first(x)))

@@ -404,8 +404,8 @@ def test_a_state_from_before() -> None:
         ({"bounds": (8, 4)}, r"1 <= least <= largest, got \(8, 4\)"),
         ({"bounds": (1, 2.5)}, r"1 <= least <= largest, got \(1, 2.5\)"),
         ({"bounds": 8}, "1 <= least <= largest, got 8"),
-        ({"cost_ratio": -1.0}, "cost_ratio must be None or at least 0 and finite, got -1.0"),
-        ({"cost_ratio": float("nan")}, "cost_ratio must be None or at least 0 and finite, got nan"),
+        ({"cost_ratio": -1.0}, "cost_ratio must be None or finite and at least 0, got -1.0"),
+        ({"cost_ratio": float("nan")}, "cost_ratio must be None or finite and at least 0, got nan"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

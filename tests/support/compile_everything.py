@@ -105,7 +105,7 @@ def main(out: Path) -> None:
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
     backend = linear_backend.TritonBackend()
     half, full = torch.bfloat16, torch.float32
-    for i, row in enumerate(strategies.pairwise(strategies.OPTIONS)):
+    for i, row in enumerate(strategies.pairwise(strategies.AFFINE_OPTIONS)):
         _row = str(row)
         dtypes = [(full, full), (half, full)][i % 2]
         case = strategies.make_case((48, 64, 40, 16, 10), row, 0, *dtypes)

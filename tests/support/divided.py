@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from strategies import OPTIONS, Case, Run, compare, device_of, pairwise, tolerances
+from strategies import AFFINE_OPTIONS, Case, Run, compare, device_of, pairwise, tolerances
 from torch import Tensor
 
 from fused_dni.ops import registry
@@ -17,7 +17,7 @@ from fused_dni.ops.types import Backend
 
 Shape = tuple[int, int, int, int, int]
 
-TABLE = pairwise(OPTIONS)
+TABLE = pairwise(AFFINE_OPTIONS)
 SMOOTH = {"frozen": None, "need_dx": True, "bias": True, "affine": True, "synthesizer_bias": True,
           "activation": "tanh", "max_norm": 0.0, "interface": "output"}  # fmt: skip
 FULL = (torch.float32, torch.float32)

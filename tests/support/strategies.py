@@ -91,6 +91,8 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "frozen": (None, "weight", "bias"),
     "interface": INTERFACES,
 }
+#: With the kinds of synthesizers that GPUs have.
+AFFINE_OPTIONS: dict[str, Sequence[Any]] = {**OPTIONS, "kind": AFFINE}
 
 
 def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
