@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import races
 from fused_dni.experiments.recipe_settings import BEST
+from fused_dni.experiments.rival_arms import EXACT
 from fused_dni.report import Block, Figure, Heading, Result, Table, Text, blocks_of, text
 from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.kinds import interfaces as interfaces_report
@@ -548,7 +549,8 @@ def published(reports: dict[str, Report]) -> Answer:
 
 
 #: Arms of the rivals that compute backprop's own step.
-WAITING = ("backprop", "compiled", "graph", "in-backward", "fused")
+#: They are backprop, in several ways.
+WAITING = EXACT
 
 
 def rivals(reports: dict[str, Report]) -> Answer:
