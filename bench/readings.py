@@ -549,7 +549,6 @@ def published(reports: dict[str, Report]) -> Answer:
 
 
 #: Arms of the rivals that compute backprop's own step.
-#: They are backprop, in several ways.
 WAITING = EXACT
 
 
