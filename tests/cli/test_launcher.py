@@ -109,7 +109,7 @@ def test_help_does_not_wait_for_pytorch(argv: str, tmp_path: Path) -> None:
 def test_a_report_is_read_without_pytorch(tmp_path: Path) -> None:
     results = Path(__file__).resolve().parents[2] / "bench" / "results" / "verdict"
     code, out, error = without_pytorch(
-        "report", str(results / "amd-epyc-avx2-rivals.json"), folder=tmp_path
+        "report", str(results / "amd-epyc-avx512-rivals.json"), folder=tmp_path
     )
     assert (code, error) == (0, "") and "Rivals of backprop" in out
 

@@ -133,7 +133,7 @@ SOUND = {
     "map": _map(),
     "delay": _committed("amd-epyc-avx512-delay-4-stages.json"),
     "recipes": _committed("amd-epyc-avx512-recipes.json"),
-    "rivals": _committed("verdict/amd-epyc-avx2-rivals.json"),
+    "rivals": _committed("verdict/amd-epyc-avx512-rivals.json"),
     "interfaces": _committed("verdict/amd-epyc-avx2-interfaces.json"),
     "literature": _literature(),
     "simulation": _simulation(),
