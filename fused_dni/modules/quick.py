@@ -407,18 +407,12 @@ class StackedExact(Stacked):
         said = _said(self.quick.changed(), self._checks)
         return way(self.last) if said == "one call" else said
 
-    def run(
-        self,
-        container: nn.Module,
-        input: Tensor,
-        context: Tensor | None,
-        target: Tensor | None,
-    ) -> Tensor | None:
+    def run(self, *given: Any) -> Tensor | None:
         if self._teaches:
             for layer in self.layers:
                 if not by_truth_alone(layer.phase):
                     return None
-        return super().run(container, input, context, target)
+        return super().run(*given)
 
     def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
         out: Tensor = nodes.ExactStack.run(self, made, *self.anchors, input)
