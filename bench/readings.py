@@ -385,7 +385,8 @@ def reach(reports: dict[str, Report]) -> Answer:
     if copied and texts:
         bullet = (
             "An LSTM whose truncated windows get a predicted gradient from beyond copies sequences "
-            f"of **{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}"
+            f"of **{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}, "
+            "after as many steps, which take twice as long"
         )
         bullet += "".join(f". On a text: {r[3]} against {r[4]} {r[2]}" for r in texts[-1:])
     header = ["task", "T", "in", "DNI", "truncated backprop", "training, DNI / truncated"]
