@@ -51,6 +51,11 @@ def _undo_torch_testing() -> None:
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
+def _leave_alone() -> None:
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected lives as long as the process. The garbage collector need not
@@ -59,9 +64,18 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
+        _leave_alone()
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """And so does what tests import (a compiler is a million objects) and keep."""
+    try:
+        return (yield)
+    finally:
+        if gc.get_count()[1]:  # some hundred objects more than before
+            _leave_alone()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
