@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from fused_dni.measure.options import FILE, Option, option, whole
+from fused_dni.measure.options import FILE, THREADS, Option, option
 from fused_dni.report import text
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Measuring(Printing):
     """A command that computes, on so many threads."""
 
     threads: int | None = option(
-        None, whole(1), "CPU threads (torch's default otherwise)", group="output"
+        None, THREADS, "CPU threads (torch's default otherwise)", group="output"
     )
 
 

@@ -8,6 +8,7 @@ arguments do not wait for it.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -137,6 +138,14 @@ TEXT = Kind(lambda name, value, given: None, metavar="NAME")
 FILE = Kind(lambda name, value, given: None, metavar="FILE")
 FOLDER = Kind(lambda name, value, given: None, metavar="DIR")
 FACTORY = kind("package.module:factory", lambda value: ":" in value, metavar="FACTORY")
+_MOST = 4 * (os.cpu_count() or 1)
+#: More are slower, and far more than the system starts end the process.
+THREADS = kind(
+    f"a whole number from 1 to {_MOST}, four for each of this machine's processors",
+    lambda value: isinstance(value, int) and 1 <= value <= _MOST,
+    int,
+    metavar="N",
+)
 SECONDS = above_zero(metavar="S")
 RATE = number()
 SEED = whole(0)
