@@ -138,7 +138,12 @@ def test_what_is_no_report_of_ours(written, tmp_path, capsys, changes, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("kind: verdict", "is no JSON"), ("[1]", "its kind is None")],
+    [
+        (None, "No such file"),
+        ("kind: verdict", "is no JSON"),
+        ("[1]", "it holds no JSON object"),
+        ("{}", "it names no kind"),
+    ],
 )
 def test_what_is_no_report_at_all(tmp_path, capsys, content, message):
     path = tmp_path / "given.json"
