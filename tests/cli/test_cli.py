@@ -48,10 +48,14 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
     [
         (["trian"], "unknown command 'trian', did you mean 'train'"),
         (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),
+        (["train", "--nonsuch"], "unknown option '--nonsuch'. Allowed"),
+        (["simulate", "--devices", "3"], "unknown option '--devices'. Allowed"),
         (["train", "--epochs", "none"], "epochs must be a whole number from 1 on, got 'none'"),
         (["train", "--epochs", "0"], "from 1 on, got '0'"),
         (["train", "--lr", "-1"], "lr must be a finite number from 0 on, got '-1'"),
         (["train", "--lr", "nan"], "got 'nan'"),
+        (["train", "--lr", "-inf"], "got '-inf'"),
+        (["verdict", "link", "a:b", "--latency", "-5ms"], "like 4ms; units are ns, us, µs, ms, s"),
         (["train", "--methods", "cndi"], "unknown method 'cndi', did you mean 'cdni'"),
         (["train", "--update", "adma"], "unknown update 'adma', did you mean 'adam'"),
         (
