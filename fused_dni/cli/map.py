@@ -70,7 +70,7 @@ class Map(Measuring):
         from fused_dni.report import as_text, blocks_of, load
         from fused_dni.report.files import as_json
 
-        out = OutFile("--out", self.out, needed=True)
+        out = self.out_file(needed=True)
         if self.figures is not None:
             refuse_unwritable(self.figures)
         if self.merge is not None:

@@ -90,7 +90,7 @@ arm and seed, behind torch.manual_seed(seed).
         from fused_dni.measure.verdict.top_steps import drawn, given
         from fused_dni.report.kinds import verdict_top as reports
 
-        out, plot = OutFile("--out", self.out), OutFile("--plot", self.plot)
+        out, plot = self.out_file(), OutFile("--plot", self.plot)
         refuse_format(plot.path)
         made = given(built(self.what), self.what)
         if made.synthesizer is not None and self.synthesizers is not None:
