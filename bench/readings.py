@@ -365,7 +365,7 @@ def reach(reports: dict[str, Report]) -> Answer:
         ends = [" to ".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
         ours, theirs = (", ".join(found) for found in shown.values())
         rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
-        numbers.append(f"{task}, T={listed}: {' against '.join(ends)}")
+        numbers.append(f"{name}, T={listed}: {' against '.join(ends)}")
         seeds = {len(windows): "every seed better", 0: "not told apart"}
         said.append(
             f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
