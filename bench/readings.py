@@ -331,10 +331,12 @@ def reach(reports: dict[str, Report]) -> Answer:
     """Say whether the credit goes beyond the window: copying, and characters."""
     rows, blocks, said, numbers = [], [], [], []
     won: dict[str, bool] = {}
+    tasks = [report.settings["task"] for report in reports.values()]
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
         task, key = outcome.settings.task, outcome.key
         name = f"{task}, {outcome.settings.amount:,} {outcome.axis}"
+        label = task if tasks.count(task) == 1 else f"{task}, {outcome.settings.amount:,}"
         # A paragraph a pair of arms: of several windows there are as many.
         pairs = re.split(r"(?<=\.) (?=dni)", report.sentence)
         blocks += [Text(f"**{name}**"), recurrent_report.summary(outcome), *map(Text, pairs)]
@@ -365,7 +367,7 @@ def reach(reports: dict[str, Report]) -> Answer:
         ends = [" to ".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
         ours, theirs = (", ".join(found) for found in shown.values())
         rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
-        numbers.append(f"{name}, T={listed}: {' against '.join(ends)}")
+        numbers.append(f"{label}, T={listed}: {' against '.join(ends)}")
         seeds = {len(windows): "every seed better", 0: "not told apart"}
         said.append(
             f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
