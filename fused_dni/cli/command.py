@@ -20,7 +20,6 @@ from fused_dni.measure.options import FILE, THREADS, Option, option
 from fused_dni.report import text
 
 if TYPE_CHECKING:
-    from fused_dni.cli.output import OutFile
     from fused_dni.report.progress import Progress
 
 PROGRAM = "fused-dni"
@@ -85,12 +84,6 @@ class Printing(Command):
     json: bool = option(False, help="print the report as JSON on stdout", group="output")
     out: str | None = option(None, FILE, "write the JSON into a file", group="output")
     quiet: bool = option(False, help="no progress", group="output")
-
-    def out_file(self, *, needed: bool = False) -> OutFile:
-        """Try --out, as :class:`fused_dni.cli.output.OutFile` does."""
-        from fused_dni.cli.output import OutFile
-
-        return OutFile("--out", self.out, needed=needed, kind=self.kind or self.name)
 
     def progress(self) -> Progress:
         """Make the bars, or lines, that tell how far it is; nothing if --quiet."""

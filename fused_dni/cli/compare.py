@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from fused_dni.cli.command import PROGRAM, Printing
-from fused_dni.cli.output import say
+from fused_dni.cli.output import out_file, say
 from fused_dni.measure.options import FILE, number, option
 
 
@@ -40,7 +40,7 @@ class Compare(Printing):
         from fused_dni.report import as_text
         from fused_dni.report.files import as_json
 
-        out = self.out_file()
+        out = out_file(self)
         names = Path(self.old).name, Path(self.new).name  # without the reader's folders
         found = compare(
             read(self.old),

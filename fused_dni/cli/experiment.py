@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import refuse_foreign, resumable, say_report, unfinished
+from fused_dni.cli.output import out_file, refuse_foreign, resumable, say_report, unfinished
 from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Resumable(Measuring):
     def run(self, command: str) -> int:
         from fused_dni.report.files import as_json
 
-        out = self.out_file(needed=True)
+        out = out_file(self, needed=True)
         previous = unfinished(str(self.out), self.name) if self.resume else None
         measure = self.begin(self.progress())
         with resumable(out):

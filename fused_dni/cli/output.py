@@ -173,6 +173,11 @@ class OutFile:
             raise self._error
 
 
+def out_file(asked: Any, *, needed: bool = False) -> OutFile:
+    """Try the --out of a command that makes a report."""
+    return OutFile("--out", asked.out, needed=needed, kind=asked.kind or asked.name)
+
+
 def unfinished(path: str, kind: str) -> Result:
     """Read the report that a run goes on with.
 

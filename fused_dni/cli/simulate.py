@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import say_report
+from fused_dni.cli.output import out_file, say_report
 from fused_dni.measure.options import (
     EVERY,
     FACTORY,
@@ -173,7 +173,7 @@ examples:
 
         if self.target_every == 0:
             raise UsageError("--target-every never is --modes local: DNI learns from targets")
-        out = self.out_file()
+        out = out_file(self)
         measured_rows = None if self.check_against is None else check.read(self.check_against)
         with self.progress() as progress:
             times, measured = self._times(progress)
