@@ -222,6 +222,15 @@ def test_copy_climbs_the_curriculum_and_closes_windows_without_a_loss():
     assert exact.updates == 3
 
 
+@pytest.mark.parametrize(("window", "said"), [(2, False), (3, True)])
+def test_a_window_that_holds_whole_episodes_is_told_of(window, said):
+    """Three steps at the first level; the long windows of truncated backprop are for that."""
+    settings = replace(COPY, windows=(window,), long=(4,), methods=("fused", "dni"), amount=2)
+    notes = recurrent.train(replace(settings, evaluations=1)).notes
+    told = [f"{m} T=3: the longest episodes had 3 steps" for m in ("fused", "dni")] * said
+    assert [note.partition(",")[0] for note in notes[1:]] == told
+
+
 def test_repeat_copy_injects_less_of_the_prediction_than_copy():
     found = {}
     for task in ("copy", "repeat-copy"):
