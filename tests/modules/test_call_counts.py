@@ -185,6 +185,7 @@ def test_a_step_by_the_true_gradient_makes_no_more_calls(
     [
         pytest.param({"warmup_steps": 1000, "lessons": 4}, 78, 92, id="warm-up"),
         pytest.param({"mix": 1.0, "lessons": 4}, 78, 92, id="k=1"),
+        pytest.param({"mix": 0.5, "lessons": 4}, 78, 92, id="mixed, k=1"),
         pytest.param({"mix": 1.0, "lessons": 4, "target_every": 4}, 66, 75, id="k=4"),
     ],
 )
