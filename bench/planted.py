@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fused_dni.measure import timing
 from fused_dni.measure.baseline import facts
+from fused_dni.measure.options import THREADS
 from fused_dni.measure.verdict import Verdict, verdict, verdict_top
 from fused_dni.measure.verdict.segments import conv
 from fused_dni.report.files import as_json
@@ -299,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     args = parser.parse_args(argv)
+    THREADS.check("--threads", args.threads, args.threads)
     torch.set_num_threads(args.threads)
     wanted = args.only or PARTS
     progress = Progress()

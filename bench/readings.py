@@ -331,10 +331,12 @@ def reach(reports: dict[str, Report]) -> Answer:
     """Say whether the credit goes beyond the window: copying, and characters."""
     rows, blocks, said, numbers = [], [], [], []
     won: dict[str, bool] = {}
+    tasks = [report.settings["task"] for report in reports.values()]
     for report in reports.values():
         outcome = recurrent_report.outcome_of(report)
         task, key = outcome.settings.task, outcome.key
         name = f"{task}, {outcome.settings.amount:,} {outcome.axis}"
+        label = task if tasks.count(task) == 1 else f"{task}, {outcome.settings.amount:,}"
         # A paragraph a pair of arms: of several windows there are as many.
         pairs = re.split(r"(?<=\.) (?=dni)", report.sentence)
         blocks += [Text(f"**{name}**"), recurrent_report.summary(outcome), *map(Text, pairs)]
@@ -365,7 +367,7 @@ def reach(reports: dict[str, Report]) -> Answer:
         ends = [" to ".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
         ours, theirs = (", ".join(found) for found in shown.values())
         rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
-        numbers.append(f"{task}, T={listed}: {' against '.join(ends)}")
+        numbers.append(f"{label}, T={listed}: {' against '.join(ends)}")
         seeds = {len(windows): "every seed better", 0: "not told apart"}
         said.append(
             f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
@@ -481,6 +483,14 @@ def accuracy(reports: dict[str, Report]) -> Answer:
     return found._replace(blocks=[*found.blocks, Text(before.sentence), *before.blocks])
 
 
+#: Parts of recipes in the README's words.
+PARTS = {
+    "cross-entropy": "synthesizers of the form of a cross-entropy's gradient",
+    "exact": "only true gradients as targets",
+    "lessons": "each taught four times",
+}
+
+
 def recipe(reports: dict[str, Report]) -> Answer:
     """The recipe that was chosen on held-out data, beside backprop and a gradient held as long."""
     (report,) = reports.values()
@@ -497,7 +507,7 @@ def recipe(reports: dict[str, Report]) -> Answer:
     }
     listed = ", ".join(f"{mean(BEST, k):.2f} % (k={k})" for k in ks)
     held = ", ".join(f"{mean('stale', k):.2f} %" for k in ks)
-    k = ks[-1]
+    k, parts = ks[-1], ", ".join(PARTS.get(part, part) for part in BEST.split("+"))
     return Answer(
         f"little, by the best recipe; less than a held gradient: {often(apart, len(ks))}",
         f"backprop {exact:.2f} %; DNI {listed}",
@@ -508,8 +518,9 @@ def recipe(reports: dict[str, Report]) -> Answer:
         f"held gradient's at {apart} of {len(ks)} k.",
         [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)],
         bullet=f"Accuracy: the paper's network ends on MNIST with **{exact:.2f} %** error by "
-        f"backprop; by synthetic gradients, with the true ones on {text.percent(shares[k])} of the "
-        f"steps, with {mean(BEST, k):.2f} % (k={k}), after the same {s['epochs']} epochs. A "
+        f"backprop; by synthetic gradients of the best recipe ({parts}), with the true ones on "
+        f"{text.percent(shares[k])} of the steps, with {mean(BEST, k):.2f} % (k={k}), after the "
+        f"same {s['epochs']} epochs. A "
         f"gradient that is held for {k} steps ends with {mean('stale', k):.2f} %",
     )
 
@@ -550,6 +561,14 @@ def published(reports: dict[str, Report]) -> Answer:
 
 #: Arms of the rivals that compute backprop's own step.
 WAITING = EXACT
+#: The others in the README's words, by how their names begin.
+SIMPLER = {
+    "stale": "gradients held for some steps",
+    "delayed": "gradients a step late",
+    "local": "local losses",
+    "mono-forward": "local losses",
+    "feedback": "random feedback",
+}
 
 
 def rivals(reports: dict[str, Report]) -> Answer:
@@ -566,6 +585,7 @@ def rivals(reports: dict[str, Report]) -> Answer:
     best, first, of = ours[0], theirs[0], len(theirs)
     ahead = sum(means[name] < means[best] for name in theirs)
     beyond = sum(means[name] < means["fused"] for name in theirs)
+    words = [next((SIMPLER[w] for w in SIMPLER if name.startswith(w)), name) for name in theirs]
     figures = [b for b in shown if isinstance(b, Figure)]
     number = (
         f"DNI {100 * means[best]:.2f} %, backprop {100 * means['fused']:.2f} %, {first} "
@@ -580,8 +600,8 @@ def rivals(reports: dict[str, Report]) -> Answer:
         f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
         f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
         f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of the "
-        f"{of} simpler ways not to wait ({', '.join(theirs)}) {ahead} end with less error than "
-        f"DNI, {beyond} with less than backprop",
+        f"{of} simpler ways not to wait ({', '.join(dict.fromkeys(words))}) {ahead} end with less "
+        f"error than DNI, {beyond} with less than backprop",
     )
 
 

@@ -41,9 +41,15 @@ def result_path(facts: dict[str, Any], suite: str) -> Path:
 
 def matching(*patterns: str) -> dict[Path, Result]:
     """Read the results whose names, below ``bench/results`` and without ``.json``, fit a
-    pattern."""
+    pattern; the sentence of each is what its kind says of its numbers now."""
     paths = {path for pattern in patterns for path in RESULTS.glob(f"{pattern}.json")}
-    return {path: load(path) for path in sorted(paths)}
+    return {path: said_anew(load(path)) for path in sorted(paths)}
+
+
+def said_anew(found: Result) -> Result:
+    """Return a result with the sentence that its kind makes of it, where the kind makes one."""
+    made = replace(found, sentence="").described()
+    return made if made.sentence else found
 
 
 def benchmarks(path: Path | None, facts: dict[str, Any] | None = None) -> Result:

@@ -51,6 +51,11 @@ def _undo_torch_testing() -> None:
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
+def _leave_alone() -> None:
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected lives as long as the process. The garbage collector need not
@@ -59,9 +64,18 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
+        _leave_alone()
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """And so does what tests import (a compiler is a million objects) and keep."""
+    try:
+        return (yield)
+    finally:
+        if gc.get_count()[1]:  # some hundred objects more than before
+            _leave_alone()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
@@ -101,7 +115,10 @@ def _interpreter() -> None:
 def _isolated() -> Iterator[None]:
     """Same seed for every test; thread count, default dtype and determinism are put back."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the same, but for the stack that each absent kind of device would remember
+        torch.default_generator.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:

@@ -36,8 +36,9 @@ NO_GPU = "No GPU figure has been measured yet."
 
 
 def each(renderer: Callable[[dict[str, Any]], str], none: str = UNMEASURED) -> Renderer:
-    """Return a renderer of several results: one part a device; ``none`` where there are none."""
-    return lambda results: "\n\n".join(map(renderer, results)) or none
+    """Return a renderer of several results: one part a device, but where it has nothing to say;
+    ``none`` where there are none."""
+    return lambda results: "\n\n".join(filter(None, map(renderer, results))) or none
 
 
 def suite(

@@ -96,8 +96,10 @@ def render_ablation(report: dict[str, Any]) -> str:
 
 def render_future(report: dict[str, Any]) -> str:
     """Render the true gradient of the future beside the window's own, and beside what was
-    predicted."""
+    predicted; nothing of a run that did not probe it."""
     outcome = recurrent_report.outcome_of(report)
+    if not outcome.settings.probe:
+        return ""
     left_out = as_markdown([recurrent_report.future_table(outcome)], RESULTS)
     shares = (0.1, 0.25, 0.5, 0.75, 1.0)
     rows = []

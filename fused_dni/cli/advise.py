@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 
 from fused_dni.cli.arguments import factory, rule
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import out_file, say
 from fused_dni.measure.options import ADVICE_SECONDS, FACTORY, SECONDS, SHAPE, UPDATE, option, whole
 
 
@@ -17,6 +17,7 @@ class Advise(Measuring):
     accordingly, and print predicted time and memory beside measured ones."""
 
     name = "advise"
+    kind = "advice"
     summary = "where in a whole model interfaces pay: predicted, then converted and measured"
     epilog = """examples:
   {program} advise mymodels:mlp --sample 128x784
@@ -43,7 +44,7 @@ and closes over its targets; without one a fixed gradient arrives at the output.
     def run(self, command: str) -> int:
         from fused_dni.measure.advise import advise
 
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         module, sample, rest = factory(self.what, self.sample, "loss")
         loss = rest[0] if rest else None
         if loss is not None and not callable(loss):

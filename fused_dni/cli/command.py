@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from fused_dni.measure.options import FILE, Option, option, whole
+from fused_dni.measure.options import FILE, THREADS, Option, option
 from fused_dni.report import text
 
 if TYPE_CHECKING:
@@ -73,8 +74,13 @@ class Command:
 
 @dataclass(kw_only=True)
 class Printing(Command):
-    """A command that finds something, prints it, and writes it if asked to."""
+    """A command that finds something, prints it, and writes it if asked to.
 
+    Attributes:
+        kind: of its report, where that is not the command's name.
+    """
+
+    kind: ClassVar[str] = ""
     json: bool = option(False, help="print the report as JSON on stdout", group="output")
     out: str | None = option(None, FILE, "write the JSON into a file", group="output")
     quiet: bool = option(False, help="no progress", group="output")
@@ -91,7 +97,7 @@ class Measuring(Printing):
     """A command that computes, on so many threads."""
 
     threads: int | None = option(
-        None, whole(1), "CPU threads (torch's default otherwise)", group="output"
+        None, THREADS, "CPU threads (torch's default otherwise)", group="output"
     )
 
 
@@ -101,6 +107,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        # No option of ours is a number: -5ms is a value, to be refused by its option in its words.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")

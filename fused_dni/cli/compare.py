@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from fused_dni.cli.command import PROGRAM, Printing
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import out_file, say
 from fused_dni.measure.options import FILE, number, option
 
 
@@ -17,6 +17,7 @@ class Compare(Printing):
     changed by are inconclusive."""
 
     name = "compare"
+    kind = "comparison"
     summary = "two files of results: what became faster, what slower, what cannot be told"
     epilog = "example: {program} compare before.json after.json --fail-on-slower"
 
@@ -39,7 +40,7 @@ class Compare(Printing):
         from fused_dni.report import as_text
         from fused_dni.report.files import as_json
 
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         names = Path(self.old).name, Path(self.new).name  # without the reader's folders
         found = compare(
             read(self.old),

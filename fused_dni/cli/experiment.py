@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import OutFile, resumable, say_report, unfinished
+from fused_dni.cli.output import out_file, refuse_foreign, resumable, say_report, unfinished
 from fused_dni.measure.options import FOLDER, option, whole
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Checkpointed(Measuring):
 
     def refuse_folders(self, out: str) -> None:
         """Refuse, before anything runs, folders that the run could not write to."""
+        refuse_foreign("--out", Path(out, "report.json"), self.kind or self.name)
         refuse_unwritable(out)
         if self.checkpoint is not None:
             refuse_unwritable(self.checkpoint)
@@ -112,13 +114,8 @@ class Checkpointed(Measuring):
 
 @dataclass(kw_only=True)
 class Resumable(Measuring):
-    """A command whose --out is kept after every finished run, and gone on with.
+    """A command whose --out is kept after every finished run, and gone on with."""
 
-    Attributes:
-        kind: of its report.
-    """
-
-    kind: ClassVar[str]
     resume: bool = option(False, help="go on with an unfinished --out", group="output")
 
     def begin(self, progress: Progress) -> Experiment:
@@ -128,8 +125,8 @@ class Resumable(Measuring):
     def run(self, command: str) -> int:
         from fused_dni.report.files import as_json
 
-        out = OutFile("--out", self.out, needed=True)
-        previous = unfinished(str(self.out), self.kind) if self.resume else None
+        out = out_file(self, needed=True)
+        previous = unfinished(str(self.out), self.name) if self.resume else None
         measure = self.begin(self.progress())
         with resumable(out):
             report = measure(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import device_named, refuse_unwritable, rule
 from fused_dni.cli.command import PROGRAM, Measuring
-from fused_dni.cli.output import OutFile, say, warn
+from fused_dni.cli.output import OutFile, out_file, say, warn
 from fused_dni.measure.options import (
     DEVICE,
     DTYPES,
@@ -70,7 +70,7 @@ class Map(Measuring):
         from fused_dni.report import as_text, blocks_of, load
         from fused_dni.report.files import as_json
 
-        out = OutFile("--out", self.out, needed=True)
+        out = out_file(self, needed=True)
         if self.figures is not None:
             refuse_unwritable(self.figures)
         if self.merge is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -95,6 +96,24 @@ def warn(text: object) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def refuse_foreign(option: str, path: Path, kind: str) -> None:
+    """Refuse to write over a file that is neither empty nor a report of this kind, of any format.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if path.is_file() and path.stat().st_size:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or found.get("kind") != kind:
+            raise UsageError(
+                f"{option}: {path} exists and is no {kind!r} report, it is not written over: name "
+                "another, or remove it"
+            )
+
+
 class OutFile:
     """A file beside what a command prints. It is tried before anything is measured: where it
     cannot be written, that is said at once, the command goes on, prints what it found, and fails
@@ -104,17 +123,23 @@ class OutFile:
         option: that names it.
         given: its path; None where nobody asked for it.
         needed: the command works with the file, and does not begin without it.
+        kind: of the report that is written; None for what is none.
 
     Raises:
-        UsageError: the path is a folder, or cannot be written and is needed.
+        UsageError: the path is a folder, holds something else than such a report, or cannot be
+            written and is needed.
     """
 
-    def __init__(self, option: str, given: str | None, *, needed: bool = False) -> None:
+    def __init__(
+        self, option: str, given: str | None, *, needed: bool = False, kind: str | None = None
+    ) -> None:
         self.path = None if given is None else Path(given)
         self._error: WriteError | None = None
         if self.path is not None:
             if self.path.is_dir():
                 raise UsageError(f"{option} must be a file, {given} is a folder")
+            if kind is not None:
+                refuse_foreign(option, self.path, kind)
             try:
                 try_file(self.path)
             except WriteError as error:
@@ -146,6 +171,11 @@ class OutFile:
         """Raise WriteError if the file could not be written."""
         if self._error is not None:
             raise self._error
+
+
+def out_file(asked: Any, *, needed: bool = False) -> OutFile:
+    """Try the --out of a command that makes a report."""
+    return OutFile("--out", asked.out, needed=needed, kind=asked.kind or asked.name)
 
 
 def unfinished(path: str, kind: str) -> Result:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import UsageError
 from fused_dni.cli.experiment import OnImages
-from fused_dni.cli.output import OutFile, say_report
+from fused_dni.cli.output import out_file, say_report
 from fused_dni.experiments.settings import Staged
 from fused_dni.measure.options import FILE, FOLDER, option, whole
 
@@ -46,7 +46,7 @@ fused_dni.distributed (docs/distributed.md)."""
 
         from fused_dni.experiments.staged import train
 
-        out = OutFile("--out", self.out, needed=True)
+        out = out_file(self, needed=True)
         settings = self.chosen(folder=self.data)
         if self.checkpoint is not None:
             refuse_unwritable(self.checkpoint)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import PROGRAM, Measuring, UsageError
-from fused_dni.cli.output import OutFile, say, warn
+from fused_dni.cli.output import OutFile, refuse_foreign, say, warn
 from fused_dni.measure.options import FOLDER, SECONDS, TEXT, one_of, option, whole
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Profile(Measuring):
                 )
         body: dict[str, Any] = {"tool": self.tool, "profiled": words}
         folder = Path(self.out)
+        refuse_foreign("--out", folder / "profile.json", self.name)
         made = self._in_this_process(folder) if self.tool == "torch" else self._by_nsight(folder)
         if made is None:
             return 1

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,10 @@ def _command(argv: Sequence[str]) -> str:
     return shlex.join([PROGRAM, *words])
 
 
+#: What PyTorch says where a CPU has no memory left, an error of no class of its own.
+_REFUSED = re.compile(r"DefaultCPUAllocator: .* tried to allocate (\d+) bytes")
+
+
 @contextmanager
 def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
     """Turn exceptions into a line on stderr and an exit code."""
@@ -174,6 +179,9 @@ def _as_one_line(debug: bool, status: list[int]) -> Iterator[None]:
             fail(message, 1)
         elif isinstance(error, MemoryError):
             fail("not enough memory", 1)
+        elif found := _REFUSED.search(str(error)):
+            wanted = text.size(int(found[1]))
+            fail(f"not enough memory for a tensor of {wanted}: ask for smaller sizes", 1)
         else:
             bad_input = isinstance(error, (ValueError, IndexError))
             plain = bad_input or isinstance(error, (OSError, RuntimeError))

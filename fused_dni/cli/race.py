@@ -32,7 +32,6 @@ class Race(Resumable):
     ends with, and in what part of its time."""
 
     name = "race"
-    kind = "race"
     summary = "your own ways of training, each on its own clock, at equal wall-clock"
     epilog = """A factory is called without arguments and returns the arms by name, the one to
 beat first: each a function of a seed that returns an object with step(), which trains by

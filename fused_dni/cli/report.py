@@ -67,8 +67,6 @@ def _page(given: str) -> Path:
     page = Path(given)
     if page.suffix not in FORMATS:
         raise UsageError(f"--output must end in {' or '.join(FORMATS)}, got {given!r}")
-    if not page.parent.is_dir():
-        raise UsageError(f"--output {given}: there is no folder {page.parent}")
     OutFile("--output", given, needed=True)
     return page
 

@@ -26,7 +26,7 @@ class Rivals(OnTexts, Resumable):
     gradients, local losses, direct feedback alignment. Steps are timed together; then every run
     has as many steps as fit into the same wall-clock."""
 
-    name = kind = "rivals"
+    name = "rivals"
     summary = "backprop, DNI and their rivals on one network: time, memory, error at equal time"
     settings = rival_arms.Settings
     epilog = """examples:
@@ -57,7 +57,7 @@ class RivalGrid(OnTexts, Quick, Resumable):
     for several numbers of steps, then time their steps: who is ahead at equal steps, who at equal
     wall-clock, and how long each takes to what backprop ends with."""
 
-    name = kind = "rivals grid"
+    name = "rivals grid"
     summary = "rivals by width, depth and budget: error at equal steps and at equal time"
     settings = rival_arms.Grid
     epilog = """examples:
@@ -94,7 +94,7 @@ class Interfaces(OnImages, Resumable):
     gradient against the true gradient of the whole network; likewise with fewer interfaces in the
     deepest, and the errors beside those of backprop. About three minutes on 2 cores."""
 
-    name = kind = "interfaces"
+    name = "interfaces"
     summary = "how far synthetic gradients are from the true ones, by depth and layer"
     settings = InterfacesSettings
     epilog = "Ctrl-C keeps the finished runs in --out; --resume goes on from there."
@@ -114,7 +114,7 @@ class Delay(Quick, Resumable):
     with corrected updates, and local losses. In one process, which computes what a pipeline of
     processes computes at that delay. Nothing is timed."""
 
-    name = kind = "delay"
+    name = "delay"
     summary = "accuracy of a pipeline whose gradients are late: synthetic gradients and rivals"
     settings = delay_settings.Settings
     epilog = """examples:
@@ -138,7 +138,7 @@ class Recipes(Quick, Resumable):
     taught and used, with a target on every k-th step; beside backprop and a gradient that is held
     for k steps, at equal steps. Nothing is timed."""
 
-    name = kind = "recipes"
+    name = "recipes"
     summary = "which recipe of synthetic gradients costs the least accuracy, by k"
     settings = recipe_settings.Settings
     epilog = """examples:
@@ -165,7 +165,7 @@ class Literature(Quick, Resumable):
     two networks at two clocks. The report has the published figures beside ours. Nothing is
     timed."""
 
-    name = kind = "literature"
+    name = "literature"
     summary = "the tables of the paper, reproduced beside the published figures"
     settings = literature_settings.Settings
     epilog = """examples:

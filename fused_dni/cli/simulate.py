@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import OutFile, say_report
+from fused_dni.cli.output import out_file, say_report
 from fused_dni.measure.options import (
     EVERY,
     FACTORY,
@@ -59,6 +59,7 @@ class Simulate(Measuring):
     BatchNorm, ReLU of 512 at a batch of 256."""
 
     name = "simulate"
+    kind = "simulation"
     summary = "training on N devices: who waits for whom, at which latency"
     epilog = """A factory for --measure is called without arguments and returns (stages, batch,
 loss): a list of modules, a function that returns (x, target), and one of the last
@@ -172,7 +173,7 @@ examples:
 
         if self.target_every == 0:
             raise UsageError("--target-every never is --modes local: DNI learns from targets")
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         measured_rows = None if self.check_against is None else check.read(self.check_against)
         with self.progress() as progress:
             times, measured = self._times(progress)

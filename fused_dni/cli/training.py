@@ -27,6 +27,7 @@ class _OfThePaper(OnImages, Checkpointed):
     """Train the paper's network: what ``train`` and ``demo`` share."""
 
     settings = Training
+    kind = "train"
 
     @property
     def folder(self) -> str:

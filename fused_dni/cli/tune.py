@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import device_named, refuse, refuse_number, rule
 from fused_dni.cli.command import Printing, UsageError
-from fused_dni.cli.output import OutFile, say
+from fused_dni.cli.output import out_file, say
 from fused_dni.measure.options import (
     ACTIVATIONS,
     DEVICE,
@@ -70,7 +70,7 @@ class Tune(Printing):
 
         others = ("window",) if self.what == "linear" else ("normalization", "activation", "rank")
         refuse(self.what, {name: getattr(self, name) for name in others})
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         kind = tune.LSTMScratch if self.what == "lstm" else tune.LinearScratch
         known: Sequence[str] = kind.ops
         ops = self.ops or known

@@ -16,7 +16,7 @@ from fused_dni.cli.arguments import (
     rule,
 )
 from fused_dni.cli.command import Measuring, UsageError, flags
-from fused_dni.cli.output import OutFile, say_verdict
+from fused_dni.cli.output import OutFile, out_file, say_verdict
 from fused_dni.measure.options import (
     ACTIVATIONS,
     DEVICE,
@@ -123,7 +123,7 @@ A factory is called without arguments and returns a module, or (module, sample).
         from fused_dni.measure.verdict import verdict
         from fused_dni.report.kinds import verdict as reports
 
-        out, plot = OutFile("--out", self.out), OutFile("--plot", self.plot)
+        out, plot = out_file(self), OutFile("--plot", self.plot)
         refuse_format(plot.path)
         dtype = getattr(torch, self.dtype)
         device = device_named(self.device)
@@ -202,7 +202,7 @@ class VerdictLSTM(Measuring):
 
         import fused_dni as fd
 
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         device = device_named(self.device)
         factory = {"device": device, "dtype": getattr(torch, self.dtype)}
         inputs = self.input or self.hidden

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 
 from fused_dni.cli.arguments import built
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import OutFile, say_report
+from fused_dni.cli.output import out_file, say_report
 from fused_dni.measure.options import (
     EVERY,
     FACTORY,
@@ -75,7 +75,7 @@ with this in mine.py:
     def run(self, command: str) -> int:
         from fused_dni.measure.verdict.link import verdict_link
 
-        out = OutFile("--out", self.out)
+        out = out_file(self)
         wide = math.inf if self.bandwidth is None else self.bandwidth
         with self.progress() as progress:
             report = verdict_link(

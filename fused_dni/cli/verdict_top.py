@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import built, refuse_format, rule
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import OutFile, say_verdict
+from fused_dni.cli.output import OutFile, out_file, say_verdict
 from fused_dni.measure.options import (
     FACTORY,
     FILE,
@@ -90,7 +90,7 @@ arm and seed, behind torch.manual_seed(seed).
         from fused_dni.measure.verdict.top_steps import drawn, given
         from fused_dni.report.kinds import verdict_top as reports
 
-        out, plot = OutFile("--out", self.out), OutFile("--plot", self.plot)
+        out, plot = out_file(self), OutFile("--plot", self.plot)
         refuse_format(plot.path)
         made = given(built(self.what), self.what)
         if made.synthesizer is not None and self.synthesizers is not None:

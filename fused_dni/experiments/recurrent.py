@@ -434,7 +434,8 @@ def train(
     turns = _Evaluations(settings, source)
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
     commit = turns.made.get("commit")
-    return Outcome(settings, turns.data, finished, _notes(settings, source), commit=commit)
+    notes = _notes(settings, source, finished)
+    return Outcome(settings, turns.data, finished, notes, commit=commit)
 
 
 def result(outcome: Outcome, command: str | None = None) -> Result:
@@ -474,7 +475,7 @@ def _described(source: Source) -> dict[str, Any]:
     }
 
 
-def _notes(settings: Settings, source: Source) -> list[str]:
+def _notes(settings: Settings, source: Source, finished: list[dict[str, Any]]) -> list[str]:
     notes = []
     if isinstance(source, Text) and source.unknown:
         notes.append(
@@ -487,6 +488,17 @@ def _notes(settings: Settings, source: Source) -> list[str]:
             f"solved: the running error over batches fell below {settings.threshold:g} bits per "
             "bit to be written (guessing costs 1)"
         )
+        for arm in settings.arms():
+            last = [of["history"][-1] for of in finished if of["name"] == arm.name]
+            longest = max(
+                sequences.steps(settings.task, int(row["length"]), int(row["repeats"]))
+                for row in last
+            )
+            if longest <= arm.window and arm.window not in settings.long:
+                notes.append(
+                    f"{arm.name}: the longest episodes had {longest} steps, no more than a window: "
+                    "hardly anything was truncated, or predicted"
+                )
     steps = {
         arm.name: -(-max(1, settings.amount // settings.batch_size) // arm.window)
         for arm in settings.arms()

@@ -31,7 +31,7 @@ from fused_dni.distributed import Checkpoints, Pipeline, PipelineError, Stage
 from fused_dni.experiments import data, nets
 from fused_dni.experiments.data import Dataset
 from fused_dni.experiments.settings import Staged as Settings
-from fused_dni.measure.baseline import facts
+from fused_dni.measure.baseline import facts, name_commit
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
 
@@ -188,6 +188,8 @@ def train(
     progress = progress or Progress(enabled=False)
     dataset = data.load(settings.dataset, folder=settings.folder)
     steps = _steps(dataset, settings)
+    found = facts(command)
+    _name_commits(found, Path(folder))
     runs = []
     for mode in settings.modes:
         place = Path(folder) / mode
@@ -213,9 +215,19 @@ def train(
     return Result(
         "train pipeline",
         settings=asdict(settings) | {"folder": None},
-        facts=facts(command),
+        facts=found,
         body={"steps": steps, "runs": runs},
     )
+
+
+def _name_commits(found: dict[str, Any], folder: Path) -> None:
+    """Name among the facts the commits of all runs that have gone on from this folder."""
+    kept, now = folder / "commits.txt", found["commit"]
+    if kept.exists():
+        found["commit"] = kept.read_text("utf-8") or None
+        name_commit(found, now)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(found["commit"] or "", "utf-8")
 
 
 def _last_line(message: Any) -> str:

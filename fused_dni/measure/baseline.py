@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -48,11 +49,6 @@ def facts(command: str | None = None, device: torch.device | str = "cpu") -> dic
         command: what was asked for.
         device: where it was measured; ``where`` among the facts.
     """
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    # Results and pages are what a measurement writes, not what it measures.
-    if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs"):
-        commit += "-dirty"
-    commit = commit or os.environ.get("FUSED_DNI_COMMIT")  # of a copy of a checkout
     return {
         "device": environment.processor(),
         "where": torch.device(device).type,
@@ -62,7 +58,7 @@ def facts(command: str | None = None, device: torch.device | str = "cpu") -> dic
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fused_dni": environment.version("fused-dni"),
-        "commit": commit,
+        "commit": _commit() or os.environ.get("FUSED_DNI_COMMIT"),  # of a copy of a checkout
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -82,6 +78,16 @@ def _isa() -> str | None:
     except ImportError:
         return None
     return cpu.isa()
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Name the commit of the code that runs: asked once, as it is imported once."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    # Results and pages are what a measurement writes, not what it measures.
+    if commit and _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs"):
+        commit += "-dirty"
+    return commit
 
 
 def _git(*arguments: str) -> str | None:

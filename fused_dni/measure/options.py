@@ -8,7 +8,9 @@ arguments do not wait for it.
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -64,13 +66,16 @@ def kind(
 
 
 def whole(low: int, high: int | None = None) -> Kind:
-    """Take whole numbers."""
+    """Take whole numbers, of 64 bits at most."""
+    most = sys.maxsize if high is None else high
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, int) and low <= value and (high is None or value <= high)
+    def check(name: str, value: Any, given: Any) -> None:
+        if not isinstance(value, int) or not low <= value <= most:
+            open_ended = high is None and not (isinstance(value, int) and value > most)
+            upto = "on" if open_ended else f"to {most}"
+            raise ValueError(f"{name} must be a whole number from {low} {upto}, got {given!r}")
 
-    says = f"a whole number from {low} {'on' if high is None else f'to {high}'}"
-    return kind(says, fits, int, metavar="N")
+    return Kind(check, int, metavar="N")
 
 
 def number(low: float = 0.0, high: float = math.inf, *, below: bool = False) -> Kind:
@@ -137,6 +142,14 @@ TEXT = Kind(lambda name, value, given: None, metavar="NAME")
 FILE = Kind(lambda name, value, given: None, metavar="FILE")
 FOLDER = Kind(lambda name, value, given: None, metavar="DIR")
 FACTORY = kind("package.module:factory", lambda value: ":" in value, metavar="FACTORY")
+_MOST = 4 * (os.cpu_count() or 1)
+#: More are slower, and far more than the system starts end the process.
+THREADS = kind(
+    f"a whole number from 1 to {_MOST}, four for each of this machine's processors",
+    lambda value: isinstance(value, int) and 1 <= value <= _MOST,
+    int,
+    metavar="N",
+)
 SECONDS = above_zero(metavar="S")
 RATE = number()
 SEED = whole(0)

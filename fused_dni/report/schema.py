@@ -227,7 +227,11 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> Result:
 
 
 def _result(found: Any, path: str | os.PathLike[str], kind: str | None) -> Result:
-    name = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} is no report of fused_dni: it holds no JSON object")
+    if "kind" not in found:
+        raise ReportError(f"{path} is no report of fused_dni: it names no kind")
+    name = found["kind"]
     if name not in list(KINDS):
         raise ReportError(
             f"{path} is no report of fused_dni: its kind is {repr(name)[:100]}, known: "

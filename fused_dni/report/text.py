@@ -119,6 +119,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: boo
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """``unknown activation 'rleu', did you mean 'relu'? Allowed: ...``."""
     names = list(allowed)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f", did you mean {close[0]!r}?" if close else "."
+    bare = {name.lstrip("-"): name for name in names}  # dashes make no two options alike
+    close = difflib.get_close_matches(given.lstrip("-"), bare, n=1)
+    hint = f", did you mean {bare[close[0]]!r}?" if close else "."
     return f"unknown {what} {given!r}{hint} Allowed: {', '.join(names)}"

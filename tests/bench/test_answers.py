@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,8 @@ import readings
 import stored
 from fused_dni.cli.program import _parse
 from fused_dni.report import Figure, Table
-from pages import verdict
+from fused_dni.report.kinds import recipes as recipes_report
+from pages import documents, verdict
 
 PAGES = (verdict.PAGE, verdict.TABLES)
 
@@ -58,6 +60,30 @@ def test_a_machine_may_have_measured_accuracy_both_ways():
     found, alone = readings.accuracy({**others, "recipes": recipes}), readings.published(others)
     assert found.answer == readings.recipe({"recipes": recipes}).answer
     assert found.blocks[-len(alone.blocks) :] == alone.blocks
+
+
+def test_sentences_are_of_the_numbers_and_not_of_the_file():
+    (recipes,) = stored.matching("amd-epyc-avx512-recipes").values()
+    old = replace(recipes, sentence="At k=16 the best recipe is another.")
+    assert stored.said_anew(old).sentence == recipes_report.sentence(recipes)
+    (race,) = stored.matching("verdict/amd-epyc-avx2-race-sentence").values()
+    assert stored.said_anew(race).sentence == race.sentence != ""
+
+
+def test_a_run_that_was_not_probed_has_no_table_of_it():
+    probed = [r for r in documents.committed("*-copy") if r.settings["probe"]]
+    assert probed and len(probed) < len(documents.committed("*-copy"))
+    made = [documents.RENDERERS["copy-future"][1](of) for of in (probed, [])]
+    assert (
+        documents.RENDERERS["copy-future"][1](documents.committed("*-copy")) == made[0] != made[1]
+    )
+
+
+def test_figures_of_a_claim_have_a_label_each():
+    for _, found in verdict.each():
+        for _, answer in found:
+            labels = [part.partition(": ")[0] for part in answer.number.split("; ") if ": " in part]
+            assert len(set(labels)) == len(labels)
 
 
 def test_every_claim_has_an_answer_or_is_left_open():

@@ -48,10 +48,15 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
     [
         (["trian"], "unknown command 'trian', did you mean 'train'"),
         (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),
+        (["train", "--nonsuch"], "unknown option '--nonsuch'. Allowed"),
+        (["simulate", "--devices", "3"], "unknown option '--devices'. Allowed"),
         (["train", "--epochs", "none"], "epochs must be a whole number from 1 on, got 'none'"),
         (["train", "--epochs", "0"], "from 1 on, got '0'"),
+        (["train", "--seeds", str(10**19)], "from 0 to 9223372036854775807, got '1000"),
         (["train", "--lr", "-1"], "lr must be a finite number from 0 on, got '-1'"),
         (["train", "--lr", "nan"], "got 'nan'"),
+        (["train", "--lr", "-inf"], "got '-inf'"),
+        (["verdict", "link", "a:b", "--latency", "-5ms"], "like 4ms; units are ns, us, µs, ms, s"),
         (["train", "--methods", "cndi"], "unknown method 'cndi', did you mean 'cdni'"),
         (["train", "--update", "adma"], "unknown update 'adma', did you mean 'adam'"),
         (
@@ -84,7 +89,8 @@ def _fails(capsys, *argv: str) -> tuple[int, str]:
         (["verdict", "linear", "--dtype", "float23"], "unknown dtype 'float23'"),
         (["verdict", "linear", "--batch", "1"], "verdict"),
         (["verdict", "linear", "--device", "gpu"], "unknown device 'gpu'"),
-        (["verdict", "linear", "--threads", "0"], "threads must be a whole number from 1 on"),
+        (["verdict", "linear", "--threads", "0"], "threads must be a whole number from 1 to"),
+        (["train", "--threads", "100000"], "four for each of this machine's processors, got"),
         (["verdict", "linear", "--seconds", "-2"], "seconds must be a positive, finite number"),
         (["verdict", "no.such.module:f"], "cannot import 'no.such.module'"),
         (["verdict", "torch.nn:Lineer", "--sample", "2x2"], "did you mean 'Linear'"),
@@ -103,6 +109,11 @@ def test_bad_input_is_one_line_and_exit_code_two(capsys, tmp_path, monkeypatch, 
     assert code == 2
     if argv[:2] != ["verdict", "linear"] or "--batch" not in argv:
         assert message in line
+
+
+def test_memory_that_there_is_not_is_said_in_its_unit(capsys):
+    code, line = _fails(capsys, "verdict", "linear", "--in", "100000000", "--quiet")
+    assert code == 1 and "not enough memory for a tensor of 40000000 GB: ask for smaller" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

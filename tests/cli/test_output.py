@@ -220,6 +220,51 @@ def test_a_folder_is_no_file(capsys, tmp_path, results, command):
 
 @pytest.mark.parametrize(
     "command",
+    [
+        *(VERDICT, MAP, "compare A A", "tune linear", "simulate", "advise a:b", "race a:b"),
+        *("verdict lstm", "verdict top a:b", "verdict link a:b --latency 1ms", "train pipeline"),
+        *("interfaces", "rivals", "rivals grid", "delay", "recipes", "literature"),
+    ],
+)
+@pytest.mark.parametrize("content", ["notes", '{"kind": "race top"}', "[1]"])
+def test_what_is_no_report_of_the_kind_is_not_written_over(
+    capsys, tmp_path, results, command, content
+):
+    out = tmp_path / "mine"
+    out.write_text(content)
+    argv = [results if word == "A" else word for word in command.split()]
+    assert cli.main([*argv, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    (line,) = _lines(captured.err)
+    assert captured.out == "" and line.startswith(
+        f"fused-dni: error: --out: {out} exists and is no"
+    )
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(TRAIN, "report"), ("train copy", "report"), ("profile torch -- a", "profile")],
+)
+def test_nor_in_a_folder(capsys, tmp_path, command, name):
+    (tmp_path / f"{name}.json").write_text('{"kind": "bill"}')
+    words = command.split()
+    cut = words.index("--") if "--" in words else len(words)
+    assert cli.main([*words[:cut], "--out", str(tmp_path), *words[cut:]]) == 2
+    assert f"{name}.json exists and is no '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "comparison", "version": 1}'])
+def test_a_report_of_the_kind_is_replaced_and_folders_are_made(tmp_path, results, content):
+    out = tmp_path / "out.json"
+    out.write_text(content)
+    assert cli.main(["compare", results, results, "--out", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["version"] == 2
+    assert cli.main(["report", str(out), "-o", str(tmp_path / "new" / "page.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
     [MAP, "rivals", "delay", "recipes", TRAIN, "demo", "train copy", "profile torch -- a.py"],
 )
 def test_what_goes_on_from_a_file_does_not_begin_without_it(capsys, below, command):

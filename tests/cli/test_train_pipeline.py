@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch.distributed.launcher import api
 
 from fused_dni.cli import main
+from fused_dni.experiments import staged
 
 TINY = ["train", "pipeline", "--depth", "3", "--hidden", "16", "--epochs", "1", "--quiet"]
 
@@ -44,3 +46,15 @@ def test_bad_input_is_one_line(words, said, capsys, tmp_path):
     assert main([*TINY, *words, "--out", str(tmp_path / "pipeline.json")]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and said in told.err
+
+
+def test_a_run_that_is_gone_on_with_names_the_commits_of_all_its_parts(tmp_path, monkeypatch):
+    last = {"curve": [[1.0, 0.5]], "stages": [], "resumed_at": 0}
+    monkeypatch.setattr(api, "elastic_launch", lambda config, work: lambda *given: {1: last})
+    monkeypatch.setattr(staged, "_error", lambda *given: 0.5)
+    settings = staged.Settings(epochs=1, modes=("exact",))
+    named = []
+    for commit in ("one", "two", None, "one"):
+        monkeypatch.setattr(staged, "facts", lambda command, commit=commit: {"commit": commit})
+        named.append(staged.train(settings, str(tmp_path / "kept")).facts["commit"])
+    assert named == ["one", "one, two", "one, two", "one, two"]

@@ -317,14 +317,6 @@ def test_command_refuses_in_one_line(tmp_path, capsys, more, message):
     assert not out.exists()
 
 
-def test_command_refuses_to_go_on_with_something_else(tmp_path, capsys):
-    out = tmp_path / "map.json"
-    out.write_text('{"kind": "advice", "version": 1}')
-    assert cli.main([*GRID, "--out", str(out)]) == 2
-    assert "holds a report of kind 'advice', wanted is 'map'" in capsys.readouterr().err
-    assert json.loads(out.read_text())["kind"] == "advice"
-
-
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -299,7 +299,10 @@ def test_what_is_not_traced(what):
     assert bool(ruled) == ("rule" in what)
 
 
-@pytest.mark.parametrize("treat", ["as returned", "detached", "copied"])
+@pytest.mark.parametrize(
+    "treat",
+    ["as returned", pytest.param("detached", marks=pytest.mark.repeat), "copied"],
+)
 def test_rows_that_ended_are_reset_in_a_compiled_model(treat):
     """Calls with and without a mask in turn, graphs and eager calls mixed."""
     model = Language()

@@ -595,7 +595,10 @@ def fresh():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["random", "detached", "copied", "masked", "reordered"])
+@pytest.mark.parametrize(
+    "what",
+    ["random", "detached", "copied", "masked", pytest.param("reordered", marks=pytest.mark.repeat)],
+)
 def test_traced(fresh, what):
     """Which state is the module's own is seen when compiled code runs, as in eager."""
     module = lstm(INPUTS, HIDDEN)

@@ -138,7 +138,12 @@ def test_what_is_no_report_of_ours(written, tmp_path, capsys, changes, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("kind: verdict", "is no JSON"), ("[1]", "its kind is None")],
+    [
+        (None, "No such file"),
+        ("kind: verdict", "is no JSON"),
+        ("[1]", "it holds no JSON object"),
+        ("{}", "it names no kind"),
+    ],
 )
 def test_what_is_no_report_at_all(tmp_path, capsys, content, message):
     path = tmp_path / "given.json"
@@ -152,12 +157,13 @@ def test_what_is_no_report_at_all(tmp_path, capsys, content, message):
     ("output", "message"),
     [
         ("page.pdf", "--output must end in .html or .md, got"),
-        ("none/page.html", "there is no folder"),
+        ("file/page.html", "Not a directory"),
         ("folder.html", "is a folder"),
     ],
 )
 def test_pages_that_cannot_be_written(written, tmp_path, capsys, output, message):
     (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
     assert cli.main(["report", written(), "-o", str(tmp_path / output)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
