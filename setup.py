@@ -74,6 +74,9 @@ NVCC_FLAGS = [
     "-fPIC,-fvisibility=hidden,-Wall,-Wextra" + (",-Werror" if STRICT else ""),
 ]  # fmt: skip
 OLDEST_NVCC = (12, 4)
+# One instruction for a * b + c would round otherwise than the tensors' operations that quick.cpp
+# stands for.
+COMMON_FLAGS = ["-ffp-contract=off"]
 # Shadow stacks know nothing of a switch from one stack to another: the object must not be marked as
 # one that they suit, as some systems' compilers have it by default.
 SWITCHES = {"region.cpp": ["-fcf-protection=none"]}
@@ -287,7 +290,7 @@ class NinjaBuild(build_ext):
         isas = _cpu_isas(compiler)
         linked = [f"-DFUSED_DNI_WITH_{isa.upper()}" for isa in isas]
         for name in COMMON:
-            flags = [*linked, *(SWITCHES.get(name, []) if _x86() else [])]
+            flags = [*COMMON_FLAGS, *linked, *(SWITCHES.get(name, []) if _x86() else [])]
             objects += build.build(
                 f"{name}.o", "compile", str(CPU / name), variables={"isa": flags}
             )

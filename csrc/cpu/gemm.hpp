@@ -142,24 +142,44 @@ FUSED_DNI_INLINE void for_panels(Index begin, Index end, Body&& body) {
   for_strips<T>(begin, end, kTileVectors, body);
 }
 
+// Asks for a row, to be in the cache of that level.
+template <class T, int kLevel = 1>
+FUSED_DNI_INLINE void prefetch_row(const T* row, Index width) {
+  for (Index i = 0; i < width; i += kLineBytes / static_cast<Index>(sizeof(T)))
+    __builtin_prefetch(row + i, 0, 4 - kLevel);
+}
+
+// Rows of A that meet one panel of B after another: as many as stay in the second-level cache.
+template <class T>
+FUSED_DNI_INLINE Index near_rows(Index rows, Index depth) {
+  constexpr Index kNear = 256 * 1024 / static_cast<Index>(sizeof(T));
+  return round_up(ceil_div(larger(rows, 1), larger(ceil_div(rows * depth, kNear), 1)), kTileRows);
+}
+
 // C[rows][cols] (+)= A B with B in the transposed layout (or any layout whose rows are padded to
 // whole vectors); C's rows are padded likewise.
 template <class T>
 void multiply(Index rows, Index cols, Index depth, const T* a, Index a_row, Index a_col, const T* b,
               Index b_row, T* c, Index c_row, bool accumulate) {
-  const Index block = block_depth<T>(depth);
-  for_panels<T>(0, cols, [&](Index col, Index, Index vectors) {
-    const TileFunction<T> run = tile_for<T>(vectors);
-    for (Index k = 0; k == 0 || k < depth; k += block) {  // once even if A has no columns: C is 0
-      const Index count = smaller(block, depth - k);
-      for (Index m = 0; m < rows;) {
-        const Index take = next_rows(rows - m);
-        run(take, count, a + m * a_row + k * a_col, a_row, a_col, b + k * b_row + col, b_row,
-            c + m * c_row + col, c_row, T(accumulate || k > 0 ? 1 : 0), T(1));
-        m += take;
+  const Index block = block_depth<T>(depth), near = near_rows<T>(rows, depth);
+  for (Index first = 0; first < rows; first += near) {
+    const Index end = smaller(rows, first + near);
+    for_panels<T>(0, cols, [&](Index col, Index, Index vectors) {
+      const TileFunction<T> run = tile_for<T>(vectors);
+      for (Index k = 0; k == 0 || k < depth; k += block) {  // once even if A has no columns: C is 0
+        const Index count = smaller(block, depth - k);
+        for (Index m = first; m < end;) {
+          const Index take = next_rows(end - m);
+          if (a_col == 1 && col == 0)  // the first panel's rows come from farther away
+            for (Index r = m + take; r < smaller(m + 2 * take, rows); ++r)
+              prefetch_row<T, 2>(a + r * a_row + k, count);
+          run(take, count, a + m * a_row + k * a_col, a_row, a_col, b + k * b_row + col, b_row,
+              c + m * c_row + col, c_row, T(accumulate || k > 0 ? 1 : 0), T(1));
+          m += take;
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 // C[outputs][batch rows] = W[outputs][depth] x[batch rows][depth]^T, C in the transposed layout.
@@ -191,12 +211,6 @@ void multiply_dots(Index outputs, Index depth, const T* w, const T* x, T* c, Ind
 
 // Rows that a copy asks for ahead of the one it is at: no prefetcher follows from page to page.
 constexpr Index kRowsAhead = 16;
-
-template <class T>
-FUSED_DNI_INLINE void prefetch_row(const T* row, Index width) {
-  for (Index i = 0; i < width; i += kLineBytes / static_cast<Index>(sizeof(T)))
-    __builtin_prefetch(row + i);
-}
 
 // Copies rows [0, rows) of a strip `width` wide to packed rows of kRow elements, zero-padded.
 template <class T, Index kRow = kPanel<T>>

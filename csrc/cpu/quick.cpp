@@ -404,6 +404,20 @@ struct Told {
   const std::int64_t* at = nullptr;
 };
 
+// The prediction that a lesson is about.
+SynthesizerPredict predicting(const SynthesizerTrain& lesson, void* scaled, void* reduced) {
+  SynthesizerPredict made{};
+  made.synthesizer = lesson.synthesizer;
+  made.rows = lesson.rows;
+  made.features = lesson.features;
+  made.threads = lesson.threads;
+  made.h = lesson.h;
+  made.scaled = scaled;
+  made.reduced = reduced;
+  made.transposed = lesson.transposed;
+  return made;
+}
+
 // What a synthesizer is taught of one gradient: a lesson, and as many behind it, each from a
 // prediction of its own, which takes the memory of the one before. To be added to one region.
 class Course {
@@ -443,20 +457,49 @@ class Course {
 
  private:
   void predict(const SynthesizerTrain& lesson, void* scaled, void* reduced) {
-    SynthesizerPredict& made = predictions_.emplace_back();
-    made.synthesizer = lesson.synthesizer;
-    made.rows = lesson.rows;
-    made.features = lesson.features;
-    made.threads = lesson.threads;
-    made.h = lesson.h;
-    made.scaled = scaled;
-    made.reduced = reduced;
-    made.transposed = lesson.transposed;
+    predictions_.push_back(predicting(lesson, scaled, reduced));
   }
 
   // Ops are made of references to these.
   std::deque<SynthesizerPredict> predictions_;
   std::deque<SynthesizerTrain> lessons_;
+};
+
+// The gradient at h that a layer is updated from, in the place of its prediction: `share` of what
+// arrived, and of what is predicted the rest.
+struct Mixture {
+  std::int64_t rows, columns, stride;        // of the prediction as it lies
+  std::int64_t arrived_row, arrived_column;  // from one element to the next of what arrived
+  const void* arrived;
+  void* scaled;  // the prediction, times `scale`
+  double share, scale;
+  int threads;
+};
+
+template <class T>
+class Mix : public Op {
+ public:
+  explicit Mix(const Mixture& from) : a(from) {
+    threads = a.rows * a.columns < 64 * 1024 ? 1 : a.threads;  // some microseconds
+    open = true;
+  }
+
+  void plan(Scratch&) override {}
+
+  // Rounded as the tensors' own operations are: this file is compiled to fuse none.
+  void run(const Team& team) override {
+    const T share = T(a.share), rest = T(1.0 - a.share), scale = T(a.scale);
+    const std::int64_t end = a.rows * (team.rank + 1) / team.size;
+    for (std::int64_t r = a.rows * team.rank / team.size; r < end; ++r) {
+      T* to = static_cast<T*>(a.scaled) + r * a.stride;
+      const T* from = static_cast<const T*>(a.arrived) + r * a.arrived_row;
+      for (std::int64_t c = 0; c < a.columns; ++c)
+        to[c] = share * from[c * a.arrived_column] + rest * (to[c] / scale);
+    }
+  }
+
+ private:
+  const Mixture& a;
 };
 
 // How a step is run: without a target, with one, or by nobody here.
@@ -659,6 +702,12 @@ class QuickStep : public Quick {
     return lesson;
   }
   void add(const Course& course, Ops& ops) const { course.add(ops, type_); }
+  void add(const SynthesizerPredict& prediction, Ops& ops) const {
+    ops.add(kernels().synthesizer_predict[type_](prediction));
+  }
+  void add(const Mixture& mixture, Ops& ops) const {
+    ops.add(type_ ? static_cast<Op*>(new Mix<double>(mixture)) : new Mix<float>(mixture));
+  }
   // To be called behind a lesson that was given.
   void count_lesson() const {
     if (given_kappa_) return;
@@ -1447,8 +1496,9 @@ class QuickExactStack : public Stack<QuickExact> {
 
   // Of what `forward` returned: dx or None, and what the update reads beside x and that: what was
   // made of the layers, and the gradients between them, which are kept for lessons alone; or None.
+  // With a `share` below 1 of the true gradient, the rest is the predictions'.
   Object backward(const Object& arrived, const Object& x, const Object& h, const Object& left,
-                  bool need_dx) const {
+                  const Object& labels, double share, bool need_dx) const {
     const std::size_t count = layers_.size();
     std::vector<Batch> batches(count);
     Memory gradient;
@@ -1480,6 +1530,14 @@ class QuickExactStack : public Stack<QuickExact> {
     const auto [made, begin] = room(left, derived.layout);
     const Passed passed = pass(rows);
     const auto [passing, places] = room(left, passed.layout);
+    std::vector<SynthesizerPredict> predictions;
+    std::vector<Mixture> mixtures;
+    Object predicted;  // the memory of predictions
+    if (share < 1.0 && !mix(batches.back(), kept, passing, gradient, labels, share, predicted,
+                            predictions, mixtures)) {
+      Quick::cleared();
+      return py::none();
+    }
     Object dx = py::none();
     if (need_dx) dx = new_empty(x, rows, layers_[0]->layer().in);
     std::vector<LinearBackward> backwards;
@@ -1506,6 +1564,10 @@ class QuickExactStack : public Stack<QuickExact> {
         backward.grad_h_transposed = (i + 1 < count || head_) && !narrow;
         backward.grad_x_transposed = i > 0 && !narrow;
       }
+      if (!mixtures.empty()) {
+        backward.grad_h = mixtures[i].scaled;
+        backward.grad_h_transposed = inside(rows);
+      }
       backwards.push_back(backward);
       above = gradients.x;
     }
@@ -1513,8 +1575,13 @@ class QuickExactStack : public Stack<QuickExact> {
       py::gil_scoped_release release;
       Ops ops;
       if (head_) head_->add(of_head, ops, narrow);
-      for (std::size_t i = 0; i < count; ++i)
-        layers_[count - 1 - i]->add(backwards[i], ops, narrow);
+      for (std::size_t i = count; i-- > 0;) {
+        if (!mixtures.empty()) {
+          teachers_[i]->add(predictions[i], ops);
+          teachers_[i]->add(mixtures[i], ops);
+        }
+        layers_[i]->add(backwards[count - 1 - i], ops, narrow);
+      }
       ops.run();
     }
     return py::make_tuple(dx, made, teachers_.empty() ? Object(py::none()) : passing);
@@ -1667,6 +1734,75 @@ class QuickExactStack : public Stack<QuickExact> {
     }
     return true;
   }
+  // Memory of predictions, each of which is read before the next is made.
+  struct Predictions {
+    Object memory;
+    void *scaled, *reduced;
+  };
+  Predictions predictions(const Object& like, std::int64_t rows) const {
+    std::int64_t outputs = 0, ranks = 0;
+    for (const QuickStep* teacher : teachers_) {
+      outputs = std::max(outputs, teacher->layer().out);
+      ranks = std::max(ranks, teacher->rank());
+    }
+    Layout layout(element());
+    const std::int64_t scaled = layout.take(outputs * stride(rows)),
+                       reduced = layout.take(ranks * stride(rows));
+    const auto [made, begin] = room(like, layout);
+    return {made, at(begin, scaled), at(begin, reduced)};
+  }
+  // What the synthesizer of layer i could be taught of a backward, whose gradient at the last h, where
+  // there is no head, is `last`.
+  SynthesizerTrain lesson(std::size_t i, const Batch& batch, const Told& told,
+                          const std::vector<Kept>& kept, const Object& passing,
+                          const Memory& last) const {
+    const Passed passed = pass(batch.x.rows);
+    const bool given = passed.at[i + 1] == kNowhere;
+    Made from;
+    from.h = kept[i].h;
+    SynthesizerTrain lesson = teachers_[i]->teaching(
+        batch, told, from,
+        given ? last.at : at(static_cast<char*>(address(passing)), passed.at[i + 1]));
+    lesson.transposed = inside(batch.x.rows);
+    lesson.given = given;
+    return lesson;
+  }
+  // What each is told, of the labels of the forward; whether that and its unit are as they must be.
+  bool told(const Object& labels, std::int64_t rows, std::vector<Told>& found) const {
+    for (const QuickStep* teacher : teachers_) {
+      found.push_back({teacher->labelled() ? labels : Object(py::none()), nullptr});
+      if (!teacher->sized() || !teacher->ruled() || !teacher->tells(found.back(), rows))
+        return false;
+    }
+    return true;
+  }
+  // Of each layer its prediction, and how it is mixed with what arrives.
+  bool mix(const Batch& batch, const std::vector<Kept>& kept, const Object& passing,
+           const Memory& last, const Object& labels, double share, Object& predicted,
+           std::vector<SynthesizerPredict>& predictions, std::vector<Mixture>& mixtures) const {
+    const std::int64_t rows = batch.x.rows;
+    std::vector<Told> told;
+    if (teachers_.empty() || !this->told(labels, rows, told)) return false;
+    const Predictions memory = this->predictions(passing, rows);
+    predicted = memory.memory;
+    for (std::size_t i = 0; i < teachers_.size(); ++i) {
+      const SynthesizerTrain lesson = this->lesson(i, batch, told[i], kept, passing, last);
+      predictions.push_back(
+          predicting(lesson, memory.scaled, teachers_[i]->rank() ? memory.reduced : nullptr));
+      const std::int64_t out = lesson.features;
+      Mixture mixture{
+          rows,         out, out, out, 1, lesson.grad_h, memory.scaled, share, lesson.target_scale,
+          batch.threads};
+      if (inside(rows)) {
+        mixture.rows = out;
+        mixture.columns = rows;
+        mixture.stride = mixture.arrived_row = stride(rows);
+        if (lesson.given) mixture.arrived_row = 1, mixture.arrived_column = out;
+      }
+      mixtures.push_back(mixture);
+    }
+    return true;
+  }
   // What synthesizers are taught of a backward.
   bool teach(const Batch& batch, const std::vector<Kept>& kept, const Object& passing,
              const Object& arrived, const Object& labels, std::int64_t lessons, Object& predicted,
@@ -1678,35 +1814,16 @@ class QuickExactStack : public Stack<QuickExact> {
         (!plain(arrived, layers_.back()->tensor(), element(), layers_.back()->layer().out, last) ||
          last.rows != rows))
       return false;
-    std::int64_t outputs = 0, ranks = 0;
     std::vector<Told> told;
-    for (std::size_t i = 0; i < teachers_.size(); ++i) {
-      const QuickStep& teacher = *teachers_[i];
-      told.push_back({teacher.labelled() ? labels : Object(py::none()), nullptr});
-      if (!teacher.sized() || !teacher.teachable() || !teacher.tells(told.back(), rows))
-        return false;
-      outputs = std::max(outputs, teacher.layer().out);
-      ranks = std::max(ranks, teacher.rank());
-    }
-    Layout layout(element());  // each course is through with it when the next one writes
-    const std::int64_t scaled = layout.take(outputs * stride(rows)),
-                       reduced = layout.take(ranks * stride(rows));
-    const auto [made, begin] = room(passing, layout);
-    predicted = made;
-    const Passed passed = pass(rows);
-    for (std::size_t i = 0; i < teachers_.size(); ++i) {
-      const QuickStep& teacher = *teachers_[i];
-      const bool given = passed.at[i + 1] == kNowhere;
-      Made from;
-      from.h = kept[i].h;
-      SynthesizerTrain lesson = teacher.teaching(
-          batch, told[i], from,
-          given ? last.at : at(static_cast<char*>(address(passing)), passed.at[i + 1]));
-      lesson.transposed = inside(rows);
-      lesson.given = given;
-      courses.push_back(Course::from_the_start(
-          lesson, at(begin, scaled), teacher.rank() ? at(begin, reduced) : nullptr, lessons));
-    }
+    if (!this->told(labels, rows, told)) return false;
+    for (const QuickStep* teacher : teachers_)
+      if (!teacher->teachable()) return false;
+    const Predictions memory = predictions(passing, rows);
+    predicted = memory.memory;
+    for (std::size_t i = 0; i < teachers_.size(); ++i)
+      courses.push_back(
+          Course::from_the_start(lesson(i, batch, told[i], kept, passing, last), memory.scaled,
+                                 teachers_[i]->rank() ? memory.reduced : nullptr, lessons));
     return true;
   }
 

@@ -372,8 +372,8 @@ class ExactStack(_Closed):
     @staticmethod
     def forward(ctx: Any, stack: Any, made: tuple[Any, ...], *given: Tensor) -> Tensor:
         h: Tensor
-        h, left, ctx.need_dx, x, labels = made  # x: what was multiplied of the last of `given`
-        ctx.trace = (left, labels)
+        h, left, ctx.need_dx, x, labels, share = made  # x: what was multiplied of given[-1]
+        ctx.trace = (left, labels, share)
         ctx.owner, ctx.close = stack, _close_stack
         kept = h if stack.head is None else None
         watched = stack.watched(ctx.need_dx)

@@ -20,7 +20,7 @@ from fused_dni import context
 from fused_dni.functional import check
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET, Phase, Predicted, Regression
+from fused_dni.modules.base import NO_TARGET, Predicted, Regression
 from fused_dni.modules.checks import (
     ALWAYS,
     ANYWHERE,
@@ -384,8 +384,9 @@ class Ending:
 
 
 class StackedExact(Stacked):
-    """The same of layers that are updated by the true gradient, and of the loss behind them if
-    there is one. Synthesizers are taught what arrives where the updates are made."""
+    """The same of layers that are updated by the true gradient, or by that and their predictions
+    mixed, and of the loss behind them if there is one. Synthesizers are taught what arrives where
+    the updates are made."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -393,6 +394,9 @@ class StackedExact(Stacked):
         self._call, self._told = self.quick.forward, self.members
         self._teaches = self.last._modules["synthesizer"] is not None
         self._conditioned = self._teaches
+        # A bound on a prediction's norm is kept by the layers' own steps.
+        self._mixes = all([not layer.max_norm for layer in self.layers])
+        self._share = 1.0  # of the true gradient, in the step that is taken
         self.shares = [(member, UPDATE) for member in self.members]
         if self._teaches:
             self.shares += [(layer, LEARN) for layer in self.layers]
@@ -404,18 +408,23 @@ class StackedExact(Stacked):
     def way(self) -> str:
         if not self._teaches:
             return super().way()
+        if self.last.phase.true_share < 1.0 and not self._mixes:
+            return "its layers, one by one (with a max_norm)"
         said = _said(self.quick.changed(), self._checks)
         return way(self.last) if said == "one call" else said
 
     def run(self, *given: Any) -> Tensor | None:
         if self._teaches:
-            for layer in self.layers:
-                if not by_truth_alone(layer.phase):
+            self._share = share = self.layers[0].phase.true_share
+            if share == 0.0 or (share < 1.0 and not self._mixes):
+                return None
+            for layer in self.layers[1:]:
+                if layer.phase.true_share != share:
                     return None
         return super().run(*given)
 
     def _node(self, made: tuple[Any, ...], input: Tensor) -> Tensor:
-        out: Tensor = nodes.ExactStack.run(self, made, *self.anchors, input)
+        out: Tensor = nodes.ExactStack.run(self, (*made, self._share), *self.anchors, input)
         return out
 
     def watched(self, need_dx: bool) -> list[Tensor]:
@@ -433,19 +442,21 @@ class StackedExact(Stacked):
         h: Tensor | None,
         left: Tensor,
         labels: Tensor | None,
+        share: float,
         need_dx: bool,
     ) -> tuple[Tensor | None, Any]:
         """Go back through all layers.
 
         Args:
             h, left, labels: of the forward; h None where its result is a loss.
+            share: of the true gradient in what updates are made from.
 
         Returns:
             dx, and what updates and lessons are made from: of a call for all of them the tuple of
             its arguments, else a list of what each share takes.
         """
         done: tuple[Tensor | None, Tensor, Tensor | None] | None
-        done = self.quick.backward(gradient, x, h, left, need_dx)
+        done = self.quick.backward(gradient, x, h, left, labels, share, need_dx)
         if done is not None:
             dx, made, passing = done
             return dx, (x, h, left, made, passing, gradient, labels)
@@ -460,27 +471,25 @@ class StackedExact(Stacked):
         traces: list[Any] = [*uses]
         if self.head is not None:
             traces.append(LossTrace(below, self._tensors[-1][0], self.quick.delta(x, left)))
-        arrivals: list[Tensor] = []
+        lessons: list[Regression] = []
         for i in reversed(range(len(traces))):
+            if self._teaches and i < len(uses):
+                layer, out = self.layers[i], uses[i].h
+                how = layer.how(out.shape[0])
+                how = how._replace(true_share=share, learns=True, loss_scale=None)
+                context = self._context(layer, labels)
+                arrived, lesson = nodes.received(layer, how, out, context, None, arrived)
+                assert lesson is not None
+                lessons.insert(0, lesson)
             assert arrived is not None
-            arrivals.insert(0, arrived)
             (arrived,), own = self.members[i].close(traces[i], arrived, need_dx or i > 0)
             contributions.insert(0, own)
-        return arrived, [*contributions, *self._lessons([u.h for u in uses], labels, arrivals)]
+        return arrived, [*contributions, *lessons]
 
-    def _lessons(
-        self, outputs: list[Tensor], labels: Tensor | None, arrivals: list[Tensor]
-    ) -> list[Regression]:
-        """Return what each synthesizer learns from: its layer's output, and what arrived there."""
-        lessons = []
-        for layer, h, arrived in zip(self.layers, outputs, arrivals, strict=False):
-            if not self._teaches:
-                break
-            synthesizer: Any = layer._modules["synthesizer"]
-            context = labels if synthesizer.context_features else None
-            predicted = layer.predict(h, context, True)
-            lessons.append(layer.regression(h, predicted, context, arrived, None))
-        return lessons
+    @staticmethod
+    def _context(layer: LinearSteps, labels: Tensor | None) -> Tensor | None:
+        synthesizer: Any = layer._modules["synthesizer"]
+        return labels if synthesizer.context_features else None
 
     def refuse_other_gradients(self, added: bool) -> None:
         """Refuse what its layers do. What came by another way to one without a synthesizer is added
@@ -516,13 +525,13 @@ class StackedExact(Stacked):
         updates = list(zip(inputs[: len(gradients)], gradients, strict=True))
         if not self._teaches:
             return updates
+        lessons = []
         arrivals = self.quick.arrivals(x, passing, gradient)
-        return [*updates, *self._lessons(outputs, labels, arrivals)]
-
-
-def by_truth_alone(phase: Phase) -> bool:
-    """Say whether layers take the true gradient and nothing of a prediction, which learns."""
-    return phase.warmup or (phase.target and phase.mix == 1.0)
+        for layer, out, arrived in zip(self.layers, outputs, arrivals, strict=True):
+            context = self._context(layer, labels)
+            predicted = layer.predict(out, context, True)
+            lessons.append(layer.regression(out, predicted, context, arrived, None))
+        return [*updates, *lessons]
 
 
 def _exact_anchor(layer: LinearSteps) -> Tensor | None:

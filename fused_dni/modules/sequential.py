@@ -13,7 +13,7 @@ from fused_dni.functional.node import Node, once_differentiable, spend
 from fused_dni.modules.base import NO_TARGET, DecoupledModule, Regression, run_apart, untraced
 from fused_dni.modules.linear import FusedDNILinear
 from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
-from fused_dni.modules.quick import Stacked, by_truth_alone, stacked
+from fused_dni.modules.quick import Stacked, stacked
 from fused_dni.modules.steps import LinearSteps, LossSteps
 
 
@@ -73,7 +73,7 @@ class DecoupledSequential(nn.Sequential):
             out: Tensor = untraced(self._run)(input, context, target)
             return out
         stack = self._stack
-        if self._true is not None and by_truth_alone(self._true.last.phase):
+        if self._true is not None and self._true.last.phase.true_share > 0.0:
             stack = self._true
         if target is not None and stack is not None and stack.head is None:
             self._head(list(self), input, target)  # which is behind what is one call
@@ -87,7 +87,7 @@ class DecoupledSequential(nn.Sequential):
     def extra_repr(self) -> str:
         """Say how steps are taken: in one call, or why not."""
         stack, apart = self._stack, self._apart
-        if self._true is not None and by_truth_alone(self._true.last.phase):
+        if self._true is not None and self._true.last.phase.true_share > 0.0:
             stack = self._true
         if not self.training or (stack is None and not apart):
             return ""
@@ -113,7 +113,7 @@ class DecoupledSequential(nn.Sequential):
         follows = head if behind == [head] else None
         if any(p.true_share > 0.0 or p.probe is not None for p in phases):
             out = _plain(modules, input, context, target)
-            if all(by_truth_alone(p) for p in phases):
+            if all(p.true_share > 0.0 for p in phases):
                 self._bind(body, follows, True)
             return out
         if not all(m.training for m in deciding):  # one of them predicts nothing

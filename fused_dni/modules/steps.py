@@ -578,26 +578,30 @@ class SegmentSteps(Steps):
     # Shapes of the arguments and of the context that the segment's output was last known to fit.
     _fitted: tuple[Any, ...] = ()
 
-    def _ruled_inside(self) -> dict[int, nn.Parameter]:
-        """Return what decoupled modules inside the segment update by rules of their own, by
-        identity."""
-        return {
-            id(p): p
-            for m in self.module.modules()
-            if isinstance(m, DecoupledModule) and m.update is not None
-            for p in m.parameters()
-        }
+    def _parameters_inside(self) -> tuple[dict[int, nn.Parameter], dict[int, nn.Parameter]]:
+        """Return all of the segment's parameters, in their order, and what decoupled modules inside
+        it update by rules of their own, both by identity: in one walk, for each is a part of a
+        step."""
+        found: dict[int, nn.Parameter] = {}
+        ruled: dict[int, nn.Parameter] = {}
+        for m in self.module.modules():
+            for p in m._parameters.values():
+                if p is not None:
+                    found[id(p)] = p
+            if isinstance(m, DecoupledModule) and m.update is not None:
+                ruled.update({id(p): p for p in m.parameters()})
+        return found, ruled
 
     def local_parameters(self) -> Slots:
         """Return all of the segment but what its modules update by rules of their own."""
-        ruled = self._ruled_inside()
-        return tuple([p for p in self.module.parameters() if id(p) not in ruled])
+        found, ruled = self._parameters_inside()
+        return tuple([p for i, p in found.items() if i not in ruled])
 
     def learners(self) -> Slots:
         """And, where a module inside learns in the node's backward, a tensor for its output to ask
         for a gradient though none is returned."""
         learners = super().learners()
-        if any([p.requires_grad for p in self._ruled_inside().values()]):
+        if any([p.requires_grad for p in self._parameters_inside()[1].values()]):
             learners += (torch.empty(0, requires_grad=True),)
         return learners
 
@@ -715,17 +719,18 @@ class SegmentSteps(Steps):
 
     def _differentiate(self, inner: Inner, gradient: Tensor) -> tuple[Slots, Slots]:
         h, leaves, aliases = inner
-        slots = [*leaves, *(aliases.get(id(p), p) for p in self.local_parameters())]
+        found, ruled = self._parameters_inside()
+        slots = [*leaves, *[aliases.get(i, p) for i, p in found.items() if i not in ruled]]
         # All of the segment's: a module inside it whose rule is applied in the backward has one of
         # them for its anchor, and its node is not run unless that is asked for.
-        asked = [*leaves, *(aliases.get(id(p), p) for p in self.module.parameters())]
+        asked = [*leaves, *[aliases.get(i, p) for i, p in found.items()]]
         wanted = [t for t in asked if t is not None and t.requires_grad]
         made: Slots = ()
         if wanted and h.requires_grad:
             gradient = gradient.reshape(h.shape).to(h.dtype)
             made = torch.autograd.grad(h, wanted, gradient, allow_unused=True)
         by_id = {id(t): g for t, g in zip(wanted, made, strict=False)}
-        out = tuple(None if t is None else by_id.get(id(t)) for t in slots)
+        out = tuple([None if t is None else by_id.get(id(t)) for t in slots])
         return out[: len(leaves)], out[len(leaves) :]
 
     def step_locally(

@@ -234,6 +234,11 @@ def test_shapes(
     run_step(shape, norm, "tanh", rule)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_weight_of_several_times_the_second_level_cache(isa: str, dtype: torch.dtype) -> None:
+    run_step((40, 700, 301), None, "tanh", "sgd", dtype)
+
+
 @pytest.mark.parametrize("rows", [64, 200])
 @pytest.mark.parametrize("wide", [False, True])
 def test_same_input_same_bits(isa: str, rows: int, wide: bool) -> None:

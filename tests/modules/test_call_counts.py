@@ -180,11 +180,41 @@ def test_a_step_by_the_true_gradient_makes_no_more_calls(
     assert of_c <= most_of_c, of_c
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counts are Python 3.11's")
+def test_a_segment_without_a_synthesizer_makes_no_more_calls() -> None:
+    """What each adds; with a walk through its modules for each question 398 and 287."""
+
+    def calls(segments: int) -> tuple[float, float]:
+        model = nn.Sequential(
+            *[
+                fd.Decoupled(
+                    nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
+                    synthesizer=None,
+                    update=fd.SGD(0.1),
+                )
+                for _ in range(segments)
+            ]
+        )
+        x = torch.randn(8, 16)
+
+        def step() -> None:
+            model(x).square().mean().backward()
+
+        for _ in range(STEPS):
+            step()
+        return _counted(step)
+
+    (few, few_of_c), (many, many_of_c) = calls(1), calls(5)
+    assert 50 <= (many - few) / 4 <= 260, (few, many)
+    assert (many_of_c - few_of_c) / 4 <= 232, (few_of_c, many_of_c)
+
+
 @pytest.mark.parametrize(
     ("phase", "most", "most_of_c"),
     [
         pytest.param({"warmup_steps": 1000, "lessons": 4}, 78, 92, id="warm-up"),
         pytest.param({"mix": 1.0, "lessons": 4}, 78, 92, id="k=1"),
+        pytest.param({"mix": 0.5, "lessons": 4}, 78, 92, id="mixed, k=1"),
         pytest.param({"mix": 1.0, "lessons": 4, "target_every": 4}, 66, 75, id="k=4"),
     ],
 )

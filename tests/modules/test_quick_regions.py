@@ -129,7 +129,7 @@ def test_bits_are_those_of_one_layer_after_the_other(
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("by", [by for by in SYNTHESIZERS if by != "exact"])
-@pytest.mark.parametrize("mix", [0.0, 1.0])
+@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
 def test_lessons_one_behind_the_other(mix: float, by: str, rows: int, threads: int) -> None:
     """In the region of what teaches them, each from a prediction that the one before has moved."""
     torch.set_num_threads(threads)

@@ -25,8 +25,10 @@ from fused_dni.modules.base import DecoupledModule, Phase
 pytest.importorskip("fused_dni.backends._cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: "taught" is by predictions too, but on steps with a target by the true gradient, which teaches.
-WAYS = ("prediction", "true gradient", "taught")
+#: "taught" is by predictions too, but on steps with a target by the true gradient, which teaches;
+#: "mixed" by some of both there.
+WAYS = ("prediction", "true gradient", "taught", "mixed")
+SHARES = {"taught": 1.0, "mixed": 0.4}
 LOSSES = tuple(f"{way}, loss" for way in WAYS)  # with the head and its loss in the call
 KINDS = (*WAYS, *LOSSES)
 SIZE, CLASSES, ROWS = 6, 5, 8
@@ -63,8 +65,9 @@ class Trained:
                 head(SIZE, CLASSES, label_smoothing=0.1, backend="cpu", update=fd.Adam(0.01))
             )
         self.schedule = None
-        taught = {"mix": 1.0, "lessons": 2} if by.startswith("taught") else {}
-        self.phases: dict[str, Any] = {"target_every": 2, **taught}
+        self.phases: dict[str, Any] = {"target_every": 2}
+        if (share := SHARES.get(by.partition(",")[0])) is not None:
+            self.phases |= {"mix": share, "lessons": 2}
         if not by.startswith("true gradient"):
             self.schedule = fd.Schedule(self.model, **self.phases)
         self.seen: list[Any] = []
@@ -349,7 +352,7 @@ def test_a_change_between_two_steps(change: Callable[[Trained], None], by: str) 
             trained.step()
         assert trained.kind is Usual or trained.model._stack is not None
         assert trained.kind is Usual or trained.model._stack.members == tuple(trained.model)
-        if trained.kind is not Usual and trained.by.startswith("taught"):
+        if trained.kind is not Usual and trained.by.startswith(tuple(SHARES)):
             assert trained.model._true.members == tuple(trained.model)
         change(trained)
         for _ in range(9):
@@ -710,7 +713,7 @@ SYNTHESIZERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS)
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("rule", [fd.SGD(0.05, momentum=0.9), fd.Adam(0.01)], ids=["sgd", "adam"])
-@pytest.mark.parametrize(("mix", "lessons"), [(1.0, 4), (0.0, 3), (1.0, 1)])
+@pytest.mark.parametrize(("mix", "lessons"), [(1.0, 4), (0.0, 3), (1.0, 1), (0.4, 2)])
 def test_several_lessons_and_true_gradients(
     mix: float, lessons: int, rule: Any, ends: bool, synthesizer: str
 ) -> None:
@@ -752,12 +755,29 @@ def test_several_lessons_and_true_gradients(
     for a, b in zip(*found, strict=True):
         assert equal(a, b)
     mine, usual = regions
-    if mix == 1.0:  # forward, backward, lessons with updates
+    if mix:  # forward, backward, lessons with updates
         assert mine[4:6] == [3, 3] and mine[18::3] == [3, 3]
         assert min(usual[18::3]) > 6 * lessons
     elif ends:  # forward with lessons, the last one's lessons with the head's update
         assert mine[18::3] == [2, 2]
     assert max(mine[19:21]) <= 2  # without a target
+
+
+def test_a_bound_on_predictions_is_not_mixed_in_one_call() -> None:
+    found, said = [], []
+    for kind in (fd.FusedDNILinear, Usual):
+        torch.manual_seed(0)
+        model = fd.DecoupledSequential(*(layer(kind, "mixed", max_norm=0.01) for _ in range(3)))
+        schedule, outputs = fd.Schedule(model, warmup_steps=4, mix=0.4), []
+        for _ in range(8):
+            said.append(model.extra_repr())
+            with fd.condition_on(torch.arange(ROWS) % CLASSES):
+                outputs.append(model(torch.randn(ROWS, SIZE)))
+            outputs[-1].square().sum().backward()
+            schedule.step()
+        found.append([h.detach() for h in outputs])
+    assert all(map(torch.equal, *found))
+    assert "one call" in said[3] and "max_norm" in said[5]
 
 
 def test_layers_of_one_kind_alone() -> None:
