@@ -1018,7 +1018,7 @@ def test_the_table_of_recipes_marks_ranges_and_says_shares():
 
 
 def test_the_best_linear_fit_stands_below_the_cosine_that_it_bounds():
-    settings = recurrent.Settings.of("copy", methods=("dni",), seeds=(0, 1, 2))
+    settings = recurrent.Settings.of("copy", methods=("dni",), seeds=(0, 1, 2), probe=True)
     said = {"prediction_cosine": 0.1, "prediction_norm_ratio": 2.0, "prediction_row_cosine": 0.2}
     history = [{"solved": 1.0, "seconds": 1.0, "steps": 1.0, "prediction": said}]
     rows = []

@@ -244,7 +244,7 @@ def test_changes_stand_first_and_are_drawn(tmp_path):
     [
         (None, "cannot read"),
         ("{", "is no JSON"),
-        ("[]", "its kind is None"),
+        ("[]", "it holds no JSON object"),
         ('{"kind": "verdict", "version": 99, "facts": {}}', "in format 99"),
         ('{"kind": "verdict", "version": 1, "facts": {}}', "in format 1"),
         ('{"kind": "verdict", "version": 2, "facts": {}}', "it lacks 'title'"),
