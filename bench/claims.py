@@ -249,7 +249,7 @@ QUESTIONS = (
         readings.inside,
     ),
     Question(
-        "“In another network it is otherwise”",
+        "“In other networks it does not pay either”",
         "The rivals by width, depth and budget (docs/rivals.md), on MNIST and on the characters of "
         "a text: after as many batches, in as much time, and the time to backprop's error.",
         ("verdict/*-rivals-grid-*",),
