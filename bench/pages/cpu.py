@@ -6,10 +6,12 @@ from typing import Any
 
 from pages.cells import (
     milliseconds,
+    named,
     ordered,
     over_floor,
     ratio_of,
     table,
+    threads_of,
     timed_rows,
     where,
     without_figure,
@@ -95,6 +97,38 @@ def render_summary(results: dict[str, Any], groups: dict[str, Any]) -> str:
     what = f"Each cell: time of a step over the floor{' · test error' if errors else ''}."
     said = f"{where(results['facts'], groups.values())}. {what}"
     return "\n\n".join([said, table(header, rows), render_ratios(groups)])
+
+
+#: What the step is judged by, ours over the other.
+JUDGED = (
+    "our backprop / stock eager",
+    "DNI k=4 / stock eager",
+    "DNI k=4 / backprop on our kernels",
+)
+
+
+def render_extremes(results: list[dict[str, Any]]) -> str:
+    """Render the ratios of the step table that are best and worst over processors, instruction
+    sets, threads and rules, a row a size."""
+    found: dict[str, dict[str, list[float]]] = {}
+    places = []
+    for report in results:
+        groups = report.get("step", {})
+        if groups:
+            places.append(f"{named(report['facts'])}, {threads_of(groups.values())}")
+        for key in ordered(groups):
+            of = found.setdefault(key.partition(" ")[0], {label: [] for label in JUDGED})
+            for label, ratio in groups[key]["ratios"].items():
+                if label in of:
+                    of[label].append(ratio.median)
+    if not places:
+        return "Not measured yet."
+    rows = [
+        [size, *(f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in of.values())]
+        for size, of in found.items()
+    ]
+    said = f"Both rules; {'; '.join(places)}. Ratios of times, best to worst, below one is faster:"
+    return f"{said}\n\n" + table(["B/H", *JUDGED], rows)
 
 
 def render_instructions(results: dict[str, Any], groups: dict[str, Any]) -> str:

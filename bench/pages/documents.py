@@ -59,6 +59,7 @@ RENDERERS: dict[str, tuple[str, Renderer]] = {
     # These read their own.
     "answers": ("", lambda _: verdict.short("docs/")),
     "answers-here": ("", lambda _: verdict.short("")),
+    "step-extremes": ("*-cpu", cpu.render_extremes),
     "summary": ("*-cpu", suite("step", cpu.render_summary)),
     "step": ("*-cpu", suite("step", cpu.render_step)),
     "instructions": ("*-cpu", suite("instructions", cpu.render_instructions)),

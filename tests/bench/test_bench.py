@@ -1017,6 +1017,24 @@ def test_the_table_of_recipes_marks_ranges_and_says_shares():
     assert documents.RENDERERS["recipes"][1]([]) == "Not measured yet."
 
 
+def test_the_extremes_of_a_step_are_over_all_processors_threads_and_rules():
+    def result(threads: int, **medians: float) -> dict:
+        label = "our backprop / stock eager"
+        step = {
+            f"64/256 {rule}": {"ratios": {label: Ratio(median, 0.1, 2.0)}, "threads": threads}
+            for rule, median in medians.items()
+        }
+        others = {other: Ratio(0.9, 0.1, 2.0) for other in cpu.JUDGED if other != label}
+        for group in step.values():
+            group["ratios"].update(others)
+        return {"facts": {"device": "A CPU", "isa": "avx2"}, "step": step}
+
+    found = cpu.render_extremes([result(1, sgd=0.7, adam=0.5), result(2, sgd=0.6, adam=0.83)])
+    assert "| 64/256 | 0.50 to 0.83 | 0.90 to 0.90 | 0.90 to 0.90 |" in found
+    assert "1 thread;" in found and "2 threads." in found
+    assert cpu.render_extremes([{"facts": {}, "lstm": {}}]) == "Not measured yet."
+
+
 def test_the_best_linear_fit_stands_below_the_cosine_that_it_bounds():
     settings = recurrent.Settings.of("copy", methods=("dni",), seeds=(0, 1, 2), probe=True)
     said = {"prediction_cosine": 0.1, "prediction_norm_ratio": 2.0, "prediction_row_cosine": 0.2}
