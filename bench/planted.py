@@ -300,7 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     args = parser.parse_args(argv)
-    THREADS.check("--threads", args.threads, args.threads)
+    try:
+        THREADS.check("--threads", args.threads, args.threads)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     wanted = args.only or PARTS
     progress = Progress()

@@ -629,7 +629,7 @@ def grid(reports: dict[str, Report]) -> Answer:
     for report in reports.values():
         ours = [name for name in grid_report.others(report) if name.startswith("cdni")]
         counts = {name: grid_report.ahead(report, name, grid_report.by_time) for name in ours}
-        less, of = max(less for less, _, _ in counts.values()), len(grid_report.cells(report))
+        less, of = (max(found[i] for found in counts.values()) for i in (0, 2))
         won, places = won + less, places + of
         said = ", ".join(
             f"{name} {n} and more in {m} of {all_}" for name, (n, m, all_) in counts.items()

@@ -20,7 +20,7 @@ from fused_dni import context
 from fused_dni.functional import check
 from fused_dni.functional.linear import LinearUse
 from fused_dni.modules import nodes, target_unit
-from fused_dni.modules.base import NO_TARGET, Predicted, Regression
+from fused_dni.modules.base import NO_TARGET, How, Predicted, Regression
 from fused_dni.modules.checks import (
     ALWAYS,
     ANYWHERE,
@@ -397,6 +397,7 @@ class StackedExact(Stacked):
         # A bound on a prediction's norm is kept by the layers' own steps.
         self._mixes = all([not layer.max_norm for layer in self.layers])
         self._share = 1.0  # of the true gradient, in the step that is taken
+        self._scales = [layer.target_scale for layer in self.layers]
         self.shares = [(member, UPDATE) for member in self.members]
         if self._teaches:
             self.shares += [(layer, LEARN) for layer in self.layers]
@@ -410,6 +411,8 @@ class StackedExact(Stacked):
             return super().way()
         if self.last.phase.true_share < 1.0 and not self._mixes:
             return "its layers, one by one (with a max_norm)"
+        if len({layer.phase.true_share for layer in self.layers}) > 1:
+            return "its layers, one by one (with shares of the true gradient of their own)"
         said = _said(self.quick.changed(), self._checks)
         return way(self.last) if said == "one call" else said
 
@@ -475,8 +478,8 @@ class StackedExact(Stacked):
         for i in reversed(range(len(traces))):
             if self._teaches and i < len(uses):
                 layer, out = self.layers[i], uses[i].h
-                how = layer.how(out.shape[0])
-                how = how._replace(true_share=share, learns=True, loss_scale=None)
+                # As the forward was asked for, whatever was changed since.
+                how = How(share, True, self._scales[i] or float(out.shape[0]), 0.0, None)
                 context = self._context(layer, labels)
                 arrived, lesson = nodes.received(layer, how, out, context, None, arrived)
                 assert lesson is not None

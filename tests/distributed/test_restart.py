@@ -114,7 +114,7 @@ def test_killed_and_restarted_often(seed, tmp_path):
     check(tmp_path, run_and_kill(tmp_path, seed), killed=True)
 
 
-@pytest.mark.repeat  # cli/test_train_pipeline.py trains so, and is not killed
+@pytest.mark.repeat  # the control of the one above
 @pytest.mark.slow(20)
 def test_not_killed(tmp_path):
     """What is looked for above is not there otherwise."""

@@ -235,7 +235,7 @@ def test_shapes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_weight_of_several_times_the_second_level_cache(isa: str, dtype: torch.dtype) -> None:
+def test_a_weight_of_several_groups_of_rows(isa: str, dtype: torch.dtype) -> None:
     run_step((40, 700, 301), None, "tanh", "sgd", dtype)
 
 

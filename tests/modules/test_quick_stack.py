@@ -521,12 +521,24 @@ def _labels_gone(trained: Trained, h: Tensor) -> None:
     gc.collect()
 
 
-@pytest.mark.parametrize("by", KINDS)
-@pytest.mark.parametrize(
-    "between",
-    [_in_place, _weight_in_place, _backward_before, _labels_gone, _divided, _head_in_place],
-    ids=lambda f: f.__name__,
+def _bounded(trained: Trained, h: Tensor) -> None:
+    if trained.count % 2:  # of a step with a target, which found it as it was bound
+        trained.model[1].max_norm = 1e-3
+
+
+def _scaled(trained: Trained, h: Tensor) -> None:
+    if trained.count % 2:
+        trained.model[1].target_scale = 5.0
+
+
+BETWEEN = (
+    *(_in_place, _weight_in_place, _backward_before, _labels_gone, _divided, _head_in_place),
+    *(_bounded, _scaled),
 )
+
+
+@pytest.mark.parametrize("by", KINDS)
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
 def test_between_forward_and_backward(between: Callable[[Trained, Tensor], None], by: str) -> None:
     def run(trained: Trained) -> None:
         for step in range(14):
