@@ -106,7 +106,8 @@ def tops(reports: dict[str, Report]) -> Answer:
         f"k-th step alone, backprop's final loss was reached in **{number}** (medians of "
         f"{len(ours)} of {of} races). A cheap stand-in for the top, sampled or written by hand, "
         f"needed {text.span(others) if others else '-'} and was sooner in {ahead} of {of}: "
-        "synthetic gradients are for tops for which nobody has one"
+        "synthetic gradients are for tops for which nobody has one, and the soonest of theirs use "
+        "one too (head sampled, surrogate)"
     )
     header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
     caption = (

@@ -19,6 +19,8 @@ from fused_dni.rules import RuleState
 _STATE_NAMES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 _STATE_NAMES["adamw"] = _STATE_NAMES["adam"]
 
+_COUNTS = ("step", "skipped")
+
 _Slots = tuple[Tensor | None, ...]
 
 
@@ -325,7 +327,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"state_dict must hold 'param_groups' and 'state', got {sorted(state_dict)}"
             )
         saved = state_dict["param_groups"]
-        _check_shapes(state_dict, self.param_groups)
+        kinds = [linked.rule.rule.kind for linked in self._linked]
+        _check_state(state_dict, self.param_groups, kinds)
         for old, linked in zip(saved, self._linked, strict=True):
             rule = linked.rule
             absent = [name for name in rule.rule.defaults() if name not in old]
@@ -400,8 +403,11 @@ def _split(param_group: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
     return given, {k: v for k, v in param_group.items() if k != "params"}
 
 
-def _check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse moments of another shape than their parameter's before anything is taken over."""
+def _check_state(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], kinds: list[str]
+) -> None:
+    """Refuse counts that are none, and moments that are missing or do not fit their parameter,
+    before anything is taken over."""
     saved = state_dict["param_groups"]
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise ValueError(
@@ -409,11 +415,33 @@ def _check_shapes(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> N
             f"{[len(g['params']) for g in saved]} parameters by group, here "
             f"{[len(g['params']) for g in groups]} (those that asked for gradients)"
         )
-    for old, new in zip(saved, groups, strict=True):
+    for old, new, kind in zip(saved, groups, kinds, strict=True):
         for key, p in zip(old["params"], new["params"], strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+            entry = state_dict["state"].get(key, {})
+            group = f"of group {new['name']!r}"
+            for name in _COUNTS:
+                if not _counts(entry.get(name, 0)):
                     raise ValueError(
-                        f"the saved {name} of group {new['name']!r} has shape "
-                        f"{list(value.shape)}, its parameter {list(p.shape)}"
+                        f"the saved {name} {group} must be a whole number from 0 on, got "
+                        f"{entry[name]!r}"
                     )
+            for name in _STATE_NAMES[kind]:
+                value = entry.get(name)
+                if value is None:
+                    if kind != "sgd" and float(entry.get("step", 0)):
+                        raise ValueError(f"the saved state {group} has steps and no {name}")
+                elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+                    raise ValueError(f"the saved {name} {group} must be a dense tensor")
+                elif value.shape != p.shape:
+                    raise ValueError(
+                        f"the saved {name} {group} has shape {list(value.shape)}, its parameter "
+                        f"{list(p.shape)}"
+                    )
+
+
+def _counts(value: Any) -> bool:
+    """Say whether this is a number of steps."""
+    try:
+        return float(value) >= 0.0 and float(value).is_integer()
+    except (TypeError, ValueError, RuntimeError):
+        return False

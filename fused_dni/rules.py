@@ -139,6 +139,11 @@ def require_rule(name: str, value: Any) -> None:
         )
 
 
+def _copied(moment: Tensor) -> Tensor:
+    """Copy a moment as kernels read it: row by row, whatever its strides were."""
+    return moment.clone(memory_format=torch.contiguous_format)
+
+
 class RuleState:
     """A rule at work on a fixed list of parameter slots.
 
@@ -227,8 +232,8 @@ class RuleState:
         if not steps:
             return
         self._held = (
-            tuple(None if t is None else t.clone() for t in first),
-            tuple(None if t is None else t.clone() for t in second),
+            tuple(None if t is None else _copied(t) for t in first),
+            tuple(None if t is None else _copied(t) for t in second),
         )
 
     def rescale(self, factors: Sequence[float]) -> None:

@@ -249,6 +249,50 @@ def test_a_state_that_does_not_fit_is_refused(where):
     train(model, 1, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("exp_avg", "junk"),
+        ("exp_avg", None),
+        ("exp_avg_sq", 1.0),
+        ("exp_avg", torch.zeros(())),
+        ("exp_avg_sq", torch.zeros(3).to_sparse()),
+        ("step", -3.0),
+        ("step", float("nan")),
+        ("skipped", "junk"),
+    ],
+)
+def test_a_broken_state_is_refused_before_any_of_it_is_taken(name, wrong):
+    model = network(fd.Adam(0.01))
+    optimizer = fd.FusedOptimizer(model)
+    train(model, 2, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, 1, optimizer)
+    before = twins.snapshot(model, optimizer)
+    state["state"][max(state["state"])][name] = wrong
+    with pytest.raises(ValueError, match=f"saved (state|{name}) of group"):
+        optimizer.load_state_dict(state)
+    twins.unchanged(before, twins.snapshot(model, optimizer))
+
+
+def test_moments_of_other_strides_go_on_as_their_values_say():
+    made = []
+    for turned in (False, True):
+        torch.manual_seed(0)
+        model = network(fd.Adam(0.01))
+        optimizer = fd.FusedOptimizer(model)
+        train(model, 2, optimizer)
+        state = copy.deepcopy(optimizer.state_dict())
+        for entry in state["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if turned and name in entry and entry[name].dim() == 2:
+                    entry[name] = entry[name].t().contiguous().t()
+        optimizer.load_state_dict(state)
+        train(model, 2, optimizer)
+        made.append(twins.snapshot(model, optimizer))
+    twins.unchanged(*made)
+
+
 # ---------------------------------------------------------------------------------------------
 # As an optimizer
 
