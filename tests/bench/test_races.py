@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -457,4 +458,6 @@ def test_a_grid_becomes_tables_and_an_answer() -> None:
     assert shown.count("| 6 x 1, 2x ") == 3 and report.sentence in shown
     answer = readings.grid({"rivals-grid-mnist": report})
     assert "cdni-2" in answer.sentence and len(answer.sentence) < 600
-    assert "of 2 (digits)" in answer.number and answer.answer in ("yes", "in part", "no")
+    # Up to both budgets: the clock says for how many backprop has runs of as much time.
+    assert re.search(r"in [0-2] of [0-2] \(digits\)", answer.number)
+    assert answer.answer in ("yes", "in part", "no")
