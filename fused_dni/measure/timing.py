@@ -407,26 +407,57 @@ def peak_memory(step: Candidate, device: str | torch.device = "cpu") -> int:
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
 
+    middle = 0
+
+    def twice() -> None:
+        nonlocal middle
+        step()
+        middle = time.time_ns()
+        step()
+
+    held = peak = 0
+    for when, size in allocations(twice):
+        if when >= middle:
+            peak = max(peak, held)
+        held += size
+    return max(peak, held)
+
+
+def allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
+    """Run once and record what torch's CPU allocator gives out and takes back meanwhile.
+
+    Returns:
+        Pairs of a time (ns, the clock of ``time.time_ns``) and bytes, negative where they are
+        released, in order of time. The release of what lived before the run is left out, whose size
+        the profiler does not know: it may take an address for one that an earlier recording
+        handed out, and report that one's size.
+    """
+    from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
     with _quiet_stderr(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            step()
-            middle = time.time_ns()
-            step()
+            run()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    held = peak = 0
-    for when, size in events:
-        if when >= middle:
-            peak = max(peak, held)
-        held += size
-    return max(peak, held)
+    pending = list(recorded.profiler.kineto_results.experimental_event_tree())
+    found = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            found.append(
+                (event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr)
+            )
+    known: dict[int, int] = {}
+    kept = []
+    for when, size, address in sorted(found):
+        if size > 0:
+            known[address] = size
+        elif known.pop(address, None) is None:
+            continue
+        kept.append((when, size))
+    return kept
 
 
 @contextlib.contextmanager

@@ -267,6 +267,29 @@ def test_peak_memory_is_that_of_the_step():
     assert timing.peak_memory(step) == (1 << 20) + (1 << 21)
 
 
+def test_a_release_of_what_lived_before_is_never_counted():
+    """The profiler keeps the addresses of an earlier recording, and with them wrong sizes."""
+
+    def many() -> list[torch.Tensor]:
+        return [torch.empty(1 << 14, dtype=torch.uint8) for _ in range(256)]
+
+    left = []
+    timing.allocations(lambda: left.extend(many()))
+    recorded = {tensor.data_ptr() for tensor in left}
+    left.clear()  # where nothing records
+    holders = many()
+    assert recorded & {tensor.data_ptr() for tensor in holders}
+    calls = []
+
+    def step() -> None:
+        calls.append(torch.empty(16, dtype=torch.uint8))
+        if len(calls) == 2:  # the first that is recorded
+            holders.clear()
+
+    assert timing.peak_memory(step) == 2 * 16
+    assert [bytes_ for _, bytes_ in timing.allocations(step)] == [16]
+
+
 def test_peak_memory_of_backprop_grows_with_depth():
     def peak(depth: int) -> int:
         model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(depth)])

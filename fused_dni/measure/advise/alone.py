@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -123,18 +121,4 @@ def held(forward: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         return int(torch.cuda.memory_allocated() - before)
 
-    from torch.profiler import ProfilerActivity, profile
-
-    with timing._quiet_stderr(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            start = time.time_ns()
-            kept.append(forward())
-            end = time.time_ns()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events: Sequence[Any] = recorded.profiler.kineto_results.events()
-    return sum(
-        event.nbytes()
-        for event in events
-        if event.name() == "[memory]" and start <= event.start_ns() <= end
-    )
+    return sum(size for _, size in timing.allocations(lambda: kept.append(forward())))
