@@ -337,15 +337,15 @@ class TrainRows(_OnSequences):
 def _finish(asked: Measuring, out: str, report: Result, said: list[Block]) -> None:
     """Write the folder and print what was measured: that, too, where it cannot be written."""
     from fused_dni.report.blocks import as_text
-    from fused_dni.report.errors import ReportError
+    from fused_dni.report.errors import WriteError
     from fused_dni.report.files import as_json
     from fused_dni.report.folder import write_folder
 
     files: list[Path] = []
-    failed: ReportError | None = None
+    failed: WriteError | None = None
     try:
         files = write_folder(report, out)
-    except ReportError as error:
+    except WriteError as error:
         failed = error
     if asked.json:
         say(as_json(report), end="")

@@ -147,5 +147,7 @@ arm and seed, behind torch.manual_seed(seed).
                 command=command,
             )
         except Interrupted as stopped:
-            kept = "" if out.written is None else f"; that and the times of steps are in {out.path}"
-            raise Interrupted(f"{stopped}{kept}") from None
+            if out.written is None:
+                say_verdict(found, self.json, out)
+                raise
+            raise Interrupted(f"{stopped}; that and the times of steps are in {out.path}") from None

@@ -293,7 +293,7 @@ def test_a_training_that_cannot_be_written_is_printed(capsys, tmp_path, monkeypa
 
     monkeypatch.setattr("fused_dni.report.schema.write_text", full)
     argv = [*TRAIN.split(), "--out", str(tmp_path), *["--json"] * as_json]
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == 1
     captured = capsys.readouterr()
     if as_json:
         assert json.loads(captured.out)["kind"] == "train"
@@ -312,6 +312,70 @@ def test_a_map_whose_disk_fills_up_is_printed(capsys, tmp_path, monkeypatch):
     assert cli.main([*MAP.split(), "--quiet", "--out", str(out)]) == 1
     captured = capsys.readouterr()
     assert "4 x 4" in captured.out and f"cannot write {out}: No space left" in captured.err
+
+
+ARMS = """
+class Racer:
+    def step(self): pass
+    def loss(self): return 1.0
+made = []
+def arm(seed):
+    if seed == 2: raise KeyboardInterrupt
+    return Racer()
+def arms(): return {"first": arm, "other": arm}
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_finished_before_ctrl_c_is_printed_where_it_cannot_be_kept(
+    capsys, tmp_path, monkeypatch, as_json
+):
+    def full(path, text):
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    (tmp_path / "arms_of_output.py").write_text(ARMS)
+    monkeypatch.chdir(tmp_path)
+    argv = ["race", "arms_of_output:arms", "--seconds", "0.01", "--seeds", "1", "2", "--quiet"]
+    argv += ["--json"] * as_json
+    assert cli.main(argv) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "" and "1 of 2 seeds were finished and are kept in" in captured.err
+    os.remove("race.json")
+    monkeypatch.setattr("fused_dni.cli.output.write_text", full)
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    if as_json:
+        assert len(json.loads(captured.out)["runs"]) == 2
+    else:
+        assert "Unfinished: 1 of 2 seeds." in captured.out
+    assert _lines(captured.err) == [
+        "fused-dni: error: cannot write race.json: No space left on device"
+    ]
+
+
+def test_a_map_that_is_stopped_on_a_full_disk_is_printed(capsys, tmp_path, monkeypatch):
+    def full(path, text):
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    from fused_dni.measure.map import sweep
+
+    measure, asked = sweep.measure, []
+
+    def stopping(point, *more):
+        asked.append(point)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(point, *more)
+
+    monkeypatch.setattr(sweep, "measure", stopping)
+    monkeypatch.setattr("fused_dni.cli.output.write_text", full)
+    out = tmp_path / "map.json"
+    argv = [*MAP.replace("--batches 4", "--batches 4 8").split(), "--quiet", "--out", str(out)]
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    assert "4 x 4" in captured.out and "8 x 4" not in captured.out
+    (line,) = _lines(captured.err)
+    assert line == f"fused-dni: error: cannot write {out}: No space left on device"
 
 
 @FULL

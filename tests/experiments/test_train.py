@@ -18,7 +18,7 @@ from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
 from fused_dni.report import blocks_of
 from fused_dni.report.blocks import as_text
-from fused_dni.report.errors import ReportError
+from fused_dni.report.errors import WriteError
 from fused_dni.report.folder import write_folder
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
@@ -138,7 +138,7 @@ def test_the_report_folder(tmp_path):
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
-    with pytest.raises(ReportError, match="cannot write the report"):
+    with pytest.raises(WriteError, match="cannot write the report"):
         write_folder(train.result(outcome), tmp_path / "file" / "below")
 
 

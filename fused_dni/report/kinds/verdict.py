@@ -18,12 +18,12 @@ TIMES = ("median", "p10", "p90")
 
 def blocks(report: Result) -> list[Block]:
     """Show the table of steps with its plot, the variants, the parts and what follows from them."""
-    even = "; ".join(f"against {NAMES[base]}: {e}" for base, e in report["break_even"].items())
+    even = ", ".join(f"against {NAMES[base]} {_at(e)}" for base, e in report["break_even"].items())
     compiling = report["compile_seconds"]
     made: list[Block] = [
         steps(report),
         over_k(report),
-        Text(f"Break-even {even}. {report['cycle']}"),
+        Text(f"The break-even {even}. {report['cycle']}"),
     ]
     if len(report["variants"]) > 1:
         made += [Heading("Interfaces and synthesizers"), variants(report)]
