@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
 from fused_dni.cli.output import kept_in, out_file, refuse_foreign, say_report, unfinished
-from fused_dni.measure.options import FOLDER, option, whole
+from fused_dni.measure.options import FOLDER, PATH, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
@@ -58,14 +58,15 @@ class OnTexts(OnImages):
 
     data: str | None = option(
         None,
-        FOLDER,
-        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text",
+        PATH,
+        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text (.gz too), or "
+        "a folder of .txt and .txt.gz files",
         group="data",
     )
 
     def check(self) -> None:
         if self.data is None and self.given.get("dataset") == "characters":
-            raise UsageError("--dataset characters needs --data FILE, a text")
+            raise UsageError("--dataset characters needs --data PATH, a text or a folder of texts")
         super().check()
 
     def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:

@@ -164,7 +164,7 @@ def below(tmp_path):
 def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below):
     assert cli.main([*VERDICT.split(), "--out", below]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out and below not in captured.out
+    assert "The break-even against stock backprop is" in captured.out and below not in captured.out
     first, last = _lines(captured.err)
     assert (
         first.startswith(f"fused-dni: cannot write {below}: ") and "printed all the same" in first
@@ -176,7 +176,7 @@ def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below)
 def test_a_verdict_on_a_full_disk_is_printed(capsys):
     assert cli.main([*VERDICT.split(), "--out", "/dev/full"]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out
+    assert "The break-even against stock backprop is" in captured.out
     assert _lines(captured.err) == [
         "fused-dni: error: cannot write /dev/full: No space left on device"
     ]
@@ -195,7 +195,8 @@ def test_a_plot_that_cannot_be_saved_does_not_lose_the_verdict(capsys, tmp_path,
     monkeypatch.setattr(output.OutFile, "write", and_take_the_folder_away)
     assert cli.main([*VERDICT.split(), "--plot", str(plot), "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out and str(out) in captured.out and out.exists()
+    assert "The break-even against stock backprop is" in captured.out
+    assert str(out) in captured.out and out.exists()
     assert f"cannot write {plot}" in captured.err and len(_lines(captured.err)) == 1
 
 
@@ -216,6 +217,22 @@ def test_a_folder_is_no_file(capsys, tmp_path, results, command):
     assert _lines(captured.err) == [
         f"fused-dni: error: --out must be a file, {tmp_path} is a folder"
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["report", ""], "FILE must be a path, got ''"),
+        (["compare", "", "a.json"], "FILE must be a path, got ''"),
+        (["report", "a.json", "-o", ""], "output must be a path, got ''"),
+        ([*VERDICT.split(), "--out", ""], "out must be a path, got ''"),
+        ([*TRAIN.split(), "--checkpoint", ""], "checkpoint must be a path, got ''"),
+    ],
+)
+def test_nothing_is_no_path(capsys, argv, message):
+    assert cli.main(argv) == 2
+    (line,) = _lines(capsys.readouterr().err)
+    assert message in line
 
 
 @pytest.mark.parametrize(
