@@ -75,8 +75,8 @@ def middle_k(ks: Sequence[int | None]) -> int | None:
 
 #: What stands under a table of medians with ratios beside them.
 PAIRED = (
-    "A ratio is the median of those of single rounds, in which both were timed; medians divide to "
-    "about that."
+    "A ratio is the median of those within rounds, each of which timed both: the medians beside it "
+    "divide to about that, not exactly."
 )
 #: What stands under a table whose ratios are marked.
 DOUBT = "A ~ marks a ratio whose interval reaches one: no difference could be shown."
