@@ -144,7 +144,7 @@ def test_what_is_lost_in_a_difference_is_no_negative_time():
     assert not train_report.split({"pieces": {"fused": pieces}}).caption
     said = train_report.beside(outcome)
     error = outcome.runs[0]["history"][-1]["error"]
-    assert said.startswith(f"Errors here, all after 1 epoch and so as many steps: fused {error:.2%}"
+    assert said.startswith(f"Errors here, after 1 epoch each: fused {error:.2%}"
                            .replace("%", " %"))  # fmt: skip
     assert "cdni k=3" in said
 

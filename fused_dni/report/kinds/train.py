@@ -125,7 +125,7 @@ def beside(outcome: Outcome) -> str:
         if len(row["errors"]) > 1:
             ends[-1] += f" ({text.span(100 * error for error in row['errors'])})"
     epochs = text.count(outcome.settings.epochs, "epoch")
-    return f"Errors here, all after {epochs} and so as many steps: {', '.join(ends)}."
+    return f"Errors here, after {epochs} each: {', '.join(ends)}."
 
 
 def curves(outcome: Outcome) -> list[Figure]:
