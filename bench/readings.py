@@ -391,10 +391,10 @@ def reach(reports: dict[str, Report]) -> Answer:
             times.append(" / ".join(text.seconds(row["seconds_total"]) for row in pair.values()))
         won[task] = won.get(task, False) or apart > 0
         listed, shown = ", ".join(map(str, windows)), cells if len(windows) == 1 else means
-        ends = [" to ".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
+        ends = ["–".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
         ours, theirs = (", ".join(found) for found in shown.values())
         rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
-        numbers.append(f"{label}, T={listed}: {' against '.join(ends)}")
+        numbers.append(f"{label}: {' against '.join(ends)}")
         seeds = {len(windows): "every seed better", 0: "not told apart"}
         said.append(
             f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
