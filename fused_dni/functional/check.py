@@ -39,7 +39,7 @@ def number(
     below: bool = False,
     none: bool = False,
 ) -> None:
-    """Refuse what is no number (or tensor of one) in [low, high], NaN and infinity included;
+    """Refuse what is no number (or tensor of one) in [low, high], NaN, infinity and flags included;
     without ``low`` if ``above``, without ``high`` if ``below``. ``none`` allows None."""
     if none and value is None:
         return
@@ -48,11 +48,35 @@ def number(
     else:
         says = "positive and finite" if above else f"finite and at least {low:g}"
     allowed = "None or " if none else ""
-    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+    of_numbers = isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool
+    if isinstance(value, bool) or not (isinstance(value, Real) or of_numbers):
         raise _typed(name, value, f"{allowed}a number, {says}")
     inside = bool(low <= value <= high and value < math.inf)  # type: ignore[operator]
     if not inside or (above and value == low) or (below and value == high):
         raise ValueError(f"{name} must be {allowed}{says}, got {value!r}")
+
+
+class _Checked:
+    """See :func:`checked`."""
+
+    def __init__(self, limits: dict[str, Any]) -> None:
+        self._limits = limits
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: Any) -> None:
+        number(self._name, value, **self._limits)
+        instance.__dict__[self._name] = value
+
+
+def checked(**limits: Any) -> Any:
+    """Make an attribute of a class that is a :func:`number` within ``limits`` whenever it is set.
+
+    It lies in the instance's dictionary and is read from there, as any other: there is no
+    ``__get__``, which would be a call of Python's in every step.
+    """
+    return _Checked(limits)
 
 
 def whole(name: str, value: Any, low: int | None = 1) -> None:
@@ -147,28 +171,37 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
         raise RuntimeError(
             f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
         )
-    features = weight.shape[1]
-    if input.dim() == 0 or input.shape[-1] != features:
-        raise RuntimeError(
-            f"{name} must have shape [..., {features}] (in_features), got {list(input.shape)}"
-        )
-    if input.device != weight.device:
-        raise RuntimeError(f"{name} is on {input.device}, the weight on {weight.device}")
+    handed(input.shape, input.dtype, input.device, weight, name)
     if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         input = input.to(torch.get_autocast_dtype(weight.device.type))
-    elif input.dtype != weight.dtype:
-        raise RuntimeError(
-            f"{name} has dtype {input.dtype}, the weight {weight.dtype}; cast one of them or use "
-            "torch.autocast"
-        )
     if input.dim() != 2:
-        input = input.reshape(-1, features)
+        input = input.reshape(-1, weight.shape[1])
     return input.contiguous()
 
 
-def batch(x: Tensor, config: LinearConfig, training: bool) -> None:
-    """Refuse a batch that has nothing to train on, or a single row under batch statistics."""
-    n = x.shape[0]
+def handed(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: Tensor, name: str
+) -> None:
+    """Refuse an input of that shape, dtype and device where one is multiplied by ``weight``."""
+    features = weight.shape[1]
+    if not shape or shape[-1] != features:
+        raise RuntimeError(
+            f"{name} must have shape [..., {features}] (in_features), got {list(shape)}"
+        )
+    if device != weight.device:
+        raise RuntimeError(f"{name} is on {device}, the weight on {weight.device}")
+    if dtype != weight.dtype and (
+        weight.is_meta or not torch.is_autocast_enabled(weight.device.type)
+    ):
+        raise RuntimeError(
+            f"{name} has dtype {dtype}, the weight {weight.dtype}; cast one of them or use "
+            "torch.autocast"
+        )
+
+
+def batch(n: int, config: LinearConfig, training: bool) -> None:
+    """Refuse a batch of n rows that has nothing to train on, or is a single one under batch
+    statistics."""
     if n == 0 and training:
         raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
     if n == 1 and training and config.normalization == "batch":

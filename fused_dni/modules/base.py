@@ -155,6 +155,8 @@ class DecoupledModule(nn.Module):
     """
 
     synthesizer: nn.Module | None
+    target_scale: float | None = check.checked(above=True, none=True)
+    max_norm: float | None = check.checked(above=True, none=True)
 
     # Steps with targets, of a Schedule, in which nothing came to learn from.
     missed_targets = 0
@@ -187,8 +189,6 @@ class DecoupledModule(nn.Module):
                 "synthesizer_update needs update: without a fused rule the synthesizer is trained "
                 "by the same optimizer as the layer"
             )
-        check.number("target_scale", target_scale, above=True, none=True)
-        check.number("max_norm", max_norm, above=True, none=True)
         self.target_scale = target_scale
         self.max_norm = max_norm
         self.phase = Phase()
@@ -589,9 +589,13 @@ class DecoupledModule(nn.Module):
 
     def refuse_later(self, context: Tensor | None) -> None:
         """Raise now for what an update at the end of the backward would raise for."""
+        self.refuse_rules()
+        self.check_context(context)
+
+    def refuse_rules(self) -> None:
+        """Raise for a parameter that a rule cannot update."""
         for _, rule, slots in self.rules():
             rule.tensors(slots)
-        self.check_context(context)
 
     def check_context(self, context: Tensor | None, fused: bool = False) -> None:
         """Refuse a label out of range, and what the synthesizer cannot predict from unless it is

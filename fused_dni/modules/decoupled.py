@@ -108,7 +108,7 @@ class Decoupled(SegmentSteps):
             self.probe(h, h, rows)
             return out
         if self.delivery is not None:
-            return nodes.delivered(self, given, rows)
+            return nodes.delivered(self, given, tensors, rows)
         need_dx = any(
             t.requires_grad and getattr(t, NO_TARGET, None) != t._version for t in tensors
         )

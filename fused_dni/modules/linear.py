@@ -223,21 +223,10 @@ class FusedDNILinear(LinearSteps):
             if seen != self._seen:
                 config = self._followed(norm, seen)
         x = check.rows(input, layer.weight, "input")
-        if self._flat and input.dim() != 2:
-            raise RuntimeError(
-                "input must be [N, I] in front of a batch normalisation taken over from "
-                f"nn.BatchNorm1d, got {list(input.shape)}"
-            )
         training, grad = self.training, torch.is_grad_enabled()
-        if training:
-            check.batch(x, config, True)
-            if norm is not None and config.normalization == "batch" and not norm.training:
-                raise RuntimeError(
-                    "norm is in eval mode but its layer is training: batch statistics are part of "
-                    "the fused layer; put the whole layer into eval mode, or keep the "
-                    "normalisation outside of it"
-                )
-        elif x.shape[0] == 0:
+        if training or self._flat:
+            self._refuse_batch(input.shape, x.shape[0], "input")
+        if x.shape[0] == 0:  # in eval()
             return x.new_empty(*input.shape[:-1], self.out_features)
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
@@ -269,7 +258,7 @@ class FusedDNILinear(LinearSteps):
             return self._probed(x, input, layer, backend, rows)
         inputs = LinearInputs(x, layer, backend)
         if decoupled and self.delivery is not None:
-            h = nodes.delivered(self, inputs, rows)
+            h = nodes.delivered(self, inputs, (x,), rows)
         elif self.update is not None:
             run = untraced(nodes.ruled) if tracing else nodes.ruled
             h = run(self, inputs, (x,), rows, need_dx)
@@ -326,6 +315,37 @@ class FusedDNILinear(LinearSteps):
         self.check_context(rows)
         made = bound.exact.forward(self, input, None)
         return None if made is None else Mixed.run(self, made, rows, bound.exact_anchor, input)
+
+    def _refuse_batch(self, shape: torch.Size, rows: int, name: str) -> None:
+        """Refuse an input of that shape and number of rows as it is now to be normalised."""
+        if self._flat and len(shape) != 2:
+            raise RuntimeError(
+                f"{name} must be [N, I] in front of a batch normalisation taken over from "
+                f"nn.BatchNorm1d, got {list(shape)}"
+            )
+        if not self.training:
+            return
+        check.batch(rows, self.config, True)
+        norm = self._modules["norm"]
+        if norm is not None and self.config.normalization == "batch" and not norm.training:
+            raise RuntimeError(
+                "norm is in eval mode but its layer is training: batch statistics are part of "
+                "the fused layer; put the whole layer into eval mode, or keep the "
+                "normalisation outside of it"
+            )
+
+    def refuse_input(
+        self,
+        given: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        context: Tensor | None,
+        name: str,
+    ) -> None:
+        super().refuse_input(given, shape, dtype, context, name)
+        self._refuse_batch(shape, shape[:-1].numel(), name)
+        if self._modules["synthesizer"] is not None:
+            self.check_context(self._rows(given, context))
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:
         """Return the configuration as the normalisation's holder has it now: as in PyTorch, its

@@ -120,7 +120,7 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         layer = self._layer()
         x = check.rows(input, layer.weight, "input")
         rows = self.check_target(target, input.shape[:-1], input.device)
-        check.batch(x, self.config, True)
+        check.batch(x.shape[0], self.config, True)
         backend = registry.resolve(self.backend, x, layer.weight)
         need_dx = tracing or (x.requires_grad and getattr(input, NO_TARGET, None) != input._version)
         exact = self.update is None or not training or not torch.is_grad_enabled()

@@ -164,7 +164,9 @@ class FusedDNILSTM(Recurrent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check.flags(bias=bias, batch_first=batch_first)
+        check.flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
+        check.whole("proj_size", proj_size, 0)
+        check.number("dropout", dropout, high=1.0)
         check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._plain = bidirectional or proj_size > 0

@@ -297,6 +297,9 @@ class Recurrent(DecoupledModule):
 
     auxiliary_head: LinearSynthesizer | None
     _states: int  # dimensions of h and c
+    sg_scale: float = check.checked()
+    max_target_norm: float | None = check.checked(above=True, none=True)
+
     # What windows ask for, looked up once; None where that is not so. And how often it was tried.
     _bound: BoundWindows | None = None
     _tries = 0
@@ -315,9 +318,7 @@ class Recurrent(DecoupledModule):
         backend: str | None,
     ) -> None:
         check.sizes(**dict(zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True)))
-        check.number("sg_scale", sg_scale)
         check.backend(backend)
-        check.number("max_target_norm", max_target_norm, above=True, none=True)
         super().__init__(update, synthesizer_update, target_scale, max_norm)
         self.max_target_norm = max_target_norm
         self.input_size, self.hidden_size, self.num_layers = sizes

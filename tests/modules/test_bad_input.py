@@ -232,6 +232,23 @@ def test_arguments_of_the_layer(arguments, error, message):
         fd.FusedDNILinear(**{"in_features": 4, "out_features": 5, **arguments})
 
 
+def test_options_that_are_set_later():
+    layer = layer_of("fused", None)
+    layer.max_norm, layer.target_scale = 0.5, 3.0
+    assert (
+        (layer.max_norm, layer.target_scale)
+        == (0.5, 3.0)
+        == (
+            layer.__dict__["max_norm"],
+            layer.__dict__["target_scale"],
+        )
+    )
+    assert copy.deepcopy(layer).max_norm == 0.5
+    with pytest.raises(ValueError, match="max_norm must be None or positive and finite, got -1"):
+        layer.max_norm = -1
+    assert layer.max_norm == 0.5
+
+
 LAYER = fd.FusedDNILinear(4, 6, context_features=3)
 RULED = fd.FusedDNILinear(4, 6, update=fd.SGD(0.1))
 ROWS = torch.randn(3, 4)
@@ -242,6 +259,18 @@ KINDS_OF_ARGUMENTS = [
     (lambda: fd.Adam(betas=(0.9,)), TypeError, r"betas must be two numbers.* got \(0.9,\)"),
     (lambda: fd.SGD(stochastic_rounding="yes"), TypeError, "stochastic_rounding must be True or"),
     (lambda: fd.SGD(nesterov="yes"), TypeError, "nesterov must be True or False, got 'yes'"),
+    (lambda: fd.SGD(True), TypeError, r"lr must be a number, finite .* got True \(bool\)"),
+    (
+        lambda: fd.FusedDNILinear(4, 6, max_norm=True),
+        TypeError,
+        "max_norm must be None or a .*True",
+    ),
+    (lambda: setattr(LAYER, "max_norm", -1), ValueError, "max_norm must be None or positive .* -1"),
+    (
+        lambda: setattr(LAYER, "target_scale", math.nan),
+        ValueError,
+        "target_scale must be None or positive and finite, got nan",
+    ),
     (lambda: fd.FusedDNILinear(4.5, 6), TypeError, "in_features must be a whole .* got 4.5"),
     (lambda: fd.FusedDNILinear(4, True), TypeError, "out_features must be a whole .* got True"),
     (lambda: fd.FusedDNILinear(4, 6, bias="no"), TypeError, "bias must be True or False, got 'no'"),

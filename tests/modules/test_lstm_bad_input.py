@@ -353,9 +353,9 @@ def test_arguments(make, arguments, error, message):
     ("arguments", "message"),
     [
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout should be a number in range \[0, 1\]"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
         ({"proj_size": 3, "synthesizer": None}, "proj_size has to be smaller than hidden_size"),
-        ({"proj_size": -1, "synthesizer": None}, "proj_size should be a positive integer or zero"),
+        ({"proj_size": -1, "synthesizer": None}, "proj_size must be at least 0, got -1"),
     ],
     ids=str,
 )
@@ -434,6 +434,33 @@ def test_one_step_one_row_one_unit(backend, kind):
 def test_arguments_of_another_kind(kind, arguments, error, message):
     with pytest.raises(error, match=message):
         kind(**{"input_size": 2, "hidden_size": 3, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"proj_size": "a"}, "proj_size must be a whole number of at least 0, got 'a'"),
+        ({"proj_size": True}, "proj_size must be a whole number of at least 0, got True"),
+        ({"dropout": "a"}, r"dropout must be a number, in \[0, 1\], got 'a'"),
+        ({"dropout": True}, r"dropout must be a number, in \[0, 1\], got True"),
+        ({"bidirectional": "y"}, "bidirectional must be True or False, got 'y'"),
+        ({"sg_scale": True}, "sg_scale must be a number, finite .* got True"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("synthesizer", ["default", None])
+def test_arguments_of_another_kind_of_the_window(synthesizer, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fd.FusedDNILSTM(2, 3, synthesizer=synthesizer, **arguments)
+
+
+def test_options_that_are_set_later():
+    lstm = fd.FusedDNILSTM(2, 3, sg_scale=0.5, max_target_norm=1.0)
+    with pytest.raises(ValueError, match="sg_scale must be finite and at least 0, got -1"):
+        lstm.sg_scale = -1
+    with pytest.raises(ValueError, match="max_target_norm must be None or positive .* got 0"):
+        lstm.max_target_norm = 0
+    assert (lstm.sg_scale, lstm.max_target_norm) == (0.5, 1.0)
 
 
 def test_a_sparse_input():
