@@ -151,6 +151,10 @@ def no_tangents(**tensors: Tensor | None) -> None:
 
 def dense(name: str, t: Tensor) -> None:
     """Refuse a tensor of another layout than the ordinary one."""
+    if t.is_nested:
+        raise RuntimeError(
+            f"{name} must be a dense tensor, got a nested one; call torch.nested.to_padded_tensor"
+        )
     if t.layout is not torch.strided:
         raise RuntimeError(
             f"{name} must be a dense tensor (torch.strided), got {t.layout}; call to_dense()"
@@ -160,7 +164,7 @@ def dense(name: str, t: Tensor) -> None:
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """Return ``input`` [..., I] as contiguous rows [N, I].
 
-    Under autocast the input is cast to its dtype, as ``F.linear`` would.
+    Under autocast the input is cast to its dtype, as ``F.linear`` would: not float64, nor integers.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
@@ -172,11 +176,15 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
             f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
         )
     handed(input.shape, input.dtype, input.device, weight, name)
-    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+    if input.dtype is not torch.float64 and _autocasts(weight):
         input = input.to(torch.get_autocast_dtype(weight.device.type))
     if input.dim() != 2:
         input = input.reshape(-1, weight.shape[1])
     return input.contiguous()
+
+
+def _autocasts(weight: Tensor) -> bool:
+    return not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
 
 
 def handed(
@@ -190,9 +198,9 @@ def handed(
         )
     if device != weight.device:
         raise RuntimeError(f"{name} is on {device}, the weight on {weight.device}")
-    if dtype != weight.dtype and (
-        weight.is_meta or not torch.is_autocast_enabled(weight.device.type)
-    ):
+    # What autocast casts, of input and weight alike.
+    cast = torch.float64 not in (dtype, weight.dtype) and dtype.is_floating_point
+    if dtype != weight.dtype and not (cast and _autocasts(weight)):
         raise RuntimeError(
             f"{name} has dtype {dtype}, the weight {weight.dtype}; cast one of them or use "
             "torch.autocast"
@@ -339,8 +347,11 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor, features: int) -> N
     fits.predicted_from(0, features, tensors, None)
 
 
-def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
-    """Input x [..., I] of an LSTM, contiguous; ``given`` is the input as it came.
+def step(
+    x: Tensor, weight: Tensor, given: Tensor, mismatch: type[Exception] = RuntimeError
+) -> Tensor:
+    """Input x [..., I] of an LSTM, contiguous; ``given`` is the input as it came, and ``mismatch``
+    what another dtype raises.
 
     Under autocast the input is cast to the parameters' dtype.
     """
@@ -357,8 +368,9 @@ def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
     if x.device != weight.device:
         raise RuntimeError(f"input is on {x.device}, the weights on {weight.device}")
     if x.dtype != weight.dtype:
-        if not torch.is_autocast_enabled(weight.device.type):
-            raise RuntimeError(
+        cast = torch.float64 not in (x.dtype, weight.dtype) and x.is_floating_point()
+        if not cast or not torch.is_autocast_enabled(weight.device.type):
+            raise mismatch(
                 f"input has dtype {x.dtype}, the weights {weight.dtype}; cast one of them or use "
                 "torch.autocast"
             )

@@ -9,6 +9,8 @@ ops. Nothing here or there calls back up.
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -524,6 +526,26 @@ class DecoupledModule(nn.Module):
                 "torch.jit.trace of a decoupled module in training is refused: what was recorded "
                 "would neither predict nor learn; call eval() first"
             )
+
+    def stock_module(self) -> nn.Module:
+        """Return PyTorch's module on the same parameters, which computes the same in ``eval()``."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
+        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
+            raise RuntimeError(
+                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
+                "would train by plain backpropagation; call eval() first"
+            )
+        if sys._getframe(1).f_code is sys._getframe(2).f_code:  # a part of what is scripted
+            warnings.warn(
+                f"torch.jit.script puts PyTorch's module in the place of a {type(self).__name__} "
+                "in the model that it is given, too, which is then not decoupled any more: script "
+                "a copy.deepcopy(model) to go on training",
+                stacklevel=2,
+            )
+        return self.stock_module()
 
     def refuse_fused_rule(self) -> None:
         """Raise where an update inside the forward would silently be wrong."""

@@ -130,6 +130,9 @@ class Decoupled(SegmentSteps):
                 reset()
         self.forget()
 
+    def stock_module(self) -> nn.Module:
+        return self.module
+
     def _rows(self, tensors: tuple[Tensor, ...], context: Tensor | None) -> Tensor | None:
         if self.synthesizer is None:
             return None

@@ -214,6 +214,8 @@ class FusedDNILinear(LinearSteps):
             quick = self._quick(input, context)
             if quick is not None:
                 return quick
+        if torch._C._get_tracing_state() is not None:
+            return self._recorded(input)
         layer = self._layer()
         norm = self._modules["norm"]
         config = self.config
@@ -227,11 +229,9 @@ class FusedDNILinear(LinearSteps):
         if training or self._flat:
             self._refuse_batch(input.shape, x.shape[0], "input")
         if x.shape[0] == 0:  # in eval()
-            return x.new_empty(*input.shape[:-1], self.out_features)
+            return self._recorded(input)
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
-        if torch._C._get_tracing_state() is not None and (decoupled or self.update is not None):
-            self.refuse_recording()
         rows = self._rows(input, context) if decoupled or context is not None else None
         if not grad:
             if training:
@@ -437,7 +437,7 @@ class FusedDNILinear(LinearSteps):
             z = F.linear(x, layer.weight, layer.bias)
             if not z.requires_grad:
                 z.requires_grad_()
-            rows = nn.Sequential(*self._parts_behind())(z)
+            rows = self._behind(z)
             self.probe(z, rows, context)
             return self._unfold(rows, input)
         rows = exact_linear(x, layer, self.config, True, backend)
@@ -445,6 +445,24 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(rows, input)
         self.probe(h, rows, context)
         return h
+
+    def _recorded(self, input: Tensor) -> Tensor:
+        """Run by PyTorch's own modules: in ``torch.jit.trace``, of which whoever runs what was
+        recorded needs nothing else, and of no rows at all."""
+        predicts = torch.is_grad_enabled() and self._modules["synthesizer"] is not None
+        if predicts or self.update is not None:
+            self.refuse_recording()
+        weight, bias, *_ = self._layer()
+        z = F.linear(input, weight, bias)
+        if z.dim() == 2:
+            return self._behind(z)
+        return self._unfold(self._behind(z.reshape(-1, self.out_features)), input)
+
+    def _behind(self, z: Tensor) -> Tensor:
+        """Take the rows z through normalisation and activation."""
+        for part in self._parts_behind():
+            z = part(z)
+        return z
 
     # -- the stock module's life ---------------------------------------------------------------
 
@@ -522,6 +540,9 @@ class FusedDNILinear(LinearSteps):
         """
         parts = self.plain_parts()
         return parts[0] if len(parts) == 1 else nn.Sequential(*parts).train(self.training)
+
+    def stock_module(self) -> nn.Module:
+        return self.to_linear()
 
     def plain_parts(self) -> list[nn.Module]:
         """Linear, then normalisation and activation where there are any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_dni import ops
@@ -163,10 +164,12 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
             [..., C].
         """
         layer = self._layer()
+        if torch._C._get_tracing_state() is not None:
+            return F.linear(input, layer.weight, layer.bias)
         x = check.rows(input, layer.weight, "input")
         shape = (*input.shape[:-1], self.num_classes)
         if x.shape[0] == 0:
-            return x.new_empty(shape)
+            return F.linear(x, layer.weight, layer.bias).reshape(shape)
         self._fit(layer)
         backend = registry.resolve(self.backend, x, layer.weight)
         if torch.is_grad_enabled():
@@ -245,6 +248,9 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         linear.register_parameter("bias", self.bias)
         linear.train(self.training)
         return linear
+
+    def stock_module(self) -> nn.Module:
+        return self.to_linear()
 
     def extra_repr(self) -> str:
         """Sizes, what the loss is, and the rule."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,8 @@ class FusedDNILSTM(Recurrent):
         i, f, g, o), initialised alike. synthesizer, auxiliary_head: modules or None.
 
     Raises:
-        ValueError: an option out of range; an option that has no decoupled form.
+        ValueError: an option out of range; an option that has no decoupled form; as ``nn.LSTM``, an
+            input of other dimensions or dtype.
         RuntimeError: a shape, dtype or device that does not fit; a use in which a fused rule would
             be silently wrong; a second backward through one window.
     """
@@ -166,7 +168,9 @@ class FusedDNILSTM(Recurrent):
     ) -> None:
         check.flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         check.whole("proj_size", proj_size, 0)
-        check.number("dropout", dropout, high=1.0)
+        if not isinstance(dropout, Real) or dropout is True or not 0.0 <= dropout <= 1.0:
+            # ValueError whatever it is, as of nn.LSTM
+            raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
         check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._plain = bidirectional or proj_size > 0
@@ -250,6 +254,10 @@ class FusedDNILSTM(Recurrent):
                     "or proj_size"
                 )
             return self._stock(input, hx)
+        if torch._C._get_tracing_state() is not None:
+            self._refuse_recording()
+            if end_of_sequence is None and lengths is None:
+                return self._stock(input, hx)
         tracing = torch.compiler.is_compiling()
         if tracing and (
             end_of_sequence is not None
@@ -299,7 +307,7 @@ class FusedDNILSTM(Recurrent):
                 f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
             )
         if input.ndim not in (2, 3):
-            raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
+            raise ValueError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
         if input.ndim == 2:
             if hx is not None:
                 signed = all(map(self._bears_sign, hx))
@@ -328,7 +336,7 @@ class FusedDNILSTM(Recurrent):
             bound = None
         layers = self._layers() if bound is None else bound.layers
         weight = layers[0].weight_ih
-        x = check.step(x, weight, given)
+        x = check.step(x, weight, given, ValueError)
         steps, batch = x.shape[:2]
         if ended is not None:
             ended = check.ended(ended, batch, x.device, given.dim() == 2)
@@ -468,6 +476,9 @@ class FusedDNILSTM(Recurrent):
         self, input: Tensor | PackedSequence, hx: State | None
     ) -> tuple[Tensor | PackedSequence, State]:
         """``nn.LSTM`` itself on this module's parameters."""
+        if torch._C._get_tracing_state() is not None:  # where functional_call is refused
+            recorded: tuple[Tensor | PackedSequence, State] = self.to_lstm()(input, hx)
+            return recorded
         plain = self._meta()
         parameters = {name: getattr(self, name) for name in self._names}
         out: tuple[Tensor | PackedSequence, State] = torch.func.functional_call(
@@ -542,7 +553,7 @@ class FusedDNILSTM(Recurrent):
             setattr(plain, name, getattr(self, name))
         return plain
 
-    def _stock_module(self) -> nn.Module:
+    def stock_module(self) -> nn.Module:
         return self.to_lstm()
 
     def extra_repr(self) -> str:

@@ -176,6 +176,10 @@ class FusedDNILSTMCell(Recurrent):
         Returns:
             The next h and c.
         """
+        if torch._C._get_tracing_state() is not None:
+            self._refuse_recording()
+            recorded: State = self.to_lstm_cell()(input, hx)
+            return recorded
         if torch.compiler.is_compiling() and self.update is not None:
             stepped: State = untraced(self._run)(input, hx)
             return stepped
@@ -185,7 +189,7 @@ class FusedDNILSTMCell(Recurrent):
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
-            raise RuntimeError(f"input must have 1 or 2 dimensions, got {list(input.shape)}")
+            raise ValueError(f"input must have 1 or 2 dimensions, got {list(input.shape)}")
         (layer,) = self._layers()
         alone = input.dim() == 1
         x = check.step(input.unsqueeze(0) if alone else input, layer.weight_ih, input)
@@ -382,7 +386,7 @@ class FusedDNILSTMCell(Recurrent):
             plain._parameters[name] = self._parameters[name]
         return plain.train(self.training)
 
-    def _stock_module(self) -> nn.Module:
+    def stock_module(self) -> nn.Module:
         return self.to_lstm_cell()
 
     def extra_repr(self) -> str:

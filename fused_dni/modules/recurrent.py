@@ -375,18 +375,11 @@ class Recurrent(DecoupledModule):
             self.auxiliary_update = None if rule is None else RuleState(rule)
         self.register_module("auxiliary_head", head)
 
-    def _stock_module(self) -> nn.Module:
-        """PyTorch's module on the same parameters."""
-        raise NotImplementedError
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
-        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
-            raise RuntimeError(
-                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
-                "would train by plain backpropagation; call eval() first"
-            )
-        return self._stock_module()
+    def _refuse_recording(self) -> None:
+        if self.update is not None or (
+            torch.is_grad_enabled() and self._modules["synthesizer"] is not None
+        ):
+            self.refuse_recording()
 
     # -- parameters ----------------------------------------------------------------------------
 

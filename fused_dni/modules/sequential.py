@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
@@ -98,6 +99,12 @@ class DecoupledSequential(nn.Sequential):
         if stack is None:
             return f"steps layer by layer ({apart})"
         return f"steps by {stack.way()}" + (f", then the head ({apart})" if apart else "")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the container in ``torch.jit.script`` by ``nn.Sequential`` of what stands in
+        for its modules."""
+        modules = [(name, module) for name, module in self._modules.items() if module is not None]
+        return nn.Sequential(OrderedDict(modules)).train(self.training)
 
     def _run(self, input: Tensor, context: Tensor | None, target: Tensor | None) -> Tensor:
         modules = list(self)

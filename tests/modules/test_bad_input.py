@@ -191,6 +191,27 @@ def test_inputs_that_are_not_contiguous(kind):
     close(kept(layer.parameters()), kept(twin.parameters()), 0)
 
 
+def test_autocast_casts_neither_float64_nor_integers():
+    """As nn.Linear under it."""
+    wide, narrow = linear(4, 5), fd.FusedDNILinear(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(double(6, 4)).dtype == torch.float64
+        for layer, x in (
+            (wide, torch.randn(6, 4)),
+            (narrow, double(6, 4)),
+            (narrow, double(6, 4).long()),
+        ):
+            with pytest.raises(RuntimeError, match=f"input has dtype {x.dtype}, the weight"):
+                layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor():
+    x = torch.nested.nested_tensor([double(2, 4), double(3, 4)])
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, got a nested one"):
+        linear(4, 5)(x)
+
+
 def test_a_rule_needs_masters():
     layer = fd.FusedDNILinear(4, 5, update=fd.SGD(0.1), dtype=torch.bfloat16)
     before = kept(layer.parameters())

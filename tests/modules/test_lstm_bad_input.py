@@ -51,10 +51,10 @@ def refused(module, error, message, *inputs, **named):
 X = double(STEPS, BATCH, INPUTS)
 INPUT = {
     "width": (double(STEPS, BATCH, 3), RuntimeError, r"input must have 2 features \(input_size\)"),
-    "1 dimension": (double(INPUTS), RuntimeError, r"input must have 2 or 3 dimensions, got \[2\]"),
-    "4 dimensions": (double(1, 1, 1, 2), RuntimeError, "input must have 2 or 3 dimensions"),
-    "dtype": (X.float(), RuntimeError, "input has dtype torch.float32, the weights torch.float64"),
-    "integers": (X.long(), RuntimeError, "input has dtype torch.int64"),
+    "1 dimension": (double(INPUTS), ValueError, r"input must have 2 or 3 dimensions, got \[2\]"),
+    "4 dimensions": (double(1, 1, 1, 2), ValueError, "input must have 2 or 3 dimensions"),
+    "dtype": (X.float(), ValueError, "input has dtype torch.float32, the weights torch.float64"),
+    "integers": (X.long(), ValueError, "input has dtype torch.int64"),
     "device": (X.to("meta"), RuntimeError, "input is on meta, the weights on cpu"),
     "list": (
         [[[0.0] * 2]],
@@ -73,12 +73,25 @@ def test_input(kind, case):
     refused(module_of(kind), error, message, x)
     if case not in ("4 dimensions", "no steps", "no rows", "1 dimension"):
         x = x[0] if case != "list" else x
+        if error is ValueError:  # as of nn.LSTM, and not of nn.LSTMCell
+            error = RuntimeError
         refused(cell_of(kind), error, message, x)
+
+
+@pytest.mark.parametrize("x", [X.float(), X.long()], ids=["float32", "integers"])
+def test_autocast_casts_neither_float64_nor_integers(x):
+    """As PyTorch's modules under it."""
+    wide, narrow = fd.FusedDNILSTM(INPUTS, HIDDEN).double(), fd.FusedDNILSTM(INPUTS, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(X)[0].dtype == torch.float64
+        for module, given in ((wide, x), (narrow, X), (narrow, x.long())):
+            with pytest.raises(ValueError, match=f"input has dtype {given.dtype}, the weights"):
+                module(given)
 
 
 def test_input_of_the_cell():
     module = cell_of("rule")
-    refused(module, RuntimeError, r"input must have 1 or 2 dimensions, got \[4, 3, 2\]", X)
+    refused(module, ValueError, r"input must have 1 or 2 dimensions, got \[4, 3, 2\]", X)
     refused(module, RuntimeError, r"input must not be empty, got \[0, 2\]", X[0, :0])
 
 
@@ -353,7 +366,7 @@ def test_arguments(make, arguments, error, message):
     ("arguments", "message"),
     [
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, r"dropout must be a number in \[0, 1\], got 1.5"),
         ({"proj_size": 3, "synthesizer": None}, "proj_size has to be smaller than hidden_size"),
         ({"proj_size": -1, "synthesizer": None}, "proj_size must be at least 0, got -1"),
     ],
@@ -441,8 +454,8 @@ def test_arguments_of_another_kind(kind, arguments, error, message):
     [
         ({"proj_size": "a"}, "proj_size must be a whole number of at least 0, got 'a'"),
         ({"proj_size": True}, "proj_size must be a whole number of at least 0, got True"),
-        ({"dropout": "a"}, r"dropout must be a number, in \[0, 1\], got 'a'"),
-        ({"dropout": True}, r"dropout must be a number, in \[0, 1\], got True"),
+        ({"dropout": "a"}, r"dropout must be a number in \[0, 1\], got 'a'"),
+        ({"dropout": True}, r"dropout must be a number in \[0, 1\], got True"),
         ({"bidirectional": "y"}, "bidirectional must be True or False, got 'y'"),
         ({"sg_scale": True}, "sg_scale must be a number, finite .* got True"),
     ],
@@ -450,7 +463,7 @@ def test_arguments_of_another_kind(kind, arguments, error, message):
 )
 @pytest.mark.parametrize("synthesizer", ["default", None])
 def test_arguments_of_another_kind_of_the_window(synthesizer, arguments, message):
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(ValueError if "dropout" in arguments else TypeError, match=message):
         fd.FusedDNILSTM(2, 3, synthesizer=synthesizer, **arguments)
 
 

@@ -417,7 +417,7 @@ def test_a_weight_that_is_dropped():
 
 @kinds
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore:torch.jit.script puts")
 def test_script(kind, inside):
     """Of what computes as PyTorch's module does: its script. In training it is refused by name."""
     module = (cell if kind == "cell" else lstm)(INPUTS, HIDDEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -78,18 +79,39 @@ def test_a_negative_view_is_read_as_what_it_means(make, shape):
         torch.testing.assert_close(first(module(negative)), first(module(-x)))
 
 
-@every
+TRACED = {
+    **MODULES,
+    "both directions": (
+        lambda: fd.FusedDNILSTM(6, 7, bidirectional=True, synthesizer=None),
+        (3, 4, 6),
+    ),
+    "head": (lambda: fd.FusedDNILinearCrossEntropyLoss(6, 7), (4, 6)),
+    "container": (
+        lambda: fd.DecoupledSequential(fd.FusedDNILinear(6, 6), fd.FusedDNILinear(6, 7)),
+        (4, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), TRACED.values(), ids=TRACED)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.filterwarnings("ignore")  # the tracer's, about every check of a shape
 def test_jit_trace_computes_what_the_module_computes(make, shape, grad):
+    """With the checks of its own, and behind torch.jit.save, by ops of PyTorch's alone."""
     module = make().eval()
-    new = torch.randn(shape)
+    new = torch.randn(*shape[:-2], 2 * shape[-2], shape[-1])
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(module, torch.randn(shape), check_trace=False)
-        torch.testing.assert_close(first(traced(new)), first(module(new)))
+        traced = torch.jit.trace(module, torch.randn(shape))
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        for made in (traced, loaded):
+            torch.testing.assert_close(first(made(new)), first(module(new)))
+    assert "fused_dni::" not in str(traced.inlined_graph)
 
 
-@pytest.mark.parametrize("name", ["linear", "batch", "rule"])
+@pytest.mark.parametrize("name", ["linear", "batch", "rule", "lstm", "cell"])
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace_in_training_is_refused(name):
     make, shape = MODULES[name]
