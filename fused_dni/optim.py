@@ -295,7 +295,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 if any(p is q for q in rule.group["params"]):
                     counts = {"step": rule.steps, "skipped": rule.skipped}
-                    entry = {n: torch.tensor(float(count)) for n, count in counts.items()}
+                    entry = {
+                        n: torch.tensor(float(count), device="cpu") for n, count in counts.items()
+                    }
                     shown[p] = self._entry(entry | made)
         return _Shown(shown)
 

@@ -118,7 +118,8 @@ class Synthesizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the unit, for the state dict."""
-        return torch.tensor([self.unit.size, self.unit.lessons], dtype=torch.float64)
+        unit = [self.unit.size, self.unit.lessons]
+        return torch.tensor(unit, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Take over the unit of a state dict."""
@@ -141,7 +142,7 @@ class Synthesizer(nn.Module):
         key = f"{prefix}_extra_state"
         if key not in state_dict and any(k.startswith(prefix) for k in state_dict):
             if _before(local_metadata, self._version):
-                state_dict[key] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+                state_dict[key] = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
             else:
                 self.unit = TargetUnit()
         super()._load_from_state_dict(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import ops
@@ -197,8 +198,9 @@ class DecoupledModule(nn.Module):
         self.delivery: Any = None  # set around a call whose dx goes down at once: nodes.Delivery
         self.update = None if update is None else RuleState(update)
         self.synthesizer_update: RuleState | None = None
-        # Sums over what the synthesizer was trained on (see ops.types.STATISTICS_SIZE).
-        self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+        # Sums over what the synthesizer was trained on (see ops.types.STATISTICS_SIZE); beside a
+        # module that is made on the meta device, too, and to_empty() does not see it.
+        self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device="cpu")
 
     def attach(self, synthesizer: nn.Module | None, rule: Rule | None) -> None:
         """Register the synthesizer, behind the subclass's own parameters in the state dict, and
@@ -629,6 +631,21 @@ class DecoupledModule(nn.Module):
             if not fused:
                 synthesizer.check(context)
         check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
+
+
+def leaf(module: nn.Module, given: Any, *others: Any, **named: Any) -> Any:
+    """Return what stands for a call in ``torch.fx.symbolic_trace``, if ``given``, an input, is one
+    of its proxies; else None. A module is called there as a whole, as PyTorch's own are."""
+    if not isinstance(given, Proxy):
+        return None
+    path = given.tracer.path_of_module(module)
+    if not path:  # which is traced itself
+        raise TypeError(
+            f"torch.fx.symbolic_trace of a {type(module).__name__} alone is refused: it is called "
+            "as a whole, as a part of a model"
+        )
+    named = {name: value for name, value in named.items() if value is not None}
+    return given.tracer.create_proxy("call_module", path, (given, *others), named)
 
 
 def _require_callable(synthesizer: nn.Module | None) -> None:

@@ -14,7 +14,7 @@ from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.base import NO_TARGET, leaf, untraced
 from fused_dni.modules.nodes import Exact, Mixed, Taught
 from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
@@ -216,6 +216,11 @@ class FusedDNILinear(LinearSteps):
                 return quick
         if torch._C._get_tracing_state() is not None:
             return self._recorded(input)
+        called: Tensor | None = (
+            None if type(input) is Tensor else leaf(self, input, context=context)
+        )
+        if called is not None:
+            return called
         layer = self._layer()
         norm = self._modules["norm"]
         config = self.config

@@ -13,7 +13,7 @@ from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.functional.linear_cross_entropy import exact_cross_entropy
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.base import NO_TARGET, leaf, untraced
 from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LossInputs, LossSteps, LossTrace
 from fused_dni.ops import registry
@@ -115,6 +115,9 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
             loss = self._quick(input, target)
             if loss is not None:
                 return loss
+        called: Tensor | None = None if type(input) is Tensor else leaf(self, input, target=target)
+        if called is not None:
+            return called
         training = self.training
         if target is None and not training:
             return self.logits(input)

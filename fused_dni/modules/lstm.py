@@ -13,7 +13,7 @@ from fused_dni import ops
 from fused_dni.backends.common.windows import state_rows
 from fused_dni.functional import check
 from fused_dni.functional.lstm import Window, lstm_window
-from fused_dni.modules.base import Predicted, Regression, untraced
+from fused_dni.modules.base import Predicted, Regression, leaf, untraced
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
@@ -247,6 +247,11 @@ class FusedDNILSTM(Recurrent):
             output, as ``input`` with H in the last place (zero behind a row's length), and the
             state h_n, c_n [L, B, H]. The state stays in this window's graph.
         """
+        if type(input) is not Tensor:
+            given = {"end_of_sequence": end_of_sequence, "lengths": lengths, "context": context}
+            called: tuple[Tensor, State] | None = leaf(self, input, hx=hx, **given)
+            if called is not None:
+                return called
         if self._plain:
             if end_of_sequence is not None or lengths is not None or context is not None:
                 raise ValueError(
@@ -306,6 +311,9 @@ class FusedDNILSTM(Recurrent):
             raise TypeError(
                 f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
             )
+        none = not (self.training or all(input.shape))
+        if none and input.ndim == 3 and ended is None and lengths is None:
+            return self._stock(input, hx)  # no rows
         if input.ndim not in (2, 3):
             raise ValueError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
         if input.ndim == 2:

@@ -325,7 +325,7 @@ class Recurrent(DecoupledModule):
         self.sg_scale = sg_scale
         self.backend = backend
         self.auxiliary_update: RuleState | None = None
-        self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+        self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device="cpu")
         self._returned = Returned()
         self._windows = Windows()
         self._fits: list[tuple[int, torch.Size, bool]] = []

@@ -146,6 +146,31 @@ def test_from_the_meta_device(update):
     assert torch.isfinite(h).all()
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: fd.FusedDNILinear(4, 5, update=fd.Adam(0.1)), (6, 4)),
+        (
+            lambda: fd.Decoupled(nn.Linear(4, 5), fd.LinearSynthesizer(5), update=fd.Adam(0.1)),
+            (6, 4),
+        ),
+        (lambda: fd.FusedDNILSTM(4, 5, auxiliary=True, update=fd.Adam(0.1)), (3, 6, 4)),
+    ],
+    ids=["linear", "segment", "window"],
+)
+def test_made_under_the_meta_device(make, shape):
+    """Rules and statistics are beside the parameters and have to be somewhere."""
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu").reset_parameters()
+    before = [p.detach().clone() for p in module.parameters()]
+    for _ in range(2):
+        made = module(torch.randn(shape))
+        (made if isinstance(made, torch.Tensor) else made[0]).square().sum().backward()
+    assert module.update.steps == 2 and module.update.hyper.device.type == "cpu"
+    assert not torch.equal(before[0], next(module.parameters()))
+
+
 def test_skip_init():
     layer = nn.utils.skip_init(fd.FusedDNILinear, 6, 5, activation="relu")
     layer.reset_parameters()

@@ -291,3 +291,37 @@ def test_no_context_is_kept_where_nothing_is_checkpointed():
     with fd.condition_on(torch.randint(3, (8,))):
         layer(torch.randn(8, 5)).sum().backward()
     assert not context._spans
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        *TRACED.values(),
+        (lambda: fd.Decoupled(nn.Linear(6, 7), fd.LinearSynthesizer(7)), (4, 6)),
+    ],
+    ids=[*TRACED, "segment"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_fx_calls_a_module_as_a_whole(make, shape, training):
+    """As it does those of PyTorch: what was traced trains as the model itself."""
+    module = nn.Sequential(nn.Identity(), make()).train(training)
+    if training and isinstance(module[1], fd.FusedDNILinearCrossEntropyLoss):
+        return  # it takes a target
+    traced = torch.fx.symbolic_trace(module)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1"] and type(traced.get_submodule("1")) is type(module[1])
+    x = torch.randn(shape)
+    twin = copy.deepcopy(module)
+    made, want = first(traced(x)), first(twin(x))
+    torch.testing.assert_close(made, want)
+    if made.requires_grad:
+        for out in (made, want):
+            out.square().sum().backward()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert (a.grad is None) is (b.grad is None)
+
+
+def test_fx_of_a_module_alone_is_refused():
+    with pytest.raises(TypeError, match="symbolic_trace of a FusedDNILinear alone is refused"):
+        torch.fx.symbolic_trace(fd.FusedDNILinear(6, 7))
