@@ -472,7 +472,14 @@ def unbatched(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], dim: int) -> tu
 def lstm_layers(layers: tuple[LSTMLayer, ...], inputs: int, hidden: int) -> None:
     """Refuse parameters of another shape, dtype or device than they should have, and gaps."""
     first = layers[0].weight_ih
+    biased = layers[0].bias_ih is not None
     for i, tensors in enumerate(layers):
+        for name, t in zip(tensors._fields, tensors, strict=True):
+            if (t is None) is (biased or name.startswith("weight")):
+                raise RuntimeError(
+                    f"{name} of layer {i} is {'None' if t is None else 'there'}: a layer has both "
+                    "weights, and all layers have both biases or none has any"
+                )
         wide = inputs if i == 0 else hidden
         shapes = ((4 * hidden, wide), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
         for name, shape, t in zip(tensors._fields, shapes, tensors, strict=True):

@@ -40,8 +40,8 @@ class DecoupledSequential(nn.Sequential):
     alone, too) and ``no_grad()`` run as ``nn.Sequential``. The forward is not traceable by
     ``torch.compile``.
 
-    A hook that runs in the backward of a decoupled module has the step run as that of
-    ``nn.Sequential``, with the same bits.
+    A hook that runs in the backward of a decoupled module, or another forward in the place of its
+    own, has the step run as that of ``nn.Sequential``, with the same bits.
 
     Each h between two modules has one consumer, the next module; running a backward through
     another (taken with a forward hook, say) is an error.
@@ -213,10 +213,12 @@ def _decouples(module: nn.Module) -> bool:
 
 def _watched(modules: Sequence[nn.Module]) -> bool:
     """Say whether there are hooks that run in a module's backward, which there is none of where its
-    gradient goes down at once."""
+    gradient goes down at once, or a forward of somebody else's, who need not hand it down."""
     if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
         return True
-    return any([m._backward_hooks or m._backward_pre_hooks for m in modules])
+    return any(
+        [m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__ for m in modules]
+    )
 
 
 def _ruled(module: nn.Module) -> bool:

@@ -262,6 +262,22 @@ def test_hooks_that_change_what_passes(hook, where, rule):
     close(given[0].grad, given[1].grad)
 
 
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_forward_that_was_replaced(calls):
+    """As in nn.Sequential, whether it calls the layer's own or not."""
+    torch.manual_seed(0)
+    models = [fd.DecoupledSequential(*[linear(4, 4, update=RULE) for _ in range(3)])]
+    models.append(nn.Sequential(*copy.deepcopy(list(models[0]))))
+    x = double(6, 4)
+    for model in models:
+        own = model[1].forward
+        given = (lambda x, context=None, own=own: 2.0 * own(x)) if calls else (lambda x: 2.0 * x)
+        model[1].forward = given
+        for _ in range(2):
+            model(x).square().sum().backward()
+    close(twins.values(models[0]), twins.values(models[1]))
+
+
 def test_a_hook_may_change_the_shape_of_what_is_handed_on():
     model = fd.DecoupledSequential(linear(4, 5, update=RULE), linear(6, 3, update=RULE))
     model[0].register_forward_hook(lambda module, given, h: F.pad(h, (0, 1)))
