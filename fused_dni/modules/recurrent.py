@@ -196,6 +196,10 @@ class Exit:
             return None
         else:
             fused = site.fused_state_synthesizer()
+            if fused is not None:
+                first = site._layers()[0]
+                features = 2 * site.num_layers * site.hidden_size
+                check.synthesizer(fused, first.weight_ih, features)
         if fused is None:
             return None
         teaches = self.learns and (entrance or self.ended is not None)

@@ -115,11 +115,7 @@ class Returned:
     def recall(self, h: Tensor, c: Tensor) -> Found | None:
         """Find a state by its memory; None if it is not known."""
         record = self._records.get(h.untyped_storage()._cdata)
-        if (
-            record is None
-            or c.untyped_storage()._cdata != record.c
-            or not _unchanged(h, c, record)
-        ):
+        if record is None or c.untyped_storage()._cdata != record.c or not _unchanged(h, c, record):
             return None
         if _layout(h, c) == record.layout:
             return Found(record.noted)

@@ -522,3 +522,52 @@ def test_parameters_of_another_size_between_forward_and_backward(backend, kind, 
     with pytest.raises(RuntimeError, match=r"must have shape \[.*\], got|same size|size of"):
         h.sum().backward()
     close(kept(layer.parameters()), before, 0)
+
+
+MOVED = {
+    "exact rule": (lambda layer: layer.bias, lambda: layer_of("exact rule", None)),
+    "norm": (lambda layer: layer.norm.weight, lambda: layer_of("exact rule", None)),
+    "lesson": (lambda layer: layer.synthesizer.down, lambda: layer_of("fused", None)),
+    "cross entropy": (
+        lambda layer: layer.synthesizer.logits.weight,
+        lambda: linear(4, 5, synthesizer=_crossed(), update=fd.SGD(0.1)),
+    ),
+    "segment": (
+        lambda layer: layer.synthesizer.bias,
+        lambda: fd.Decoupled(
+            nn.Linear(4, 5).double(), fd.LinearSynthesizer(5).double(), update=fd.SGD(0.1)
+        ),
+    ),
+    "head": (
+        lambda layer: layer.bias,
+        lambda: fd.FusedDNILinearCrossEntropyLoss(4, 5, update=fd.SGD(0.1)).double(),
+    ),
+}
+
+
+def _crossed():
+    return fd.CrossEntropySynthesizer(5, 3).double()
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_a_parameter_that_moves_between_forward_and_backward(kind):
+    """model.bfloat16() there: kernels would read and write past its end."""
+    which, make = MOVED[kind]
+    layer = make()
+    labels = torch.arange(6) % 3
+    given = (labels,) if kind in ("head", "cross entropy") else ()
+    h = layer(double(6, 4), *given)
+    p = which(layer)
+    p.data = p.data.bfloat16()
+    with pytest.raises((RuntimeError, TypeError), match="bfloat16"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("where", [torch.bfloat16, "meta"])
+def test_a_segments_synthesizer_of_mixed_dtypes_and_devices(where):
+    layer = fd.Decoupled(nn.Linear(4, 5), fd.LinearSynthesizer(5), update=fd.SGD(0.1))
+    layer.synthesizer.bias = nn.Parameter(layer.synthesizer.bias.detach().to(where))
+    before = kept(layer.module.parameters())
+    with pytest.raises(RuntimeError, match="synthesizer's parameters must be of one dtype and"):
+        layer(torch.randn(6, 4))
+    close(kept(layer.module.parameters()), before, 0)

@@ -479,3 +479,27 @@ def test_options_that_are_set_later():
 def test_a_sparse_input():
     with pytest.raises(RuntimeError, match="input must be a dense tensor .*sparse_coo"):
         fd.FusedDNILSTM(2, 3)(torch.ones(4, 1, 2).to_sparse())
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "synthesizer.down"])
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.1)], ids=["returned", "rule"])
+def test_a_parameter_that_moves_between_forward_and_backward(rule, name):
+    """Kernels would read and write past its end."""
+    module = fd.FusedDNILSTM(INPUTS, HIDDEN, update=rule)
+    output, state = module(X.float())
+    output.sum().backward()
+    output, _ = module(X.float(), state)
+    p = module.get_parameter(name)
+    p.data = p.data.bfloat16()
+    with pytest.raises((RuntimeError, TypeError), match="bfloat16"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [fd.FusedDNILSTM, fd.FusedDNILSTMCell])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_bias_alone_is_refused(kind, training):
+    """It has to be said by bias=False."""
+    module = kind(INPUTS, HIDDEN).train(training)
+    setattr(module, next(n for n in module._parameters if n.startswith("bias_hh")), None)
+    with pytest.raises(RuntimeError, match="bias_hh of layer 0 is None"):
+        module(X.float()[0] if kind is fd.FusedDNILSTMCell else X.float())
