@@ -51,9 +51,16 @@ def number(
     of_numbers = isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool
     if isinstance(value, bool) or not (isinstance(value, Real) or of_numbers):
         raise _typed(name, value, f"{allowed}a number, {says}")
-    inside = bool(low <= value <= high and value < math.inf)  # type: ignore[operator]
+    inside = bool(low <= value <= high and value < math.inf)
     if not inside or (above and value == low) or (below and value == high):
         raise ValueError(f"{name} must be {allowed}{says}, got {value!r}")
+
+
+def share(name: str, value: Any) -> None:
+    """Refuse what is no number in [0, 1]: a ``ValueError`` whatever it is, as of PyTorch's
+    ``dropout``."""
+    if not isinstance(value, Real) or value is True or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
 class _Checked:

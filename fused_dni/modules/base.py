@@ -642,14 +642,15 @@ def leaf(module: nn.Module, given: Any, *others: Any, **named: Any) -> Any:
     of its proxies; else None. A module is called there as a whole, as PyTorch's own are."""
     if not isinstance(given, Proxy):
         return None
-    path = given.tracer.path_of_module(module)
+    tracer: Any = given.tracer
+    path = tracer.path_of_module(module)
     if not path:  # which is traced itself
         raise TypeError(
             f"torch.fx.symbolic_trace of a {type(module).__name__} alone is refused: it is called "
             "as a whole, as a part of a model"
         )
     named = {name: value for name, value in named.items() if value is not None}
-    return given.tracer.create_proxy("call_module", path, (given, *others), named)
+    return tracer.create_proxy("call_module", path, (given, *others), named)
 
 
 def _require_callable(synthesizer: nn.Module | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -168,9 +167,7 @@ class FusedDNILSTM(Recurrent):
     ) -> None:
         check.flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         check.whole("proj_size", proj_size, 0)
-        if not isinstance(dropout, Real) or dropout is True or not 0.0 <= dropout <= 1.0:
-            # ValueError whatever it is, as of nn.LSTM
-            raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
+        check.share("dropout", dropout)
         check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._plain = bidirectional or proj_size > 0

@@ -407,7 +407,8 @@ class Delivered(Node):
         last: Delivery = ctx.last
         arrived = unscaled(arrived, ctx.loss_scale)
         if arrived is not None and ctx.behind is not None:
-            arrived = through(*ctx.behind, arrived)
+            handed, sealed = ctx.behind
+            arrived = through(handed, sealed, arrived)
         if arrived is not None and last.learns:
             regression = last.regression(arrived)
             if last.module.synthesizer_update is not None:
