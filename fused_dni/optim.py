@@ -14,6 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from fused_dni.functional import check
 from fused_dni.modules.base import DecoupledModule, nonzero, other_gradient
 from fused_dni.modules.other_optimizers import OptimizerWatch
+from fused_dni.ops.tracing import direct
 from fused_dni.rules import RuleState
 
 _STATE_NAMES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -294,7 +295,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     continue
                 if any(p is q for q in rule.group["params"]):
                     counts = {"step": rule.steps, "skipped": rule.skipped}
-                    entry = {n: torch.tensor(float(count)) for n, count in counts.items()}
+                    entry = {
+                        n: torch.tensor(float(count), device="cpu") for n, count in counts.items()
+                    }
                     shown[p] = self._entry(entry | made)
         return _Shown(shown)
 
@@ -436,6 +439,17 @@ def _check_state(
                     raise ValueError(
                         f"the saved {name} {group} has shape {list(value.shape)}, its parameter "
                         f"{list(p.shape)}"
+                    )
+                elif value.is_meta:
+                    if not p.is_meta:
+                        raise ValueError(
+                            f"the saved {name} {group} is on the meta device and has no values: "
+                            "load the state with map_location='cpu'"
+                        )
+                elif direct(value) and bool(value.isnan().any()):
+                    raise ValueError(
+                        f"the saved {name} {group} holds NaN: every parameter that it moves would "
+                        "become NaN; load the state of an earlier step, or the model alone"
                     )
 
 

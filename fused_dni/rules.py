@@ -162,7 +162,8 @@ class RuleState:
         self.rule = rule
         self.group: dict[str, Any] = rule.defaults()
         self._names = tuple(self.group)
-        self.hyper = torch.zeros(HYPER_SIZE, dtype=torch.float64)
+        # Whatever the default device is: under torch.device("meta") it would hold nothing.
+        self.hyper = torch.zeros(HYPER_SIZE, dtype=torch.float64, device="cpu")
         self._wanted = rule.moments()
         self._written: tuple[Any, ...] = ()
         self._slots: tuple[Any, ...] = ()
@@ -260,7 +261,9 @@ class RuleState:
             self._slots = ()
         beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), 0.0))
         values = (group["lr"], beta1, beta2, group.get("eps", 0.0), group["weight_decay"])
-        self.hyper[: len(values)] = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        self.hyper[: len(values)] = torch.tensor(
+            [float(v) for v in values], dtype=torch.float64, device="cpu"
+        )
         nesterov = bool(group.get("nesterov", False))
         if self._tensors is not None and self._tensors.nesterov is not nesterov:
             self._tensors = self._tensors._replace(nesterov=nesterov)

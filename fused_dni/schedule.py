@@ -429,7 +429,7 @@ class Schedule:
             self._due, self._distance = int(found["due"]), int(found["distance"])
             self._before = [list(sums) for sums in found["before"]]
             for layer, sums in zip(self._measuring, found["statistics"], strict=True):
-                layer.statistics.copy_(torch.tensor(sums, dtype=torch.float64))
+                layer.statistics.copy_(torch.tensor(sums, dtype=torch.float64, device="cpu"))
         elif pace is not None:
             self._pace = Pace(pace.bounds, pace.cost_ratio, pace.mix)
             # How old its prediction will be is not known: not as old as any cycle.

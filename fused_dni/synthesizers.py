@@ -49,6 +49,12 @@ def _is_unit(given: Any) -> bool:
     return math.frexp(size)[0] == 0.5 and lessons >= 0 and float(lessons).is_integer()
 
 
+def _before(metadata: Any, version: int) -> bool:
+    """Say whether a module's entry of a state dict says that an earlier version wrote it."""
+    written = metadata.get("version")
+    return written is not None and written < version
+
+
 def _rank(rank: Any, features: int, least: int = 1) -> None:
     """Refuse a rank that is no whole number from ``least`` to ``features``; 0 stands for None."""
     if rank is None and least == 1:
@@ -73,6 +79,8 @@ class Synthesizer(nn.Module):
         context_as_h: its context is called for in the shape of h, as the segment returns it.
         ignore_index: the label of rows that are not in the loss, None if there is none.
     """
+
+    _version = 2  # of state dicts: since there are units (1 is that of every module)
 
     takes_rows = False
     context_as_h = False
@@ -110,7 +118,8 @@ class Synthesizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the unit, for the state dict."""
-        return torch.tensor([self.unit.size, self.unit.lessons], dtype=torch.float64)
+        unit = [self.unit.size, self.unit.lessons]
+        return torch.tensor(unit, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Take over the unit of a state dict."""
@@ -127,10 +136,15 @@ class Synthesizer(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
         unexpected_keys: Any, error_msgs: Any,
     ) -> None:  # fmt: skip
-        """Load a state dict from before there were units: its predictions are in the unit 1."""
+        """Load a state dict. Of one from before there were units predictions are in the unit 1; in
+        one that does not say when it was written a unit that is not there is a missing key, and 1
+        is assumed."""
         key = f"{prefix}_extra_state"
         if key not in state_dict and any(k.startswith(prefix) for k in state_dict):
-            state_dict[key] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+            if _before(local_metadata, self._version):
+                state_dict[key] = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
+            else:
+                self.unit = TargetUnit()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -909,10 +923,12 @@ class SurrogateSynthesizer(Synthesizer):
         nn.init.ones_(self.gain)
         nn.init.ones_(self.scale)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # From before there was one, with the gain in the unit.
-        state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        if _before(local_metadata, self._version):  # there was one, with the gain in the unit
+            state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

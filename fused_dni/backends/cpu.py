@@ -65,7 +65,16 @@ _NORMALIZATION = {name: index for index, name in enumerate(NORMALIZATIONS)}
 _ACTIVATION = {name: index for index, name in enumerate(ACTIVATIONS)}
 _SYNTHESIZER = {name: index for index, name in enumerate(SYNTHESIZERS)}
 _RULE = {name: index for index, name in enumerate(RULES)}
-_FLOAT64 = torch.float64
+
+
+class _Kernels(dict[torch.dtype, bool]):
+    """Whether the kernels for parameters of a dtype are those in double precision."""
+
+    def __missing__(self, dtype: torch.dtype) -> bool:
+        raise RuntimeError(f"kernels of the CPU read float32 or float64 parameters, got {dtype}")
+
+
+_DOUBLE = _Kernels({torch.float32: False, torch.float64: True})
 _CHECKS = {
     "item": _cpu.ITEM, "items value": _cpu.ITEMS_VALUE, "attribute": _cpu.ATTRIBUTE,
     "method": _cpu.METHOD, "state": _cpu.STATE, "empty": _cpu.EMPTY, "absent": _cpu.ABSENT,
@@ -91,7 +100,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _input(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return x as the kernels for parameters of this dtype read it, and which of the kernels."""
     if x.dtype is dtype:
-        return x.contiguous(), 1 if dtype is _FLOAT64 else 0
+        return x.contiguous(), 1 if _DOUBLE[dtype] else 0
     if _cpu.bf16():
         return x.contiguous(), 2
     return x.to(dtype).contiguous(), 0
@@ -295,7 +304,7 @@ class CpuBackend(Unbound):
         loss = x.new_empty(())
         delta = x.new_empty(x.shape[0], weight.shape[0]) if need_delta else None
         _cpu.linear_cross_entropy(
-            dtype is _FLOAT64,
+            _DOUBLE[dtype],
             _layer(x, LinearTensors(weight, bias), _PLAIN, False),
             (
                 label_smoothing,
@@ -360,7 +369,7 @@ class CpuBackend(Unbound):
         prediction = results.prediction_of(h, synthesizer, synthesizer.weight.dtype)
         given, context = _context(synthesizer, context)
         _cpu.synthesizer_predict(
-            h.dtype is _FLOAT64,
+            _DOUBLE[h.dtype],
             _synthesizer(synthesizer) + given,
             (
                 *h.shape,
@@ -434,7 +443,7 @@ class CpuBackend(Unbound):
             hidden = x.new_empty(1, steps + 1, batch, size)
         trace = LSTMTrace(hidden, torch.empty_like(h), torch.empty_like(c), cells, gates)
         _cpu.lstm_forward(
-            dtype is _FLOAT64,
+            _DOUBLE[dtype],
             _addresses(chain.from_iterable(layers)),
             _addresses(masks) if masks else (),
             (
@@ -546,7 +555,7 @@ class CpuBackend(Unbound):
         rows = tuple([LSTMRows(*[_as(t, dtype) for t in layer]) for layer in rows])
         parameters = tuple(chain.from_iterable(layers))
         _cpu.lstm_update(
-            dtype is _FLOAT64,
+            _DOUBLE[dtype],
             _addresses(parameters),
             _rule(rule),
             (
@@ -570,7 +579,7 @@ class CpuBackend(Unbound):
             h.new_empty(batch, 4 * size) if save else None,
         )
         _cpu.lstm_cell_forward(
-            dtype is _FLOAT64,
+            _DOUBLE[dtype],
             _addresses(layer),
             (
                 1,
@@ -600,6 +609,7 @@ class CpuBackend(Unbound):
         if trace.gates is None:
             raise ValueError("this trace is of a forward without save")
         dtype = trace.gates.dtype
+        _same(dtype, layer)
         given, x = x.dtype, _as(x, dtype)
         h, c = _as(h, dtype), _as(c, dtype)
         arriving = [None if g is None else _as(g, dtype) for g in (grad_h, grad_c)]
@@ -611,7 +621,7 @@ class CpuBackend(Unbound):
             _empty_like(layer) if need_weights else None,
         )
         _cpu.lstm_cell_backward(
-            dtype is _FLOAT64,
+            _DOUBLE[dtype],
             _addresses(layer),
             _addresses(made.layer or (None,) * 4),
             (
@@ -748,7 +758,7 @@ def _quick(
         "mark": parts.mark,
         "threads": torch.get_num_threads,
         "increment": torch._C._increment_version,  # increment_version itself, without its call
-        "type": 1 if dtype is _FLOAT64 else 0,
+        "type": 1 if _DOUBLE[dtype] else 0,
         "least": parts.least,
         "layer": layer,
         "surroundings": _checks(parts.surroundings),
@@ -790,6 +800,10 @@ def _lstm_backward(
     if cells is None or gates is None:
         raise ValueError("this trace is of a forward without save")
     dtype = hidden.dtype
+    for layer in layers:  # no call for each: this is a part of every window
+        for p in layer:
+            if p is not None and (p.dtype is not dtype or p.is_meta):
+                _same(dtype, layer)
     x = _as(x, dtype)
     arriving = tuple([None if g is None else _as(g, dtype) for g in arriving])
     masks = [_as(mask, dtype) for mask in dropout] if dropout else []
@@ -804,7 +818,7 @@ def _lstm_backward(
         tuple([_empty_like(layer) for layer in layers]) if need_weights else (),
     )
     arguments = (
-        dtype is _FLOAT64,
+        _DOUBLE[dtype],
         _addresses(chain.from_iterable(layers)),
         _addresses(chain.from_iterable(made.layers)) if need_weights else (),
         _addresses(masks) if masks else (),
@@ -818,6 +832,15 @@ def _lstm_backward(
         ),
     )
     return made, arguments, (x, arriving, masks, lengths)
+
+
+def _same(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> None:
+    """Refuse parameters that were moved since the forward: their gradients get room like them."""
+    for p in parameters:
+        if p is not None and (p.dtype is not dtype or p.is_meta):
+            raise RuntimeError(
+                f"parameters must be {dtype}, as in the forward, got {p.dtype} on {p.device}"
+            )
 
 
 def _empty_like(layer: LSTMLayer) -> LSTMLayer:
@@ -852,7 +875,7 @@ def _train(
         )
     given, context = _context(synthesizer, context)
     _cpu.synthesizer_train(
-        h.dtype is _FLOAT64,
+        _DOUBLE[h.dtype],
         _synthesizer(synthesizer) + given,
         rule,
         (

@@ -39,7 +39,7 @@ def number(
     below: bool = False,
     none: bool = False,
 ) -> None:
-    """Refuse what is no number (or tensor of one) in [low, high], NaN and infinity included;
+    """Refuse what is no number (or tensor of one) in [low, high], NaN, infinity and flags included;
     without ``low`` if ``above``, without ``high`` if ``below``. ``none`` allows None."""
     if none and value is None:
         return
@@ -48,11 +48,42 @@ def number(
     else:
         says = "positive and finite" if above else f"finite and at least {low:g}"
     allowed = "None or " if none else ""
-    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+    of_numbers = isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool
+    if isinstance(value, bool) or not (isinstance(value, Real) or of_numbers):
         raise _typed(name, value, f"{allowed}a number, {says}")
-    inside = bool(low <= value <= high and value < math.inf)  # type: ignore[operator]
+    inside = bool(low <= value <= high and value < math.inf)
     if not inside or (above and value == low) or (below and value == high):
         raise ValueError(f"{name} must be {allowed}{says}, got {value!r}")
+
+
+def share(name: str, value: Any) -> None:
+    """Refuse what is no number in [0, 1]: a ``ValueError`` whatever it is, as of PyTorch's
+    ``dropout``."""
+    if not isinstance(value, Real) or value is True or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+class _Checked:
+    """See :func:`checked`."""
+
+    def __init__(self, limits: dict[str, Any]) -> None:
+        self._limits = limits
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: Any) -> None:
+        number(self._name, value, **self._limits)
+        instance.__dict__[self._name] = value
+
+
+def checked(**limits: Any) -> Any:
+    """Make an attribute of a class that is a :func:`number` within ``limits`` whenever it is set.
+
+    It lies in the instance's dictionary and is read from there, as any other: there is no
+    ``__get__``, which would be a call of Python's in every step.
+    """
+    return _Checked(limits)
 
 
 def whole(name: str, value: Any, low: int | None = 1) -> None:
@@ -127,6 +158,10 @@ def no_tangents(**tensors: Tensor | None) -> None:
 
 def dense(name: str, t: Tensor) -> None:
     """Refuse a tensor of another layout than the ordinary one."""
+    if t.is_nested:
+        raise RuntimeError(
+            f"{name} must be a dense tensor, got a nested one; call torch.nested.to_padded_tensor"
+        )
     if t.layout is not torch.strided:
         raise RuntimeError(
             f"{name} must be a dense tensor (torch.strided), got {t.layout}; call to_dense()"
@@ -136,7 +171,7 @@ def dense(name: str, t: Tensor) -> None:
 def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
     """Return ``input`` [..., I] as contiguous rows [N, I].
 
-    Under autocast the input is cast to its dtype, as ``F.linear`` would.
+    Under autocast the input is cast to its dtype, as ``F.linear`` would: not float64, nor integers.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
@@ -147,28 +182,41 @@ def rows(input: Tensor, weight: Tensor, name: str) -> Tensor:
         raise RuntimeError(
             f"weight must be contiguous, got {list(weight.shape)} with strides {weight.stride()}"
         )
-    features = weight.shape[1]
-    if input.dim() == 0 or input.shape[-1] != features:
-        raise RuntimeError(
-            f"{name} must have shape [..., {features}] (in_features), got {list(input.shape)}"
-        )
-    if input.device != weight.device:
-        raise RuntimeError(f"{name} is on {input.device}, the weight on {weight.device}")
-    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+    handed(input.shape, input.dtype, input.device, weight, name)
+    if input.dtype is not torch.float64 and _autocasts(weight):
         input = input.to(torch.get_autocast_dtype(weight.device.type))
-    elif input.dtype != weight.dtype:
-        raise RuntimeError(
-            f"{name} has dtype {input.dtype}, the weight {weight.dtype}; cast one of them or use "
-            "torch.autocast"
-        )
     if input.dim() != 2:
-        input = input.reshape(-1, features)
+        input = input.reshape(-1, weight.shape[1])
     return input.contiguous()
 
 
-def batch(x: Tensor, config: LinearConfig, training: bool) -> None:
-    """Refuse a batch that has nothing to train on, or a single row under batch statistics."""
-    n = x.shape[0]
+def _autocasts(weight: Tensor) -> bool:
+    return not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+
+
+def handed(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: Tensor, name: str
+) -> None:
+    """Refuse an input of that shape, dtype and device where one is multiplied by ``weight``."""
+    features = weight.shape[1]
+    if not shape or shape[-1] != features:
+        raise RuntimeError(
+            f"{name} must have shape [..., {features}] (in_features), got {list(shape)}"
+        )
+    if device != weight.device:
+        raise RuntimeError(f"{name} is on {device}, the weight on {weight.device}")
+    # What autocast casts, of input and weight alike.
+    cast = torch.float64 not in (dtype, weight.dtype) and dtype.is_floating_point
+    if dtype != weight.dtype and not (cast and _autocasts(weight)):
+        raise RuntimeError(
+            f"{name} has dtype {dtype}, the weight {weight.dtype}; cast one of them or use "
+            "torch.autocast"
+        )
+
+
+def batch(n: int, config: LinearConfig, training: bool) -> None:
+    """Refuse a batch of n rows that has nothing to train on, or is a single one under batch
+    statistics."""
     if n == 0 and training:
         raise RuntimeError("the batch is empty (0 rows): nothing can be trained on it")
     if n == 1 and training and config.normalization == "batch":
@@ -306,8 +354,11 @@ def synthesizer(tensors: SynthesizerTensors, weight: Tensor, features: int) -> N
     fits.predicted_from(0, features, tensors, None)
 
 
-def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
-    """Input x [..., I] of an LSTM, contiguous; ``given`` is the input as it came.
+def step(
+    x: Tensor, weight: Tensor, given: Tensor, mismatch: type[Exception] = RuntimeError
+) -> Tensor:
+    """Input x [..., I] of an LSTM, contiguous; ``given`` is the input as it came, and ``mismatch``
+    what another dtype raises.
 
     Under autocast the input is cast to the parameters' dtype.
     """
@@ -324,8 +375,9 @@ def step(x: Tensor, weight: Tensor, given: Tensor) -> Tensor:
     if x.device != weight.device:
         raise RuntimeError(f"input is on {x.device}, the weights on {weight.device}")
     if x.dtype != weight.dtype:
-        if not torch.is_autocast_enabled(weight.device.type):
-            raise RuntimeError(
+        cast = torch.float64 not in (x.dtype, weight.dtype) and x.is_floating_point()
+        if not cast or not torch.is_autocast_enabled(weight.device.type):
+            raise mismatch(
                 f"input has dtype {x.dtype}, the weights {weight.dtype}; cast one of them or use "
                 "torch.autocast"
             )
@@ -427,7 +479,14 @@ def unbatched(hx: tuple[Tensor, Tensor], shape: tuple[int, ...], dim: int) -> tu
 def lstm_layers(layers: tuple[LSTMLayer, ...], inputs: int, hidden: int) -> None:
     """Refuse parameters of another shape, dtype or device than they should have, and gaps."""
     first = layers[0].weight_ih
+    biased = layers[0].bias_ih is not None
     for i, tensors in enumerate(layers):
+        for name, t in zip(tensors._fields, tensors, strict=True):
+            if (t is None) is (biased or name.startswith("weight")):
+                raise RuntimeError(
+                    f"{name} of layer {i} is {'None' if t is None else 'there'}: a layer has both "
+                    "weights, and all layers have both biases or none has any"
+                )
         wide = inputs if i == 0 else hidden
         shapes = ((4 * hidden, wide), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
         for name, shape, t in zip(tensors._fields, shapes, tensors, strict=True):

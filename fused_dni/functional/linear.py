@@ -184,7 +184,7 @@ def linear(
     config = LinearConfig(normalization, activation, eps, momentum)
     check.layer(layer, config)
     x = check.rows(input, weight, "input")
-    check.batch(x, config, training)
+    check.batch(x.shape[0], config, training)
     h = exact_linear(x, layer, config, training, registry.resolve(backend, x, weight))
     return h.reshape(*input.shape[:-1], weight.shape[0])
 
@@ -239,7 +239,7 @@ def linear_step_(
     check.synthesizer(synthesizer, layer.weight, layer.weight.shape[0])
     fits.update_rule(rule, layer[:4])
     x = check.rows(input, layer.weight, "input")
-    check.batch(x, config, True)
+    check.batch(x.shape[0], config, True)
     found = registry.resolve(backend, x, layer.weight)
     scale = float(x.shape[0]) if target_scale is None else target_scale
     return ops.linear_step_(

@@ -144,7 +144,7 @@ def linear_cross_entropy(
     rows = check.target(
         target, input.shape[:-1], input.device, linear_weight.shape[0], ignore_index
     )
-    check.batch(x, LinearConfig(), True)
+    check.batch(x.shape[0], LinearConfig(), True)
     return exact_cross_entropy(
         x,
         linear_weight,

@@ -9,6 +9,8 @@ ops. Nothing here or there calls back up.
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_dni import ops
@@ -155,6 +158,8 @@ class DecoupledModule(nn.Module):
     """
 
     synthesizer: nn.Module | None
+    target_scale: float | None = check.checked(above=True, none=True)
+    max_norm: float | None = check.checked(above=True, none=True)
 
     # Steps with targets, of a Schedule, in which nothing came to learn from.
     missed_targets = 0
@@ -187,16 +192,15 @@ class DecoupledModule(nn.Module):
                 "synthesizer_update needs update: without a fused rule the synthesizer is trained "
                 "by the same optimizer as the layer"
             )
-        check.number("target_scale", target_scale, above=True, none=True)
-        check.number("max_norm", max_norm, above=True, none=True)
         self.target_scale = target_scale
         self.max_norm = max_norm
         self.phase = Phase()
         self.delivery: Any = None  # set around a call whose dx goes down at once: nodes.Delivery
         self.update = None if update is None else RuleState(update)
         self.synthesizer_update: RuleState | None = None
-        # Sums over what the synthesizer was trained on (see ops.types.STATISTICS_SIZE).
-        self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+        # Sums over what the synthesizer was trained on (see ops.types.STATISTICS_SIZE); beside a
+        # module that is made on the meta device, too, and to_empty() does not see it.
+        self.statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device="cpu")
 
     def attach(self, synthesizer: nn.Module | None, rule: Rule | None) -> None:
         """Register the synthesizer, behind the subclass's own parameters in the state dict, and
@@ -529,6 +533,26 @@ class DecoupledModule(nn.Module):
                 "would neither predict nor learn; call eval() first"
             )
 
+    def stock_module(self) -> nn.Module:
+        """Return PyTorch's module on the same parameters, which computes the same in ``eval()``."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
+        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
+            raise RuntimeError(
+                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
+                "would train by plain backpropagation; call eval() first"
+            )
+        if sys._getframe(1).f_code is sys._getframe(2).f_code:  # a part of what is scripted
+            warnings.warn(
+                f"torch.jit.script puts PyTorch's module in the place of a {type(self).__name__} "
+                "in the model that it is given, too, which is then not decoupled any more: script "
+                "a copy.deepcopy(model) to go on training",
+                stacklevel=2,
+            )
+        return self.stock_module()
+
     def refuse_fused_rule(self) -> None:
         """Raise where an update inside the forward would silently be wrong."""
         if DistributedDataParallel._active_ddp_module is not None:
@@ -593,9 +617,13 @@ class DecoupledModule(nn.Module):
 
     def refuse_later(self, context: Tensor | None) -> None:
         """Raise now for what an update at the end of the backward would raise for."""
+        self.refuse_rules()
+        self.check_context(context)
+
+    def refuse_rules(self) -> None:
+        """Raise for a parameter that a rule cannot update."""
         for _, rule, slots in self.rules():
             rule.tensors(slots)
-        self.check_context(context)
 
     def check_context(self, context: Tensor | None, fused: bool = False) -> None:
         """Refuse a label out of range, and what the synthesizer cannot predict from unless it is
@@ -607,6 +635,22 @@ class DecoupledModule(nn.Module):
             if not fused:
                 synthesizer.check(context)
         check.labels(context, getattr(synthesizer, "context_features", None) or 0, ignored)
+
+
+def leaf(module: nn.Module, given: Any, *others: Any, **named: Any) -> Any:
+    """Return what stands for a call in ``torch.fx.symbolic_trace``, if ``given``, an input, is one
+    of its proxies; else None. A module is called there as a whole, as PyTorch's own are."""
+    if not isinstance(given, Proxy):
+        return None
+    tracer: Any = given.tracer
+    path = tracer.path_of_module(module)
+    if not path:  # which is traced itself
+        raise TypeError(
+            f"torch.fx.symbolic_trace of a {type(module).__name__} alone is refused: it is called "
+            "as a whole, as a part of a model"
+        )
+    named = {name: value for name, value in named.items() if value is not None}
+    return tracer.create_proxy("call_module", path, (given, *others), named)
 
 
 def _require_callable(synthesizer: nn.Module | None) -> None:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.base import NO_TARGET, leaf, untraced
 from fused_dni.modules.steps import SegmentSteps, segment_call, segment_output
 from fused_dni.rules import Rule
 
@@ -83,6 +83,10 @@ class Decoupled(SegmentSteps):
         Raises:
             TypeError: a tensor that asks for a gradient in an object that is none of these.
         """
+        if inputs and type(inputs[0]) is not Tensor:
+            called = leaf(self, *inputs, context=context, **named)
+            if called is not None:
+                return called
         plain = not self.training or not torch.is_grad_enabled()
         if self.training and plain:
             note_checkpoint()
@@ -108,7 +112,7 @@ class Decoupled(SegmentSteps):
             self.probe(h, h, rows)
             return out
         if self.delivery is not None:
-            return nodes.delivered(self, given, rows)
+            return nodes.delivered(self, given, tensors, rows)
         need_dx = any(
             t.requires_grad and getattr(t, NO_TARGET, None) != t._version for t in tensors
         )
@@ -129,6 +133,9 @@ class Decoupled(SegmentSteps):
             if reset is not None:
                 reset()
         self.forget()
+
+    def stock_module(self) -> nn.Module:
+        return self.module
 
     def _rows(self, tensors: tuple[Tensor, ...], context: Tensor | None) -> Tensor | None:
         if self.synthesizer is None:

@@ -212,7 +212,7 @@ def step_local(
 def _ticket(delivery: Delivery, shape: torch.Size) -> Ticket:
     step, _, context = delivery.waiting()
     held: dict[str, Tensor | None] = {"h": step.h.detach(), "context": context}
-    held["shape"] = torch.tensor(shape)
+    held["shape"] = torch.tensor(shape, device="cpu")
     if isinstance(step.trace, LinearUse):
         # Scale and shift as they were: they may have moved when the gradient is there.
         layer, saved = step.trace.layer, step.trace.saved

@@ -14,7 +14,7 @@ from fused_dni.context import fold_context, note_checkpoint
 from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.base import NO_TARGET, leaf, untraced
 from fused_dni.modules.nodes import Exact, Mixed, Taught
 from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LinearInputs, LinearSteps
@@ -214,6 +214,13 @@ class FusedDNILinear(LinearSteps):
             quick = self._quick(input, context)
             if quick is not None:
                 return quick
+        if torch._C._get_tracing_state() is not None:
+            return self._recorded(input)
+        called: Tensor | None = (
+            None if type(input) is Tensor else leaf(self, input, context=context)
+        )
+        if called is not None:
+            return called
         layer = self._layer()
         norm = self._modules["norm"]
         config = self.config
@@ -223,26 +230,13 @@ class FusedDNILinear(LinearSteps):
             if seen != self._seen:
                 config = self._followed(norm, seen)
         x = check.rows(input, layer.weight, "input")
-        if self._flat and input.dim() != 2:
-            raise RuntimeError(
-                "input must be [N, I] in front of a batch normalisation taken over from "
-                f"nn.BatchNorm1d, got {list(input.shape)}"
-            )
         training, grad = self.training, torch.is_grad_enabled()
-        if training:
-            check.batch(x, config, True)
-            if norm is not None and config.normalization == "batch" and not norm.training:
-                raise RuntimeError(
-                    "norm is in eval mode but its layer is training: batch statistics are part of "
-                    "the fused layer; put the whole layer into eval mode, or keep the "
-                    "normalisation outside of it"
-                )
-        elif x.shape[0] == 0:
-            return x.new_empty(*input.shape[:-1], self.out_features)
+        if training or self._flat:
+            self._refuse_batch(input.shape, x.shape[0], "input")
+        if x.shape[0] == 0:  # in eval()
+            return self._recorded(input)
         backend = registry.resolve(self.backend, x, layer.weight)
         decoupled = training and grad and self._modules["synthesizer"] is not None
-        if torch._C._get_tracing_state() is not None and (decoupled or self.update is not None):
-            self.refuse_recording()
         rows = self._rows(input, context) if decoupled or context is not None else None
         if not grad:
             if training:
@@ -269,7 +263,7 @@ class FusedDNILinear(LinearSteps):
             return self._probed(x, input, layer, backend, rows)
         inputs = LinearInputs(x, layer, backend)
         if decoupled and self.delivery is not None:
-            h = nodes.delivered(self, inputs, rows)
+            h = nodes.delivered(self, inputs, (x,), rows)
         elif self.update is not None:
             run = untraced(nodes.ruled) if tracing else nodes.ruled
             h = run(self, inputs, (x,), rows, need_dx)
@@ -326,6 +320,37 @@ class FusedDNILinear(LinearSteps):
         self.check_context(rows)
         made = bound.exact.forward(self, input, None)
         return None if made is None else Mixed.run(self, made, rows, bound.exact_anchor, input)
+
+    def _refuse_batch(self, shape: torch.Size, rows: int, name: str) -> None:
+        """Refuse an input of that shape and number of rows as it is now to be normalised."""
+        if self._flat and len(shape) != 2:
+            raise RuntimeError(
+                f"{name} must be [N, I] in front of a batch normalisation taken over from "
+                f"nn.BatchNorm1d, got {list(shape)}"
+            )
+        if not self.training:
+            return
+        check.batch(rows, self.config, True)
+        norm = self._modules["norm"]
+        if norm is not None and self.config.normalization == "batch" and not norm.training:
+            raise RuntimeError(
+                "norm is in eval mode but its layer is training: batch statistics are part of "
+                "the fused layer; put the whole layer into eval mode, or keep the "
+                "normalisation outside of it"
+            )
+
+    def refuse_input(
+        self,
+        given: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        context: Tensor | None,
+        name: str,
+    ) -> None:
+        super().refuse_input(given, shape, dtype, context, name)
+        self._refuse_batch(shape, shape[:-1].numel(), name)
+        if self._modules["synthesizer"] is not None:
+            self.check_context(self._rows(given, context))
 
     def _followed(self, norm: nn.Module, seen: tuple[Any, ...]) -> LinearConfig:
         """Return the configuration as the normalisation's holder has it now: as in PyTorch, its
@@ -417,7 +442,7 @@ class FusedDNILinear(LinearSteps):
             z = F.linear(x, layer.weight, layer.bias)
             if not z.requires_grad:
                 z.requires_grad_()
-            rows = nn.Sequential(*self._parts_behind())(z)
+            rows = self._behind(z)
             self.probe(z, rows, context)
             return self._unfold(rows, input)
         rows = exact_linear(x, layer, self.config, True, backend)
@@ -425,6 +450,24 @@ class FusedDNILinear(LinearSteps):
         h = self._unfold(rows, input)
         self.probe(h, rows, context)
         return h
+
+    def _recorded(self, input: Tensor) -> Tensor:
+        """Run by PyTorch's own modules: in ``torch.jit.trace``, of which whoever runs what was
+        recorded needs nothing else, and of no rows at all."""
+        predicts = torch.is_grad_enabled() and self._modules["synthesizer"] is not None
+        if predicts or self.update is not None:
+            self.refuse_recording()
+        weight, bias, *_ = self._layer()
+        z = F.linear(input, weight, bias)
+        if z.dim() == 2:
+            return self._behind(z)
+        return self._unfold(self._behind(z.reshape(-1, self.out_features)), input)
+
+    def _behind(self, z: Tensor) -> Tensor:
+        """Take the rows z through normalisation and activation."""
+        for part in self._parts_behind():
+            z = part(z)
+        return z
 
     # -- the stock module's life ---------------------------------------------------------------
 
@@ -502,6 +545,9 @@ class FusedDNILinear(LinearSteps):
         """
         parts = self.plain_parts()
         return parts[0] if len(parts) == 1 else nn.Sequential(*parts).train(self.training)
+
+    def stock_module(self) -> nn.Module:
+        return self.to_linear()
 
     def plain_parts(self) -> list[nn.Module]:
         """Linear, then normalisation and activation where there are any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_dni import ops
@@ -12,7 +13,7 @@ from fused_dni.functional import check
 from fused_dni.functional.linear import exact_linear
 from fused_dni.functional.linear_cross_entropy import exact_cross_entropy
 from fused_dni.modules import nodes
-from fused_dni.modules.base import NO_TARGET, untraced
+from fused_dni.modules.base import NO_TARGET, leaf, untraced
 from fused_dni.modules.quick import quicken, way
 from fused_dni.modules.steps import Binding, LossInputs, LossSteps, LossTrace
 from fused_dni.ops import registry
@@ -114,13 +115,16 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
             loss = self._quick(input, target)
             if loss is not None:
                 return loss
+        called: Tensor | None = None if type(input) is Tensor else leaf(self, input, target=target)
+        if called is not None:
+            return called
         training = self.training
         if target is None and not training:
             return self.logits(input)
         layer = self._layer()
         x = check.rows(input, layer.weight, "input")
         rows = self.check_target(target, input.shape[:-1], input.device)
-        check.batch(x, self.config, True)
+        check.batch(x.shape[0], self.config, True)
         backend = registry.resolve(self.backend, x, layer.weight)
         need_dx = tracing or (x.requires_grad and getattr(input, NO_TARGET, None) != input._version)
         exact = self.update is None or not training or not torch.is_grad_enabled()
@@ -163,10 +167,12 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
             [..., C].
         """
         layer = self._layer()
+        if torch._C._get_tracing_state() is not None:
+            return F.linear(input, layer.weight, layer.bias)
         x = check.rows(input, layer.weight, "input")
         shape = (*input.shape[:-1], self.num_classes)
         if x.shape[0] == 0:
-            return x.new_empty(shape)
+            return F.linear(x, layer.weight, layer.bias).reshape(shape)
         self._fit(layer)
         backend = registry.resolve(self.backend, x, layer.weight)
         if torch.is_grad_enabled():
@@ -245,6 +251,9 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         linear.register_parameter("bias", self.bias)
         linear.train(self.training)
         return linear
+
+    def stock_module(self) -> nn.Module:
+        return self.to_linear()
 
     def extra_repr(self) -> str:
         """Sizes, what the loss is, and the rule."""

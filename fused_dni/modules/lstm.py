@@ -12,7 +12,7 @@ from fused_dni import ops
 from fused_dni.backends.common.windows import state_rows
 from fused_dni.functional import check
 from fused_dni.functional.lstm import Window, lstm_window
-from fused_dni.modules.base import Predicted, Regression, untraced
+from fused_dni.modules.base import Predicted, Regression, leaf, untraced
 from fused_dni.modules.nodes import teach_later
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
@@ -132,7 +132,8 @@ class FusedDNILSTM(Recurrent):
         i, f, g, o), initialised alike. synthesizer, auxiliary_head: modules or None.
 
     Raises:
-        ValueError: an option out of range; an option that has no decoupled form.
+        ValueError: an option out of range; an option that has no decoupled form; as ``nn.LSTM``, an
+            input of other dimensions or dtype.
         RuntimeError: a shape, dtype or device that does not fit; a use in which a fused rule would
             be silently wrong; a second backward through one window.
     """
@@ -164,7 +165,9 @@ class FusedDNILSTM(Recurrent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check.flags(bias=bias, batch_first=batch_first)
+        check.flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
+        check.whole("proj_size", proj_size, 0)
+        check.share("dropout", dropout)
         check.dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._plain = bidirectional or proj_size > 0
@@ -241,6 +244,11 @@ class FusedDNILSTM(Recurrent):
             output, as ``input`` with H in the last place (zero behind a row's length), and the
             state h_n, c_n [L, B, H]. The state stays in this window's graph.
         """
+        if type(input) is not Tensor:
+            given = {"end_of_sequence": end_of_sequence, "lengths": lengths, "context": context}
+            called: tuple[Tensor, State] | None = leaf(self, input, hx=hx, **given)
+            if called is not None:
+                return called
         if self._plain:
             if end_of_sequence is not None or lengths is not None or context is not None:
                 raise ValueError(
@@ -248,6 +256,10 @@ class FusedDNILSTM(Recurrent):
                     "or proj_size"
                 )
             return self._stock(input, hx)
+        if torch._C._get_tracing_state() is not None:
+            self._refuse_recording()
+            if end_of_sequence is None and lengths is None:
+                return self._stock(input, hx)
         tracing = torch.compiler.is_compiling()
         if tracing and (
             end_of_sequence is not None
@@ -296,8 +308,11 @@ class FusedDNILSTM(Recurrent):
             raise TypeError(
                 f"input must be a torch.Tensor or a PackedSequence, got {type(input).__name__}"
             )
+        none = not (self.training or all(input.shape))
+        if none and input.ndim == 3 and ended is None and lengths is None:
+            return self._stock(input, hx)  # no rows
         if input.ndim not in (2, 3):
-            raise RuntimeError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
+            raise ValueError(f"input must have 2 or 3 dimensions, got {list(input.shape)}")
         if input.ndim == 2:
             if hx is not None:
                 signed = all(map(self._bears_sign, hx))
@@ -326,7 +341,7 @@ class FusedDNILSTM(Recurrent):
             bound = None
         layers = self._layers() if bound is None else bound.layers
         weight = layers[0].weight_ih
-        x = check.step(x, weight, given)
+        x = check.step(x, weight, given, ValueError)
         steps, batch = x.shape[:2]
         if ended is not None:
             ended = check.ended(ended, batch, x.device, given.dim() == 2)
@@ -466,6 +481,9 @@ class FusedDNILSTM(Recurrent):
         self, input: Tensor | PackedSequence, hx: State | None
     ) -> tuple[Tensor | PackedSequence, State]:
         """``nn.LSTM`` itself on this module's parameters."""
+        if torch._C._get_tracing_state() is not None:  # where functional_call is refused
+            recorded: tuple[Tensor | PackedSequence, State] = self.to_lstm()(input, hx)
+            return recorded
         plain = self._meta()
         parameters = {name: getattr(self, name) for name in self._names}
         out: tuple[Tensor | PackedSequence, State] = torch.func.functional_call(
@@ -540,7 +558,7 @@ class FusedDNILSTM(Recurrent):
             setattr(plain, name, getattr(self, name))
         return plain
 
-    def _stock_module(self) -> nn.Module:
+    def stock_module(self) -> nn.Module:
         return self.to_lstm()
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from fused_dni import ops
 from fused_dni.functional import check
 from fused_dni.functional.lstm import lstm_cell, origin, origins
 from fused_dni.functional.node import Node, once_differentiable
-from fused_dni.modules.base import untraced
+from fused_dni.modules.base import leaf, untraced
 from fused_dni.modules.recurrent import (
     DEFAULT_SCALE,
     NODES,
@@ -176,16 +176,26 @@ class FusedDNILSTMCell(Recurrent):
         Returns:
             The next h and c.
         """
+        if torch._C._get_tracing_state() is not None:
+            self._refuse_recording()
+            recorded: State = self.to_lstm_cell()(input, hx)
+            return recorded
         if torch.compiler.is_compiling() and self.update is not None:
             stepped: State = untraced(self._run)(input, hx)
             return stepped
         return self._run(input, hx)
 
     def _run(self, input: Tensor, hx: State | None) -> State:
+        called: State | None = leaf(self, input, hx=hx)
+        if called is not None:
+            return called
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
-            raise RuntimeError(f"input must have 1 or 2 dimensions, got {list(input.shape)}")
+            raise ValueError(f"input must have 1 or 2 dimensions, got {list(input.shape)}")
+        if not (self.training or all(input.shape)):
+            stepped: State = self.to_lstm_cell()(input, hx)  # no rows
+            return stepped
         (layer,) = self._layers()
         alone = input.dim() == 1
         x = check.step(input.unsqueeze(0) if alone else input, layer.weight_ih, input)
@@ -382,7 +392,7 @@ class FusedDNILSTMCell(Recurrent):
             plain._parameters[name] = self._parameters[name]
         return plain.train(self.training)
 
-    def _stock_module(self) -> nn.Module:
+    def stock_module(self) -> nn.Module:
         return self.to_lstm_cell()
 
     def extra_repr(self) -> str:

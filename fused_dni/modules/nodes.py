@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as nn_module
 
 from fused_dni import ops
 from fused_dni.backends.common.synthesizer import synthetic_gradient
@@ -696,7 +697,8 @@ class Delivery:
     """Immediate delivery: one call of a module that updates at once and hands its dx back.
 
     Set on the module around the call, so that forward hooks run as ever. ``dx`` (by tensor among
-    the arguments) and ``gradients`` (without a rule) are there after :meth:`run`.
+    the arguments) and ``gradients`` (without a rule) are there after :meth:`run`, and ``sealed``,
+    the output, which is what :meth:`run` returns unless a hook put another in its place.
     """
 
     def __init__(self, module: DecoupledModule, need_dx: bool, learns: bool) -> None:
@@ -705,6 +707,8 @@ class Delivery:
         self.learns = learns
         self.dx: Slots = ()
         self.gradients: Slots = ()
+        self.sealed: Tensor | None = None
+        self._entered: Tensor | None = None  # what reached the forward in the place of inputs[0]
         self._waiting: tuple[LocalStep, Predicted, Tensor | None] | None = None
 
     def run(self, *inputs: Any, context: Tensor | None, **named: Any) -> Tensor:
@@ -715,6 +719,11 @@ class Delivery:
             h: Tensor = self.module(*inputs, context=context, **named)
         finally:
             self.module.delivery = None
+        if not _hooked(self.module):  # else there may be something on the way in or out
+            self.sealed = h
+        elif self._entered is not None and self.dx and self.dx[0] is not None:
+            self.dx = (through(self._entered, inputs[0], self.dx[0]), *self.dx[1:])
+        self._entered = None
         return h
 
     def take(self, step: LocalStep, context: Tensor | None) -> None:
@@ -731,14 +740,16 @@ class Delivery:
         return self._waiting
 
     def regression(self, arrived: Tensor) -> Regression:
-        """Return what the synthesizer learns from a gradient that arrived at the output."""
+        """Return what the synthesizer learns from a gradient that arrived at ``sealed``."""
         step, predicted, context = self.waiting()
         arrived = arrived.reshape(step.h.shape)
         return self.module.regression(step.h, predicted, context, arrived, step.trace)
 
 
-def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:
-    """Run a module inside a :class:`Delivery`."""
+def delivered(
+    module: Steps, inputs: Any, asked: tuple[Tensor, ...], context: Tensor | None
+) -> Tensor:
+    """Run a module inside a :class:`Delivery`; arguments as of :func:`ruled`."""
     delivery: Delivery = module.delivery
     if module.update is not None:
         module.refuse_fused_rule()
@@ -751,7 +762,29 @@ def delivered(module: Steps, inputs: Any, context: Tensor | None) -> Tensor:
     delivery.take(step, context)
     with torch.enable_grad():
         h: Tensor = Sealed.apply(step.h, torch.empty(0, requires_grad=True))
+    delivery.sealed, delivery._entered = h, asked[0] if asked else None
     return h
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+    )
+
+
+def through(output: Tensor, input: Tensor, gradient: Tensor) -> Tensor | None:
+    """Take a gradient at ``output`` back to ``input``, through what a hook did between them."""
+    if output is input:
+        return gradient
+    if not output.requires_grad:
+        return None
+    (made,) = torch.autograd.grad(
+        output, input, gradient.reshape(output.shape).to(output.dtype), allow_unused=True
+    )
+    return made
 
 
 def anchor(parameters: Slots) -> Tensor | None:

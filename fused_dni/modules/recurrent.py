@@ -196,6 +196,10 @@ class Exit:
             return None
         else:
             fused = site.fused_state_synthesizer()
+            if fused is not None:
+                first = site._layers()[0]
+                features = 2 * site.num_layers * site.hidden_size
+                check.synthesizer(fused, first.weight_ih, features)
         if fused is None:
             return None
         teaches = self.learns and (entrance or self.ended is not None)
@@ -297,6 +301,9 @@ class Recurrent(DecoupledModule):
 
     auxiliary_head: LinearSynthesizer | None
     _states: int  # dimensions of h and c
+    sg_scale: float = check.checked()
+    max_target_norm: float | None = check.checked(above=True, none=True)
+
     # What windows ask for, looked up once; None where that is not so. And how often it was tried.
     _bound: BoundWindows | None = None
     _tries = 0
@@ -315,16 +322,14 @@ class Recurrent(DecoupledModule):
         backend: str | None,
     ) -> None:
         check.sizes(**dict(zip(("input_size", "hidden_size", "num_layers"), sizes, strict=True)))
-        check.number("sg_scale", sg_scale)
         check.backend(backend)
-        check.number("max_target_norm", max_target_norm, above=True, none=True)
         super().__init__(update, synthesizer_update, target_scale, max_norm)
         self.max_target_norm = max_target_norm
         self.input_size, self.hidden_size, self.num_layers = sizes
         self.sg_scale = sg_scale
         self.backend = backend
         self.auxiliary_update: RuleState | None = None
-        self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64)
+        self.auxiliary_statistics = torch.zeros(STATISTICS_SIZE, dtype=torch.float64, device="cpu")
         self._returned = Returned()
         self._windows = Windows()
         self._fits: list[tuple[int, torch.Size, bool]] = []
@@ -374,18 +379,11 @@ class Recurrent(DecoupledModule):
             self.auxiliary_update = None if rule is None else RuleState(rule)
         self.register_module("auxiliary_head", head)
 
-    def _stock_module(self) -> nn.Module:
-        """PyTorch's module on the same parameters."""
-        raise NotImplementedError
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Stand in for the module in ``torch.jit.script`` by PyTorch's, which computes the same."""
-        if self.training and (self._modules["synthesizer"] is not None or self.update is not None):
-            raise RuntimeError(
-                f"torch.jit.script of a {type(self).__name__} in training is refused: a script "
-                "would train by plain backpropagation; call eval() first"
-            )
-        return self._stock_module()
+    def _refuse_recording(self) -> None:
+        if self.update is not None or (
+            torch.is_grad_enabled() and self._modules["synthesizer"] is not None
+        ):
+            self.refuse_recording()
 
     # -- parameters ----------------------------------------------------------------------------
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable, spend
-from fused_dni.modules.base import NO_TARGET, DecoupledModule, Regression, run_apart, untraced
+from fused_dni.modules.base import (
+    NO_TARGET,
+    DecoupledModule,
+    Regression,
+    leaf,
+    run_apart,
+    untraced,
+)
 from fused_dni.modules.linear import FusedDNILinear
-from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, unscaled
+from fused_dni.modules.nodes import TWICE, Delivery, rescaled, teach_later, through, unscaled
 from fused_dni.modules.quick import Stacked, stacked
 from fused_dni.modules.steps import LinearSteps, LossSteps
 
@@ -30,6 +39,9 @@ class DecoupledSequential(nn.Sequential):
     Phases in which the true gradient is needed (warm-up, mixing), ``eval()`` (of a decoupled module
     alone, too) and ``no_grad()`` run as ``nn.Sequential``. The forward is not traceable by
     ``torch.compile``.
+
+    A hook that runs in the backward of a decoupled module, or another forward in the place of its
+    own, has the step run as that of ``nn.Sequential``, with the same bits.
 
     Each h between two modules has one consumer, the next module; running a backward through
     another (taken with a forward hook, say) is an error.
@@ -95,7 +107,16 @@ class DecoupledSequential(nn.Sequential):
             return f"steps layer by layer ({apart})"
         return f"steps by {stack.way()}" + (f", then the head ({apart})" if apart else "")
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Stand in for the container in ``torch.jit.script`` by ``nn.Sequential`` of what stands in
+        for its modules."""
+        modules = [(name, module) for name, module in self._modules.items() if module is not None]
+        return nn.Sequential(OrderedDict(modules)).train(self.training)
+
     def _run(self, input: Tensor, context: Tensor | None, target: Tensor | None) -> Tensor:
+        called: Tensor | None = leaf(self, input, context=context, target=target)
+        if called is not None:
+            return called
         modules = list(self)
         head = self._head(modules, input, target)
         interfaces = [i for i, m in enumerate(modules) if _decouples(m)]
@@ -116,9 +137,13 @@ class DecoupledSequential(nn.Sequential):
             if all(p.true_share > 0.0 for p in phases):
                 self._bind(body, follows, True)
             return out
-        if not all(m.training for m in deciding):  # one of them predicts nothing
+        # One of them predicts nothing, or is watched by what runs when a backward comes through it.
+        if not all(m.training for m in deciding) or _watched(deciding):
             return _plain(modules, input, context, target)
         learns = phases[-1].target
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+        _look_ahead(self._modules, input, context)
         h = Delivered.apply(body, context, learns, input, *_owed(body, learns))
         if not learns:
             setattr(h, NO_TARGET, h._version)
@@ -144,6 +169,8 @@ class DecoupledSequential(nn.Sequential):
                     f"but {type(head).__name__}"
                 )
             return None
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
         if self.training or target is not None:
             rows_are_kept = all([isinstance(m, FusedDNILinear) for m in modules[:-1]])
             check.target(
@@ -184,6 +211,16 @@ def _decouples(module: nn.Module) -> bool:
     return isinstance(module, DecoupledModule) and module.synthesizer is not None
 
 
+def _watched(modules: Sequence[nn.Module]) -> bool:
+    """Say whether there are hooks that run in a module's backward, which there is none of where its
+    gradient goes down at once, or a forward of somebody else's, who need not hand it down."""
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        return True
+    return any(
+        [m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__ for m in modules]
+    )
+
+
 def _ruled(module: nn.Module) -> bool:
     return isinstance(module, DecoupledModule) and module.update is not None
 
@@ -198,6 +235,52 @@ def _plain(
         takes = context is not None and _decouples(module)
         x = module(x, context=context) if takes else module(x)
     return x
+
+
+# What hands on a tensor of the shape and, without autocast, the dtype that it was given.
+_ELEMENTWISE = (
+    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish,
+    nn.Dropout,
+)  # fmt: skip
+
+
+def _as_here(module: nn.Module) -> TypeGuard[LinearSteps]:
+    """Say whether a module is a linear layer, or one with its loss, whose forward is ours."""
+    if isinstance(module, FusedDNILinear):
+        return type(module).forward is FusedDNILinear.forward
+    return isinstance(module, LossSteps)
+
+
+def _look_ahead(
+    modules: Mapping[str, nn.Module | None], input: Tensor, context: Tensor | None
+) -> None:
+    """Refuse what a module further on would, before one in front of it is updated: rules that
+    cannot be applied, and inputs, as far as linear layers and what keeps a shape stand one behind
+    the other with no hook between them, which may change what is handed on."""
+    known = not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+    shape, dtype = input.shape, input.dtype
+    for i, (key, module) in enumerate(modules.items()):
+        if isinstance(module, DecoupledModule) and module.update is not None and module.training:
+            module.refuse_rules()
+            module.refuse_fused_rule()
+        if not known or module is None or module._forward_hooks or module._forward_pre_hooks:
+            known = False
+            continue
+        if type(module) in _ELEMENTWISE or _passes(module):
+            continue
+        weight = module._parameters.get("weight")  # parametrized it would have to be computed
+        name = f"the input of module {key!r}" if i else "input"
+        if weight is None:
+            known = False
+        elif _as_here(module):
+            module.refuse_input(input, shape, dtype, context, name)
+        elif type(module) is nn.Linear:
+            check.handed(shape, dtype, input.device, weight, name)
+        else:
+            known = False
+        if known:
+            assert weight is not None
+            shape, dtype = torch.Size((*shape[:-1], weight.shape[0])), weight.dtype
 
 
 def _owed(body: list[nn.Module], target: bool) -> list[nn.Parameter]:
@@ -276,7 +359,7 @@ class Delivered(Node):
         grads = _Gradients()
         wants = input.requires_grad and getattr(input, NO_TARGET, None) != input._version
         bottom = input.detach().requires_grad_(wants)
-        h = bottom  # what the modules above the last interface read
+        out = h = bottom  # what the modules above the last interface read, and that interface
         below: Delivery | None = None  # that interface, whose lesson waits for a gradient at h
         between: list[nn.Module] = []
         dx: Tensor | None = None
@@ -286,7 +369,7 @@ class Delivered(Node):
                 continue
             assert isinstance(module, DecoupledModule)
             with torch.enable_grad():
-                x = h
+                x = out
                 aliases: dict[int, Tensor] = {}
                 for ordinary in between:
                     if _ruled(ordinary):
@@ -296,22 +379,25 @@ class Delivered(Node):
                     aliases.update(made)
                 trained = [p for m in between for p in m.parameters() if p.requires_grad]
                 delivery = Delivery(module, wants or bool(trained), target)
-                above = delivery.run(x.detach().requires_grad_(delivery.need_dx), context=context)
+                entrance = x.detach().requires_grad_(delivery.need_dx)
+                above = delivery.run(entrance, context=context)
             grads.add(module.local_parameters(), delivery.gradients)
             arrived = _take_down(x, h, wants, trained, aliases, delivery.dx[0], grads)
             if below is None:
                 dx = arrived
             elif arrived is not None:
                 _teach(below.module, below.regression(arrived), grads)
-            h, below, between, wants = above, delivery, [], target
+            assert delivery.sealed is not None
+            out, h, below, between, wants = above, delivery.sealed, delivery, [], target
         assert below is not None
         ctx.set_materialize_grads(False)
         ctx.last, ctx.dx, ctx.grads, ctx.spent = below, dx, grads, False
         ctx.parameters = [id(p) for p in parameters]
         ctx.loss_scale = below.module.phase.loss_scale
-        out = h.detach()
-        ctx.save_for_backward(out)
-        return out
+        ctx.behind = None if out is h else (out, h)  # through a hook
+        handed = out.detach()
+        ctx.save_for_backward(handed)
+        return handed
 
     @staticmethod
     @once_differentiable
@@ -320,6 +406,9 @@ class Delivered(Node):
         _ = ctx.saved_tensors  # raises if the output was changed in place
         last: Delivery = ctx.last
         arrived = unscaled(arrived, ctx.loss_scale)
+        if arrived is not None and ctx.behind is not None:
+            handed, sealed = ctx.behind
+            arrived = through(handed, sealed, arrived)
         if arrived is not None and last.learns:
             regression = last.regression(arrived)
             if last.module.synthesizer_update is not None:
@@ -327,5 +416,5 @@ class Delivered(Node):
             else:
                 _teach(last.module, regression, ctx.grads)
         out = (ctx.dx, *(ctx.grads.of.get(i) for i in ctx.parameters))
-        ctx.last = ctx.dx = ctx.grads = None
+        ctx.last = ctx.dx = ctx.grads = ctx.behind = None
         return (None,) * 3 + rescaled(out, ctx.loss_scale)

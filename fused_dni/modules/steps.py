@@ -224,6 +224,23 @@ class LinearSteps(Steps):
         if addressed:
             self._binding.fits = fits
 
+    def refuse_input(
+        self,
+        given: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        context: Tensor | None,
+        name: str,
+    ) -> None:
+        """Refuse an input that a step would refuse, while nothing is changed yet.
+
+        Args:
+            given: the input of a layer in front, of the same leading dimensions and device.
+            shape, dtype: of this layer's own input, whose ``name`` stands in messages.
+            context: as of the forward.
+        """
+        check.handed(shape, dtype, given.device, self.weight, name)
+
     def _bound(
         self, layer: LinearTensors, backend: Backend, synthesizer: SynthesizerTensors
     ) -> BoundStep:

@@ -132,6 +132,7 @@ class SyntheticInput(nn.Module):
         stand: Tensor = _Stand.apply(
             input, true if warmup else predicted.detach().to(input.dtype), loss, scale
         )
-        if getattr(input, NO_TARGET, None) == input._version:  # nobody below is owed a gradient
+        marked = getattr(input, NO_TARGET, None)
+        if marked is not None and marked == input._version:  # nobody below is owed a gradient
             setattr(stand, NO_TARGET, stand._version)
         return self.module(stand, *inputs, **named)

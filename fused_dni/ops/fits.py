@@ -74,11 +74,17 @@ def update_rule(rule: RuleTensors, slots: Sequence[Tensor | None]) -> None:
 
 
 def linear_forward(x: Tensor, layer: LinearTensors) -> None:
-    outputs, inputs = _matrix("weight", layer.weight)
+    weight = layer.weight
+    outputs, inputs = _matrix("weight", weight)
     _is("x", x, _matrix("x", x)[0], inputs)
-    _like("x", x, layer.weight)
+    _like("x", x, weight)
+    shape, dtype, device = (outputs,), weight.dtype, weight.device
+    if x.device != device:
+        raise RuntimeError(f"x is on {x.device}, the weight on {device}")
     for name, t in zip(layer._fields[1:], layer[1:], strict=True):
-        _is(name, t, outputs)
+        if t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device):
+            _is(name, t, outputs, dtype=dtype)
+            raise RuntimeError(f"{name} is on {t.device}, the weight on {device}")
 
 
 def linear_backward(
@@ -158,6 +164,19 @@ def predicted_from(
     ):
         if t is not None and t.shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+    dtype, device = weight.dtype, weight.device
+    for t in (down, context_weight, bias, table):
+        if t is not None and (
+            t.device != device
+            or (t.dtype is not dtype and not (t is table and t.dtype is torch.bfloat16))
+        ):
+            raise RuntimeError(
+                f"a synthesizer's parameters must be of one dtype and device, got {t.dtype} on "
+                f"{t.device} beside {dtype} on {device}"
+            )
+    for name, t in (("h", h), ("context", context)):
+        if t is not None and t.device != device:
+            raise RuntimeError(f"{name} is on {t.device}, the synthesizer on {device}")
 
 
 def synthesizer_predict(h: Tensor, synthesizer: SynthesizerTensors, context: Tensor | None) -> None:
@@ -195,11 +214,15 @@ synthesizer_update_ = synthesizer_gradients
 
 
 def _layers(layers: Layers, inputs: int, hidden: int) -> None:
+    first = layers[0].weight_ih
+    dtype, device = first.dtype, first.device
+    rows = 4 * hidden
     for i, layer in enumerate(layers):
-        _is(f"weight_ih of layer {i}", layer.weight_ih, 4 * hidden, hidden if i else inputs)
-        _is(f"weight_hh of layer {i}", layer.weight_hh, 4 * hidden, hidden)
-        _is(f"bias_ih of layer {i}", layer.bias_ih, 4 * hidden)
-        _is(f"bias_hh of layer {i}", layer.bias_hh, 4 * hidden)
+        shapes = ((rows, hidden if i else inputs), (rows, hidden), (rows,), (rows,))
+        for name, t, shape in zip(layer._fields, layer, shapes, strict=True):
+            if t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device):
+                _is(f"{name} of layer {i}", t, *shape, dtype=dtype)
+                raise RuntimeError(f"{name} of layer {i} is on {t.device}, others on {device}")
 
 
 def lstm_forward(
@@ -271,6 +294,8 @@ def lstm_cell_backward(
     trace: CellTrace,
 ) -> None:
     lstm_cell_forward(x, h, c, layer)
+    if trace.gates is not None:
+        _like("trace.gates", trace.gates, layer.weight_ih)
     _is("grad_h", grad_h, *h.shape)
     _is("grad_c", grad_c, *h.shape)
     _is("trace.h", trace.h, *h.shape)

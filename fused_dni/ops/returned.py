@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+# Tensors made in inference mode do not say whether they were changed in place, and count as not.
+_NO_VERSION = -1
+
 # How many records a registry may hold before it looks for those whose states are gone.
 _RECORDS = 64
 
@@ -85,7 +88,10 @@ class Returned:
         references: Any = h.untyped_storage()._weak_ref(), c.untyped_storage()._weak_ref()
         record.h, record.c = references
         h, c = h.detach(), c.detach()
-        record.h_version, record.c_version = h._version, c._version
+        try:
+            record.h_version, record.c_version = h._version, c._version
+        except RuntimeError:  # made in inference mode
+            record.h_version = record.c_version = _NO_VERSION
         record.layout = _layout(h, c)
         record.noted = noted
         if noted is not None:
@@ -109,12 +115,7 @@ class Returned:
     def recall(self, h: Tensor, c: Tensor) -> Found | None:
         """Find a state by its memory; None if it is not known."""
         record = self._records.get(h.untyped_storage()._cdata)
-        if (
-            record is None
-            or c.untyped_storage()._cdata != record.c
-            or h._version != record.h_version
-            or c._version != record.c_version
-        ):
+        if record is None or c.untyped_storage()._cdata != record.c or not _unchanged(h, c, record):
             return None
         if _layout(h, c) == record.layout:
             return Found(record.noted)
@@ -165,7 +166,15 @@ def _free(record: _Record | None) -> None:
 
 
 def _unchanged(h: Tensor, c: Tensor, record: _Record) -> bool:
-    return h._version == record.h_version and c._version == record.c_version
+    try:
+        return h._version == record.h_version and c._version == record.c_version
+    except RuntimeError:
+        return _version(h) == record.h_version and _version(c) == record.c_version
+
+
+def _version(t: Tensor) -> int:
+    """Return how often a tensor was changed in place, as far as that is known."""
+    return _NO_VERSION if t.is_inference() else t._version
 
 
 def _layout(h: Tensor, c: Tensor) -> tuple[Any, ...]:
@@ -176,7 +185,7 @@ def _layout(h: Tensor, c: Tensor) -> tuple[Any, ...]:
 def _changed(t: Tensor, memory: int, version: int) -> bool:
     """Say whether this is that memory and was changed in place."""
     same: bool = t.untyped_storage()._cdata == memory
-    return same and t._version != version
+    return same and _version(t) != version
 
 
 def _some_rows(h: Tensor, c: Tensor, record: _Record) -> Found | None:

@@ -191,6 +191,27 @@ def test_inputs_that_are_not_contiguous(kind):
     close(kept(layer.parameters()), kept(twin.parameters()), 0)
 
 
+def test_autocast_casts_neither_float64_nor_integers():
+    """As nn.Linear under it."""
+    wide, narrow = linear(4, 5), fd.FusedDNILinear(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(double(6, 4)).dtype == torch.float64
+        for layer, x in (
+            (wide, torch.randn(6, 4)),
+            (narrow, double(6, 4)),
+            (narrow, double(6, 4).long()),
+        ):
+            with pytest.raises(RuntimeError, match=f"input has dtype {x.dtype}, the weight"):
+                layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor():
+    x = torch.nested.nested_tensor([double(2, 4), double(3, 4)])
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, got a nested one"):
+        linear(4, 5)(x)
+
+
 def test_a_rule_needs_masters():
     layer = fd.FusedDNILinear(4, 5, update=fd.SGD(0.1), dtype=torch.bfloat16)
     before = kept(layer.parameters())
@@ -232,6 +253,23 @@ def test_arguments_of_the_layer(arguments, error, message):
         fd.FusedDNILinear(**{"in_features": 4, "out_features": 5, **arguments})
 
 
+def test_options_that_are_set_later():
+    layer = layer_of("fused", None)
+    layer.max_norm, layer.target_scale = 0.5, 3.0
+    assert (
+        (layer.max_norm, layer.target_scale)
+        == (0.5, 3.0)
+        == (
+            layer.__dict__["max_norm"],
+            layer.__dict__["target_scale"],
+        )
+    )
+    assert copy.deepcopy(layer).max_norm == 0.5
+    with pytest.raises(ValueError, match="max_norm must be None or positive and finite, got -1"):
+        layer.max_norm = -1
+    assert layer.max_norm == 0.5
+
+
 LAYER = fd.FusedDNILinear(4, 6, context_features=3)
 RULED = fd.FusedDNILinear(4, 6, update=fd.SGD(0.1))
 ROWS = torch.randn(3, 4)
@@ -242,6 +280,18 @@ KINDS_OF_ARGUMENTS = [
     (lambda: fd.Adam(betas=(0.9,)), TypeError, r"betas must be two numbers.* got \(0.9,\)"),
     (lambda: fd.SGD(stochastic_rounding="yes"), TypeError, "stochastic_rounding must be True or"),
     (lambda: fd.SGD(nesterov="yes"), TypeError, "nesterov must be True or False, got 'yes'"),
+    (lambda: fd.SGD(True), TypeError, r"lr must be a number, finite .* got True \(bool\)"),
+    (
+        lambda: fd.FusedDNILinear(4, 6, max_norm=True),
+        TypeError,
+        "max_norm must be None or a .*True",
+    ),
+    (lambda: setattr(LAYER, "max_norm", -1), ValueError, "max_norm must be None or positive .* -1"),
+    (
+        lambda: setattr(LAYER, "target_scale", math.nan),
+        ValueError,
+        "target_scale must be None or positive and finite, got nan",
+    ),
     (lambda: fd.FusedDNILinear(4.5, 6), TypeError, "in_features must be a whole .* got 4.5"),
     (lambda: fd.FusedDNILinear(4, True), TypeError, "out_features must be a whole .* got True"),
     (lambda: fd.FusedDNILinear(4, 6, bias="no"), TypeError, "bias must be True or False, got 'no'"),
@@ -472,3 +522,52 @@ def test_parameters_of_another_size_between_forward_and_backward(backend, kind, 
     with pytest.raises(RuntimeError, match=r"must have shape \[.*\], got|same size|size of"):
         h.sum().backward()
     close(kept(layer.parameters()), before, 0)
+
+
+MOVED = {
+    "exact rule": (lambda layer: layer.bias, lambda: layer_of("exact rule", None)),
+    "norm": (lambda layer: layer.norm.weight, lambda: layer_of("exact rule", None)),
+    "lesson": (lambda layer: layer.synthesizer.down, lambda: layer_of("fused", None)),
+    "cross entropy": (
+        lambda layer: layer.synthesizer.logits.weight,
+        lambda: linear(4, 5, synthesizer=_crossed(), update=fd.SGD(0.1)),
+    ),
+    "segment": (
+        lambda layer: layer.synthesizer.bias,
+        lambda: fd.Decoupled(
+            nn.Linear(4, 5).double(), fd.LinearSynthesizer(5).double(), update=fd.SGD(0.1)
+        ),
+    ),
+    "head": (
+        lambda layer: layer.bias,
+        lambda: fd.FusedDNILinearCrossEntropyLoss(4, 5, update=fd.SGD(0.1)).double(),
+    ),
+}
+
+
+def _crossed():
+    return fd.CrossEntropySynthesizer(5, 3).double()
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_a_parameter_that_moves_between_forward_and_backward(kind):
+    """model.bfloat16() there: kernels would read and write past its end."""
+    which, make = MOVED[kind]
+    layer = make()
+    labels = torch.arange(6) % 3
+    given = (labels,) if kind in ("head", "cross entropy") else ()
+    h = layer(double(6, 4), *given)
+    p = which(layer)
+    p.data = p.data.bfloat16()
+    with pytest.raises((RuntimeError, TypeError), match="bfloat16"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("where", [torch.bfloat16, "meta"])
+def test_a_segments_synthesizer_of_mixed_dtypes_and_devices(where):
+    layer = fd.Decoupled(nn.Linear(4, 5), fd.LinearSynthesizer(5), update=fd.SGD(0.1))
+    layer.synthesizer.bias = nn.Parameter(layer.synthesizer.bias.detach().to(where))
+    before = kept(layer.module.parameters())
+    with pytest.raises(RuntimeError, match="synthesizer's parameters must be of one dtype and"):
+        layer(torch.randn(6, 4))
+    close(kept(layer.module.parameters()), before, 0)

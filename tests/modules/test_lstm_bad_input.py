@@ -38,10 +38,10 @@ def cell_of(kind, backend=None):
     return module
 
 
-def refused(module, error, message, *inputs, **named):
+def refused(module, error, message, *inputs, phases=(False, True), **named):
     """In training and in eval, and nothing is changed."""
     before = twins.snapshot(module)
-    for training in (False, True):
+    for training in phases:
         module.train(training)
         with pytest.raises(error, match=message):
             module(*inputs, **named)
@@ -51,10 +51,10 @@ def refused(module, error, message, *inputs, **named):
 X = double(STEPS, BATCH, INPUTS)
 INPUT = {
     "width": (double(STEPS, BATCH, 3), RuntimeError, r"input must have 2 features \(input_size\)"),
-    "1 dimension": (double(INPUTS), RuntimeError, r"input must have 2 or 3 dimensions, got \[2\]"),
-    "4 dimensions": (double(1, 1, 1, 2), RuntimeError, "input must have 2 or 3 dimensions"),
-    "dtype": (X.float(), RuntimeError, "input has dtype torch.float32, the weights torch.float64"),
-    "integers": (X.long(), RuntimeError, "input has dtype torch.int64"),
+    "1 dimension": (double(INPUTS), ValueError, r"input must have 2 or 3 dimensions, got \[2\]"),
+    "4 dimensions": (double(1, 1, 1, 2), ValueError, "input must have 2 or 3 dimensions"),
+    "dtype": (X.float(), ValueError, "input has dtype torch.float32, the weights torch.float64"),
+    "integers": (X.long(), ValueError, "input has dtype torch.int64"),
     "device": (X.to("meta"), RuntimeError, "input is on meta, the weights on cpu"),
     "list": (
         [[[0.0] * 2]],
@@ -70,16 +70,32 @@ INPUT = {
 @pytest.mark.parametrize("case", INPUT)
 def test_input(kind, case):
     x, error, message = INPUT[case]
-    refused(module_of(kind), error, message, x)
+    # In eval nn.LSTM takes no rows, and refuses no steps in words of its own.
+    phases = (True,) if case in ("no steps", "no rows") else (False, True)
+    refused(module_of(kind), error, message, x, phases=phases)
     if case not in ("4 dimensions", "no steps", "no rows", "1 dimension"):
         x = x[0] if case != "list" else x
+        if error is ValueError:  # as of nn.LSTM, and not of nn.LSTMCell
+            error = RuntimeError
         refused(cell_of(kind), error, message, x)
+
+
+@pytest.mark.parametrize("x", [X.float(), X.long()], ids=["float32", "integers"])
+def test_autocast_casts_neither_float64_nor_integers(x):
+    """As PyTorch's modules under it."""
+    wide, narrow = fd.FusedDNILSTM(INPUTS, HIDDEN).double(), fd.FusedDNILSTM(INPUTS, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide(X)[0].dtype == torch.float64
+        for module, given in ((wide, x), (narrow, X), (narrow, x.long())):
+            with pytest.raises(ValueError, match=f"input has dtype {given.dtype}, the weights"):
+                module(given)
 
 
 def test_input_of_the_cell():
     module = cell_of("rule")
-    refused(module, RuntimeError, r"input must have 1 or 2 dimensions, got \[4, 3, 2\]", X)
-    refused(module, RuntimeError, r"input must not be empty, got \[0, 2\]", X[0, :0])
+    refused(module, ValueError, r"input must have 1 or 2 dimensions, got \[4, 3, 2\]", X)
+    empty = r"input must not be empty, got \[0, 2\]"
+    refused(module, RuntimeError, empty, X[0, :0], phases=(True,))
 
 
 def state(layers=LAYERS, batch=BATCH, hidden=HIDDEN):
@@ -353,9 +369,9 @@ def test_arguments(make, arguments, error, message):
     ("arguments", "message"),
     [
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout should be a number in range \[0, 1\]"),
+        ({"dropout": 1.5}, r"dropout must be a number in \[0, 1\], got 1.5"),
         ({"proj_size": 3, "synthesizer": None}, "proj_size has to be smaller than hidden_size"),
-        ({"proj_size": -1, "synthesizer": None}, "proj_size should be a positive integer or zero"),
+        ({"proj_size": -1, "synthesizer": None}, "proj_size must be at least 0, got -1"),
     ],
     ids=str,
 )
@@ -436,6 +452,57 @@ def test_arguments_of_another_kind(kind, arguments, error, message):
         kind(**{"input_size": 2, "hidden_size": 3, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"proj_size": "a"}, "proj_size must be a whole number of at least 0, got 'a'"),
+        ({"proj_size": True}, "proj_size must be a whole number of at least 0, got True"),
+        ({"dropout": "a"}, r"dropout must be a number in \[0, 1\], got 'a'"),
+        ({"dropout": True}, r"dropout must be a number in \[0, 1\], got True"),
+        ({"bidirectional": "y"}, "bidirectional must be True or False, got 'y'"),
+        ({"sg_scale": True}, "sg_scale must be a number, finite .* got True"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("synthesizer", ["default", None])
+def test_arguments_of_another_kind_of_the_window(synthesizer, arguments, message):
+    with pytest.raises(ValueError if "dropout" in arguments else TypeError, match=message):
+        fd.FusedDNILSTM(2, 3, synthesizer=synthesizer, **arguments)
+
+
+def test_options_that_are_set_later():
+    lstm = fd.FusedDNILSTM(2, 3, sg_scale=0.5, max_target_norm=1.0)
+    with pytest.raises(ValueError, match="sg_scale must be finite and at least 0, got -1"):
+        lstm.sg_scale = -1
+    with pytest.raises(ValueError, match="max_target_norm must be None or positive .* got 0"):
+        lstm.max_target_norm = 0
+    assert (lstm.sg_scale, lstm.max_target_norm) == (0.5, 1.0)
+
+
 def test_a_sparse_input():
     with pytest.raises(RuntimeError, match="input must be a dense tensor .*sparse_coo"):
         fd.FusedDNILSTM(2, 3)(torch.ones(4, 1, 2).to_sparse())
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "synthesizer.down"])
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.1)], ids=["returned", "rule"])
+def test_a_parameter_that_moves_between_forward_and_backward(rule, name):
+    """Kernels would read and write past its end."""
+    module = fd.FusedDNILSTM(INPUTS, HIDDEN, update=rule)
+    output, state = module(X.float())
+    output.sum().backward()
+    output, _ = module(X.float(), state)
+    p = module.get_parameter(name)
+    p.data = p.data.bfloat16()
+    with pytest.raises((RuntimeError, TypeError), match="bfloat16"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [fd.FusedDNILSTM, fd.FusedDNILSTMCell])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_bias_alone_is_refused(kind, training):
+    """It has to be said by bias=False."""
+    module = kind(INPUTS, HIDDEN).train(training)
+    setattr(module, next(n for n in module._parameters if n.startswith("bias_hh")), None)
+    with pytest.raises(RuntimeError, match="bias_hh of layer 0 is None"):
+        module(X.float()[0] if kind is fd.FusedDNILSTMCell else X.float())

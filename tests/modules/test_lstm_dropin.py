@@ -312,7 +312,7 @@ def test_untold_float16_scale_is_refused():
     x = torch.randn(STEPS, BATCH, INPUTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(x.bfloat16())[0].dtype == torch.float32
-    with pytest.raises(RuntimeError, match="input has dtype torch.bfloat16, the weights"):
+    with pytest.raises(ValueError, match="input has dtype torch.bfloat16, the weights"):
         module(x.bfloat16())
 
 

@@ -751,3 +751,25 @@ def test_a_warning_shows_the_users_line():
     with pytest.warns(UserWarning, match="end_of_sequence=") as seen:
         use.run(60, 2)
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rule", [None, fd.SGD(0.1)], ids=["returned", "rule"])
+def test_inference_mode(training, rule):
+    """As no_grad(): windows, their states, and what ended; training goes on behind it."""
+    lstm = fd.FusedDNILSTM(4, 5, update=rule).train(training)
+    x, ended = torch.randn(3, 2, 4), torch.tensor([True, False])
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            _, state = lstm(x, end_of_sequence=ended)
+            copied = tuple(t.clone() for t in state)
+            found.append([lstm(x, state)[0], lstm(x, copied)[0], lstm(x)[0]])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found[1][0][:, 0], found[1][2][:, 0])  # started anew
+    lstm.train()(x)[0].sum().backward()
+    cell = fd.FusedDNILSTMCell(4, 5).train(training)
+    with torch.inference_mode():
+        state = cell.boundary(cell(x[0]), ended)
+        torch.testing.assert_close(cell(x[1], state)[0][0], cell(x[1])[0][0])

@@ -257,6 +257,8 @@ def test_a_state_that_does_not_fit_is_refused(where):
         ("exp_avg_sq", 1.0),
         ("exp_avg", torch.zeros(())),
         ("exp_avg_sq", torch.zeros(3).to_sparse()),
+        ("exp_avg", lambda saved: torch.full_like(saved, float("nan"))),
+        ("exp_avg_sq", lambda saved: saved.to("meta")),
         ("step", -3.0),
         ("step", float("nan")),
         ("skipped", "junk"),
@@ -269,7 +271,8 @@ def test_a_broken_state_is_refused_before_any_of_it_is_taken(name, wrong):
     state = copy.deepcopy(optimizer.state_dict())
     train(model, 1, optimizer)
     before = twins.snapshot(model, optimizer)
-    state["state"][max(state["state"])][name] = wrong
+    entry = state["state"][max(state["state"])]
+    entry[name] = wrong(entry[name]) if callable(wrong) else wrong
     with pytest.raises(ValueError, match=f"saved (state|{name}) of group"):
         optimizer.load_state_dict(state)
     twins.unchanged(before, twins.snapshot(model, optimizer))

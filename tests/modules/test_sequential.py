@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 rules = pytest.mark.parametrize(
     "rule", [None, fd.SGD(0.1, momentum=0.9), fd.Adam(0.01)], ids=["returned", "sgd", "adam"]
 )
+RULE = fd.SGD(0.1)
 
 
 def modules(rule, backend=None, between=True):
@@ -167,6 +169,131 @@ def test_context_as_argument():
         deferred(x).sum().backward()
     immediate(x, context=y).sum().backward()
     close(dict(immediate.state_dict()), dict(deferred.state_dict()), 0)
+
+
+# What is wrong with the last of some modules behind a layer 4 -> 5 with a rule.
+AHEAD = {
+    "width": ([linear(6, 3, update=RULE)], r"input of module '1' must have shape \[..., 6\]"),
+    "behind others": (
+        [nn.ReLU(), nn.Linear(5, 7, dtype=torch.float64), linear(6, 3, update=RULE)],
+        r"input of module '3' must have shape \[..., 6\] .* got \[6, 7\]",
+    ),
+    "stock": ([nn.Linear(6, 3)], r"input of module '1' must have shape \[..., 6\]"),
+    "exact": ([linear(6, 3, synthesizer=None)], "input of module '1' must have shape"),
+    "dtype": ([fd.FusedDNILinear(5, 3)], "input of module '1' has dtype torch.float64"),
+    "device": ([linear(5, 3, device="meta")], "input of module '1' is on cpu, the weight on meta"),
+    "context": ([linear(5, 3, context_features=3)], "context is missing"),
+    "norm": ([linear(5, 3, normalization="batch")], "norm is in eval mode but its layer is"),
+    "gradient": ([linear(5, 3, update=RULE)], "its .grad holds a gradient"),
+    "parametrized": (
+        [nn.utils.parametrizations.weight_norm(linear(5, 3, update=RULE))],
+        "updates parameters in place; slot 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_what_a_module_further_on_refuses_changes_none_in_front(case):
+    behind, message = copy.deepcopy(AHEAD[case][0]), AHEAD[case][1]
+    if case == "norm":
+        behind[-1].norm.eval()
+    if case == "gradient":
+        behind[-1].weight.grad = torch.ones_like(behind[-1].weight)
+    model = fd.DecoupledSequential(linear(4, 5, update=RULE), *behind)
+    before = twins.snapshot(model[0])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        model(double(6, 4))
+    twins.unchanged(before, twins.snapshot(model[0]))
+
+
+def test_a_label_that_one_further_on_has_not():
+    """Also where a step was one call before."""
+    model = fd.DecoupledSequential(
+        linear(4, 5, update=RULE, context_features=5), linear(5, 3, update=RULE, context_features=3)
+    )
+    labels = torch.arange(6) % 3
+    for _ in range(3):
+        model(double(6, 4), context=labels).sum().backward()
+    before = twins.snapshot(model)
+    with pytest.raises(IndexError, match="label 4 in context is out of range"):
+        model(double(6, 4), context=labels + 2)
+    twins.unchanged(before, twins.snapshot(model))
+
+
+def _scaled_out(layer):
+    layer.register_forward_hook(lambda module, given, h: 2.0 * h)
+
+
+def _padded_out(layer):
+    layer.register_forward_hook(lambda module, given, h: F.pad(h, (0, 1))[..., :-1] * h)
+
+
+def _scaled_in(layer):
+    layer.register_forward_pre_hook(lambda module, given: (3.0 * given[0],))
+
+
+def _backward(layer):
+    layer.register_full_backward_hook(lambda module, dx, grad: tuple(2.0 * g for g in dx))
+
+
+def _before_backward(layer):
+    layer.register_full_backward_pre_hook(lambda module, grad: (2.0 * grad[0],))
+
+
+@pytest.mark.parametrize("rule", [None, RULE], ids=["returned", "fused"])
+@pytest.mark.parametrize("where", [0, 2, 3])
+@pytest.mark.parametrize(
+    "hook", [_scaled_out, _padded_out, _scaled_in, _backward, _before_backward]
+)
+def test_hooks_that_change_what_passes(hook, where, rule):
+    """Gradients go through them as in nn.Sequential."""
+    torch.manual_seed(0)
+    layers = [linear(4, 5, update=rule), nn.Linear(5, 5).double(), linear(5, 5, update=rule)]
+    models = [fd.DecoupledSequential(*layers, linear(5, 5, update=rule))]
+    models.append(nn.Sequential(*copy.deepcopy(list(models[0]))))
+    given = [double(2, 3, 4, grad=True)]
+    given.append(given[0].detach().requires_grad_())
+    for model, x in zip(models, given, strict=True):
+        hook(model[where])
+        for _ in range(2):
+            model(x).square().sum().backward()
+    close(twins.values(models[0]), twins.values(models[1]))
+    close([p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()])
+    close(given[0].grad, given[1].grad)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_forward_that_was_replaced(calls):
+    """As in nn.Sequential, whether it calls the layer's own or not."""
+    torch.manual_seed(0)
+    models = [fd.DecoupledSequential(*[linear(4, 4, update=RULE) for _ in range(3)])]
+    models.append(nn.Sequential(*copy.deepcopy(list(models[0]))))
+    x = double(6, 4)
+    for model in models:
+        own = model[1].forward
+        given = (lambda x, context=None, own=own: 2.0 * own(x)) if calls else (lambda x: 2.0 * x)
+        model[1].forward = given
+        for _ in range(2):
+            model(x).square().sum().backward()
+    close(twins.values(models[0]), twins.values(models[1]))
+
+
+def test_a_hook_may_change_the_shape_of_what_is_handed_on():
+    model = fd.DecoupledSequential(linear(4, 5, update=RULE), linear(6, 3, update=RULE))
+    model[0].register_forward_hook(lambda module, given, h: F.pad(h, (0, 1)))
+    model(double(6, 4)).sum().backward()
+    assert model[0].synthesizer_update.steps == 1
+
+
+@pytest.mark.parametrize("given", [[[1.0] * 4] * 6, np.ones((6, 4)), None], ids=type)
+@pytest.mark.parametrize("head", [False, True])
+def test_what_is_no_tensor(given, head):
+    last = fd.FusedDNILinearCrossEntropyLoss(5, 3) if head else linear(5, 3)
+    model = fd.DecoupledSequential(linear(4, 5), last)
+    with pytest.raises(
+        TypeError, match=f"input must be a torch.Tensor, got {type(given).__name__}"
+    ):
+        model(given, target=torch.zeros(6, dtype=torch.int64) if head else None)
 
 
 def test_without_decoupled_modules():

@@ -146,6 +146,31 @@ def test_from_the_meta_device(update):
     assert torch.isfinite(h).all()
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: fd.FusedDNILinear(4, 5, update=fd.Adam(0.1)), (6, 4)),
+        (
+            lambda: fd.Decoupled(nn.Linear(4, 5), fd.LinearSynthesizer(5), update=fd.Adam(0.1)),
+            (6, 4),
+        ),
+        (lambda: fd.FusedDNILSTM(4, 5, auxiliary=True, update=fd.Adam(0.1)), (3, 6, 4)),
+    ],
+    ids=["linear", "segment", "window"],
+)
+def test_made_under_the_meta_device(make, shape):
+    """Rules and statistics are beside the parameters and have to be somewhere."""
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu").reset_parameters()
+    before = [p.detach().clone() for p in module.parameters()]
+    for _ in range(2):
+        made = module(torch.randn(shape))
+        (made if isinstance(made, torch.Tensor) else made[0]).square().sum().backward()
+    assert module.update.steps == 2 and module.update.hyper.device.type == "cpu"
+    assert not torch.equal(before[0], next(module.parameters()))
+
+
 def test_skip_init():
     layer = nn.utils.skip_init(fd.FusedDNILinear, 6, 5, activation="relu")
     layer.reset_parameters()
@@ -359,3 +384,40 @@ def test_a_tensor_that_cannot_be_seen_is_refused(rule):
         layer(Box(x))
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
     layer(Box(x.detach())).sum().backward()
+
+
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
+def test_no_rows_in_eval(normalization, shape):
+    """As the plain layer: connected, with gradients of zero."""
+    layer = fd.FusedDNILinear(4, 5, normalization=normalization, activation="relu").eval()
+    x = torch.randn(shape, requires_grad=True)
+    h = layer(x)
+    h.sum().backward()
+    assert h.shape == (*shape[:-1], 5) and x.grad.shape == shape
+    assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "rule", "segment", "container", "head"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_script(kind, inside):
+    """Of what computes as PyTorch's module does: its script; in training it is refused."""
+    layer = fd.FusedDNILinear(4, 5, activation="relu", update=fd.SGD(0.1))
+    model = {
+        "linear": lambda: fd.FusedDNILinear(4, 5, normalization="layer"),
+        "rule": lambda: layer,
+        "segment": lambda: fd.Decoupled(nn.Linear(4, 5), fd.LinearSynthesizer(5)),
+        "container": lambda: fd.DecoupledSequential(layer, nn.Tanh()),
+        "head": lambda: fd.DecoupledSequential(layer, fd.FusedDNILinearCrossEntropyLoss(5, 3)),
+    }[kind]()
+    model, x = nn.Sequential(model) if inside else model, torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match="in training is refused.*call eval"):
+        torch.jit.script(copy.deepcopy(model))
+    want = model.eval()(x)
+    if inside or kind in ("container", "head"):
+        with pytest.warns(UserWarning, match="which is then not decoupled any more"):
+            script = torch.jit.script(copy.deepcopy(model))
+    else:
+        script = torch.jit.script(model)
+    torch.testing.assert_close(script(x), want)

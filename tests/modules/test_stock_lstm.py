@@ -417,7 +417,7 @@ def test_a_weight_that_is_dropped():
 
 @kinds
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore:torch.jit.script puts")
 def test_script(kind, inside):
     """Of what computes as PyTorch's module does: its script. In training it is refused by name."""
     module = (cell if kind == "cell" else lstm)(INPUTS, HIDDEN)
@@ -430,3 +430,18 @@ def test_script(kind, inside):
     if inside or kind == "cell":  # of nn.LSTM alone PyTorch makes a script that cannot be called
         with torch.no_grad():
             close(script(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"num_layers": 2}])
+def test_no_rows_in_eval(options):
+    """As nn.LSTM and nn.LSTMCell: connected, with gradients of zero."""
+    ours, stock = pair("window", **options)
+    x = torch.randn((0, 3, INPUTS) if options.get("batch_first") else (3, 0, INPUTS))
+    cell = fd.FusedDNILSTMCell(INPUTS, HIDDEN).eval()
+    for module, given in ((ours.eval(), x), (cell, x.reshape(-1, INPUTS)[:0])):
+        made, (h, _) = module(given) if module is ours else (module(given)[0], module(given))
+        (made.sum() + h.sum()).backward()
+        assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+    with torch.no_grad():
+        for a, b in zip(ours(x)[1], stock.eval()(x)[1], strict=True):
+            assert a.shape == b.shape

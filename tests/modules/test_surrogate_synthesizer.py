@@ -143,6 +143,7 @@ def test_one_from_before_there_was_a_scale() -> None:
     expected = m(h, t)
     state = m.state_dict()
     del state["scale"]
+    state._metadata[""]["version"] = 1
     other = fd.SurrogateSynthesizer(WIDTH, away, **OF)
     other.scale.fill_(3.0)
     other.load_state_dict(state)

@@ -383,11 +383,26 @@ def test_training_goes_on_with_the_same_bits(name: str, way: str) -> None:
 def test_a_state_dict_without_units_loads() -> None:
     layer = layer_of(update=fd.Adam(0.01))
     lesson(layer, 1e4)
-    state = {k: v for k, v in layer.state_dict().items() if "extra_state" not in k}
+    state = layer.state_dict()
+    del state["synthesizer._extra_state"]
+    state._metadata["synthesizer"]["version"] = 1  # as there were none
     other = layer_of()
     lesson(other, 1e-4)
     assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
     assert other.synthesizer.unit == TargetUnit(1.0, 0) and len(state) == 5
+
+
+def test_a_unit_that_was_left_out_of_a_state_dict_is_a_missing_key() -> None:
+    layer = layer_of(update=fd.Adam(0.01))
+    lesson(layer, 1e4)
+    state = {k: v for k, v in layer.state_dict().items() if "extra_state" not in k}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"synthesizer._extra_state"'):
+        layer_of().load_state_dict(state)
+    other = layer_of()
+    lesson(other, 1e-4)
+    told = other.load_state_dict(state, strict=False)
+    assert told.missing_keys == ["synthesizer._extra_state"] and not told.unexpected_keys
+    assert other.synthesizer.unit == TargetUnit(1.0, 0)  # as what was loaded is taken to be in
 
 
 def test_a_synthesizer_pickled_without_a_unit_loads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -78,18 +79,39 @@ def test_a_negative_view_is_read_as_what_it_means(make, shape):
         torch.testing.assert_close(first(module(negative)), first(module(-x)))
 
 
-@every
+TRACED = {
+    **MODULES,
+    "both directions": (
+        lambda: fd.FusedDNILSTM(6, 7, bidirectional=True, synthesizer=None),
+        (3, 4, 6),
+    ),
+    "head": (lambda: fd.FusedDNILinearCrossEntropyLoss(6, 7), (4, 6)),
+    "container": (
+        lambda: fd.DecoupledSequential(fd.FusedDNILinear(6, 6), fd.FusedDNILinear(6, 7)),
+        (4, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), TRACED.values(), ids=TRACED)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.filterwarnings("ignore")  # the tracer's, about every check of a shape
 def test_jit_trace_computes_what_the_module_computes(make, shape, grad):
+    """With the checks of its own, and behind torch.jit.save, by ops of PyTorch's alone."""
     module = make().eval()
-    new = torch.randn(shape)
+    new = torch.randn(*shape[:-2], 2 * shape[-2], shape[-1])
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(module, torch.randn(shape), check_trace=False)
-        torch.testing.assert_close(first(traced(new)), first(module(new)))
+        traced = torch.jit.trace(module, torch.randn(shape))
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        for made in (traced, loaded):
+            torch.testing.assert_close(first(made(new)), first(module(new)))
+    assert "fused_dni::" not in str(traced.inlined_graph)
 
 
-@pytest.mark.parametrize("name", ["linear", "batch", "rule"])
+@pytest.mark.parametrize("name", ["linear", "batch", "rule", "lstm", "cell"])
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace_in_training_is_refused(name):
     make, shape = MODULES[name]
@@ -269,3 +291,37 @@ def test_no_context_is_kept_where_nothing_is_checkpointed():
     with fd.condition_on(torch.randint(3, (8,))):
         layer(torch.randn(8, 5)).sum().backward()
     assert not context._spans
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        *TRACED.values(),
+        (lambda: fd.Decoupled(nn.Linear(6, 7), fd.LinearSynthesizer(7)), (4, 6)),
+    ],
+    ids=[*TRACED, "segment"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_fx_calls_a_module_as_a_whole(make, shape, training):
+    """As it does those of PyTorch: what was traced trains as the model itself."""
+    module = nn.Sequential(nn.Identity(), make()).train(training)
+    if training and isinstance(module[1], fd.FusedDNILinearCrossEntropyLoss):
+        return  # it takes a target
+    traced = torch.fx.symbolic_trace(module)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1"] and type(traced.get_submodule("1")) is type(module[1])
+    x = torch.randn(shape)
+    twin = copy.deepcopy(module)
+    made, want = first(traced(x)), first(twin(x))
+    torch.testing.assert_close(made, want)
+    if made.requires_grad:
+        for out in (made, want):
+            out.square().sum().backward()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert (a.grad is None) is (b.grad is None)
+
+
+def test_fx_of_a_module_alone_is_refused():
+    with pytest.raises(TypeError, match="symbolic_trace of a FusedDNILinear alone is refused"):
+        torch.fx.symbolic_trace(fd.FusedDNILinear(6, 7))
