@@ -3,8 +3,8 @@
 import copy
 import json
 
-import pytest
 import flops
+import pytest
 import torch
 from torch import nn
 
