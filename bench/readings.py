@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import races
 from fused_dni.experiments.recipe_settings import BEST
 from fused_dni.experiments.rival_arms import EXACT
+from fused_dni.experiments.settings import Recurrent
 from fused_dni.report import Block, Figure, Heading, Result, Table, Text, blocks_of, text
 from fused_dni.report.kinds import delay as delay_report
 from fused_dni.report.kinds import interfaces as interfaces_report
@@ -28,6 +29,20 @@ from fused_dni.report.timings import Ratio
 Report = Result
 
 
+class Bullet(NamedTuple):
+    """What the README says of a claim.
+
+    Attributes:
+        text: without a full stop.
+        about: which part of the claim, where results of several machines have one.
+        seeds: that it rests on; of what several machines say about the same, the most are taken.
+    """
+
+    text: str
+    about: str = ""
+    seeds: int = 0
+
+
 class Answer(NamedTuple):
     """What was measured of a claim.
 
@@ -37,7 +52,7 @@ class Answer(NamedTuple):
         sentence: the same as a paragraph, of 600 characters at most.
         blocks: all tables and figures.
         shown: the table, of eight rows at most, or the figure that the short page has.
-        bullet: for the README, where the claim has a line there.
+        bullets: for the README, where the claim has a line there.
     """
 
     answer: str
@@ -45,7 +60,11 @@ class Answer(NamedTuple):
     sentence: str
     blocks: list[Block]
     shown: Table | Figure | None = None
-    bullet: str = ""
+    bullets: tuple[Bullet, ...] = ()
+
+
+#: What runs solved, by method.
+Solved = dict[str, list[float]]
 
 
 # ----------------------------------------------------------------------------------------- words
@@ -79,20 +98,23 @@ def tops(reports: dict[str, Report]) -> Answer:
     shown: list[Block] = []
     ours: list[float] = []
     others: list[float] = []
+    alone: list[float] = []
     ahead = 0
     for report in reports.values():
         name = races.title(report)
         shown += [Text(f"**{name}.** {report.sentence}")]
         shown += [b for b in blocks_of(report) if isinstance(b, (Table, Figure))]
         row, medians = [name], []
-        for by_dni, kept in ((True, ours), (False, others)):
-            found = races.soonest(report, by_dni)
+        for which, kept in ((races.by_dni, ours), (races.otherwise, others)):
+            found = races.soonest(report, which)
             row += ["none", "-"] if found is None else [found[0], text.parts(found[1])]
             medians.append(float("inf") if found is None else statistics.median(found[1]))
             if found is not None:
                 kept.append(medians[-1])
         ahead += medians[1] < medians[0]
         rows.append(row)
+        if (found := races.soonest(report, races.by_dni_alone)) is not None:
+            alone.append(statistics.median(found[1]))
     of = len(rows)
     number = f"{text.span(ours)} of backprop's time" if ours else "never there"
     rest = f"other means {text.span(others)}" if others else "no other means"
@@ -107,8 +129,11 @@ def tops(reports: dict[str, Report]) -> Answer:
         f"{len(ours)} of {of} races). A cheap stand-in for the top, sampled or written by hand, "
         f"needed {text.span(others) if others else '-'} and was sooner in {ahead} of {of}: "
         "synthetic gradients are for tops for which nobody has one, and the soonest of theirs use "
-        "one too (head sampled, surrogate)"
+        "one too (head sampled, surrogate). Without any they needed "
+        f"{text.span(alone) if alone else '-'} in {len(alone)} of {of}"
     )
+    if len(alone) < of:
+        bullet += f", and in the other{'s' if of - len(alone) > 1 else ''} they were not sooner"
     header = ["race", "soonest by DNI", "part of the time", "soonest otherwise", "part of the time"]
     caption = (
         "The part of backprop's time in which others reach its final loss: median over seeds, "
@@ -123,7 +148,7 @@ def tops(reports: dict[str, Report]) -> Answer:
         sentence,
         shown,
         Table(header, rows, caption),
-        bullet,
+        (Bullet(bullet),),
     )
 
 
@@ -247,8 +272,9 @@ def iterations(reports: dict[str, Report]) -> Answer:
     )
     bullet = (
         "One layer's step with targets on every step is faster than backprop on the same kernels "
-        f"at **{counts['1']} of {of}** points of batch, width and synthesizer; with targets on "
-        f"every fourth step at **{counts['4']} of {of}**"
+        f"at **{counts['1']} of {of}** points of batch, width and synthesizer, slower at "
+        f"{slower['1']}; with targets on every fourth step faster at **{counts['4']} of {of}**, "
+        f"slower at {slower['4'] or 'none'}"
     )
     figure = next(b for b in shown if isinstance(b, Figure) and b.name.endswith("break-even"))
     return Answer(
@@ -257,7 +283,7 @@ def iterations(reports: dict[str, Report]) -> Answer:
         sentence,
         shown,
         figure,
-        bullet,
+        (Bullet(bullet),),
     )
 
 
@@ -365,10 +391,10 @@ def reach(reports: dict[str, Report]) -> Answer:
             times.append(" / ".join(text.seconds(row["seconds_total"]) for row in pair.values()))
         won[task] = won.get(task, False) or apart > 0
         listed, shown = ", ".join(map(str, windows)), cells if len(windows) == 1 else means
-        ends = [" to ".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
+        ends = ["–".join(dict.fromkeys((row[0], row[-1]))) for row in means.values()]
         ours, theirs = (", ".join(found) for found in shown.values())
         rows.append([name, listed, unit, ours, theirs, ", ".join(times)])
-        numbers.append(f"{label}, T={listed}: {' against '.join(ends)}")
+        numbers.append(f"{label}: {' against '.join(ends)}")
         seeds = {len(windows): "every seed better", 0: "not told apart"}
         said.append(
             f"{name}, T={listed}: {ours} {unit} by DNI against {theirs} by truncated backprop, "
@@ -382,16 +408,14 @@ def reach(reports: dict[str, Report]) -> Answer:
     answer = ", ".join(
         f"{said} {'yes' if won[task] else 'no'}" for task, said in words.items() if task in won
     )
-    copied = next((r for r in rows if r[0].startswith("copy")), None)
-    texts = [r for r in rows if r[0].startswith("charlm")]
-    bullet = ""
-    if copied and texts:
-        bullet = (
-            "An LSTM whose truncated windows get a predicted gradient from beyond copies sequences "
-            f"of **{copied[3]}** {copied[2]}, truncated backprop at the same window {copied[4]}, "
-            "after as many steps, which take twice as long"
-        )
-        bullet += "".join(f". On a text: {r[3]} against {r[4]} {r[2]}" for r in texts[-1:])
+    told = [(r.settings["task"], len(r.settings["seeds"]), r) for r in reports.values()]
+    bullets = [_copied(r, seeds) for task, seeds, r in told if task == "copy"]
+    if texts := [
+        (seeds, row) for (task, seeds, _), row in zip(told, rows, strict=True) if task == "charlm"
+    ]:
+        seeds, (_, listed, unit, ours, theirs, _) = max(texts, key=lambda text: text[0])
+        said_of = f"On a text, at T={listed}: {ours} against {theirs} {unit}"
+        bullets.append(Bullet(f"{said_of}, {text.count(seeds, 'seed')}", "text", seeds))
     header = ["task", "T", "in", "DNI", "truncated backprop", "training, DNI / truncated"]
     caption = "Mean over seeds, range. At the same window, on the same kernels."
     return Answer(
@@ -400,8 +424,64 @@ def reach(reports: dict[str, Report]) -> Answer:
         "; ".join(said) + ".",
         blocks,
         Table(header, rows, caption),
-        bullet,
+        tuple(bullets),
     )
+
+
+def in_equal_time(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[float, Solved]:
+    """Return the seconds after which the fastest of all runs had ended, and what each of a
+    method's runs had solved by then."""
+    end = min(run["history"][-1]["seconds"] for of in runs.values() for run in of)
+
+    def solved(run: Mapping[str, Any]) -> float:
+        then = (row["solved"] for row in run["history"] if row["seconds"] <= end)
+        return float(max(then, default=0.0))
+
+    return float(end), {method: [solved(run) for run in of] for method, of in runs.items()}
+
+
+def _copied(report: Report, seeds: int) -> Bullet:
+    """Say how far copying goes by both, at equal steps and at equal time: at the window that the
+    command has of itself, and between what all windows come to."""
+    windows = report.settings["windows"]
+    chosen = next((t for t in Recurrent.preset("copy", "windows") if t in windows), windows[0])
+    steps: dict[int, Solved] = {}
+    time: dict[int, Solved] = {}
+    slower = {}
+    for window in windows:
+        runs: dict[str, list[Any]] = {"dni": [], "fused": []}
+        for run in report["runs"]:
+            if run["window"] == window and run["method"] in runs:
+                runs[run["method"]].append(run)
+        ends = {method: [run["history"][-1] for run in of] for method, of in runs.items()}
+        steps[window] = {method: [row["solved"] for row in of] for method, of in ends.items()}
+        time[window] = in_equal_time(runs)[1]
+        took = {
+            method: statistics.median(row["seconds"] for row in of) for method, of in ends.items()
+        }
+        slower[window] = took["dni"] / took["fused"]
+
+    def shown(found: Sequence[float]) -> str:
+        several = f" ({text.span(found, '.3g')})" if len(found) > 1 else ""
+        return f"{statistics.fmean(found):.3g}{several}"
+
+    def as_far(found: Mapping[int, Solved]) -> str:
+        means = [(statistics.fmean(f["dni"]), statistics.fmean(f["fused"])) for f in found.values()]
+        return text.span((a / b for a, b in means), ".1f")
+
+    here, then = ({m: shown(f) for m, f in found[chosen].items()} for found in (steps, time))
+    said = (
+        "An LSTM whose truncated windows get a predicted gradient from beyond copies "
+        f"**{here['dni']}** symbols at T={chosen}, truncated backprop {here['fused']}, after as "
+        f"many steps, which take {slower[chosen]:.1f} times as long; in as much time "
+        f"{then['dni']} against {then['fused']}"
+    )
+    if len(windows) > 1:
+        said += (
+            f". At T={', '.join(map(str, windows))} that is {as_far(steps)} times as far after as "
+            f"many steps, {as_far(time)} times in as much time"
+        )
+    return Bullet(f"{said}; {text.count(seeds, 'seed')}", "copy", seeds)
 
 
 def side_by_side(reports: dict[str, Report]) -> Answer:
@@ -509,6 +589,13 @@ def recipe(reports: dict[str, Report]) -> Answer:
     listed = ", ".join(f"{mean(BEST, k):.2f} % (k={k})" for k in ks)
     held = ", ".join(f"{mean('stale', k):.2f} %" for k in ks)
     k, parts = ks[-1], ", ".join(PARTS.get(part, part) for part in BEST.split("+"))
+    bullet = (
+        f"Accuracy: the paper's network ends on MNIST with **{exact:.2f} %** error by backprop; by "
+        f"synthetic gradients of the best recipe ({parts}), with the true ones on "
+        f"{text.percent(shares[k])} of the steps, with {mean(BEST, k):.2f} % (k={k}), after the "
+        f"same {s['epochs']} epochs. A gradient that is held for {k} steps ends with "
+        f"{mean('stale', k):.2f} %; means of {text.count(len(s['seeds']), 'seed')}"
+    )
     return Answer(
         f"little, by the best recipe; less than a held gradient: {often(apart, len(ks))}",
         f"backprop {exact:.2f} %; DNI {listed}",
@@ -518,11 +605,7 @@ def recipe(reports: dict[str, Report]) -> Answer:
         f"gradient held for k steps {held}. Ranges of {len(s['seeds'])} seeds are apart from the "
         f"held gradient's at {apart} of {len(ks)} k.",
         [b for b in blocks_of(report, origin=False) if not isinstance(b, Heading)],
-        bullet=f"Accuracy: the paper's network ends on MNIST with **{exact:.2f} %** error by "
-        f"backprop; by synthetic gradients of the best recipe ({parts}), with the true ones on "
-        f"{text.percent(shares[k])} of the steps, with {mean(BEST, k):.2f} % (k={k}), after the "
-        f"same {s['epochs']} epochs. A "
-        f"gradient that is held for {k} steps ends with {mean('stale', k):.2f} %",
+        bullets=(Bullet(bullet),),
     )
 
 
@@ -586,30 +669,40 @@ def rivals(reports: dict[str, Report]) -> Answer:
     best, first, of = ours[0], theirs[0], len(theirs)
     ahead = sum(means[name] < means[best] for name in theirs)
     beyond = sum(means[name] < means["fused"] for name in theirs)
+    apart = {of: sum(max(errors[n]) < min(errors[of]) for n in theirs) for of in (best, "fused")}
+    told = max(errors["fused"]) < min(errors[best]) or max(errors[best]) < min(errors["fused"])
+    ends = {n: f"({text.span(100 * error for error in errors[n])})" for n in (best, "fused")}
+    seeds = text.count(len(errors[best]), "seed")
     words = [next((SIMPLER[w] for w in SIMPLER if name.startswith(w)), name) for name in theirs]
     figures = [b for b in shown if isinstance(b, Figure)]
     number = (
         f"DNI {100 * means[best]:.2f} %, backprop {100 * means['fused']:.2f} %, {first} "
         f"{100 * means[first]:.2f} %"
     )
+    bullet = (
+        f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
+        f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
+        f"**{100 * means[best]:.2f} %** {ends[best]} error, backprop with "
+        f"{100 * means['fused']:.2f} % {ends['fused']}: means of {seeds}, whose ranges "
+        f"{'are apart' if told else 'overlap'}. Of the {of} simpler ways not to wait "
+        f"({', '.join(dict.fromkeys(words))}) {ahead} end with less error than DNI, "
+        f"{apart[best] or 'none'} of them with ranges apart, and {beyond} with less than backprop, "
+        f"{apart['fused'] or 'none'} with ranges apart"
+    )
     return Answer(
         f"{often(ahead, of)}: {ahead} of {of} end below DNI, {beyond} below backprop",
         f"error: {number}",
-        f"Error at equal wall-clock, from the best: {listed}.",
+        f"Error at equal wall-clock, means of {seeds}, from the best: {listed}.",
         shown,
         figures[0] if figures else None,
-        f"At equal and short wall-clock on MNIST ({report.settings['seconds_per_run']:g} s a run, "
-        f"in which backprop makes {steps['fused']:,} steps) the best DNI ends with "
-        f"**{100 * means[best]:.2f} %** error, backprop with {100 * means['fused']:.2f} %. Of the "
-        f"{of} simpler ways not to wait ({', '.join(dict.fromkeys(words))}) {ahead} end with less "
-        f"error than DNI, {beyond} with less than backprop",
+        (Bullet(bullet),),
     )
 
 
 def inside(reports: dict[str, Report]) -> Answer:
     """A race in a network whose layers all learn."""
     (report,) = reports.values()
-    ours, others = races.soonest(report, True), races.soonest(report, False)
+    ours, others = (races.soonest(report, which) for which in (races.by_dni, races.otherwise))
     said = [
         f"{found[0]} in {text.parts(found[1])} of backprop's time"
         for found in (ours, others)

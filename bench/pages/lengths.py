@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+import readings
 from pages.cells import table, where
 
 TITLES = {"copy": "Copy", "repeat-copy": "Repeat-copy"}
@@ -51,8 +52,7 @@ def _one(report: dict[str, Any]) -> str:
         row = [f"T={window}"]
         row += [c for m in final for c in _cells(m, final, exact, s["task"], window)]
         equal_steps.append(row)
-        end = min(run["history"][-1]["seconds"] for of in found.values() for run in of)
-        cut = {m: [_solved(run, end) for run in of] for m, of in found.items()}
+        end, cut = readings.in_equal_time(found)
         row = [f"T={window}", f"{end:.0f} s"]
         row += [c for m in cut for c in _cells(m, cut, exact)]
         equal_time.append(row)
@@ -74,11 +74,6 @@ def _one(report: dict[str, Any]) -> str:
     )
     both = [table(header, equal_steps), "Cut where the fastest run at that T ended:"]
     return "\n\n".join([text, *both, table(later, equal_time)])
-
-
-def _solved(run: dict[str, Any], seconds: float) -> float:
-    """Return what a run had solved after so many seconds of its training."""
-    return float(max((r["solved"] for r in run["history"] if r["seconds"] <= seconds), default=0.0))
 
 
 def _cells(

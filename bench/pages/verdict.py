@@ -12,7 +12,7 @@ from claims import QUESTIONS, Question, answered
 from fused_dni.report import Block, Figure, Table
 from fused_dni.report.blocks import as_markdown
 from pages.cells import threads_of, where
-from readings import Answer, Report
+from readings import Answer, Bullet, Report
 from stored import ROOT, matching, named
 
 PAGE = ROOT / "docs" / "verdict.md"
@@ -155,11 +155,16 @@ def bullets(folder: str) -> str:
     lines = []
     for key in BULLETS:
         question, found = known[key]
+        chosen: dict[str, tuple[Bullet, str]] = {}
         for reports, answer in found:
-            if not answer.bullet:
-                continue
-            link = f"{folder}{PAGE.name}#{anchor(question.claim)}"
-            lines.append(f"- {answer.bullet} ({device(reports)}; [table]({link})).")
+            for bullet in answer.bullets:
+                before = chosen.get(bullet.about)
+                if before is None or before[0].seeds < bullet.seeds:
+                    chosen[bullet.about] = bullet, device(reports)
+        if chosen:
+            said = " ".join(f"{bullet.text} ({on})." for bullet, on in chosen.values())
+            link = f"[table]({folder}{PAGE.name}#{anchor(question.claim)})"
+            lines.append(f"- {said.removesuffix(').')}; {link}).")
     return "\n".join(lines)
 
 
@@ -172,8 +177,12 @@ def picture(folder: str) -> str:
                 return (
                     f"![{answer.shown.caption}]({link})\n\n"
                     "Test error on MNIST against wall-clock ("
-                    f"{device(reports)}): `fused` is backprop on our kernels, `cdni-k` synthetic "
-                    "gradients with targets on every k-th step (`-z`: at the preactivation)."
+                    f"{device(reports)}). Look at `fused`, backprop on our kernels, and "
+                    "`cdni-ce-k`, synthetic gradients of the best recipe with targets on every "
+                    "k-th step. The "
+                    f"other arms ([what each does]({folder}rivals.md#what-each-arm-does)) are "
+                    "synthetic gradients of other forms, backprop by other means, and simpler ways "
+                    "not to wait."
                 )
     return "Not measured yet."
 

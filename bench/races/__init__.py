@@ -35,8 +35,11 @@ __all__ = [
     "SEEDS",
     "TITLES",
     "UNDER_TOPS",
+    "by_dni",
+    "by_dni_alone",
     "hidden",
     "lacks",
+    "otherwise",
     "perceptual",
     "sentence",
     "soonest",
@@ -96,12 +99,27 @@ def title(report: dict[str, Any]) -> str:
     return TITLES[found[1]] if found and found[1] in TITLES else "A race"
 
 
-def soonest(report: dict[str, Any], ours: bool) -> tuple[str, list[float]] | None:
-    """Return the arm, of those by synthetic gradients or of the others, that was first with every
-    seed at what the race's first ends with, and in what parts of its time; None if none was."""
+def by_dni(name: str) -> bool:
+    """Say whether an arm is by synthetic gradients."""
+    return name.startswith("DNI")
+
+
+def otherwise(name: str) -> bool:
+    """Say whether it is not."""
+    return not by_dni(name)
+
+
+def by_dni_alone(name: str) -> bool:
+    """Say whether it is, and uses no stand-in for the top: no sampled head, no surrogate."""
+    return by_dni(name) and not name.endswith(("head sampled", "surrogate"))
+
+
+def soonest(report: dict[str, Any], which: Callable[[str], bool]) -> tuple[str, list[float]] | None:
+    """Return the arm, of those whose names are chosen, that was first with every seed at what the
+    race's first ends with, and in what parts of its time; None if none was."""
     found = [
         (name, [share for share in shares if share is not None])
         for name in report["settings"]["arms"][1:]
-        if name.startswith("DNI") == ours and None not in (shares := race.shares(report, name))
+        if which(name) and None not in (shares := race.shares(report, name))
     ]
     return min(found, key=lambda arm: statistics.median(arm[1])) if found else None

@@ -39,7 +39,7 @@ and closes over its targets; without one a fixed gradient arrives at the output.
         False, help="propose an interface behind every block that can have one, pay or not"
     )
     backend: str | None = option(None, help="force a backend of our kernels")
-    seconds: float = option(ADVICE_SECONDS, SECONDS, "of measuring")
+    seconds: float = option(ADVICE_SECONDS, SECONDS, "of measuring, all together")
 
     def run(self, command: str) -> int:
         from fused_dni.measure.advise import advise

@@ -76,11 +76,10 @@ def built(spec: str) -> Any:
     try:
         return factory()
     except Exception as error:  # whatever a user's code may raise
-        message = str(error) or type(error).__name__
         outside = error.__traceback__ is not None and error.__traceback__.tb_next is None
         if isinstance(error, TypeError) and outside:  # the call itself
-            raise UsageError(f"{spec} must be callable without arguments: {message}") from error
-        raise UsageError(f"{spec} failed: {message}") from error
+            raise UsageError(f"{spec} must be callable without arguments: {error}") from error
+        raise UsageError(f"{spec} failed: {text.raised(error)}") from error
 
 
 def factory(

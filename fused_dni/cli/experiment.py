@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fused_dni.cli.arguments import refuse_unwritable
 from fused_dni.cli.command import Measuring, UsageError
-from fused_dni.cli.output import out_file, refuse_foreign, resumable, say_report, unfinished
-from fused_dni.measure.options import FOLDER, option, whole
+from fused_dni.cli.output import kept_in, out_file, refuse_foreign, say_report, unfinished
+from fused_dni.measure.options import FOLDER, PATH, option, whole
 
 if TYPE_CHECKING:
     from fused_dni.experiments.data import Dataset
@@ -58,14 +58,15 @@ class OnTexts(OnImages):
 
     data: str | None = option(
         None,
-        FOLDER,
-        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text",
+        PATH,
+        "folder of the four MNIST files (IDX, .gz); with --dataset characters a text (.gz too), or "
+        "a folder of .txt and .txt.gz files",
         group="data",
     )
 
     def check(self) -> None:
         if self.data is None and self.given.get("dataset") == "characters":
-            raise UsageError("--dataset characters needs --data FILE, a text")
+            raise UsageError("--dataset characters needs --data PATH, a text or a folder of texts")
         super().check()
 
     def load(self, progress: Progress, *, held_out: bool = False) -> Dataset:
@@ -123,17 +124,19 @@ class Resumable(Measuring):
         raise NotImplementedError
 
     def run(self, command: str) -> int:
-        from fused_dni.report.files import as_json
+        from fused_dni.measure.errors import Interrupted
 
         out = out_file(self, needed=True)
         previous = unfinished(str(self.out), self.name) if self.resume else None
         measure = self.begin(self.progress())
-        with resumable(out):
-            report = measure(
-                previous=previous,
-                keep=lambda report: out.write(as_json(report)),
-                progress=self.progress(),
-                command=command,
-            )
+        try:
+            with kept_in(out, self.json) as keep:
+                report = measure(
+                    previous=previous, keep=keep, progress=self.progress(), command=command
+                )
+        except Interrupted as stopped:
+            raise Interrupted(
+                f"{stopped} and are kept in {out.path}; --resume goes on from there"
+            ) from None
         say_report(report, self.json, out)
         return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fused_dni.cli.arguments import device_named, refuse_unwritable, rule
 from fused_dni.cli.command import PROGRAM, Measuring
-from fused_dni.cli.output import OutFile, out_file, say, warn
+from fused_dni.cli.output import OutFile, kept_in, out_file, say, warn
 from fused_dni.measure.options import (
     DEVICE,
     DTYPES,
@@ -90,7 +90,6 @@ class Map(Measuring):
         from fused_dni.measure.map import Settings, make_grid
         from fused_dni.measure.map.sweep import sweep
         from fused_dni.ops import registry
-        from fused_dni.report.files import as_json
 
         points = make_grid(self.batches, self.widths, self.synthesizers, self.interfaces)
         if self.backend is not None:
@@ -103,14 +102,14 @@ class Map(Measuring):
             backend=self.backend,
             seconds=self.seconds,
         )
-        with self.progress() as progress:
+        with self.progress() as progress, kept_in(out, self.json) as keep:
             return sweep(
                 points,
                 settings,
                 Path(self.out),
                 progress=progress.update,
                 command=command,
-                keep=lambda found: out.write(as_json(found)),
+                keep=keep,
             )
 
 

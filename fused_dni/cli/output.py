@@ -192,17 +192,29 @@ def unfinished(path: str, kind: str) -> Result:
 
 
 @contextmanager
-def resumable(out: OutFile) -> Iterator[None]:
-    """Say of a run that is stopped where its finished part is, and how to go on."""
+def kept_in(out: OutFile, as_json: bool) -> Iterator[Callable[[Result], None]]:
+    """Keep a run's unfinished reports in its file. Where the file could not be written, the last of
+    them is printed if the run is stopped.
+
+    Raises:
+        WriteError: the run was stopped, and the file could not be written.
+    """
     from fused_dni.measure.errors import Interrupted
+    from fused_dni.report import files
+
+    last: list[Result] = []
+
+    def keep(report: Result) -> None:
+        last[:] = [report]
+        out.write(files.as_json(report))
 
     try:
-        yield
-    except Interrupted as stopped:
+        yield keep
+    except Interrupted:
+        if last and out.written is None:
+            say_report(last[0], as_json)
         out.finish()
-        raise Interrupted(
-            f"{stopped} and are kept in {out.path}; --resume goes on from there"
-        ) from None
+        raise
 
 
 def say_verdict(

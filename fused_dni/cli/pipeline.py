@@ -46,7 +46,7 @@ fused_dni.distributed (docs/distributed.md)."""
 
         from fused_dni.experiments.staged import train
 
-        out = out_file(self, needed=True)
+        out = out_file(self)
         settings = self.chosen(folder=self.data)
         if self.checkpoint is not None:
             refuse_unwritable(self.checkpoint)

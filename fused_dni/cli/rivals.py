@@ -36,7 +36,9 @@ class Rivals(OnTexts, Resumable):
 
 Ctrl-C keeps the finished runs in --out; --resume goes on from there."""
 
-    seconds: float = option(10.0, SECONDS, "for timing the steps", group="budget")
+    seconds: float = option(
+        10.0, SECONDS, "of timing, the steps of all arms together", group="budget"
+    )
     tune: bool = option(
         False, help="first choose each arm's rate on the held-out part of the training set"
     )
@@ -63,13 +65,15 @@ class RivalGrid(OnTexts, Quick, Resumable):
     epilog = """examples:
   {program} rivals grid --quick
   {program} rivals grid --data DIR --widths 256 --depths 3 8 --budgets 1 2 4
-  {program} rivals grid --dataset characters --data FILE
+  {program} rivals grid --dataset characters --data PATH
 
 Ctrl-C keeps the finished runs in --out; --resume goes on from there. Steps are timed at the
 end, so that only then the machine need be idle."""
 
     full: bool = option(False, help="the width 1024 too: hours")
-    seconds: float = option(5.0, SECONDS, "for timing the steps of a network", group="budget")
+    seconds: float = option(
+        5.0, SECONDS, "of timing, for each network, the steps of all arms together", group="budget"
+    )
     out: str | None = option("rivals-grid.json", FILE, "the report", group="output")
 
     def chosen(self, **more: Any) -> Any:

@@ -10,7 +10,7 @@ from fused_dni.cli.command import PROGRAM, Measuring, UsageError
 from fused_dni.cli.experiment import Checkpointed, OnImages
 from fused_dni.cli.output import say
 from fused_dni.experiments.settings import TASKS, Recurrent, Training
-from fused_dni.measure.options import FOLDER, SECONDS, Kind, option
+from fused_dni.measure.options import FOLDER, PATH, SECONDS, option
 
 if TYPE_CHECKING:
     from fused_dni.experiments.characters import Text as Characters
@@ -83,7 +83,7 @@ class _OfThePaper(OnImages, Checkpointed):
             said.append(kind.split(outcome.split))
         said += map(Text, outcome.notes)
         if verdict is not None:
-            said += [Text(verdict.table()), Text(verdict.sentence())]
+            said += [Text(verdict.table()), Text(verdict.sentence()), Text(kind.beside(outcome))]
         if race is not None:
             said += [
                 Heading("Under an expensive top"),
@@ -117,7 +117,7 @@ class Train(_OfThePaper):
 class Demo(_OfThePaper):
     """Train the paper's network on the embedded digits (or MNIST), measure what its layers cost by
     backprop and by DNI on this machine; then race an autoencoder under a loss of frozen
-    convolutional features. About two minutes on 2 cores with the digits."""
+    convolutional features. Two to three minutes on 2 cores with the digits, once installed."""
 
     name = "demo"
     summary = (
@@ -179,7 +179,7 @@ class _OnSequences(Checkpointed):
     settings = Recurrent
 
     out: str | None = option(None, FOLDER, "report folder (runs/TASK)", group="output")
-    seconds: float = option(4.0, SECONDS, "time for timing the arms")
+    seconds: float = option(4.0, SECONDS, "of timing, all arms together")
     memory: bool = option(
         False, help="measure peak memory against window and length of the sequence"
     )
@@ -255,7 +255,7 @@ class TrainCharacters(_OnSequences):
 
     data: str | None = option(
         None,
-        Kind(lambda name, value, given: None, metavar="PATH"),
+        PATH,
         "a UTF-8 text (.gz too), or a folder of .txt and .txt.gz files",
         group="data",
     )
@@ -337,15 +337,15 @@ class TrainRows(_OnSequences):
 def _finish(asked: Measuring, out: str, report: Result, said: list[Block]) -> None:
     """Write the folder and print what was measured: that, too, where it cannot be written."""
     from fused_dni.report.blocks import as_text
-    from fused_dni.report.errors import ReportError
+    from fused_dni.report.errors import WriteError
     from fused_dni.report.files import as_json
     from fused_dni.report.folder import write_folder
 
     files: list[Path] = []
-    failed: ReportError | None = None
+    failed: WriteError | None = None
     try:
         files = write_folder(report, out)
-    except ReportError as error:
+    except WriteError as error:
         failed = error
     if asked.json:
         say(as_json(report), end="")

@@ -109,7 +109,9 @@ A factory is called without arguments and returns a module, or (module, sample).
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
     no_compile: bool = option(False, help="leave compiled backprop out")
     no_parts: bool = option(False, help="whole steps alone, not their parts")
-    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
+    seconds: float = option(
+        VERDICT_SECONDS, SECONDS, "of timing, all together; thrice that where times scatter"
+    )
     plot: str | None = option(None, FILE, "draw it into an image file", group="output")
 
     def check(self) -> None:
@@ -195,7 +197,7 @@ class VerdictLSTM(Measuring):
     rank: int | None = option(None, whole(0), "of the synthesizer; 0: dense (16)")
     auxiliary: bool = option(False, help="DNI with the auxiliary head")
     backend: str | None = option(None, TEXT, "force a backend of our kernels")
-    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
+    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing, all together")
 
     def run(self, command: str) -> int:
         import torch

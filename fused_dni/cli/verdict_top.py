@@ -77,7 +77,9 @@ arm and seed, behind torch.manual_seed(seed).
     )
     update: str = option("adam", UPDATE, "update rule")
     lr: float = option(1e-3, RATE, "learning rate in a race")
-    seconds: float = option(VERDICT_SECONDS, SECONDS, "of timing")
+    seconds: float = option(
+        VERDICT_SECONDS, SECONDS, "of timing, all together; thrice that where times scatter"
+    )
     race: float | None = option(None, SECONDS, "seconds of each arm and seed", group="race")
     seeds: tuple[int, ...] = option((1, 2, 3), SEED, "a race each")
     warmup_steps: int = option(50, whole(0), "of plain backprop, before the top is left out")
@@ -147,5 +149,7 @@ arm and seed, behind torch.manual_seed(seed).
                 command=command,
             )
         except Interrupted as stopped:
-            kept = "" if out.written is None else f"; that and the times of steps are in {out.path}"
-            raise Interrupted(f"{stopped}{kept}") from None
+            if out.written is None:
+                say_verdict(found, self.json, out)
+                raise
+            raise Interrupted(f"{stopped}; that and the times of steps are in {out.path}") from None

@@ -77,7 +77,7 @@ RATES = {
 
 DATASET = one_of(("digits", "mnist", "characters"))
 DATASETS = (
-    settings.DATASETS.removesuffix(")") + "; characters: the next character of a text, --data FILE)"
+    settings.DATASETS.removesuffix(")") + "; characters: the next character of a text, --data PATH)"
 )
 
 

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
@@ -189,29 +189,29 @@ def train(
     dataset = data.load(settings.dataset, folder=settings.folder)
     steps = _steps(dataset, settings)
     found = facts(command)
-    _name_commits(found, Path(folder))
     runs = []
-    for mode in settings.modes:
-        place = Path(folder) / mode
-        place.mkdir(parents=True, exist_ok=True)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=settings.stages,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            run_id=uuid.uuid4().hex,
-            max_restarts=restarts,
-            monitor_interval=0.2,
-        )
-        with progress, _Watched(place / "progress", mode, progress):
-            try:
-                made = elastic_launch(config, work)(settings, mode, str(place))
-            except ChildFailedError as problem:
-                _, failure = problem.get_first_failure()
-                raise PipelineError(f"mode {mode}: {_last_line(failure.message)}") from None
-        last = made[settings.stages - 1]
-        runs.append({"mode": mode, **last, "error": _error(settings, dataset, mode, place)})
+    with _commits_named(found, Path(folder)):
+        for mode in settings.modes:
+            place = Path(folder) / mode
+            place.mkdir(parents=True, exist_ok=True)
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=settings.stages,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                run_id=uuid.uuid4().hex,
+                max_restarts=restarts,
+                monitor_interval=0.2,
+            )
+            with progress, _Watched(place / "progress", mode, progress):
+                try:
+                    made = elastic_launch(config, work)(settings, mode, str(place))
+                except ChildFailedError as problem:
+                    _, failure = problem.get_first_failure()
+                    raise PipelineError(f"mode {mode}: {_last_line(failure.message)}") from None
+            last = made[settings.stages - 1]
+            runs.append({"mode": mode, **last, "error": _error(settings, dataset, mode, place)})
     return Result(
         "train pipeline",
         settings=asdict(settings) | {"folder": None},
@@ -220,14 +220,30 @@ def train(
     )
 
 
-def _name_commits(found: dict[str, Any], folder: Path) -> None:
-    """Name among the facts the commits of all runs that have gone on from this folder."""
+@contextmanager
+def _commits_named(found: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Name among the facts the commits of all runs that have gone on from this folder, and this
+    one's; the next one leaves it out again if it fails with nothing kept there."""
     kept, now = folder / "commits.txt", found["commit"]
-    if kept.exists():
-        found["commit"] = kept.read_text("utf-8") or None
+    before = kept.read_text("utf-8") if kept.exists() else ""
+    if before:
+        found["commit"] = before
         name_commit(found, now)
     folder.mkdir(parents=True, exist_ok=True)
     kept.write_text(found["commit"] or "", "utf-8")
+    there = _kept(folder)
+    try:
+        yield
+    except BaseException:
+        if _kept(folder) <= there:
+            kept.write_text(before, "utf-8")
+        raise
+
+
+def _kept(folder: Path) -> set[tuple[Path, int]]:
+    """List what stages have saved of their training, with its time."""
+    saved = (*folder.glob("*/step-*/stage-*"), *folder.glob("*/trained-*.pt"))
+    return {(path, path.stat().st_mtime_ns) for path in saved}
 
 
 def _last_line(message: Any) -> str:

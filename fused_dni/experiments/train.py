@@ -195,6 +195,10 @@ def steps_per_epoch(settings: Settings, dataset: data.Dataset) -> int:
 # ------------------------------------------------------------------------------------------- run
 
 
+#: Of each method, before anything is timed.
+_WARM_STEPS = 3
+
+
 class _Epochs(run.Turns[Trainer]):
     """Turns of an epoch each. Batches are functions of (seed, epoch), weights of the seed."""
 
@@ -205,6 +209,17 @@ class _Epochs(run.Turns[Trainer]):
 
     def build(self, seed: int) -> list[Trainer]:
         return [build(name, seed, self.settings, self.dataset) for name in self.names]
+
+    def warm_up(self) -> None:
+        """Do what a process does once, such as starting threads, before a clock runs: steps of
+        trainers that are thrown away. ``compiled`` compiles ahead of its clock anyway."""
+        rows = torch.arange(self.settings.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            for name in self.names:
+                if name != "compiled":
+                    trainer = build(name, self.settings.seeds[0], self.settings, self.dataset)
+                    for _ in range(_WARM_STEPS):
+                        trainer.step(*data.pick(self.dataset.train, rows))
 
     def begin(self, trainer: Trainer, turn: int) -> int:
         self._order = data.permutation(len(self.dataset.train.labels), trainer.seed, turn)
@@ -252,6 +267,7 @@ def train(
         RuntimeError: a network's parameters are not finite any more.
     """
     turns = _Epochs(settings, dataset)
+    turns.warm_up()
     finished = turns.run(checkpoint, resume, checkpoint_every, progress)
     steps = settings.epochs * turns.each
     notes = run.warmup_notes(settings.runs(), settings.warmup_steps, steps)

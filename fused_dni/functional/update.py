@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,13 +29,14 @@ def apply_(
         )
         if p is not None and g is not None and trainable
     ]
-    if len(slots) != sum(rule.trainable) or not _fusable(rule.kind, slots):
+    if not slots or len(slots) != sum(rule.trainable) or not _fusable(rule.kind, slots):
         rules.apply_(parameters, gradients, rule)
         return
     ps, gs, ms, vs = (list(column) for column in zip(*slots, strict=True))
-    # A norm is finite only if all elements are, and takes one pass; squares may overflow, though.
-    norms = torch.stack(torch._foreach_norm(gs, 2))
-    if not norms.isfinite().all() and not rules.finite(gradients, rule):
+    # A sum of norms is finite only if all elements are, and takes one pass; squares may overflow,
+    # though.
+    total = torch.stack(torch._foreach_norm(gs, 2)).sum()
+    if not math.isfinite(total.item()) and not rules.finite(gradients, rule):
         rules.skip_(rule)
         return
     hyper = rule.hyper.tolist()
@@ -75,11 +77,23 @@ def apply_(
 
 
 def _fusable(kind: str, slots: Sequence[tuple[Tensor | None, ...]]) -> bool:
-    tensors = [t for slot in slots for t in slot if t is not None]
-    known = kind == "sgd" or (kind in ("adam", "adamw") and len(tensors) == 4 * len(slots))
-    return (
-        known
-        and {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
-        and len({t.device for t in tensors}) == 1
-        and all(t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+    if kind not in ("sgd", "adam", "adamw"):
+        return False
+    first = slots[0][0]
+    assert first is not None
+    dtype, device = first.dtype, first.device
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for slot in slots:
+        for t in slot:
+            if t is None:
+                if kind != "sgd":
+                    return False
+            elif (
+                t.dtype != dtype
+                or t.device != device
+                or not t.is_contiguous()
+                or type(t) not in (Tensor, torch.nn.Parameter)
+            ):
+                return False
+    return True

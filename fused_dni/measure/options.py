@@ -139,8 +139,9 @@ VERDICT_SECONDS, MAP_SECONDS, ADVICE_SECONDS, STAGE_SECONDS = 5.0, 2.5, 20.0, 2.
 
 UPDATE = one_of(UPDATES)
 TEXT = Kind(lambda name, value, given: None, metavar="NAME")
-FILE = Kind(lambda name, value, given: None, metavar="FILE")
-FOLDER = Kind(lambda name, value, given: None, metavar="DIR")
+FILE = kind("a path", bool, metavar="FILE")
+FOLDER = kind("a path", bool, metavar="DIR")
+PATH = kind("a path", bool, metavar="PATH")
 FACTORY = kind("package.module:factory", lambda value: ":" in value, metavar="FACTORY")
 _MOST = 4 * (os.cpu_count() or 1)
 #: More are slower, and far more than the system starts end the process.

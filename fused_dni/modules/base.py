@@ -261,6 +261,10 @@ class DecoupledModule(nn.Module):
         """Return the slots that learn from what arrives, and in no step without it."""
         return (*self.parameters_behind(), *self.synthesizer_parameters())
 
+    def trained(self) -> tuple[Tensor | None, ...]:
+        """Return the slots of the layer's own update, and those that learn."""
+        return (*self.local_parameters(), *self.learners())
+
     def synthesizer_backend(self, h: Tensor) -> Backend:
         """Return the backend that runs fused synthesizers on h."""
         raise NotImplementedError

@@ -651,7 +651,7 @@ def ruled(
     phase = module.phase
     if module._modules["synthesizer"] is None or phase.true_share > 0.0:
         module.refuse_later(context)
-        anchored = anchor((*module.local_parameters(), *module.learners()))
+        anchored = anchor(module.trained())
         h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, anchored)
         return h
     learns = phase.target
@@ -687,7 +687,7 @@ def unruled(
     """Run a module without a rule in training; arguments as of :func:`ruled`."""
     module.check_context(context)
     note_replicas(module)
-    parameters = (*module.local_parameters(), *module.learners())
+    parameters = module.trained()
     h: Tensor = Late.apply(module, inputs, context, need_dx, len(asked), *asked, *parameters)
     return h
 

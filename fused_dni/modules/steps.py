@@ -564,11 +564,14 @@ def segment_call(args: tuple[Any, ...], named: dict[str, Any]) -> SegmentCall:
 
 class Inner(NamedTuple):
     """A run of the segment: its output with its graph, and the inputs to differentiate for; by the
-    identity of a parameter, what stood in for it (see :func:`run_apart`)."""
+    identity of a parameter, what stood in for it (see :func:`run_apart`), all of them, and those
+    that rules inside update."""
 
     h: Tensor
     leaves: list[Tensor | None]
     aliases: dict[int, Tensor]
+    parameters: dict[int, nn.Parameter]
+    ruled: dict[int, nn.Parameter]
 
 
 class SegmentSteps(Steps):
@@ -584,7 +587,14 @@ class SegmentSteps(Steps):
         step."""
         found: dict[int, nn.Parameter] = {}
         ruled: dict[int, nn.Parameter] = {}
-        for m in self.module.modules():
+        # In the order of modules(), which makes two calls a module.
+        pending, seen = [self._modules["module"]], set()
+        while pending:
+            m = pending.pop()
+            if m is None or m in seen:
+                continue
+            seen.add(m)
+            pending += reversed(m._modules.values())
             for p in m._parameters.values():
                 if p is not None:
                     found[id(p)] = p
@@ -600,10 +610,18 @@ class SegmentSteps(Steps):
     def learners(self) -> Slots:
         """And, where a module inside learns in the node's backward, a tensor for its output to ask
         for a gradient though none is returned."""
+        return self._learners(self._parameters_inside()[1])
+
+    def _learners(self, ruled: dict[int, nn.Parameter]) -> Slots:
         learners = super().learners()
-        if any([p.requires_grad for p in self._parameters_inside()[1].values()]):
+        if any([p.requires_grad for p in ruled.values()]):
             learners += (torch.empty(0, requires_grad=True),)
         return learners
+
+    def trained(self) -> Slots:
+        found, ruled = self._parameters_inside()
+        local = tuple([p for i, p in found.items() if i not in ruled])
+        return (*local, *self._learners(ruled))
 
     def synthesizer_backend(self, h: Tensor) -> Backend:
         assert self.synthesizer is not None
@@ -663,7 +681,7 @@ class SegmentSteps(Steps):
             output = segment_output(out)
             self._fit(output, inputs, leaves)
         inputs.output = output.detached()
-        return Inner(output.h, leaves, aliases)
+        return Inner(output.h, leaves, aliases, *self._parameters_inside())
 
     def _fit(self, output: SegmentOutput, inputs: SegmentCall, leaves: list[Tensor | None]) -> None:
         """Refuse an output that cannot be trained on, before anything is learned or updated."""
@@ -718,8 +736,7 @@ class SegmentSteps(Steps):
         self._fitted = key
 
     def _differentiate(self, inner: Inner, gradient: Tensor) -> tuple[Slots, Slots]:
-        h, leaves, aliases = inner
-        found, ruled = self._parameters_inside()
+        h, leaves, aliases, found, ruled = inner
         slots = [*leaves, *[aliases.get(i, p) for i, p in found.items() if i not in ruled]]
         # All of the segment's: a module inside it whose rule is applied in the backward has one of
         # them for its anchor, and its node is not run unless that is asked for.

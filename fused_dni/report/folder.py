@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fused_dni.report.blocks import Block, Figure, as_markdown
-from fused_dni.report.errors import ReportError
+from fused_dni.report.errors import WriteError
 from fused_dni.report.files import write_text
 from fused_dni.report.layout import blocks_of
 from fused_dni.report.schema import Result, save
@@ -27,7 +27,7 @@ def write_folder(
         The files, the JSON first.
 
     Raises:
-        ReportError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     folder = Path(folder)
     said = blocks_of(result) if said is None else said
@@ -37,7 +37,7 @@ def write_folder(
         save(files[0], result)
         write_text(files[1], as_markdown(said, folder, suffix=".png") + "\n")
     except OSError as error:
-        raise ReportError(
+        raise WriteError(
             f"cannot write the report to {folder}: {error.strerror or error}"
         ) from error
     return [*files, *(folder / f"{b.name}.png" for b in said if isinstance(b, Figure))]

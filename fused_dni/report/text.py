@@ -29,6 +29,12 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
+def raised(error: BaseException) -> str:
+    """Say what a user's code has raised: ``KeyError: 'x'``, the first line of the message alone."""
+    said, kind = str(error).strip(), type(error).__name__
+    return f"{kind}: {said.splitlines()[0]}" if said else kind
+
+
 def size(value: float | None) -> str:
     """Bytes as ``812 B``, ``1.46 MB`` (powers of ten)."""
     if value is None:

@@ -73,5 +73,10 @@ def middle_k(ks: Sequence[int | None]) -> int | None:
     return 4 if 4 in ks else next((k for k in ks if k), None)
 
 
+#: What stands under a table of medians with ratios beside them.
+PAIRED = (
+    "A ratio is the median of those within rounds, each of which timed both: the medians beside it "
+    "divide to about that, not exactly."
+)
 #: What stands under a table whose ratios are marked.
 DOUBT = "A ~ marks a ratio whose interval reaches one: no difference could be shown."

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 import claims
+import races
 import readings
 import stored
 from fused_dni.cli.program import _parse
-from fused_dni.report import Figure, Table
+from fused_dni.report import Figure, Result, Table
 from fused_dni.report.kinds import recipes as recipes_report
 from pages import documents, verdict
 
@@ -121,6 +122,73 @@ def test_each_line_of_the_readme_has_a_figure_a_device_and_a_link():
     assert len(lines) == len(verdict.BULLETS) == 5
     for line in lines:
         assert re.search(r"\d", line) and " thread" in line and "](docs/verdict.md#" in line
+
+
+def test_of_machines_that_say_the_same_the_one_of_the_most_seeds_is_quoted(monkeypatch):
+    (question,) = (q for q in claims.QUESTIONS if q.key == "reach")
+    few, many = (
+        {"x": {"facts": {"device": name, "threads": 1, "gpu": None}}} for name in ("few", "many")
+    )
+
+    def answer(*bullets):
+        return readings.Answer("", "", "", [], bullets=bullets)
+
+    said = readings.Bullet("Copied 3", "copy", 3), readings.Bullet("Read 2", "text", 2)
+    found = [(few, answer(*said)), (many, answer(readings.Bullet("Copied 5", "copy", 5)))]
+    monkeypatch.setattr(verdict, "BULLETS", ("reach",))
+    for rows in (found, found[::-1]):
+        monkeypatch.setattr(verdict, "each", lambda rows=rows: iter([(question, rows)]))
+        (line,) = verdict.bullets("").splitlines()
+        assert "Copied 5 (many, 1 thread" in line and "Read 2 (few, 1 thread" in line
+        assert "Copied 3" not in line and line.count("[table]") == 1
+
+
+def test_how_far_copying_goes_is_counted():
+    """At the command's own window, and between all: as many steps, as much time."""
+
+    def run(method, window, *rows):
+        history = [{"solved": solved, "seconds": seconds} for solved, seconds in rows]
+        return {"method": method, "window": window, "history": history}
+
+    runs = []
+    for window, (ours, theirs) in {2: (6, 3), 4: (8, 4)}.items():
+        runs += [run("fused", window, (theirs, 10.0))] * 2
+        runs += [run("dni", window, (1, 5.0), (ours, 30.0)), run("dni", window, (ours, 30.0))]
+    report = Result("train copy", settings={"windows": [2, 4]}, body={"runs": runs})
+    said = readings._copied(report, 2)
+    assert (said.about, said.seeds) == ("copy", 2)
+    assert "**8 (8 to 8)** symbols at T=4, truncated backprop 4 (4 to 4)" in said.text
+    assert (
+        "which take 3.0 times as long; in as much time 0.5 (0 to 1) against 4 (4 to 4)" in said.text
+    )
+    assert "At T=2, 4 that is 2.0 to 2.0 times as far after as many steps, 0.1 to 0.2" in said.text
+
+
+def test_ranges_that_overlap_are_told(monkeypatch):
+    (report,) = stored.matching("verdict/*-rivals").values()
+    errors = {row["name"]: [0.05, 0.06] for row in report["arms"]}
+    errors |= {"fused": [0.02, 0.03], "cdni-4": [0.03, 0.04], "local": [0.01, 0.015]}
+    errors["stale-4"] = [0.01, 0.025]
+    monkeypatch.setattr(readings.rivals_report, "errors", lambda report, name: errors[name])
+    (bullet,) = readings.rivals({"rivals": report}).bullets
+    assert (
+        "with **3.50 %** (3.00 to 4.00) error, backprop with 2.50 % (2.00 to 3.00): " in bullet.text
+    )
+    assert "means of 2 seeds, whose ranges overlap" in bullet.text
+    assert "2 end with less error than DNI, 2 of them with ranges apart, and 2" in bullet.text
+    assert bullet.text.endswith("with less than backprop, 1 with ranges apart")
+    errors["cdni-4"] = [0.035, 0.04]
+    assert "whose ranges are apart" in readings.rivals({"rivals": report}).bullets[0].text
+
+
+def test_what_needs_no_stand_in_is_told_apart():
+    found = [n for n in ("DNI k=8", "DNI k=8, head sampled", "DNI k=16, surrogate", "by hand k=8",
+                         "DNI k=8, dense") if races.by_dni_alone(n)]  # fmt: skip
+    assert found == ["DNI k=8", "DNI k=8, dense"]
+    reports = stored.matching(races.UNDER_TOPS)
+    (bullet,) = readings.tops({str(path): report for path, report in reports.items()}).bullets
+    plain = [races.soonest(report, races.by_dni_alone) for report in reports.values()]
+    assert f"in {len(plain) - plain.count(None)} of {len(plain)}, and in the other" in bullet.text
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_verdict_of_a_factory_with_a_plot(capsys, tmp_path, monkeypatch):
     code, line = _fails(capsys, "verdict", "mine:alone", "--sample", "4x9", *quick, "--quiet")
     assert code == 2 and "does not take a sample of shape [4, 9]" in line
     code, line = _fails(capsys, "verdict", "mine:broken")
-    assert code == 2 and "mine:broken failed: planted" in line
+    assert code == 2 and "mine:broken failed: ZeroDivisionError: planted" in line
     with pytest.raises(arguments.UsageError, match="planted"):
         cli.main(["--traceback", "verdict", "mine:broken"])
     monkeypatch.setenv("FUSED_DNI_DEBUG", "1")
@@ -235,8 +235,9 @@ def test_demo_ends_with_the_verdict_a_race_and_the_paths(capsys, tmp_path):
     argv = ["demo", *TINY, "--out", str(tmp_path), "--no-compile", "--seconds", "0.05"]
     assert cli.main([*argv, "--race", "0.2"]) == 0
     printed = capsys.readouterr().out
-    sentence, heading, arms, raced, paths = printed.rstrip().split("\n\n")[-5:]
+    sentence, errors, heading, arms, raced, paths = printed.rstrip().split("\n\n")[-6:]
     assert sentence.startswith("On 1 CPU thread") and "synthetic gradient" in sentence
+    assert errors.startswith("Errors here, after ") and "cdni k=4 " in errors
     assert heading.startswith("Under an expensive top\n") and "backprop" in arms and raced
     for name in ("report.md", "verdict.png", "loss-vs-time.png"):
         assert str(tmp_path / name) in paths and (tmp_path / name).exists()

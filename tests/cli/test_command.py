@@ -136,5 +136,5 @@ def test_a_text_is_spoken_of_where_it_may_be_given(command, texts, capsys):
     assert cli.main([*command.split(), "--help"]) == 0
     assert ("with --dataset characters" in " ".join(capsys.readouterr().out.split())) == texts
     assert cli.main([*command.split(), "--dataset", "characters"]) == 2
-    said = "--dataset characters needs --data FILE" if texts else "unknown dataset"
+    said = "--dataset characters needs --data PATH" if texts else "unknown dataset"
     assert said in capsys.readouterr().err

@@ -164,7 +164,7 @@ def below(tmp_path):
 def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below):
     assert cli.main([*VERDICT.split(), "--out", below]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out and below not in captured.out
+    assert "The break-even against stock backprop is" in captured.out and below not in captured.out
     first, last = _lines(captured.err)
     assert (
         first.startswith(f"fused-dni: cannot write {below}: ") and "printed all the same" in first
@@ -176,7 +176,7 @@ def test_a_verdict_that_cannot_be_saved_is_said_first_and_printed(capsys, below)
 def test_a_verdict_on_a_full_disk_is_printed(capsys):
     assert cli.main([*VERDICT.split(), "--out", "/dev/full"]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out
+    assert "The break-even against stock backprop is" in captured.out
     assert _lines(captured.err) == [
         "fused-dni: error: cannot write /dev/full: No space left on device"
     ]
@@ -195,7 +195,8 @@ def test_a_plot_that_cannot_be_saved_does_not_lose_the_verdict(capsys, tmp_path,
     monkeypatch.setattr(output.OutFile, "write", and_take_the_folder_away)
     assert cli.main([*VERDICT.split(), "--plot", str(plot), "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert "Break-even" in captured.out and str(out) in captured.out and out.exists()
+    assert "The break-even against stock backprop is" in captured.out
+    assert str(out) in captured.out and out.exists()
     assert f"cannot write {plot}" in captured.err and len(_lines(captured.err)) == 1
 
 
@@ -216,6 +217,22 @@ def test_a_folder_is_no_file(capsys, tmp_path, results, command):
     assert _lines(captured.err) == [
         f"fused-dni: error: --out must be a file, {tmp_path} is a folder"
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["report", ""], "FILE must be a path, got ''"),
+        (["compare", "", "a.json"], "FILE must be a path, got ''"),
+        (["report", "a.json", "-o", ""], "output must be a path, got ''"),
+        ([*VERDICT.split(), "--out", ""], "out must be a path, got ''"),
+        ([*TRAIN.split(), "--checkpoint", ""], "checkpoint must be a path, got ''"),
+    ],
+)
+def test_nothing_is_no_path(capsys, argv, message):
+    assert cli.main(argv) == 2
+    (line,) = _lines(capsys.readouterr().err)
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -293,7 +310,7 @@ def test_a_training_that_cannot_be_written_is_printed(capsys, tmp_path, monkeypa
 
     monkeypatch.setattr("fused_dni.report.schema.write_text", full)
     argv = [*TRAIN.split(), "--out", str(tmp_path), *["--json"] * as_json]
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == 1
     captured = capsys.readouterr()
     if as_json:
         assert json.loads(captured.out)["kind"] == "train"
@@ -312,6 +329,70 @@ def test_a_map_whose_disk_fills_up_is_printed(capsys, tmp_path, monkeypatch):
     assert cli.main([*MAP.split(), "--quiet", "--out", str(out)]) == 1
     captured = capsys.readouterr()
     assert "4 x 4" in captured.out and f"cannot write {out}: No space left" in captured.err
+
+
+ARMS = """
+class Racer:
+    def step(self): pass
+    def loss(self): return 1.0
+made = []
+def arm(seed):
+    if seed == 2: raise KeyboardInterrupt
+    return Racer()
+def arms(): return {"first": arm, "other": arm}
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_finished_before_ctrl_c_is_printed_where_it_cannot_be_kept(
+    capsys, tmp_path, monkeypatch, as_json
+):
+    def full(path, text):
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    (tmp_path / "arms_of_output.py").write_text(ARMS)
+    monkeypatch.chdir(tmp_path)
+    argv = ["race", "arms_of_output:arms", "--seconds", "0.01", "--seeds", "1", "2", "--quiet"]
+    argv += ["--json"] * as_json
+    assert cli.main(argv) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "" and "1 of 2 seeds were finished and are kept in" in captured.err
+    os.remove("race.json")
+    monkeypatch.setattr("fused_dni.cli.output.write_text", full)
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    if as_json:
+        assert len(json.loads(captured.out)["runs"]) == 2
+    else:
+        assert "Unfinished: 1 of 2 seeds." in captured.out
+    assert _lines(captured.err) == [
+        "fused-dni: error: cannot write race.json: No space left on device"
+    ]
+
+
+def test_a_map_that_is_stopped_on_a_full_disk_is_printed(capsys, tmp_path, monkeypatch):
+    def full(path, text):
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    from fused_dni.measure.map import sweep
+
+    measure, asked = sweep.measure, []
+
+    def stopping(point, *more):
+        asked.append(point)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(point, *more)
+
+    monkeypatch.setattr(sweep, "measure", stopping)
+    monkeypatch.setattr("fused_dni.cli.output.write_text", full)
+    out = tmp_path / "map.json"
+    argv = [*MAP.replace("--batches 4", "--batches 4 8").split(), "--quiet", "--out", str(out)]
+    assert cli.main(argv) == 1
+    captured = capsys.readouterr()
+    assert "4 x 4" in captured.out and "8 x 4" not in captured.out
+    (line,) = _lines(captured.err)
+    assert line == f"fused-dni: error: cannot write {out}: No space left on device"
 
 
 @FULL

@@ -17,8 +17,8 @@ from fused_dni.experiments import characters, data, future, recurrent, run, wind
 from fused_dni.experiments.ablation import Altered
 from fused_dni.experiments.settings import ABLATIONS, SYNTHESIZERS
 from fused_dni.measure import memory, timing
-from fused_dni.report import ReportError
 from fused_dni.report.blocks import as_text
+from fused_dni.report.errors import WriteError
 from fused_dni.report.folder import write_folder
 from fused_dni.report.kinds import recurrent as recurrent_report
 from fused_dni.report.schema import NAMES
@@ -797,7 +797,7 @@ def test_the_report_folder(tmp_path, monkeypatch, task):
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = recurrent.train(replace(COPY, amount=3, seeds=(0,)))
-    with pytest.raises(ReportError, match="cannot write the report"):
+    with pytest.raises(WriteError, match="cannot write the report"):
         write_folder(recurrent.result(outcome), tmp_path / "file" / "below")
 
 

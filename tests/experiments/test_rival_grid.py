@@ -226,6 +226,8 @@ def test_the_command_on_a_text(tmp_path, capsys, monkeypatch):
     assert "16 x 1, 4x" in capsys.readouterr().out
     made = load(tmp_path / "g.json", "rivals grid")
     assert made["dataset"] == "characters" and made.facts["command"].count("DIR") == 2
+    of_folder = [str(tmp_path) if word.endswith("t.txt") else word for word in argv]
+    assert main([*of_folder, "--resume"]) == 0  # the same text
     assert main([*argv, "--resume", "--seeds", "3"]) == 2
     assert "of other settings" in capsys.readouterr().err
     (tmp_path / "t.txt").write_text("whether 'tis nobler in the mind to suffer. " * 20)
@@ -239,10 +241,11 @@ def test_the_command_on_a_text(tmp_path, capsys, monkeypatch):
         (["--arms", "cdni-4"], "arms must have one of backprop, compiled,"),
         (["--arms", "fused", "stael-4"], "unknown arm 'stael-4', did you mean"),
         (["--quick", "--full"], "--quick and --full ask for different grids"),
-        (["--dataset", "characters"], "--dataset characters needs --data FILE, a text"),
+        (["--dataset", "characters"], "--dataset characters needs --data PATH, a text"),
         (["--dataset", "characters", "--data", "nowhere"], "nowhere does not exist"),
         (["--dataset", "characters", "--data", "."], "has no file that ends in .txt"),
         (["--data", "nowhere"], "data folder nowhere does not exist"),
+        (["--data", ""], "data must be a path, got ''"),
         (["--budgets", "0"], "budgets must be a whole number from 1 on"),
         (["--mix", "2"], "mix must be a finite number from 0 to 1"),
     ],

@@ -18,8 +18,9 @@ from fused_dni.experiments import data, nets, run, train
 from fused_dni.experiments.run import CHECKPOINT
 from fused_dni.report import blocks_of
 from fused_dni.report.blocks import as_text
-from fused_dni.report.errors import ReportError
+from fused_dni.report.errors import WriteError
 from fused_dni.report.folder import write_folder
+from fused_dni.report.kinds import train as train_report
 from fused_dni.report.progress import Progress
 from fused_dni.report.schema import Result
 
@@ -111,6 +112,43 @@ def test_form_and_lessons_of_synthesizers_reach_the_layers_and_the_report():
         replace(settings, methods=("cdni", "dni"))
 
 
+def test_no_method_is_timed_in_its_first_steps_of_a_process(monkeypatch):
+    """Other trainers make those, and change nothing of the run."""
+    settings, dataset = replace(TINY, epochs=1), clusters(160, 50, 12)
+    build, made = train.build, []
+
+    def building(name, *given):
+        made.append(build(name, *given))
+        return made[-1]
+
+    monkeypatch.setattr(train, "build", building)
+    before = torch.get_rng_state()
+    runs = train.train(settings, dataset).runs
+    thrown_away, timed = made[: len(runs)], made[len(runs) :]
+    for warmed, trainer, found in zip(thrown_away, timed, runs, strict=True):
+        assert warmed.name == trainer.name == found["name"] and trainer.steps == 10
+        assert warmed.seconds == 0.0 and warmed.scheduler.last_epoch == train._WARM_STEPS
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(train._Epochs, "warm_up", lambda self: None)
+    cold = train.train(settings, dataset).runs
+    assert [r["fingerprint"] for r in cold] == [r["fingerprint"] for r in runs]
+
+
+def test_what_is_lost_in_a_difference_is_no_negative_time():
+    outcome = train.train(replace(TINY, epochs=1, methods=("fused", "cdni")), clusters(160, 50, 12))
+    pieces = dict.fromkeys(("forward", "sg", "update", "targets", "rest", "total"), 1e-3)
+    outcome.split = {"how": "", "pieces": {"fused": pieces | {"update": -1e-5}}}
+    table = train_report.split(outcome.split)
+    assert table.rows == [["fused", "1.00 ms", "1.00 ms", "~0", "1.00 ms", "1.00 ms", "1.00 ms"]]
+    assert table.caption.startswith("~0: ")
+    assert not train_report.split({"pieces": {"fused": pieces}}).caption
+    said = train_report.beside(outcome)
+    error = outcome.runs[0]["history"][-1]["error"]
+    assert said.startswith(f"Errors here, after 1 epoch each: fused {error:.2%}"
+                           .replace("%", " %"))  # fmt: skip
+    assert "cdni k=3" in said
+
+
 PLOTS = ("accuracy-vs-wall-clock.png", "accuracy-vs-steps.png")
 
 
@@ -138,7 +176,7 @@ def test_the_report_folder(tmp_path):
 def test_a_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
     outcome = train.train(replace(TINY, epochs=1, methods=("backprop",)), clusters(160, 50, 12))
-    with pytest.raises(ReportError, match="cannot write the report"):
+    with pytest.raises(WriteError, match="cannot write the report"):
         write_folder(train.result(outcome), tmp_path / "file" / "below")
 
 
@@ -284,7 +322,7 @@ def test_ctrl_c_stops_at_a_step_and_says_what_was_kept(tmp_path, monkeypatch):
     def counting(self, x, y):
         nonlocal steps
         steps += 1
-        if steps == 7:
+        if steps == 3 * train._WARM_STEPS + 7:  # behind those of three methods that are not timed
             os.kill(os.getpid(), signal.SIGINT)
         step(self, x, y)
 

@@ -312,7 +312,7 @@ def test_a_shape_stands_in_for_a_sample(capsys, untimed):
         (["mlp"], "FACTORY must be package.module:factory, got 'mlp'"),
         (["advised:hole"], "unknown factory in advised 'hole', did you mean 'whole'"),
         (["no_such_module:mlp"], "cannot import 'no_such_module'"),
-        (["advised:broken"], "advised:broken failed: the data set is not there"),
+        (["advised:broken"], "advised:broken failed: RuntimeError: the data set is not there"),
         (
             ["advised:number"],
             "must return a module, (module, sample) or (module, sample, loss), got int",

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fused_dni.measure.verdict import BreakEven, GateError, Verdict, VerdictErro
 from fused_dni.measure.verdict.candidates import Expired, deadline
 from fused_dni.measure.verdict.result import break_even
 from fused_dni.report import Figure, as_text, blocks_of, load
-from fused_dni.report.words import often
+from fused_dni.report.words import PAIRED, often
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +66,18 @@ def test_every_candidate_is_in_table_and_json(found):
     for table in (found.table(), found.table(markdown=True)):
         for name in names:
             assert name in table
+
+
+def test_the_table_says_how_to_read_it(found):
+    even = {"backprop": BreakEven("from", 3, 1), "compiled": BreakEven("never")}
+    even["fused"] = BreakEven("inconclusive")
+    table = replace(found, break_even=even).table()
+    assert (
+        "The break-even against stock backprop is at k = 3 (in doubt from 2), that against "
+        "compiled backprop is at no k, that against backprop on our kernels is inconclusive."
+        in table
+    )
+    assert PAIRED in table
 
 
 def test_cycles_are_the_weighted_sum_of_their_steps(found):

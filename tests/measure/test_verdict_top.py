@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -628,6 +629,11 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
     assert "1 of 3 seeds were finished; that and the times of steps are in v.json" in line
     report = load(folder / "v.json", "verdict top")
     assert not report["race"]["finished"] and "Unfinished: 1 of 3" in as_text(blocks_of(report))
+    sys.modules["top_others"].calls.clear()
+    assert cli.main([*argv[:-2], "--target-every", "2"]) == 130  # with no file it is printed
+    printed = capsys.readouterr()
+    assert "a step of top_others:stopped takes" in printed.out
+    assert printed.err == "\nfused-dni: stopped; 1 of 3 seeds were finished\n"
 
 
 @pytest.mark.parametrize(
@@ -639,8 +645,8 @@ def test_ctrl_c_in_a_race_keeps_what_was_found(
         (["top_others:pair"], "got (Linear, Tensor)"),
         (["top_others:no_batch"], "must be a function: batch(number) returns (x, *rest)"),
         (["top_others:sampleless"], "sample must be a batch (x, *rest)"),
-        (["top_others:broken"], "batch(0) failed: list index out of range"),
-        (["top_others:unheld", "--race", "1"], "batch(-1) failed: no such batch"),
+        (["top_others:broken"], "batch(0) failed: IndexError: list index out of range"),
+        (["top_others:unheld", "--race", "1"], "batch(-1) failed: ValueError: no such batch"),
         (["top_others:matrix"], "top must return a scalar loss, got [2, 4]"),
         (["top_others:told"], "context_features=3, and the sample holds no tensor behind x"),
         (["top_others:told", "--synthesizers", "dense"], "brings its own synthesizer"),

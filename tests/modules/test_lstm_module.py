@@ -198,7 +198,7 @@ def test_gradcheck_of_the_cell(backend, bias):
 
 
 @backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(backend, dtype):
     """Against float64 from the same bits: a few roundings of each of the window's operations."""
     module = fd.FusedDNILSTM(INPUTS, HIDDEN, synthesizer=None, backend=backend, dtype=dtype)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
 
 import pytest
+
+from fused_dni.cli.command import read
+from fused_dni.cli.program import _parse
+from fused_dni.report import ReportError
 
 pytestmark = pytest.mark.slow(60)
 
@@ -80,6 +85,48 @@ def dead(page: Path) -> list[str]:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             found.append(link)
     return found
+
+
+def wrong(text: str) -> list[str]:
+    """The commands of a page, in code of either form, that are none or have an option or a value
+    that there is not. Arguments may be missing: many stand there for their name alone."""
+    fences = re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    said = [line for block in fences for line in block.splitlines()]
+    said += [line for line in rest.splitlines() if line.startswith("    ") and "`" not in line]
+    said += [" ".join(code.split()) for code in re.findall(r"`([^`]*)`", rest)]
+    found = []
+    for line in dict.fromkeys(said):
+        command = re.search(r"(?<!\S)fused-dni (.+?)(?:  |#|\.\.\.|$)", line)
+        words = shlex.split(command[1]) if command else ["COMMAND"]
+        if words[0] == "COMMAND":
+            continue
+        words = ["1" if word in ("S", "SECONDS", "T", "T2") else word for word in words]
+        try:
+            read(*_parse(words)).check()
+        except SystemExit:
+            continue  # --help
+        except ReportError:
+            continue  # of files that are not here
+        except ValueError as error:
+            if "arguments are required" not in str(error):
+                found.append(f"{command[0]}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_some(page):
+    assert wrong(text_of(page)) == []
+
+
+def test_a_wrong_command_is_found():
+    page = "`fused-dni verdict`\n\n    fused-dni map --bathces 3  # so\n\n```console\n"
+    page += (
+        "$ fused-dni rivals --arms fused cdni-1 stael-2\n```\n`fused-dni env\n--all` `fused-dnj`"
+    )
+    named = ["map --bathces 3", "rivals --arms fused cdni-1 stael-2", "env --all"]
+    found = [line.partition(": ")[0].strip() for line in wrong(page)]
+    assert sorted(found) == sorted(f"fused-dni {name}" for name in named)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

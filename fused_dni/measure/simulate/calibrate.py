@@ -21,8 +21,9 @@ from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.options import STAGE_SECONDS
 from fused_dni.measure.simulate_settings import TIMES_MINIMUM, Times
 from fused_dni.measure.timing import Candidate, Staged
-from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, first_line, spread
+from fused_dni.measure.verdict.candidates import TIMING_RATE, at_rate, spread
 from fused_dni.measure.verdict.top_steps import Loop, make_subject
+from fused_dni.report import text
 from fused_dni.rules import Adam, Rule
 
 #: What a user's modules and functions may raise when they are tried.
@@ -90,7 +91,9 @@ def calibrate(
     try:
         x, target = batch()
     except _RAISED as error:
-        raise ValueError(f"batch() of {where} fails, or is no pair: {first_line(error)}") from error
+        raise ValueError(
+            f"batch() of {where} fails, or is no pair: {text.raised(error)}"
+        ) from error
     if not isinstance(x, Tensor) or not x.dim() or not x.numel():
         raise ValueError(f"batch() of {where} must return a tensor and a target")
     rule = at_rate(update or Adam(), TIMING_RATE)
@@ -110,7 +113,7 @@ def calibrate(
             if last:
                 above(h)
         except _RAISED as error:
-            raise ValueError(f"stage {i} of {where} fails: {first_line(error)}") from error
+            raise ValueError(f"stage {i} of {where} fails: {text.raised(error)}") from error
         if not isinstance(h, Tensor) or not h.requires_grad:
             raise ValueError(
                 f"stage {i} of {where} must return one tensor that its parameters (of a frozen one "

@@ -21,6 +21,7 @@ from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.verdict.errors import VerdictError
 from fused_dni.modules.base import DecoupledModule
 from fused_dni.modules.recurrent import Recurrent
+from fused_dni.report import text
 from fused_dni.rules import Rule
 
 #: Rate at which candidates are timed: they must stay where they are, and speed does not depend on
@@ -322,7 +323,7 @@ def trying(kind: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except RAISED as error:
-        raise kind(f"{what}: {first_line(error)}") from error
+        raise kind(f"{what}: {text.raised(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fused_dni.measure.baseline import stock_optimizer
 from fused_dni.measure.timing import Candidate, Staged
 from fused_dni.measure.verdict import forms
-from fused_dni.measure.verdict.candidates import first_line, spread, trying
+from fused_dni.measure.verdict.candidates import spread, trying
 from fused_dni.measure.verdict.errors import VerdictError
 from fused_dni.modules.base import DecoupledModule, Predicted
 from fused_dni.modules.decoupled import Decoupled
@@ -88,7 +88,7 @@ def drawn(batch: Batch, number: int) -> Sequence[Any]:
     try:
         return batch(number)
     except Exception as error:  # whatever a user's code may raise
-        raise VerdictError(f"batch({number}) failed: {first_line(error)}") from error
+        raise VerdictError(f"batch({number}) failed: {text.raised(error)}") from error
 
 
 class Loop:

@@ -109,10 +109,23 @@ def split(parts: dict[str, Any]) -> Table:
     keys = ("forward", "sg", "update", "targets", "rest", "total")
     names = ("forward", "SG", "update", "targets", "rest", "total")
     lines = [
-        [name, *(text.seconds(times[key]) for key in keys)]
+        [name, *("~0" if times[key] < 0.0 else text.seconds(times[key]) for key in keys)]
         for name, times in parts["pieces"].items()
     ]
-    return Table(["step of", *names], lines)
+    lost = any("~0" in line for line in lines)
+    caption = "~0: a difference of steps that came out below zero: too little to be seen so."
+    return Table(["step of", *names], lines, caption if lost else "")
+
+
+def beside(outcome: Outcome) -> str:
+    """Say in a sentence what a verdict, which is of time alone, leaves out: the errors."""
+    ends = []
+    for row in outcome.summary():
+        ends.append(f"{row['name']} {text.percent(row['error_mean'], '.2f')}")
+        if len(row["errors"]) > 1:
+            ends[-1] += f" ({text.span(100 * error for error in row['errors'])})"
+    epochs = text.count(outcome.settings.epochs, "epoch")
+    return f"Errors here, after {epochs} each: {', '.join(ends)}."
 
 
 def curves(outcome: Outcome) -> list[Figure]:
@@ -195,4 +208,6 @@ def blocks(report: Result) -> list[Block]:
         if name in report:
             inner = blocks_of(result_of(report[name]), origin=False)
             said += [Heading(heading), *(b for b in inner if not isinstance(b, Heading))]
+            if name == "verdict":
+                said.append(Text(beside(outcome)))
     return said

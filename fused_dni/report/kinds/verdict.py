@@ -9,8 +9,8 @@ from typing import Any
 from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Heading, Table, Text
 from fused_dni.report.schema import Result
-from fused_dni.report.timings import Timing
-from fused_dni.report.words import DOUBT, NAMES, machine, middle_k, often, row, versus
+from fused_dni.report.timings import BreakEven, Timing
+from fused_dni.report.words import DOUBT, NAMES, PAIRED, machine, middle_k, often, row, versus
 
 BASES = ("backprop", "compiled", "fused", "floor")
 TIMES = ("median", "p10", "p90")
@@ -18,12 +18,14 @@ TIMES = ("median", "p10", "p90")
 
 def blocks(report: Result) -> list[Block]:
     """Show the table of steps with its plot, the variants, the parts and what follows from them."""
-    even = "; ".join(f"against {NAMES[base]}: {e}" for base, e in report["break_even"].items())
+    even = ", that ".join(
+        f"against {NAMES[base]} is {_at(found)}" for base, found in report["break_even"].items()
+    )
     compiling = report["compile_seconds"]
     made: list[Block] = [
         steps(report),
         over_k(report),
-        Text(f"Break-even {even}. {report['cycle']}"),
+        Text(f"The break-even {even}. {report['cycle']}"),
     ]
     if len(report["variants"]) > 1:
         made += [Heading("Interfaces and synthesizers"), variants(report)]
@@ -40,6 +42,11 @@ def blocks(report: Result) -> list[Block]:
     if compiling is not None:
         made.append(Text(f"Compilation took {text.seconds(compiling)}, not counted."))
     return made
+
+
+def _at(found: BreakEven) -> str:
+    """Say where a break-even is."""
+    return {"from": f"at {found}", "never": "at no k"}.get(found.kind, str(found))
 
 
 def sentence(report: Result) -> str:
@@ -113,7 +120,8 @@ def steps(report: Result) -> Table:
         for name, timed in report.timings.items()
         for ratios in [[against(report, name, base) for base in ("floor", "backprop", "fused")]]
     ]
-    return Table(["step", *TIMES, "x floor", "x backprop", "x fused", "memory"], rows, DOUBT)
+    header = ["step", *TIMES, "x floor", "x backprop", "x fused", "memory"]
+    return Table(header, rows, f"{PAIRED} {DOUBT}")
 
 
 def against(report: Result, name: str, base: str) -> str:

@@ -8,7 +8,7 @@ from fused_dni.report import plots, text
 from fused_dni.report.blocks import Block, Figure, Table, Text, label
 from fused_dni.report.kinds.verdict import TIMES, against, times
 from fused_dni.report.schema import Result
-from fused_dni.report.words import DOUBT, machine, versus
+from fused_dni.report.words import DOUBT, PAIRED, machine, versus
 
 
 def blocks(report: Result) -> list[Block]:
@@ -22,7 +22,7 @@ def blocks(report: Result) -> list[Block]:
     ]
     header = ["time step", *TIMES, *(f"x {base}" for base in bases), "memory"]
     return [
-        Table(header, rows, DOUBT),
+        Table(header, rows, f"{PAIRED} {DOUBT}"),
         Figure("time-per-step", lambda canvas: _draw(report, canvas), "Time by candidate."),
         Text(f"Times: {report['per_step']}"),
     ]
