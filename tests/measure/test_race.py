@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,23 @@ import pytest
 from fused_dni import cli
 from fused_dni.measure.errors import Interrupted
 from fused_dni.measure.race import Arms, race
+from fused_dni.measure.waiting import Stopwatch
 from fused_dni.report import as_text, blocks_of, load
 from fused_dni.report.kinds import race as said
 from fused_dni.report.schema import save
 
 
 class Falling:
-    """Comes down by a share at each step, which takes so long."""
+    """Comes down by a share at each step, which takes so long on a clock that steps alone turn."""
+
+    now = 0.0
 
     def __init__(self, share: float, takes: float = 1e-3, breaks: int | None = None) -> None:
         self.share, self.takes, self.breaks = share, takes, breaks
         self.at, self.steps, self.looks = 100.0, 0, 0
 
     def step(self) -> None:
-        end = time.perf_counter() + self.takes
-        while time.perf_counter() < end:
-            pass
+        Falling.now += self.takes
         self.steps += 1
         self.at *= self.share
         if self.steps == self.breaks:
@@ -39,6 +39,20 @@ class Falling:
     def loss(self) -> float:
         self.looks += 1
         return self.at
+
+
+class Turned(Stopwatch):
+    def __init__(self) -> None:
+        super().__init__(lambda: Falling.now)
+
+    def _waits(self) -> float:
+        return 0.0
+
+
+@pytest.fixture(autouse=True)
+def _no_clock_of_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step takes is said, and no machine that stalls makes it longer."""
+    monkeypatch.setattr("fused_dni.measure.race.Stopwatch", Turned)
 
 
 def arms_of(**racers: tuple[float, float]) -> Arms:
@@ -53,11 +67,12 @@ def test_all_have_the_same_time_and_marks() -> None:
     report = race(arms_of(**ARMS), seconds=0.1, seeds=(1, 2), marks=5)
     assert report["finished"] and len(report["runs"]) == 6
     for run in report["runs"]:
-        history = run["history"]
+        history, (share, takes) = run["history"], ARMS[run["name"]]
         assert len(history) == 6 and history[0] == {"seconds": 0.0, "steps": 0, "loss": 100.0}
         for i, point in enumerate(history):
-            assert point["seconds"] == pytest.approx(0.1 * i / 5, abs=0.02)
-            assert point["loss"] == pytest.approx(100 * ARMS[run["name"]][0] ** point["steps"])
+            assert point["seconds"] == pytest.approx(0.1 * i / 5, abs=1.01 * takes)
+            assert point["seconds"] == pytest.approx(takes * point["steps"])
+            assert point["loss"] == pytest.approx(100 * share ** point["steps"])
 
 
 def test_who_was_sooner_is_said() -> None:

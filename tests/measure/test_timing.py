@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fused_dni.measure import timing
+from fused_dni.measure.waiting import Stopwatch
 from fused_dni.report import intervals
 
 
@@ -38,6 +39,29 @@ def _work(amount: int):
             total += i * i
 
     return call
+
+
+@pytest.fixture
+def taking(monkeypatch):
+    """``taking(seconds)``: a call that takes so long, on a clock that such calls alone turn."""
+    now = 0.0
+
+    class Turned(Stopwatch):
+        def __init__(self) -> None:
+            super().__init__(lambda: now)
+
+        def _waits(self) -> float:
+            return 0.0
+
+    def make(seconds: float):
+        def call() -> None:
+            nonlocal now
+            now += seconds
+
+        return call
+
+    monkeypatch.setattr(timing, "Stopwatch", Turned)
+    return make
 
 
 @pytest.mark.parametrize(
@@ -104,12 +128,12 @@ def test_a_run_goes_on_until_the_interval_is_narrow_and_no_further(monkeypatch):
     assert rounds(0.5, precision=0.02) <= timing.PATIENCE * calm + 1
 
 
-def test_only_the_second_half_of_a_staged_call_is_timed():
+def test_only_the_second_half_of_a_staged_call_is_timed(taking):
     calls: list[str] = []
     staged = timing.Staged(lambda: calls.append("prepare") or 7, lambda given: calls.append(given))
     staged()
     assert calls == ["prepare", 7]
-    heavy, light = _work(20000), _work(1000)
+    heavy, light = taking(1.2e-3), taking(60e-6)
     timings = timing.compare(
         {
             "light": light,
@@ -119,7 +143,7 @@ def test_only_the_second_half_of_a_staged_call_is_timed():
         rounds=12,
     )
     ratio = timing.ratio(timings["whole"], timings["behind"])
-    assert ratio.median > 5.0  # it is 21, less what a cold cache adds
+    assert ratio.median == pytest.approx(21.0)
     assert timings["behind"].repeats < timings["light"].repeats  # its samples hold both halves
 
 
@@ -168,15 +192,16 @@ def test_pairing_needs_one_run():
         timing.ratio(_timing("a", [1.0] * 8), _timing("b", [1.0] * 9))
 
 
-def test_samples_are_long_enough_and_calls_are_counted():
-    calls = 0
+def test_samples_are_long_enough_and_calls_are_counted(taking):
+    calls, take = 0, taking(1e-6)
 
     def tiny() -> None:
         nonlocal calls
         calls += 1
+        take()
 
     result = timing.compare({"tiny": tiny}, rounds=4, warmup=2, min_sample=1e-4, block=2)["tiny"]
-    assert result.repeats * result.median >= 4e-5
+    assert result.repeats == 100 and result.median == pytest.approx(1e-6)
     assert result.n == 8 and len(result.rounds) == 4
     # warm-up, calibration, and in each round one lead-in call and two samples
     assert calls >= 2 + 3 + 4 * (1 + 2 * result.repeats)
@@ -185,11 +210,9 @@ def test_samples_are_long_enough_and_calls_are_counted():
     assert calls == 2 + 3 + 4 * (1 + 2)
 
 
-def test_samples_of_all_candidates_are_of_one_length():
-    timings = timing.compare({"short": _spin(50e-6), "long": _spin(2e-3)}, rounds=3, warmup=1)
-    short, long = timings["short"], timings["long"]
-    assert long.repeats == 1
-    assert short.repeats * 50e-6 == pytest.approx(2e-3, rel=0.5)
+def test_samples_of_all_candidates_are_of_one_length(taking):
+    timings = timing.compare({"short": taking(50e-6), "long": taking(2e-3)}, rounds=3, warmup=1)
+    assert (timings["short"].repeats, timings["long"].repeats) == (40, 1)
 
 
 def test_the_order_changes_from_round_to_round_and_is_repeatable():
