@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_leaves
 
 from fused_dni import ops
 from fused_dni.backends.common.synthesizer import synthetic_gradient
@@ -708,22 +709,24 @@ class Delivery:
         self.dx: Slots = ()
         self.gradients: Slots = ()
         self.sealed: Tensor | None = None
-        self._entered: Tensor | None = None  # what reached the forward in the place of inputs[0]
+        self._entered: tuple[Tensor, ...] = ()  # what reached the forward, as ``dx`` is ordered
         self._waiting: tuple[LocalStep, Predicted, Tensor | None] | None = None
 
     def run(self, *inputs: Any, context: Tensor | None, **named: Any) -> Tensor:
         """Call the module with detached tensors, of which those that ask for a gradient get one if
         ``need_dx``; its output is sealed: a backward through it is an error."""
+        hooked = _hooked(self.module)  # before the call: a hook may remove itself
         self.module.delivery = self
         try:
             h: Tensor = self.module(*inputs, context=context, **named)
         finally:
             self.module.delivery = None
-        if not _hooked(self.module):  # else there may be something on the way in or out
+        if not hooked:  # else there may be something on the way in or out
             self.sealed = h
-        elif self._entered is not None and self.dx and self.dx[0] is not None:
-            self.dx = (through(self._entered, inputs[0], self.dx[0]), *self.dx[1:])
-        self._entered = None
+        elif self.dx:
+            given = tuple(t for t in tree_leaves((inputs, named)) if isinstance(t, Tensor))
+            self.dx = through(self._entered, given, self.dx)
+        self._entered = ()
         return h
 
     def take(self, step: LocalStep, context: Tensor | None) -> None:
@@ -762,7 +765,7 @@ def delivered(
     delivery.take(step, context)
     with torch.enable_grad():
         h: Tensor = Sealed.apply(step.h, torch.empty(0, requires_grad=True))
-    delivery.sealed, delivery._entered = h, asked[0] if asked else None
+    delivery.sealed, delivery._entered = h, asked
     return h
 
 
@@ -775,16 +778,20 @@ def _hooked(module: torch.nn.Module) -> bool:
     )
 
 
-def through(output: Tensor, input: Tensor, gradient: Tensor) -> Tensor | None:
-    """Take a gradient at ``output`` back to ``input``, through what a hook did between them."""
-    if output is input:
-        return gradient
-    if not output.requires_grad:
-        return None
-    (made,) = torch.autograd.grad(
-        output, input, gradient.reshape(output.shape).to(output.dtype), allow_unused=True
-    )
-    return made
+def through(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], gradients: Slots) -> Slots:
+    """Take gradients at ``outputs`` back to ``inputs``, through what hooks did between them."""
+    at = [
+        (t, g.reshape(t.shape).to(t.dtype))
+        for t, g in zip(outputs, gradients, strict=True)
+        if g is not None and t.requires_grad
+    ]
+    asked = [t for t in inputs if t.requires_grad]
+    made: Slots = ()
+    if at and asked:
+        reached, arrived = zip(*at, strict=True)
+        made = torch.autograd.grad(reached, asked, arrived, allow_unused=True)
+    by_id = {id(t): g for t, g in zip(asked, made, strict=False)}
+    return tuple([by_id.get(id(t)) for t in inputs])
 
 
 def anchor(parameters: Slots) -> Tensor | None:

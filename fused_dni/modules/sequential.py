@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 
 from fused_dni.functional import check
 from fused_dni.functional.node import Node, once_differentiable, spend
@@ -111,7 +112,9 @@ class DecoupledSequential(nn.Sequential):
         """Stand in for the container in ``torch.jit.script`` by ``nn.Sequential`` of what stands in
         for its modules."""
         modules = [(name, module) for name, module in self._modules.items() if module is not None]
-        return nn.Sequential(OrderedDict(modules)).train(self.training)
+        plain = nn.Sequential(OrderedDict(modules))
+        plain.training = self.training  # not by train(): the modules are those of the container
+        return plain
 
     def _run(self, input: Tensor, context: Tensor | None, target: Tensor | None) -> Tensor:
         called: Tensor | None = leaf(self, input, context=context, target=target)
@@ -256,14 +259,22 @@ def _look_ahead(
 ) -> None:
     """Refuse what a module further on would, before one in front of it is updated: rules that
     cannot be applied, and inputs, as far as linear layers and what keeps a shape stand one behind
-    the other with no hook between them, which may change what is handed on."""
+    the other, with no hook between them and no forward in the place of their own, which may change
+    what is handed on."""
     known = not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
     shape, dtype = input.shape, input.dtype
     for i, (key, module) in enumerate(modules.items()):
         if isinstance(module, DecoupledModule) and module.update is not None and module.training:
-            module.refuse_rules()
+            if not any(map(is_lazy, module.parameters())):  # else its forward makes them
+                module.refuse_rules()
             module.refuse_fused_rule()
-        if not known or module is None or module._forward_hooks or module._forward_pre_hooks:
+        if (
+            not known
+            or module is None
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in module.__dict__
+        ):
             known = False
             continue
         if type(module) in _ELEMENTWISE or _passes(module):
@@ -408,7 +419,7 @@ class Delivered(Node):
         arrived = unscaled(arrived, ctx.loss_scale)
         if arrived is not None and ctx.behind is not None:
             handed, sealed = ctx.behind
-            arrived = through(handed, sealed, arrived)
+            (arrived,) = through((handed,), (sealed,), (arrived,))
         if arrived is not None and last.learns:
             regression = last.regression(arrived)
             if last.module.synthesizer_update is not None:

@@ -270,6 +270,29 @@ def test_hooks_see_what_a_backward_shows_them():
     assert all(torch.equal(a, b) for a, b in zip(late, usual, strict=True))
 
 
+def test_gradients_of_arguments_go_through_a_hook_on_the_way_in() -> None:
+    """Whether they are given by place or by name."""
+    module = made("segment", "none")
+    x, y, _ = data("segment", 0)
+    x = x.requires_grad_()
+    want = fd.step_local(module, 3.0 * x, context=y).dx[0]
+    module.register_forward_pre_hook(
+        lambda module, given, named: (tuple(3.0 * t for t in given), named), with_kwargs=True
+    )
+    assert want.any() and torch.equal(fd.step_local(module, x, context=y).dx[0], 3.0 * want)
+    layer = linear(None)
+    twice = copy.deepcopy(layer)
+    twice.register_forward_pre_hook(
+        lambda module, given, named: (given, named | {"input": 3.0 * named["input"]}),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        layer.synthesizer.weight.fill_(0.1)
+        twice.synthesizer.weight.fill_(0.1)
+    want = fd.step_local(layer, input=3.0 * x, context=y).dx[0]
+    assert want.any() and torch.equal(fd.step_local(twice, input=x, context=y).dx[0], 3.0 * want)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -232,6 +232,14 @@ def _scaled_in(layer):
     layer.register_forward_pre_hook(lambda module, given: (3.0 * given[0],))
 
 
+def _once(layer):
+    """Both ways, and gone behind their first call."""
+    handles = [
+        layer.register_forward_pre_hook(lambda *a: (handles[0].remove(), (3.0 * a[1][0],))[1]),
+        layer.register_forward_hook(lambda *a: (handles[1].remove(), 2.0 * a[2])[1]),
+    ]
+
+
 def _backward(layer):
     layer.register_full_backward_hook(lambda module, dx, grad: tuple(2.0 * g for g in dx))
 
@@ -243,7 +251,7 @@ def _before_backward(layer):
 @pytest.mark.parametrize("rule", [None, RULE], ids=["returned", "fused"])
 @pytest.mark.parametrize("where", [0, 2, 3])
 @pytest.mark.parametrize(
-    "hook", [_scaled_out, _padded_out, _scaled_in, _backward, _before_backward]
+    "hook", [_scaled_out, _padded_out, _scaled_in, _once, _backward, _before_backward]
 )
 def test_hooks_that_change_what_passes(hook, where, rule):
     """Gradients go through them as in nn.Sequential."""
@@ -260,6 +268,51 @@ def test_hooks_that_change_what_passes(hook, where, rule):
     close(twins.values(models[0]), twins.values(models[1]))
     close([p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()])
     close(given[0].grad, given[1].grad)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5).double()
+
+    def forward(self, a, b):
+        return self.linear(a) + b
+
+
+def test_a_hook_may_make_several_arguments_of_one():
+    """The gradients of all of them come back to it."""
+    torch.manual_seed(0)
+    segment = fd.Decoupled(Sum(), fd.LinearSynthesizer(5, dtype=torch.float64), update=RULE)
+    twins.disturb(segment.synthesizer)
+    models = [fd.DecoupledSequential(linear(4, 5, update=RULE), segment)]
+    models.append(nn.Sequential(*copy.deepcopy(list(models[0]))))
+    x = double(6, 4)
+    for model in models:
+        model[1].register_forward_pre_hook(lambda module, given: (given[0], given[0].square()))
+        for _ in range(2):
+            model(x).square().sum().backward()
+    close(twins.values(models[0]), twins.values(models[1]))
+
+
+def test_a_segment_whose_parameters_are_made_in_its_first_forward():
+    segment = fd.Decoupled(nn.LazyLinear(5), fd.LinearSynthesizer(5), update=RULE)
+    model = fd.DecoupledSequential(segment, fd.FusedDNILinear(5, 3, update=RULE))
+    for _ in range(2):
+        model(torch.randn(6, 4)).square().sum().backward()
+    assert segment.update.steps == 2
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Tanh, fd.FusedDNILinear])
+def test_a_forward_in_between_that_was_replaced(kind):
+    """It may take an input of another shape than its module's own."""
+    options = {fd.FusedDNILinear: {"synthesizer": None}}.get(kind, {})
+    between = kind(*(() if kind is nn.Tanh else (4, 4)), **options)
+    own = between.forward
+    between.forward = lambda x: own(x[..., :4])
+    layers = [fd.FusedDNILinear(6, 5, update=RULE), between, fd.FusedDNILinear(4, 3, update=RULE)]
+    model = fd.DecoupledSequential(*layers)
+    model(torch.randn(6, 6)).sum().backward()
+    assert layers[0].update.steps == layers[2].update.steps == 1
 
 
 @pytest.mark.parametrize("calls", [True, False])

@@ -421,3 +421,11 @@ def test_script(kind, inside):
     else:
         script = torch.jit.script(model)
     torch.testing.assert_close(script(x), want)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore:torch.jit.script puts")
+def test_a_script_leaves_modules_in_the_mode_that_they_are_in():
+    model = fd.DecoupledSequential(fd.FusedDNILinear(4, 5, synthesizer=None), nn.BatchNorm1d(5))
+    model[1].eval()
+    torch.jit.script(model)
+    assert model.training and not model[1].training
