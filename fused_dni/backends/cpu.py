@@ -802,7 +802,7 @@ def _lstm_backward(
     dtype = hidden.dtype
     for layer in layers:  # no call for each: this is a part of every window
         for p in layer:
-            if p is not None and (p.dtype is not dtype or p.is_meta):
+            if p is not None and (p.dtype is not dtype or not p.is_cpu):
                 _same(dtype, layer)
     x = _as(x, dtype)
     arriving = tuple([None if g is None else _as(g, dtype) for g in arriving])
@@ -837,7 +837,7 @@ def _lstm_backward(
 def _same(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> None:
     """Refuse parameters that were moved since the forward: their gradients get room like them."""
     for p in parameters:
-        if p is not None and (p.dtype is not dtype or p.is_meta):
+        if p is not None and (p.dtype is not dtype or not p.is_cpu):
             raise RuntimeError(
                 f"parameters must be {dtype}, as in the forward, got {p.dtype} on {p.device}"
             )
