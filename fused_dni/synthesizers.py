@@ -926,7 +926,7 @@ class SurrogateSynthesizer(Synthesizer):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
     ) -> None:
-        if _before(local_metadata, self._version):  # there was one, with the gain in the unit
+        if _before(local_metadata, self._version):  # without one: the gain was in the unit
             state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
