@@ -121,6 +121,8 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         training = self.training
         if target is None and not training:
             return self.logits(input)
+        if target is not None and torch._C._get_tracing_state() is not None:
+            return self._recorded(input, target)
         layer = self._layer()
         x = check.rows(input, layer.weight, "input")
         rows = self.check_target(target, input.shape[:-1], input.device)
@@ -140,7 +142,6 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
                 backend,
                 need_dx,
             )
-        self.refuse_recording()
         if layer.weight.is_meta:
             raise RuntimeError(
                 "a fused rule cannot train parameters on the meta device: give them memory first, "
@@ -153,6 +154,17 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
         if type(self) is FusedDNILinearCrossEntropyLoss and x is input and not tracing:
             quicken(self, backend, None)
         return loss
+
+    def _recorded(self, input: Tensor, target: Tensor) -> Tensor:
+        """Run by PyTorch's own ops, in ``torch.jit.trace``."""
+        if self.update is not None:
+            self.refuse_recording()
+        return F.cross_entropy(
+            self.logits(input).reshape(-1, self.num_classes),
+            target.reshape(-1),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
 
     def logits(self, input: Tensor) -> Tensor:
         """Return ``F.linear(input, weight, bias)``, differentiable.

@@ -459,6 +459,7 @@ def test_arguments_of_another_kind(kind, arguments, error, message):
         ({"proj_size": True}, "proj_size must be a whole number of at least 0, got True"),
         ({"dropout": "a"}, r"dropout must be a number in \[0, 1\], got 'a'"),
         ({"dropout": True}, r"dropout must be a number in \[0, 1\], got True"),
+        ({"dropout": False}, r"dropout must be a number in \[0, 1\], got False"),
         ({"bidirectional": "y"}, "bidirectional must be True or False, got 'y'"),
         ({"sg_scale": True}, "sg_scale must be a number, finite .* got True"),
     ],

@@ -111,6 +111,20 @@ def test_jit_trace_computes_what_the_module_computes(make, shape, grad):
     assert "fused_dni::" not in str(traced.inlined_graph)
 
 
+@pytest.mark.parametrize("update", [None, fd.SGD(0.1)], ids=["returned", "fused"])
+def test_jit_trace_of_a_loss(update):
+    """The recording passes the tracer's checks, and reads the targets that it is given."""
+    module = fd.FusedDNILinearCrossEntropyLoss(6, 7, label_smoothing=0.1, update=update).eval()
+    given = torch.randn(2, 3, 6), torch.randint(7, (2, 3))
+    new = torch.randn(5, 4, 6), torch.randint(7, (5, 4)).index_fill(0, torch.tensor(0), -100)
+    traced = torch.jit.trace(module, given)
+    torch.testing.assert_close(traced(*new), module(*new))
+    assert "fused_dni::" not in str(traced.inlined_graph)
+    if update is not None:
+        with pytest.raises(RuntimeError, match="call eval"):
+            torch.jit.trace(module.train(), given, check_trace=False)
+
+
 @pytest.mark.parametrize("name", ["linear", "batch", "rule", "lstm", "cell"])
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace_in_training_is_refused(name):
