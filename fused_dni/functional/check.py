@@ -59,7 +59,7 @@ def number(
 def share(name: str, value: Any) -> None:
     """Refuse what is no number in [0, 1]: a ``ValueError`` whatever it is, as of PyTorch's
     ``dropout``."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
