@@ -49,6 +49,15 @@ class _Pending:
     left: list[int] = field(default_factory=list)
 
 
+def _whole(name: str, given: Any, others: tuple[str | None, ...] = ()) -> None:
+    """Refuse what is no whole number of at least 1, and none of the others."""
+    if isinstance(given, Integral) and given is not True and int(given) >= 1:
+        return
+    if not isinstance(given, (str, type(None))) or given not in others:
+        allowed = ', "auto" or None' if others else ""
+        raise ValueError(f"{name} must be a whole number of at least 1{allowed}, got {given!r}")
+
+
 class Schedule:
     """Tells every decoupled layer of a model what to do in the next training step.
 
@@ -118,6 +127,11 @@ class Schedule:
         RuntimeError: by :meth:`step`: replicas without ``cost_ratio``.
     """
 
+    warmup_steps: int = check.checked(check.whole, low=0)
+    target_every: int | Literal["auto"] | None = check.checked(_whole, others=("auto", None))
+    mix: float = check.checked(high=1.0)
+    lessons: int = check.checked(_whole)
+
     _others: OptimizerWatch | None = None
 
     def __init__(
@@ -132,13 +146,11 @@ class Schedule:
         lessons: int = 1,
     ) -> None:
         check.module("model", model)
-        check.whole("warmup_steps", warmup_steps, 0)
+        self.warmup_steps = warmup_steps
+        self.target_every = target_every
+        self.mix = mix
+        self.lessons = lessons
         auto = target_every == "auto"
-        if not auto and target_every is not None and not _is_whole(target_every):
-            raise ValueError(
-                'target_every must be a whole number of at least 1, "auto" or None, got '
-                f"{target_every!r}"
-            )
         if not auto and (bounds != BOUNDS or cost_ratio is not None):
             raise ValueError(
                 'bounds and cost_ratio go with target_every="auto", got '
@@ -147,9 +159,6 @@ class Schedule:
         if not _are_bounds(bounds):
             raise ValueError(f"bounds must be two integers, 1 <= least <= largest, got {bounds!r}")
         check.number("cost_ratio", cost_ratio, none=True)
-        check.number("mix", mix, high=1.0)
-        if not _is_whole(lessons):
-            raise ValueError(f"lessons must be a whole number of at least 1, got {lessons!r}")
         if not hasattr(loss_scale, "get_scale"):  # of a GradScaler
             check.number("loss_scale", loss_scale, above=True, none=True)
         self._layers = [m for m in model.modules() if isinstance(m, DecoupledModule)]
@@ -164,10 +173,6 @@ class Schedule:
                 f"lessons={lessons} needs a layer whose synthesizer has a rule (update=...), and "
                 "is no recurrent one: model has none, and an optimizer takes one step"
             )
-        self.warmup_steps = warmup_steps
-        self.target_every = target_every
-        self.mix = mix
-        self.lessons = int(lessons)
         self.loss_scale = loss_scale
         self.steps = 0
         self._told: Phase | None = None
@@ -372,7 +377,7 @@ class Schedule:
             warmup=past < 0,
             target=target,
             mix=self.mix,
-            lessons=self.lessons,
+            lessons=int(self.lessons),
             loss_scale=scale,
         )
 
@@ -442,11 +447,6 @@ class Schedule:
         self._heard = self._lessons()
         self.steps = int(state["steps"])
         self._tell()
-
-
-def _is_whole(given: Any) -> bool:
-    """Say whether it is a whole number of at least 1."""
-    return isinstance(given, Integral) and given is not True and int(given) >= 1
 
 
 def _are_bounds(given: Any) -> bool:

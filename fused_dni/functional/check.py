@@ -5,6 +5,8 @@ given and what is allowed. Option errors are ``ValueError``, tensors that do not
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -66,24 +68,25 @@ def share(name: str, value: Any) -> None:
 class _Checked:
     """See :func:`checked`."""
 
-    def __init__(self, limits: dict[str, Any]) -> None:
-        self._limits = limits
+    def __init__(self, refuse: Callable[[str, Any], None]) -> None:
+        self._refuse = refuse
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __set__(self, instance: object, value: Any) -> None:
-        number(self._name, value, **self._limits)
+        self._refuse(self._name, value)
         instance.__dict__[self._name] = value
 
 
-def checked(**limits: Any) -> Any:
-    """Make an attribute of a class that is a :func:`number` within ``limits`` whenever it is set.
+def checked(refuse: Callable[..., None] = number, **limits: Any) -> Any:
+    """Make an attribute of a class that ``refuse(name, value, **limits)`` looks at whenever it is
+    set.
 
     It lies in the instance's dictionary and is read from there, as any other: there is no
     ``__get__``, which would be a call of Python's in every step.
     """
-    return _Checked(limits)
+    return _Checked(partial(refuse, **limits))
 
 
 def whole(name: str, value: Any, low: int | None = 1) -> None:

@@ -300,3 +300,31 @@ def test_a_scaler_that_has_no_gradients_to_check_says_so():
     scaler.step(optimizer)
     with pytest.raises(AssertionError, match="No inf checks were recorded"):
         scaler.update()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mix", 5), ("mix", float("nan")), ("mix", "x"), ("target_every", "4"), ("target_every", 0),
+        ("target_every", 2.5), ("lessons", 0), ("lessons", 1.5), ("lessons", True),
+        ("warmup_steps", -1), ("warmup_steps", "a"),
+    ],
+)  # fmt: skip
+def test_what_is_set_later_is_looked_at_as_what_is_given(name, value):
+    layer = fd.FusedDNILinear(3, 2, update=fd.SGD(0.1))
+    schedule = fd.Schedule(layer)
+    before = dict(vars(schedule))
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        setattr(schedule, name, value)
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        fd.Schedule(layer, **{name: value})
+    assert vars(schedule) == before
+
+
+def test_another_k_counts_from_the_next_step_on():
+    layer = fd.FusedDNILinear(3, 2, update=fd.SGD(0.1))
+    schedule = fd.Schedule(layer, target_every=2)
+    schedule.target_every = None
+    for _ in range(4):
+        schedule.step()
+        assert not layer.phase.target and schedule.k is None

@@ -35,9 +35,12 @@ def amdahl(fused: float, without: float, predict: float) -> dict[str, Any]:
         predict: of the predictions in it.
 
     Returns:
-        ``share`` of ``fused`` that goes at most (0 if none), and the ``speedup`` at most.
+        ``share`` of ``fused`` that goes at most (0 if none), and the ``speedup`` at most; None
+        where the predictions, which are timed alone, take as long as the whole step.
     """
-    left = max(without - predict, 0.0)
+    left = without - predict
+    if left <= 0.0:
+        return {"share": None, "speedup": None, "means": AMDAHL}
     share = max(0.0, 1.0 - left / fused)
     return {"share": share, "speedup": fused / left if share else 1.0, "means": AMDAHL}
 

@@ -132,11 +132,12 @@ def curves(outcome: Outcome) -> list[Figure]:
     """Draw the error against wall-clock and against steps."""
     settings = outcome.settings
     title = f"{outcome.data}, {settings.depth} x {settings.hidden}, batch {settings.batch_size}"
+    several = " Bold: the median over seeds; thin: single runs." if len(settings.seeds) > 1 else ""
     return [
         Figure(
             f"accuracy-vs-{name}",
             functools.partial(_draw, outcome, key, label),
-            f"Error against {label}: {title}.",
+            f"Error against {label}: {title}.{several}",
             (6.4, 4.2),
         )
         for name, key, label in (

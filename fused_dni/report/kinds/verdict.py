@@ -272,6 +272,11 @@ def _draw_lock(path: Mapping[str, Any], canvas: Any) -> None:
 
 
 def _amdahl(found: Mapping[str, Any]) -> str:
+    if found["share"] is None:
+        return (
+            "How much of a step could be left out cannot be told: timed alone, the prediction "
+            "takes as long as a whole step without targets, of which it is a part."
+        )
     return (
         f"At most {text.percent(found['share'])} of a step ({found['speedup']:.2f}x faster). "
         f"{found['means']}"
