@@ -527,7 +527,10 @@ class DecoupledModule(nn.Module):
 
     def refuse_recording(self) -> None:
         """Raise where a step would be recorded that is to learn anew whenever it is run."""
-        if self.training and torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is None or not self.training:
+            return
+        predicts = torch.is_grad_enabled() and self._modules["synthesizer"] is not None
+        if predicts or self.update is not None:
             raise RuntimeError(
                 "torch.jit.trace of a decoupled module in training is refused: what was recorded "
                 "would neither predict nor learn; call eval() first"

@@ -454,9 +454,7 @@ class FusedDNILinear(LinearSteps):
     def _recorded(self, input: Tensor) -> Tensor:
         """Run by PyTorch's own modules: in ``torch.jit.trace``, of which whoever runs what was
         recorded needs nothing else, and of no rows at all."""
-        predicts = torch.is_grad_enabled() and self._modules["synthesizer"] is not None
-        if predicts or self.update is not None:
-            self.refuse_recording()
+        self.refuse_recording()
         weight, bias, *_ = self._layer()
         z = F.linear(input, weight, bias)
         if z.dim() == 2:

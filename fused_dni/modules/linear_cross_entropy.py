@@ -157,8 +157,7 @@ class FusedDNILinearCrossEntropyLoss(LossSteps):
 
     def _recorded(self, input: Tensor, target: Tensor) -> Tensor:
         """Run by PyTorch's own ops, in ``torch.jit.trace``."""
-        if self.update is not None:
-            self.refuse_recording()
+        self.refuse_recording()
         return F.cross_entropy(
             self.logits(input).reshape(-1, self.num_classes),
             target.reshape(-1),

@@ -257,7 +257,7 @@ class FusedDNILSTM(Recurrent):
                 )
             return self._stock(input, hx)
         if torch._C._get_tracing_state() is not None:
-            self._refuse_recording()
+            self.refuse_recording()
             if end_of_sequence is None and lengths is None:
                 return self._stock(input, hx)
         tracing = torch.compiler.is_compiling()

@@ -177,7 +177,7 @@ class FusedDNILSTMCell(Recurrent):
             The next h and c.
         """
         if torch._C._get_tracing_state() is not None:
-            self._refuse_recording()
+            self.refuse_recording()
             recorded: State = self.to_lstm_cell()(input, hx)
             return recorded
         if torch.compiler.is_compiling() and self.update is not None:

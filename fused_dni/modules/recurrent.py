@@ -379,12 +379,6 @@ class Recurrent(DecoupledModule):
             self.auxiliary_update = None if rule is None else RuleState(rule)
         self.register_module("auxiliary_head", head)
 
-    def _refuse_recording(self) -> None:
-        if self.update is not None or (
-            torch.is_grad_enabled() and self._modules["synthesizer"] is not None
-        ):
-            self.refuse_recording()
-
     # -- parameters ----------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
