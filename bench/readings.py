@@ -126,7 +126,7 @@ def tops(reports: dict[str, Report]) -> Answer:
     bullet = (
         "Below an expensive top (a softmax over all words, a frozen encoder) that is run on every "
         f"k-th step alone, backprop's final loss was reached in **{number}** (medians of "
-        f"{len(ours)} of {of} races). A cheap stand-in for the top, sampled or written by hand, "
+        f"{len(ours)} of {of} races). A cheap stand-in for the top (adaptive, sampled, by hand) "
         f"needed {text.span(others) if others else '-'} and was sooner in {ahead} of {of}: "
         "synthetic gradients are for tops for which nobody has one, and the soonest of theirs use "
         "one too (head sampled, surrogate). Without any they needed "
